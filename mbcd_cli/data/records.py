@@ -1,0 +1,88 @@
+"""The records that flow through the house: where a clip's media lies, and what a batch holds.
+
+Letters: B clips in a batch, M modalities, C classes, T frames, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+SPLITS = ("train", "test")
+# Fusion concatenates in this order (method.md section 3); other modalities follow in the order given.
+MODALITY_ORDER = ("video", "audio", "flow")
+TEST_VIEW = -1
+"""View number of the one deterministic test view; training views count from 0."""
+
+def modality_order(names: list[str] | tuple[str, ...]) -> list[str]:
+    """`names` in fusion order: video, audio, flow, then the others as given."""
+    known = [name for name in MODALITY_ORDER if name in names]
+    return known + [name for name in names if name not in known]
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """Where one modality of one clip lies.
+
+    Attributes:
+        path: the file (or folder of frames) that holds it.
+        path_v: second file of a flow pair (`path` is u / x, `path_v` is v / y).
+        start, stop: span inside the file, in `unit`; None means from the beginning / to the end.
+        unit: "s" (seconds) or "frame" (zero-based native frames, stop exclusive).
+        computed: for flow, true when `path` is the RGB video and flow is computed from it.
+    """
+
+    path: Path
+    path_v: Path | None = None
+    start: float | None = None
+    stop: float | None = None
+    unit: Literal["s", "frame"] = "s"
+    computed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One labelled clip: an id unique in its dataset, its domain and split, and its media per modality."""
+
+    id: str
+    domain: str
+    split: str
+    label: int
+    label_name: str
+    media: Mapping[str, Media] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Batch:
+    """What every consumer downstream of the cache sees.
+
+    Attributes:
+        inputs: per modality the tensors at the cut, one per path of the encoder (SlowFast has two), each [B, ...].
+        labels: [B] int64.
+        domains: [B] int64, indices into the dataset's domain list.
+        clips: [B] int64, indices into the dataset's clip table.
+    """
+
+    inputs: dict[str, tuple[torch.Tensor, ...]]
+    labels: torch.Tensor
+    domains: torch.Tensor
+    clips: torch.Tensor
+
+    def __len__(self) -> int:
+        return int(self.labels.shape[0])
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch with every tensor on `device`."""
+        return Batch(
+            inputs={
+                name: tuple(part.to(device, non_blocking=non_blocking) for part in parts)
+                for name, parts in self.inputs.items()
+            },
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            domains=self.domains.to(device, non_blocking=non_blocking),
+            clips=self.clips.to(device, non_blocking=non_blocking),
+        )

@@ -1,0 +1,64 @@
+"""The registry of encoders, and how one is built from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mbcd_cli.encoders import arrays, small
+from mbcd_cli.encoders.staged import Adapter, StagedEncoder
+from mbcd_cli.errors import SettingsError
+from mbcd_cli.settings import Kind, Modality
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderEntry:
+    """One encoder: the kind of modality it reads, how it is built from that modality's settings, and what it is."""
+
+    kind: Kind
+    build: Callable[[Any], StagedEncoder]
+    summary: str
+
+
+ENCODERS: dict[str, EncoderEntry] = {
+    "small-video": EncoderEntry("video", small.small_video, "four 3-D convolutions, for CPUs"),
+    "small-flow": EncoderEntry("flow", small.small_flow, "four 3-D convolutions, for CPUs"),
+    "small-audio": EncoderEntry("audio", small.small_audio, "four 2-D convolutions, for CPUs"),
+    "array-mlp": EncoderEntry("array", arrays.array_mlp, "two hidden layers, for vectors"),
+    "array-conv": EncoderEntry("array", arrays.array_conv, "three 1-D convolutions, for sequences"),
+}
+
+
+def build_encoder(name: str, settings: Modality) -> StagedEncoder:
+    """The encoder of modality `name`, randomly initialised (`pretrained` loads weights).
+
+    An `adapter` stage is appended when the cut asks for it.
+
+    Raises:
+        SettingsError: no such encoder, an encoder of another kind, or no such stage to cut at.
+    """
+    entry = ENCODERS.get(settings.encoder)
+    if entry is None:
+        raise SettingsError(
+            f"modalities.{name}.encoder: there is no encoder {settings.encoder!r}.",
+            "`mbcd list encoders` shows the choices.",
+        )
+    if entry.kind != settings.kind:
+        raise SettingsError(
+            f"modalities.{name}.encoder: {settings.encoder} reads {entry.kind}, and {name} is {settings.kind}.",
+            "`mbcd list encoders` shows the choices.",
+        )
+    encoder = entry.build(settings)
+    if settings.cut == "adapter":
+        stages: dict[str, nn.Module] = dict(encoder.stages.items())
+        stages["adapter"] = Adapter(encoder.dim)
+        encoder = StagedEncoder(stages, dim=encoder.dim)
+    if settings.cut not in encoder.names:
+        raise SettingsError(
+            f"modalities.{name}.cut: {settings.encoder} has no stage {settings.cut!r}.",
+            f"Cut at one of: {', '.join(dict.fromkeys([*encoder.names, 'adapter']))}.",
+        )
+    return encoder

@@ -1,0 +1,66 @@
+"""Small encoders that train on a CPU in minutes: 3-D convolutions for video and flow, 2-D ones for spectrograms.
+
+Letters: B clips, C channels, T frames, H W pixels, F frequency bins, S spectrogram steps.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mbcd_cli.encoders.staged import GlobalPool, Normalise, StagedEncoder
+from mbcd_cli.settings import AudioModality, FlowModality, VideoModality
+
+
+def _block3d(inside: int, out: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> nn.Module:
+    padding = tuple(k // 2 for k in kernel)
+    return nn.Sequential(
+        nn.Conv3d(inside, out, kernel, stride, padding, bias=False), nn.BatchNorm3d(out), nn.ReLU(inplace=True)
+    )
+
+
+def _block2d(inside: int, out: int, kernel: int, stride: tuple[int, int]) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(inside, out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(out), nn.ReLU(inplace=True)
+    )
+
+
+def _frames_encoder(normalise: Normalise, channels: int, width: int) -> StagedEncoder:
+    w = width
+    return StagedEncoder(
+        {
+            "input": normalise,
+            "layer1": _block3d(channels, w, (3, 5, 5), (2, 2, 2)),
+            "layer2": _block3d(w, 2 * w, (3, 3, 3), (1, 2, 2)),
+            "layer3": _block3d(2 * w, 4 * w, (3, 3, 3), (2, 2, 2)),
+            "layer4": _block3d(4 * w, 8 * w, (3, 3, 3), (1, 2, 2)),
+            "pool": GlobalPool(),
+        },
+        dim=8 * w,
+    )
+
+
+def small_video(settings: VideoModality) -> StagedEncoder:
+    """uint8 RGB frames [B, 3, T, H, W] -> [B, 8 width]."""
+    return _frames_encoder(Normalise(settings.mean, settings.std, dims=5), 3, settings.width)
+
+
+def small_flow(settings: FlowModality) -> StagedEncoder:
+    """uint8 flow [B, 2, T, H, W] (128 = no motion) -> [B, 8 width]."""
+    normalise = Normalise([settings.mean] * 2, [settings.std] * 2, dims=5)
+    return _frames_encoder(normalise, 2, settings.width)
+
+
+def small_audio(settings: AudioModality) -> StagedEncoder:
+    """Standardised log-spectrograms [B, 1, F, S] -> [B, 8 width]."""
+    w = settings.width
+    return StagedEncoder(
+        {
+            "input": nn.Identity(),
+            "layer1": _block2d(1, w, 5, (2, 1)),
+            "layer2": _block2d(w, 2 * w, 3, (2, 2)),
+            "layer3": _block2d(2 * w, 4 * w, 3, (2, 2)),
+            "layer4": _block2d(4 * w, 8 * w, 3, (2, 2)),
+            "pool": GlobalPool(),
+        },
+        dim=8 * w,
+    )

@@ -1,0 +1,157 @@
+"""Encoders as ordered lists of named stages, cut once into a frozen trunk and a trained tail.
+
+Letters: B clips, C channels, T H W positions, D features. `Parts` is what crosses a cut: one tensor [B, C, ...] per
+path of the encoder (SlowFast has two, every other encoder one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from mbcd_cli.errors import SettingsError
+
+Parts = tuple[torch.Tensor, ...]
+Noise = Callable[[Parts], Parts]
+
+
+class Stages(nn.Module):
+    """A run of named stages. A stage takes and returns one tensor, or a tuple of them where the encoder has paths.
+
+    Integer and half-precision inputs (as they come from the cache) are converted to the parameters' type first.
+    """
+
+    def __init__(self, stages: Mapping[str, nn.Module], *, noise_before: Iterable[str] = ()) -> None:
+        super().__init__()
+        for name, stage in stages.items():
+            self.add_module(name, stage)
+        self.names = tuple(stages)
+        self.noise_before = frozenset(noise_before)
+
+    def run(self, parts: Parts, noise: Noise | None = None) -> Parts:
+        """Parts before the first stage -> parts after the last; `noise` is applied where `noise_before` says."""
+        for name in self.names:
+            if noise is not None and name in self.noise_before:
+                parts = noise(parts)
+            out = getattr(self, name)(parts[0] if len(parts) == 1 else parts)
+            parts = out if isinstance(out, tuple) else (out,)
+        return parts
+
+
+class Trunk(Stages):
+    """The frozen stages before the cut; always in eval mode, so that a clip's features depend on that clip alone."""
+
+    def __init__(self, stages: Mapping[str, nn.Module]) -> None:
+        super().__init__(stages)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Trunk:
+        """Stays in eval mode (a documented deviation: the reference's trunk runs in train mode)."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, parts: Parts) -> Parts:
+        """Decoded parts -> parts at the cut."""
+        return self.run(parts)
+
+
+class Tail(Stages):
+    """The trained stages from the cut on.
+
+    Attributes:
+        dim: D, the number of pooled features it returns.
+    """
+
+    def __init__(self, stages: Mapping[str, nn.Module], *, dim: int, noise_before: Iterable[str] = ()) -> None:
+        super().__init__(stages, noise_before=noise_before)
+        self.dim = dim
+
+    def forward(self, parts: Parts, noise: Noise | None = None) -> torch.Tensor:
+        """Parts at the cut -> pooled features [B, D]."""
+        reference = next((p for p in self.parameters()), None)
+        dtype = reference.dtype if reference is not None else torch.float32
+        parts = tuple(part.to(dtype) for part in parts)
+        (features,) = self.run(parts, noise)
+        return features
+
+
+class StagedEncoder(nn.Module):
+    """An encoder as an ordered mapping of stages, the first called `input`, the one that averages called `pool`.
+
+    Args:
+        stages: name -> module, in order. `input` turns decoded tensors (uint8 frames, spectrograms) into the
+            network's input and has no parameters; `pool` returns [B, dim]; an optional `adapter` follows it.
+        dim: D, features after pooling.
+    """
+
+    def __init__(self, stages: Mapping[str, nn.Module], *, dim: int) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict(stages)
+        self.dim = dim
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Stage names in order: the cuts that can be asked for."""
+        return tuple(self.stages)
+
+    def cut(self, name: str) -> tuple[Trunk, Tail]:
+        """Split before stage `name`: (trunk = the stages before it, tail = that stage and all after it).
+
+        The two share the encoder's modules; running trunk then tail equals running the whole encoder.
+
+        Raises:
+            SettingsError: there is no such stage.
+        """
+        if name not in self.names:
+            raise SettingsError(f"This encoder has no stage {name!r}.", f"Cut at one of: {', '.join(self.names)}.")
+        at = self.names.index(name)
+        before = {n: self.stages[n] for n in self.names[:at]}
+        after = {n: self.stages[n] for n in self.names[at:]}
+        # Feature noise (DSU) belongs on feature maps: where features first enter the tail, and before pooling.
+        first = next((n for n in after if n != "input"), None)
+        noisy = {n for n in (first, "pool") if n in after and n != "adapter"}
+        return Trunk(before), Tail(after, dim=self.dim, noise_before=noisy)
+
+    def forward(self, parts: Parts) -> torch.Tensor:
+        """Decoded parts -> pooled features [B, D], all stages at once (for comparisons; training uses the tail)."""
+        return Tail(dict(self.stages.items()), dim=self.dim)(parts)
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std per channel; x is [B, C, ...] of any real type, the result floating."""
+
+    def __init__(self, mean: Iterable[float], std: Iterable[float], *, dims: int) -> None:
+        super().__init__()
+        shape = (1, -1, *([1] * (dims - 2)))
+        self.register_buffer("mean", torch.tensor(list(mean)).reshape(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)).reshape(shape), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, ...] -> the same, normalised."""
+        return (x - self.mean) / self.std
+
+
+class GlobalPool(nn.Module):
+    """Mean over all positions: [B, C, ...] -> [B, C]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, ...] -> [B, C]."""
+        return x.flatten(2).mean(2)
+
+
+class Adapter(nn.Module):
+    """A small residual MLP on pooled features [B, D]; it begins as the identity."""
+
+    def __init__(self, dim: int, hidden: int | None = None) -> None:
+        super().__init__()
+        self.down = nn.Linear(dim, hidden or max(dim // 4, 8))
+        self.up = nn.Linear(self.down.out_features, dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, D] -> [B, D]."""
+        return x + self.up(torch.relu(self.down(x)))

@@ -1,0 +1,55 @@
+"""Errors a user can act on: each says what went wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class MbcdError(Exception):
+    """A problem the user can mend; the command line prints it without a traceback and exits with 1.
+
+    Args:
+        message: what is wrong, naming the file, clip or setting.
+        remedy: what to do about it, one sentence; may be empty where the message says it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.remedy}" if self.remedy else self.message
+
+    def __reduce__(self):  # so that errors cross process boundaries whole
+        return type(self), (self.message, self.remedy)
+
+
+class SettingsError(MbcdError):
+    """Settings that do not validate, or contradict each other."""
+
+
+class ManifestError(MbcdError):
+    """A dataset's table is wrong; the message lists every bad line."""
+
+
+class MediaError(MbcdError):
+    """One media file cannot be used; `prepare` records it and goes on with the other clips."""
+
+
+class CacheError(MbcdError):
+    """A cache is missing, incomplete, stale or damaged."""
+
+
+class CheckpointError(MbcdError):
+    """A checkpoint is missing, damaged, hostile or belongs to other settings."""
+
+
+class RunError(MbcdError):
+    """A run folder is in the way, missing or incomplete, or training had to stop."""
+
+
+class RejectedClipsError(MbcdError):
+    """Work finished, but more clips were rejected than `--max-bad` allows; exit code 3."""
+
+    exit_code = 3

@@ -1,0 +1,97 @@
+"""The multi-modal model: tails, LayerNorm on pooled features, uni-modal heads and the fused head.
+
+Letters: B clips, M modalities, C classes, D_k features of modality k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders.staged import Noise, Parts, Tail
+from mbcd_cli.settings import Modality, ModelSettings
+
+
+def head(inside: int, *, settings: ModelSettings, classes: int) -> nn.Sequential:
+    """Linear(D, hidden), ReLU, Dropout, Linear(hidden, C) (method.md section 3)."""
+    return nn.Sequential(
+        nn.Linear(inside, settings.hidden),
+        nn.ReLU(),
+        nn.Dropout(settings.dropout),
+        nn.Linear(settings.hidden, classes),
+    )
+
+
+class MultiModalModel(nn.Module):
+    """Encoders' tails theta_k, uni-modal heads phi_k and the fused head phi_mm.
+
+    Args:
+        tails: modality -> tail, in fusion order.
+        settings: width and dropout of the heads.
+        classes: C.
+    """
+
+    def __init__(self, tails: Mapping[str, Tail], *, settings: ModelSettings, classes: int) -> None:
+        super().__init__()
+        self.modalities = tuple(tails)
+        self.classes = classes
+        self.dims = {name: tail.dim for name, tail in tails.items()}
+        self.tails = nn.ModuleDict(tails)
+        # The affine parameters of the LayerNorm are never optimised in the reference: identity, so there are none.
+        self.norms = nn.ModuleDict({n: nn.LayerNorm(d, elementwise_affine=False) for n, d in self.dims.items()})
+        self.heads = nn.ModuleDict({n: head(d, settings=settings, classes=classes) for n, d in self.dims.items()})
+        self.fused_head = head(sum(self.dims.values()), settings=settings, classes=classes)
+
+    def encode(self, name: str, parts: Parts, noise: Noise | None = None) -> torch.Tensor:
+        """Parts of modality `name` at the cut -> normalised pooled features h_k, [B, D_k]."""
+        return self.norms[name](self.tails[name](parts, noise))
+
+    def features(self, inputs: Mapping[str, Parts], noise: Noise | None = None) -> dict[str, torch.Tensor]:
+        """Normalised pooled features of every modality, each [B, D_k]."""
+        return {name: self.encode(name, inputs[name], noise) for name in self.modalities}
+
+    def unimodal(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Uni-modal logits, each [B, C]."""
+        return {name: self.heads[name](features[name]) for name in self.modalities}
+
+    def fuse(self, features: Mapping[str, torch.Tensor], keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Fused logits [B, C] from features; `keep` [B, M] of 0/1 zeroes dropped modalities (no rescaling)."""
+        columns = [features[name] for name in self.modalities]
+        if keep is not None:
+            columns = [column * keep[:, k : k + 1].to(column.dtype) for k, column in enumerate(columns)]
+        return self.fused_head(torch.cat(columns, dim=1))
+
+    def forward(self, inputs: Mapping[str, Parts]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Inputs at the cut -> (fused logits [B, C], uni-modal logits each [B, C])."""
+        features = self.features(inputs)
+        return self.fuse(features), self.unimodal(features)
+
+
+def build_model(
+    modalities: Mapping[str, Modality],
+    *,
+    settings: ModelSettings,
+    classes: int,
+    tail_weights: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> MultiModalModel:
+    """The model for `modalities` (in fusion order), each encoder cut as its settings say.
+
+    Args:
+        modalities: modality -> its settings.
+        settings: heads.
+        classes: C.
+        tail_weights: modality -> initial state dict of the tail, as `prepare` stored it beside the cache.
+
+    Raises:
+        SettingsError: an unknown encoder or cut.
+    """
+    tails = {}
+    for name, modality in modalities.items():
+        _, tail = build_encoder(name, modality).cut(modality.cut)
+        if tail_weights and name in tail_weights:
+            tail.load_state_dict(dict(tail_weights[name]))
+        tails[name] = tail
+    return MultiModalModel(tails, settings=settings, classes=classes)

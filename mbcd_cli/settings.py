@@ -1,0 +1,499 @@
+"""The settings tree shared by all commands. Every field's docstring is its help and its line in docs/settings.md.
+
+Merging presets, files, environment and flags into one tree is `mbcd_cli.layers`' work.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Kind = Literal["video", "flow", "audio", "array"]
+KINDS: tuple[Kind, ...] = ("video", "flow", "audio", "array")
+_KIND_WORDS: dict[Kind, tuple[str, ...]] = {
+    "video": ("video", "rgb", "frames"),
+    "flow": ("flow",),
+    "audio": ("audio", "sound", "speech", "wav"),
+    "array": ("array", "tensor", "features"),
+}
+
+
+def infer_kind(name: str) -> Kind | None:
+    """Kind of a modality told from its name (`video_left` -> video), or None when the name tells nothing."""
+    words = re.split(r"[^a-z]+", name.lower())
+    for kind in KINDS:
+        if any(word in words for word in _KIND_WORDS[kind]):
+            return kind
+    return None
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Slice(BaseModel):
+    """Base of every part of the tree: frozen, no unknown keys, docstrings as descriptions, finite numbers."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
+    )
+
+
+class DatasetSettings(Slice):
+    """Which clips there are and where their media lies."""
+
+    reader: str = "manifest"
+    """Reader that lists the clips: manifest, demo, epic-kitchens or hac."""
+    name: str | None = None
+    """Name of the dataset in the cache and in run folders; default: the root folder's name."""
+    root: Path | None = None
+    """Folder that holds the dataset; only `prepare` needs it."""
+    manifest: Path = Path("manifest.csv")
+    """CSV table of the manifest reader, relative to the root."""
+    domains: tuple[str, ...] = ()
+    """Domains to use, in this order; empty means all that the dataset has."""
+    classes: Count | None = None
+    """Number of classes, labels being 0 to classes - 1; default: the largest label found plus one."""
+    target_split: Literal["test", "all"] = "test"
+    """Rows of the target domain that are tested: its test split, or all of its clips."""
+    min_frames: Count = 2
+    """A video or flow with fewer frames than this is rejected."""
+    max_bad: Annotated[int, Field(ge=0)] = 0
+    """Rejected clips that `prepare` tolerates before it exits with 3."""
+    missing_frames: Literal["nearest", "reject"] = "nearest"
+    """What to do when single frames of a clip are missing: use the nearest present frame, or reject the clip."""
+    compute_flow: bool = False
+    """Compute optical flow (OpenCV DIS) from the video where the dataset has none."""
+
+
+class ModalityBase(Slice):
+    """What every kind of modality has in common."""
+
+    encoder: str
+    """Encoder that reads this modality; `mbcd list encoders` shows them."""
+    cut: str = "input"
+    """First trained stage: `input` trains everything, `layer4` is the paper's, `adapter` trains a small adapter on pooled features."""
+    weights: Path | None = None
+    """Checkpoint file for the encoder, relative to `--weights-dir`; none means random weights."""
+    weights_sha256: str | None = None
+    """Expected SHA-256 of the weights file, or its beginning; a file that differs is refused."""
+    width: Count = 16
+    """Channels of the first layer of a small encoder; the others grow from it."""
+
+
+class FrameGeometry(ModalityBase):
+    """Frame sampling and geometry shared by video and flow."""
+
+    frames: Count = 16
+    """Frames given to the encoder."""
+    interval: Annotated[int, Field(ge=0)] = 0
+    """Native frames between two sampled ones; 0 spreads the frames evenly over the whole clip."""
+    short_side: Count = 64
+    """Pixels of the short side after the first resize."""
+    crop: Count = 56
+    """Pixels of the square crop given to the encoder."""
+    test_crop: Count | None = None
+    """Pixels of the centre crop of the test view; default: the same as `crop`."""
+    crop_area: tuple[Fraction, Fraction] = (0.6, 1.0)
+    """Range of the area of the random training crop, as a fraction of the frame."""
+    crop_aspect: tuple[Positive, Positive] = (0.8, 1.25)
+    """Range of the aspect ratio (width over height) of the random training crop."""
+    flip: Fraction = 0.5
+    """Probability that a training view is mirrored (the sign of horizontal flow follows)."""
+
+    @field_validator("crop_area", "crop_aspect")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1] or value[0] <= 0:
+            raise ValueError("the two ends must be positive and in ascending order")
+        return value
+
+    @model_validator(mode="after")
+    def _crop_fits(self):
+        for size in (self.crop, self.test_crop or self.crop):
+            if size > self.short_side:
+                raise ValueError(f"a crop of {size} pixels does not fit a short side of {self.short_side}")
+        return self
+
+
+class VideoModality(FrameGeometry):
+    """RGB video."""
+
+    kind: Literal["video"] = "video"
+    """Kind of the modality."""
+    encoder: str = "small-video"
+    """Encoder that reads this modality; `mbcd list encoders` shows them."""
+    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    """Mean of each channel (R, G, B; 0 to 255) that is subtracted."""
+    std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
+    """Standard deviation of each channel that is divided by."""
+
+
+class FlowModality(FrameGeometry):
+    """Optical flow as two grey channels (u, v), 128 being no motion."""
+
+    kind: Literal["flow"] = "flow"
+    """Kind of the modality."""
+    encoder: str = "small-flow"
+    """Encoder that reads this modality; `mbcd list encoders` shows them."""
+    mean: float = 128.0
+    """Mean that is subtracted from both channels."""
+    std: Positive = 128.0
+    """Value that both channels are divided by."""
+    flow_bound: Positive = 20.0
+    """Computed flow is clipped to this many pixels per frame and mapped to 0..255 (128 is no motion)."""
+
+
+class AudioModality(ModalityBase):
+    """Sound as a log-spectrogram (scipy; method.md section 4)."""
+
+    kind: Literal["audio"] = "audio"
+    """Kind of the modality."""
+    encoder: str = "small-audio"
+    """Encoder that reads this modality; `mbcd list encoders` shows them."""
+    sample_rate: Count | None = None
+    """Samples per second after resampling; default: as stored."""
+    samples: Count = 160000
+    """Samples taken from the clip's beginning."""
+    short: Literal["repeat", "pad"] = "repeat"
+    """A clip with fewer samples is repeated, or padded with silence."""
+    level: Literal["keep", "rms", "peak"] = "keep"
+    """Loudness: as recorded, or scaled to a root mean square of 0.1, or to a peak of 1."""
+    nperseg: Count = 512
+    """Samples per spectrogram window."""
+    noverlap: Annotated[int, Field(ge=0)] = 353
+    """Samples by which two windows overlap."""
+    log_floor: Positive = 1e-7
+    """Added to the spectrogram before the logarithm."""
+    noise: NonNegative = 0.05
+    """Training views get uniform noise of up to this much added to the standardised spectrogram."""
+    mask_bins: Annotated[int, Field(ge=0)] = 9
+    """Training views have one band of this many frequency bins set to zero."""
+    shift: Fraction = 0.0
+    """Training views of padded clips begin at a random moment within this fraction of the free room."""
+
+    @model_validator(mode="after")
+    def _window_fits(self):
+        if self.noverlap >= self.nperseg:
+            raise ValueError(f"noverlap ({self.noverlap}) must be smaller than nperseg ({self.nperseg})")
+        if self.samples < self.nperseg:
+            raise ValueError(f"samples ({self.samples}) must be at least nperseg ({self.nperseg})")
+        return self
+
+
+class ArrayModality(ModalityBase):
+    """A plain tensor per clip (.npy): a vector [D], or a sequence [T, D]."""
+
+    kind: Literal["array"] = "array"
+    """Kind of the modality."""
+    encoder: str = "array-mlp"
+    """Encoder that reads this modality; `mbcd list encoders` shows them."""
+    length: Count | None = None
+    """Steps of a sequence: longer ones are cut, shorter ones padded with zeros; none means vectors."""
+    dimension: Count | None = None
+    """Values per vector or step; default: read from the first file."""
+    noise: NonNegative = 0.0
+    """Training views get Gaussian noise of this standard deviation added."""
+
+
+Modality = Annotated[
+    VideoModality | FlowModality | AudioModality | ArrayModality, Field(discriminator="kind")
+]
+
+
+class CacheSettings(Slice):
+    """The cache of trunk outputs."""
+
+    dir: Path = Path("cache")
+    """Folder of all caches."""
+    views: Annotated[int, Field(ge=1)] = 4
+    """Random training views stored per training clip."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type in which trunk outputs and spectrograms are stored (decoded frames are always uint8)."""
+    shard_clips: Count = 64
+    """Clips per shard file; a killed `prepare` loses at most the shard in flight."""
+    compression: Literal["none", "gzip", "lzf"] = "none"
+    """HDF5 compression; uncompressed shards are memory-mapped."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that decode media; 0 decodes in the main process."""
+    seed: int = 0
+    """Seed of the random views; with the clip's id it fixes every view, whatever the number of workers."""
+
+
+class ModelSettings(Slice):
+    """Heads and fusion; the encoders are set per modality."""
+
+    modalities: tuple[str, ...] = ()
+    """Modalities to train on, in fusion order; empty means all that are prepared."""
+    hidden: Count = 512
+    """Width of the hidden layer of every head."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Dropout inside the heads."""
+
+    @field_validator("modalities")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("a modality is named twice")
+        return value
+
+
+class DropoutSettings(Slice):
+    """Modality dropout before fusion (AMD, Eq. 2-4)."""
+
+    strategy: Literal["none", "fixed", "adaptive"] = "adaptive"
+    """No modality dropout, one fixed rate, or the adaptive rate of Eq. 3-4."""
+    rate: Fraction = 0.5
+    """Rate of the fixed strategy."""
+    score: Literal["confidence", "true_class"] = "confidence"
+    """What s_k sums: the largest class probability (the paper), or the true class's (a label-aware variant)."""
+
+
+class ConsistencySettings(Slice):
+    """Gradient consistency (GCC, Eq. 5-6)."""
+
+    order: Literal["off", "first", "second"] = "first"
+    """No inner step, an inner step whose gradient is a constant (the reference), or one that is differentiated through."""
+    alpha: NonNegative = 1e-4
+    """Learning rate of the inner step."""
+
+
+class TeacherSettings(Slice):
+    """The exponential moving average of the student (Eq. 7)."""
+
+    enabled: bool = True
+    """Keep a teacher; it is then the deployed model."""
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay: Theta_EMA <- beta Theta_EMA + (1 - beta) Theta after every step."""
+
+
+class DistillationSettings(Slice):
+    """Collaborative distillation from the teacher (Eq. 8)."""
+
+    enabled: bool = True
+    """Add lambda * L_dis to the objective."""
+    weight: NonNegative = 1.0
+    """lambda of Eq. 9."""
+
+
+class FeatureNoiseSettings(Slice):
+    """Feature augmentation by noise on feature statistics (DSU), in the first student pass only."""
+
+    enabled: bool = True
+    """Apply DSU."""
+    probability: Fraction = 0.5
+    """Probability that one call applies the noise."""
+
+
+class ObjectiveSettings(Slice):
+    """The training objective (Eq. 9) and its switches; `--method erm|ema|mbcd` sets them together."""
+
+    unimodal: Literal["joint", "probe"] = "joint"
+    """Uni-modal heads train with their encoders (Eq. 9), or only probe detached features so that they can be reported."""
+    dropout: DropoutSettings = DropoutSettings()
+    """Modality dropout."""
+    consistency: ConsistencySettings = ConsistencySettings()
+    """Gradient consistency."""
+    teacher: TeacherSettings = TeacherSettings()
+    """Teacher."""
+    distillation: DistillationSettings = DistillationSettings()
+    """Distillation."""
+    feature_noise: FeatureNoiseSettings = FeatureNoiseSettings()
+    """Feature noise."""
+
+    @model_validator(mode="after")
+    def _coherent(self):
+        problems = []
+        if self.distillation.enabled and not self.teacher.enabled:
+            problems.append("distillation needs a teacher: set objective.teacher.enabled=true")
+        if self.consistency.order != "off" and self.unimodal != "joint":
+            problems.append("gradient consistency steps along uni-modal gradients: set objective.unimodal=joint")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class OptimizerSettings(Slice):
+    """The one optimizer of encoders' tails and heads."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    """Adam with coupled weight decay (the paper), AdamW, or SGD with momentum."""
+    lr: Positive = 1e-4
+    """Learning rate, constant."""
+    weight_decay: NonNegative = 1e-4
+    """Weight decay."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD; beta_1 of Adam."""
+
+
+class TrainingSettings(Slice):
+    """Domains, length and seed of a training."""
+
+    method: str = "mbcd"
+    """Name of the method, for run folders and tables; `--method` sets it with the objective's switches."""
+    target_domain: str | None = None
+    """Unseen domain, only used to report; none trains and reports in-domain."""
+    source_domains: tuple[str, ...] = ()
+    """Domains seen in training; empty means all but the target."""
+    epochs: Count = 20
+    """Passes over the source domains' training clips."""
+    batch_size: Count = 16
+    """Clips per step."""
+    seed: int = 0
+    """Seed of initial weights, order, views, masks and noise."""
+    batch_norm: Literal["tracked", "frozen"] = "tracked"
+    """Batch norm of the tails: train mode with tracked statistics, or frozen statistics."""
+    checkpoint_minutes: NonNegative = 10.0
+    """Minutes between checkpoints inside an epoch; every epoch ends with one, 0 means only then."""
+    keep_checkpoints: bool = False
+    """Keep every epoch's weights (`checkpoints/epoch-NNN.pt`) for trajectories."""
+    limit_clips: Count | None = None
+    """Use at most this many training clips (a quick sanity run)."""
+    max_steps: Count | None = None
+    """Stop after this many steps (a quick sanity run)."""
+
+    @model_validator(mode="after")
+    def _target_unseen(self):
+        if self.target_domain is not None and self.target_domain in self.source_domains:
+            raise ValueError(f"target domain {self.target_domain!r} is also a source domain")
+        if len(set(self.source_domains)) != len(self.source_domains):
+            raise ValueError("a source domain is named twice")
+        return self
+
+
+class EvaluationSettings(Slice):
+    """What `evaluate` computes."""
+
+    batch_size: Count = 64
+    """Clips per forward pass."""
+    checkpoints: tuple[Literal["best", "last"], ...] = ("best", "last")
+    """Checkpoints of the run to evaluate."""
+    top_k: Count = 5
+    """k of the top-k accuracy reported beside top-1."""
+
+
+class LandscapeSettings(Slice):
+    """Loss surfaces and flatness."""
+
+    points: Annotated[int, Field(ge=3)] = 15
+    """Points per axis of the 2-D surface (1-D curves use four times as many, less one)."""
+    span: Positive = 1.0
+    """The axes run from -span to +span in units of the filter-normalised directions."""
+    radii: tuple[NonNegative, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    """Relative radii of the random perturbations for the flatness curve."""
+    directions: Count = 10
+    """Random directions per radius."""
+    data: Literal["validation", "target", "train"] = "validation"
+    """Clips on which the loss is measured."""
+    max_clips: Count | None = 256
+    """At most this many clips, drawn evenly; none uses all."""
+    batch_size: Count = 64
+    """Clips per forward pass."""
+    seed: int = 0
+    """Seed of the directions."""
+
+
+class RuntimeSettings(Slice):
+    """Where and how the computations run."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads; 0 leaves it to torch."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of convolutions and products (weights stay float32)."""
+    deterministic: bool = True
+    """The same inputs and seed give the same result on every run of one machine."""
+
+
+class Settings(Slice):
+    """The whole tree."""
+
+    dataset: DatasetSettings = DatasetSettings()
+    """Dataset."""
+    modalities: dict[str, Modality] = {}
+    """Modalities by name; empty means whatever the dataset has, each with its kind's defaults."""
+    cache: CacheSettings = CacheSettings()
+    """Cache."""
+    model: ModelSettings = ModelSettings()
+    """Model."""
+    objective: ObjectiveSettings = ObjectiveSettings()
+    """Objective."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Optimizer."""
+    training: TrainingSettings = TrainingSettings()
+    """Training."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """Evaluation."""
+    landscape: LandscapeSettings = LandscapeSettings()
+    """Landscape."""
+    runtime: RuntimeSettings = RuntimeSettings()
+    """Runtime."""
+
+    @field_validator("modalities", mode="before")
+    @classmethod
+    def _infer_kinds(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: {"kind": infer_kind(name) or "array", **slice_}
+            if isinstance(slice_, dict) and "kind" not in slice_
+            else slice_
+            for name, slice_ in value.items()
+        }
+
+    @field_validator("modalities")
+    @classmethod
+    def _names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
+                raise ValueError(f"modality name {name!r}: use letters, digits, - and _ only")
+        return value
+
+
+def default_modality(name: str, kind: str | None = None) -> Modality:
+    """The default settings of a modality called `name`."""
+    kinds = {"video": VideoModality, "flow": FlowModality, "audio": AudioModality, "array": ArrayModality}
+    return kinds[kind or infer_kind(name) or "array"]()
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    # Joint training of the fused head; uni-modal heads only probe, so that they can be reported beside it.
+    "erm": {
+        "unimodal": "probe",
+        "dropout": {"strategy": "none"},
+        "consistency": {"order": "off"},
+        "teacher": {"enabled": False},
+        "distillation": {"enabled": False},
+        "feature_noise": {"enabled": False},
+    },
+    # ERM whose deployed model is the weight average.
+    "ema": {
+        "unimodal": "probe",
+        "dropout": {"strategy": "none"},
+        "consistency": {"order": "off"},
+        "teacher": {"enabled": True},
+        "distillation": {"enabled": False},
+        "feature_noise": {"enabled": False},
+    },
+    "mbcd": {
+        "unimodal": "joint",
+        "dropout": {"strategy": "adaptive"},
+        "consistency": {"order": "first"},
+        "teacher": {"enabled": True},
+        "distillation": {"enabled": True},
+        "feature_noise": {"enabled": True},
+    },
+}
+"""Named switch sets of the objective for `--method`; single switches may be changed on top with `--set`."""
+
+

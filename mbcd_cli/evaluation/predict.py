@@ -1,4 +1,4 @@
-"""One streaming pass of a model over batches: logits of the fused and the uni-modal heads, and optionally features.
+"""One streaming pass of a model over batches: logits of fused and uni-modal heads, and optionally features.
 
 Letters: N clips, C classes, D_k features of modality k.
 """
@@ -75,7 +75,7 @@ def autocast(device: torch.device, precision: str):
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(
     model: MultiModalModel,
     batches: Iterable[Batch],

@@ -1,0 +1,61 @@
+"""Noise on feature statistics (DSU): each clip's channel means and deviations are perturbed as far as they vary in the batch.
+
+Letters: B clips, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mbcd_cli.encoders.staged import Parts
+from mbcd_cli.engine.objective import full_precision
+from mbcd_cli.engine.randomness import Randomness
+from mbcd_cli.settings import FeatureNoiseSettings
+
+EPS = 1e-6
+
+
+class FeatureNoise:
+    """DSU as the `noise` callable of a tail (method.md section 3, "feature augmentation").
+
+    For x [B, C, ...] with mean mu and deviation sigma over the positions, per clip and channel:
+    x -> (x - mu) / sigma * (sigma + e1 S(sigma)) + mu + e2 S(mu), e1 and e2 standard normal, S the unbiased
+    standard deviation over the batch, applied with a probability. All parts of a call share the draw that decides
+    whether it is applied. A batch of one clip is left alone (S is undefined); where there is one position per
+    channel (vectors), there is only a mean.
+    """
+
+    def __init__(self, *, settings: FeatureNoiseSettings, randomness: Randomness) -> None:
+        self._probability = settings.probability
+        self._randomness = randomness
+
+    def __call__(self, parts: Parts) -> Parts:
+        """Parts, each [B, C, ...] floating -> the same shapes and types."""
+        if parts[0].shape[0] == 1:
+            return parts
+        # A factor of 0 or 1 rather than a branch, so that nothing waits for the device.
+        coin = self._randomness.uniform(1) < self._probability
+        return tuple(self._perturb(part, coin) for part in parts)
+
+    def _perturb(self, part: torch.Tensor, coin: torch.Tensor) -> torch.Tensor:
+        x = full_precision(part)
+        shape = tuple(x.shape[:2])
+        coin = coin.to(x.dtype)
+        positions = tuple(range(2, x.dim()))
+        if x[0, 0].numel() == 1:
+            shift = coin * self._randomness.normal(*shape, dtype=x.dtype) * _deviation(x.reshape(shape))
+            return (x + shift.reshape(x.shape)).to(part.dtype)
+        variance, mean = torch.var_mean(x, dim=positions)
+        std = (variance + EPS).sqrt()
+        noise_mean = self._randomness.normal(*shape, dtype=x.dtype)
+        noise_std = self._randomness.normal(*shape, dtype=x.dtype)
+        # The formula of the class as one multiply and one add over the positions: x (1 + a) + (e2 S(mu) - mu a).
+        a = coin * noise_std * _deviation(std) / std
+        shift = coin * noise_mean * _deviation(mean) - mean * a
+        spread = (*shape, *([1] * len(positions)))
+        return torch.addcmul(shift.reshape(spread), x, (1 + a).reshape(spread)).to(part.dtype)
+
+
+def _deviation(statistic: torch.Tensor) -> torch.Tensor:
+    """Unbiased standard deviation over the batch: [B, C] -> [1, C]."""
+    return (statistic.var(dim=0, keepdim=True) + EPS).sqrt()

@@ -1,0 +1,77 @@
+"""Every random draw of a training step that is not a head's nn.Dropout, from one seeded generator.
+
+nn.Dropout draws from torch's global generators, which `seed_everything` seeds and checkpoints save.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+
+class Randomness:
+    """Draws for feature noise and modality masks, on the model's device, in the order they are asked for.
+
+    Args:
+        seed: seed of the generator.
+        device: device the draws are made on (a CUDA generator gives other numbers than a CPU one).
+    """
+
+    def __init__(self, *, seed: int, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.generator = torch.Generator(device=self.device)
+        self.generator.manual_seed(seed)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Uniform in [0, 1), float32."""
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Standard normal of floating type `dtype`."""
+        return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+
+    def state(self) -> torch.Tensor:
+        """State to go on from, a CPU uint8 tensor."""
+        return self.generator.get_state()
+
+    def load(self, state: torch.Tensor) -> None:
+        """Go on from `state`."""
+        self.generator.set_state(state.cpu())
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def global_states() -> dict:
+    """States of the global generators, as tensors and primitives only (so that weights_only loading works)."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [
+            str(kind),
+            torch.from_numpy(keys.astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def load_global_states(states: dict) -> None:
+    """Go on from what `global_states` returned."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"].cpu())
+    if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

@@ -58,7 +58,9 @@ class Ticker:
             rate = self._done / max(now - self._started, 1e-9)
             total = f"/{self._total}" if self._total else ""
             left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate > 0 else ""
-            err.print(f"{self._label}: {self._done}{total} ({rate:.1f}/s{left}) {self._note}".rstrip(), markup=False)
+            err.print(
+                f"{self._label}: {self._done}{total} ({rate:.1f}/s{left}) {self._note}".rstrip(), markup=False
+            )
 
     def describe(self, note: str) -> None:
         """Show `note` (losses, rates) behind the bar."""

@@ -34,7 +34,21 @@ class ManifestError(MbcdError):
 
 
 class MediaError(MbcdError):
-    """One media file cannot be used; `prepare` records it and goes on with the other clips."""
+    """One media file cannot be used; `prepare` records it and goes on with the other clips.
+
+    Args:
+        file: the file (or folder of frames).
+        cause: what is wrong with it, without its name.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, file: object, cause: str, remedy: str = "") -> None:
+        super().__init__(f"{file}: {cause}", remedy)
+        self.file = str(file)
+        self.cause = cause
+
+    def __reduce__(self):
+        return type(self), (self.file, self.cause, self.remedy)
 
 
 class CacheError(MbcdError):

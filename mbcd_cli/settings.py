@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Kind = Literal["video", "flow", "audio", "array"]
 KINDS: tuple[Kind, ...] = ("video", "flow", "audio", "array")
@@ -30,6 +30,13 @@ def infer_kind(name: str) -> Kind | None:
     return None
 
 
+def _split_commas(value: Any) -> Any:
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -59,7 +66,7 @@ class DatasetSettings(Slice):
     """Folder that holds the dataset; only `prepare` needs it."""
     manifest: Path = Path("manifest.csv")
     """CSV table of the manifest reader, relative to the root."""
-    domains: tuple[str, ...] = ()
+    domains: Names = ()
     """Domains to use, in this order; empty means all that the dataset has."""
     classes: Count | None = None
     """Number of classes, labels being 0 to classes - 1; default: the largest label found plus one."""
@@ -225,6 +232,10 @@ class CacheSettings(Slice):
     """HDF5 compression; uncompressed shards are memory-mapped."""
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that decode media; 0 decodes in the main process."""
+    weights_dir: Path = Path("weights")
+    """Folder of the encoders' pretrained weights."""
+    random_weights: bool = False
+    """Allow a frozen trunk with random weights (for tests and timings; never silently)."""
     seed: int = 0
     """Seed of the random views; with the clip's id it fixes every view, whatever the number of workers."""
 
@@ -232,7 +243,7 @@ class CacheSettings(Slice):
 class ModelSettings(Slice):
     """Heads and fusion; the encoders are set per modality."""
 
-    modalities: tuple[str, ...] = ()
+    modalities: Names = ()
     """Modalities to train on, in fusion order; empty means all that are prepared."""
     hidden: Count = 512
     """Width of the hidden layer of every head."""
@@ -316,7 +327,9 @@ class ObjectiveSettings(Slice):
         if self.distillation.enabled and not self.teacher.enabled:
             problems.append("distillation needs a teacher: set objective.teacher.enabled=true")
         if self.consistency.order != "off" and self.unimodal != "joint":
-            problems.append("gradient consistency steps along uni-modal gradients: set objective.unimodal=joint")
+            problems.append(
+                "gradient consistency steps along uni-modal gradients: set objective.unimodal=joint"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -342,7 +355,7 @@ class TrainingSettings(Slice):
     """Name of the method, for run folders and tables; `--method` sets it with the objective's switches."""
     target_domain: str | None = None
     """Unseen domain, only used to report; none trains and reports in-domain."""
-    source_domains: tuple[str, ...] = ()
+    source_domains: Names = ()
     """Domains seen in training; empty means all but the target."""
     epochs: Count = 20
     """Passes over the source domains' training clips."""
@@ -394,12 +407,48 @@ class LandscapeSettings(Slice):
     """Random directions per radius."""
     data: Literal["validation", "target", "train"] = "validation"
     """Clips on which the loss is measured."""
-    max_clips: Count | None = 256
-    """At most this many clips, drawn evenly; none uses all."""
+    max_clips: Annotated[int, Field(ge=0)] = 256
+    """At most this many clips, drawn evenly; 0 uses all."""
     batch_size: Count = 64
     """Clips per forward pass."""
     seed: int = 0
     """Seed of the directions."""
+    analyses: tuple[Literal["surface", "curve", "flatness", "worst_case", "curvature"], ...] = (
+        "surface",
+        "curve",
+        "flatness",
+    )
+    """What to measure: 2-D surface, 1-D curve, mean and worst-case loss increase per radius, Hessian curvature."""
+    group: str = "all"
+    """Parameters that move: all, tails, fused_head, or the name of a modality (its tail alone)."""
+    weights: Literal["deployed", "student", "teacher"] = "deployed"
+    """Weights at the centre: the deployed ones (the teacher's if there is one), the student's, or the teacher's."""
+    loss: Literal["fused", "total"] = "fused"
+    """Cross-entropy of the fused head, or the sum of the fused and all uni-modal heads' cross-entropies."""
+    batch_norm: Literal["running", "recalibrated"] = "running"
+    """Batch norm at every point: the checkpoint's running statistics, or recalibrated on training clips."""
+    normalisation: Literal["filter", "layer", "adaptive", "relative", "absolute"] = "filter"
+    """Length of a direction: that of the weights per filter, layer or value (adaptive) or in all, or 1."""
+    biases: Literal["still", "move"] = "still"
+    """Biases and batch-norm parameters: not moved (Li et al. 2018), or moved like one filter per tensor."""
+    points_per_pass: Annotated[int, Field(ge=0)] = 0
+    """Points evaluated together by vmap; 0 chooses (many when only heads move, one otherwise)."""
+    ascent_steps: Count = 10
+    """Gradient ascent steps of the worst-case loss increase."""
+    eigenvalues: Count = 5
+    """Largest Hessian eigenvalues that are computed."""
+    tolerance: Positive = 1e-3
+    """Relative error at which an eigenvalue counts as converged."""
+    trace_probes: Count = 32
+    """Random vectors of Hutchinson's estimate of the Hessian's trace."""
+    density_probes: Annotated[int, Field(ge=0)] = 4
+    """Random vectors of the Hessian's spectral density (stochastic Lanczos quadrature); 0 leaves it out."""
+    density_steps: Count = 60
+    """Lanczos steps per random vector of the spectral density."""
+    curvature_dtype: Literal["float32", "float64"] = "float32"
+    """Precision of Hessian-vector products (the recurrences are always float64)."""
+    exact_limit: Annotated[int, Field(ge=0)] = 0
+    """The whole Hessian is computed when at most this many parameters move; 0 never."""
 
 
 class RuntimeSettings(Slice):
@@ -495,5 +544,3 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 """Named switch sets of the objective for `--method`; single switches may be changed on top with `--set`."""
-
-

@@ -1,14 +1,329 @@
-"""HDF5 cache: schema, fingerprint, crash-safe writer, fast reader. (Being written; the reader's contract is below.)
+"""The HDF5 cache of trunk outputs: schema, recipe and fingerprint, crash-safe writer.
 
-    dataset = open_dataset(settings)            # joins the modalities' caches that match `settings`
-    dataset.name, dataset.domains, dataset.label_names, dataset.classes
-    dataset.modalities      dict[str, Modality], resolved settings in fusion order
-    dataset.fingerprints    dict[str, str]
-    dataset.tail_weights    dict[str, state dict]   (pretrained tails stored by prepare; may be empty)
-    dataset.clips           ClipTable: ids [N] list[str], domains [N] int, splits [N] int (0 train, 1 test), labels [N] int
-    dataset.rejected        list[Rejected(clip, modality, file, cause, remedy)]
-    dataset.select(domains=("studio",), splits=("train",), limit=None) -> int64 ndarray of clip indices, table order
-    dataset.batches(clips, batch_size=16, training=True, seed=0, epoch=0, drop_last=True, start=0) -> Iterator[Batch]
-        training: shuffled by (seed, epoch), one random stored training view per clip; `start` skips that many batches
-        training=False: table order, the one test view; the last batch may be short
+`cache/<dataset>/<modality>-<fingerprint>/` holds
+
+- `shard-NNNNN.h5`: `part0`, `part1`, ... [R, ...] (one per path of the encoder), `clip` [R] (row of the clip table),
+  `view` [R] (training view from 0, or -1 for the test view), `rejected/` (clip, file, cause, remedy). Uncompressed
+  parts are contiguous, so that a reader can map them; compressed ones are chunked by row.
+- `index.h5`: the clip table, the row table, the rejected clips and the provenance; written last, so that its presence
+  means the cache is complete.
+- `tail.pt`: initial weights of the tail, where the trunk is not empty.
+
+A shard covers a fixed run of clips, is written aside, synced and renamed; what is complete is never computed again.
+Letters: N clips, R rows (clip x view), V views.
 """
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from mbcd_cli import __version__
+from mbcd_cli.data.records import SPLITS, TEST_VIEW, Clip, Rejected
+from mbcd_cli.errors import CacheError
+from mbcd_cli.settings import Modality, Settings
+
+FORMAT = 1
+SHARD_BYTES = 512 * 2**20
+"""A shard holds at most about this much, so that memory stays bounded while one is being filled."""
+_TEXT = h5py.string_dtype("utf-8")
+# With nothing frozen the cache holds decoded tensors, whatever encoder reads them later.
+_ENCODER_FIELDS = ("encoder", "width", "weights", "weights_sha256")
+
+
+def recipe_of(
+    settings: Settings, name: str, modality: Modality, *, weights_sha256: str | None
+) -> dict[str, Any]:
+    """All that fixes the cached bytes of one modality, but for the clips themselves.
+
+    Args:
+        settings: the whole tree; the dataset's and the cache's slices are read.
+        name: the modality.
+        modality: its resolved settings.
+        weights_sha256: of the trunk's weights; None for random ones or for an empty trunk.
+    """
+    view = modality.model_dump(mode="json")
+    for field in _ENCODER_FIELDS:
+        view.pop(field)
+    recipe: dict[str, Any] = {
+        "format": FORMAT,
+        "modality": name,
+        "view": view,
+        "views": settings.cache.views,
+        "seed": settings.cache.seed,
+        "dtype": settings.cache.dtype,
+        "test_view": settings.dataset.target_split,
+        "min_frames": settings.dataset.min_frames,
+        "missing_frames": settings.dataset.missing_frames,
+    }
+    if modality.cut != "input":
+        recipe["encoder"] = modality.encoder
+        recipe["width"] = modality.width
+        recipe["weights"] = weights_sha256 or "random"
+    return recipe
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"view": {"crop": 56}} -> {"view.crop": 56}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def listing_digest(clips: Sequence[Clip]) -> str:
+    """Digest of ids, domains, splits and labels: modalities can be joined only when theirs agree."""
+    return _digest([[c.id, c.domain, c.split, c.label, c.label_name] for c in clips])
+
+
+def fingerprint(recipe: Mapping[str, Any], clips: Sequence[Clip], *, name: str, root: Path) -> str:
+    """Twelve hex digits over the recipe, the clips and the size of their media files.
+
+    Paths are taken relative to `root`, so that a dataset that moves keeps its cache.
+    """
+    rows = []
+    for clip in clips:
+        media = clip.media[name]
+        files = [path for path in (media.path, media.path_v) if path is not None]
+        rows.append(
+            [
+                [os.path.relpath(path, root) for path in files],
+                [path.stat().st_size if path.is_file() else -1 for path in files],
+                [media.start, media.stop, media.unit, media.computed],
+            ]
+        )
+    return _digest([recipe, listing_digest(clips), rows])[:12]
+
+
+def views_of(clip: Clip, *, views: int, test_view: str) -> list[int]:
+    """Views stored for a clip: training clips get V random ones; test clips (or all) get the test view."""
+    wanted = [TEST_VIEW] if clip.split == "test" or test_view == "all" else []
+    return wanted + (list(range(views)) if clip.split == "train" else [])
+
+
+def shard_ranges(clips: Sequence[Clip], *, row_bytes: int, limit: int, rows: Sequence[int]) -> list[range]:
+    """Runs of clips, one per shard: at most `limit` clips and about `SHARD_BYTES` each; fixed by their arguments."""
+    ranges, start, size = [], 0, 0
+    for index in range(len(clips)):
+        add = rows[index] * row_bytes
+        if index > start and (index - start >= limit or size + add > SHARD_BYTES):
+            ranges.append(range(start, index))
+            start, size = index, 0
+        size += add
+    if len(clips) > start:
+        ranges.append(range(start, len(clips)))
+    return ranges
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's writer lock; it vanishes with the process.
+
+    Raises:
+        CacheError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CacheError(
+                f"Another mbcd process is preparing {folder}.",
+                "Wait for it to end, then run the command again.",
+            ) from error
+        yield
+
+
+@contextlib.contextmanager
+def _written_aside(path: Path) -> Iterator[h5py.File]:
+    """An HDF5 file that appears under its name only when it is complete and on disk."""
+    aside = path.with_name(path.name + ".partial")
+    try:
+        with h5py.File(aside, "w", libver="latest") as file:
+            yield file
+        with aside.open("rb") as handle:
+            os.fsync(handle.fileno())
+        aside.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise CacheError(
+                f"The disk is full: {path.parent} cannot take another shard.",
+                "Free some space (or use --cache-dir elsewhere) and run the same command again; it resumes.",
+            ) from error
+        raise CacheError(
+            f"{path} cannot be written: {error}.", "Check the folder's rights and the disk."
+        ) from error
+
+
+def _write_rejected(file: h5py.File, rejected: Sequence[Rejected]) -> None:
+    group = file.create_group("rejected")
+    for field in ("clip", "modality", "file", "cause", "remedy"):
+        group.create_dataset(field, data=[getattr(r, field) for r in rejected], dtype=_TEXT)
+
+
+def _strings(dataset: h5py.Dataset) -> list[str]:
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[()]]
+
+
+def read_rejected(file: h5py.File) -> list[Rejected]:
+    """The rejected clips recorded in a shard or an index."""
+    group = file["rejected"]
+    columns = [_strings(group[field]) for field in ("clip", "modality", "file", "cause", "remedy")]
+    return [Rejected(*row) for row in zip(*columns, strict=True)]
+
+
+@dataclass(slots=True)
+class ShardRows:
+    """What one shard holds: parts [R, ...] each, clip and view of every row, and the clips that were rejected."""
+
+    parts: list[np.ndarray]
+    clips: np.ndarray
+    views: np.ndarray
+    rejected: list[Rejected]
+
+
+class CacheWriter:
+    """Writes one modality's cache, shard by shard; a second run finds what is there and goes on.
+
+    Args:
+        folder: `cache/<dataset>/<modality>-<fingerprint>`.
+        recipe: what fixes the bytes.
+        modality: resolved settings, kept so that training can rebuild the tail.
+        clips: the dataset's clip table, in order.
+        shards: runs of clips.
+        provenance: reader, dataset, root, weights and the like, as readable attributes.
+        compression: "none", "gzip" or "lzf".
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        recipe: Mapping[str, Any],
+        modality: Modality,
+        clips: Sequence[Clip],
+        shards: Sequence[range],
+        domains: Sequence[str],
+        label_names: Sequence[str],
+        provenance: Mapping[str, str],
+        compression: str,
+    ) -> None:
+        self.folder = folder
+        self.recipe = recipe
+        self.modality = modality
+        self.clips = clips
+        self.shards = shards
+        self.domains = domains
+        self.label_names = label_names
+        self.provenance = provenance
+        self.compression = None if compression == "none" else compression
+        for leftover in folder.glob("*.partial"):
+            leftover.unlink()
+
+    def shard_path(self, number: int) -> Path:
+        """Path of shard `number`."""
+        return self.folder / f"shard-{number:05d}.h5"
+
+    def pending(self) -> list[int]:
+        """Shards that are not there yet, or not readable; the latter are written anew."""
+        return [n for n in range(len(self.shards)) if not self._sound(n)]
+
+    def _sound(self, number: int) -> bool:
+        try:
+            with h5py.File(self.shard_path(number), "r") as file:
+                return (
+                    file.attrs["first"] == self.shards[number].start
+                    and file.attrs["stop"] == self.shards[number].stop
+                )
+        except (OSError, KeyError):
+            return False
+
+    def write_shard(self, number: int, rows: ShardRows) -> None:
+        """Store one shard; it exists whole or not at all.
+
+        Raises:
+            CacheError: full disk or missing rights; what was written before stays.
+        """
+        with _written_aside(self.shard_path(number)) as file:
+            file.attrs["format"] = FORMAT
+            file.attrs["first"], file.attrs["stop"] = self.shards[number].start, self.shards[number].stop
+            file.attrs["modality"] = self.recipe["modality"]
+            file.attrs["parts"] = len(rows.parts)
+            for index, part in enumerate(rows.parts):
+                chunks = (1, *part.shape[1:]) if self.compression and len(part) else None
+                file.create_dataset(
+                    f"part{index}", data=part, chunks=chunks, compression=self.compression if chunks else None
+                )
+            file.create_dataset("clip", data=rows.clips.astype(np.int32))
+            file.create_dataset("view", data=rows.views.astype(np.int16))
+            _write_rejected(file, rows.rejected)
+
+    def finish(self) -> list[Rejected]:
+        """Write the index over all shards and return every rejected clip.
+
+        Raises:
+            CacheError: a shard is missing or unreadable.
+        """
+        clip, view, shard, row, rejected = [], [], [], [], []
+        for number in range(len(self.shards)):
+            try:
+                with h5py.File(self.shard_path(number), "r") as file:
+                    count = len(file["clip"])
+                    clip.append(file["clip"][()])
+                    view.append(file["view"][()])
+                    shard.append(np.full(count, number, np.int32))
+                    row.append(np.arange(count, dtype=np.int32))
+                    rejected.extend(read_rejected(file))
+            except (OSError, KeyError) as error:
+                raise CacheError(
+                    f"Shard {self.shard_path(number)} cannot be read: {error}.",
+                    "Delete it and prepare again.",
+                ) from error
+        with _written_aside(self.folder / "index.h5") as file:
+            file.attrs["format"] = FORMAT
+            file.attrs["recipe"] = json.dumps(self.recipe, sort_keys=True)
+            file.attrs["modality_settings"] = self.modality.model_dump_json()
+            file.attrs["listing"] = listing_digest(self.clips)
+            file.attrs["prepared_at"] = datetime.now(UTC).isoformat()
+            file.attrs["mbcd_version"] = __version__
+            for key, value in self.provenance.items():
+                file.attrs[key] = value
+            file.create_dataset("domains", data=list(self.domains), dtype=_TEXT)
+            file.create_dataset("label_names", data=list(self.label_names), dtype=_TEXT)
+            table = file.create_group("clips")
+            table.create_dataset("id", data=[c.id for c in self.clips], dtype=_TEXT)
+            domain = {name: index for index, name in enumerate(self.domains)}
+            table.create_dataset("domain", data=np.array([domain[c.domain] for c in self.clips], np.int32))
+            table.create_dataset("split", data=np.array([SPLITS.index(c.split) for c in self.clips], np.int8))
+            table.create_dataset("label", data=np.array([c.label for c in self.clips], np.int32))
+            rows = file.create_group("rows")
+            for key, values in (("clip", clip), ("view", view), ("shard", shard), ("row", row)):
+                rows.create_dataset(key, data=np.concatenate(values))
+            _write_rejected(file, rejected)
+        return rejected

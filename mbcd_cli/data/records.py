@@ -34,6 +34,7 @@ class Media:
         start, stop: span inside the file, in `unit`; None means from the beginning / to the end.
         unit: "s" (seconds) or "frame" (zero-based native frames, stop exclusive).
         computed: for flow, true when `path` is the RGB video and flow is computed from it.
+        clock: for sound with a span in frames, the video whose frame times those frames have.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Media:
     stop: float | None = None
     unit: Literal["s", "frame"] = "s"
     computed: bool = False
+    clock: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +88,22 @@ class Batch:
             domains=self.domains.to(device, non_blocking=non_blocking),
             clips=self.clips.to(device, non_blocking=non_blocking),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """One modality of one clip that could not be used, as `prepare` reports it and stores it in the cache.
+
+    Attributes:
+        clip: the clip's id.
+        modality: name of the modality whose file is bad.
+        file: path of that file, as the reader gave it.
+        cause: what is wrong with it.
+        remedy: what to do about it.
+    """
+
+    clip: str
+    modality: str
+    file: str
+    cause: str
+    remedy: str = ""

@@ -1,0 +1,253 @@
+"""`mbcd prepare`: reader -> media -> views -> trunk -> cache."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mbcd_cli import console
+from mbcd_cli.data.cache import CacheWriter, ShardRows, fingerprint, locked, recipe_of, shard_ranges, views_of
+from mbcd_cli.data.decoding import DecodeJob, Decoder
+from mbcd_cli.data.readers import READERS, Listing
+from mbcd_cli.data.records import Clip, Rejected
+from mbcd_cli.data.views import part_shapes, resolve
+from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders.staged import Trunk
+from mbcd_cli.errors import CacheError, SettingsError
+from mbcd_cli.runtime import pick_device
+from mbcd_cli.settings import Modality, Settings
+
+
+def read_listing(settings: Settings) -> Listing:
+    """The clips of `settings.dataset`, modalities resolved as far as files tell.
+
+    Raises:
+        SettingsError: no such reader.
+        ManifestError: the dataset's tables are wrong.
+    """
+    entry = READERS.get(settings.dataset.reader)
+    if entry is None:
+        raise SettingsError(
+            f"There is no dataset reader {settings.dataset.reader!r}.",
+            "`mbcd list datasets` shows the choices.",
+        )
+    listing = entry.read(settings.dataset, settings.modalities)
+    listing.modalities = {
+        name: resolve(modality, [clip.media[name] for clip in listing.clips if name in clip.media])
+        for name, modality in listing.modalities.items()
+    }
+    return listing
+
+
+def prepare(settings: Settings) -> dict[str, Any]:
+    """Fill the caches of every modality of a dataset; what is already there is reused.
+
+    Returns:
+        A JSON-able summary: clips, domains, per modality the folder, bytes and what was reused, and every rejected
+        clip; `exit_code` is 3 when more clips were rejected than `dataset.max_bad`.
+    """
+    listing = read_listing(settings)
+    for line in listing.notes:
+        console.say(line)
+    for line in listing.warnings:
+        console.warn(line)
+    device = pick_device(settings.runtime)
+    rejected: list[Rejected] = list(listing.rejected)
+    done: dict[str, Any] = {}
+    for name, modality in listing.modalities.items():
+        done[name] = _prepare_modality(settings, listing, name, modality, device, rejected)
+    bad = sorted({r.clip for r in rejected})
+    if rejected:
+        console.table(
+            f"{len(bad)} of {len(listing.clips)} clips rejected",
+            ("clip", "modality", "file", "cause", "remedy"),
+            [(r.clip, r.modality, _short(r.file, settings), r.cause, r.remedy) for r in rejected],
+            to_stderr=True,
+        )
+    if len(bad) == len(listing.clips):
+        raise CacheError(
+            f"All {len(bad)} clips of {listing.name} were rejected.", "The table above says why."
+        )
+    return {
+        "dataset": listing.name,
+        "cache": str(settings.cache.dir / listing.name),
+        "clips": len(listing.clips),
+        "domains": list(listing.domains),
+        "classes": len(listing.label_names),
+        "modalities": done,
+        "rejected": [
+            {"clip": r.clip, "modality": r.modality, "file": r.file, "cause": r.cause, "remedy": r.remedy}
+            for r in rejected
+        ],
+        "exit_code": 3 if len(bad) > settings.dataset.max_bad else 0,
+    }
+
+
+def _short(file: str, settings: Settings) -> str:
+    root = settings.dataset.root
+    return str(Path(file).relative_to(root)) if root and Path(file).is_relative_to(root) else file
+
+
+def _trunk(
+    settings: Settings, name: str, modality: Modality
+) -> tuple[Trunk, dict[str, torch.Tensor], str | None]:
+    """The frozen trunk, the tail's initial weights and the weights' SHA-256 (None: random or no trunk)."""
+    torch.manual_seed(settings.cache.seed)
+    encoder = build_encoder(name, modality)
+    if modality.cut == "input":
+        trunk, _ = encoder.cut("input")
+        return trunk, {}, None
+    if modality.weights is None and not settings.cache.random_weights:
+        raise SettingsError(
+            f"modalities.{name}: {modality.encoder} is cut at {modality.cut!r}, and no weights are set for its trunk.",
+            f"Set modalities.{name}.weights to a checkpoint, or say --random-weights.",
+        )
+    trunk, tail = encoder.cut(modality.cut)
+    return trunk, tail.state_dict(), None
+
+
+def _prepare_modality(
+    settings: Settings,
+    listing: Listing,
+    name: str,
+    modality: Modality,
+    device: torch.device,
+    rejected: list[Rejected],
+) -> dict[str, Any]:
+    started = time.monotonic()
+    trunk, tail_weights, sha = _trunk(settings, name, modality)
+    recipe = recipe_of(settings, name, modality, weights_sha256=sha)
+    root = settings.dataset.root or Path()
+    clips = [clip for clip in listing.clips if name in clip.media]
+    digest = fingerprint(recipe, listing.clips, name=name, root=root)
+    folder = settings.cache.dir / listing.name / f"{name}-{digest}"
+    views = [
+        views_of(clip, views=settings.cache.views, test_view=settings.dataset.target_split) for clip in clips
+    ]
+    shapes = _cached_shapes(trunk, modality, settings)
+    row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes)
+    with locked(folder):
+        writer = CacheWriter(
+            folder,
+            recipe=recipe,
+            modality=modality,
+            clips=listing.clips,
+            shards=shard_ranges(
+                clips, row_bytes=row_bytes, limit=settings.cache.shard_clips, rows=[len(v) for v in views]
+            ),
+            domains=listing.domains,
+            label_names=listing.label_names,
+            provenance={
+                "dataset": listing.name,
+                "reader": settings.dataset.reader,
+                "root": str(root),
+                "encoder": modality.encoder if modality.cut != "input" else "none (decoded tensors)",
+                "weights_sha256": sha or "none",
+                "torch_version": torch.__version__,
+            },
+            compression=settings.cache.compression,
+        )
+        pending = writer.pending()
+        _check_disk(folder, row_bytes * sum(len(views[i]) for n in pending for i in writer.shards[n]))
+        job = DecodeJob(name, modality, settings.dataset, settings.cache.seed)
+        trunk.to(device)
+        total = sum(len(writer.shards[n]) for n in pending)
+        with (
+            Decoder(workers=settings.cache.workers, job=job) as decoder,
+            console.progress(name, total) as ticker,
+        ):
+            for number in pending:
+                items = [(index, clips[index], views[index]) for index in writer.shards[number]]
+                rows = _fill(decoder, items, trunk, shapes, device, ticker)
+                writer.write_shard(number, rows)
+        if tail_weights:
+            _save_tail(folder / "tail.pt", tail_weights)
+        found = writer.finish()
+    rejected.extend(found)
+    state = "reused" if not pending else "prepared"
+    seconds = time.monotonic() - started
+    nbytes = sum(path.stat().st_size for path in folder.glob("shard-*.h5"))
+    console.say(
+        f"{name}: {state} {len(clips) - len(found)} clips, {sum(map(len, views))} views, {nbytes / 1e6:.1f} MB "
+        f"in {seconds:.1f} s -> {folder}"
+    )
+    return {
+        "folder": str(folder),
+        "fingerprint": digest,
+        "clips": len(clips) - len(found),
+        "bytes": nbytes,
+        "bytes_per_view": row_bytes,
+        "shards": len(writer.shards),
+        "shards_reused": len(writer.shards) - len(pending),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _cached_shapes(
+    trunk: Trunk, modality: Modality, settings: Settings
+) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of one row of every part at the cut, found by running the trunk on zeros."""
+    inputs = part_shapes(modality)
+    stored = np.dtype(settings.cache.dtype)
+    if not trunk.names:
+        return [(shape, dtype if dtype == np.uint8 else stored) for shape, dtype in inputs]
+    zeros = tuple(
+        torch.zeros((1, *shape), dtype=torch.from_numpy(np.zeros(0, dtype)).dtype) for shape, dtype in inputs
+    )
+    return [(tuple(part.shape[1:]), stored) for part in trunk(zeros)]
+
+
+def _fill(
+    decoder: Decoder,
+    items: Sequence[tuple[int, Clip, list[int]]],
+    trunk: Trunk,
+    shapes: Sequence[tuple[tuple[int, ...], np.dtype]],
+    device: torch.device,
+    ticker: console.Ticker,
+) -> ShardRows:
+    """Decode a shard's clips, run the trunk on their views and collect the rows."""
+    count = sum(len(views) for _, _, views in items)
+    parts = [np.empty((count, *shape), dtype) for shape, dtype in shapes]
+    clip_rows, view_rows, rejected = np.empty(count, np.int32), np.empty(count, np.int16), []
+    at = 0
+    for decoded in decoder.run(items):
+        ticker.advance()
+        if decoded.rejected is not None:
+            rejected.append(decoded.rejected)
+            continue
+        rows = slice(at, at + len(decoded.views))
+        stacked = [np.stack(column) for column in zip(*decoded.parts, strict=True)]
+        if trunk.names:
+            tensors = tuple(torch.from_numpy(array).to(device) for array in stacked)
+            stacked = [part.float().cpu().numpy() for part in trunk(tensors)]
+        for target, source in zip(parts, stacked, strict=True):
+            target[rows] = source
+            if target.dtype.kind == "f" and not np.isfinite(target[rows]).all():
+                raise CacheError(
+                    f"Clip {items[0][1].id if not items else decoded.index}: values do not fit {target.dtype}.",
+                    "Prepare with --set cache.dtype=float32.",
+                )
+        clip_rows[rows], view_rows[rows] = decoded.index, decoded.views
+        at = rows.stop
+    return ShardRows([part[:at] for part in parts], clip_rows[:at], view_rows[:at], rejected)
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CacheError(
+            f"The cache needs {needed / 1e9:.1f} GB more, and {folder} has {free / 1e9:.1f} GB free.",
+            "Free some space, name another disk with --cache-dir, or store fewer views (--set cache.views=1).",
+        )
+
+
+def _save_tail(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    aside = path.with_name(path.name + ".partial")
+    torch.save({key: value.cpu() for key, value in weights.items()}, aside)
+    aside.replace(path)

@@ -1,0 +1,161 @@
+"""Decoding clips in worker processes, in order, surviving files that crash or hang a decoder.
+
+Letters: V views of one clip.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+
+from mbcd_cli.data.records import Clip, Rejected
+from mbcd_cli.errors import MbcdError, MediaError
+from mbcd_cli.settings import DatasetSettings, Modality
+
+TIMEOUT = 300.0
+"""Seconds after which one clip's decoding is given up (a hanging decoder or file system)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeJob:
+    """What a worker needs besides the clip: the modality, its settings, the dataset's and the seed of the views."""
+
+    name: str
+    modality: Modality
+    dataset: DatasetSettings
+    seed: int
+
+
+@dataclass(slots=True)
+class Decoded:
+    """The views of one clip, each a tuple of parts; or why there are none."""
+
+    index: int
+    views: list[int]
+    parts: list[tuple[np.ndarray, ...]]
+    rejected: Rejected | None = None
+
+
+def _quiet_worker() -> None:
+    """One thread per worker: the workers are the parallelism. Ctrl-C is the parent's to handle."""
+    import signal
+
+    import cv2
+
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def media_file(clip: Clip, name: str) -> str:
+    """The file a message about this clip's modality should name."""
+    media = clip.media[name]
+    return str(media.path)
+
+
+def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
+    """Decode one clip, once, into its views; a bad file becomes a rejection, not an exception."""
+    from mbcd_cli.data.views import load_views
+
+    try:
+        parts = load_views(clip, job.name, job.modality, views=views, seed=job.seed, dataset=job.dataset)
+    except MediaError as error:
+        return Decoded(
+            index,
+            views,
+            [],
+            Rejected(clip.id, job.name, media_file(clip, job.name), error.message, error.remedy),
+        )
+    except MbcdError:
+        raise
+    except Exception as error:  # a decoder's own exception must not end the other clips' preparation
+        cause = f"{type(error).__name__}: {error}"
+        return Decoded(
+            index,
+            views,
+            [],
+            Rejected(clip.id, job.name, media_file(clip, job.name), cause, "Re-encode or replace the file."),
+        )
+    return Decoded(index, views, parts)
+
+
+class Decoder:
+    """Decodes clips in order with bounded look-ahead.
+
+    Args:
+        workers: processes; 0 decodes in this process.
+        job: what to decode.
+    """
+
+    def __init__(self, *, workers: int, job: DecodeJob) -> None:
+        self.workers = workers
+        self.job = job
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _start(self, workers: int) -> ProcessPoolExecutor:
+        # forkserver: no fork of a process that already runs torch's threads, and the imports are paid once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["mbcd_cli.data.views"])
+        return ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker)
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()  # a hanging decoder would otherwise keep the command from ending
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+    def run(self, items: Sequence[tuple[int, Clip, list[int]]]) -> Iterator[Decoded]:
+        """(index, clip, views) -> `Decoded`, in the order given."""
+        if not self.workers:
+            for index, clip, views in items:
+                yield decode(index, clip, views, self.job)
+            return
+        todo = deque(items)
+        flight: deque[tuple[tuple[int, Clip, list[int]], Future[Decoded]]] = deque()
+        while todo or flight:
+            self._pool = self._pool or self._start(self.workers)
+            try:
+                while todo and len(flight) < 2 * self.workers + 2:
+                    item = todo[0]
+                    flight.append((item, self._pool.submit(decode, *item, self.job)))
+                    todo.popleft()
+                result = flight[0][1].result(timeout=TIMEOUT)
+            except (BrokenProcessPool, FutureTimeout):
+                # One of the clips in flight killed or hung its worker: find it by decoding them one at a time.
+                self._stop()
+                suspects = [item for item, _ in flight]
+                flight.clear()
+                for item in suspects:
+                    yield self._alone(item)
+                continue
+            flight.popleft()
+            yield result
+
+    def _alone(self, item: tuple[int, Clip, list[int]]) -> Decoded:
+        index, clip, views = item
+        self._pool = self._start(1)
+        try:
+            return self._pool.submit(decode, index, clip, views, self.job).result(timeout=TIMEOUT)
+        except BrokenProcessPool:
+            cause = "the decoder crashed on this file"
+        except FutureTimeout:
+            cause = f"the decoder did not finish within {TIMEOUT:.0f} s"
+        finally:
+            self._stop()
+        file = media_file(clip, self.job.name)
+        return Decoded(
+            index, views, [], Rejected(clip.id, self.job.name, file, cause, "Re-encode or replace the file.")
+        )

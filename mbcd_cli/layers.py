@@ -1,0 +1,287 @@
+"""Merging preset, config file, environment, `--set` and flags into one validated `Settings` tree.
+
+Precedence: flag > --set a.b=v > MBCD_A__B > --config > --preset > default. `--method` is a named set of switches and
+sits just below `--set`, so that single switches can be changed on top of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from mbcd_cli.errors import SettingsError
+from mbcd_cli.settings import METHODS, Settings
+
+_PACKAGE = Path(__file__).resolve().parent
+ENV_PREFIX = "MBCD_"
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One source of settings: where it comes from (for messages) and its nested values."""
+
+    source: str
+    values: dict[str, Any]
+
+
+class _Environment(BaseSettings):
+    """MBCD_A__B variables as nested dictionaries of strings (pydantic-settings does the nesting)."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="ignore")
+    dataset: dict[str, Any] = {}
+    modalities: dict[str, Any] = {}
+    cache: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    objective: dict[str, Any] = {}
+    optimizer: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+    landscape: dict[str, Any] = {}
+    runtime: dict[str, Any] = {}
+
+
+def preset_folder() -> Path:
+    """The folder of shipped presets: inside the wheel, or beside the package in a clone."""
+    inside = _PACKAGE / "presets"
+    return inside if inside.is_dir() else _PACKAGE.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    return sorted(path.stem for path in preset_folder().glob("*.toml"))
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The values of a TOML file.
+
+    Raises:
+        SettingsError: the file is missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SettingsError(f"{what} {path} does not exist.", "Check the path.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"{what} {path} cannot be read: {error}.", "It must be a UTF-8 TOML file."
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{what} {path} is not valid TOML: {error}.", "Mend that line.") from error
+
+
+def load_preset(name: str) -> Layer:
+    """A preset by name or by path.
+
+    Raises:
+        SettingsError: no such preset.
+    """
+    if name.endswith(".toml") or "/" in name:
+        return Layer(f"preset {name}", read_toml(Path(name), "preset"))
+    if name not in preset_names():
+        close = difflib.get_close_matches(name, preset_names(), n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        raise SettingsError(
+            f"There is no preset {name!r}.",
+            f"{hint}`mbcd list presets` shows them; a path to a TOML file works too.",
+        )
+    return Layer(f"preset {name}", read_toml(preset_folder() / f"{name}.toml", "preset"))
+
+
+def parse_value(text: str) -> Any:
+    """A value as TOML writes it (8, 0.5, true, [1, 2], "x"); anything else is taken as a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def nest(path: str, value: Any) -> dict[str, Any]:
+    """("a.b", 1) -> {"a": {"b": 1}}."""
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    """`high` over `low`, dictionary by dictionary; other values replace each other."""
+    merged = dict(low)
+    for key, value in high.items():
+        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _parse_leaves(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {key: _parse_leaves(value) for key, value in values.items()}
+    return parse_value(values) if isinstance(values, str) else values
+
+
+def environment_layer(environ: Mapping[str, str]) -> Layer:
+    """MBCD_TRAINING__EPOCHS=3 and the like.
+
+    Raises:
+        SettingsError: a variable with the prefix names no part of the tree.
+    """
+    unknown = [
+        name
+        for name in environ
+        if name.upper().startswith(ENV_PREFIX)
+        and name[len(ENV_PREFIX) :].split("__")[0].lower() not in Settings.model_fields
+    ]
+    if unknown:
+        raise SettingsError(
+            f"Environment variables that name no setting: {', '.join(sorted(unknown))}.",
+            f"Write {ENV_PREFIX}PART__FIELD, PART being one of {', '.join(Settings.model_fields)}; or unset them.",
+        )
+    return Layer("environment", _parse_leaves(_Environment().model_dump(exclude_defaults=True)))
+
+
+def set_layers(assignments: Sequence[str]) -> list[Layer]:
+    """`--set a.b=v` assignments, one layer each.
+
+    Raises:
+        SettingsError: an assignment without `=`.
+    """
+    bad = [text for text in assignments if "=" not in text or not text.split("=")[0].strip()]
+    if bad:
+        raise SettingsError(f"--set {bad[0]}: not an assignment.", "Write --set part.field=value.")
+    layers = []
+    for text in assignments:
+        path, value = text.split("=", 1)
+        layers.append(Layer(f"--set {text}", nest(path.strip(), parse_value(value.strip()))))
+    return layers
+
+
+def method_layer(method: str) -> Layer:
+    """The switches `--method` stands for.
+
+    Raises:
+        SettingsError: no such method.
+    """
+    if method not in METHODS:
+        raise SettingsError(
+            f"There is no method {method!r}.",
+            f"Use one of {', '.join(METHODS)}, and --set objective... for single switches.",
+        )
+    return Layer(f"--method {method}", {"training": {"method": method}, "objective": METHODS[method]})
+
+
+def _with_method(layer: Layer) -> Layer:
+    """A layer that names a known method also carries that method's switches, below its own."""
+    training = layer.values.get("training")
+    method = training.get("method") if isinstance(training, Mapping) else None
+    if method not in METHODS:
+        return layer
+    return Layer(layer.source, merge({"objective": METHODS[method]}, layer.values))
+
+
+def resolve(
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    sets: Sequence[str] = (),
+    method: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """The settings that these sources give together; `flags` maps dotted paths to values, None being unset.
+
+    Raises:
+        SettingsError: every problem of the merged tree in one message, each with the source of the value.
+    """
+    layers: list[Layer] = []
+    if preset is not None:
+        layers.append(load_preset(preset))
+    if config is not None:
+        layers.append(Layer(f"config {config}", read_toml(config, "config file")))
+    if environ is not None:
+        layers.append(environment_layer(environ))
+    if method is not None:
+        layers.append(method_layer(method))
+    layers.extend(set_layers(sets))
+    for path, value in (flags or {}).items():
+        if value is not None:
+            layers.append(Layer(f"--{path.rsplit('.', 1)[-1].replace('_', '-')}", nest(path, value)))
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = merge(merged, _with_method(layer).values)
+    return validate(merged, layers)
+
+
+def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Settings:
+    """Validated settings.
+
+    Raises:
+        SettingsError: all problems together.
+    """
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(problem, layers) for problem in error.errors()]
+        noun = "problem" if len(lines) == 1 else "problems"
+        raise SettingsError(
+            "\n".join([f"The settings have {len(lines)} {noun}:", *(f"  {line}" for line in lines)]),
+            "`mbcd train --show-settings` prints a valid tree; docs/settings.md explains every field.",
+        ) from error
+
+
+def _describe(problem: Mapping[str, Any], layers: Sequence[Layer]) -> str:
+    loc = [str(part) for part in problem["loc"]]
+    if len(loc) > 2 and loc[0] == "modalities":
+        del loc[2]  # the discriminator's tag, which no user ever wrote
+    path = ".".join(loc)
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "no such setting" + _nearest(loc)
+        given = ""
+    else:
+        value = problem.get("input")
+        given = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+    source = _source(loc, layers)
+    return f"{path}: {message}{given}{f' [from {source}]' if source else ''}"
+
+
+def _nearest(loc: Sequence[str]) -> str:
+    node: Any = Settings
+    for key in loc[:-1]:
+        field = getattr(node, "model_fields", {}).get(key)
+        node = field.annotation if field is not None else None
+        if not hasattr(node, "model_fields"):
+            return ""
+    close = difflib.get_close_matches(loc[-1], list(node.model_fields), n=1)
+    return f"; did you mean {'.'.join([*loc[:-1], close[0]])}?" if close else ""
+
+
+def _source(loc: Sequence[str], layers: Sequence[Layer]) -> str | None:
+    for layer in reversed(layers):
+        node: Any = layer.values
+        for key in loc:
+            if not isinstance(node, Mapping) or key not in node:
+                break
+            node = node[key]
+        else:
+            return layer.source
+    return None
+
+
+def to_toml(settings: Settings) -> str:
+    """The whole tree as TOML; unset (None) fields are left out and come back as their defaults."""
+    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+
+
+def load_settings(path: Path) -> Settings:
+    """Settings saved by `to_toml`.
+
+    Raises:
+        SettingsError: missing file, bad TOML or values that do not validate.
+    """
+    return validate(read_toml(path, "settings file"))

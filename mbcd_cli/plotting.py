@@ -1,4 +1,4 @@
-"""What all plots share: one style, a colour-blind-safe palette, atomic saving; no pyplot, so no global figures."""
+"""What all plots share: one style, a colour-blind-safe palette, atomic saving (without pyplot)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,130 @@
+"""The results of an evaluation as one JSON-able dict, and the small files beside a run it is made from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mbcd_cli.errors import RunError
+from mbcd_cli.evaluation.evaluator import TARGET, Evaluated, Prepared, deployed, source_domains
+from mbcd_cli.settings import Settings
+
+FORMAT = 1
+"""Version of the layout of results.json."""
+
+
+def describe(settings: Settings, dataset: Prepared, checkpoints: Mapping[str, Any]) -> dict[str, Any]:
+    """What was evaluated: dataset, method, domains, seed and checkpoints."""
+    training = settings.training
+    return {
+        "format": FORMAT,
+        "dataset": getattr(dataset, "name", None) or settings.dataset.name,
+        "fingerprints": dict(getattr(dataset, "fingerprints", {})),
+        "method": training.method,
+        "modalities": list(settings.model.modalities or dataset.modalities),
+        "target_domain": training.target_domain,
+        "target_split": settings.dataset.target_split,
+        "source_domains": list(source_domains(settings, dataset)),
+        "seed": training.seed,
+        "label_names": list(dataset.label_names),
+        "epochs": {name: int(checkpoint.epoch) for name, checkpoint in checkpoints.items()},
+    }
+
+
+def collect(about: Mapping[str, Any], results: Iterable[Evaluated]) -> dict[str, Any]:
+    """`about` with the figures: models[checkpoint][teacher|student][source|target][head], and the headline.
+
+    The headline repeats the deployed model's top-1 of every head on the target (without one, in-domain).
+    """
+    results = list(results)
+    models: dict[str, Any] = {}
+    for one in results:
+        models.setdefault(one.checkpoint, {}).setdefault(one.model, {})[one.clip_set.name] = one.figures
+    checkpoint, model = deployed(results)
+    sets = models[checkpoint][model]
+    measured_on = TARGET if TARGET in sets else next(iter(sets))
+    return {
+        **about,
+        "models": models,
+        "headline": {
+            "checkpoint": checkpoint,
+            "model": model,
+            "clips": measured_on,
+            "top1": {head: figures["top1"] for head, figures in sets[measured_on].items()},
+        },
+    }
+
+
+def write_json(value: Any, path: Path) -> Path:
+    """Write `value` aside and rename, so that a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(
+            json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        RunError: no such file, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"There is no {path}.", "Run `mbcd evaluate --run RUN` first.") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}", "Evaluate that run again.") from error
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file (none where it is missing); a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise RunError(f"{path}, line {number}: not JSON ({error})", "Remove that line.") from error
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def warnings(figures: Mapping[str, Any], checkpoints: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures should know: another cache, diverged models, absent classes."""
+    found = []
+    for name, checkpoint in checkpoints.items():
+        trained = dict(getattr(checkpoint, "fingerprints", None) or {})
+        changed = [m for m, f in figures["fingerprints"].items() if m in trained and trained[m] != f]
+        if changed:
+            found.append(f"The {name} checkpoint was trained on another cache of {', '.join(changed)}.")
+    for checkpoint, models in figures["models"].items():
+        for model, sets in models.items():
+            for clip_set, heads in sets.items():
+                bad = sum(head["unpredicted"] for head in heads.values())
+                if bad:
+                    found.append(
+                        f"The {checkpoint} {model} diverged: {bad} non-finite outputs on {clip_set} count as wrong."
+                    )
+    headline = figures["headline"]
+    for clip_set, heads in figures["models"][headline["checkpoint"]][headline["model"]].items():
+        absent = [name for name, entry in heads["fused"]["per_class"].items() if entry["clips"] == 0]
+        if absent:
+            found.append(
+                f"No {clip_set} clip of class {', '.join(absent)}: left out of the mean class accuracy."
+            )
+    return found

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_checkpoint, make_dataset, make_settings
+
+from mbcd_cli import console
+from mbcd_cli.commands.evaluate import evaluate, show
+from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
+from mbcd_cli.evaluation.evaluator import build_models, clip_sets
+from mbcd_cli.evaluation.history import accuracy_history
+from mbcd_cli.evaluation.results import read_json, read_records
+from mbcd_cli.model import build_model
+
+CPU = torch.device("cpu")
+
+
+def by_hand(settings, dataset, state, clips):
+    """Top-1 of every head, clip by clip, with plain modules."""
+    model = build_model(dataset.modalities, settings=settings.model, classes=dataset.classes)
+    model.load_state_dict(state)
+    model.eval()
+    right = {"fused": 0, **dict.fromkeys(dataset.modalities, 0)}
+    for clip in clips:
+        with torch.no_grad():
+            fused, unimodal = model({n: (v[clip : clip + 1],) for n, v in dataset.arrays.items()})
+        for name, logits in {"fused": fused, **unimodal}.items():
+            right[name] += int(logits[0].argmax()) == dataset.labels[clip]
+    return {name: count / len(clips) for name, count in right.items()}
+
+
+@pytest.mark.parametrize("target_split", ["test", "all"])
+def test_every_model_on_every_set_of_clips(settings, dataset, tmp_path, target_split):
+    settings = settings.model_copy(
+        update={"dataset": settings.dataset.model_copy(update={"target_split": target_split})}
+    )
+    checkpoints = {n: make_checkpoint(settings, dataset, seed=i) for i, n in enumerate(("best", "last"))}
+    figures = evaluate(settings, dataset, checkpoints, device=CPU, run=None, output=tmp_path)
+    target = (dataset.domain == 2) & ((dataset.split == 1) | (target_split == "all"))
+    source = (dataset.domain != 2) & (dataset.split == 1)
+    for name, checkpoint in checkpoints.items():
+        # The teacher's uni-modal heads are the student's.
+        states = {"student": checkpoint.student, "teacher": {**checkpoint.student, **checkpoint.teacher}}
+        for model, state in states.items():
+            for clip_set, mask in {"source": source, "target": target}.items():
+                clips = np.nonzero(mask)[0]
+                measured = figures["models"][name][model][clip_set]
+                assert measured["fused"]["clips"] == len(clips)
+                expected = by_hand(settings, dataset, state, clips)
+                assert {h: f["top1"] for h, f in measured.items()} == pytest.approx(expected)
+    headline = figures["headline"]
+    assert (headline["checkpoint"], headline["model"], headline["clips"]) == ("best", "teacher", "target")
+    assert headline["top1"]["fused"] == figures["models"]["best"]["teacher"]["target"]["fused"]["top1"]
+    assert set(figures["models"]["best"]["teacher"]["source"]["fused"]["per_domain"]) == {"studio", "tilted"}
+    stored = read_json(tmp_path / "results.json")
+    assert stored == json.loads(json.dumps({k: v for k, v in figures.items() if k != "files"}))
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {
+        "confusion-source.png",
+        "confusion-target.png",
+        "classes-source.png",
+        "classes-target.png",
+    }
+
+
+def test_teacher_heads_of_the_checkpoint_are_ignored_for_the_students(settings, dataset):
+    checkpoint = make_checkpoint(settings, dataset)
+    junk = {k: torch.full_like(v, 7.0) for k, v in checkpoint.student.items() if k.startswith("heads.")}
+    checkpoint.teacher = {**checkpoint.teacher, **junk}
+    teacher = build_models(settings, dataset, checkpoint, device=CPU)["teacher"].state_dict()
+    for key, value in checkpoint.student.items():
+        expected = value if key.startswith("heads.") else checkpoint.teacher[key]
+        assert torch.equal(teacher[key], expected)
+
+
+def test_without_teacher_and_without_target(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console.out, "width", 160)
+    settings = make_settings(target_domain=None, method="erm")
+    dataset = make_dataset(settings)
+    checkpoints = {"last": make_checkpoint(settings, dataset, teacher=False)}
+    figures = evaluate(settings, dataset, checkpoints, device=CPU, run=None, output=tmp_path)
+    assert figures["headline"]["model"] == "student"
+    assert figures["headline"]["clips"] == "source"
+    assert set(figures["models"]["last"]) == {"student"}
+    assert set(figures["models"]["last"]["student"]) == {"source"}
+    assert figures["models"]["last"]["student"]["source"]["fused"]["clips"] == int((dataset.split == 1).sum())
+    show(figures)
+    printed = capsys.readouterr().out
+    assert "last student *" in printed
+    assert str(tmp_path / "results.json") in printed
+    assert f"{100 * figures['headline']['top1']['fused']:.1f}" in printed
+
+
+def test_accuracy_per_epoch_comes_from_the_run(settings, dataset, tmp_path):
+    records = [{"epoch": e, "validation": {"teacher": {"fused": {"top1": e / 10}}}} for e in (1, 2, 3)]
+    run = tmp_path / "run"
+    run.mkdir()
+    text = "\n".join(json.dumps(r) for r in records) + '\n{"epoch": 4, "valid'  # killed while writing
+    (run / "metrics.jsonl").write_text(text)
+    history = accuracy_history(read_records(run / "metrics.jsonl"))
+    assert history.epochs == [1, 2, 3]
+    assert history.lines == {"validation teacher": [0.1, 0.2, 0.3]}
+    checkpoints = {"best": make_checkpoint(settings, dataset)}
+    evaluate(settings, dataset, checkpoints, device=CPU, run=run, output=run)
+    assert (run / "plots" / "accuracy-per-epoch.png").stat().st_size > 5000
+
+
+def test_diverged_weights_are_reported_not_hidden(settings, dataset, tmp_path, capsys):
+    checkpoint = make_checkpoint(settings, dataset)
+    checkpoint.student = {
+        k: torch.full_like(v, float("nan")) if "heads.audio" in k else v
+        for k, v in checkpoint.student.items()
+    }
+    checkpoint.fingerprints = {"video": "old"}
+    dataset.fingerprints = {"video": "new"}
+    figures = evaluate(settings, dataset, {"best": checkpoint}, device=CPU, run=None, output=tmp_path)
+    assert any("diverged" in w for w in figures["warnings"])
+    assert any("another cache of video" in w for w in figures["warnings"])
+    assert figures["models"]["best"]["teacher"]["target"]["audio"]["top1"] == 0.0
+    show(figures)
+    assert "diverged" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_one_clear_error(settings, dataset):
+    other = make_checkpoint(settings, make_dataset(settings, classes=5))
+    with pytest.raises(CheckpointError, match="trained on the classes"):
+        build_models(settings, dataset, other, device=CPU)
+    checkpoint = make_checkpoint(settings, dataset)
+    wide = settings.model_copy(update={"model": settings.model.model_copy(update={"hidden": 16})})
+    with pytest.raises(CheckpointError, match="does not fit these settings: size mismatch"):
+        build_models(wide, dataset, checkpoint, device=CPU)
+    with pytest.raises(SettingsError, match="no domain 'cellar'"):
+        clip_sets(make_settings(target_domain="cellar"), dataset)
+    dataset.split[:] = 0
+    with pytest.raises(MbcdError, match="clips to test"):
+        clip_sets(settings, dataset)

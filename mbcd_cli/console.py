@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,12 +24,23 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+_PLAIN_WIDTH = 140
+
+
+def _console(*, stderr: bool) -> Console:
+    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _PLAIN_WIDTH  # a pipe or a log file has no width of its own: the same everywhere
+    return made
+
+
+err = _console(stderr=True)
 """Messages, progress and warnings: stderr, so that stdout stays clean for `--json`."""
-out = Console(highlight=False, soft_wrap=True)
+out = _console(stderr=False)
 """Results a person asked for: tables and paths."""
 
 _PLAIN_SECONDS = 20.0
+_FIGURE = re.compile(r"[-+]?[0-9.,]*( ?(±|\+-) ?[0-9.]+)?%?")
 
 
 class _Rate(ProgressColumn):
@@ -58,9 +71,7 @@ class Ticker:
             rate = self._done / max(now - self._started, 1e-9)
             total = f"/{self._total}" if self._total else ""
             left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate > 0 else ""
-            err.print(
-                f"{self._label}: {self._done}{total} ({rate:.1f}/s{left}) {self._note}".rstrip(), markup=False
-            )
+            err.print(f"{self._label}: {self._done}{total} ({rate:.1f}/s{left}) {self._note}".rstrip(), markup=False)
 
     def describe(self, note: str) -> None:
         """Show `note` (losses, rates) behind the bar."""
@@ -98,15 +109,15 @@ def warn(message: str) -> None:
     err.print(Text("warning: ", style="yellow") + Text(message))
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, to_stderr: bool = False
-) -> None:
-    """Print a table; the first column is left-aligned text, the others are right-aligned figures."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, to_stderr: bool = False) -> None:
+    """Print a table; columns of figures are right-aligned, those with text left-aligned."""
+    cells = [[str(cell) for cell in row] for row in rows]
     grid = Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
+        figures = bool(cells) and all(_FIGURE.fullmatch(row[index]) for row in cells)
+        grid.add_column(column, justify="right" if figures else "left", overflow="fold")
+    for row in cells:
+        grid.add_row(*map(Text, row))
     (err if to_stderr else out).print(grid)
 
 

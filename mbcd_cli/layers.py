@@ -70,9 +70,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise SettingsError(f"{what} {path} does not exist.", "Check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"{what} {path} cannot be read: {error}.", "It must be a UTF-8 TOML file."
-        ) from error
+        raise SettingsError(f"{what} {path} cannot be read: {error}.", "It must be a UTF-8 TOML file.") from error
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{what} {path} is not valid TOML: {error}.", "Mend that line.") from error
 
@@ -186,6 +184,7 @@ def _with_method(layer: Layer) -> Layer:
 
 def resolve(
     *,
+    base: Layer | None = None,
     preset: str | None = None,
     config: Path | None = None,
     environ: Mapping[str, str] | None = None,
@@ -195,10 +194,12 @@ def resolve(
 ) -> Settings:
     """The settings that these sources give together; `flags` maps dotted paths to values, None being unset.
 
+    `base` lies below everything: a finished run's settings, for commands that read one.
+
     Raises:
         SettingsError: every problem of the merged tree in one message, each with the source of the value.
     """
-    layers: list[Layer] = []
+    layers: list[Layer] = [] if base is None else [base]
     if preset is not None:
         layers.append(load_preset(preset))
     if config is not None:
@@ -213,7 +214,7 @@ def resolve(
             layers.append(Layer(f"--{path.rsplit('.', 1)[-1].replace('_', '-')}", nest(path, value)))
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = merge(merged, _with_method(layer).values)
+        merged = merge(merged, (layer if layer is base else _with_method(layer)).values)
     return validate(merged, layers)
 
 

@@ -41,12 +41,8 @@ class MultiModalModel(nn.Module):
         self.dims = {name: tail.dim for name, tail in tails.items()}
         self.tails = nn.ModuleDict(tails)
         # The affine parameters of the LayerNorm are never optimised in the reference: identity, so there are none.
-        self.norms = nn.ModuleDict(
-            {n: nn.LayerNorm(d, elementwise_affine=False) for n, d in self.dims.items()}
-        )
-        self.heads = nn.ModuleDict(
-            {n: head(d, settings=settings, classes=classes) for n, d in self.dims.items()}
-        )
+        self.norms = nn.ModuleDict({n: nn.LayerNorm(d, elementwise_affine=False) for n, d in self.dims.items()})
+        self.heads = nn.ModuleDict({n: head(d, settings=settings, classes=classes) for n, d in self.dims.items()})
         self.fused_head = head(sum(self.dims.values()), settings=settings, classes=classes)
 
     def encode(self, name: str, parts: Parts, noise: Noise | None = None) -> torch.Tensor:

@@ -31,9 +31,7 @@ def infer_kind(name: str) -> Kind | None:
 
 
 def _split_commas(value: Any) -> Any:
-    return (
-        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-    )
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
@@ -212,9 +210,7 @@ class ArrayModality(ModalityBase):
     """Training views get Gaussian noise of this standard deviation added."""
 
 
-Modality = Annotated[
-    VideoModality | FlowModality | AudioModality | ArrayModality, Field(discriminator="kind")
-]
+Modality = Annotated[VideoModality | FlowModality | AudioModality | ArrayModality, Field(discriminator="kind")]
 
 
 class CacheSettings(Slice):
@@ -327,9 +323,7 @@ class ObjectiveSettings(Slice):
         if self.distillation.enabled and not self.teacher.enabled:
             problems.append("distillation needs a teacher: set objective.teacher.enabled=true")
         if self.consistency.order != "off" and self.unimodal != "joint":
-            problems.append(
-                "gradient consistency steps along uni-modal gradients: set objective.unimodal=joint"
-            )
+            problems.append("gradient consistency steps along uni-modal gradients: set objective.unimodal=joint")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -369,6 +363,8 @@ class TrainingSettings(Slice):
     """Minutes between checkpoints inside an epoch; every epoch ends with one, 0 means only then."""
     keep_checkpoints: bool = False
     """Keep every epoch's weights (`checkpoints/epoch-NNN.pt`) for trajectories."""
+    log_steps: Count = 10
+    """Steps between two records in steps.jsonl, each the mean over those steps."""
     limit_clips: Count | None = None
     """Use at most this many training clips (a quick sanity run)."""
     max_steps: Count | None = None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mbcd_cli.data.dataset import CachedDataset, open_dataset
-from mbcd_cli.errors import CacheError, CheckpointError, SettingsError
-from mbcd_cli.layers import Layer, to_toml
+from mbcd_cli.engine.checkpoint import Checkpoint, load_checkpoint
+from mbcd_cli.errors import CacheError, CheckpointError, RunError, SettingsError
+from mbcd_cli.layers import Layer, load_settings, resolve
 from mbcd_cli.settings import METHODS, Settings
 
 # Slices that a finished run leaves open; everything else is what the weights were trained with.
@@ -31,9 +33,7 @@ def open_for_training(settings: Settings) -> tuple[Settings, CachedDataset]:
     domains = list(settings.dataset.domains or dataset.domains)
     target = settings.training.target_domain
     sources = list(settings.training.source_domains) or [domain for domain in domains if domain != target]
-    unknown = [
-        domain for domain in (*sources, *([target] if target else [])) if domain not in dataset.domains
-    ]
+    unknown = [domain for domain in (*sources, *([target] if target else [])) if domain not in dataset.domains]
     if unknown:
         raise SettingsError(
             f"Dataset {name} has no domain {', '.join(map(repr, unknown))}.",
@@ -55,9 +55,7 @@ def open_for_training(settings: Settings) -> tuple[Settings, CachedDataset]:
 def run_name(settings: Settings) -> str:
     """`<method>-<modalities>-<target>-s<seed>`: mbcd-va-street-s0."""
     names = settings.model.modalities
-    short = (
-        "".join(name[0] for name in names) if set(names) <= {"video", "audio", "flow"} else "+".join(names)
-    )
+    short = "".join(name[0] for name in names) if set(names) <= {"video", "audio", "flow"} else "+".join(names)
     target = settings.training.target_domain or "in-domain"
     return f"{method_label(settings)}-{short}-{target}-s{settings.training.seed}"
 
@@ -75,11 +73,6 @@ def method_label(settings: Settings) -> str:
         for key, value in switches.items()
     )
     return method if same else f"{method}-custom"
-
-
-def saved_layer(settings: Settings) -> Layer:
-    """A run's settings as the lowest layer under `evaluate`'s and `landscape`'s own flags."""
-    return Layer("the run's settings", settings.model_dump(mode="json", exclude_none=True))
 
 
 def check_unchanged(saved: Settings, now: Settings) -> None:
@@ -100,9 +93,7 @@ def check_unchanged(saved: Settings, now: Settings) -> None:
         )
 
 
-def open_for_checkpoint(
-    settings: Settings, fingerprints: dict[str, str], label_names: Sequence[str]
-) -> CachedDataset:
+def open_for_checkpoint(settings: Settings, label_names: Sequence[str]) -> CachedDataset:
     """The dataset a checkpoint was trained on, from the cache folder the settings name.
 
     Raises:
@@ -110,13 +101,9 @@ def open_for_checkpoint(
         CheckpointError: the cache is another dataset's.
     """
     try:
-        dataset = open_dataset(
-            settings, name=str(settings.dataset.name), modalities=settings.model.modalities
-        )
+        dataset = open_dataset(settings, name=str(settings.dataset.name), modalities=settings.model.modalities)
     except CacheError as error:
-        raise CacheError(
-            error.message, f"{error.remedy} A cache elsewhere is named with --cache-dir."
-        ) from error
+        raise CacheError(error.message, f"{error.remedy} A cache elsewhere is named with --cache-dir.") from error
     if list(dataset.label_names) != list(label_names):
         raise CheckpointError(
             f"The checkpoint's classes are not those of dataset {dataset.name}.",
@@ -125,22 +112,78 @@ def open_for_checkpoint(
     return dataset
 
 
-def settings_toml(settings: Settings) -> str:
-    """For `--show-settings`."""
-    return to_toml(settings)
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder a checkpoint lies in (RUN/checkpoints/x.pt), or None."""
+    folder = checkpoint.resolve().parent.parent
+    return folder if (folder / "settings.toml").is_file() else None
 
 
-def existing_file(path: Path, what: str) -> Path:
-    """`path`, if it is a file.
+def run_checkpoints(run: Path) -> dict[str, Path]:
+    """best and last of a run, those that exist.
 
     Raises:
-        CheckpointError: it is not.
+        RunError: not a run folder, or one without checkpoints.
     """
-    if not path.is_file():
-        raise CheckpointError(
-            f"There is no {what} at {path}.", "Check the path; a run keeps them in RUN/checkpoints/."
+    if not (run / "settings.toml").is_file():
+        raise RunError(
+            f"{run} is not a run folder.", "`mbcd train` makes one; it holds settings.toml and checkpoints/."
         )
-    return path
+    files = {name: run / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
+    found = {name: path for name, path in files.items() if path.is_file()}
+    if not found:
+        raise RunError(f"Run {run} has no checkpoint yet.", "Go on with `mbcd train ... --resume`.")
+    return found
+
+
+def checkpoint_label(path: Path, among: Sequence[Path]) -> str:
+    """A short name for a checkpoint in tables and plots: its run's name when several are compared."""
+    run = run_of(path)
+    if len(among) == 1 or run is None:
+        return path.stem
+    same_run = sum(run_of(other) == run for other in among) > 1
+    return f"{run.name}/{path.stem}" if same_run else run.name
+
+
+def open_checkpoints(
+    files: Mapping[str, Path],
+    *,
+    config: Path | None,
+    sets: Sequence[str],
+    cache_dir: Path | None,
+    device: str | None,
+    threads: int | None,
+) -> tuple[Settings, CachedDataset, dict[str, Checkpoint]]:
+    """Checkpoints, the settings they were trained with (evaluation, landscape and runtime as asked now), the data.
+
+    Raises:
+        CheckpointError: missing, damaged, hostile or foreign checkpoints.
+        SettingsError: flags that would change what the weights mean.
+        CacheError: their dataset is not prepared here.
+    """
+    checkpoints = {label: load_checkpoint(path) for label, path in files.items()}
+    for label, path in files.items():
+        run = run_of(path)
+        if run is not None and load_settings(run / "settings.toml").model != checkpoints[label].settings.model:
+            raise CheckpointError(
+                f"{path} was trained with other settings than its run folder {run}.", "Put it back where it came from."
+            )
+    first = next(iter(checkpoints.values()))
+    for label, other in checkpoints.items():
+        if (other.settings.modalities, other.settings.model) != (first.settings.modalities, first.settings.model):
+            raise CheckpointError(
+                f"{files[label]} holds another model than {next(iter(files.values()))}.",
+                "Compare checkpoints of the same modalities, encoders and heads.",
+            )
+    saved = first.settings
+    settings = resolve(
+        base=Layer("the run's settings", saved.model_dump(mode="json", exclude_none=True)),
+        config=config,
+        environ=os.environ,
+        sets=sets,
+        flags={"cache.dir": cache_dir, "runtime.device": device, "runtime.threads": threads},
+    )
+    check_unchanged(saved, settings)
+    return settings, open_for_checkpoint(settings, first.label_names), checkpoints
 
 
 def json_safe(value: Any) -> Any:

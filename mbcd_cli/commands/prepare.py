@@ -14,14 +14,14 @@ import torch
 from mbcd_cli import console
 from mbcd_cli.data.cache import CacheWriter, ShardRows, fingerprint, locked, recipe_of, shard_ranges, views_of
 from mbcd_cli.data.decoding import DecodeJob, Decoder
-from mbcd_cli.data.readers import READERS, Listing
+from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.data.views import part_shapes, resolve
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, SettingsError
 from mbcd_cli.runtime import pick_device
-from mbcd_cli.settings import Modality, Settings
+from mbcd_cli.settings import Modality, Settings, default_modality
 
 
 def read_listing(settings: Settings) -> Listing:
@@ -31,13 +31,10 @@ def read_listing(settings: Settings) -> Listing:
         SettingsError: no such reader.
         ManifestError: the dataset's tables are wrong.
     """
-    entry = READERS.get(settings.dataset.reader)
-    if entry is None:
-        raise SettingsError(
-            f"There is no dataset reader {settings.dataset.reader!r}.",
-            "`mbcd list datasets` shows the choices.",
-        )
-    listing = entry.read(settings.dataset, settings.modalities)
+    wanted = dict(settings.modalities)
+    if settings.model.modalities:
+        wanted = {name: wanted.get(name) or default_modality(name) for name in settings.model.modalities}
+    listing = read_dataset(settings.dataset, wanted)
     listing.modalities = {
         name: resolve(modality, [clip.media[name] for clip in listing.clips if name in clip.media])
         for name, modality in listing.modalities.items()
@@ -59,25 +56,24 @@ def prepare(settings: Settings) -> dict[str, Any]:
         console.warn(line)
     device = pick_device(settings.runtime)
     rejected: list[Rejected] = list(listing.rejected)
+    total = len({c.id for c in listing.clips} | {r.clip for r in listing.rejected})
     done: dict[str, Any] = {}
     for name, modality in listing.modalities.items():
         done[name] = _prepare_modality(settings, listing, name, modality, device, rejected)
     bad = sorted({r.clip for r in rejected})
     if rejected:
         console.table(
-            f"{len(bad)} of {len(listing.clips)} clips rejected",
+            f"{len(bad)} of {total} clips rejected",
             ("clip", "modality", "file", "cause", "remedy"),
             [(r.clip, r.modality, _short(r.file, settings), r.cause, r.remedy) for r in rejected],
             to_stderr=True,
         )
-    if len(bad) == len(listing.clips):
-        raise CacheError(
-            f"All {len(bad)} clips of {listing.name} were rejected.", "The table above says why."
-        )
+    if len(bad) == total:
+        raise CacheError(f"All {len(bad)} clips of {listing.name} were rejected.", "The table above says why.")
     return {
         "dataset": listing.name,
         "cache": str(settings.cache.dir / listing.name),
-        "clips": len(listing.clips),
+        "clips": total,
         "domains": list(listing.domains),
         "classes": len(listing.label_names),
         "modalities": done,
@@ -94,9 +90,7 @@ def _short(file: str, settings: Settings) -> str:
     return str(Path(file).relative_to(root)) if root and Path(file).is_relative_to(root) else file
 
 
-def _trunk(
-    settings: Settings, name: str, modality: Modality
-) -> tuple[Trunk, dict[str, torch.Tensor], str | None]:
+def _trunk(settings: Settings, name: str, modality: Modality) -> tuple[Trunk, dict[str, torch.Tensor], str | None]:
     """The frozen trunk, the tail's initial weights and the weights' SHA-256 (None: random or no trunk)."""
     torch.manual_seed(settings.cache.seed)
     encoder = build_encoder(name, modality)
@@ -127,9 +121,7 @@ def _prepare_modality(
     clips = [clip for clip in listing.clips if name in clip.media]
     digest = fingerprint(recipe, listing.clips, name=name, root=root)
     folder = settings.cache.dir / listing.name / f"{name}-{digest}"
-    views = [
-        views_of(clip, views=settings.cache.views, test_view=settings.dataset.target_split) for clip in clips
-    ]
+    views = [views_of(clip, views=settings.cache.views, test_view=settings.dataset.target_split) for clip in clips]
     shapes = _cached_shapes(trunk, modality, settings)
     row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes)
     with locked(folder):
@@ -168,7 +160,7 @@ def _prepare_modality(
                 writer.write_shard(number, rows)
         if tail_weights:
             _save_tail(folder / "tail.pt", tail_weights)
-        found = writer.finish()
+        found = writer.finish(listing.rejected)
     rejected.extend(found)
     state = "reused" if not pending else "prepared"
     seconds = time.monotonic() - started
@@ -189,17 +181,13 @@ def _prepare_modality(
     }
 
 
-def _cached_shapes(
-    trunk: Trunk, modality: Modality, settings: Settings
-) -> list[tuple[tuple[int, ...], np.dtype]]:
+def _cached_shapes(trunk: Trunk, modality: Modality, settings: Settings) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of one row of every part at the cut, found by running the trunk on zeros."""
     inputs = part_shapes(modality)
     stored = np.dtype(settings.cache.dtype)
     if not trunk.names:
         return [(shape, dtype if dtype == np.uint8 else stored) for shape, dtype in inputs]
-    zeros = tuple(
-        torch.zeros((1, *shape), dtype=torch.from_numpy(np.zeros(0, dtype)).dtype) for shape, dtype in inputs
-    )
+    zeros = tuple(torch.zeros((1, *shape), dtype=torch.from_numpy(np.zeros(0, dtype)).dtype) for shape, dtype in inputs)
     return [(tuple(part.shape[1:]), stored) for part in trunk(zeros)]
 
 
@@ -229,8 +217,9 @@ def _fill(
         for target, source in zip(parts, stacked, strict=True):
             target[rows] = source
             if target.dtype.kind == "f" and not np.isfinite(target[rows]).all():
+                clip = next(clip for index, clip, _ in items if index == decoded.index)
                 raise CacheError(
-                    f"Clip {items[0][1].id if not items else decoded.index}: values do not fit {target.dtype}.",
+                    f"Clip {clip.id}: values do not fit {target.dtype}.",
                     "Prepare with --set cache.dtype=float32.",
                 )
         clip_rows[rows], view_rows[rows] = decoded.index, decoded.views
@@ -251,3 +240,33 @@ def _save_tail(path: Path, weights: dict[str, torch.Tensor]) -> None:
     aside = path.with_name(path.name + ".partial")
     torch.save({key: value.cpu() for key, value in weights.items()}, aside)
     aside.replace(path)
+
+
+def show(result: dict[str, Any], *, preset: str | None) -> None:
+    """Print what `prepare` returned and what to run next."""
+    console.table(
+        f"{result['dataset']}: {result['clips']} clips, {result['classes']} classes, "
+        f"domains {', '.join(result['domains'])}",
+        ("modality", "clips", "MB", "bytes per view", "shards", "reused", "seconds"),
+        [
+            (
+                name,
+                done["clips"],
+                f"{done['bytes'] / 1e6:.1f}",
+                done["bytes_per_view"],
+                done["shards"],
+                done["shards_reused"],
+                f"{done['seconds']:.1f}",
+            )
+            for name, done in result["modalities"].items()
+        ],
+    )
+    bad = len({r["clip"] for r in result["rejected"]})
+    if result["exit_code"]:
+        console.say(
+            f"error: {bad} clips were rejected, and --max-bad allows fewer; the other clips are prepared.\n"
+            f"Mend the files in the table above, or run again with --max-bad {bad}."
+        )
+        return
+    name = f"--preset {preset}" if preset else f"--dataset {result['dataset']}"
+    console.say(f"Next: mbcd train {name} --target-domain {result['domains'][-1]}")

@@ -43,9 +43,7 @@ _TEXT = h5py.string_dtype("utf-8")
 _ENCODER_FIELDS = ("encoder", "width", "weights", "weights_sha256")
 
 
-def recipe_of(
-    settings: Settings, name: str, modality: Modality, *, weights_sha256: str | None
-) -> dict[str, Any]:
+def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha256: str | None) -> dict[str, Any]:
     """All that fixes the cached bytes of one modality, but for the clips themselves.
 
     Args:
@@ -176,9 +174,7 @@ def _written_aside(path: Path) -> Iterator[h5py.File]:
                 f"The disk is full: {path.parent} cannot take another shard.",
                 "Free some space (or use --cache-dir elsewhere) and run the same command again; it resumes.",
             ) from error
-        raise CacheError(
-            f"{path} cannot be written: {error}.", "Check the folder's rights and the disk."
-        ) from error
+        raise CacheError(f"{path} cannot be written: {error}.", "Check the folder's rights and the disk.") from error
 
 
 def _write_rejected(file: h5py.File, rejected: Sequence[Rejected]) -> None:
@@ -258,8 +254,7 @@ class CacheWriter:
         try:
             with h5py.File(self.shard_path(number), "r") as file:
                 return (
-                    file.attrs["first"] == self.shards[number].start
-                    and file.attrs["stop"] == self.shards[number].stop
+                    file.attrs["first"] == self.shards[number].start and file.attrs["stop"] == self.shards[number].stop
                 )
         except (OSError, KeyError):
             return False
@@ -284,8 +279,11 @@ class CacheWriter:
             file.create_dataset("view", data=rows.views.astype(np.int16))
             _write_rejected(file, rows.rejected)
 
-    def finish(self) -> list[Rejected]:
-        """Write the index over all shards and return every rejected clip.
+    def finish(self, unlisted: Sequence[Rejected] = ()) -> list[Rejected]:
+        """Write the index over all shards and return every clip they reject.
+
+        Args:
+            unlisted: clips that the reader already rejected; recorded beside the others.
 
         Raises:
             CacheError: a shard is missing or unreadable.
@@ -325,5 +323,5 @@ class CacheWriter:
             rows = file.create_group("rows")
             for key, values in (("clip", clip), ("view", view), ("shard", shard), ("row", row)):
                 rows.create_dataset(key, data=np.concatenate(values))
-            _write_rejected(file, rejected)
+            _write_rejected(file, [*unlisted, *rejected])
         return rejected

@@ -112,9 +112,7 @@ class ModalityCache:
                         parts.append(data)  # compressed: the open dataset is read chunk per clip
                         continue
                     if path.stat().st_size < offset + data.size * data.dtype.itemsize:
-                        raise CacheError(
-                            f"Shard {path} is truncated.", "Delete it and run `mbcd prepare` again."
-                        )
+                        raise CacheError(f"Shard {path} is truncated.", "Delete it and run `mbcd prepare` again.")
                     parts.append(np.memmap(path, data.dtype, "r", offset, data.shape))
                 if all(isinstance(part, np.memmap) for part in parts):
                     file.close()
@@ -196,9 +194,7 @@ class CachedDataset:
         """Bytes of all caches."""
         return sum(cache.nbytes for cache in self.caches.values())
 
-    def select(
-        self, *, domains: Sequence[str], splits: Sequence[str] = SPLITS, limit: int | None = None
-    ) -> np.ndarray:
+    def select(self, *, domains: Sequence[str], splits: Sequence[str] = SPLITS, limit: int | None = None) -> np.ndarray:
         """Indices (int64, table order) of the usable clips of these domains and splits.
 
         Args:
@@ -252,9 +248,7 @@ class CachedDataset:
             generator = np.random.default_rng([seed, epoch])
             order = order[generator.permutation(len(order))]
             # Views are drawn per modality: V views of M modalities give V^M combinations.
-            views = {
-                name: generator.integers(self.caches[name].views, size=len(order)) for name in self.modalities
-            }
+            views = {name: generator.integers(self.caches[name].views, size=len(order)) for name in self.modalities}
         stop = len(order) - len(order) % batch_size if drop_last else len(order)
         for first in range(start * batch_size, stop, batch_size):
             chosen = slice(first, min(first + batch_size, stop))
@@ -344,9 +338,7 @@ def _differences(settings: Settings, name: str, wanted: Modality, cache: Modalit
     ]
 
 
-def _matching(
-    settings: Settings, name: str, wanted: Modality, caches: Sequence[ModalityCache]
-) -> ModalityCache:
+def _matching(settings: Settings, name: str, wanted: Modality, caches: Sequence[ModalityCache]) -> ModalityCache:
     differences = [_differences(settings, name, wanted, cache) for cache in caches]
     for cache, difference in zip(caches, differences, strict=True):
         if not difference:

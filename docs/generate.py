@@ -1,0 +1,116 @@
+"""Writes docs/cli.md and docs/settings.md from the code: `uv run python docs/generate.py`.
+
+A test compares the files with what this prints, so that help, settings and docs cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+HERE = Path(__file__).resolve().parent
+NOTE = "<!-- Written by docs/generate.py; change the code, then run it again. -->"
+
+
+def cli_page() -> str:
+    """Help of every command, as an 80-column terminal shows it."""
+    os.environ.update(TERMINAL_WIDTH="80", COLUMNS="80", NO_COLOR="1", TERM="dumb")
+    os.environ.pop("FORCE_COLOR", None)
+    from typer.main import get_command
+    from typer.testing import CliRunner
+
+    from mbcd_cli.cli import app
+
+    runner = CliRunner()
+    pages = [NOTE, "# Command line", ""]
+    for name in ("", *get_command(app).commands):
+        shown = runner.invoke(app, [*([name] if name else []), "--help"], prog_name="mbcd", color=False)
+        text = "\n".join(line.rstrip() for line in shown.output.strip("\n").splitlines())
+        pages += [f"## mbcd {name}".rstrip(), "", "```text", text, "```", ""]
+    return "\n".join(pages)
+
+
+def _type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if origin is Literal:
+        return " \\| ".join(f"`{value}`" for value in get_args(annotation))
+    if origin in (Union, UnionType):
+        return " or ".join(_type_name(part) for part in get_args(annotation) if part is not type(None))
+    if origin is tuple:
+        parts = [part for part in get_args(annotation) if part is not Ellipsis]
+        return "list of " + (_type_name(parts[0]) if len(parts) == 1 else f"{len(parts)} {_type_name(parts[0])}s")
+    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Path": "path"}.get(
+        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
+    )
+
+
+def _default(value: Any) -> str:
+    if value is None or value is PydanticUndefined:
+        return ""
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{value}`"
+
+
+def _rows(model: type[BaseModel], prefix: str) -> list[str]:
+    rows, nested = [], []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            nested += _rows(annotation, f"{prefix}{name}.")
+            continue
+        rows.append(
+            f"| `{prefix}{name}` | {_type_name(annotation)} | {_default(field.default)} | {field.description} |"
+        )
+    return rows + nested
+
+
+def settings_page() -> str:
+    """Every field of the tree: path, type, default, meaning."""
+    from mbcd_cli import settings
+
+    pages = [NOTE, "# Settings", ""]
+    pages += [
+        "Precedence: flag > `--set part.field=value` > `MBCD_PART__FIELD` > `--config FILE` > `--preset` > default.",
+        "`mbcd train --show-settings` prints the resolved tree.",
+        "",
+    ]
+    header = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in settings.Settings.model_fields.items():
+        if name == "modalities":
+            for kind in (
+                settings.VideoModality,
+                settings.FlowModality,
+                settings.AudioModality,
+                settings.ArrayModality,
+            ):
+                pages += [f"## modalities.NAME, kind {kind.model_fields['kind'].default}", "", kind.__doc__ or "", ""]
+                pages += [*header, *_rows(kind, "modalities.NAME."), ""]
+            continue
+        pages += [
+            f"## {name}",
+            "",
+            field.annotation.__doc__ or "",
+            "",
+            *header,
+            *_rows(field.annotation, f"{name}."),
+            "",
+        ]
+    return "\n".join(pages)
+
+
+PAGES = {"cli.md": cli_page, "settings.md": settings_page}
+
+if __name__ == "__main__":
+    for file, page in PAGES.items():
+        (HERE / file).write_text(page().rstrip("\n") + "\n", encoding="utf-8")
+        print(f"wrote docs/{file}")

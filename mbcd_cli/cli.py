@@ -1,0 +1,465 @@
+"""The command line: flags in, exit codes out. The only place that turns MbcdError into an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mbcd_cli import __version__, console
+from mbcd_cli.errors import MbcdError
+
+app = typer.Typer(
+    name="mbcd",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Modality-Balanced Collaborative Distillation for multi-modal domain generalization: "
+    "prepare datasets once, train from the cache, evaluate on unseen domains, look at the loss landscape.",
+    epilog="Begin with [bold]mbcd demo[/bold], then [bold]mbcd list presets[/bold].",
+)
+
+_SETTINGS, _RUNTIME, _OUTPUT = "Settings", "Runtime", "Output"
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", help="Preset by name or path; `none` for the bare defaults.", rich_help_panel=_SETTINGS),
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file laid over the preset.", rich_help_panel=_SETTINGS)
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One setting, as part.field=value; repeatable.", rich_help_panel=_SETTINGS),
+]
+CacheDir = Annotated[
+    Path | None, typer.Option("--cache-dir", help="Folder of the caches (default: cache).", rich_help_panel=_SETTINGS)
+]
+Modalities = Annotated[
+    str | None, typer.Option("--modalities", help="Modalities to use, e.g. video,audio.", rich_help_panel=_SETTINGS)
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=_RUNTIME)
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="CPU threads; 0 leaves it to torch.", rich_help_panel=_RUNTIME)
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout, messages on stderr.", rich_help_panel=_OUTPUT)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=_OUTPUT)]
+ShowSettings = Annotated[
+    bool,
+    typer.Option("--show-settings", help="Print the resolved settings as TOML and stop.", rich_help_panel=_SETTINGS),
+]
+
+
+def _examples(*lines: str) -> str:
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in lines)])
+
+
+@contextmanager
+def _outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
+    """Errors become one message and an exit code: 1 the user's to mend, 3 too many rejected clips."""
+    try:
+        yield
+    except MbcdError as error:
+        if debug:
+            raise
+        _fail(str(error), error.message, error.remedy, as_json=as_json)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        console.say("Interrupted.")
+        raise typer.Exit(130) from error
+    except BrokenPipeError as error:  # `mbcd ... | head` is no error
+        raise typer.Exit(0) from error
+    except (typer.Exit, SystemExit):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        message = f"Unexpected {type(error).__name__}: {error}"
+        remedy = "Run the command again with --debug and report what it shows."
+        _fail(f"{message}\n{remedy}", message, remedy, as_json=as_json)
+        raise typer.Exit(1) from error
+
+
+def _fail(text: str, message: str, remedy: str, *, as_json: bool) -> None:
+    console.say(f"error: {text}")
+    if as_json:
+        console.emit_json({"error": message, "remedy": remedy})
+
+
+def _finish(result: dict[str, Any], *, as_json: bool) -> None:
+    from mbcd_cli.commands.common import json_safe
+
+    if as_json:
+        console.emit_json(json_safe(result))
+    if result.get("exit_code"):
+        raise typer.Exit(result["exit_code"])
+
+
+@app.command(
+    epilog=_examples(
+        "mbcd prepare manifest --root data/av-digits",
+        "mbcd prepare demo --modalities video,audio,flow",
+        "mbcd prepare manifest --root data/mine --compute-flow --set cache.views=8",
+    )
+)
+def prepare(
+    dataset: Annotated[str, typer.Argument(help="Reader of the dataset: manifest, demo, epic-kitchens or hac.")],
+    root: Annotated[Path | None, typer.Option("--root", help="Folder that holds the dataset.")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option("--manifest", help="CSV table of a manifest dataset, relative to the root.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the dataset in the cache.")] = None,
+    modalities: Modalities = None,
+    compute_flow: Annotated[
+        bool | None, typer.Option("--compute-flow/--no-compute-flow", help="Compute flow where there is none.")
+    ] = None,
+    views: Annotated[int | None, typer.Option("--views", help="Random training views per clip.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes that decode media.")] = None,
+    max_bad: Annotated[int | None, typer.Option("--max-bad", help="Rejected clips tolerated.")] = None,
+    missing_frames: Annotated[
+        str | None, typer.Option("--missing-frames", help="Single missing frames: nearest or reject.")
+    ] = None,
+    weights_dir: Annotated[Path | None, typer.Option("--weights-dir", help="Folder of pretrained weights.")] = None,
+    random_weights: Annotated[
+        bool | None, typer.Option("--random-weights", help="Allow a trunk with random weights.")
+    ] = None,
+    preset: Preset = None,
+    config: Config = None,
+    set_: Sets = None,
+    cache_dir: CacheDir = None,
+    device: Device = None,
+    threads: Threads = None,
+    show_settings: ShowSettings = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Decode a dataset once, run the frozen trunks, fill the cache.
+
+    Bad clips are reported and left out. What is prepared already is reused; a killed run resumes.
+    """
+    from mbcd_cli import layers
+
+    with _outcome(as_json=as_json, debug=debug):
+        chosen = _preset_for_prepare(preset, config, dataset, root)
+        settings = layers.resolve(
+            preset=chosen,
+            config=config,
+            environ=os.environ,
+            sets=set_ or (),
+            flags={
+                "dataset.reader": dataset,
+                "dataset.root": root,
+                "dataset.manifest": manifest,
+                "dataset.name": name,
+                "dataset.compute_flow": compute_flow,
+                "dataset.max_bad": max_bad,
+                "dataset.missing_frames": missing_frames,
+                "model.modalities": modalities,
+                "cache.dir": cache_dir,
+                "cache.views": views,
+                "cache.workers": workers,
+                "cache.weights_dir": weights_dir,
+                "cache.random_weights": random_weights,
+                "runtime.device": device,
+                "runtime.threads": threads,
+            },
+        )
+        if show_settings:
+            typer.echo(layers.to_toml(settings), nl=False)
+            return
+        from mbcd_cli.commands import prepare as command
+        from mbcd_cli.runtime import configure
+
+        configure(settings.runtime)
+        result = command.prepare(settings)
+        if not as_json:
+            command.show(result, preset=chosen)
+        _finish(result, as_json=as_json)
+
+
+def _preset_for_prepare(preset: str | None, config: Path | None, reader: str, root: Path | None) -> str | None:
+    """The preset asked for, else the one named like the reader or like the dataset's folder."""
+    from mbcd_cli import layers
+
+    if preset is not None:
+        return None if preset == "none" else preset
+    if config is not None:
+        return None
+    folder = root.resolve().name if root is not None else ""
+    for candidate in (reader, folder):
+        if candidate in layers.preset_names():
+            console.say(f"Using preset {candidate} (--preset none for the bare defaults).")
+            return candidate
+    return None
+
+
+@app.command(
+    epilog=_examples(
+        "mbcd train --preset av-digits --target-domain street",
+        "mbcd train --preset av-digits --target-domain street --method erm --seed 1",
+        "mbcd train --target-domain D2 --modalities video,audio",
+    )
+)
+def train(
+    target_domain: Annotated[
+        str | None, typer.Option("--target-domain", help="Unseen domain; the others are the sources.")
+    ] = None,
+    source_domains: Annotated[
+        str | None, typer.Option("--source-domains", help="Domains to train on, e.g. D1,D3.")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="erm, ema or mbcd (default).")] = None,
+    modalities: Modalities = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="Name of a prepared dataset (default: the preset's).")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training clips.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Clips per step.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
+    limit_clips: Annotated[int | None, typer.Option("--limit-clips", help="At most so many training clips.")] = None,
+    max_steps: Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print shapes, sizes and step time, then stop.")] = False,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run folder (default: made from dataset, method, target and seed).")
+    ] = None,
+    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
+    preset: Preset = None,
+    config: Config = None,
+    set_: Sets = None,
+    cache_dir: CacheDir = None,
+    device: Device = None,
+    threads: Threads = None,
+    show_settings: ShowSettings = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train on the source domains from the cache; the target is only reported.
+
+    Without --preset, --config or --dataset the preset is epic-kitchens.
+    """
+    from mbcd_cli import layers
+    from mbcd_cli.errors import RunError
+
+    with _outcome(as_json=as_json, debug=debug):
+        if resume and overwrite:
+            raise RunError("--resume and --overwrite contradict each other.", "Use one of them.")
+        chosen = _preset_for_train(preset, config, dataset)
+        settings = layers.resolve(
+            preset=chosen,
+            config=config,
+            environ=os.environ,
+            sets=set_ or (),
+            method=method,
+            flags={
+                "dataset.name": dataset,
+                "training.target_domain": target_domain,
+                "training.source_domains": source_domains,
+                "model.modalities": modalities,
+                "training.epochs": epochs,
+                "training.batch_size": batch_size,
+                "optimizer.lr": lr,
+                "training.seed": seed,
+                "training.limit_clips": limit_clips,
+                "training.max_steps": max_steps,
+                "cache.dir": cache_dir,
+                "runtime.device": device,
+                "runtime.threads": threads,
+            },
+        )
+        if settings.dataset.name is None and chosen is not None:
+            named = settings.dataset.model_copy(update={"name": Path(chosen).stem})
+            settings = settings.model_copy(update={"dataset": named})
+        if show_settings:
+            typer.echo(layers.to_toml(settings), nl=False)
+            return
+        from mbcd_cli.commands import common
+        from mbcd_cli.commands import train as command
+        from mbcd_cli.runtime import configure
+
+        configure(settings.runtime)
+        settings, data = common.open_for_training(settings)
+        if dry_run:
+            result = command.dry_run(settings, data)
+            if not as_json:
+                command.show_dry_run(result)
+        else:
+            folder = run or runs_dir / data.name / common.run_name(settings)
+            result = command.train(settings, data, run=folder, resume=resume, overwrite=overwrite)
+            if not as_json:
+                command.show(result)
+        _finish(result, as_json=as_json)
+
+
+def _preset_for_train(preset: str | None, config: Path | None, dataset: str | None) -> str | None:
+    """The preset asked for, else the one named like the dataset, else (with nothing named) epic-kitchens."""
+    from mbcd_cli import layers
+
+    if preset is not None:
+        return None if preset == "none" else preset
+    if dataset is not None:
+        return dataset if dataset in layers.preset_names() else None
+    return None if config is not None else "epic-kitchens"
+
+
+@app.command(
+    epilog=_examples(
+        "mbcd evaluate --run runs/av-digits/mbcd-va-street-s0",
+        "mbcd evaluate --checkpoint RUN/checkpoints/best.pt --json",
+    )
+)
+def evaluate(
+    run: Annotated[Path | None, typer.Option("--run", help="Run folder; its best and last checkpoints.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="One checkpoint file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for results.json and plots (default: the run folder).")
+    ] = None,
+    config: Config = None,
+    set_: Sets = None,
+    cache_dir: CacheDir = None,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a run on its source and target domains: accuracy, loss, confusion; fused and per modality."""
+    from mbcd_cli.errors import RunError
+
+    with _outcome(as_json=as_json, debug=debug):
+        if (run is None) == (checkpoint is None):
+            raise RunError("Name what to evaluate.", "Use either --run RUN or --checkpoint FILE.")
+        from mbcd_cli.commands import common
+        from mbcd_cli.commands import evaluate as command
+        from mbcd_cli.runtime import configure
+
+        files = common.run_checkpoints(run) if run is not None else {checkpoint.stem: checkpoint}
+        settings, data, checkpoints = common.open_checkpoints(
+            files, config=config, sets=set_ or (), cache_dir=cache_dir, device=device, threads=threads
+        )
+        torch_device = configure(settings.runtime)
+        if run is not None:
+            wanted = [name for name in settings.evaluation.checkpoints if name in checkpoints]
+            checkpoints = {name: checkpoints[name] for name in wanted}
+        folder = output or (run if run is not None else common.run_of(checkpoint) or checkpoint.parent)
+        result = command.evaluate(
+            settings, data, checkpoints, device=torch_device, run=run or common.run_of(checkpoint), output=folder
+        )
+        if not as_json:
+            command.show(result)
+        _finish(result, as_json=as_json)
+
+
+@app.command(
+    epilog=_examples(
+        "mbcd landscape --checkpoint RUN/checkpoints/best.pt",
+        "mbcd landscape --checkpoint RUN/checkpoints/best.pt --set landscape.points=25",
+    )
+)
+def landscape(
+    checkpoint: Annotated[
+        list[Path], typer.Option("--checkpoint", help="Checkpoint file; repeat it to compare several.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for the HDF5 file and plots (default: RUN/landscape).")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing surface.")] = False,
+    config: Config = None,
+    set_: Sets = None,
+    cache_dir: CacheDir = None,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show where training ended: 1-D and 2-D loss surfaces and flatness around a checkpoint."""
+    with _outcome(as_json=as_json, debug=debug):
+        from mbcd_cli.commands import common
+        from mbcd_cli.commands import landscape as command
+        from mbcd_cli.runtime import configure
+
+        files = {common.checkpoint_label(path, checkpoint): path for path in checkpoint}
+        settings, data, checkpoints = common.open_checkpoints(
+            files, config=config, sets=set_ or (), cache_dir=cache_dir, device=device, threads=threads
+        )
+        configure(settings.runtime)
+        folder = output or (common.run_of(checkpoint[0]) or checkpoint[0].parent) / "landscape"
+        result = command.landscape(settings, data, list(checkpoints.items()), output=folder, overwrite=overwrite)
+        if not as_json:
+            command.show(result)
+        _finish(result, as_json=as_json)
+
+
+@app.command(
+    epilog=_examples("mbcd demo", "mbcd demo --dir /tmp/mbcd-demo --target-domain workshop", "mbcd demo --json")
+)
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="Folder for the demo's media, cache and runs.")] = Path(
+        "mbcd-demo"
+    ),
+    target_domain: Annotated[str | None, typer.Option("--target-domain", help="Unseen domain.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the trainings.")] = 0,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training clips.")] = None,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run the whole story on an embedded dataset: prepare, train ERM and MBCD, evaluate, landscape."""
+    with _outcome(as_json=as_json, debug=debug):
+        from mbcd_cli.commands import demo as command
+
+        result = command.demo(
+            directory, target_domain=target_domain, seed=seed, epochs=epochs, device=device, threads=threads
+        )
+        if not as_json:
+            command.show(result)
+        _finish(result, as_json=as_json)
+
+
+@app.command(name="list", epilog=_examples("mbcd list presets", "mbcd list datasets --cache-dir cache"))
+def list_(
+    what: Annotated[str, typer.Argument(help="presets, datasets, encoders or methods.")],
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List what can be chosen."""
+    with _outcome(as_json=as_json, debug=debug):
+        from mbcd_cli.commands import listing as command
+
+        columns, rows = command.choices(what, cache_dir or Path("cache"))
+        if as_json:
+            console.emit_json([dict(zip(columns, row, strict=True)) for row in rows])
+        else:
+            console.table(what, columns, rows)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mbcd {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point of the `mbcd` script."""
+    sys.exit(app())

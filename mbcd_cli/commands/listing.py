@@ -1,0 +1,55 @@
+"""`mbcd list`: the choices that messages refer to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mbcd_cli.errors import SettingsError
+from mbcd_cli.layers import preset_folder, preset_names
+from mbcd_cli.settings import METHODS
+
+KINDS = ("presets", "datasets", "encoders", "methods")
+
+
+def choices(what: str, cache: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column names and rows for one kind of choice.
+
+    Raises:
+        SettingsError: no such kind.
+    """
+    if what == "presets":
+        return ("preset", "purpose"), [(name, _purpose(name)) for name in preset_names()]
+    if what == "datasets":
+        return _datasets(cache)
+    if what == "encoders":
+        from mbcd_cli.encoders import ENCODERS
+
+        return ("encoder", "reads", "what"), [(name, e.kind, e.summary) for name, e in ENCODERS.items()]
+    if what == "methods":
+        return ("method", "switches"), [(name, _switches(values)) for name, values in METHODS.items()]
+    raise SettingsError(f"There is nothing called {what!r} to list.", f"Use one of {', '.join(KINDS)}.")
+
+
+def _purpose(name: str) -> str:
+    first = (preset_folder() / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ").strip()
+
+
+def _switches(values: dict) -> str:
+    parts = []
+    for key, value in values.items():
+        inner = ", ".join(str(v).lower() for v in value.values()) if isinstance(value, dict) else value
+        parts.append(f"{key}: {inner}")
+    return "; ".join(parts)
+
+
+def _datasets(cache: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    from mbcd_cli.data.dataset import ModalityCache, prepared_datasets
+    from mbcd_cli.data.readers import READERS
+
+    rows = [(name, "reader", entry.summary) for name, entry in READERS.items()]
+    for name in prepared_datasets(cache):
+        caches = [ModalityCache(path.parent) for path in sorted((cache / name).glob("*/index.h5"))]
+        kinds = ", ".join(dict.fromkeys(c.recipe["modality"] for c in caches))
+        rows.append((name, "prepared", f"{kinds}; domains {', '.join(caches[0].domains)}"))
+    return ("dataset", "kind", "what"), rows

@@ -11,7 +11,7 @@ import torch
 from mbcd_cli import console
 from mbcd_cli.data.records import Batch
 from mbcd_cli.evaluation import plots
-from mbcd_cli.evaluation.evaluator import Evaluated, evaluate_models
+from mbcd_cli.evaluation.evaluator import Evaluated, deployed, evaluate_models
 from mbcd_cli.evaluation.history import accuracy_history
 from mbcd_cli.evaluation.report import clips_name, print_results
 from mbcd_cli.evaluation.results import collect, describe, read_records, warnings, write_json
@@ -42,7 +42,7 @@ def evaluate(
     """
     results = evaluate_models(settings, dataset, checkpoints, device=device, watch=_watch)
     about = describe(settings, dataset, checkpoints)
-    figures = collect(about, results)
+    figures = collect(about, results, deployed(checkpoints))
     figures["warnings"] = warnings(figures, checkpoints)
     files = _plots(figures, results, run, output / "plots")
     files = {"results": write_json(figures, output / "results.json"), **files}
@@ -61,9 +61,7 @@ def _watch(batches: Iterable[Batch]) -> Iterator[Batch]:
             ticker.advance()
 
 
-def _plots(
-    figures: Mapping[str, Any], results: list[Evaluated], run: Path | None, folder: Path
-) -> dict[str, Path]:
+def _plots(figures: Mapping[str, Any], results: list[Evaluated], run: Path | None, folder: Path) -> dict[str, Path]:
     headline, names = figures["headline"], figures["label_names"]
     files = {}
     for one in results:

@@ -5,7 +5,7 @@ Letters: N clips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.records import Batch
-from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
+from mbcd_cli.errors import CacheError, CheckpointError, MbcdError, SettingsError
 from mbcd_cli.evaluation.metrics import summaries
-from mbcd_cli.evaluation.predict import Predictions, predict
+from mbcd_cli.evaluation.predict import Predictions, Variant, predict
 from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.settings import Modality, Settings
 
@@ -77,10 +77,10 @@ def clip_sets(settings: Settings, dataset: Prepared) -> list[ClipSet]:
             f"There is no domain {', '.join(map(repr, missing))} in the prepared dataset.",
             f"It has: {', '.join(dataset.domains)}.",
         )
-    sets = [ClipSet(SOURCE, dataset.select(domains=sources, splits=("test",)), tuple(sources))]
+    sets = [_clip_set(SOURCE, dataset, sources, ("test",))]
     if target is not None:
         splits = ("test",) if settings.dataset.target_split == "test" else ("train", "test")
-        sets.append(ClipSet(TARGET, dataset.select(domains=(target,), splits=splits), (target,)))
+        sets.append(_clip_set(TARGET, dataset, (target,), splits))
     sets = [s for s in sets if len(s.clips)]
     if not sets:
         raise MbcdError(
@@ -88,6 +88,14 @@ def clip_sets(settings: Settings, dataset: Prepared) -> list[ClipSet]:
             "Check the splits in the dataset's table, and run `mbcd prepare` again.",
         )
     return sets
+
+
+def _clip_set(name: str, dataset: Prepared, domains: Sequence[str], splits: Sequence[str]) -> ClipSet:
+    try:
+        clips = dataset.select(domains=domains, splits=splits)
+    except CacheError:  # none of these; one set may be empty while the other is not
+        clips = np.empty(0, np.int64)
+    return ClipSet(name, clips, tuple(domains))
 
 
 def build_models(
@@ -170,7 +178,7 @@ def evaluate_models(
     *,
     device: torch.device,
     watch: Watch = lambda batches: batches,
-    features: Callable[[str, str], bool] = lambda checkpoint, model: False,
+    variants: Callable[[MultiModalModel], Mapping[str, Variant]] = lambda model: {},
 ) -> list[Evaluated]:
     """Every model of every checkpoint on every set of clips, in that order.
 
@@ -180,22 +188,21 @@ def evaluate_models(
         checkpoints: best / last -> weights.
         device: where to compute.
         watch: wraps every stream of batches (progress bars).
-        features: (checkpoint, model) -> whether its predictions keep features.
+        variants: the deployed model -> further fused logits to compute from its features.
     """
     sets = clip_sets(settings, dataset)
+    chosen = deployed(checkpoints)
     results = []
     for checkpoint, weights in checkpoints.items():
         for name, model in build_models(settings, dataset, weights, device=device, source=checkpoint).items():
             for clip_set in sets:
-                batches = dataset.batches(
-                    clip_set.clips, batch_size=settings.evaluation.batch_size, training=False
-                )
+                batches = dataset.batches(clip_set.clips, batch_size=settings.evaluation.batch_size, training=False)
                 predictions = predict(
                     model,
                     watch(batches),
                     device=device,
                     precision=settings.runtime.precision,
-                    features=features(checkpoint, name),
+                    variants=variants(model) if (checkpoint, name) == chosen else None,
                 )
                 figures = summaries(
                     predictions,
@@ -207,7 +214,7 @@ def evaluate_models(
     return results
 
 
-def deployed(results: Iterable[Evaluated]) -> tuple[str, str]:
-    """(checkpoint, model) that is deployed: best before last, teacher before student."""
-    present = {(r.checkpoint, r.model) for r in results}
-    return min(present, key=lambda pair: (pair[0] != "best", pair[1] != "teacher", pair))
+def deployed(checkpoints: Mapping[str, Weights]) -> tuple[str, str]:
+    """(checkpoint, model) that is deployed: best where there is one, and its teacher where there is one."""
+    checkpoint = "best" if "best" in checkpoints else next(iter(checkpoints))
+    return checkpoint, "student" if checkpoints[checkpoint].teacher is None else "teacher"

@@ -26,17 +26,16 @@ def plot_confusion(counts: Any, label_names: Sequence[str], path: Path, *, title
     """Confusion matrix [C, C] in percent of each row (a label's clips); figures in cells up to 20 classes."""
     counts = np.asarray(counts, dtype=np.float64)
     totals = counts.sum(axis=1, keepdims=True)
-    share = 100 * np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
+    share = 100 * np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
     classes = len(label_names)
     side = float(np.clip(2.2 + 0.42 * classes, 4.2, 16))
     fig, ax = figure(size=(side + 0.8, side))
     image = ax.imshow(share, cmap=SEQUENTIAL, vmin=0, vmax=100)
+    ax.set_facecolor("#d9d9d9")  # a class without clips
     ax.grid(False)
     if classes <= 60:
         ax.set_xticks(range(classes), label_names, rotation=45, ha="right", rotation_mode="anchor")
-        ax.set_yticks(
-            range(classes), [f"{name} ({int(n)})" for name, n in zip(label_names, totals[:, 0], strict=True)]
-        )
+        ax.set_yticks(range(classes), [f"{name} ({int(n)})" for name, n in zip(label_names, totals[:, 0], strict=True)])
     if classes <= 20:
         for row, column in zip(*np.nonzero(counts), strict=True):
             value = share[row, column]
@@ -44,9 +43,7 @@ def plot_confusion(counts: Any, label_names: Sequence[str], path: Path, *, title
             tint = "black" if value > 55 else "white"
             ax.text(column, row, text, ha="center", va="center", fontsize=8, color=tint)
     ax.set(xlabel="predicted class", ylabel="class (clips)", title=title)
-    fig.colorbar(
-        image, ax=ax, fraction=0.046, pad=0.03, format=PercentFormatter(), label="of the class's clips"
-    )
+    fig.colorbar(image, ax=ax, fraction=0.046, pad=0.03, format=PercentFormatter(), label="of the class's clips")
     return save(fig, path)
 
 

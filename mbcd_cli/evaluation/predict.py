@@ -5,9 +5,9 @@ Letters: N clips, C classes, D_k features of modality k.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from torch import nn
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.model import MultiModalModel
+
+Variant = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+"""Features of one batch (each [B, D_k]) -> other fused logits [B, C] from the same pass of the tails."""
 
 _AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -30,6 +33,7 @@ class Predictions:
         fused: [N, C] float32 logits of the fused head.
         unimodal: per modality [N, C] float32 logits of its own head.
         features: per modality [N, D_k] float32 normalised pooled features, or None when not asked for.
+        variants: further fused logits [N, C] float32 from the same features, by name.
     """
 
     labels: torch.Tensor
@@ -38,6 +42,7 @@ class Predictions:
     fused: torch.Tensor
     unimodal: dict[str, torch.Tensor]
     features: dict[str, torch.Tensor] | None = None
+    variants: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return int(self.labels.shape[0])
@@ -51,6 +56,7 @@ class Predictions:
             fused=self.fused[index],
             unimodal={name: logits[index] for name, logits in self.unimodal.items()},
             features=None if self.features is None else {n: f[index] for n, f in self.features.items()},
+            variants={name: logits[index] for name, logits in self.variants.items()},
         )
 
 
@@ -83,6 +89,7 @@ def predict(
     device: torch.device | str,
     precision: str = "float32",
     features: bool = False,
+    variants: Mapping[str, Variant] | None = None,
 ) -> Predictions:
     """Run `model` over `batches` in eval mode, without gradients or dropout; the module modes are restored.
 
@@ -92,6 +99,7 @@ def predict(
         device: where the model is.
         precision: float32, or bfloat16 / float16 autocast; what is returned is float32 always.
         features: also keep the normalised pooled features (memory then grows with N times sum D_k).
+        variants: name -> function of the features that gives other fused logits (a modality missing, say).
 
     Raises:
         MbcdError: `batches` holds no clip.
@@ -101,6 +109,7 @@ def predict(
     fused: list[torch.Tensor] = []
     unimodal: dict[str, list[torch.Tensor]] = {name: [] for name in model.modalities}
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in model.modalities}
+    varied: dict[str, list[torch.Tensor]] = {name: [] for name in variants or {}}
     with evaluating(model), autocast(device, precision):
         for batch in batches:
             if len(batch) == 0:
@@ -111,6 +120,8 @@ def predict(
             fused.append(model.fuse(hidden).to("cpu", torch.float32))
             for name, logits in model.unimodal(hidden).items():
                 unimodal[name].append(logits.to("cpu", torch.float32))
+            for name, variant in (variants or {}).items():
+                varied[name].append(variant(hidden).to("cpu", torch.float32))
             if features:
                 for name, values in hidden.items():
                     kept[name].append(values.to("cpu", torch.float32))
@@ -127,4 +138,5 @@ def predict(
         fused=torch.cat(fused),
         unimodal={name: torch.cat(parts) for name, parts in unimodal.items()},
         features={name: torch.cat(parts) for name, parts in kept.items()} if features else None,
+        variants={name: torch.cat(parts) for name, parts in varied.items()},
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.errors import RunError
-from mbcd_cli.evaluation.evaluator import TARGET, Evaluated, Prepared, deployed, source_domains
+from mbcd_cli.evaluation.evaluator import TARGET, Evaluated, Prepared, source_domains
 from mbcd_cli.settings import Settings
 
 FORMAT = 1
@@ -34,16 +34,15 @@ def describe(settings: Settings, dataset: Prepared, checkpoints: Mapping[str, An
     }
 
 
-def collect(about: Mapping[str, Any], results: Iterable[Evaluated]) -> dict[str, Any]:
+def collect(about: Mapping[str, Any], results: Iterable[Evaluated], chosen: tuple[str, str]) -> dict[str, Any]:
     """`about` with the figures: models[checkpoint][teacher|student][source|target][head], and the headline.
 
-    The headline repeats the deployed model's top-1 of every head on the target (without one, in-domain).
+    The headline repeats the deployed (`chosen`) model's top-1 of every head on the target (without one, in-domain).
     """
-    results = list(results)
     models: dict[str, Any] = {}
     for one in results:
         models.setdefault(one.checkpoint, {}).setdefault(one.model, {})[one.clip_set.name] = one.figures
-    checkpoint, model = deployed(results)
+    checkpoint, model = chosen
     sets = models[checkpoint][model]
     measured_on = TARGET if TARGET in sets else next(iter(sets))
     return {
@@ -63,9 +62,7 @@ def write_json(value: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(
-            json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        aside.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -118,13 +115,11 @@ def warnings(figures: Mapping[str, Any], checkpoints: Mapping[str, Any]) -> list
                 bad = sum(head["unpredicted"] for head in heads.values())
                 if bad:
                     found.append(
-                        f"The {checkpoint} {model} diverged: {bad} non-finite outputs on {clip_set} count as wrong."
+                        f"The {checkpoint} {model} diverged: {bad} non-finite outputs on {clip_set} are wrong."
                     )
     headline = figures["headline"]
     for clip_set, heads in figures["models"][headline["checkpoint"]][headline["model"]].items():
         absent = [name for name, entry in heads["fused"]["per_class"].items() if entry["clips"] == 0]
         if absent:
-            found.append(
-                f"No {clip_set} clip of class {', '.join(absent)}: left out of the mean class accuracy."
-            )
+            found.append(f"No {clip_set} clip of class {', '.join(absent)}: left out of the mean class accuracy.")
     return found

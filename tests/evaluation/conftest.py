@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mbcd_cli.data.records import SPLITS, Batch
+from mbcd_cli.errors import CacheError
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import Settings
 
@@ -43,6 +44,8 @@ class MemoryDataset:
     def select(self, domains=None, splits=SPLITS, limit=None) -> np.ndarray:
         wanted = [self.domains.index(d) for d in (domains if domains is not None else self.domains)]
         keep = np.isin(self.domain, wanted) & np.isin(self.split, [SPLITS.index(s) for s in splits])
+        if not keep.any():
+            raise CacheError("no usable clips")
         return np.nonzero(keep)[0][:limit].astype(np.int64)
 
     def batches(self, clips, batch_size=16, training=True, seed=0, epoch=0, drop_last=True, start=0):
@@ -79,10 +82,7 @@ def make_dataset(settings: Settings, clips: int = 60, classes: int = 4, seed: in
     centres = rng.normal(size=(2, classes, 6)) * 2
     arrays = {}
     for index, name in enumerate(settings.modalities):
-        values = (
-            centres[index][labels]
-            + rng.normal(size=(clips, 6)) * (1 + 2 * (domain == 2) * (index == 0))[:, None]
-        )
+        values = centres[index][labels] + rng.normal(size=(clips, 6)) * (1 + 2 * (domain == 2) * (index == 0))[:, None]
         arrays[name] = torch.tensor(values, dtype=torch.float32)
     return MemoryDataset(
         arrays=arrays,
@@ -95,9 +95,7 @@ def make_dataset(settings: Settings, clips: int = 60, classes: int = 4, seed: in
     )
 
 
-def make_checkpoint(
-    settings: Settings, dataset: MemoryDataset, *, teacher: bool = True, seed: int = 0, epoch: int = 3
-):
+def make_checkpoint(settings: Settings, dataset: MemoryDataset, *, teacher: bool = True, seed: int = 0, epoch: int = 3):
     """Random weights of the right shape, in the form of a checkpoint."""
 
     def state(seed: int):

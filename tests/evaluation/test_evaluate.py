@@ -110,8 +110,7 @@ def test_accuracy_per_epoch_comes_from_the_run(settings, dataset, tmp_path):
 def test_diverged_weights_are_reported_not_hidden(settings, dataset, tmp_path, capsys):
     checkpoint = make_checkpoint(settings, dataset)
     checkpoint.student = {
-        k: torch.full_like(v, float("nan")) if "heads.audio" in k else v
-        for k, v in checkpoint.student.items()
+        k: torch.full_like(v, float("nan")) if "heads.audio" in k else v for k, v in checkpoint.student.items()
     }
     checkpoint.fingerprints = {"video": "old"}
     dataset.fingerprints = {"video": "new"}

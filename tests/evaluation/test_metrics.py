@@ -27,9 +27,7 @@ def test_against_scikit_learn(seed):
         theirs = sk.top_k_accuracy_score(labels, logits, k=k, labels=np.arange(7))
         assert m.top_k(logits, labels, k) == pytest.approx(theirs)
     np.testing.assert_array_equal(m.confusion(logits, labels), sk.confusion_matrix(labels, guesses))
-    np.testing.assert_allclose(
-        m.class_accuracy(logits, labels), sk.recall_score(labels, guesses, average=None)
-    )
+    np.testing.assert_allclose(m.class_accuracy(logits, labels), sk.recall_score(labels, guesses, average=None))
     probabilities = torch.tensor(logits).double().softmax(1).numpy()
     assert m.cross_entropy(logits, labels) == pytest.approx(sk.log_loss(labels, probabilities), rel=1e-9)
 
@@ -56,9 +54,7 @@ def test_against_plain_loops_with_ties_and_absent_classes(clips, classes, seed):
         else:
             assert math.isnan(value)
     assert m.mean_class_accuracy(logits, labels) == pytest.approx(sum(per_class) / len(per_class))
-    loss = sum(
-        math.log(sum(math.exp(v) for v in row)) - row[y] for row, y in zip(logits, labels, strict=True)
-    )
+    loss = sum(math.log(sum(math.exp(v) for v in row)) - row[y] for row, y in zip(logits, labels, strict=True))
     assert m.cross_entropy(logits, labels) == pytest.approx(loss / clips)
     report = m.summary(
         logits,

@@ -16,9 +16,7 @@ def model(settings, dataset):
 
 def test_one_pass_equals_the_model_clip_by_clip_whatever_the_batches(model, dataset):
     clips = dataset.select(domains=("tilted", "street"), splits=("test",))
-    streamed = predict(
-        model, dataset.batches(clips, batch_size=5, training=False), device="cpu", features=True
-    )
+    streamed = predict(model, dataset.batches(clips, batch_size=5, training=False), device="cpu", features=True)
     model.eval()
     for row, clip in enumerate(clips):
         fused, unimodal = model({n: (v[clip : clip + 1],) for n, v in dataset.arrays.items()})
@@ -28,9 +26,7 @@ def test_one_pass_equals_the_model_clip_by_clip_whatever_the_batches(model, data
     assert streamed.clips.tolist() == clips.tolist()
     assert streamed.labels.tolist() == dataset.labels[clips].tolist()
     assert streamed.domains.tolist() == dataset.domain[clips].tolist()
-    assert {n: tuple(f.shape) for n, f in streamed.features.items()} == {
-        n: (len(clips), 16) for n in dataset.arrays
-    }
+    assert {n: tuple(f.shape) for n, f in streamed.features.items()} == {n: (len(clips), 16) for n in dataset.arrays}
     # The features are those that the heads read.
     torch.testing.assert_close(model.fuse(streamed.features), streamed.fused, rtol=1e-5, atol=1e-6)
 

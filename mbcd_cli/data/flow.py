@@ -1,0 +1,164 @@
+"""Optical flow: read from a pair of grey videos, a pair of frame folders or a .npy, or computed from the video.
+
+Letters: N frames chosen, T frames, H W pixels; the two channels are u (to the right) and v (downwards).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import cv2
+import numpy as np
+
+from mbcd_cli.data.containers import REPLACE
+from mbcd_cli.data.media import (
+    Choose,
+    Notes,
+    chosen_indices,
+    folder_span,
+    frame_span,
+    numbered,
+    read_folder,
+    read_frames,
+    resize_short_side,
+)
+from mbcd_cli.data.records import Media
+from mbcd_cli.data.signals import load_npy
+from mbcd_cli.errors import MediaError
+from mbcd_cli.settings import DatasetSettings
+
+
+def read_flow(
+    media: Media,
+    choose: Choose,
+    *,
+    dataset: DatasetSettings,
+    bound: float = 20.0,
+    short_side: int | None = None,
+    notes: Notes = None,
+) -> np.ndarray:
+    """Chosen flow frames: a pair of grey videos or frame folders, one .npy [T, H, W, 2], or computed from a video.
+
+    Args:
+        media: `path` is u and `path_v` is v; `computed` means that `path` is the RGB video.
+        choose: (flow frames in the span) -> ascending indices; computed flow has one frame fewer than its video.
+        dataset: `min_frames` and `missing_frames`.
+        bound: pixels per frame that map to the ends of 0..255 (computed flow, and .npy of floats).
+        short_side: frames are first shrunk to this short side before flow is computed.
+        notes: collects what was mended, if given.
+
+    Returns:
+        [N, H, W, 2] uint8, 128 being no motion.
+
+    Raises:
+        MediaError: as `read_frames`; or the two files of a pair do not match.
+    """
+    if media.computed:
+        return _computed_flow(media, choose, dataset=dataset, bound=bound, short_side=short_side, notes=notes)
+    if media.path_v is None:
+        return _flow_array(media, choose, dataset=dataset, bound=bound)
+    if media.path.is_dir():
+        grey = {"dataset": dataset, "notes": notes, "flag": cv2.IMREAD_GRAYSCALE}
+        if not media.path_v.is_dir():
+            raise MediaError(
+                media.path_v, "the second direction of the flow is missing", "Complete the download."
+            )
+        u = read_folder(media, choose, second=media.path_v, **grey)
+        # The span is u's even where v's own folder ends elsewhere, so both are asked for the same numbers.
+        first, last = folder_span(media, media.path)
+        base = 0 if numbered(media.path_v)[0][:1].tolist() == [0] else 1
+        twin = Media(media.path_v, start=first - base, stop=last - base, unit="frame")
+        v = read_folder(twin, choose, second=media.path, **grey)
+    else:
+        counts: list[int] = []
+
+        def counted(count: int) -> np.ndarray:
+            counts.append(count)
+            return choose(count)
+
+        u = read_frames(media, counted, dataset=dataset, notes=notes)[..., 0]
+        twin = Media(media.path_v, start=media.start, stop=media.stop, unit=media.unit)
+        v = read_frames(twin, counted, dataset=dataset, notes=notes)[..., 0]
+        if counts[0] != counts[1]:
+            cause = f"{counts[1]} frames, and its other direction {media.path.name} has {counts[0]}"
+            raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
+    if u.shape != v.shape:
+        cause = (
+            f"its frames are {v.shape[2]}x{v.shape[1]}, those of {media.path.name} {u.shape[2]}x{u.shape[1]}"
+        )
+        raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
+    return np.stack([u, v], axis=-1)
+
+
+def _flow_array(media: Media, choose: Choose, *, dataset: DatasetSettings, bound: float) -> np.ndarray:
+    flow = load_npy(media.path)
+    if flow.ndim != 4 or flow.shape[-1] != 2:
+        raise MediaError(media.path, f"shape {flow.shape} where flow has [T, H, W, 2]", "Store u and v last.")
+    if media.unit == "s" and not (media.start is None and media.stop is None):
+        raise MediaError(
+            media.path, "an array has no times, and the clip's span is in seconds", "Give it in frames."
+        )
+    first, last = frame_span(media, len(flow), lambda: np.arange(len(flow)), dataset=dataset, notes=None)
+    chosen = flow[first + chosen_indices(choose, last - first)]
+    if chosen.dtype == np.uint8:
+        return np.ascontiguousarray(chosen)
+    if not np.isfinite(chosen).all():
+        raise MediaError(media.path, "it holds values that are not finite (NaN or infinity)", REPLACE)
+    return quantise_flow(chosen, bound)
+
+
+def quantise_flow(flow: np.ndarray, bound: float) -> np.ndarray:
+    """Pixels per frame -> uint8: -bound..bound maps to 1..255, 128 being no motion; what is beyond is clipped."""
+    return np.rint(128.0 + np.clip(flow, -bound, bound) * (127.0 / bound)).astype(np.uint8)
+
+
+def compute_flow(frames: np.ndarray, bound: float = 20.0) -> np.ndarray:
+    """Dense optical flow between neighbouring frames (OpenCV DIS, medium preset).
+
+    Args:
+        frames: [T, H, W, 3] uint8, RGB.
+        bound: pixels per frame that map to the ends of the range.
+
+    Returns:
+        [T - 1, H, W, 2] uint8: u to the right, v downwards, 128 being no motion (`quantise_flow`).
+    """
+    greys = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in frames]
+    return np.stack([quantise_flow(_dis(before, after), bound) for before, after in pairwise(greys)])
+
+
+def _dis(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    # DIS's pyramid needs some 12 pixels a side; smaller frames are enlarged by whole factors and scaled back.
+    height, width = before.shape
+    factor = -(-32 // min(height, width))
+    if factor > 1:
+        size = (width * factor, height * factor)
+        before, after = (cv2.resize(x, size, interpolation=cv2.INTER_LINEAR) for x in (before, after))
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(before, after, None)
+    if factor > 1:
+        flow = cv2.resize(flow, (width, height), interpolation=cv2.INTER_AREA) / factor
+    return flow
+
+
+def _computed_flow(
+    media: Media,
+    choose: Choose,
+    *,
+    dataset: DatasetSettings,
+    bound: float,
+    short_side: int | None,
+    notes: Notes,
+) -> np.ndarray:
+    wanted = np.zeros(0, np.int64)
+
+    def both_ends(count: int) -> np.ndarray:
+        nonlocal wanted
+        wanted = chosen_indices(choose, max(count - 1, 1))
+        return np.minimum(np.union1d(wanted, wanted + 1), count - 1)
+
+    frames = read_frames(media, both_ends, dataset=dataset, notes=notes)
+    if short_side is not None and min(frames.shape[1:3]) > short_side:
+        frames = resize_short_side(frames, short_side)
+    at = {index: place for place, index in enumerate(np.union1d(wanted, wanted + 1).tolist())}
+    last = len(frames) - 1
+    pairs = [(at[index], min(at[index + 1], last)) for index in wanted.tolist()]
+    return np.concatenate([compute_flow(frames[[a, b]], bound) for a, b in pairs])

@@ -1,0 +1,323 @@
+"""From a clip's media to the tensors an encoder reads: K random training views and one deterministic test view.
+
+A file is decoded once for all views asked for. What is random about a view comes from (seed, clip id, modality, view
+number) alone, so that it is the same for any number of workers and in any order.
+
+Letters: T frames, H W pixels, F frequency bins, S spectrogram columns, D values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import cv2
+import numpy as np
+
+from mbcd_cli.data.flow import read_flow
+from mbcd_cli.data.media import read_frames, resize_short_side
+from mbcd_cli.data.records import TEST_VIEW, Clip, Media
+from mbcd_cli.data.signals import read_array, read_audio
+from mbcd_cli.errors import MediaError
+from mbcd_cli.settings import (
+    ArrayModality,
+    AudioModality,
+    DatasetSettings,
+    FlowModality,
+    FrameGeometry,
+    Modality,
+    VideoModality,
+)
+
+Parts = tuple[np.ndarray, ...]
+RMS_LEVEL = 0.1
+"""Root mean square to which `level = "rms"` scales a clip."""
+_SILENCE = 1e-8
+
+
+def load_views(
+    clip: Clip,
+    name: str,
+    settings: Modality,
+    *,
+    views: Sequence[int],
+    seed: int,
+    dataset: DatasetSettings,
+    notes: list[str] | None = None,
+) -> list[Parts]:
+    """The views of one modality of a clip, decoded once.
+
+    Args:
+        clip: the clip; `clip.media[name]` says where its media lies.
+        name: the modality's name.
+        settings: its settings.
+        views: view numbers; `TEST_VIEW` is the deterministic one, others are random training views.
+        seed: with the clip's id, fixes every random view.
+        dataset: limits on bad media.
+        notes: collects what was mended on the way (missing frames), if given.
+
+    Returns:
+        One tuple of parts per view asked for: video ([3, T, H, W] uint8,), flow ([2, T, H, W] uint8,), audio
+        ([1, F, S] float32,), array ([D] or [T, D] float32,).
+
+    Raises:
+        MediaError: the file cannot be used.
+    """
+    media = clip.media[name]
+    generators = [None if view == TEST_VIEW else view_generator(seed, clip.id, name, view) for view in views]
+    if isinstance(settings, VideoModality | FlowModality):
+        return _frame_views(media, settings, generators, dataset=dataset, notes=notes)
+    if isinstance(settings, AudioModality):
+        samples, rate = read_audio(
+            media, sample_rate=settings.sample_rate, limit=settings.samples, dataset=dataset, notes=notes
+        )
+        return [(audio_view(samples, rate, settings, rng),) for rng in generators]
+    array = _fit(read_array(media), settings, media)
+    return [(_noisy(array, settings, rng),) for rng in generators]
+
+
+def view_generator(seed: int, clip: str, name: str, view: int) -> np.random.Generator:
+    """The random numbers of one view; independent of process, order and machine."""
+    digest = hashlib.sha256("\0".join((str(seed), clip, name, str(view))).encode()).digest()
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(int.from_bytes(digest, "big"))))
+
+
+def part_shapes(settings: Modality, *, test: bool = False) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of each part of a view, known without media.
+
+    Args:
+        settings: resolved settings (`resolve`).
+        test: of the test view, which differs from a training view where `test_crop` is set.
+
+    Raises:
+        MediaError: the dimension of an array modality is not known yet.
+    """
+    if isinstance(settings, FrameGeometry):
+        channels = 3 if isinstance(settings, VideoModality) else 2
+        side = _crop_side(settings, test)
+        return [((channels, settings.frames, side, side), np.dtype(np.uint8))]
+    if isinstance(settings, AudioModality):
+        hop = settings.nperseg - settings.noverlap
+        columns = (settings.samples - settings.noverlap) // hop
+        return [((1, settings.nperseg // 2 + 1, columns), np.dtype(np.float32))]
+    if settings.dimension is None:
+        raise MediaError(
+            "an array modality", "its dimension is not known", "Set modalities.NAME.dimension=D."
+        )
+    steps = () if settings.length is None else (settings.length,)
+    return [((*steps, settings.dimension), np.dtype(np.float32))]
+
+
+def resolve(settings: Modality, media: Iterable[Media]) -> Modality:
+    """Settings with what only the files tell: the dimension and length of arrays, from the first readable file.
+
+    Raises:
+        MediaError: none of the files can be read; the error is the first one's.
+    """
+    if not isinstance(settings, ArrayModality) or settings.dimension is not None:
+        return settings
+    first: MediaError | None = None
+    for item in media:
+        try:
+            array = read_array(item)
+        except MediaError as error:
+            first = first or error
+            continue
+        if array.ndim == 1:
+            return settings.model_copy(update={"dimension": 1 if settings.length else len(array)})
+        return settings.model_copy(
+            update={"dimension": array.shape[1], "length": settings.length or array.shape[0]}
+        )
+    if first is not None:
+        raise first
+    return settings
+
+
+# --- frames --------------------------------------------------------------------------------------------------------
+
+
+def sample_indices(count: int, settings: FrameGeometry, rng: np.random.Generator | None) -> np.ndarray:
+    """Which frames of a clip of `count` frames a view takes: [T] indices, ascending where the clip is long enough.
+
+    `interval` 0 cuts the clip into T equal segments and takes the middle of each (a random moment of it in training);
+    `interval` n takes T frames n apart from the middle of the clip (from a random start in training), and begins
+    again at the first frame where the clip is shorter.
+    """
+    wanted, interval = settings.frames, settings.interval
+    if interval == 0:
+        offsets = np.full(wanted, 0.5) if rng is None else rng.random(wanted)
+        return np.minimum(((np.arange(wanted) + offsets) * count / wanted).astype(np.int64), count - 1)
+    room = count - ((wanted - 1) * interval + 1)
+    if room <= 0:
+        start = 0
+    else:
+        start = room // 2 if rng is None else int(rng.integers(room + 1))
+    return (start + interval * np.arange(wanted)) % count
+
+
+def crop_box(
+    height: int, width: int, settings: FrameGeometry, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random training crop: area and log-aspect uniform in their ranges.
+
+    After ten boxes that do not fit, the centre square is taken (as mmaction2's RandomResizedCrop does).
+    """
+    log_aspect = np.log(settings.crop_aspect)
+    for _ in range(10):
+        area = rng.uniform(*settings.crop_area) * height * width
+        aspect = float(np.exp(rng.uniform(*log_aspect)))
+        box_width, box_height = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return top, left, box_height, box_width
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+def _crop_side(settings: FrameGeometry, test: bool) -> int:
+    return (settings.test_crop or settings.crop) if test else settings.crop
+
+
+def _frame_views(
+    media: Media,
+    settings: VideoModality | FlowModality,
+    generators: Sequence[np.random.Generator | None],
+    *,
+    dataset: DatasetSettings,
+    notes: list[str] | None,
+) -> list[Parts]:
+    picks: list[np.ndarray] = []
+
+    def choose(count: int) -> np.ndarray:
+        picks[:] = [sample_indices(count, settings, rng) for rng in generators]
+        return np.unique(np.concatenate(picks))
+
+    if isinstance(settings, VideoModality):
+        frames = read_frames(media, _once(choose), dataset=dataset, notes=notes)
+    else:
+        frames = read_flow(
+            media,
+            _once(choose),
+            dataset=dataset,
+            bound=settings.flow_bound,
+            short_side=settings.short_side,
+            notes=notes,
+        )
+    frames = resize_short_side(frames, settings.short_side)
+    known = np.unique(np.concatenate(picks))
+    return [
+        (_geometry(frames, np.searchsorted(known, pick), settings, rng),)
+        for pick, rng in zip(picks, generators, strict=True)
+    ]
+
+
+def _once(choose):
+    """Draws once, however often it is asked (a flow pair asks for each of its two files)."""
+    memory: dict[int, np.ndarray] = {}
+
+    def asked(count: int) -> np.ndarray:
+        if count not in memory:
+            memory[count] = choose(count)
+        return memory[count]
+
+    return asked
+
+
+def _geometry(
+    frames: np.ndarray,
+    pick: np.ndarray,
+    settings: VideoModality | FlowModality,
+    rng: np.random.Generator | None,
+) -> np.ndarray:
+    """[N, H, W, C] and the places of T of them -> [C, T, side, side]."""
+    height, width = frames.shape[1:3]
+    side = _crop_side(settings, rng is None)
+    if rng is None:
+        top, left = (height - side) // 2, (width - side) // 2
+        out = frames[pick, top : top + side, left : left + side]
+    else:
+        top, left, box_height, box_width = crop_box(height, width, settings, rng)
+        mirrored = rng.random() < settings.flip
+        distinct, inverse = np.unique(pick, return_inverse=True)
+        cropped = frames[distinct, top : top + box_height, left : left + box_width]
+        if (box_height, box_width) != (side, side):
+            cropped = np.stack([cv2.resize(x, (side, side), interpolation=cv2.INTER_LINEAR) for x in cropped])
+        if mirrored:
+            cropped = cropped[:, :, ::-1].copy()
+            if isinstance(settings, FlowModality):
+                cropped[..., 0] = 255 - cropped[..., 0]  # what moved to the right now moves to the left
+        out = cropped[inverse]
+    return np.ascontiguousarray(out.transpose(3, 0, 1, 2))
+
+
+# --- sound ---------------------------------------------------------------------------------------------------------
+
+
+def fit_samples(samples: np.ndarray, settings: AudioModality, rng: np.random.Generator | None) -> np.ndarray:
+    """Level, length and range of a clip's sound: [n] -> [`samples`] float64 within [-1, 1]."""
+    taken = samples[: settings.samples].astype(np.float64)
+    if settings.level != "keep":
+        loudness = np.sqrt(np.mean(taken**2)) if settings.level == "rms" else np.abs(taken).max()
+        if loudness > _SILENCE:
+            taken = taken * ((RMS_LEVEL if settings.level == "rms" else 1.0) / loudness)
+    room = settings.samples - len(taken)
+    if room and settings.short == "repeat":
+        taken = np.resize(taken, settings.samples)
+    elif room:
+        before = 0 if rng is None else int(rng.random() * settings.shift * (room + 1))
+        before = min(before, room)
+        taken = np.pad(taken, (before, room - before))
+    return np.clip(taken, -1.0, 1.0)
+
+
+def audio_view(
+    samples: np.ndarray, rate: int, settings: AudioModality, rng: np.random.Generator | None
+) -> np.ndarray:
+    """Log-spectrogram of a clip, standardised: [n] samples at `rate` per second -> [1, F, S] float32.
+
+    F = nperseg / 2 + 1, S = (samples - noverlap) // (nperseg - noverlap). A training view (`rng` given) then has
+    uniform noise added, and one band of `mask_bins` frequency bins set to zero, the mean (method.md section 4).
+    """
+    from scipy.signal import spectrogram
+
+    fitted = fit_samples(samples, settings, rng)
+    _, _, power = spectrogram(fitted, rate, nperseg=settings.nperseg, noverlap=settings.noverlap)
+    log = np.log(power + settings.log_floor)
+    spread = log.std()
+    # Silence has the floor everywhere: it becomes zeros, not rounding noise blown up to unit variance.
+    view = (log - log.mean()) / spread if spread > 1e-6 else np.zeros_like(log)
+    if rng is not None:
+        if settings.noise:
+            view = view + rng.uniform(-settings.noise, settings.noise, view.shape)
+        if settings.mask_bins:
+            bins = min(settings.mask_bins, len(view))
+            low = int(rng.integers(len(view) - bins + 1))
+            view[low : low + bins] = 0.0
+    return view[None].astype(np.float32)
+
+
+# --- arrays --------------------------------------------------------------------------------------------------------
+
+
+def _fit(array: np.ndarray, settings: ArrayModality, media: Media) -> np.ndarray:
+    """An array in the shape that the settings promise: [D], or [length, D] cut or padded with zeros."""
+    wanted = f"[{settings.dimension}]" if settings.length is None else f"[T, {settings.dimension}]"
+    if settings.length is not None and array.ndim == 1 and settings.dimension == 1:
+        array = array[:, None]
+    dims = 1 if settings.length is None else 2
+    if array.ndim != dims or (settings.dimension is not None and array.shape[-1] != settings.dimension):
+        raise MediaError(
+            media.path,
+            f"shape {list(array.shape)} where {wanted} is expected",
+            "Store all files of a modality alike, or set modalities.NAME.dimension and .length.",
+        )
+    if settings.length is None:
+        return array
+    return np.pad(array[: settings.length], ((0, max(settings.length - len(array), 0)), (0, 0)))
+
+
+def _noisy(array: np.ndarray, settings: ArrayModality, rng: np.random.Generator | None) -> np.ndarray:
+    if rng is None or not settings.noise:
+        return array
+    return array + rng.normal(0.0, settings.noise, array.shape).astype(np.float32)

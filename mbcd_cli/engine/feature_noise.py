@@ -1,4 +1,4 @@
-"""Noise on feature statistics (DSU): each clip's channel means and deviations are perturbed as far as they vary in the batch.
+"""Noise on feature statistics (DSU): channel means and deviations move as far as they vary in the batch.
 
 Letters: B clips, C channels.
 """
@@ -20,9 +20,9 @@ class FeatureNoise:
 
     For x [B, C, ...] with mean mu and deviation sigma over the positions, per clip and channel:
     x -> (x - mu) / sigma * (sigma + e1 S(sigma)) + mu + e2 S(mu), e1 and e2 standard normal, S the unbiased
-    standard deviation over the batch, applied with a probability. All parts of a call share the draw that decides
-    whether it is applied. A batch of one clip is left alone (S is undefined); where there is one position per
-    channel (vectors), there is only a mean.
+    standard deviation over the batch, applied with a probability. All parts of a call share the draw that
+    decides whether it is applied. A batch of one clip is left alone (S is undefined); where there is one
+    position per channel (vectors), there is only a mean.
     """
 
     def __init__(self, *, settings: FeatureNoiseSettings, randomness: Randomness) -> None:
@@ -49,7 +49,7 @@ class FeatureNoise:
         std = (variance + EPS).sqrt()
         noise_mean = self._randomness.normal(*shape, dtype=x.dtype)
         noise_std = self._randomness.normal(*shape, dtype=x.dtype)
-        # The formula of the class as one multiply and one add over the positions: x (1 + a) + (e2 S(mu) - mu a).
+        # The class's formula as one multiply and one add per position: x (1 + a) + (e2 S(mu) - mu a).
         a = coin * noise_std * _deviation(std) / std
         shift = coin * noise_mean * _deviation(mean) - mean * a
         spread = (*shape, *([1] * len(positions)))

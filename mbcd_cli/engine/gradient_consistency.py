@@ -30,7 +30,7 @@ def inner_step(theta: TailWeights, gradients: Sequence[torch.Tensor], *, alpha: 
 
     Args:
         theta: parameters of the tails.
-        gradients: g in the order of `flatten(theta)`: constants for the first order, with a graph for the second.
+        gradients: g in the order of `flatten(theta)`; constants for the first order, else with a graph.
         alpha: learning rate of the inner step.
     """
     remaining = iter(gradients)
@@ -45,9 +45,7 @@ def flatten(theta: TailWeights) -> list[torch.Tensor]:
     return [value for weights in theta.values() for value in weights.values()]
 
 
-def features_at(
-    model: MultiModalModel, theta: TailWeights, inputs: Mapping[str, Parts]
-) -> dict[str, torch.Tensor]:
+def features_at(model: MultiModalModel, theta: TailWeights, inputs: Mapping[str, Parts]) -> dict[str, torch.Tensor]:
     """Normalised pooled features with the tails' parameters replaced by `theta`, each [B, D_k].
 
     Buffers stay the model's own, so batch norm updates its running statistics as in any other pass.

@@ -9,9 +9,7 @@ import torch
 from mbcd_cli.settings import OptimizerSettings
 
 
-def build_optimizer(
-    parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings
-) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Adam with coupled weight decay (the paper), AdamW or SGD, in its fused form where the device has one."""
     trained = [p for p in parameters if p.requires_grad]
     fused = all(p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point() for p in trained)

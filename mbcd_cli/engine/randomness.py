@@ -49,7 +49,7 @@ def seed_everything(seed: int) -> None:
 
 
 def global_states() -> dict:
-    """States of the global generators, as tensors and primitives only (so that weights_only loading works)."""
+    """States of the global generators, as tensors and primitives (so that weights_only loading works)."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {

@@ -70,8 +70,7 @@ def unpack(vector: Sequence[float], modalities: Sequence[str]) -> dict:
     record: dict = dict(zip(_SCALARS, vector, strict=False))
     rest = list(vector[len(_SCALARS) :])
     record["modalities"] = {
-        name: {key: rest[row * count + k] for row, key in enumerate(_PER_MODALITY)}
-        for k, name in enumerate(modalities)
+        name: {key: rest[row * count + k] for row, key in enumerate(_PER_MODALITY)} for k, name in enumerate(modalities)
     }
     return record
 
@@ -79,10 +78,10 @@ def unpack(vector: Sequence[float], modalities: Sequence[str]) -> dict:
 class TrainStep:
     """`step(batch) -> StepResult`: forward passes, gradients, one optimizer step, one teacher update.
 
-    There is no branch on data and no wait for the device. Forward passes of the student:
-    the first (feature noise, uni-modal heads) gives CE_uni, KL_uni, s_k, r_k, p_k and the inner gradient; the second
-    (at theta', no noise, modality dropout) gives CE_mm and KL_mm. With neither consistency nor feature noise the two
-    are the same function of the same weights, and one pass serves both.
+    There is no branch on data and no wait for the device. Forward passes of the student: the first (feature
+    noise, uni-modal heads) gives CE_uni, KL_uni, s_k, r_k, p_k and the inner gradient; the second (at theta', no
+    noise, modality dropout) gives CE_mm and KL_mm. With neither consistency nor feature noise the two are the same
+    function of the same weights, and one pass serves both.
 
     Args:
         model: the student; tails and heads already on the device.
@@ -167,7 +166,7 @@ class TrainStep:
         return self._result(terms, amd_state, fused, unimodal, batch)
 
     def _first_order(self, batch: Batch, target: torch.Tensor | None) -> StepResult:
-        """grad[CE_uni + KL_uni](theta) + grad[CE_mm + KL_mm](theta'), the inner gradient being its first part."""
+        """grad[CE_uni + KL_uni](theta) + grad[CE_mm + KL_mm](theta'), the inner one being its first part."""
         unimodal = self._first_pass(batch)
         amd_state = self._dropout(unimodal, batch)
         ce_unimodal, kl_unimodal = self._unimodal_losses(unimodal, batch, target)
@@ -282,9 +281,7 @@ class TrainStep:
         batch: Batch,
     ) -> StepResult:
         terms = terms.detach()
-        correct = [
-            (full_precision(logits).argmax(dim=1) == batch.labels).sum() for logits in (fused, *unimodal)
-        ]
+        correct = [(full_precision(logits).argmax(dim=1) == batch.labels).sum() for logits in (fused, *unimodal)]
         return StepResult(
             total=terms.total(),
             terms=terms,

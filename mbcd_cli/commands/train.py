@@ -1,0 +1,268 @@
+"""`mbcd train`: train on the source domains of a prepared dataset, into a run folder."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mbcd_cli import console
+from mbcd_cli.data.records import Batch
+from mbcd_cli.encoders import build_encoder
+from mbcd_cli.engine.optimizer import build_optimizer
+from mbcd_cli.engine.plots import plot_run
+from mbcd_cli.engine.randomness import Randomness, seed_everything
+from mbcd_cli.engine.run_folder import open_run
+from mbcd_cli.engine.step import TrainStep
+from mbcd_cli.engine.teacher import Teacher
+from mbcd_cli.engine.trainer import Progress, Trainer
+from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.evaluation.evaluator import clip_sets, source_domains
+from mbcd_cli.model import MultiModalModel, build_model
+from mbcd_cli.runtime import configure
+from mbcd_cli.settings import Settings
+
+
+def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
+    """Train into the run folder.
+
+    Args:
+        settings: the merged tree.
+        dataset: prepared, matching `settings` (`open_dataset`).
+        run: the run folder.
+        resume: go on with the run that is there; a finished one is left as it is.
+        overwrite: replace the run that is there.
+
+    Returns:
+        What `done` holds: run, epochs, accuracies of best and last, seconds, steps per second, peak memory.
+
+    Raises:
+        SettingsError, CacheError: domains, splits or sizes that the dataset does not have.
+        RunError: the folder is in the way, or training had to stop (a signal, a non-finite loss, a full disk).
+    """
+    settings = resolve(settings, dataset)
+    held_out = clip_sets(settings, dataset)
+    training = settings.training
+    clips = dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips)
+    device = configure(settings.runtime)
+    with open_run(run, settings=settings, resume=resume, overwrite=overwrite) as folder:
+        if folder.resumed and folder.summary is not None:
+            console.say(f"{run} is complete; nothing to resume.")
+            return folder.summary
+        parts = assemble(settings, dataset, device=device)
+        trainer = Trainer(
+            settings=settings,
+            dataset=dataset,
+            step=parts.step,
+            randomness=parts.randomness,
+            clips=clips,
+            held_out=held_out,
+            run=folder,
+            device=device,
+        )
+        started, first = time.monotonic(), trainer.progress.step
+        try:
+            progress = trainer.fit()
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"{device} is out of memory at batches of {training.batch_size} clips.",
+                "Lower training.batch_size.",
+            ) from error
+        seconds = time.monotonic() - started
+        summary = summarise(progress, settings=settings, run=run)
+        summary |= {
+            "seconds": round(seconds, 3),
+            "steps_per_second": round((progress.step - first) / max(seconds, 1e-9), 3),
+            "peak_memory_mb": peak_memory_mb(device),
+            "plots": [str(path.relative_to(run)) for path in plot_run(run)],
+        }
+        folder.finish(summary)
+    return summary
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a training consists of: `step` (with student, optimizer and teacher) and its `randomness`."""
+
+    step: TrainStep
+    randomness: Randomness
+
+
+def resolve(settings: Settings, dataset: Any) -> Settings:
+    """`settings` with modalities and source domains as the dataset has them, so that a run folder says it all.
+
+    Raises:
+        SettingsError: an unknown domain or modality, or no source domain left.
+    """
+    wanted = settings.model.modalities or tuple(dataset.modalities)
+    unknown = [name for name in wanted if name not in dataset.modalities]
+    if unknown:
+        raise SettingsError(
+            f"model.modalities: {', '.join(unknown)} is not prepared.",
+            f"Prepared are {', '.join(dataset.modalities)}; `mbcd prepare` makes the others.",
+        )
+    sources, target = source_domains(settings, dataset), settings.training.target_domain
+    missing = [d for d in (*sources, *((target,) if target else ())) if d not in dataset.domains]
+    if missing:
+        raise SettingsError(
+            f"There is no domain {', '.join(map(repr, missing))} in dataset {dataset.name}.",
+            f"Its domains: {', '.join(dataset.domains)}.",
+        )
+    if not sources:
+        raise SettingsError("No source domain is left to train on.", "Choose another --target-domain.")
+    return settings.model_copy(
+        update={
+            "modalities": {name: dataset.modalities[name] for name in wanted},
+            "model": settings.model.model_copy(update={"modalities": tuple(wanted)}),
+            "training": settings.training.model_copy(update={"source_domains": tuple(sources)}),
+        }
+    )
+
+
+def assemble(settings: Settings, dataset: Any, *, device: torch.device) -> Parts:
+    """Student, teacher, optimizer and step, all seeded by training.seed, on `device`."""
+    training = settings.training
+    seed_everything(training.seed)
+    tail_weights: Mapping[str, Mapping[str, torch.Tensor]] = dataset.tail_weights
+    model = build_model(
+        settings.modalities, settings=settings.model, classes=dataset.classes, tail_weights=tail_weights
+    ).to(device)
+    teacher_settings = settings.objective.teacher
+    randomness = Randomness(seed=training.seed, device=device)
+    step = TrainStep(
+        model=model,
+        settings=settings.objective,
+        optimizer=build_optimizer(model.parameters(), settings.optimizer),
+        teacher=Teacher(model, beta=teacher_settings.beta) if teacher_settings.enabled else None,
+        randomness=randomness,
+        batch_norm=training.batch_norm,
+        precision=settings.runtime.precision,
+    )
+    return Parts(step=step, randomness=randomness)
+
+
+def summarise(progress: Progress, *, settings: Settings, run: Path) -> dict[str, Any]:
+    """Accuracies of the best and the last epoch, and (labelled) of the epoch that happened to suit the target."""
+    deployed = "teacher" if settings.objective.teacher.enabled else "student"
+    history = progress.history
+
+    def epoch(record: Mapping[str, Any]) -> dict[str, Any]:
+        found = {"epoch": record["epoch"]}
+        for where in ("validation", "target"):
+            if where in record:
+                figures = record[where][deployed]
+                found[where] = figures["fused"]["accuracy"]
+                found[f"{where}_unimodal"] = {k: v["accuracy"] for k, v in figures["unimodal"].items()}
+        return found
+
+    best = next(record for record in history if record["epoch"] == progress.best["epoch"])
+    summary = {
+        "run": str(run),
+        "method": settings.training.method,
+        "target_domain": settings.training.target_domain,
+        "source_domains": list(settings.training.source_domains),
+        "seed": settings.training.seed,
+        "deployed": deployed,
+        "epochs": len(history),
+        "steps": progress.step,
+        "best": epoch(best),
+        "last": epoch(history[-1]),
+        "warnings": list(progress.warnings.values()),
+    }
+    if "target" in history[-1]:
+        oracle = max(history, key=lambda record: record["target"][deployed]["fused"]["accuracy"])
+        summary["oracle"] = epoch(oracle) | {"note": "chosen on the target domain; never a result"}
+    return summary
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory used so far: of the GPU on CUDA, else of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def dry_run(settings: Settings, dataset: Any) -> dict[str, Any]:
+    """What a training would be like: shapes, parameters, sizes and the time of a step; nothing is written.
+
+    Raises:
+        SettingsError, CacheError: as `train`.
+    """
+    settings = resolve(settings, dataset)
+    training = settings.training
+    clips = dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips)
+    device = configure(settings.runtime)
+    step = assemble(settings, dataset, device=device).step
+    size = min(training.batch_size, len(clips))
+    batches = [
+        batch.to(device)
+        for _, batch in zip(
+            range(3),
+            dataset.batches(clips, batch_size=size, training=True, seed=training.seed, epoch=0, drop_last=True),
+            strict=False,
+        )
+    ]
+    seconds = _step_seconds(step, batches, device)
+    steps = len(clips) // training.batch_size * training.epochs
+    steps = min(steps, training.max_steps or steps)
+    return {
+        "dataset": dataset.name,
+        "source_domains": list(training.source_domains),
+        "target_domain": training.target_domain,
+        "training_clips": len(clips),
+        "held_out_clips": {one.name: len(one.clips) for one in clip_sets(settings, dataset)},
+        "classes": dataset.classes,
+        "device": str(device),
+        "batch_size": training.batch_size,
+        "shapes": {name: [list(part.shape[1:]) for part in parts] for name, parts in batches[0].inputs.items()},
+        "parameters": _parameters(step.model, settings),
+        "cache_bytes": getattr(dataset, "nbytes", None),
+        "step_seconds": round(seconds, 4),
+        "steps": steps,
+        "estimated_training_seconds": round(seconds * steps, 1),
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+
+
+def _step_seconds(step: TrainStep, batches: list[Batch], device: torch.device) -> float:
+    """Mean seconds of two steps, after one that warms up."""
+    step(batches[0])
+    _wait(device)
+    started = time.monotonic()
+    for index in range(2):
+        step(batches[(index + 1) % len(batches)])
+    _wait(device)
+    return (time.monotonic() - started) / 2
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _parameters(model: MultiModalModel, settings: Settings) -> dict[str, Any]:
+    """Parameters by part: trained (tails and heads) and frozen (trunks)."""
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    frozen = {
+        name: count(build_encoder(name, modality).cut(modality.cut)[0])
+        for name, modality in settings.modalities.items()
+    }
+    tails = {name: count(model.tails[name]) for name in model.modalities}
+    return {
+        "trained": count(model),
+        "frozen": sum(frozen.values()),
+        "tails": tails,
+        "trunks": frozen,
+        "unimodal_heads": count(model.heads),
+        "fused_head": count(model.fused_head),
+    }

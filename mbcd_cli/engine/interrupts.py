@@ -1,0 +1,35 @@
+"""SIGTERM and SIGINT as a request that the loop answers when it is safe."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class Interrupts:
+    """Inside the block the first SIGTERM or SIGINT is only noted; a second one interrupts at once.
+
+    Attributes:
+        signal: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+    def __enter__(self) -> Interrupts:
+        # Only the main thread may set handlers; elsewhere (a notebook's worker) signals keep their meaning.
+        if threading.current_thread() is threading.main_thread():
+            for one in (signal.SIGTERM, signal.SIGINT):
+                self._before[one] = signal.signal(one, self._note)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, handler)

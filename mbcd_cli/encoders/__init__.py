@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mbcd_cli.encoders import arrays, small
+from mbcd_cli.encoders import arrays, audio_resnet, resnet3d, small
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.settings import Kind, Modality
@@ -27,6 +27,9 @@ ENCODERS: dict[str, EncoderEntry] = {
     "small-video": EncoderEntry("video", small.small_video, "four 3-D convolutions, for CPUs"),
     "small-flow": EncoderEntry("flow", small.small_flow, "four 3-D convolutions, for CPUs"),
     "small-audio": EncoderEntry("audio", small.small_audio, "four 2-D convolutions, for CPUs"),
+    "slowfast-r101": EncoderEntry("video", resnet3d.slowfast_r101, "SlowFast-R101 8x8 (the paper's; Kinetics-400)"),
+    "slowonly-r50": EncoderEntry("flow", resnet3d.slowonly_r50, "SlowOnly-R50 on two flow channels (the paper's)"),
+    "audio-resnet18": EncoderEntry("audio", audio_resnet.audio_resnet18, "ResNet-18 (the paper's; VGGSound)"),
     "array-mlp": EncoderEntry("array", arrays.array_mlp, "two hidden layers, for vectors"),
     "array-conv": EncoderEntry("array", arrays.array_conv, "three 1-D convolutions, for sequences"),
 }
@@ -55,7 +58,7 @@ def build_encoder(name: str, settings: Modality) -> StagedEncoder:
     if settings.cut == "adapter":
         stages: dict[str, nn.Module] = dict(encoder.stages.items())
         stages["adapter"] = Adapter(encoder.dim)
-        encoder = StagedEncoder(stages, dim=encoder.dim)
+        encoder = StagedEncoder(stages, dim=encoder.dim, recomputed=encoder.recomputed)
     if settings.cut not in encoder.names:
         raise SettingsError(
             f"modalities.{name}.cut: {settings.encoder} has no stage {settings.cut!r}.",

@@ -59,15 +59,33 @@ class Trunk(Stages):
 
 
 class Tail(Stages):
-    """The trained stages from the cut on.
+    """The trained stages from the cut on, after those of the trunk that are cheaper to recompute than to cache.
 
     Attributes:
         dim: D, the number of pooled features it returns.
+        frozen: leading stages that belong to the trunk: never trained, always in eval mode.
     """
 
-    def __init__(self, stages: Mapping[str, nn.Module], *, dim: int, noise_before: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        stages: Mapping[str, nn.Module],
+        *,
+        dim: int,
+        noise_before: Iterable[str] = (),
+        frozen: Iterable[str] = (),
+    ) -> None:
         super().__init__(stages, noise_before=noise_before)
         self.dim = dim
+        self.frozen = tuple(frozen)
+        for name in self.frozen:
+            getattr(self, name).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Tail:
+        """Train or eval mode of all but the frozen stages."""
+        super().train(mode)
+        for name in self.frozen:
+            getattr(self, name).eval()
+        return self
 
     def forward(self, parts: Parts, noise: Noise | None = None) -> torch.Tensor:
         """Parts at the cut -> pooled features [B, D]."""
@@ -85,12 +103,15 @@ class StagedEncoder(nn.Module):
         stages: name -> module, in order. `input` turns decoded tensors (uint8 frames, spectrograms) into the
             network's input and has no parameters; `pool` returns [B, dim]; an optional `adapter` follows it.
         dim: D, features after pooling.
+        recomputed: cheap stages whose outputs are not worth caching; a cut right after one moves it, frozen, to
+            the tail (SlowFast's lateral connections).
     """
 
-    def __init__(self, stages: Mapping[str, nn.Module], *, dim: int) -> None:
+    def __init__(self, stages: Mapping[str, nn.Module], *, dim: int, recomputed: Iterable[str] = ()) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
         self.dim = dim
+        self.recomputed = frozenset(recomputed)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,6 +121,7 @@ class StagedEncoder(nn.Module):
     def cut(self, name: str) -> tuple[Trunk, Tail]:
         """Split before stage `name`: (trunk = the stages before it, tail = that stage and all after it).
 
+        `recomputed` stages right before `name` go to the tail too, frozen.
         The two share the encoder's modules; running trunk then tail equals running the whole encoder.
 
         Raises:
@@ -107,13 +129,16 @@ class StagedEncoder(nn.Module):
         """
         if name not in self.names:
             raise SettingsError(f"This encoder has no stage {name!r}.", f"Cut at one of: {', '.join(self.names)}.")
-        at = self.names.index(name)
-        before = {n: self.stages[n] for n in self.names[:at]}
-        after = {n: self.stages[n] for n in self.names[at:]}
+        at = start = self.names.index(name)
+        while start > 0 and self.names[start - 1] in self.recomputed:
+            start -= 1
+        before = {n: self.stages[n] for n in self.names[:start]}
+        after = {n: self.stages[n] for n in self.names[start:]}
+        frozen = self.names[start:at]
         # Feature noise (DSU) belongs on feature maps: where features first enter the tail, and before pooling.
-        first = next((n for n in after if n != "input"), None)
+        first = next((n for n in after if n != "input" and n not in frozen), None)
         noisy = {n for n in (first, "pool") if n in after and n != "adapter"}
-        return Trunk(before), Tail(after, dim=self.dim, noise_before=noisy)
+        return Trunk(before), Tail(after, dim=self.dim, noise_before=noisy, frozen=frozen)
 
     def forward(self, parts: Parts) -> torch.Tensor:
         """Decoded parts -> pooled features [B, D], all stages at once (for comparisons; training uses the tail)."""

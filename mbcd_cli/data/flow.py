@@ -60,9 +60,7 @@ def read_flow(
     if media.path.is_dir():
         grey = {"dataset": dataset, "notes": notes, "flag": cv2.IMREAD_GRAYSCALE}
         if not media.path_v.is_dir():
-            raise MediaError(
-                media.path_v, "the second direction of the flow is missing", "Complete the download."
-            )
+            raise MediaError(media.path_v, "the second direction of the flow is missing", "Complete the download.")
         u = read_folder(media, choose, second=media.path_v, **grey)
         # The span is u's even where v's own folder ends elsewhere, so both are asked for the same numbers.
         first, last = folder_span(media, media.path)
@@ -83,9 +81,7 @@ def read_flow(
             cause = f"{counts[1]} frames, and its other direction {media.path.name} has {counts[0]}"
             raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
     if u.shape != v.shape:
-        cause = (
-            f"its frames are {v.shape[2]}x{v.shape[1]}, those of {media.path.name} {u.shape[2]}x{u.shape[1]}"
-        )
+        cause = f"its frames are {v.shape[2]}x{v.shape[1]}, those of {media.path.name} {u.shape[2]}x{u.shape[1]}"
         raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
     return np.stack([u, v], axis=-1)
 
@@ -95,9 +91,7 @@ def _flow_array(media: Media, choose: Choose, *, dataset: DatasetSettings, bound
     if flow.ndim != 4 or flow.shape[-1] != 2:
         raise MediaError(media.path, f"shape {flow.shape} where flow has [T, H, W, 2]", "Store u and v last.")
     if media.unit == "s" and not (media.start is None and media.stop is None):
-        raise MediaError(
-            media.path, "an array has no times, and the clip's span is in seconds", "Give it in frames."
-        )
+        raise MediaError(media.path, "an array has no times, and the clip's span is in seconds", "Give it in frames.")
     first, last = frame_span(media, len(flow), lambda: np.arange(len(flow)), dataset=dataset, notes=None)
     chosen = flow[first + chosen_indices(choose, last - first)]
     if chosen.dtype == np.uint8:

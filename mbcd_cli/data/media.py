@@ -58,18 +58,14 @@ def read_frames(media: Media, choose: Choose, *, dataset: DatasetSettings, notes
         return _read_with_decord(media, choose, movie, dataset=dataset, notes=notes)
     except decord.DECORDError as error:
         text = str(error)
-        if (
-            "from_size == to_size" in text
-        ):  # padded rows (rotated or very narrow frames): decord cannot copy them
+        if "from_size == to_size" in text:  # padded rows (rotated or very narrow frames): decord cannot copy them
             return _read_with_opencv(media, choose, dataset=dataset, notes=notes)
         raise _damaged(media.path, text, movie) from None
 
 
 def _damaged(path: Path, text: str, movie: Movie) -> MediaError:
     if "cannot find video stream" in text:
-        return MediaError(
-            path, "it has no video stream", "Name a file with a picture, or leave the clip out."
-        )
+        return MediaError(path, "it has no video stream", "Name a file with a picture, or leave the clip out.")
     if "received more than" in text:
         return MediaError(path, "too many of its frames cannot be decoded", REENCODE)
     claims = f" (it claims {movie.frames})" if movie.frames else ""
@@ -206,11 +202,7 @@ def frame_times(media: Media, dataset: DatasetSettings) -> tuple[float | None, f
         if frame is None:
             return None
         index = int(frame)
-        return (
-            float(starts[index])
-            if index < len(starts)
-            else float(starts[-1] + (index - len(starts) + 1) * step)
-        )
+        return float(starts[index]) if index < len(starts) else float(starts[-1] + (index - len(starts) + 1) * step)
 
     return at(media.start), at(media.stop)
 

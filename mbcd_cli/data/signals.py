@@ -73,9 +73,7 @@ def read_audio(
     return np.ascontiguousarray(mono[:limit], dtype=np.float32), rate
 
 
-def _sound_span(
-    media: Media, total: int, rate: int, *, dataset: DatasetSettings, notes: Notes
-) -> tuple[int, int]:
+def _sound_span(media: Media, total: int, rate: int, *, dataset: DatasetSettings, notes: Notes) -> tuple[int, int]:
     if total <= 0:
         raise MediaError(media.path, "it has a header but no samples", REPLACE)
     start, stop = media.start, media.stop
@@ -89,9 +87,7 @@ def _sound_span(
     if last > total:
         # A time stamp may round to a few samples past the end; a tenth of a second is no longer rounding.
         if last - total > 0.1 * rate:
-            cause = (
-                f"{(last - total) / rate:.2f} of {(last - first) / rate:.2f} s lie after the end of the sound"
-            )
+            cause = f"{(last - total) / rate:.2f} of {(last - first) / rate:.2f} s lie after the end of the sound"
             tolerate(media.path, cause, dataset, notes)
         last = total
     if last <= first:
@@ -109,17 +105,13 @@ def read_array(media: Media) -> np.ndarray:
     if array.dtype.kind not in "fiub":
         raise MediaError(media.path, f"it holds {array.dtype} where real numbers are expected", REPLACE)
     if array.ndim not in (1, 2):
-        raise MediaError(
-            media.path, f"shape {array.shape} where [D] or [T, D] is expected", "Store one clip per file."
-        )
+        raise MediaError(media.path, f"shape {array.shape} where [D] or [T, D] is expected", "Store one clip per file.")
     if array.size == 0:
         raise MediaError(media.path, f"it holds no values (shape {array.shape})", REPLACE)
     values = np.asarray(array, dtype=np.float32)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
-        raise MediaError(
-            media.path, f"{bad} of {values.size} values are not finite (NaN or infinity)", REPLACE
-        )
+        raise MediaError(media.path, f"{bad} of {values.size} values are not finite (NaN or infinity)", REPLACE)
     return values
 
 
@@ -130,12 +122,8 @@ def load_npy(path: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
         text = str(error)
         if "allow_pickle" in text or "Python objects" in text:
-            raise MediaError(
-                path, "it holds pickled Python objects, which are never loaded", REPLACE
-            ) from None
+            raise MediaError(path, "it holds pickled Python objects, which are never loaded", REPLACE) from None
         raise MediaError(path, "not a readable .npy file, or cut short", REPLACE) from None
     if not isinstance(array, np.ndarray):  # an .npz archive
-        raise MediaError(
-            path, "an archive where a single array (.npy) is expected", "Store one .npy per clip."
-        )
+        raise MediaError(path, "an archive where a single array (.npy) is expected", "Store one .npy per clip.")
     return array

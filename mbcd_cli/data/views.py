@@ -101,9 +101,7 @@ def part_shapes(settings: Modality, *, test: bool = False) -> list[tuple[tuple[i
         columns = (settings.samples - settings.noverlap) // hop
         return [((1, settings.nperseg // 2 + 1, columns), np.dtype(np.float32))]
     if settings.dimension is None:
-        raise MediaError(
-            "an array modality", "its dimension is not known", "Set modalities.NAME.dimension=D."
-        )
+        raise MediaError("an array modality", "its dimension is not known", "Set modalities.NAME.dimension=D.")
     steps = () if settings.length is None else (settings.length,)
     return [((*steps, settings.dimension), np.dtype(np.float32))]
 
@@ -125,9 +123,7 @@ def resolve(settings: Modality, media: Iterable[Media]) -> Modality:
             continue
         if array.ndim == 1:
             return settings.model_copy(update={"dimension": 1 if settings.length else len(array)})
-        return settings.model_copy(
-            update={"dimension": array.shape[1], "length": settings.length or array.shape[0]}
-        )
+        return settings.model_copy(update={"dimension": array.shape[1], "length": settings.length or array.shape[0]})
     if first is not None:
         raise first
     return settings
@@ -155,9 +151,7 @@ def sample_indices(count: int, settings: FrameGeometry, rng: np.random.Generator
     return (start + interval * np.arange(wanted)) % count
 
 
-def crop_box(
-    height: int, width: int, settings: FrameGeometry, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
+def crop_box(height: int, width: int, settings: FrameGeometry, rng: np.random.Generator) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a random training crop: area and log-aspect uniform in their ranges.
 
     After ten boxes that do not fit, the centre square is taken (as mmaction2's RandomResizedCrop does).
@@ -271,9 +265,7 @@ def fit_samples(samples: np.ndarray, settings: AudioModality, rng: np.random.Gen
     return np.clip(taken, -1.0, 1.0)
 
 
-def audio_view(
-    samples: np.ndarray, rate: int, settings: AudioModality, rng: np.random.Generator | None
-) -> np.ndarray:
+def audio_view(samples: np.ndarray, rate: int, settings: AudioModality, rng: np.random.Generator | None) -> np.ndarray:
     """Log-spectrogram of a clip, standardised: [n] samples at `rate` per second -> [1, F, S] float32.
 
     F = nperseg / 2 + 1, S = (samples - noverlap) // (nperseg - noverlap). A training view (`rng` given) then has

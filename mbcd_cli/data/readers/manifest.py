@@ -1,0 +1,441 @@
+"""The manifest reader: a CSV table with one row per clip and one column per modality.
+
+Columns: id, domain, split (train or test), label (0, 1, ...), optionally label_name, then one column per modality with
+paths relative to the dataset's root. Optional spans inside the files: start, stop (or start_s, stop_s) in seconds, or
+start_frame, stop_frame (zero-based, stop exclusive) in native frames. Lines count from 1, the header.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import posixpath
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
+from mbcd_cli.errors import ManifestError
+from mbcd_cli.settings import DatasetSettings, Modality, default_modality, infer_kind
+
+REQUIRED = ("id", "domain", "split", "label")
+SPANS = {
+    "start": ("start", "s"),
+    "start_s": ("start", "s"),
+    "start_frame": ("start", "frame"),
+    "stop": ("stop", "s"),
+    "stop_s": ("stop", "s"),
+    "stop_frame": ("stop", "frame"),
+}
+_LISTED = 200
+_REMEDY = "Correct these lines (they count from 1, the header); nothing was written."
+# How the second direction of a flow pair is named from the first, on the whole path.
+_PAIRS = (
+    (r"_flow_x(?=\.[^./]+$|$)", "_flow_y"),
+    (r"_u(?=\.[^./]+$|$)", "_v"),
+    (r"_x(?=\.[^./]+$|$)", "_y"),
+    (r"(^|/)u(?=/|$)", r"\1v"),
+)
+
+
+def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
+    """The listing of a manifest. Media files are not looked at: bad ones are found when they are decoded.
+
+    Args:
+        dataset: `root`, `manifest`, `name`, `domains`, `classes` and `compute_flow`.
+        modalities: the modalities asked for; empty takes every column that is one, with its kind's defaults.
+
+    Raises:
+        ManifestError: the table is missing, or wrong; all bad lines are listed together.
+    """
+    root, path = _locate(dataset)
+    table = _Table(_read_bytes(path))
+    columns = _columns(table, dataset, modalities, path)
+    reader = _Rows(columns, dataset, root)
+    clips = [clip for line, cells in table.rows if (clip := reader.clip(line, cells)) is not None]
+    problems = sorted(table.problems + reader.problems)
+    if problems:
+        raise _error(path, problems)
+    if not clips:
+        raise ManifestError(f"{path}: the manifest is empty.", "Add one row per clip below the header.")
+    domains = _domains(clips, dataset, path)
+    clips = [clip for clip in clips if clip.domain in domains]
+    warnings = _check_splits(clips, domains, path)
+    labels, without = _label_names(clips, reader.names, dataset)
+    return Listing(
+        name=dataset.name or _name(root, path),
+        clips=clips,
+        domains=domains,
+        label_names=labels,
+        modalities={name: columns.modalities[name] for name in modality_order(list(columns.modalities))},
+        warnings=warnings + without,
+        notes=columns.notes,
+    )
+
+
+# --- the file ------------------------------------------------------------------------------------------------------
+
+
+def _locate(dataset: DatasetSettings) -> tuple[Path, Path]:
+    if dataset.root is None:
+        raise ManifestError("The dataset's root folder is not set.", "Name it with --root DIR.")
+    root = Path(dataset.root)
+    if not root.is_dir():
+        what = "is not a folder" if root.exists() else "does not exist"
+        raise ManifestError(f"{root}: the dataset's root {what}.", "Correct --root.")
+    path = root / dataset.manifest
+    if not path.is_file():
+        raise ManifestError(
+            f"{path}: there is no such manifest.",
+            "Write one (one row per clip), or name another with --set dataset.manifest=FILE.",
+        )
+    return root, path
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror}).", "Check its permissions.") from None
+
+
+def _error(path: Path, problems: list[tuple[int, str]]) -> ManifestError:
+    lines = [f"  line {line}: {text}" for line, text in problems[:_LISTED]]
+    if len(problems) > _LISTED:
+        lines.append(f"  ... and {len(problems) - _LISTED} more")
+    count = len({line for line, _ in problems})
+    head = f"{path}: {count} bad line{'' if count == 1 else 's'}."
+    return ManifestError("\n".join([head, *lines]), _REMEDY)
+
+
+class _Table:
+    """Header and rows of a CSV file, decoded line by line so that one bad line does not hide the others."""
+
+    def __init__(self, data: bytes) -> None:
+        self.problems: list[tuple[int, str]] = []
+        self.rows: list[tuple[int, list[str]]] = []
+        self.header: list[str] = []
+        lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        for number, raw in enumerate(lines, start=1):
+            cells = self._cells(number, raw.rstrip(b"\r"))
+            if number == 1:
+                self.header = cells or []
+            elif cells:
+                self.rows.append((number, cells))
+
+    def _cells(self, number: int, raw: bytes) -> list[str] | None:
+        if not raw.strip():
+            return None
+        try:
+            (cells,) = csv.reader([raw.decode("utf-8")], strict=True)
+        except UnicodeDecodeError as error:
+            byte = raw[error.start]
+            self.problems.append((number, f"not UTF-8 (byte 0x{byte:02X} at column {error.start + 1})"))
+            return None
+        except (csv.Error, ValueError) as error:
+            self.problems.append((number, f"not CSV ({error})"))
+            return None
+        return [cell.strip() for cell in cells]
+
+
+@dataclass(slots=True)
+class _Columns:
+    """What each column means."""
+
+    at: dict[str, int]
+    width: int
+    paths: dict[str, int]
+    spans: list[tuple[str, int, str]]
+    modalities: dict[str, Modality]
+    clock: int | None
+    flow_from: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+
+def _columns(table: _Table, dataset: DatasetSettings, asked: Mapping[str, Modality], path: Path) -> _Columns:
+    header = table.header
+    bad_header = [text for line, text in table.problems if line == 1]
+    if bad_header:
+        raise ManifestError(f"{path}: its header is {bad_header[0]}.", "Save the table as UTF-8 CSV.")
+    if not header:
+        raise ManifestError(f"{path}: the manifest is empty.", f"It begins with a header: {','.join(REQUIRED)},...")
+    problems: list[str] = []
+    missing = [name for name in REQUIRED if name not in header]
+    if missing:
+        hint = " (cells are separated by commas)" if len(header) == 1 and re.search(r"[;\t]", header[0]) else ""
+        problems.append(f"the header lacks {', '.join(missing)}{hint}")
+    problems += [f"column {name!r} is there twice" for name in sorted({n for n in header if header.count(n) > 1})]
+    if "" in header:
+        problems.append(f"column {header.index('') + 1} has no name")
+    at = {name: index for index, name in reversed(list(enumerate(header)))}
+    units = {SPANS[name][1] for name in header if name in SPANS}
+    if len(units) > 1:
+        problems.append("spans are given in seconds and in frames: keep one of the two")
+    if len([n for n in header if n in SPANS]) > len({SPANS[n][0] for n in header if n in SPANS}) and len(units) == 1:
+        problems.append("start or stop is given twice")
+    kinds: dict[str, str] = {}
+    for name in header:
+        if name in ("", "label_name", *REQUIRED) or name in SPANS or name in kinds:
+            continue
+        values = [cells[at[name]] for _, cells in table.rows if len(cells) > at[name] and cells[at[name]]]
+        arrays = bool(values) and all(value.lower().endswith(".npy") for value in values)
+        kind = asked[name].kind if name in asked else infer_kind(name) or ("array" if arrays else None)
+        if kind is None:
+            problems.append(
+                f"unknown column {name!r}: if it is a modality, say of which kind "
+                f"(--set modalities.{name}.kind=video|flow|audio|array), else remove it"
+            )
+        else:
+            kinds[name] = kind
+    modalities = dict(asked) or {name: default_modality(name, kind) for name, kind in kinds.items()}
+    video = next((n for n in kinds if kinds[n] == "video" and n in modalities), None) or next(
+        (n for n in kinds if kinds[n] == "video"), None
+    )
+    notes: list[str] = []
+    if not asked and dataset.compute_flow and video is not None and "flow" not in kinds.values():
+        modalities["flow"] = default_modality("flow")
+    flow_from: dict[str, int] = {}
+    for name, settings in modalities.items():
+        if name in kinds:
+            continue
+        if settings.kind == "flow" and dataset.compute_flow and video is not None:
+            flow_from[name] = at[video]
+            notes.append(f"{name} is computed from {video}")
+        else:
+            hint = " (--compute-flow makes it from the video)" if settings.kind == "flow" and video else ""
+            problems.append(f"there is no column for modality {name!r}{hint}")
+    if not modalities and not problems:
+        problems.append("there is no column of a modality (video, audio, flow, ...)")
+    if problems:
+        lines = "\n".join(f"  line 1: {text}" for text in problems)
+        raise ManifestError(f"{path}: the header is wrong.\n{lines}", "Correct the header; nothing was written.")
+    ignored = [name for name in kinds if name not in modalities]
+    if ignored:
+        notes.append(f"columns not asked for: {', '.join(ignored)}")
+    return _Columns(
+        at=at,
+        width=len(header),
+        paths={name: at[name] for name in modalities if name in kinds},
+        spans=[(SPANS[name][0], at[name], SPANS[name][1]) for name in header if name in SPANS],
+        modalities=modalities,
+        clock=at[video] if video is not None else None,
+        flow_from=flow_from,
+        notes=notes,
+    )
+
+
+# --- the rows ------------------------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """Turns rows into clips and gathers what is wrong with them."""
+
+    def __init__(self, columns: _Columns, dataset: DatasetSettings, root: Path) -> None:
+        self.columns = columns
+        self.dataset = dataset
+        self.root = root
+        self.problems: list[tuple[int, str]] = []
+        self.names: dict[int, str] = {}
+        self._ids: dict[str, int] = {}
+        self._name_line: dict[int, int] = {}
+        self._label_of: dict[str, int] = {}
+
+    def clip(self, line: int, cells: list[str]) -> Clip | None:
+        """The clip of one row, or None after noting all that is wrong with the row."""
+        if len(cells) != self.columns.width:
+            self.problems.append((line, f"{len(cells)} cells where the header has {self.columns.width}"))
+            return None
+        at = self.columns.at
+        found: list[str] = []
+        identity, domain, split = cells[at["id"]], cells[at["domain"]], cells[at["split"]]
+        found += _name_faults("id", identity)
+        found += _name_faults("domain", domain)
+        if "," in domain:
+            found.append(f"domain {domain!r} holds a comma")
+        if identity in self._ids:
+            found.append(f"id {identity!r} is already on line {self._ids[identity]}")
+        if split not in SPLITS:
+            found.append(f"split {split!r} is neither train nor test")
+        label = self._label(cells[at["label"]], found)
+        named = cells[at["label_name"]] if "label_name" in at else ""
+        span = self._span(cells, found)
+        media = self._media(cells, span, found)
+        if not found and label is not None and named:
+            self._check_name(label, named, line, found)
+        if identity:
+            self._ids.setdefault(identity, line)
+        if found or label is None:
+            self.problems += [(line, text) for text in found]
+            return None
+        return Clip(identity, domain, split, label, named or str(label), media)
+
+    def _label(self, cell: str, found: list[str]) -> int | None:
+        if not re.fullmatch(r"[+-]?[0-9]{1,9}", cell):
+            found.append(f"label {cell!r} is not an integer")
+            return None
+        label, classes = int(cell), self.dataset.classes
+        if label < 0 or (classes is not None and label >= classes):
+            end = f"{classes - 1}" if classes is not None else "..."
+            found.append(f"label {label} is out of range (classes are 0 to {end})")
+            return None
+        return label
+
+    def _check_name(self, label: int, name: str, line: int, found: list[str]) -> None:
+        if self.names.get(label, name) != name:
+            earlier = self._name_line[label]
+            found.append(f"label {label} is called {name!r} here and {self.names[label]!r} on line {earlier}")
+        elif self._label_of.get(name, label) != label:
+            other = self._label_of[name]
+            found.append(f"label_name {name!r} is label {label} here and {other} on line {self._name_line[other]}")
+        else:
+            self.names[label] = name
+            self._label_of[name] = label
+            self._name_line.setdefault(label, line)
+
+    def _span(self, cells: list[str], found: list[str]) -> dict[str, object]:
+        span: dict[str, object] = {}
+        for end, index, unit in self.columns.spans:
+            cell = cells[index]
+            if not cell:
+                continue
+            try:
+                value = float(int(cell)) if unit == "frame" else float(cell)
+            except ValueError:
+                value = math.nan
+            if not math.isfinite(value) or value < 0:
+                what = "a frame number" if unit == "frame" else "a time in seconds"
+                found.append(f"{end} {cell!r} is not {what}")
+                continue
+            span[end], span["unit"] = value, unit
+        if "start" in span and "stop" in span and not span["start"] < span["stop"]:  # type: ignore[operator]
+            found.append(f"stop ({span['stop']:g}) is not after start ({span['start']:g})")
+        return span
+
+    def _media(self, cells: list[str], span: dict[str, object], found: list[str]) -> dict[str, Media]:
+        media: dict[str, Media] = {}
+        columns = self.columns
+        for name, settings in columns.modalities.items():
+            computed = name in columns.flow_from
+            cell = cells[columns.flow_from[name] if computed else columns.paths[name]]
+            if computed:
+                path = _inside(self.root, cell)
+                if path is not None:  # a bad path is reported once, with the video's own column
+                    media[name] = Media(path, computed=True, **span)
+                elif not any(index == columns.flow_from[name] for index in columns.paths.values()):
+                    found.append(f"{name}: {_path_fault(cell)}")
+                continue
+            files = _flow_files(cell) if settings.kind == "flow" else [cell]
+            paths = [_inside(self.root, file) for file in files]
+            faults = [_path_fault(file) for file, path in zip(files, paths, strict=True) if path is None]
+            if faults:
+                found.append(f"{name}: {faults[0]}")
+                continue
+            if settings.kind == "flow" and len(files) > 2:
+                found.append(f"{name}: more than two files are named")
+                continue
+            extra: dict[str, object] = {} if settings.kind == "array" else dict(span)
+            if settings.kind == "audio" and span.get("unit") == "frame":
+                clock = None if columns.clock is None else _inside(self.root, cells[columns.clock])
+                if columns.clock is None:
+                    found.append(f"{name}: a span in frames needs a video column that tells their times")
+                    continue
+                extra["clock"] = clock
+            media[name] = Media(paths[0], paths[1] if len(paths) == 2 else None, **extra)
+        return media
+
+
+def _name_faults(what: str, value: str) -> list[str]:
+    """Ids and domains become file names, command-line words and table cells."""
+    if not value:
+        return [f"{what} is empty"]
+    if (
+        len(value.encode()) > 200
+        or value.startswith((".", "-"))
+        or re.search(r'[/\\:*?"<>|]', value)
+        or any(unicodedata.category(character)[0] == "C" for character in value)
+    ):
+        return [f"{what} {value[:60]!r} cannot serve as a name"]
+    return []
+
+
+def _inside(root: Path, cell: str) -> Path | None:
+    """The path a cell names, or None when it is empty, absolute or leads out of the root. Links are not followed:
+    datasets are often put together from links to other disks."""
+    return None if _path_fault(cell) else root / posixpath.normpath(cell)
+
+
+def _path_fault(cell: str) -> str:
+    if not cell:
+        return "no file is named"
+    if "\0" in cell:
+        return f"{cell!r} is not a path"
+    if cell.startswith(("/", "\\", "~")) or re.match(r"[A-Za-z]:[\\/]", cell):
+        return f"{cell!r} is not relative to the dataset's root"
+    if ".." in posixpath.normpath(cell.replace("\\", "/")).split("/"):
+        return f"{cell!r} leaves the dataset's root"
+    return ""
+
+
+def _flow_files(cell: str) -> list[str]:
+    """The files of a flow cell: `u|v`, one .npy, the first of a pair named by a rule, or a folder with u and v."""
+    if "|" in cell:
+        return [part.strip() for part in cell.split("|")]
+    if not cell or cell.lower().endswith(".npy"):
+        return [cell]
+    for pattern, other in _PAIRS:
+        matches = list(re.finditer(pattern, cell))
+        if matches:
+            last = matches[-1]
+            return [cell, cell[: last.start()] + last.expand(other) + cell[last.end() :]]
+    return [f"{cell}/u", f"{cell}/v"]
+
+
+# --- the whole -----------------------------------------------------------------------------------------------------
+
+
+def _domains(clips: list[Clip], dataset: DatasetSettings, path: Path) -> tuple[str, ...]:
+    known = tuple(dict.fromkeys(clip.domain for clip in clips))
+    unknown = [name for name in dataset.domains if name not in known]
+    if unknown:
+        raise ManifestError(
+            f"{path}: there is no domain {', '.join(map(repr, unknown))}.", f"It has: {', '.join(known)}."
+        )
+    return tuple(dict.fromkeys(dataset.domains)) or known
+
+
+def _check_splits(clips: list[Clip], domains: tuple[str, ...], path: Path) -> list[str]:
+    """A domain without training clips is an error; one without test clips can still be a source, which is said."""
+    present = {(clip.domain, clip.split) for clip in clips}
+    untrained = [domain for domain in domains if (domain, "train") not in present]
+    if untrained:
+        lines = "\n".join(f"  domain {domain!r} has no clips of the train split" for domain in untrained)
+        raise ManifestError(
+            f"{path}: a split is missing.\n{lines}", "Add such rows, or choose domains with --set dataset.domains=..."
+        )
+    return [
+        f"domain {domain} has no clips of the test split: it can be neither validated on nor a target"
+        for domain in domains
+        if (domain, "test") not in present
+    ]
+
+
+def _label_names(
+    clips: list[Clip], names: Mapping[int, str], dataset: DatasetSettings
+) -> tuple[tuple[str, ...], list[str]]:
+    classes = dataset.classes or max(clip.label for clip in clips) + 1
+    labels = tuple(names.get(label, str(label)) for label in range(classes))
+    counts = {clip.label for clip in clips}
+    without = [labels[label] for label in range(classes) if label not in counts]
+    if not without:
+        return labels, []
+    shown = ", ".join(without[:10]) + (", ..." if len(without) > 10 else "")
+    return labels, [f"{len(without)} of {classes} classes have no clips: {shown}"]
+
+
+def _name(root: Path, path: Path) -> str:
+    base = root.resolve().name or "dataset"
+    name = base if path.name == "manifest.csv" else f"{base}-{path.stem}"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "dataset"

@@ -86,7 +86,7 @@ class ModalityBase(Slice):
     encoder: str
     """Encoder that reads this modality; `mbcd list encoders` shows them."""
     cut: str = "input"
-    """First trained stage: `input` trains everything, `layer4` is the paper's, `adapter` trains a small adapter on pooled features."""
+    """First trained stage: `input` trains everything, `layer4` as in the paper, `adapter` a small MLP after pooling."""
     weights: Path | None = None
     """Checkpoint file for the encoder, relative to `--weights-dir`; none means random weights."""
     weights_sha256: str | None = None
@@ -269,7 +269,7 @@ class ConsistencySettings(Slice):
     """Gradient consistency (GCC, Eq. 5-6)."""
 
     order: Literal["off", "first", "second"] = "first"
-    """No inner step, an inner step whose gradient is a constant (the reference), or one that is differentiated through."""
+    """No inner step, one whose gradient is a constant (the reference), or one that is differentiated through."""
     alpha: NonNegative = 1e-4
     """Learning rate of the inner step."""
 
@@ -305,7 +305,7 @@ class ObjectiveSettings(Slice):
     """The training objective (Eq. 9) and its switches; `--method erm|ema|mbcd` sets them together."""
 
     unimodal: Literal["joint", "probe"] = "joint"
-    """Uni-modal heads train with their encoders (Eq. 9), or only probe detached features so that they can be reported."""
+    """Uni-modal heads train with their encoders (Eq. 9), or only probe detached features, to be reported."""
     dropout: DropoutSettings = DropoutSettings()
     """Modality dropout."""
     consistency: ConsistencySettings = ConsistencySettings()

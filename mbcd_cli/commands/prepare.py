@@ -141,7 +141,7 @@ def _prepare_modality(
                 "root": str(root),
                 "encoder": modality.encoder if modality.cut != "input" else "none (decoded tensors)",
                 "weights_sha256": sha or "none",
-                "torch_version": torch.__version__,
+                "torch_version": str(torch.__version__),
             },
             compression=settings.cache.compression,
         )

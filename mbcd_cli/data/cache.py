@@ -166,9 +166,11 @@ def _written_aside(path: Path) -> Iterator[h5py.File]:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise CacheError(
                 f"The disk is full: {path.parent} cannot take another shard.",
@@ -177,10 +179,14 @@ def _written_aside(path: Path) -> Iterator[h5py.File]:
         raise CacheError(f"{path} cannot be written: {error}.", "Check the folder's rights and the disk.") from error
 
 
+def _write_strings(group: h5py.Group, name: str, values: Sequence[str]) -> None:
+    group.create_dataset(name, data=np.array(list(values), dtype=object), dtype=_TEXT)
+
+
 def _write_rejected(file: h5py.File, rejected: Sequence[Rejected]) -> None:
     group = file.create_group("rejected")
     for field in ("clip", "modality", "file", "cause", "remedy"):
-        group.create_dataset(field, data=[getattr(r, field) for r in rejected], dtype=_TEXT)
+        _write_strings(group, field, [getattr(r, field) for r in rejected])
 
 
 def _strings(dataset: h5py.Dataset) -> list[str]:
@@ -311,11 +317,11 @@ class CacheWriter:
             file.attrs["prepared_at"] = datetime.now(UTC).isoformat()
             file.attrs["mbcd_version"] = __version__
             for key, value in self.provenance.items():
-                file.attrs[key] = value
-            file.create_dataset("domains", data=list(self.domains), dtype=_TEXT)
-            file.create_dataset("label_names", data=list(self.label_names), dtype=_TEXT)
+                file.attrs[key] = str(value)
+            _write_strings(file, "domains", self.domains)
+            _write_strings(file, "label_names", self.label_names)
             table = file.create_group("clips")
-            table.create_dataset("id", data=[c.id for c in self.clips], dtype=_TEXT)
+            _write_strings(table, "id", [c.id for c in self.clips])
             domain = {name: index for index, name in enumerate(self.domains)}
             table.create_dataset("domain", data=np.array([domain[c.domain] for c in self.clips], np.int32))
             table.create_dataset("split", data=np.array([SPLITS.index(c.split) for c in self.clips], np.int8))

@@ -1,0 +1,148 @@
+"""Merging of settings sources, and the messages for what does not validate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mbcd_cli import layers
+from mbcd_cli.errors import SettingsError
+from mbcd_cli.settings import METHODS, Settings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    import os
+
+    for name in list(os.environ):
+        if name.upper().startswith("MBCD_"):
+            monkeypatch.delenv(name)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_precedence_flag_over_set_over_environment_over_config_over_preset_over_default(tmp_path, monkeypatch):
+    preset = write(
+        tmp_path / "p.toml",
+        "[training]\nepochs=1\nbatch_size=1\nseed=1\ntarget_domain='p'\n[optimizer]\nlr=1.0\nmomentum=0.1\n",
+    )
+    config = write(tmp_path / "c.toml", "[training]\nbatch_size=2\nseed=2\ntarget_domain='c'\n[optimizer]\nlr=2.0\n")
+    monkeypatch.setenv("MBCD_TRAINING__SEED", "3")
+    monkeypatch.setenv("MBCD_TRAINING__TARGET_DOMAIN", "e")
+    monkeypatch.setenv("MBCD_OPTIMIZER__LR", "3.0")
+    settings = layers.resolve(
+        preset=str(preset),
+        config=config,
+        environ={"MBCD_TRAINING__SEED": "3"},
+        sets=["training.target_domain=s", "optimizer.lr=4.0"],
+        flags={"optimizer.lr": 5.0, "training.epochs": None},
+    )
+    assert settings.training.epochs == 1  # preset
+    assert settings.training.batch_size == 2  # config
+    assert settings.training.seed == 3  # environment
+    assert settings.training.target_domain == "s"  # --set
+    assert settings.optimizer.lr == 5.0  # flag
+    assert settings.optimizer.momentum == 0.1  # preset
+    assert settings.optimizer.weight_decay == 1e-4  # default
+
+
+def test_method_is_a_set_of_switches_below_set():
+    settings = layers.resolve(method="erm", sets=["objective.teacher.enabled=true"])
+    assert settings.training.method == "erm"
+    assert settings.objective.unimodal == "probe"
+    assert settings.objective.consistency.order == "off"
+    assert settings.objective.teacher.enabled
+    assert not settings.objective.distillation.enabled
+
+
+def test_method_in_a_preset_brings_its_switches(tmp_path):
+    preset = write(tmp_path / "p.toml", "[training]\nmethod='ema'\n[objective.teacher]\nbeta=0.5\n")
+    settings = layers.resolve(preset=str(preset))
+    assert settings.objective.dropout.strategy == "none"
+    assert settings.objective.teacher.beta == 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_validates(method):
+    assert layers.resolve(method=method).training.method == method
+
+
+def test_all_problems_in_one_message_with_their_source():
+    with pytest.raises(SettingsError) as caught:
+        layers.resolve(
+            sets=[
+                "landscape.point=3",
+                "evaluation.batch_size=x",
+                "objective.teacher.enabled=false",
+                "modalities.audio.noverlap=600",
+                "modalities.video.frames=-1",
+                "training.source_domains=a,b",
+                "training.target_domain=a",
+            ]
+        )
+    message = caught.value.message
+    assert "6 problems" in message
+    assert "landscape.point: no such setting; did you mean landscape.points?" in message
+    assert "[from --set evaluation.batch_size=x]" in message
+    assert "distillation needs a teacher" in message
+    assert "noverlap (600) must be smaller than nperseg (512)" in message
+    assert "modalities.video.frames:" in message
+    assert "target domain 'a' is also a source domain" in message
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"preset": "av-digit"}, "Did you mean av-digits"),
+        ({"method": "mcbd"}, "no method"),
+        ({"sets": ["training.epochs"]}, "not an assignment"),
+        ({"config": Path("nowhere.toml")}, "does not exist"),
+        ({"environ": {"MBCD_TRAINNG__SEED": "1"}}, "MBCD_TRAINNG__SEED"),
+    ],
+)
+def test_wrong_sources_name_the_remedy(call, words):
+    with pytest.raises(SettingsError) as caught:
+        layers.resolve(**call)
+    assert words in str(caught.value)
+
+
+def test_broken_toml_names_the_file(tmp_path):
+    path = write(tmp_path / "c.toml", "[training\nepochs=1")
+    with pytest.raises(SettingsError, match=r"c\.toml is not valid TOML"):
+        layers.resolve(config=path)
+
+
+@pytest.mark.parametrize("preset", layers.preset_names())
+def test_presets_load_and_round_trip(preset, tmp_path):
+    settings = layers.resolve(preset=preset)
+    path = write(tmp_path / "s.toml", layers.to_toml(settings))
+    assert layers.load_settings(path) == settings
+    header = (layers.preset_folder() / f"{preset}.toml").read_text(encoding="utf-8").split("\n\n")[0]
+    for word in ("Prepare:", "Run:", "Override:"):
+        assert word in header, f"the header of {preset} lacks its {word} line"
+
+
+def test_settings_are_frozen_and_refuse_unknown_keys():
+    settings = Settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.training.epochs = 3
+    with pytest.raises(SettingsError, match="no such setting"):
+        layers.validate({"nonsense": 1})
+
+
+def test_every_field_has_a_docstring():
+    def walk(model):
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name} has no docstring"
+            if hasattr(field.annotation, "model_fields"):
+                walk(field.annotation)
+
+    walk(Settings)
+    from mbcd_cli import settings
+
+    for kind in (settings.VideoModality, settings.FlowModality, settings.AudioModality, settings.ArrayModality):
+        walk(kind)

@@ -1,0 +1,87 @@
+"""The house's rules that a machine can check: imports go downward, docs are what the code prints."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mbcd_cli"
+# Higher may import lower, and its own room; rooms of one height do not know each other but for the pairs below.
+HEIGHT = {
+    "cli": 9,
+    "__main__": 10,
+    "commands": 8,
+    "engine": 6,
+    "evaluation": 6,
+    "landscape": 6,
+    "model": 5,
+    "encoders": 4,
+    "data": 3,
+    "runtime": 2,
+    "layers": 2,
+    "settings": 1,
+    "plotting": 1,
+    "errors": 0,
+    "console": 0,
+    "__init__": 0,
+}
+ALLOWED_ASIDE = {("engine", "evaluation")}
+CONSOLE_USERS = {"cli", "commands", "engine", "evaluation"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mbcd_cli":
+            parts = node.module.split(".")[1:]
+            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("mbcd_cli."))
+
+
+def test_imports_go_downward_only():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        here = room(path)
+        for there in imports(path):
+            if there in ("__version__", here):
+                continue
+            if there == "console":
+                if here not in CONSOLE_USERS:
+                    wrong.append(f"{path.relative_to(ROOT)} imports console")
+            elif HEIGHT[there] >= HEIGHT[here] and (here, there) not in ALLOWED_ASIDE:
+                wrong.append(f"{path.relative_to(ROOT)} imports {there}")
+    assert not wrong, "\n".join(wrong)
+
+
+def _generator():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["cli.md", "settings.md"])
+def test_generated_docs_are_current(page, monkeypatch):
+    for name in ("TERMINAL_WIDTH", "COLUMNS", "NO_COLOR", "TERM"):
+        monkeypatch.setenv(name, "")  # restored afterwards: the generator sets them
+    written = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert written == _generator().PAGES[page]().rstrip("\n") + "\n", "run `uv run python docs/generate.py`"
+
+
+def test_documents_link_to_files_that_exist():
+    import re
+
+    missing = []
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in link and not (page.parent / link).exists():
+                missing.append(f"{page.name} -> {link}")
+    assert not missing, "\n".join(missing)

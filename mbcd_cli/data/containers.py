@@ -9,8 +9,11 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 from mbcd_cli.errors import MediaError
 
@@ -30,7 +33,6 @@ _TOP_BOXES = (
     b"moof",
     b"uuid",
 )
-_UNIT_MATRIX = (0x10000, 0, 0, 0x10000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,16 @@ class Movie:
     """What the index of an mp4 or mov says of its first video track.
 
     Attributes:
-        frames: number of samples it claims, or None when unknown (fragmented files, other containers).
+        frames: number of frames shown, or None when unknown (fragmented files, other containers).
+        times: their times in seconds from the first, ascending; None when unknown.
         rotated: frames are to be turned by 90 or 270 degrees when shown.
+        trimmed: an edit list hides some of the frames that the file holds.
     """
 
     frames: int | None = None
+    times: np.ndarray | None = None
     rotated: bool = False
+    trimmed: bool = False
 
 
 def check_present(path: Path) -> None:
@@ -73,7 +79,7 @@ def inspect_movie(path: Path) -> Movie:
     stat = path.stat()
     try:
         return _inspect(path, stat.st_size, stat.st_mtime_ns)
-    except (OSError, struct.error) as error:
+    except (OSError, struct.error, IndexError, ValueError) as error:
         raise MediaError(path, f"its index cannot be read ({error})", REPLACE) from None
 
 
@@ -134,29 +140,74 @@ def _boxes(file: BinaryIO, at: int, end: int):
 
 
 def _movie(moov: bytes) -> Movie:
-    from io import BytesIO
-
     file = BytesIO(moov)
+    scale = 0
     for kind, start, stop in _boxes(file, 0, len(moov)):
-        if kind != b"trak":
-            continue
-        frames, matrix, handler = None, _UNIT_MATRIX, b""
-        todo = [(start, stop)]
-        while todo:
-            for inner, a, b in _boxes(file, *todo.pop()):
-                if inner in (b"mdia", b"minf", b"stbl"):
-                    todo.append((a, b))
-                elif inner == b"tkhd":
-                    offset = a + (52 if moov[a] == 1 else 40)
-                    values = struct.unpack(">9i", moov[offset : offset + 36])
-                    matrix = (values[0], values[1], values[3], values[4])
-                elif inner == b"hdlr":
-                    handler = handler or moov[a + 8 : a + 12]
-                elif inner in (b"stsz", b"stz2"):
-                    (frames,) = struct.unpack(">I", moov[a + 8 : a + 12])
-        if handler == b"vide":
-            return Movie(frames or None, rotated=matrix[0] == 0 and matrix[1] != 0)
+        if kind == b"mvhd":
+            (scale,) = struct.unpack_from(">I", moov, start + (20 if moov[start] == 1 else 12))
+        if kind == b"trak":
+            boxes: dict[bytes, bytes] = {}
+            todo = [(start, stop)]
+            while todo:
+                for inner, a, b in _boxes(file, *todo.pop()):
+                    if inner in (b"mdia", b"minf", b"stbl", b"edts"):
+                        todo.append((a, b))
+                    else:
+                        boxes.setdefault(inner, moov[a:b])
+            if boxes.get(b"hdlr", b"")[8:12] == b"vide":
+                return _track(boxes, scale)
     return Movie()
+
+
+def _track(boxes: dict[bytes, bytes], movie_scale: int) -> Movie:
+    """Frames, times and edits of one video track, from the contents of its boxes (ISO/IEC 14496-12)."""
+    header = boxes.get(b"tkhd", b"")
+    matrix = struct.unpack_from(">9i", header, 52 if header[:1] == b"\x01" else 40) if header else ()
+    rotated = bool(matrix) and matrix[0] == 0 and matrix[1] != 0
+    sizes, media = boxes.get(b"stsz") or boxes.get(b"stz2"), boxes.get(b"mdhd", b"")
+    count = struct.unpack_from(">I", sizes, 8)[0] if sizes else 0
+    if not count or not media or b"stts" not in boxes:
+        return Movie(rotated=rotated)
+    (scale,) = struct.unpack_from(">I", media, 20 if media[0] == 1 else 12)
+    durations = _runs(boxes[b"stts"], count)
+    times = np.concatenate([[0], np.cumsum(durations)[:-1]]) + (_runs(boxes[b"ctts"], count) if b"ctts" in boxes else 0)
+    times = np.sort(times)
+    edits = [edit for edit in _edits(boxes.get(b"elst")) if edit[1] >= 0]
+    if len(edits) > 1:
+        return Movie(rotated=rotated, trimmed=True)
+    shown = np.ones(count, bool)
+    if edits:
+        length, begin = edits[0]
+        slack = float(np.median(durations)) / 2  # edits are rounded to the movie's own, coarser time scale
+        shown = times >= begin - slack
+        if length and movie_scale:
+            shown &= times < begin + length * scale / movie_scale - slack
+    times = times[shown] if shown.any() else times
+    return Movie(
+        frames=len(times),
+        times=(times - times[0]) / max(scale, 1),
+        rotated=rotated,
+        trimmed=not shown.all(),
+    )
+
+
+def _runs(box: bytes, count: int) -> np.ndarray:
+    """A run-length coded table (stts, ctts) as one int64 value per frame."""
+    (entries,) = struct.unpack_from(">I", box, 4)
+    table = np.frombuffer(box, dtype=np.dtype([("count", ">u4"), ("value", ">i4")]), count=entries, offset=8)
+    # A damaged table may claim billions of frames; no more than there are is ever expanded.
+    lengths = np.minimum(table["count"].astype(np.int64), count)
+    values = np.repeat(table["value"].astype(np.int64), lengths)[:count]
+    return np.pad(values, (0, count - len(values)), mode="edge") if len(values) else np.zeros(count, np.int64)
+
+
+def _edits(box: bytes | None) -> list[tuple[int, int]]:
+    """(length in the movie's time scale, beginning in the track's; -1 for a pause) of each edit."""
+    if not box:
+        return []
+    (entries,) = struct.unpack_from(">I", box, 4)
+    form, step = (">Qq", 20) if box[0] == 1 else (">Ii", 12)
+    return [struct.unpack_from(form, box, 8 + step * index) for index in range(entries)]
 
 
 def check_wav(path: Path) -> None:

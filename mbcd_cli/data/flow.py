@@ -58,7 +58,7 @@ def read_flow(
     if media.path_v is None:
         return _flow_array(media, choose, dataset=dataset, bound=bound)
     if media.path.is_dir():
-        grey = {"dataset": dataset, "notes": notes, "flag": cv2.IMREAD_GRAYSCALE}
+        grey = {"dataset": dataset, "notes": notes, "grey": True}
         if not media.path_v.is_dir():
             raise MediaError(media.path_v, "the second direction of the flow is missing", "Complete the download.")
         u = read_folder(media, choose, second=media.path_v, **grey)
@@ -74,9 +74,9 @@ def read_flow(
             counts.append(count)
             return choose(count)
 
-        u = read_frames(media, counted, dataset=dataset, notes=notes)[..., 0]
+        u = read_frames(media, counted, dataset=dataset, notes=notes, slack=1)[..., 0]
         twin = Media(media.path_v, start=media.start, stop=media.stop, unit=media.unit)
-        v = read_frames(twin, counted, dataset=dataset, notes=notes)[..., 0]
+        v = read_frames(twin, counted, dataset=dataset, notes=notes, slack=1)[..., 0]
         if counts[0] != counts[1]:
             cause = f"{counts[1]} frames, and its other direction {media.path.name} has {counts[0]}"
             raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
@@ -92,7 +92,7 @@ def _flow_array(media: Media, choose: Choose, *, dataset: DatasetSettings, bound
         raise MediaError(media.path, f"shape {flow.shape} where flow has [T, H, W, 2]", "Store u and v last.")
     if media.unit == "s" and not (media.start is None and media.stop is None):
         raise MediaError(media.path, "an array has no times, and the clip's span is in seconds", "Give it in frames.")
-    first, last = frame_span(media, len(flow), lambda: np.arange(len(flow)), dataset=dataset, notes=None)
+    first, last = frame_span(media, len(flow), lambda: np.arange(len(flow)), dataset=dataset, notes=None, slack=1)
     chosen = flow[first + chosen_indices(choose, last - first)]
     if chosen.dtype == np.uint8:
         return np.ascontiguousarray(chosen)

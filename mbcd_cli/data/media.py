@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,10 +32,13 @@ Notes = list[str] | None
 
 # Share of a video's frames that decord may replace by a neighbour under `dataset.missing_frames=nearest`.
 _TOLERATED = 0.1
+_NO_DECODER = "-1128613112"  # FFmpeg's AVERROR_DECODER_NOT_FOUND in decord's message
 _HALF_MILLISECOND = 5e-4  # mkv rounds its time stamps to milliseconds
 
 
-def read_frames(media: Media, choose: Choose, *, dataset: DatasetSettings, notes: Notes = None) -> np.ndarray:
+def read_frames(
+    media: Media, choose: Choose, *, dataset: DatasetSettings, notes: Notes = None, slack: int = 0
+) -> np.ndarray:
     """Chosen frames of a video file or of a folder of frames, turned upright.
 
     Args:
@@ -42,6 +46,7 @@ def read_frames(media: Media, choose: Choose, *, dataset: DatasetSettings, notes
         choose: (frames in the span) -> ascending indices wanted.
         dataset: `min_frames` and `missing_frames`.
         notes: collects what was mended (missing frames), if given.
+        slack: frames that the span may reach past the end without a word (flow has one fewer than its video).
 
     Returns:
         [N, H, W, 3] uint8, RGB.
@@ -50,17 +55,17 @@ def read_frames(media: Media, choose: Choose, *, dataset: DatasetSettings, notes
         MediaError: missing, empty, not a video, cut short, damaged, too few frames.
     """
     if media.path.is_dir():
-        return read_folder(media, choose, dataset=dataset, notes=notes, flag=cv2.IMREAD_COLOR_RGB)
+        return read_folder(media, choose, dataset=dataset, notes=notes)
     movie = inspect_movie(media.path)
-    if movie.rotated:  # decord 0.6 mixes up the rows of frames turned by 90 degrees
-        return _read_with_opencv(media, choose, dataset=dataset, notes=notes)
-    try:
-        return _read_with_decord(media, choose, movie, dataset=dataset, notes=notes)
-    except decord.DECORDError as error:
-        text = str(error)
-        if "from_size == to_size" in text:  # padded rows (rotated or very narrow frames): decord cannot copy them
-            return _read_with_opencv(media, choose, dataset=dataset, notes=notes)
-        raise _damaged(media.path, text, movie) from None
+    # decord 0.6 mixes up the rows of frames turned by 90 degrees, and repeats frames where an edit list hides some.
+    if not (movie.rotated or movie.trimmed):
+        try:
+            return _read_with_decord(media, choose, movie, dataset=dataset, notes=notes, slack=slack)
+        except decord.DECORDError as error:
+            # Rows padded in memory (very narrow frames), and codecs newer than decord's own FFmpeg.
+            if not any(sign in str(error) for sign in ("from_size == to_size", _NO_DECODER)):
+                raise _damaged(media.path, str(error), movie) from None
+    return _read_with_opencv(media, choose, movie, dataset=dataset, notes=notes, slack=slack)
 
 
 def _damaged(path: Path, text: str, movie: Movie) -> MediaError:
@@ -84,14 +89,14 @@ def _open_decord(path: Path, dataset: DatasetSettings) -> decord.VideoReader:
 
 
 def _read_with_decord(
-    media: Media, choose: Choose, movie: Movie, *, dataset: DatasetSettings, notes: Notes
+    media: Media, choose: Choose, movie: Movie, *, dataset: DatasetSettings, notes: Notes, slack: int
 ) -> np.ndarray:
     reader = _open_decord(media.path, dataset)  # freed, and its file closed, on leaving this function
     total = len(reader)
     if movie.frames and total < movie.frames:
         cause = f"cut short: it claims {movie.frames} frames, and {total} are there"
         raise MediaError(media.path, cause, REPLACE)
-    first, last = frame_span(media, total, lambda: _start_times(reader), dataset=dataset, notes=notes)
+    first, last = frame_span(media, total, lambda: _start_times(reader), dataset=dataset, notes=notes, slack=slack)
     indices = first + chosen_indices(choose, last - first)
     # The last frame of the span is always decoded: a file that ends early must not pass.
     return reader.get_batch([*indices.tolist(), last - 1]).asnumpy()[:-1]
@@ -102,26 +107,43 @@ def _start_times(reader: decord.VideoReader) -> np.ndarray:
     return times - times[0]
 
 
-def _read_with_opencv(media: Media, choose: Choose, *, dataset: DatasetSettings, notes: Notes) -> np.ndarray:
-    capture = cv2.VideoCapture(str(media.path), cv2.CAP_FFMPEG)
-    try:
-        if not capture.isOpened():
-            raise MediaError(media.path, "not a video file that can be opened", REENCODE)
-        total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+def _read_with_opencv(
+    media: Media, choose: Choose, movie: Movie, *, dataset: DatasetSettings, notes: Notes, slack: int
+) -> np.ndarray:
+    total = movie.frames or _count_with_opencv(media.path)
+    with _capture(media.path) as capture:
         rate = capture.get(cv2.CAP_PROP_FPS) or 1.0
-        first, last = frame_span(media, total, lambda: np.arange(total) / rate, dataset=dataset, notes=notes)
+        times = movie.times if movie.times is not None else np.arange(total) / rate
+        first, last = frame_span(media, total, lambda: times, dataset=dataset, notes=notes, slack=slack)
         wanted = set((first + chosen_indices(choose, last - first)).tolist())
-        kept: dict[int, np.ndarray] = {}
+        kept: list[np.ndarray] = []
         for index in range(last):
             if not capture.grab():
                 cause = f"cut short: it claims {total} frames, and {index} can be decoded"
                 raise MediaError(media.path, cause, REPLACE)
             if index in wanted:
                 _, frame = capture.retrieve()
-                kept[index] = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                kept.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    return np.stack(kept)
+
+
+@contextmanager
+def _capture(path: Path) -> Iterator[cv2.VideoCapture]:
+    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    try:
+        if not capture.isOpened():
+            raise MediaError(path, "not a video file that can be opened", REENCODE)
+        yield capture
     finally:
         capture.release()
-    return np.stack([kept[index] for index in sorted(kept)])
+
+
+def _count_with_opencv(path: Path) -> int:
+    with _capture(path) as capture:
+        count = 0
+        while capture.grab():
+            count += 1
+    return count
 
 
 def chosen_indices(choose: Choose, count: int) -> np.ndarray:
@@ -129,19 +151,28 @@ def chosen_indices(choose: Choose, count: int) -> np.ndarray:
 
 
 def frame_span(
-    media: Media, total: int, times: Callable[[], np.ndarray], *, dataset: DatasetSettings, notes: Notes
+    media: Media,
+    total: int,
+    times: Callable[[], np.ndarray],
+    *,
+    dataset: DatasetSettings,
+    notes: Notes,
+    slack: int = 0,
 ) -> tuple[int, int]:
-    """First frame and end (exclusive) of a clip's span in a video of `total` frames."""
+    """First frame and end (exclusive) of a clip's span in a video of `total` frames with these `times` in seconds."""
     first, last = 0, total
-    if media.unit == "s" and not (media.start is None and media.stop is None):
+    if media.unit == "frame":
+        first = int(media.start or 0)
+        last = total if media.stop is None else int(media.stop)
+    elif media.start is not None or media.stop is not None:
         starts = times()
+        step = float(np.median(np.diff(starts))) if total > 1 else 0.0
         if media.start is not None:
             first = int(np.searchsorted(starts, media.start - _HALF_MILLISECOND))
         if media.stop is not None:
             last = int(np.searchsorted(starts, media.stop - _HALF_MILLISECOND))
-    elif media.unit == "frame":
-        first = int(media.start or 0)
-        last = total if media.stop is None else int(media.stop)
+            if step and last == total:
+                last += max(int((media.stop - starts[-1]) / step - 1 + 0.1), 0)
     if first >= total:
         at = f"{media.start:g} s" if media.unit == "s" else f"frame {first}"
         raise MediaError(
@@ -149,15 +180,10 @@ def frame_span(
             f"the clip begins at {at}, after the end of the video ({total} frames)",
             "Correct the clip's start, or use a video of the annotated frame rate.",
         )
-    if last > total:
-        beyond = last - total
-        tolerate(
-            media.path,
-            f"{beyond} of {last - first} frames lie after the end ({total} frames)",
-            dataset,
-            notes,
-        )
-        last = total
+    if last > total + slack:
+        cause = f"{last - total} of the clip's {last - first} frames lie after the video's end ({total} frames)"
+        tolerate(media.path, cause, dataset, notes)
+    last = min(last, total)
     _enough(media.path, last - first, dataset)
     return first, last
 
@@ -258,7 +284,7 @@ def read_folder(
     *,
     dataset: DatasetSettings,
     notes: Notes,
-    flag: int,
+    grey: bool = False,
     second: Path | None = None,
 ) -> np.ndarray:
     """Chosen frames [N, H, W, 3] (or [N, H, W] when grey); with `second`, only frames that both folders hold."""
@@ -270,42 +296,43 @@ def read_folder(
     if second is not None:
         present = np.intersect1d(present, numbered(second)[0])
     count = last - first
+    if not len(present):
+        cause = f"all {count} frames are missing, the first is {_frame_name(names[0], first)}"
+        raise MediaError(folder, cause, "Complete the download, or correct the clip's span.")
+    _enough(folder, min(count, len(present)), dataset)
     if len(present) < count:
-        gap = np.setdiff1d(np.arange(first, last), present)[0] if len(present) else first
-        stem = names[lo] if lo < hi else names[0]
-        name = re.sub(r"\d+(?=\.\w+$)", lambda m: str(gap).zfill(len(m[0])), stem)
-        cause = f"{count - len(present)} of {count} frames are missing, the first is {name}"
-        _enough(folder, len(present), dataset) if len(present) else None
-        if not len(present):
-            raise MediaError(folder, cause, "Complete the download, or correct the clip's span.")
+        gap = int(np.setdiff1d(np.arange(first, last), present)[0])
+        missing = count - len(present)
+        cause = f"{missing} of {count} frames are missing, the first is {_frame_name(names[0], gap)}"
         tolerate(folder, cause, dataset, notes)
-    _enough(folder, count, dataset)
-    index = dict(zip(numbers[lo:hi].tolist(), names[lo:hi], strict=True))
-    good = present
-    frames: dict[int, np.ndarray] = {}
+    file = dict(zip(numbers[lo:hi].tolist(), names[lo:hi], strict=True))
+    read: dict[int, np.ndarray] = {}
+    chosen: list[np.ndarray] = []
     for number in (first + chosen_indices(choose, count)).tolist():
         while True:
-            if not len(good):
-                raise MediaError(folder, "none of its frames can be decoded", REPLACE)
-            nearest = int(good[np.abs(good - number).argmin()])
-            if nearest in frames:
-                break
-            image = _read_image(folder / index[nearest], flag)
+            nearest = int(present[np.abs(present - number).argmin()])
+            image = read[nearest] if nearest in read else _read_image(folder / file[nearest], grey)
             if image is not None:
-                frames[nearest] = image
                 break
-            tolerate(folder, f"{index[nearest]} is damaged or cut short", dataset, notes)
-            good = good[good != nearest]
-        frames.setdefault(number, frames[nearest])
-    chosen = [frames[number] for number in (first + chosen_indices(choose, count)).tolist()]
+            tolerate(folder, f"{file[nearest]} is damaged or cut short", dataset, notes)
+            present = present[present != nearest]
+            if not len(present):
+                raise MediaError(folder, "none of its frames can be decoded", REPLACE)
+        read[nearest] = image
+        chosen.append(image)
     if len({image.shape for image in chosen}) > 1:
         raise MediaError(folder, "its frames differ in size", "Extract the frames again.")
     return np.stack(chosen)
 
 
-def _read_image(path: Path, flag: int) -> np.ndarray | None:
+def _frame_name(like: str, number: int) -> str:
+    return re.sub(r"\d+(?=\.\w+$)", lambda match: str(number).zfill(len(match[0])), like)
+
+
+def _read_image(path: Path, grey: bool) -> np.ndarray | None:
     """One image, or None when it is damaged; OpenCV itself fills the rest of a jpg that is cut short with grey."""
     data = path.read_bytes()
-    if not data or (data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data[-64:]):
+    if not data or (data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")):
         return None
-    return cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
+    return image if image is None or grey else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

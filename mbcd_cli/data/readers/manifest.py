@@ -7,16 +7,14 @@ start_frame, stop_frame (zero-based, stop exclusive) in native frames. Lines cou
 
 from __future__ import annotations
 
-import csv
 import math
-import posixpath
 import re
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.readers.table import Table, inside, lines_error, name_faults, path_fault, read_bytes
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings, Modality, default_modality, infer_kind
@@ -30,8 +28,6 @@ SPANS = {
     "stop_s": ("stop", "s"),
     "stop_frame": ("stop", "frame"),
 }
-_LISTED = 200
-_REMEDY = "Correct these lines (they count from 1, the header); nothing was written."
 # How the second direction of a flow pair is named from the first, on the whole path.
 _PAIRS = (
     (r"_flow_x(?=\.[^./]+$|$)", "_flow_y"),
@@ -52,13 +48,13 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
         ManifestError: the table is missing, or wrong; all bad lines are listed together.
     """
     root, path = _locate(dataset)
-    table = _Table(_read_bytes(path))
+    table = Table(read_bytes(path))
     columns = _columns(table, dataset, modalities, path)
     reader = _Rows(columns, dataset, root)
     clips = [clip for line, cells in table.rows if (clip := reader.clip(line, cells)) is not None]
     problems = sorted(table.problems + reader.problems)
     if problems:
-        raise _error(path, problems)
+        raise lines_error(path, problems)
     if not clips:
         raise ManifestError(f"{path}: the manifest is empty.", "Add one row per clip below the header.")
     domains = _domains(clips, dataset, path)
@@ -95,52 +91,6 @@ def _locate(dataset: DatasetSettings) -> tuple[Path, Path]:
     return root, path
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ManifestError(f"{path}: cannot be read ({error.strerror}).", "Check its permissions.") from None
-
-
-def _error(path: Path, problems: list[tuple[int, str]]) -> ManifestError:
-    lines = [f"  line {line}: {text}" for line, text in problems[:_LISTED]]
-    if len(problems) > _LISTED:
-        lines.append(f"  ... and {len(problems) - _LISTED} more")
-    count = len({line for line, _ in problems})
-    head = f"{path}: {count} bad line{'' if count == 1 else 's'}."
-    return ManifestError("\n".join([head, *lines]), _REMEDY)
-
-
-class _Table:
-    """Header and rows of a CSV file, decoded line by line so that one bad line does not hide the others."""
-
-    def __init__(self, data: bytes) -> None:
-        self.problems: list[tuple[int, str]] = []
-        self.rows: list[tuple[int, list[str]]] = []
-        self.header: list[str] = []
-        lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        for number, raw in enumerate(lines, start=1):
-            cells = self._cells(number, raw.rstrip(b"\r"))
-            if number == 1:
-                self.header = cells or []
-            elif cells:
-                self.rows.append((number, cells))
-
-    def _cells(self, number: int, raw: bytes) -> list[str] | None:
-        if not raw.strip():
-            return None
-        try:
-            (cells,) = csv.reader([raw.decode("utf-8")], strict=True)
-        except UnicodeDecodeError as error:
-            byte = raw[error.start]
-            self.problems.append((number, f"not UTF-8 (byte 0x{byte:02X} at column {error.start + 1})"))
-            return None
-        except (csv.Error, ValueError) as error:
-            self.problems.append((number, f"not CSV ({error})"))
-            return None
-        return [cell.strip() for cell in cells]
-
-
 @dataclass(slots=True)
 class _Columns:
     """What each column means."""
@@ -155,7 +105,7 @@ class _Columns:
     notes: list[str] = field(default_factory=list)
 
 
-def _columns(table: _Table, dataset: DatasetSettings, asked: Mapping[str, Modality], path: Path) -> _Columns:
+def _columns(table: Table, dataset: DatasetSettings, asked: Mapping[str, Modality], path: Path) -> _Columns:
     header = table.header
     bad_header = [text for line, text in table.problems if line == 1]
     if bad_header:
@@ -251,8 +201,8 @@ class _Rows:
         at = self.columns.at
         found: list[str] = []
         identity, domain, split = cells[at["id"]], cells[at["domain"]], cells[at["split"]]
-        found += _name_faults("id", identity)
-        found += _name_faults("domain", domain)
+        found += name_faults("id", identity)
+        found += name_faults("domain", domain)
         if "," in domain:
             found.append(f"domain {domain!r} holds a comma")
         if identity in self._ids:
@@ -321,15 +271,15 @@ class _Rows:
             computed = name in columns.flow_from
             cell = cells[columns.flow_from[name] if computed else columns.paths[name]]
             if computed:
-                path = _inside(self.root, cell)
+                path = inside(self.root, cell)
                 if path is not None:  # a bad path is reported once, with the video's own column
                     media[name] = Media(path, computed=True, **span)
                 elif not any(index == columns.flow_from[name] for index in columns.paths.values()):
-                    found.append(f"{name}: {_path_fault(cell)}")
+                    found.append(f"{name}: {path_fault(cell)}")
                 continue
             files = _flow_files(cell) if settings.kind == "flow" else [cell]
-            paths = [_inside(self.root, file) for file in files]
-            faults = [_path_fault(file) for file, path in zip(files, paths, strict=True) if path is None]
+            paths = [inside(self.root, file) for file in files]
+            faults = [path_fault(file) for file, path in zip(files, paths, strict=True) if path is None]
             if faults:
                 found.append(f"{name}: {faults[0]}")
                 continue
@@ -338,45 +288,13 @@ class _Rows:
                 continue
             extra: dict[str, object] = {} if settings.kind == "array" else dict(span)
             if settings.kind == "audio" and span.get("unit") == "frame":
-                clock = None if columns.clock is None else _inside(self.root, cells[columns.clock])
+                clock = None if columns.clock is None else inside(self.root, cells[columns.clock])
                 if columns.clock is None:
                     found.append(f"{name}: a span in frames needs a video column that tells their times")
                     continue
                 extra["clock"] = clock
             media[name] = Media(paths[0], paths[1] if len(paths) == 2 else None, **extra)
         return media
-
-
-def _name_faults(what: str, value: str) -> list[str]:
-    """Ids and domains become file names, command-line words and table cells."""
-    if not value:
-        return [f"{what} is empty"]
-    if (
-        len(value.encode()) > 200
-        or value.startswith((".", "-"))
-        or re.search(r'[/\\:*?"<>|]', value)
-        or any(unicodedata.category(character)[0] == "C" for character in value)
-    ):
-        return [f"{what} {value[:60]!r} cannot serve as a name"]
-    return []
-
-
-def _inside(root: Path, cell: str) -> Path | None:
-    """The path a cell names, or None when it is empty, absolute or leads out of the root. Links are not followed:
-    datasets are often put together from links to other disks."""
-    return None if _path_fault(cell) else root / posixpath.normpath(cell)
-
-
-def _path_fault(cell: str) -> str:
-    if not cell:
-        return "no file is named"
-    if "\0" in cell:
-        return f"{cell!r} is not a path"
-    if cell.startswith(("/", "\\", "~")) or re.match(r"[A-Za-z]:[\\/]", cell):
-        return f"{cell!r} is not relative to the dataset's root"
-    if ".." in posixpath.normpath(cell.replace("\\", "/")).split("/"):
-        return f"{cell!r} leaves the dataset's root"
-    return ""
 
 
 def _flow_files(cell: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Accuracy per epoch, read from a run folder's metrics.jsonl."""
+"""Accuracy per epoch, from the records of a training's metrics.jsonl (or of its checkpoint)."""
 
 from __future__ import annotations
 
@@ -9,48 +9,47 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Accuracies over training.
+    """Fused accuracies over training.
 
     Attributes:
         epochs: [E] epoch numbers, ascending.
-        lines: name (such as "teacher, target") -> E accuracies in 0..1, None where an epoch has none.
+        lines: (validation or target, teacher or student) -> E accuracies in 0..1, None where an epoch has none.
     """
 
     epochs: list[int]
-    lines: dict[str, list[float | None]]
+    lines: dict[tuple[str, str], list[float | None]]
 
-
-def _leaves(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], float]:
-    if isinstance(value, Mapping):
-        return {p: v for key, inner in value.items() for p, v in _leaves(inner, (*path, str(key))).items()}
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return {path: float(value)}
-    return {}
-
-
-def _line(path: Sequence[str]) -> str | None:
-    words = [word for part in path for word in part.replace("/", "_").split("_")]
-    if "fused" not in words or not {"top1", "accuracy", "acc"} & set(words) or "class" in words:
-        return None
-    return " ".join(w for w in words if w not in ("fused", "top1", "accuracy", "acc"))
+    def oracle(self, model: str) -> dict[str, Any] | None:
+        """Epoch and accuracy of `model` at its best on the target: not a fair figure, it selects on the target."""
+        line = self.lines.get(("target", model), [])
+        known = [(value, -epoch) for value, epoch in zip(line, self.epochs, strict=False) if value is not None]
+        if not known:
+            return None
+        value, epoch = max(known)
+        return {"model": model, "epoch": -epoch, "top1": value}
 
 
 def accuracy_history(records: Sequence[Mapping[str, Any]]) -> History | None:
-    """The fused accuracies in `records`, one line per model and set of clips; None where there are none.
+    """The fused accuracies in `records`; None where there are none.
 
-    A record holds `epoch` and figures, nested or flat, whose names say what they are (fused, top1, accuracy).
-    Where an epoch was run twice (a resumed run), its last record counts.
+    A record is `{"epoch": 3, "validation": {"teacher": {"fused": {"accuracy": 0.9}}}, "target": {...}}`. Where an epoch
+    is there twice (a resumed run), its last record counts.
     """
-    by_epoch: dict[int, dict[str, float]] = {}
+    by_epoch: dict[int, dict[tuple[str, str], float]] = {}
     for record in records:
-        if "epoch" not in record:
+        if not isinstance(record.get("epoch"), int):
             continue
-        found = {_line(path): value for path, value in _leaves(record).items()}
-        found.pop(None, None)
-        if found:
-            by_epoch[int(record["epoch"])] = found
-    if not by_epoch:
+        found = {}
+        for clip_set in ("validation", "target"):
+            for model in ("teacher", "student"):
+                value = record
+                for key in (clip_set, model, "fused", "accuracy"):
+                    value = value.get(key) if isinstance(value, Mapping) else None
+                if isinstance(value, (int, float)):
+                    found[clip_set, model] = float(value)
+        by_epoch[record["epoch"]] = found
+    epochs = sorted(epoch for epoch, found in by_epoch.items() if found)
+    if not epochs:
         return None
-    epochs = sorted(by_epoch)
-    names = list(dict.fromkeys(name for e in epochs for name in by_epoch[e]))
-    return History(epochs, {name: [by_epoch[e].get(name) for e in epochs] for name in names})
+    names = list(dict.fromkeys(name for epoch in epochs for name in by_epoch[epoch]))
+    return History(epochs, {name: [by_epoch[epoch].get(name) for epoch in epochs] for name in names})

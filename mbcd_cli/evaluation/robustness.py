@@ -11,6 +11,7 @@ from itertools import combinations
 from math import factorial
 from typing import Any
 
+import numpy as np
 import torch
 
 from mbcd_cli.data.records import Batch
@@ -92,11 +93,10 @@ class Disturbance:
 
 def clip_noise(part: torch.Tensor, clips: torch.Tensor, *, seed: int) -> torch.Tensor:
     """Standard normal noise of the shape of `part` [B, ...]; a clip's noise depends on (seed, clip) alone."""
-    rows = []
-    for clip in clips.tolist():
-        generator = torch.Generator().manual_seed((seed << 32) ^ int(clip))
-        rows.append(torch.randn(part.shape[1:], generator=generator))
-    return torch.stack(rows).to(part.device)
+    rows = [
+        np.random.default_rng([seed, clip]).standard_normal(part.shape[1:], dtype=np.float32) for clip in clips.tolist()
+    ]
+    return torch.from_numpy(np.stack(rows)).to(part.device)
 
 
 def gaussian_shift(modality: str, sigma: float, *, seed: int = 0) -> Disturbance:

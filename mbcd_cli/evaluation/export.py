@@ -1,0 +1,138 @@
+"""Predictions and embeddings as files: CSV for people and tables, HDF5 for programs.
+
+Letters: N clips, C classes, D_k features of modality k.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+
+from mbcd_cli.data.records import Batch
+from mbcd_cli.errors import RunError
+from mbcd_cli.evaluation.metrics import predicted
+from mbcd_cli.evaluation.predict import Predictions, predict
+from mbcd_cli.evaluation.trust import probabilities
+from mbcd_cli.model import MultiModalModel
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        aside.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}", "Name another folder with --output.") from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def prediction_rows(
+    predictions: Predictions,
+    *,
+    ids: Sequence[str],
+    label_names: Sequence[str],
+    domain_names: Sequence[str],
+    labelled: bool = True,
+) -> list[dict[str, Any]]:
+    """One row per clip: id, domain, label, predicted class and probability, and every modality's own vote.
+
+    Args:
+        ids: of the whole clip table, indexed by `predictions.clips`.
+        labelled: false leaves the label's columns out (new clips whose class nobody knows).
+    """
+    heads = {"": predictions.fused, **{f"{n}_": logits for n, logits in predictions.unimodal.items()}}
+    said = {prefix: (predicted(logits), probabilities(logits)) for prefix, logits in heads.items()}
+    rows = []
+    for n, (clip, domain, label) in enumerate(
+        zip(predictions.clips.tolist(), predictions.domains.tolist(), predictions.labels.tolist(), strict=True)
+    ):
+        row: dict[str, Any] = {"id": ids[clip], "domain": domain_names[domain]}
+        if labelled:
+            row["label"] = label_names[label]
+        for prefix, (guess, p) in said.items():
+            row[f"{prefix}predicted"] = label_names[guess[n]] if guess[n] >= 0 else ""
+            row[f"{prefix}probability"] = round(float(p[n].max()), 6)
+            if labelled and prefix == "":
+                row["label_probability"] = round(float(p[n, label]), 6)
+        rows.append(row)
+    return rows
+
+
+def write_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+    """Write `rows` (all with the first one's columns) as CSV."""
+    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        writer = None
+        for row in rows:
+            if writer is None:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+            writer.writerow(row)
+    return path
+
+
+def write_hdf5(
+    predictions: Predictions,
+    path: Path,
+    *,
+    ids: Sequence[str],
+    label_names: Sequence[str],
+    domain_names: Sequence[str],
+) -> Path:
+    """Write ids, labels, domains, logits/<head> [N, C] and features/<modality> [N, D_k] as HDF5."""
+    with written_aside(path) as aside, h5py.File(aside, "w") as file:
+        text = h5py.string_dtype()
+        file.create_dataset("id", data=np.array([ids[i] for i in predictions.clips.tolist()], object), dtype=text)
+        file.create_dataset("label", data=predictions.labels.numpy())
+        file.create_dataset("domain", data=predictions.domains.numpy())
+        file.create_dataset("label_names", data=np.array(label_names, object), dtype=text)
+        file.create_dataset("domain_names", data=np.array(domain_names, object), dtype=text)
+        for name, logits in {"fused": predictions.fused, **predictions.unimodal}.items():
+            file.create_dataset(f"logits/{name}", data=logits.numpy())
+        for name, features in (predictions.features or {}).items():
+            file.create_dataset(f"features/{name}", data=features.numpy())
+    return path
+
+
+def predict_clips(
+    model: MultiModalModel,
+    batches: Iterable[Batch],
+    *,
+    ids: Sequence[str],
+    label_names: Sequence[str],
+    domain_names: Sequence[str],
+    device: torch.device,
+    precision: str = "float32",
+    labelled: bool = False,
+    path: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Predict new clips, labelled or not: the rows of `prediction_rows`, also written to `path` (predict.csv).
+
+    Raises:
+        MbcdError: no clips. RunError: `path` cannot be written.
+    """
+    predictions = predict(model, batches, device=device, precision=precision)
+    rows = prediction_rows(predictions, ids=ids, label_names=label_names, domain_names=domain_names, labelled=labelled)
+    if path is not None:
+        write_csv(rows, path)
+    return rows
+
+
+def hardest(rows: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The `count` rows (of `prediction_rows`) whose label got the least probability, the least first."""
+    return [dict(row) for row in sorted(rows, key=lambda row: (row["label_probability"], row["id"]))[:count]]

@@ -86,7 +86,7 @@ def _plots(figures: Mapping[str, Any], results: list[Evaluated], run: Path | Non
         best = figures["epochs"].get("best")
         files["accuracy per epoch"] = plots.plot_lines(
             history.epochs,
-            history.lines,
+            {f"{model}, {where}": line for (where, model), line in history.lines.items()},
             folder / "accuracy-per-epoch.png",
             title="Accuracy per epoch",
             xlabel="epoch",

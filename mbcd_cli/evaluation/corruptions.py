@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -25,7 +26,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)
 """Standard deviation of pixel noise, in units of the full range 255 (ImageNet-C)."""
-BLUR = (0.005, 0.01, 0.015, 0.02, 0.03)
+BLUR = (0.01, 0.015, 0.02, 0.03, 0.045)
 """Standard deviation of the blur, as a fraction of the frame's short side."""
 BRIGHTNESS = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Added to every pixel, in units of 255 (ImageNet-C)."""
@@ -113,10 +114,8 @@ def value_drop(part: torch.Tensor, clips: torch.Tensor, severity: int, seed: int
 
 def _uniform(clips: torch.Tensor, count: int, seed: int, device: torch.device) -> torch.Tensor:
     """[B, count] uniform in 0..1; a clip's row depends on (seed, clip) alone."""
-    rows = [
-        torch.rand(count, generator=torch.Generator().manual_seed((seed << 32) ^ int(clip))) for clip in clips.tolist()
-    ]
-    return torch.stack(rows).to(device)
+    rows = [np.random.default_rng([seed, clip]).random(count, dtype=np.float32) for clip in clips.tolist()]
+    return torch.from_numpy(np.stack(rows)).to(device)
 
 
 def _run_drop(part: torch.Tensor, clips: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:

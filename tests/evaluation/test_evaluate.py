@@ -94,14 +94,20 @@ def test_without_teacher_and_without_target(tmp_path, capsys, monkeypatch):
 
 
 def test_accuracy_per_epoch_comes_from_the_run(settings, dataset, tmp_path):
-    records = [{"epoch": e, "validation": {"teacher": {"fused": {"top1": e / 10}}}} for e in (1, 2, 3)]
+    records = [{"epoch": e, "validation": {"teacher": {"fused": {"accuracy": e / 10}}}} for e in (1, 2, 3)]
+    records[1]["target"] = {"teacher": {"fused": {"accuracy": 0.7}}}
     run = tmp_path / "run"
     run.mkdir()
     text = "\n".join(json.dumps(r) for r in records) + '\n{"epoch": 4, "valid'  # killed while writing
     (run / "metrics.jsonl").write_text(text)
     history = accuracy_history(read_records(run / "metrics.jsonl"))
     assert history.epochs == [1, 2, 3]
-    assert history.lines == {"validation teacher": [0.1, 0.2, 0.3]}
+    assert history.lines == {
+        ("validation", "teacher"): [0.1, 0.2, 0.3],
+        ("target", "teacher"): [None, 0.7, None],
+    }
+    assert history.oracle("teacher") == {"model": "teacher", "epoch": 2, "top1": 0.7}
+    assert history.oracle("student") is None
     checkpoints = {"best": make_checkpoint(settings, dataset)}
     evaluate(settings, dataset, checkpoints, device=CPU, run=run, output=run)
     assert (run / "plots" / "accuracy-per-epoch.png").stat().st_size > 5000

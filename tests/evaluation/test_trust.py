@@ -72,7 +72,7 @@ def test_temperature_undoes_a_known_one():
 
 
 def test_temperature_at_the_ends():
-    assert t.fit_temperature(np.eye(4) * 3, np.arange(4)) == pytest.approx(t.TEMPERATURES[0], rel=1e-3)
+    assert t.fit_temperature(np.eye(4) * 3, np.arange(4)) < 0.1
     assert t.fit_temperature(np.full((2, 3), np.nan), [0, 1]) == 1.0
     one = t.fit_temperature(np.array([[1.0, 0.0]]), [1])
     assert one == pytest.approx(t.TEMPERATURES[1], rel=1e-3)
@@ -141,7 +141,7 @@ def test_temperature_comes_from_the_source_alone():
     assert both["temperature"] == t.trust({"source": source}, bins=10)["temperature"]
     assert both["temperature"]["audio"] == pytest.approx(2 * both["temperature"]["fused"], rel=1e-3)
     target_figures = both["sets"]["target"]["fused"]
-    scaled = torch.tensor(target.fused).double() / both["temperature"]["fused"]
+    scaled = target.fused.double() / both["temperature"]["fused"]
     assert target_figures["scaled"]["loss"] == pytest.approx(
         float(torch.nn.functional.cross_entropy(scaled, target.labels)), rel=1e-6
     )

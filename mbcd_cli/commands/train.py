@@ -22,8 +22,8 @@ from mbcd_cli.engine.run_folder import open_run
 from mbcd_cli.engine.step import TrainStep
 from mbcd_cli.engine.teacher import Teacher
 from mbcd_cli.engine.trainer import Progress, Trainer
-from mbcd_cli.errors import RunError, SettingsError
-from mbcd_cli.evaluation.evaluator import clip_sets, source_domains
+from mbcd_cli.errors import RunError
+from mbcd_cli.evaluation.evaluator import clip_sets
 from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.runtime import configure
 from mbcd_cli.settings import Settings
@@ -33,7 +33,7 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
     """Train into the run folder.
 
     Args:
-        settings: the merged tree.
+        settings: with modalities and source domains resolved against the dataset (`common.open_for_training`).
         dataset: prepared, matching `settings` (`open_dataset`).
         run: the run folder.
         resume: go on with the run that is there; a finished one is left as it is.
@@ -46,7 +46,6 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
         SettingsError, CacheError: domains, splits or sizes that the dataset does not have.
         RunError: the folder is in the way, or training had to stop (a signal, a non-finite loss, a full disk).
     """
-    settings = resolve(settings, dataset)
     held_out = clip_sets(settings, dataset)
     training = settings.training
     clips = dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips)
@@ -92,37 +91,6 @@ class Parts:
 
     step: TrainStep
     randomness: Randomness
-
-
-def resolve(settings: Settings, dataset: Any) -> Settings:
-    """`settings` with modalities and source domains as the dataset has them, so that a run folder says it all.
-
-    Raises:
-        SettingsError: an unknown domain or modality, or no source domain left.
-    """
-    wanted = settings.model.modalities or tuple(dataset.modalities)
-    unknown = [name for name in wanted if name not in dataset.modalities]
-    if unknown:
-        raise SettingsError(
-            f"model.modalities: {', '.join(unknown)} is not prepared.",
-            f"Prepared are {', '.join(dataset.modalities)}; `mbcd prepare` makes the others.",
-        )
-    sources, target = source_domains(settings, dataset), settings.training.target_domain
-    missing = [d for d in (*sources, *((target,) if target else ())) if d not in dataset.domains]
-    if missing:
-        raise SettingsError(
-            f"There is no domain {', '.join(map(repr, missing))} in dataset {dataset.name}.",
-            f"Its domains: {', '.join(dataset.domains)}.",
-        )
-    if not sources:
-        raise SettingsError("No source domain is left to train on.", "Choose another --target-domain.")
-    return settings.model_copy(
-        update={
-            "modalities": {name: dataset.modalities[name] for name in wanted},
-            "model": settings.model.model_copy(update={"modalities": tuple(wanted)}),
-            "training": settings.training.model_copy(update={"source_domains": tuple(sources)}),
-        }
-    )
 
 
 def assemble(settings: Settings, dataset: Any, *, device: torch.device) -> Parts:
@@ -195,7 +163,6 @@ def dry_run(settings: Settings, dataset: Any) -> dict[str, Any]:
     Raises:
         SettingsError, CacheError: as `train`.
     """
-    settings = resolve(settings, dataset)
     training = settings.training
     clips = dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips)
     device = configure(settings.runtime)

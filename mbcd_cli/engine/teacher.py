@@ -34,7 +34,7 @@ class Teacher:
         mine, theirs = self.model.state_dict(keep_vars=True), student.state_dict(keep_vars=True)
         self._pairs = [(mine[key].detach(), theirs[key].detach()) for key in mine if key.startswith(_AVERAGED)]
         self._mine = [a for a, _ in self._pairs if a.is_floating_point()]
-        self._theirs = [b for b, _ in self._pairs if b.is_floating_point()]
+        self._theirs = [b for _, b in self._pairs if b.is_floating_point()]
         self._counters = [(a, b) for a, b in self._pairs if not a.is_floating_point()]
 
     @torch.no_grad()

@@ -65,9 +65,9 @@ def memory_settings(*, names=("left", "right"), width: int = 6, **changes) -> Se
     """Settings of a two-epoch training on `MemoryDataset`, target domain c; `changes` replace slices."""
     tree = {
         "modalities": {name: {"kind": "array", "dimension": width, "width": 2} for name in names},
-        "model": {"hidden": 8},
+        "model": {"hidden": 8, "modalities": tuple(names)},
         "optimizer": {"lr": 1e-2},
-        "training": {"target_domain": "c", "epochs": 2, "batch_size": 8, "log_steps": 3},
+        "training": {"target_domain": "c", "source_domains": ("a", "b"), "epochs": 2, "batch_size": 8, "log_steps": 3},
         "objective": {"teacher": {"beta": 0.9}},
     }
     for key, value in changes.items():

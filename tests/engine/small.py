@@ -1,0 +1,81 @@
+"""Small float64 models for comparison with the reference step, and a randomness that remembers its draws."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mbcd_cli.data.records import Batch
+from mbcd_cli.encoders.staged import GlobalPool, Tail
+from mbcd_cli.engine.randomness import Randomness
+from mbcd_cli.model import MultiModalModel
+from mbcd_cli.settings import ModelSettings
+
+NAMES = ("video", "audio", "flow", "extra")
+CLASSES = 3
+
+
+def conv(inside: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv1d(inside, out, 3, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True))
+
+
+class TwoPaths(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slow, self.fast = conv(3, 4), conv(2, 3)
+
+    def forward(self, parts):
+        return self.slow(parts[0]), self.fast(parts[1])
+
+
+class TwoPool(nn.Module):
+    def forward(self, parts):
+        return torch.cat([part.mean(2) for part in parts], dim=1)
+
+
+def tail(kind: str) -> Tail:
+    noise_before = ("layer1", "pool")
+    if kind == "conv":
+        stages = {"input": nn.Identity(), "layer1": conv(2, 5), "pool": GlobalPool()}
+        return Tail(stages, dim=5, noise_before=noise_before)
+    if kind == "two":
+        return Tail({"input": nn.Identity(), "layer1": TwoPaths(), "pool": TwoPool()}, dim=7, noise_before=noise_before)
+    layer = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True))
+    return Tail({"input": nn.Flatten(), "layer1": layer, "pool": nn.Identity()}, dim=4, noise_before=noise_before)
+
+
+def small_model(count: int, kinds, *, dropout: float = 0.0, seed: int = 3) -> MultiModalModel:
+    torch.manual_seed(seed)
+    tails = {name: tail(kind) for name, kind in zip(NAMES[:count], kinds, strict=False)}
+    return MultiModalModel(tails, settings=ModelSettings(hidden=6, dropout=dropout), classes=CLASSES).double()
+
+
+def small_batch(count: int, kinds, *, size: int = 7, seed: int = 0) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(size, *shape, generator=g, dtype=torch.float64)
+
+    shapes = {"conv": ((2, 8),), "two": ((3, 6), (2, 9)), "vector": ((6,),)}
+    return Batch(
+        inputs={n: tuple(draw(*s) for s in shapes[kind]) for n, kind in zip(NAMES[:count], kinds, strict=False)},
+        labels=torch.randint(0, CLASSES, (size,), generator=g),
+        domains=torch.zeros(size, dtype=torch.int64),
+        clips=torch.arange(size),
+    )
+
+
+class Recorder(Randomness):
+    """Draws as usual and keeps a copy of every draw."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        self.draws: list[torch.Tensor] = []
+
+    def uniform(self, *shape):
+        self.draws.append(super().uniform(*shape))
+        return self.draws[-1]
+
+    def normal(self, *shape, dtype=torch.float32):
+        self.draws.append(super().normal(*shape, dtype=dtype))
+        return self.draws[-1]

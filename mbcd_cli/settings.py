@@ -64,6 +64,8 @@ class DatasetSettings(Slice):
     """Folder that holds the dataset; only `prepare` needs it."""
     manifest: Path = Path("manifest.csv")
     """CSV table of the manifest reader, relative to the root."""
+    splits: Path | None = None
+    """Folder of the split tables (epic-kitchens, hac), relative to the root; default: looked for in the usual places."""
     domains: Names = ()
     """Domains to use, in this order; empty means all that the dataset has."""
     classes: Count | None = None
@@ -388,6 +390,26 @@ class EvaluationSettings(Slice):
     """Checkpoints of the run to evaluate."""
     top_k: Count = 5
     """k of the top-k accuracy reported beside top-1."""
+    analyses: tuple[Literal["missing", "shift", "corruptions", "trust", "insight"], ...] = (
+        "missing",
+        "trust",
+        "insight",
+    )
+    """What to analyse beyond accuracy: missing modalities, Gaussian shift, corruptions, calibration, insight (t-SNE, hardest clips)."""
+    shift: tuple[NonNegative, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    """Standard deviations of the Gaussian shift, in units of the spread of each clip's own input."""
+    bins: Count = 15
+    """Bins of the calibration error and the reliability diagram."""
+    tsne_clips: Count = 600
+    """Clips drawn in the t-SNE maps, at most, spread evenly over source and target."""
+    hardest: Annotated[int, Field(ge=0)] = 20
+    """How many of the clips whose class got the least probability are listed."""
+    export: tuple[Literal["csv", "hdf5"], ...] = ("csv",)
+    """Files written per set of clips: predictions as CSV, logits and embeddings as HDF5."""
+    report: bool = True
+    """Write one self-contained HTML report."""
+    seed: int = 0
+    """Seed of the shifts, corruptions and maps."""
 
 
 class LandscapeSettings(Slice):

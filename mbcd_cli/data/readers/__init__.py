@@ -58,6 +58,8 @@ def _lazy(module: str) -> Read:
 READERS: dict[str, ReaderEntry] = {
     "manifest": ReaderEntry(_lazy("manifest"), "a CSV table of clips with one column per modality"),
     "demo": ReaderEntry(_lazy("demo"), "the embedded demo, generated as media files on first use"),
+    "epic-kitchens": ReaderEntry(_lazy("epic_kitchens"), "EPIC-Kitchens, the three MM-SADA kitchens, eight verbs"),
+    "hac": ReaderEntry(_lazy("hac"), "Human-Animal-Cartoon, seven actions"),
 }
 
 

@@ -1,0 +1,278 @@
+"""EPIC-Kitchens with the MM-SADA domains: kitchens P08, P01, P22 as D1, D2, D3, and eight verbs (method.md section 4).
+
+Three layouts are read, below the root, the split folder or an EPIC-mp4 folder of either: folders of frames, one mp4 per
+clip, whole videos. Split tables are D1_train.csv, ... with a header, or D1_train.pkl, ... as distributed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.readers.places import (
+    Disk,
+    Found,
+    Place,
+    by_kind,
+    check_label,
+    describe,
+    locate,
+    path_of,
+    pick_domains,
+    root_of,
+    split_folder,
+)
+from mbcd_cli.data.readers.tables import read_table
+from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
+from mbcd_cli.errors import ManifestError
+from mbcd_cli.settings import DatasetSettings, Modality
+
+PARTICIPANTS = {"D1": "P08", "D2": "P01", "D3": "P22"}
+VERBS = ("take", "put down", "open", "close", "wash", "cut", "stir", "pour")
+CLIPS = {
+    ("D1", "train"): 1543,
+    ("D1", "test"): 435,
+    ("D2", "train"): 2495,
+    ("D2", "test"): 750,
+    ("D3", "train"): 3897,
+    ("D3", "test"): 974,
+}
+SPLIT_FOLDERS = ("MM-SADA_Domain_Adaptation_Splits", "splits")
+COLUMNS = (
+    "participant_id",
+    "video_id",
+    "start_timestamp",
+    "stop_timestamp",
+    "start_frame",
+    "stop_frame",
+    "verb_class",
+)
+
+FRAMES, CLIP_FILES, WHOLE = "frame folders", "one file per clip", "whole videos"
+_CLIP = "{split}/{domain}/{domain}_{video}_{start}_{stop}_{label}.mp4"
+_FLOW_CLIP = "flow/{split}/{domain}/{domain}_{video}_{flow_start}_{flow_stop}_{label}"
+_WHOLE_FOLDERS = (
+    "",
+    "videos/",
+    "video/",
+    "videos/{participant}/",
+    "videos/{split}/{participant}/",
+    "video/{split}/{domain}/",
+    "{participant}/videos/",
+    "{participant}/",
+)
+VIDEO = (
+    Place(FRAMES, "rgb/{split}/{domain}/{video}"),
+    Place(CLIP_FILES, f"video/{_CLIP}"),
+    Place(CLIP_FILES, f"rgb/{_CLIP}"),
+    *(Place(WHOLE, f"{folder}{{video}}.{suffix}") for folder in _WHOLE_FOLDERS for suffix in ("MP4", "mp4")),
+)
+FLOW = (
+    Place(FRAMES, "flow/{split}/{domain}/{video}/u", "flow/{split}/{domain}/{video}/v"),
+    Place(CLIP_FILES, f"{_FLOW_CLIP}_u.mp4", f"{_FLOW_CLIP}_v.mp4"),
+)
+AUDIO = tuple(
+    Place("one wav per video", f"{folder}{{video}}.wav")
+    for folder in (
+        "rgb/{split}/{domain}/",
+        "audio/{split}/{domain}/",
+        "audio/",
+        "{participant}/audio/",
+        *_WHOLE_FOLDERS,
+    )
+)
+PLACES = {"video": VIDEO, "flow": FLOW, "audio": AUDIO}
+_ABSENT_REMEDY = {
+    "flow": "; --compute-flow makes it from the video",
+    "audio": "; extract one wav per video from the videos",
+    "video": "",
+}
+
+
+def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
+    """The clips of the selected domains; media are looked for, but not opened.
+
+    A modality of which nothing at all is on disk is left out with a warning; single missing files are found when their
+    clips are decoded (or by `presence.check_media`).
+
+    Args:
+        dataset: `root`, `splits`, `name`, `domains` and `compute_flow`.
+        modalities: at most one per kind; empty means video, audio and flow.
+
+    Raises:
+        ManifestError: no root, no split tables, an unknown domain, a wrong table (all bad rows are listed), or no
+            media of any modality.
+        SettingsError: a modality of a kind that the dataset does not have.
+    """
+    root = root_of(dataset)
+    domains = pick_domains(dataset, tuple(PARTICIPANTS))
+    asked = by_kind(modalities)
+    names = [f"{domain}_{split}.{end}" for domain in domains for split in SPLITS for end in ("csv", "pkl")]
+    splits = split_folder(dataset, root, SPLIT_FOLDERS, names)
+    rows, warnings = _read_splits(splits, domains)
+    disk, bases = Disk(), _bases(root, splits)
+    notes = [f"split tables: {splits}"]
+    found: dict[str, Found] = {}
+    for kind, (name, _) in asked.items():
+        places = locate(rows, PLACES[kind], bases, disk)
+        if places.hits:
+            found[kind] = places
+            notes.append(describe(name, places, len(rows)))
+            if places.missing:
+                warnings.append(f"{name}: nothing is on disk for {places.missing} of {len(rows)} clips")
+    used = {kind: pair for kind, pair in asked.items() if kind in found}
+    for kind, (name, settings) in asked.items():
+        if kind == "flow" and kind not in found and dataset.compute_flow and "video" in found:
+            used[kind] = (name, settings)
+            notes.append(f"{name}: computed from {used['video'][0]}")
+        elif kind not in found:
+            warnings.append(f"{name}: there is none under {root}, so it is left out{_ABSENT_REMEDY[kind]}")
+    if not used:
+        looked = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind][:2])
+        raise ManifestError(
+            f"{root}: no media of the clips in {splits} are there. Looked for, among others:\n{looked}",
+            "Name the folder that holds rgb/ (or video/), flow/ and audio/ with --root.",
+        )
+    clips = []
+    for index, row in enumerate(rows):
+        media = {name: _media(kind, found, index, row, disk) for kind, (name, _) in used.items()}
+        label = row["label"]
+        clips.append(Clip(row["id"], row["domain"], row["split"], label, VERBS[label], media))
+    settings_of = dict(used.values())
+    return Listing(
+        name=dataset.name or "epic-kitchens",
+        clips=clips,
+        domains=domains,
+        label_names=VERBS,
+        modalities={name: settings_of[name] for name in modality_order(list(settings_of))},
+        warnings=warnings,
+        notes=notes,
+    )
+
+
+def _bases(root: Path, splits: Path) -> list[Path]:
+    near = [root, root / "EPIC-mp4", splits, splits / "EPIC-mp4"]
+    if root == splits or root.name == "EPIC-mp4":
+        near += [root.parent, root.parent / "EPIC-mp4"]
+    return list(dict.fromkeys(near))
+
+
+def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, Any], disk: Disk) -> Media:
+    computed = kind == "flow" and kind not in found
+    place = found["video" if computed else kind].places[index]
+    path = Path(path_of(place, row))
+    second = Path(path_of(place, row, second=True)) if place[1].second else None
+    if kind == "audio" or place[1].layout == WHOLE:
+        # Seconds rather than frames: a few recordings have another frame rate than the annotations' 60 per second.
+        return Media(path, second, row["start_s"], row["stop_s"], "s", computed)
+    if place[1].layout == CLIP_FILES:
+        return Media(path, second, computed=computed)
+    # File names carry the annotation's numbers; spans count from the folder's first number, 0 or 1.
+    base = 0 if disk.exists(f"{path}/frame_{0:010d}.jpg") else 1
+    first, last = (row["flow_start"], row["flow_stop"]) if second else (row["start"], row["stop"])
+    start = max(first - base, 0)
+    return Media(path, second, start, start + last - first, "frame", computed)
+
+
+# --- the tables ----------------------------------------------------------------------------------------------------
+
+
+def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of all tables as fields, and what is unusual about them."""
+    absent = [
+        f"{domain}_{split}"
+        for domain in domains
+        for split in SPLITS
+        if not any((folder / f"{domain}_{split}.{end}").is_file() for end in ("csv", "pkl"))
+    ]
+    if absent:
+        raise ManifestError(
+            f"{folder}: there are no tables {', '.join(absent)} (.csv or .pkl).",
+            "Complete the split folder, or choose domains with --set dataset.domains=...",
+        )
+    rows: list[dict[str, Any]] = []
+    warnings: list[str] = []
+    problems: list[str] = []
+    for domain in domains:
+        for split in SPLITS:
+            path = next(p for end in ("csv", "pkl") if (p := folder / f"{domain}_{split}.{end}").is_file())
+            found = _rows(path, domain, split, problems)
+            rows += found
+            expected = CLIPS[domain, split]
+            if len(found) != expected and not problems:
+                warnings.append(f"{path.name}: {len(found)} clips where the published split has {expected}")
+            others = {row["participant"] for row in found} - {PARTICIPANTS[domain]}
+            if others:
+                warnings.append(
+                    f"{path.name}: {domain} is kitchen {PARTICIPANTS[domain]}, and it holds {', '.join(sorted(others))}"
+                )
+    problems += [f"clip {id_} is there twice" for id_, n in Counter(row["id"] for row in rows).items() if n > 1]
+    if problems:
+        shown = "\n".join(f"  {text}" for text in problems[:50])
+        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        raise ManifestError(f"{folder}: the split tables are wrong.\n{shown}{more}", "Get the tables again.")
+    return rows, warnings
+
+
+def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[dict[str, Any]]:
+    table = read_table(path)
+    lacking = [name for name in COLUMNS if name not in table]
+    if lacking:
+        problems.append(f"{path.name}: it lacks the columns {', '.join(lacking)}")
+        return []
+    rows = []
+    numbers = table.get("uid", list(range(len(table["video_id"]))))
+    for line, (uid, *cells) in enumerate(zip(numbers, *(table[name] for name in COLUMNS), strict=True), start=1):
+        try:
+            rows.append(_row(str(uid), [str(cell) for cell in cells], domain, split))
+        except ValueError as error:
+            problems.append(f"{path.name}, row {line}: {error}")
+    return rows
+
+
+def _row(uid: str, cells: list[str], domain: str, split: str) -> dict[str, Any]:
+    participant, video, start_at, stop_at, start, stop, verb = cells
+    for what, value in (("uid", uid), ("participant_id", participant), ("video_id", video)):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", value):  # they become parts of paths
+            raise ValueError(f"{what} {value!r} is no such name")
+    label = check_label(verb, len(VERBS))
+    if label is None:
+        raise ValueError(f"verb_class {verb!r} is not one of 0 to {len(VERBS) - 1}")
+    first, last = int(start), int(stop)
+    begin, end = seconds(start_at), seconds(stop_at)
+    if not 0 <= first < last:
+        raise ValueError(f"frames {first} to {last} are no span")
+    if not begin < end:
+        raise ValueError(f"time stamps {start_at} to {stop_at} are no span")
+    flow_start = math.ceil(first / 2)
+    return {
+        "id": f"{video}-{uid}",
+        "domain": domain,
+        "split": split,
+        "participant": participant,
+        "video": video,
+        "label": label,
+        "start": first,
+        "stop": last,
+        "start_s": begin,
+        "stop_s": end,
+        "flow_start": flow_start,
+        "flow_stop": flow_start + (last - first) // 2,
+    }
+
+
+def seconds(stamp: str) -> float:
+    """ "00:01:02.50" -> 62.5.
+
+    Raises:
+        ValueError: not a time stamp.
+    """
+    if not re.fullmatch(r"\d+:\d\d?:\d\d?(\.\d*)?", stamp):
+        raise ValueError(f"{stamp!r} is not a time stamp (HH:MM:SS.ss)")
+    hours, minutes, rest = stamp.split(":")
+    return (int(hours) * 60 + int(minutes)) * 60 + float(rest)

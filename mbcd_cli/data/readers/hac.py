@@ -1,0 +1,183 @@
+"""HAC (Human-Animal-Cartoon): three domains, seven actions (Dong et al., NeurIPS 2023; method.md section 4).
+
+Split tables are HAC_train_only_human.csv, ... with rows `file.mp4,label` and no header; media lie in
+`{domain}/videos/x.mp4`, `{domain}/flow/x_flow_x.mp4` and `x_flow_y.mp4`, `{domain}/audio/x.wav`.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.readers.places import (
+    Disk,
+    Found,
+    Place,
+    by_kind,
+    check_label,
+    describe,
+    locate,
+    path_of,
+    pick_domains,
+    root_of,
+    split_folder,
+)
+from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
+from mbcd_cli.errors import ManifestError
+from mbcd_cli.settings import DatasetSettings, Modality
+
+DOMAINS = ("human", "animal", "cartoon")
+ACTIONS = ("sleeping", "watching tv", "eating", "drinking", "swimming", "running", "opening door")
+CLIPS = {
+    ("human", "train"): 1111,
+    ("human", "test"): 276,
+    ("animal", "train"): 730,
+    ("animal", "test"): 176,
+    ("cartoon", "train"): 870,
+    ("cartoon", "test"): 218,
+}
+SPLIT_FOLDERS = ("HAC_Splits", "splits")
+PLACES = {
+    "video": (Place("one file per clip", "{domain}/videos/{file}"),),
+    "flow": (Place("one file per clip", "{domain}/flow/{stem}_flow_x.mp4", "{domain}/flow/{stem}_flow_y.mp4"),),
+    "audio": (Place("one wav per clip", "{domain}/audio/{stem}.wav"),),
+}
+
+
+def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
+    """The clips of the selected domains; media are looked for, but not opened.
+
+    The sound of a clip carries its video as `clock`, so that its span can follow the frames a view samples
+    (`modalities.audio.follow`). A modality of which nothing at all is on disk is left out with a warning.
+
+    Args:
+        dataset: `root`, `splits`, `name`, `domains` and `compute_flow`.
+        modalities: at most one per kind; empty means video, audio and flow.
+
+    Raises:
+        ManifestError: no root, no split tables, an unknown domain, a wrong table (all bad rows are listed), or no
+            media of any modality.
+        SettingsError: a modality of a kind that the dataset does not have.
+    """
+    root = root_of(dataset)
+    domains = pick_domains(dataset, DOMAINS)
+    asked = by_kind(modalities)
+    names = [f"HAC_{split}_only_{domain}.csv" for domain in domains for split in SPLITS]
+    splits = split_folder(dataset, root, SPLIT_FOLDERS, names)
+    rows, warnings = _read_splits(splits, domains)
+    disk = Disk()
+    bases = list(dict.fromkeys([root, root / "HAC", splits, *([root.parent] if root == splits else [])]))
+    found = {kind: locate(rows, PLACES[kind], bases, disk) for kind in asked}
+    # The video tells where the other files should be, and the sound its times.
+    videos = locate(rows, PLACES["video"], bases, disk) if "video" not in found else found["video"]
+    notes = [f"split tables: {splits}"]
+    used: dict[str, tuple[str, Modality]] = {}
+    for kind, (name, settings) in asked.items():
+        if found[kind].hits:
+            used[kind] = (name, settings)
+            notes.append(describe(name, found[kind], len(rows)))
+            if found[kind].missing:
+                warnings.append(f"{name}: nothing is on disk for {found[kind].missing} of {len(rows)} clips")
+        elif kind == "flow" and dataset.compute_flow and videos.hits:
+            used[kind] = (name, settings)
+            notes.append(f"{name}: computed from the videos")
+        else:
+            remedy = "; --compute-flow makes it from the video" if kind == "flow" else ""
+            warnings.append(f"{name}: there is none under {root}, so it is left out{remedy}")
+    if not used:
+        looked = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind])
+        raise ManifestError(
+            f"{root}: no media of the clips in {splits} are there. Looked for:\n{looked}",
+            "Name the folder that holds human/, animal/ and cartoon/ with --root.",
+        )
+    clips = [
+        Clip(
+            row["id"],
+            row["domain"],
+            row["split"],
+            row["label"],
+            ACTIONS[row["label"]],
+            {name: _media(kind, found, videos, index, row) for kind, (name, _) in used.items()},
+        )
+        for index, row in enumerate(rows)
+    ]
+    settings_of = dict(used.values())
+    return Listing(
+        name=dataset.name or "hac",
+        clips=clips,
+        domains=domains,
+        label_names=ACTIONS,
+        modalities={name: settings_of[name] for name in modality_order(list(settings_of))},
+        warnings=warnings,
+        notes=notes,
+    )
+
+
+def _media(kind: str, found: Mapping[str, Found], videos: Found, index: int, row: Mapping[str, Any]) -> Media:
+    video = Path(path_of(videos.places[index], row))
+    if kind == "flow" and not found[kind].hits:
+        return Media(video, computed=True)
+    place = found[kind].places[index]
+    path = Path(path_of(place, row))
+    if kind == "flow":
+        return Media(path, Path(path_of(place, row, second=True)))
+    return Media(path, clock=video) if kind == "audio" and videos.hits else Media(path)
+
+
+def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of all tables as fields, and what is unusual about them."""
+    rows: list[dict[str, Any]] = []
+    warnings: list[str] = []
+    problems: list[str] = []
+    for domain in domains:
+        for split in SPLITS:
+            path = folder / f"HAC_{split}_only_{domain}.csv"
+            found = _rows(path, domain, split, problems)
+            rows += found
+            if len(found) != CLIPS[domain, split] and not problems:
+                expected = CLIPS[domain, split]
+                warnings.append(f"{path.name}: {len(found)} clips where the published split has {expected}")
+        both = Counter(row["file"] for row in rows if row["domain"] == domain)
+        shared = sum(count > 1 for count in both.values())
+        if shared:
+            warnings.append(
+                f"{domain}: {shared} files are both in the train and in the test split (as published): "
+                "validation on this domain is a little too good"
+            )
+    problems += [f"clip {id_} is there twice" for id_, n in Counter(row["id"] for row in rows).items() if n > 1]
+    if problems:
+        shown = "\n".join(f"  {text}" for text in problems[:50])
+        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        raise ManifestError(f"{folder}: the split tables are wrong.\n{shown}{more}", "Get the tables again.")
+    return rows, warnings
+
+
+def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[dict[str, Any]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            table = [(line, row) for line, row in enumerate(csv.reader(stream), start=1) if row]
+    except OSError as error:
+        problems.append(f"{path.name}: cannot be read ({error.strerror})")
+        return []
+    except (UnicodeDecodeError, csv.Error) as error:
+        problems.append(f"{path.name}: not a UTF-8 CSV table ({error})")
+        return []
+    rows = []
+    for line, cells in table:
+        if len(cells) != 2:
+            problems.append(f"{path.name}, line {line}: {len(cells)} cells where file,label are expected")
+            continue
+        file, label = cells[0], check_label(cells[1], len(ACTIONS))
+        stem, _, suffix = file.rpartition(".")
+        if not stem or not suffix or file.startswith(".") or any(c in file for c in "/\\\0"):
+            problems.append(f"{path.name}, line {line}: {file!r} is no file name")
+        elif label is None:
+            problems.append(f"{path.name}, line {line}: label {cells[1]!r} is not one of 0 to {len(ACTIONS) - 1}")
+        else:
+            fields = {"domain": domain, "split": split, "file": file, "stem": stem, "label": label}
+            rows.append({"id": f"{domain}-{split}-{stem}", **fields})
+    return rows

@@ -1,4 +1,4 @@
-"""`mbcd evaluate`: measure a run's checkpoints on a prepared dataset, write results.json and plots."""
+"""`mbcd evaluate`: measure a run's checkpoints on a prepared dataset, write results.json, plots and a report."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from mbcd_cli import console
 from mbcd_cli.data.records import Batch
 from mbcd_cli.evaluation import plots
-from mbcd_cli.evaluation.evaluator import Evaluated, deployed, evaluate_models
+from mbcd_cli.evaluation.analyses import Analysis, analyse
+from mbcd_cli.evaluation.evaluator import TARGET, deployed, evaluate_models
 from mbcd_cli.evaluation.history import accuracy_history
-from mbcd_cli.evaluation.report import clips_name, print_results
+from mbcd_cli.evaluation.report import print_results
 from mbcd_cli.evaluation.results import collect, describe, read_records, warnings, write_json
+from mbcd_cli.evaluation.robustness import subset_variants
 from mbcd_cli.settings import Settings
 
 
@@ -26,6 +28,7 @@ def evaluate(
     device: torch.device,
     run: Path | None,
     output: Path,
+    ood: Any = None,
 ) -> dict[str, Any]:
     """Evaluate `checkpoints` (best / last -> checkpoint) and write everything under `output`.
 
@@ -34,18 +37,40 @@ def evaluate(
         dataset: prepared, matching `settings`.
         checkpoints: those of `settings.evaluation.checkpoints` that exist.
         device: where to compute.
-        run: the run folder, for its accuracy per epoch; None evaluates lone checkpoint files.
-        output: folder for results.json and plots/ (usually the run folder).
+        run: the run folder, for its accuracy per epoch; None takes what the checkpoint remembers.
+        output: folder for results.json, report.html, plots/ and evaluation/ (usually the run folder).
+        ood: another prepared dataset, for out-of-distribution detection.
 
     Returns:
         What results.json holds, and `files`: name -> path of everything written.
     """
-    results = evaluate_models(settings, dataset, checkpoints, device=device, watch=_watch)
+    results, model = evaluate_models(
+        settings,
+        dataset,
+        checkpoints,
+        device=device,
+        watch=_watch,
+        variants=subset_variants if "missing" in settings.evaluation.analyses else lambda model: {},
+    )
+    chosen = deployed(checkpoints)
     about = describe(settings, dataset, checkpoints)
-    figures = collect(about, results, deployed(checkpoints))
+    figures = collect(about, results, chosen)
     figures["warnings"] = warnings(figures, checkpoints)
-    files = _plots(figures, results, run, output / "plots")
-    files = {"results": write_json(figures, output / "results.json"), **files}
+    of_chosen = [one for one in results if (one.checkpoint, one.model) == chosen]
+    analysis = Analysis(
+        settings=settings,
+        dataset=dataset,
+        model=model,
+        results=sorted(of_chosen, key=lambda one: one.clip_set.name != TARGET),
+        device=device,
+        output=output,
+        watch=_watch,
+    )
+    _accuracy_plots(analysis)
+    _history(figures, analysis, run, checkpoints[chosen[0]])
+    analyse(analysis, ood=ood)
+    figures |= analysis.figures
+    files = {"results": write_json(figures, output / "results.json"), **analysis.files}
     return {**figures, "files": {name: str(path) for name, path in files.items()}}
 
 
@@ -54,44 +79,48 @@ def show(figures: Mapping[str, Any]) -> None:
     print_results(figures, {name: Path(path) for name, path in figures["files"].items()})
 
 
-def _watch(batches: Iterable[Batch]) -> Iterator[Batch]:
-    with console.progress("evaluating batches") as ticker:
+def _watch(batches: Iterable[Batch], label: str = "evaluating") -> Iterator[Batch]:
+    with console.progress(f"{label}, batches") as ticker:
         for batch in batches:
             yield batch
             ticker.advance()
 
 
-def _plots(figures: Mapping[str, Any], results: list[Evaluated], run: Path | None, folder: Path) -> dict[str, Path]:
-    headline, names = figures["headline"], figures["label_names"]
-    files = {}
-    for one in results:
-        if (one.checkpoint, one.model) != (headline["checkpoint"], headline["model"]):
-            continue
-        where = clips_name(figures, one.clip_set.name)
-        top1 = 100 * one.figures["fused"]["top1"]
-        files[f"confusion on {one.clip_set.name}"] = plots.plot_confusion(
-            one.figures["fused"]["confusion"],
+def _accuracy_plots(analysis: Analysis) -> None:
+    names = list(analysis.dataset.label_names)
+    for one in analysis.results:
+        key, where = one.clip_set.name, analysis.name(one)
+        fused = one.figures["fused"]
+        analysis.files[f"confusion on {key}"] = plots.plot_confusion(
+            fused["confusion"],
             names,
-            folder / f"confusion-{one.clip_set.name}.png",
-            title=f"{where}: {top1:.1f} % right",
+            analysis.plot(f"confusion-{key}.png"),
+            title=f"{where}: {100 * fused['top1']:.1f} % right",
         )
-        files[f"classes on {one.clip_set.name}"] = plots.plot_per_class(
-            {h: [c["accuracy"] for c in f["per_class"].values()] for h, f in one.figures.items()},
+        analysis.files[f"classes on {key}"] = plots.plot_per_class(
+            {head: [c["accuracy"] for c in f["per_class"].values()] for head, f in one.figures.items()},
             names,
-            folder / f"classes-{one.clip_set.name}.png",
+            analysis.plot(f"classes-{key}.png"),
             title=f"Accuracy per class on {where}",
         )
-    history = accuracy_history(read_records(run / "metrics.jsonl")) if run is not None else None
-    if history:
-        best = figures["epochs"].get("best")
-        files["accuracy per epoch"] = plots.plot_lines(
-            history.epochs,
-            {f"{model}, {where}": line for (where, model), line in history.lines.items()},
-            folder / "accuracy-per-epoch.png",
-            title="Accuracy per epoch",
-            xlabel="epoch",
-            ylabel="accuracy",
-            marks={best: "best"} if best is not None else None,
-            whole=True,
-        )
-    return files
+
+
+def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, checkpoint: Any) -> None:
+    records = read_records(run / "metrics.jsonl") if run is not None else []
+    history = accuracy_history(records or list(getattr(checkpoint, "history", [])))
+    if history is None:
+        return
+    oracle = history.oracle(figures["headline"]["model"])
+    if oracle is not None:
+        figures["oracle"] = oracle
+    best = figures["epochs"].get("best")
+    analysis.files["accuracy per epoch"] = plots.plot_lines(
+        history.epochs,
+        {f"{model}, {where}": line for (where, model), line in history.lines.items()},
+        analysis.plot("accuracy-per-epoch.png"),
+        title="Fused accuracy per epoch",
+        xlabel="epoch",
+        ylabel="accuracy",
+        marks={best: "best"} if best is not None else None,
+        whole=True,
+    )

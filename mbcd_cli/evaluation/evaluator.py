@@ -179,8 +179,8 @@ def evaluate_models(
     device: torch.device,
     watch: Watch = lambda batches: batches,
     variants: Callable[[MultiModalModel], Mapping[str, Variant]] = lambda model: {},
-) -> list[Evaluated]:
-    """Every model of every checkpoint on every set of clips, in that order.
+) -> tuple[list[Evaluated], MultiModalModel]:
+    """Every model of every checkpoint on every set of clips, in that order; and the deployed model, for more.
 
     Args:
         settings: of the run, with the evaluation slice to use now.
@@ -193,8 +193,10 @@ def evaluate_models(
     sets = clip_sets(settings, dataset)
     chosen = deployed(checkpoints)
     results = []
+    kept = None
     for checkpoint, weights in checkpoints.items():
         for name, model in build_models(settings, dataset, weights, device=device, source=checkpoint).items():
+            kept = model if (checkpoint, name) == chosen else kept
             for clip_set in sets:
                 batches = dataset.batches(clip_set.clips, batch_size=settings.evaluation.batch_size, training=False)
                 predictions = predict(
@@ -202,7 +204,7 @@ def evaluate_models(
                     watch(batches),
                     device=device,
                     precision=settings.runtime.precision,
-                    variants=variants(model) if (checkpoint, name) == chosen else None,
+                    variants=variants(model) if model is kept else None,
                 )
                 figures = summaries(
                     predictions,
@@ -211,7 +213,8 @@ def evaluate_models(
                     k=settings.evaluation.top_k,
                 )
                 results.append(Evaluated(checkpoint, name, clip_set, predictions, figures))
-    return results
+    assert kept is not None
+    return results, kept
 
 
 def deployed(checkpoints: Mapping[str, Weights]) -> tuple[str, str]:

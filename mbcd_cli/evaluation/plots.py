@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, save
@@ -106,4 +107,125 @@ def plot_lines(
     if whole:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(fig, path)
+
+
+def plot_subsets(values: Mapping[str, float], shares: Mapping[str, float], path: Path, *, title: str) -> Path:
+    """Fused accuracy with each subset of modalities present (bars) and each modality's Shapley value (beside)."""
+    order = sorted(values, key=lambda name: (name != "none", name.count("+"), values[name]))
+    tall = max(3.0, 1.2 + 0.36 * len(order))
+    fig, (left, right) = figure(1, 2, size=(9.6, tall), width_ratios=(2.2, 1))
+    bars = left.barh(range(len(order)), [100 * values[name] for name in order], color=PALETTE[0])
+    left.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    left.set_yticks(range(len(order)), [name if name != "none" else "(nothing)" for name in order])
+    left.set(xlim=(0, 108), xlabel="fused accuracy with these modalities present", title=title)
+    left.xaxis.set_major_formatter(PercentFormatter())
+    left.grid(axis="y", visible=False)
+    names = list(shares)
+    bars = right.barh(range(len(names)), [100 * shares[n] for n in names], color=PALETTE[1])
+    right.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8)
+    right.set_yticks(range(len(names)), names)
+    right.axvline(0, color="#333333", linewidth=0.8)
+    right.margins(x=0.25)
+    right.set(xlabel="points of accuracy", title="Shapley value")
+    right.grid(axis="y", visible=False)
+    return save(fig, path)
+
+
+def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str) -> Path:
+    """Reliability diagrams side by side: accuracy per confidence bin, its gap to the diagonal, clips per bin."""
+    fig, axes = figure(
+        2, len(tables), size=(3.4 * len(tables), 4.6), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1)
+    )
+    for column, (name, rows) in enumerate(tables.items()):
+        top, bottom = axes[:, column]
+        used = [row for row in rows if row["clips"]]
+        centre = [(row["low"] + row["high"]) / 2 for row in used]
+        width = 1 / len(rows)
+        accuracy = [row["accuracy"] for row in used]
+        top.bar(centre, accuracy, width * 0.94, color=PALETTE[0], label="accuracy")
+        gap = [row["confidence"] - row["accuracy"] for row in used]
+        top.bar(
+            centre, gap, width * 0.94, bottom=accuracy, color="none", edgecolor=PALETTE[1], hatch="////", label="gap"
+        )
+        top.plot([0, 1], [0, 1], color="#333333", linestyle="--", linewidth=1)
+        top.set(xlim=(0, 1), ylim=(0, 1), title=name)
+        bottom.bar(centre, [row["clips"] for row in used], width * 0.94, color=PALETTE[7])
+        bottom.set(xlabel="confidence")
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("clips")
+    axes[0, 0].legend(loc="upper left", fontsize=8)
+    fig.suptitle(title, fontsize=11)
+    return save(fig, path)
+
+
+def plot_risk(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path, *, title: str) -> Path:
+    """Risk-coverage curves: error among the most confident share of the clips; name -> coverage and risk."""
+    fig, ax = figure(size=(6.8, 4.0))
+    for index, (name, curve) in enumerate(curves.items()):
+        ax.plot([100 * c for c in curve["coverage"]], [100 * r for r in curve["risk"]], label=name, color=colour(index))
+    ax.set(xlabel="coverage: clips answered, the most confident first", ylabel="error among them", title=title)
+    ax.set(xlim=(0, 100), ylim=(0, None))
+    ax.xaxis.set_major_formatter(PercentFormatter())
+    ax.yaxis.set_major_formatter(PercentFormatter())
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(fig, path)
+
+
+def plot_disturbed(records: Sequence[Mapping[str, Any]], path: Path, *, title: str, xlabel: str) -> Path:
+    """Accuracy against the level of a disturbance: one panel per kind, one fused and one own line per modality."""
+    kinds = list(dict.fromkeys(record["kind"] for record in records))
+    modalities = list(dict.fromkeys(record["modality"] for record in records))
+    columns = min(3, len(kinds))
+    rows = -(-len(kinds) // columns)
+    fig, axes = figure(rows, columns, size=(max(6.2, 3.3 * columns), 0.8 + 2.9 * rows), sharey=True, squeeze=False)
+    for ax, kind in zip(axes.flat, kinds, strict=False):
+        for index, modality in enumerate(modalities):
+            mine = [r for r in records if r["kind"] == kind and r["modality"] == modality]
+            if not mine:
+                continue
+            levels = [r["level"] for r in mine]
+            ax.plot(levels, [100 * r["fused"] for r in mine], color=colour(index), marker="o", markersize=4)
+            ax.plot(levels, [100 * r["unimodal"] for r in mine], color=colour(index), marker="x", markersize=4, ls=":")
+        ax.set(title=kind if len(kinds) > 1 else "", ylim=(0, 100))
+    for ax in list(axes.flat)[len(kinds) :]:
+        ax.set_axis_off()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy")
+        ax.yaxis.set_major_formatter(PercentFormatter())
+    fig.supxlabel(xlabel, fontsize=10)
+    fig.suptitle(title, fontsize=11)
+    lines = [Line2D([], [], color=colour(i), label=f"{name} disturbed") for i, name in enumerate(modalities)]
+    lines += [
+        Line2D([], [], color="#333333", marker="o", markersize=4, label="fused head"),
+        Line2D([], [], color="#333333", marker="x", markersize=4, ls=":", label="its own head"),
+    ]
+    fig.legend(handles=lines, loc="outside right upper", fontsize=9)
+    return save(fig, path)
+
+
+def plot_map(points: Any, groups: Mapping[str, tuple[Any, Sequence[str]]], path: Path, *, title: str) -> Path:
+    """A two-dimensional map [N, 2], one panel per grouping: name -> (indices [N], names of the groups)."""
+    points = np.asarray(points)
+    fig, axes = figure(1, len(groups), size=(6.0 * len(groups), 4.6), squeeze=False)
+    for ax, (name, (index, names)) in zip(axes[0], groups.items(), strict=True):
+        index = np.asarray(index)
+        present = [g for g in range(len(names)) if (index == g).any()]
+        for at, group in enumerate(present):
+            chosen = points[index == group]
+            ax.scatter(
+                chosen[:, 0],
+                chosen[:, 1],
+                s=16,
+                alpha=0.8,
+                linewidths=0,
+                color=colour(at),
+                marker=_MARKERS[(at // len(PALETTE)) % len(_MARKERS)],
+                label=names[group],
+            )
+        ax.grid(False)
+        ax.set(xticks=[], yticks=[], title=f"by {name}")
+        if len(present) <= 24:
+            ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, ncols=1 + (len(present) > 16))
+    fig.suptitle(title, fontsize=11)
     return save(fig, path)

@@ -69,7 +69,7 @@ def make_settings(**training) -> Settings:
             "modalities": {"video": array, "audio": array},
             "model": {"hidden": 8},
             "training": {"target_domain": "street", **training},
-            "evaluation": {"batch_size": 7, "top_k": 2},
+            "evaluation": {"batch_size": 7, "top_k": 2, "analyses": (), "export": (), "report": False},
         }
     )
 

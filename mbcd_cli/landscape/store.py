@@ -1,0 +1,343 @@
+"""A grid of measured points on disk that a killed process leaves whole.
+
+An HDF5 file torn while it is open for writing cannot be read again. So the file is only ever written aside
+and renamed, every few seconds and at the end; in between each measured point is appended at once to a
+journal beside it (`NAME.journal-RANK`, one text line with a checksum), which opening and reading fold in.
+
+Layout: `x` [nx], `y` [ny] axes; `loss`, `accuracy` [ny, nx] float64, NaN where not computed; `computed`
+[ny, nx] bool (a computed loss may itself be NaN or infinite); `points` [K, 4] every point ever computed (x,
+y, loss, accuracy), also those of earlier, other grids; `marks` [J, 2] with the attribute `labels`;
+attributes `format`, `identity` (JSON: what the values depend on) and `about` (JSON: titles, axis names,
+summary figures).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from mbcd_cli.errors import MbcdError
+
+FORMAT = "mbcd-surface-1"
+_DIGITS = 9
+"""Coordinates that agree to this many decimals are the same point."""
+
+
+class StoreError(MbcdError):
+    """A landscape file is damaged, in use, or belongs to something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What a file holds; arrays as in the module's docstring."""
+
+    path: Path
+    x: np.ndarray
+    y: np.ndarray
+    loss: np.ndarray
+    accuracy: np.ndarray
+    computed: np.ndarray
+    points: np.ndarray
+    identity: dict[str, Any]
+    about: dict[str, Any]
+    marks: np.ndarray
+    mark_labels: tuple[str, ...]
+
+    @property
+    def missing(self) -> int:
+        """Grid points that are not computed yet."""
+        return int((~self.computed).sum())
+
+    @property
+    def non_finite(self) -> int:
+        """Computed grid points whose loss is NaN or infinite."""
+        return int((self.computed & ~np.isfinite(self.loss)).sum())
+
+
+def axis(span: float, points: int) -> np.ndarray:
+    """`points` equidistant coordinates from -span to span [points]; symmetric, with an exact 0 when odd.
+
+    Coordinates shared by a coarser and a finer axis are bit for bit the same.
+    """
+    return np.array([(2 * i - (points - 1)) / (points - 1) * span for i in range(points)])
+
+
+def _key(x: float, y: float) -> tuple[float, float]:
+    return round(x, _DIGITS) + 0.0, round(y, _DIGITS) + 0.0
+
+
+def _journals(path: Path) -> list[Path]:
+    prefix = f"{path.name}.journal-"
+    return sorted(p for p in path.parent.glob("*.journal-*") if p.name.startswith(prefix))
+
+
+def _line(text: str) -> bytes:
+    return f"{text} {zlib.crc32(text.encode()):08x}\n".encode()
+
+
+def _replay(path: Path, identity: Mapping[str, Any]) -> list[tuple[float, float, float, float]]:
+    """The journal's whole records; a torn last line is dropped."""
+    points = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
+        text, _, check = line.decode(errors="replace").rpartition(" ")
+        if _line(text) != line + b"\n" or not check:
+            break
+        if number == 0:
+            _same_identity(path, json.loads(text), identity)
+            continue
+        x, y, loss, accuracy = (float.fromhex(part) for part in text.split())
+        points.append((x, y, loss, accuracy))
+    return points
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _same_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse a file that belongs to something else, naming what differs."""
+    old, new = _flat(stored), _flat(json.loads(json.dumps(wanted)))
+    different = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    if different:
+        lines = [f"  {key}: {old.get(key)!r} in the file, {new.get(key)!r} now" for key in different]
+        raise StoreError(
+            f"{path} was measured on something else:\n" + "\n".join(lines),
+            "Choose another --output, or remove the file (or pass --overwrite) to measure anew.",
+        )
+
+
+def _damaged(path: Path, why: object) -> StoreError:
+    return StoreError(f"{path} is not a readable landscape file ({why}).", "Remove it and measure anew.")
+
+
+def _load(path: Path) -> Grid:
+    try:
+        with h5py.File(path, "r") as file:
+            if file.attrs.get("format") != FORMAT:
+                raise _damaged(path, f"its format is {file.attrs.get('format')!r}, not {FORMAT!r}")
+            marks = file["marks"]
+            grid = Grid(
+                path=path,
+                x=file["x"][()],
+                y=file["y"][()],
+                loss=file["loss"][()],
+                accuracy=file["accuracy"][()],
+                computed=file["computed"][()],
+                points=file["points"][()],
+                identity=json.loads(file.attrs["identity"]),
+                about=json.loads(file.attrs["about"]),
+                marks=marks[()],
+                mark_labels=tuple(json.loads(marks.attrs["labels"])),
+            )
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+    shape = (len(grid.y), len(grid.x))
+    if not (grid.loss.shape == grid.accuracy.shape == grid.computed.shape == shape) or grid.points.shape[1:] != (4,):
+        raise _damaged(path, "its arrays do not fit together")
+    return grid
+
+
+def _arrange(
+    x: np.ndarray, y: np.ndarray, points: Mapping[tuple[float, float], tuple[float, float]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points by coordinates -> (loss, accuracy, computed) on the grid, each [ny, nx]."""
+    loss, accuracy = np.full((len(y), len(x)), np.nan), np.full((len(y), len(x)), np.nan)
+    computed = np.zeros(loss.shape, dtype=bool)
+    for row, b in enumerate(y):
+        for column, a in enumerate(x):
+            value = points.get(_key(a, b))
+            if value is not None:
+                loss[row, column], accuracy[row, column] = value
+                computed[row, column] = True
+    return loss, accuracy, computed
+
+
+def read_grid(path: Path) -> Grid:
+    """The file with its journals, whether or not a process still fills it.
+
+    Raises:
+        StoreError: the file is missing, damaged or not a landscape file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise StoreError(f"There is no landscape file {path}.", "Run `mbcd landscape` without --plot-only first.")
+    grid = _load(path)
+    late = [point for journal in _journals(path) for point in _replay(journal, grid.identity)]
+    if not late:
+        return grid
+    points = _by_key([*map(tuple, grid.points), *late])
+    loss, accuracy, computed = _arrange(grid.x, grid.y, points)
+    return replace(grid, loss=loss, accuracy=accuracy, computed=computed, points=_table(points))
+
+
+def _by_key(
+    rows: Sequence[tuple[float, float, float, float]],
+) -> dict[tuple[float, float], tuple[float, float]]:
+    return {_key(x, y): (float(loss), float(accuracy)) for x, y, loss, accuracy in rows}
+
+
+def _table(points: Mapping[tuple[float, float], tuple[float, float]]) -> np.ndarray:
+    return np.array([(*key, *value) for key, value in points.items()], dtype=float).reshape(-1, 4)
+
+
+class GridStore:
+    """Opens or creates a grid file and records points into it; use as a context manager.
+
+    Args:
+        path: the HDF5 file.
+        x, y: axes [nx], [ny]; an existing file is rearranged onto them, keeping every point it ever held.
+        identity: what the values depend on (JSON-able); an existing file with another one is refused.
+        about: titles, axis names and summary figures for plots (JSON-able).
+        marks: label -> (x, y) of places to mark.
+        rank: number of this process among those that share the grid; rank 0 owns the file, the others only
+            append to their journals. Rank 0 must have opened it before the others do.
+        overwrite: start anew instead of resuming.
+        fold_seconds: the file is brought up to date this often.
+
+    Raises:
+        StoreError: damaged, of another identity, or being filled by another process.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        x: Sequence[float] | np.ndarray,
+        y: Sequence[float] | np.ndarray = (0.0,),
+        identity: Mapping[str, Any],
+        about: Mapping[str, Any] | None = None,
+        marks: Mapping[str, tuple[float, float]] | None = None,
+        rank: int = 0,
+        overwrite: bool = False,
+        fold_seconds: float = 10.0,
+    ) -> None:
+        self.path = Path(path)
+        self.x, self.y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+        self.about, self.marks = dict(about or {}), dict(marks or {})
+        self._identity = json.loads(json.dumps(identity))
+        self._rank, self._fold_seconds = rank, fold_seconds
+        self._points: dict[tuple[float, float], tuple[float, float]] = {}
+        self._journal: int | None = None
+        self._journal_path = self.path.with_name(f"{self.path.name}.journal-{rank}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        existing = self.path.exists() and (rank > 0 or not overwrite)
+        if existing:
+            _same_identity(self.path, _load(self.path).identity, self._identity)
+        self._open_journal()
+        try:
+            if existing:
+                self._points = _by_key(list(map(tuple, read_grid(self.path).points)))
+            elif rank == 0:
+                # Without their file (removed, or to be overwritten) journals mean nothing.
+                for journal in _journals(self.path):
+                    if journal != self._journal_path:
+                        journal.unlink()
+            self._last_fold = time.monotonic()
+            if rank == 0:
+                for aside in self.path.parent.glob(f".{glob.escape(self.path.name)}.*"):
+                    aside.unlink()  # left by a process that was killed while it folded
+                self.fold(ranks=existing)
+            else:
+                self._reset_journal()
+        except BaseException:
+            self._close_journal()
+            raise
+
+    def _open_journal(self) -> None:
+        self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._close_journal()
+            raise StoreError(
+                f"{self.path} is being filled by another process.", "Wait for it, or choose another --output."
+            ) from error
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            os.close(self._journal)
+            self._journal = None
+
+    def __enter__(self) -> GridStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def missing(self) -> np.ndarray:
+        """Grid points not computed yet: [K, 2] of (row, column), row by row."""
+        todo = [
+            (row, column)
+            for row, b in enumerate(self.y)
+            for column, a in enumerate(self.x)
+            if _key(a, b) not in self._points
+        ]
+        return np.array(todo, dtype=np.int64).reshape(-1, 2)
+
+    def record(self, row: int, column: int, loss: float, accuracy: float) -> None:
+        """One measured point; once this returns, killing the process does not lose it."""
+        x, y = float(self.x[column]), float(self.y[row])
+        loss, accuracy = float(loss), float(accuracy)
+        self._points[_key(x, y)] = (loss, accuracy)
+        os.write(self._journal, _line(" ".join(v.hex() for v in (x, y, loss, accuracy))))
+        if self._rank == 0 and time.monotonic() - self._last_fold > self._fold_seconds:
+            self.fold()
+
+    def fold(self, *, ranks: bool = False) -> None:
+        """Bring the file up to date and empty the journal; `ranks` folds the other processes' journals too.
+
+        The rename comes before the journal is emptied: a kill in between folds the same points twice, which
+        is harmless.
+        """
+        others = [p for p in _journals(self.path) if p != self._journal_path] if ranks else []
+        for journal in others:
+            self._points.update(_by_key(_replay(journal, self._identity)))
+        loss, accuracy, computed = _arrange(self.x, self.y, self._points)
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with h5py.File(aside, "w") as file:
+                file.attrs["format"] = FORMAT
+                file.attrs["identity"] = json.dumps(self._identity, sort_keys=True)
+                file.attrs["about"] = json.dumps(self.about, sort_keys=True)
+                arrays = {"x": self.x, "y": self.y, "loss": loss, "accuracy": accuracy, "computed": computed}
+                for name, array in {**arrays, "points": _table(self._points)}.items():
+                    file[name] = array
+                file["marks"] = np.array(list(self.marks.values()), dtype=float).reshape(-1, 2)
+                file["marks"].attrs["labels"] = json.dumps(list(self.marks))
+            with aside.open("rb") as written:
+                os.fsync(written.fileno())
+            aside.replace(self.path)
+        finally:
+            aside.unlink(missing_ok=True)
+        for journal in others:
+            journal.unlink()
+        self._reset_journal()
+        self._last_fold = time.monotonic()
+
+    def _reset_journal(self) -> None:
+        os.ftruncate(self._journal, 0)
+        os.write(self._journal, _line(json.dumps(self._identity, sort_keys=True)))
+
+    def close(self) -> None:
+        """Fold (rank 0) and remove the journal; other ranks leave theirs for rank 0 to fold."""
+        if self._journal is None:
+            return
+        try:
+            if self._rank == 0:
+                self.fold()
+                self._journal_path.unlink()
+        finally:
+            self._close_journal()

@@ -1,0 +1,137 @@
+"""Losses with known values, a small model, and an in-memory prepared dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from mbcd_cli.data.records import SPLITS, Batch
+from mbcd_cli.model import build_model
+from mbcd_cli.settings import Settings
+
+
+class Quadratic:
+    """loss(p) = 1/2 p^T A p over all named tensors flattened in order; "accuracy" is 1 / (1 + loss)."""
+
+    points_per_pass = 1
+
+    def __init__(self, matrix: np.ndarray, start: dict[str, torch.Tensor]) -> None:
+        self.matrix = torch.as_tensor(matrix, dtype=torch.float64)
+        self.start = start
+        self.calls = 0
+
+    def loss(self, moved) -> torch.Tensor:
+        flat = torch.cat([moved[name].double().reshape(-1) for name in self.start])
+        return 0.5 * flat @ self.matrix @ flat
+
+    def measure(self, moved) -> torch.Tensor:
+        self.calls += 1
+        loss = self.loss(moved).detach()
+        return torch.stack((loss, 1 / (1 + loss)))
+
+    def measure_many(self, moved) -> torch.Tensor:
+        count = len(next(iter(moved.values())))
+        return torch.stack([self.measure({n: t[p] for n, t in moved.items()}) for p in range(count)])
+
+    def terms(self):
+        return [lambda moved: 0.25 * self.loss(moved), lambda moved: 0.75 * self.loss(moved)]
+
+
+def symmetric(eigenvalues, seed: int = 0) -> np.ndarray:
+    """A symmetric matrix with these eigenvalues."""
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.normal(size=(len(eigenvalues), len(eigenvalues))))
+    return q @ np.diag(eigenvalues) @ q.T
+
+
+@dataclass
+class MemoryDataset:
+    """What a prepared dataset offers to the landscape, held in memory."""
+
+    arrays: dict[str, torch.Tensor]
+    labels: np.ndarray
+    domain: np.ndarray
+    split: np.ndarray
+    domains: tuple[str, ...]
+    label_names: tuple[str, ...]
+    modalities: dict
+    fingerprints: dict = field(default_factory=lambda: {"video": "f1", "audio": "f2"})
+    name: str = "memory"
+
+    @property
+    def classes(self) -> int:
+        return len(self.label_names)
+
+    def select(self, domains=None, splits=SPLITS, limit=None) -> np.ndarray:
+        wanted = [self.domains.index(d) for d in (domains if domains is not None else self.domains)]
+        keep = np.isin(self.domain, wanted) & np.isin(self.split, [SPLITS.index(s) for s in splits])
+        return np.nonzero(keep)[0][:limit].astype(np.int64)
+
+    def batches(self, clips, batch_size=16, training=True, **_):
+        assert not training, "the landscape must use the test view"
+        for at in range(0, len(clips), batch_size):
+            index = torch.as_tensor(np.asarray(clips)[at : at + batch_size])
+            yield Batch(
+                inputs={name: (values[index],) for name, values in self.arrays.items()},
+                labels=torch.as_tensor(self.labels)[index],
+                domains=torch.as_tensor(self.domain)[index],
+                clips=index,
+            )
+
+
+def make_settings(**landscape) -> Settings:
+    array = {"kind": "array", "dimension": 6, "width": 1}
+    return Settings.model_validate(
+        {
+            "modalities": {"video": array, "audio": array},
+            "model": {"hidden": 7},
+            "training": {"target_domain": "street"},
+            "runtime": {"device": "cpu"},
+            "landscape": {"points": 5, "directions": 3, "radii": (0.0, 0.2, 0.4), "batch_size": 9, **landscape},
+        }
+    )
+
+
+def make_dataset(settings: Settings, clips: int = 60, seed: int = 0) -> MemoryDataset:
+    rng = np.random.default_rng(seed)
+    labels = np.arange(clips) % 3
+    centres = rng.normal(size=(2, 3, 6))
+    arrays = {
+        name: torch.tensor(centres[k][labels] + rng.normal(size=(clips, 6)), dtype=torch.float32)
+        for k, name in enumerate(settings.modalities)
+    }
+    return MemoryDataset(
+        arrays=arrays,
+        labels=labels.astype(np.int64),
+        domain=rng.integers(0, 3, clips).astype(np.int64),
+        split=rng.integers(0, 2, clips).astype(np.int64),
+        domains=("studio", "tilted", "street"),
+        label_names=("a", "b", "c"),
+        modalities=dict(settings.modalities),
+    )
+
+
+def make_model(settings: Settings, dataset: MemoryDataset, seed: int = 0):
+    """A model whose batch norms have seen data, so that running statistics matter."""
+    torch.manual_seed(seed)
+    model = build_model(dataset.modalities, settings=settings.model, classes=dataset.classes)
+    with torch.no_grad():
+        for batch in dataset.batches(np.arange(40), batch_size=20, training=False):
+            model.train()(batch.inputs)
+    return model.eval()
+
+
+def make_checkpoint(settings, dataset, *, seed: int = 0, teacher: bool = False, epoch: int = 1):
+    def state(seed):
+        return {k: v.clone() for k, v in make_model(settings, dataset, seed).state_dict().items()}
+
+    return SimpleNamespace(
+        settings=settings,
+        student=state(seed),
+        teacher=state(seed + 100) if teacher else None,
+        label_names=dataset.label_names,
+        epoch=epoch,
+    )

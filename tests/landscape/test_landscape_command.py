@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from landscape_cases import make_checkpoint, make_dataset, make_settings
+
+from mbcd_cli.commands import landscape as command
+from mbcd_cli.errors import MbcdError, SettingsError
+from mbcd_cli.landscape import plots
+from mbcd_cli.landscape.store import GridStore, StoreError, axis, read_grid
+
+EVERYTHING = ("surface", "curve", "flatness", "worst_case")
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Drawing takes most of the time where the figures matter."""
+    monkeypatch.setattr(command, "_draw", lambda *_: {})
+
+
+def run(tmp_path, checkpoints=None, *, dataset=None, plot_only=False, overwrite=False, **chosen):
+    settings = make_settings(**chosen)
+    dataset = dataset or make_dataset(settings)
+    checkpoints = checkpoints or [("best", make_checkpoint(settings, dataset))]
+    return command.landscape(
+        settings, dataset, checkpoints, output=tmp_path / "land", plot_only=plot_only, overwrite=overwrite
+    )
+
+
+def test_measures_and_draws(tmp_path, capsys):
+    result = run(tmp_path, analyses=EVERYTHING, ascent_steps=3)
+    json.dumps(result, allow_nan=False)
+    best = result["checkpoints"]["best"]
+    assert best["surface"]["points"] == 25
+    assert best["curve"]["points"] == 19
+    assert best["flatness"]["directions"] == [3, 3, 3]
+    assert best["flatness"]["mean_increase"][0] == 0
+    assert best["worst_case"]["increase"][-1] > best["flatness"]["mean_increase"][-1]
+    for path in result["files"].values():
+        assert (tmp_path / path).stat().st_size > 1000
+    surface = read_grid(tmp_path / "land" / "surface-best.h5")
+    assert surface.loss[2, 2] == pytest.approx(best["loss"], rel=1e-6)
+    # the curve is the surface's middle row
+    curve = read_grid(tmp_path / "land" / "curve-best.h5")
+    assert curve.loss[0, 9] == pytest.approx(best["loss"], rel=1e-6)
+    assert curve.loss[0, 0] == pytest.approx(surface.loss[2, 0], rel=1e-6)
+    command.show(result)
+    assert "best" in capsys.readouterr().out
+
+
+def test_same_seed_same_values_and_other_seed_others(tmp_path, undrawn):
+    one = run(tmp_path / "a", analyses=("surface",))
+    two = run(tmp_path / "b", analyses=("surface",))
+    other = run(tmp_path / "c", analyses=("surface",), seed=1)
+    assert (
+        one["checkpoints"]["best"]["surface"]["max_increase"] == two["checkpoints"]["best"]["surface"]["max_increase"]
+    )
+    assert (
+        one["checkpoints"]["best"]["surface"]["max_increase"] != other["checkpoints"]["best"]["surface"]["max_increase"]
+    )
+
+
+def test_a_second_run_measures_nothing_anew(tmp_path, monkeypatch, undrawn):
+    first = run(tmp_path, analyses=EVERYTHING, ascent_steps=2)
+    calls = []
+    original = command.ModelObjective.measure
+    monkeypatch.setattr(command.ModelObjective, "measure", lambda *a: calls.append(1) or original(*a))
+    again = run(tmp_path, analyses=EVERYTHING, ascent_steps=2)
+    assert len(calls) == 1  # the centre
+    assert again["checkpoints"] == first["checkpoints"]
+    with pytest.raises(StoreError, match=r"seed: 0 in the file, 3 now"):
+        run(tmp_path, analyses=EVERYTHING, seed=3)
+    run(tmp_path, analyses=EVERYTHING, ascent_steps=2, seed=3, overwrite=True)
+
+
+def test_teacher_is_deployed(tmp_path, undrawn):
+    settings = make_settings()
+    dataset = make_dataset(settings)
+    checkpoint = make_checkpoint(settings, dataset, teacher=True)
+    losses = {
+        weights: run(tmp_path / weights, [("best", checkpoint)], weights=weights, analyses=())["checkpoints"]["best"][
+            "loss"
+        ]
+        for weights in ("deployed", "teacher", "student")
+    }
+    assert losses["deployed"] == losses["teacher"] != losses["student"]
+    with pytest.raises(SettingsError, match="no teacher"):
+        run(tmp_path, weights="teacher", analyses=())
+
+
+@pytest.mark.parametrize("data", ["validation", "target", "train"])
+def test_clips(tmp_path, data):
+    settings = make_settings()
+    dataset = make_dataset(settings)
+    expected = {
+        "validation": (dataset.domain != 2) & (dataset.split == 1),
+        "target": (dataset.domain == 2) & (dataset.split == 1),
+        "train": (dataset.domain != 2) & (dataset.split == 0),
+    }[data]
+    assert run(tmp_path, data=data, analyses=())["data"]["clips"] == expected.sum()
+    assert run(tmp_path, data=data, analyses=(), max_clips=4)["data"]["clips"] == 4
+
+
+def test_errors_name_the_remedy(tmp_path):
+    with pytest.raises(SettingsError, match=r"group(.|\n)*video"):
+        run(tmp_path, group="smell")
+    settings = make_settings()
+    dataset = make_dataset(settings)
+    dataset.split[:] = 0
+    with pytest.raises(MbcdError):
+        run(tmp_path, dataset=dataset)
+    with pytest.raises(SettingsError, match="plot-only"):
+        run(tmp_path, plot_only=True)
+
+
+def test_one_batch_and_recalibration(tmp_path, undrawn):
+    result = run(tmp_path, max_clips=2, batch_norm="recalibrated", analyses=("curve",), points=3)
+    assert result["checkpoints"]["best"]["curve"]["missing"] == 0
+
+
+def test_several_checkpoints_in_one_figure_redrawn_from_files(tmp_path):
+    settings = make_settings()
+    dataset = make_dataset(settings)
+    pairs = [("erm/best", make_checkpoint(settings, dataset)), ("mbcd", make_checkpoint(settings, dataset, seed=7))]
+    result = run(tmp_path, pairs, analyses=("surface", "curve", "flatness"))
+    pictures = sorted((tmp_path / "land").glob("*.png"))
+    before = [p.read_bytes() for p in pictures]
+    for picture in pictures:
+        picture.unlink()
+    again = run(tmp_path, [(label, None) for label, _ in pairs], plot_only=True)
+    assert again["files"] == result["files"]
+    assert [p.read_bytes() for p in pictures] == before
+
+
+def test_holes_are_drawn_and_counted(tmp_path):
+    path = tmp_path / "surface.h5"
+    with GridStore(path, x=axis(1, 9), y=axis(1, 9), identity={}, marks={"best": (0.0, 0.0)}) as store:
+        for row, column in store.missing():
+            value = float(row * row + column + 1)
+            if row < 6:
+                store.record(row, column, np.nan if (row, column) == (2, 3) else value, 0.5)
+    titles = []
+    original = plots.plotting.save
+    plots.plotting.save = lambda fig, path, **_: titles.extend(a.get_title() for a in fig.axes) or original(fig, path)
+    try:
+        plots.plot_surfaces({"best": path}, tmp_path / "s.png")
+        plots.plot_surfaces_3d({"best": path}, tmp_path / "t.png")
+    finally:
+        plots.plotting.save = original
+    wanted = "best\n(1 points without a finite loss, 27 not computed)"
+    assert titles.count(wanted) == 2
+
+
+def test_a_surface_with_no_finite_value_is_still_drawn(tmp_path):
+    path = tmp_path / "surface.h5"
+    with GridStore(path, x=axis(1, 3), y=axis(1, 3), identity={}, about={"centre_loss": 1.0}) as store:
+        for row, column in store.missing():
+            store.record(row, column, np.inf, 0.5)
+    plots.plot_surfaces({"best": path}, tmp_path / "s.png")
+    plots.plot_surfaces_3d({"best": path}, tmp_path / "t.png")
+    plots.plot_curves({"best": path}, tmp_path / "c.png")
+    plots.plot_flatness({"best": path}, tmp_path / "f.png")
+
+
+def test_weights_that_overflow_leave_holes_not_errors(tmp_path, undrawn):
+    settings = make_settings()
+    dataset = make_dataset(settings)
+    checkpoint = make_checkpoint(settings, dataset)
+    checkpoint.student["fused_head.3.weight"].fill_(3e38)
+    result = run(tmp_path, [("best", checkpoint)], analyses=EVERYTHING, ascent_steps=2)
+    assert result["checkpoints"]["best"]["surface"]["non_finite"] > 0
+
+
+def test_file_format(tmp_path, undrawn):
+    run(tmp_path, analyses=("surface",))
+    with h5py.File(tmp_path / "land" / "surface-best.h5") as file:
+        assert json.loads(file.attrs["identity"])["group"] == "all"
+        assert file["computed"][()].all()
+    assert torch.is_grad_enabled()

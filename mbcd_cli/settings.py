@@ -395,7 +395,7 @@ class EvaluationSettings(Slice):
         "trust",
         "insight",
     )
-    """What to analyse beyond accuracy: missing modalities, Gaussian shift, corruptions, calibration, insight (t-SNE, hardest clips)."""
+    """What to analyse beyond accuracy; `trust` is calibration, `insight` t-SNE maps and the hardest clips."""
     shift: tuple[NonNegative, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
     """Standard deviations of the Gaussian shift, in units of the spread of each clip's own input."""
     bins: Count = 15

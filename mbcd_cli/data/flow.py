@@ -68,17 +68,19 @@ def read_flow(
         twin = Media(media.path_v, start=first - base, stop=last - base, unit="frame")
         v = read_folder(twin, choose, second=media.path, **grey)
     else:
-        counts: list[int] = []
+        asked = 0
 
         def counted(count: int) -> np.ndarray:
-            counts.append(count)
+            nonlocal asked
+            asked = count
             return choose(count)
 
         u = read_frames(media, counted, dataset=dataset, notes=notes, slack=1)[..., 0]
+        count = asked
         twin = Media(media.path_v, start=media.start, stop=media.stop, unit=media.unit)
         v = read_frames(twin, counted, dataset=dataset, notes=notes, slack=1)[..., 0]
-        if counts[0] != counts[1]:
-            cause = f"{counts[1]} frames, and its other direction {media.path.name} has {counts[0]}"
+        if count != asked:
+            cause = f"{asked} frames, and its other direction {media.path.name} has {count}"
             raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
     if u.shape != v.shape:
         cause = f"its frames are {v.shape[2]}x{v.shape[1]}, those of {media.path.name} {u.shape[2]}x{u.shape[1]}"

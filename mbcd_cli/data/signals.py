@@ -108,7 +108,8 @@ def read_array(media: Media) -> np.ndarray:
         raise MediaError(media.path, f"shape {array.shape} where [D] or [T, D] is expected", "Store one clip per file.")
     if array.size == 0:
         raise MediaError(media.path, f"it holds no values (shape {array.shape})", REPLACE)
-    values = np.asarray(array, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is reported below
+        values = np.asarray(array, dtype=np.float32)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise MediaError(media.path, f"{bad} of {values.size} values are not finite (NaN or infinity)", REPLACE)

@@ -33,6 +33,7 @@ _TOP_BOXES = (
     b"moof",
     b"uuid",
 )
+_MOST_FRAMES = 50_000_000  # nine days at 60 frames per second; a damaged index may claim billions
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,8 @@ def _track(boxes: dict[bytes, bytes], movie_scale: int) -> Movie:
     rotated = bool(matrix) and matrix[0] == 0 and matrix[1] != 0
     sizes, media = boxes.get(b"stsz") or boxes.get(b"stz2"), boxes.get(b"mdhd", b"")
     count = struct.unpack_from(">I", sizes, 8)[0] if sizes else 0
+    if count > _MOST_FRAMES:
+        raise ValueError(f"it claims {count} frames")
     if not count or not media or b"stts" not in boxes:
         return Movie(rotated=rotated)
     (scale,) = struct.unpack_from(">I", media, 20 if media[0] == 1 else 12)

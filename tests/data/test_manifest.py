@@ -352,8 +352,7 @@ def test_bad_media_of_av_digits():
             load_views(clip, "audio", audio, views=[-1, 0], seed=0, dataset=root)
             good += 1
         except MediaError as error:
-            assert error.remedy
-            causes[line] = error.cause
+            causes[line] = error.cause if error.remedy else "no remedy"
     assert good == 12
     assert causes == {
         3: "635 of 3813 samples are not finite (NaN or infinity)",

@@ -65,7 +65,7 @@ class DatasetSettings(Slice):
     manifest: Path = Path("manifest.csv")
     """CSV table of the manifest reader, relative to the root."""
     splits: Path | None = None
-    """Folder of the split tables (epic-kitchens, hac), relative to the root; default: looked for in the usual places."""
+    """Folder of the split tables (epic-kitchens, hac), relative to the root; default: the usual places."""
     domains: Names = ()
     """Domains to use, in this order; empty means all that the dataset has."""
     classes: Count | None = None
@@ -185,6 +185,14 @@ class AudioModality(ModalityBase):
     """Training views get uniform noise of up to this much added to the standardised spectrogram."""
     mask_bins: Annotated[int, Field(ge=0)] = 9
     """Training views have one band of this many frequency bins set to zero."""
+    follow: str | None = None
+    """Video modality whose sampled frames fix the span of each view's sound (HAC); none: the clip's whole span."""
+    follow_frames: Count = 32
+    """Frames that the followed modality samples."""
+    follow_interval: Count = 2
+    """Native frames between two of them."""
+    follow_rate: Positive = 24.0
+    """Frames per second by which their times are told."""
     shift: Fraction = 0.0
     """Training views of padded clips begin at a random moment within this fraction of the free room."""
 

@@ -102,6 +102,21 @@ def _read_with_decord(
     return reader.get_batch([*indices.tolist(), last - 1]).asnumpy()[:-1]
 
 
+def count_frames(path: Path, *, dataset: DatasetSettings) -> int:
+    """Frames of a video file, as `read_frames` counts them.
+
+    Raises:
+        MediaError: missing, not a video, damaged.
+    """
+    movie = inspect_movie(path)
+    if movie.rotated and movie.frames:
+        return movie.frames
+    try:
+        return len(_open_decord(path, dataset))
+    except decord.DECORDError as error:
+        raise _damaged(path, str(error), movie) from None
+
+
 def _start_times(reader: decord.VideoReader) -> np.ndarray:
     times = np.sort(reader.get_frame_timestamp(range(len(reader)))[:, 0])
     return times - times[0]
@@ -160,6 +175,8 @@ def frame_span(
     slack: int = 0,
 ) -> tuple[int, int]:
     """First frame and end (exclusive) of a clip's span in a video of `total` frames with these `times` in seconds."""
+    if total <= 0:
+        raise MediaError(media.path, "it holds no frames that can be decoded", REENCODE)
     first, last = 0, total
     if media.unit == "frame":
         first = int(media.start or 0)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
 
 from mbcd_cli.data.flow import read_flow
-from mbcd_cli.data.media import read_frames, resize_short_side
+from mbcd_cli.data.media import count_frames, read_frames, resize_short_side
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.data.signals import read_array, read_audio
 from mbcd_cli.errors import MediaError
@@ -68,10 +69,19 @@ def load_views(
     if isinstance(settings, VideoModality | FlowModality):
         return _frame_views(media, settings, generators, dataset=dataset, notes=notes)
     if isinstance(settings, AudioModality):
-        samples, rate = read_audio(
-            media, sample_rate=settings.sample_rate, limit=settings.samples, dataset=dataset, notes=notes
-        )
-        return [(audio_view(samples, rate, settings, rng),) for rng in generators]
+        spans = [media] * len(views)
+        if settings.follow is not None and media.clock is not None:
+            guides = [
+                None if view == TEST_VIEW else view_generator(seed, clip.id, settings.follow, view) for view in views
+            ]
+            spans = followed_spans(media, settings, guides, dataset=dataset)
+        sounds = {
+            span: read_audio(
+                span, sample_rate=settings.sample_rate, limit=settings.samples, dataset=dataset, notes=notes
+            )
+            for span in dict.fromkeys(spans)
+        }
+        return [(audio_view(*sounds[span], settings, rng),) for span, rng in zip(spans, generators, strict=True)]
     array = _fit(read_array(media), settings, media)
     return [(_noisy(array, settings, rng),) for rng in generators]
 
@@ -246,6 +256,33 @@ def _geometry(
 
 
 # --- sound ---------------------------------------------------------------------------------------------------------
+
+
+def followed_spans(
+    media: Media,
+    settings: AudioModality,
+    guides: Sequence[np.random.Generator | None],
+    *,
+    dataset: DatasetSettings,
+) -> list[Media]:
+    """Per view, the sound between the first and the last frame that the view of the video `media.clock` samples.
+
+    Args:
+        media: sound with its video as `clock`.
+        settings: `follow_frames` and `follow_interval` as the video samples, and the rate that gives frames times.
+        guides: the video views' own random numbers, of which sampling draws the first; None for the test view.
+        dataset: limits on bad media.
+    """
+    count = count_frames(media.clock, dataset=dataset)
+    sampling = VideoModality(frames=settings.follow_frames, interval=settings.follow_interval)
+    spans = []
+    for rng in guides:
+        pick = sample_indices(count, sampling, rng)
+        start, stop = float(pick[0]) / settings.follow_rate, float(pick[-1]) / settings.follow_rate
+        # In a clip shorter than what is sampled the last frame may come before the first: then all is heard.
+        ends = {"start": start, "stop": stop} if stop > start else {"start": None, "stop": None}
+        spans.append(replace(media, unit="s", clock=None, **ends))
+    return spans
 
 
 def fit_samples(samples: np.ndarray, settings: AudioModality, rng: np.random.Generator | None) -> np.ndarray:

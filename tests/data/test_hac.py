@@ -1,0 +1,188 @@
+"""The HAC reader on a miniature, on the real tables, and the span of its sound."""
+
+from __future__ import annotations
+
+import csv
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import numbered_frames, tone, write_video, write_wav
+
+from mbcd_cli.data.readers import read_dataset
+from mbcd_cli.data.readers.presence import check_media
+from mbcd_cli.data.records import TEST_VIEW, Media
+from mbcd_cli.data.views import followed_spans, load_views, view_generator
+from mbcd_cli.errors import ManifestError
+from mbcd_cli.settings import AudioModality, DatasetSettings, FlowModality, Settings, VideoModality
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "hac-splits"
+DOMAINS = ("human", "animal", "cartoon")
+
+
+def files(domain: str, split: str) -> list[tuple[str, int]]:
+    # Names as in the real tables: a leading dash, a dot, a space before the suffix.
+    odd = {"human": "-Gc65Qj4Gzg-001.mp4", "animal": "a.b_000001_000011.mp4", "cartoon": "drinking_54 .mp4"}
+    return [(odd[domain] if split == "train" else f"{domain}_1.mp4", 3), (f"{split}_2.mp4", 6)]
+
+
+def write_splits(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for domain in DOMAINS:
+        for split in ("train", "test"):
+            text = "".join(f"{name},{label}\r\n" for name, label in files(domain, split))
+            (folder / f"HAC_{split}_only_{domain}.csv").write_bytes(text.encode())
+    return folder
+
+
+def write_media(root: Path, *, flow: bool = True, frames: int = 20) -> Path:
+    for domain in DOMAINS:
+        for split in ("train", "test"):
+            for name, _ in files(domain, split):
+                stem = name[:-4]
+                write_video(root / domain / "videos" / name, numbered_frames(frames), fps=24)
+                for direction in "xy" if flow else "":
+                    write_video(root / domain / "flow" / f"{stem}_flow_{direction}.mp4", numbered_frames(frames - 1))
+                write_wav(root / domain / "audio" / f"{stem}.wav", tone(frames / 24), rate=8000)
+    return root
+
+
+def settings(root: Path, **changes) -> DatasetSettings:
+    return DatasetSettings(reader="hac", root=root, **changes)
+
+
+@pytest.mark.parametrize("layout", ["beside", "HAC", "inside the splits", "splits as root"])
+def test_layouts(tmp_path, layout):
+    splits = write_splits(tmp_path / "HAC_Splits")
+    base = {"HAC": tmp_path / "HAC", "inside the splits": splits}.get(layout, tmp_path)
+    write_media(base)
+    root = splits if layout == "splits as root" else tmp_path
+    listing = read_dataset(settings(root), {})
+    assert listing.name == "hac"
+    assert listing.domains == DOMAINS
+    assert list(listing.modalities) == ["video", "audio", "flow"]
+    assert len(listing.label_names) == 7
+    assert len(listing.clips) == len({clip.id for clip in listing.clips}) == 12
+    assert all(not p.files_missing for p in check_media(listing).values())
+    clip = listing.clips[0]
+    assert (clip.id, clip.domain, clip.split, clip.label_name) == (
+        "human-train--Gc65Qj4Gzg-001",
+        "human",
+        "train",
+        "drinking",
+    )
+    video = VideoModality(frames=4, interval=2, short_side=32, crop=32)
+    (view,) = load_views(clip, "video", video, views=[TEST_VIEW], seed=0, dataset=settings(root))
+    assert view[0].shape == (3, 4, 32, 32)
+    flow = FlowModality(frames=4, interval=2, short_side=32, crop=32)
+    (view,) = load_views(listing.clips[-2], "flow", flow, views=[TEST_VIEW], seed=0, dataset=settings(root))
+    assert view[0].shape == (2, 4, 32, 32)
+
+
+def test_what_is_missing_is_said(tmp_path):
+    write_splits(tmp_path / "HAC_Splits")
+    write_media(tmp_path, flow=False)
+    (tmp_path / "animal" / "audio" / "test_2.wav").unlink()
+    listing = read_dataset(settings(tmp_path), {})
+    assert any(line.startswith("flow: there is none") for line in listing.warnings)
+    assert any("audio: nothing is on disk for 1 of 12 clips" in line for line in listing.warnings)
+    (gap,) = check_media(listing)["audio"].gaps
+    assert gap.clip == "animal-test-test_2"
+    assert gap.first.endswith("animal/audio/test_2.wav")
+    computed = read_dataset(settings(tmp_path, compute_flow=True), {})
+    assert computed.clips[0].media["flow"].computed
+    assert computed.clips[0].media["flow"].path == computed.clips[0].media["video"].path
+
+
+def test_bad_rows_are_listed(tmp_path):
+    splits = write_splits(tmp_path / "HAC_Splits")
+    write_media(tmp_path)
+    (splits / "HAC_train_only_human.csv").write_text("../x.mp4,0\nok.mp4,7\nlonely.mp4\nfine.mp4,1\nfine.mp4,1\n")
+    (splits / "HAC_test_only_animal.csv").unlink()
+    with pytest.raises(ManifestError) as caught:
+        read_dataset(settings(tmp_path), {})
+    message = str(caught.value)
+    for part in (
+        "HAC_train_only_human.csv, line 1: '../x.mp4' is no file name",
+        "line 2: label '7' is not one of 0 to 6",
+        "line 3: 1 cells",
+        "HAC_test_only_animal.csv: cannot be read",
+        "clip human-train-fine is there twice",
+    ):
+        assert part in message
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the HAC split tables are not beside the clone")
+def test_the_real_tables_in_full(tmp_path):
+    for domain in DOMAINS:
+        for kind in ("videos", "flow", "audio"):
+            (tmp_path / domain / kind).mkdir(parents=True)
+        for split in ("train", "test"):
+            with (REAL / f"HAC_{split}_only_{domain}.csv").open(newline="") as stream:
+                for name, _ in csv.reader(stream):
+                    (tmp_path / domain / "videos" / name).touch()
+                    for direction in "xy":
+                        (tmp_path / domain / "flow" / f"{name[:-4]}_flow_{direction}.mp4").touch()
+                    (tmp_path / domain / "audio" / f"{name[:-4]}.wav").touch()
+    listing = read_dataset(settings(tmp_path, splits=REAL), {})
+    assert len(listing.clips) == 3381
+    # The only thing unusual about the published tables: 24 human clips are in both splits.
+    assert [line.split(" (")[0] for line in listing.warnings] == [
+        "human: 24 files are both in the train and in the test split"
+    ]
+    assert {name: (p.complete, p.files_missing) for name, p in check_media(listing).items()} == dict.fromkeys(
+        ("video", "audio", "flow"), (3381, 0)
+    )
+
+
+FOLLOWING = AudioModality(
+    follow="video", follow_frames=4, follow_interval=3, samples=2048, short="repeat", nperseg=256, noverlap=128
+)
+
+
+def test_sound_spans_the_frames_of_the_test_view(tmp_path):
+    video = write_video(tmp_path / "x.mp4", numbered_frames(20), fps=24)
+    media = Media(tmp_path / "x.wav", clock=video)
+    (span,) = followed_spans(media, FOLLOWING, [None], dataset=settings(tmp_path))
+    # 20 frames, 4 at interval 3 span 10: from frame 5 to frame 14.
+    assert (span.start, span.stop, span.unit) == (5 / 24, 14 / 24, "s")
+
+
+def test_short_clips_are_heard_whole_when_sampling_wraps_around(tmp_path):
+    video = write_video(tmp_path / "x.mp4", numbered_frames(9), fps=24)  # frames 0, 3, 6, 0
+    (span,) = followed_spans(Media(tmp_path / "x.wav", clock=video), FOLLOWING, [None], dataset=settings(tmp_path))
+    assert (span.start, span.stop) == (None, None)
+
+
+def test_training_views_hear_what_they_see(tmp_path):
+    """Every training view's sound begins with the first frame that the same view of the video shows."""
+    write_splits(tmp_path / "HAC_Splits")
+    write_media(tmp_path)
+    listing = read_dataset(settings(tmp_path), {})
+    clip = listing.clips[0]
+    looking = VideoModality(frames=4, interval=3, short_side=48, crop=48, crop_area=(1, 1), crop_aspect=(1, 1), flip=0)
+    views = list(range(6))
+    seen = load_views(clip, "video", looking, views=views, seed=7, dataset=settings(tmp_path))
+    guides = [view_generator(7, clip.id, "video", view) for view in views]
+    spans = followed_spans(clip.media["audio"], FOLLOWING, guides, dataset=settings(tmp_path))
+    first = [round(float(part[0, 0, -8:, -8:].mean()) / 10) for (part,) in seen]
+    assert [round(span.start * 24) for span in spans] == first
+    assert len(set(first)) > 2
+    heard = load_views(clip, "audio", FOLLOWING, views=[TEST_VIEW, *views], seed=7, dataset=settings(tmp_path))
+    assert len(heard) == 7
+    assert all(np.isfinite(part).all() for (part,) in heard)
+
+
+def test_preset_holds_the_papers_values():
+    presets = Path(__file__).resolve().parents[2] / "presets"
+    hac, epic = (
+        Settings.model_validate(tomllib.loads((presets / f"{n}.toml").read_text())) for n in ("hac", "epic-kitchens")
+    )
+    assert (hac.dataset.reader, hac.dataset.classes, hac.dataset.target_split) == ("hac", 7, "all")
+    assert hac.modalities["video"] == epic.modalities["video"]
+    assert hac.modalities["flow"] == epic.modalities["flow"]
+    sound = hac.modalities["audio"]
+    video = hac.modalities["video"]
+    assert (sound.follow, sound.follow_frames, sound.follow_interval) == ("video", video.frames, video.interval)
+    assert hac.training == epic.training

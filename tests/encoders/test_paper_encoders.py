@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.model import MultiModalModel
@@ -67,6 +68,33 @@ def test_tensors_at_the_cut_have_the_papers_shapes(name, size, expected):
         parts = trunk((torch.zeros(size),))
         assert [tuple(part.shape[1:]) for part in parts] == expected
         assert tuple(tail(parts).shape) == (1, tail.dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "trunk_gflop", "layer4_gflop", "nbytes"),
+    [
+        ("video", (1, 3, 32, 224, 224), 170.3, 22.4, 3_211_264 + 1_605_632),
+        ("flow", (1, 2, 8, 224, 224), 63.3, 19.5, 3_211_264),
+        ("audio", (1, 1, 257, 1004), 14.1, 4.8, 548_352),
+    ],
+)
+def test_cost_per_clip_is_method_mds(name, size, trunk_gflop, layer4_gflop, nbytes):
+    """2 x multiply-adds, and float16 bytes at the cut (method.md section 3; its 171.0 includes the lateral 0.7)."""
+    with torch.device("meta"):
+        trunk, tail = build_encoder(name, PAPER[name]).cut("layer4")
+        with FlopCounterMode(display=False) as before:
+            parts = trunk((torch.zeros(size),))
+        lateral = 0
+        with FlopCounterMode(display=False) as after:
+            tail(parts)
+        if tail.frozen:
+            with FlopCounterMode(display=False) as recomputed:
+                tail.lateral4(parts)
+            lateral = recomputed.get_total_flops()
+            assert round(lateral / 1e9, 1) == 0.7
+    assert round(before.get_total_flops() / 1e9, 1) == trunk_gflop
+    assert round((after.get_total_flops() - lateral) / 1e9, 1) == layer4_gflop
+    assert sum(part.numel() * 2 for part in parts) == nbytes
 
 
 @pytest.mark.parametrize("name", list(PAPER))

@@ -72,7 +72,7 @@ class ReferenceStep:
         if kind == "two":
             parts = [
                 self.block(part, f"tails.{name}.layer1.{path}", values, buffers, training)
-                for part, path in zip(parts, ("slow", "fast"))
+                for part, path in zip(parts, ("slow", "fast"), strict=False)
             ]
         else:
             parts = [self.block(parts[0], f"tails.{name}.layer1", values, buffers, training)]
@@ -177,7 +177,7 @@ class ReferenceStep:
                 mine = [key for key in tail_keys if key.startswith(f"tails.{n}.")]
                 second = o.consistency.order == "second"
                 g = torch.autograd.grad(ce_uni[k], [values[m] for m in mine], retain_graph=True, create_graph=second)
-                for key, gradient in zip(mine, g):
+                for key, gradient in zip(mine, g, strict=False):
                     # First order: theta' is a new point, whose gradient is applied to theta.
                     stepped[key] = (
                         values[key] - o.consistency.alpha * gradient
@@ -199,13 +199,12 @@ class ReferenceStep:
         total = ce_mm + sum(ce_uni) + weight * (kl_mm + sum(kl_uni))
 
         keys = list(values)
-        gradient = dict(
-            zip(keys, torch.autograd.grad(total, [values[k] for k in keys], retain_graph=True, allow_unused=True))
-        )
+        found = torch.autograd.grad(total, [values[k] for k in keys], retain_graph=True, allow_unused=True)
+        gradient = dict(zip(keys, found, strict=True))
         gradient = {k: torch.zeros_like(values[k]) if g is None else g for k, g in gradient.items()}
         if o.consistency.order == "first":
             at = torch.autograd.grad(total, [stepped[k] for k in tail_keys])
-            for key, g in zip(tail_keys, at):
+            for key, g in zip(tail_keys, at, strict=False):
                 gradient[key] = gradient[key] + g
         self.grads = gradient
 
@@ -230,9 +229,15 @@ class ReferenceStep:
 
         assert not draws
         return {
-            "total": total, "ce_fused": ce_mm, "ce_unimodal": torch.stack(ce_uni), "kl_fused": kl_mm,
-            "kl_unimodal": torch.stack(kl_uni), "s": torch.tensor(s, dtype=torch.float64), "r": torch.tensor(r, dtype=torch.float64), "p": torch.tensor(p, dtype=torch.float64),
+            "total": total,
+            "ce_fused": ce_mm,
+            "ce_unimodal": torch.stack(ce_uni),
+            "kl_fused": kl_mm,
+            "kl_unimodal": torch.stack(kl_uni),
+            "s": torch.tensor(s, dtype=torch.float64),
+            "r": torch.tensor(r, dtype=torch.float64),
+            "p": torch.tensor(p, dtype=torch.float64),
             "dropped": 1 - keep.mean(dim=0),
             "correct_fused": (fused.argmax(1) == labels).sum(),
             "correct": torch.stack([(logits.argmax(1) == labels).sum() for logits in uni]),
-        }  # fmt: skip
+        }

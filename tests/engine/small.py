@@ -13,6 +13,7 @@ from mbcd_cli.settings import ModelSettings
 
 NAMES = ("video", "audio", "flow", "extra")
 CLASSES = 3
+KINDS_ALL = ("conv", "two", "vector", "conv")
 
 
 def conv(inside: int, out: int) -> nn.Sequential:

@@ -28,6 +28,7 @@ ANALYSES: dict[str, Callable[[Study, tuple[float, float]], dict[str, Any]]] = {
     "curve": analyses.run_curve,
     "flatness": analyses.run_flatness,
     "worst_case": analyses.run_worst_case,
+    "curvature": analyses.run_curvature,
 }
 
 
@@ -127,7 +128,7 @@ def _study(
 ) -> Study:
     chosen = settings.landscape
     model = _centre_model(settings, dataset, label, checkpoint, device)
-    calibration: Iterable[Any] = ()
+    calibration = np.zeros(0, dtype=np.int64)
     identity: dict[str, Any] = {
         "weights": _digest(model),
         "clips": hashlib.sha256(np.ascontiguousarray(clips, dtype=np.int64).tobytes()).hexdigest()[:16],
@@ -139,18 +140,24 @@ def _study(
     }
     if chosen.batch_norm == "recalibrated":
         train = dataset.select(domains=source_domains(settings, dataset), splits=("train",))
-        calibration = _batches(dataset, _evenly(np.asarray(train), chosen.max_clips), chosen)
+        calibration = _evenly(np.asarray(train), chosen.max_clips)
         identity |= {"calibration_clips": chosen.max_clips, "batch_size": chosen.batch_size}
-    loss = ModelObjective(
-        model=model,
-        batches=_batches(dataset, clips, chosen),
-        names=moving_names(model, group=chosen.group, loss=chosen.loss),
-        loss=chosen.loss,
-        batch_norm=chosen.batch_norm,
-        calibration=calibration,
-        device=device,
-        points_per_pass=chosen.points_per_pass,
-    )
+
+    def objective(dtype: torch.dtype) -> ModelObjective:
+        return ModelObjective(
+            model=model,
+            batches=_batches(dataset, clips, chosen),
+            names=moving_names(model, group=chosen.group, loss=chosen.loss),
+            loss=chosen.loss,
+            batch_norm=chosen.batch_norm,
+            calibration=_batches(dataset, calibration, chosen),
+            device=device,
+            dtype=dtype,
+            points_per_pass=chosen.points_per_pass,
+        )
+
+    loss = objective(torch.float32)
+    precise = (lambda: objective(torch.float64)) if chosen.curvature_dtype == "float64" else None
     return Study(
         settings=chosen,
         loss=loss,
@@ -159,6 +166,7 @@ def _study(
         label=label,
         subject=f"{chosen.group} parameters, {chosen.data} clips",
         watch=_watch,
+        curvature_loss=precise,
         overwrite=overwrite,
     )
 
@@ -177,7 +185,7 @@ def _digest(model: MultiModalModel) -> str:
 
 
 @contextmanager
-def _watch(label: str, points: int) -> Iterator[Advance]:
+def _watch(label: str, points: int | None) -> Iterator[Advance]:
     with console.progress(label, total=points) as ticker:
         yield ticker.advance
 
@@ -198,13 +206,22 @@ def _draw(labels: list[str], output: Path) -> dict[str, Path]:
         files["flatness plot"] = plots.plot_flatness(
             have["flatness"], output / "flatness.png", worst=have["worst_case"]
         )
+    if have["curvature"]:
+        files["spectrum plot"] = plots.plot_spectra(have["curvature"], output / "spectrum.png")
     return files
 
 
 def show(result: Mapping[str, Any]) -> None:
     """Print what `landscape` returned: one table, then the paths."""
     rows = []
+    curvature = []
     for label, figures in result["checkpoints"].items():
+        if "curvature" in figures:
+            found = figures["curvature"]
+            top = f"{found['eigenvalues'][0]:.4g} ± {found['errors'][0]:.1g}"
+            trace = f"{found['trace']:.4g} ± {found['trace_error']:.1g}"
+            settled = f"{sum(found['converged'])} of {len(found['converged'])}"
+            curvature.append([label, top, trace, settled, found["parameters"]])
         flat = figures.get("flatness", {})
         rows.append(
             [
@@ -219,6 +236,9 @@ def show(result: Mapping[str, Any]) -> None:
     if rows:
         columns = ["checkpoint", "loss", "accuracy", "mean increase", "worst increase", "non-finite points"]
         console.table("Landscape (increases at the largest radius)", columns, rows)
+    if curvature:
+        columns = ["checkpoint", "top eigenvalue", "trace", "converged", "parameters"]
+        console.table("Curvature (Hessian of the loss)", columns, curvature)
     for name, path in result["files"].items():
         console.out.print(f"{name}: {path}", markup=False)
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from mbcd_cli.landscape.directions import Sphere
+from mbcd_cli.landscape.hessian import Hessian, hutchinson_trace, spectral_density, top_eigenvalues
 from mbcd_cli.landscape.objective import LossFunction
 from mbcd_cli.landscape.sharpness import flatness_curve, worst_case
-from mbcd_cli.landscape.store import Grid, GridStore, axis, read_grid
+from mbcd_cli.landscape.store import Grid, GridStore, axis, load_arrays, read_grid, save_arrays
 from mbcd_cli.landscape.surface import Advance, Share, fill_grid, fill_radii
 from mbcd_cli.settings import LandscapeSettings
 
-Watch = Callable[[str, int], AbstractContextManager[Advance]]
+Watch = Callable[[str, int | None], AbstractContextManager[Advance]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,8 @@ class Study:
         identity: what the measured values depend on, besides the analysis itself.
         folder, label: files are `folder/ANALYSIS-label.h5`.
         subject: what moves and on what it is measured, for titles.
-        watch: (label, points) -> context manager of a progress callback.
+        watch: (label, units of work or None) -> context manager of a progress callback.
+        curvature_loss: builds the loss in the type that curvature asks for; default: `loss` itself.
         share: part of every grid that this process measures.
         overwrite: start anew instead of resuming.
         barrier: waits for the processes that share the grids.
@@ -46,6 +48,7 @@ class Study:
     label: str
     subject: str
     watch: Watch
+    curvature_loss: Callable[[], LossFunction] | None = None
     share: Share = field(default_factory=Share)
     overwrite: bool = False
     barrier: Callable[[], None] = lambda: None
@@ -217,4 +220,101 @@ def run_worst_case(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         "increase": (grid.loss[0] - centre[0]).tolist(),
         "accuracy": grid.accuracy[0].tolist(),
         "non_finite": grid.non_finite,
+    }
+
+
+def run_curvature(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
+    """Top eigenvalues, trace and spectral density of the Hessian -> summary; a finished file is used as it is."""
+    s = study.settings
+    keys = ("seed", "eigenvalues", "tolerance", "trace_probes", "density_probes", "density_steps")
+    identity = {
+        **study.identity,
+        "analysis": "curvature",
+        **{key: getattr(s, key) for key in (*keys, "curvature_dtype", "exact_limit")},
+    }
+    path = study.file("curvature")
+    if study.overwrite or not path.exists():
+        if study.share.rank == 0:
+            save_arrays(path, _curvature(study), identity=identity, about=_about(study, centre))
+        study.barrier()
+    arrays, _ = load_arrays(path, identity=identity)
+    values = arrays["eigenvalues"]
+    return {
+        "file": str(path),
+        "parameters": int(arrays["parameters"]),
+        "eigenvalues": values.tolist(),
+        "errors": arrays["errors"].tolist(),
+        "converged": arrays["converged"].tolist(),
+        "spectral_norm": float(np.abs(values).max()),
+        "trace": float(arrays["trace"]),
+        "trace_error": float(arrays["trace_error"]),
+        "exact": bool(arrays["exact"]),
+        "products": int(arrays["products"]),
+    }
+
+
+def _curvature(study: Study) -> dict[str, np.ndarray]:
+    s = study.settings
+    loss = study.curvature_loss() if study.curvature_loss is not None else study.loss
+    with study.watch(f"curvature {study.label}", None) as advance:
+        hessian = Hessian(loss.terms(), loss.start)
+        if hessian.n <= s.exact_limit:
+            return _exact_curvature(hessian, s.eigenvalues, advance)
+        top = top_eigenvalues(
+            hessian,
+            hessian.n,
+            k=s.eigenvalues,
+            tolerance=s.tolerance,
+            start=hessian.noise(seed=s.seed, index=0),
+            dtype=hessian.dtype,
+            advance=advance,
+        )
+        trace = hutchinson_trace(
+            hessian,
+            lambda index: hessian.noise(seed=s.seed, index=1 + index),
+            count=s.trace_probes,
+            deflate=top,
+            advance=advance,
+        )
+        arrays = {
+            "eigenvalues": top.values,
+            "residuals": top.residuals,
+            "errors": top.errors,
+            "converged": top.converged,
+            "trace": trace.value,
+            "trace_error": trace.error,
+            "trace_samples": trace.samples,
+        }
+        if s.density_probes:
+            density = spectral_density(
+                hessian,
+                lambda index: hessian.noise(seed=s.seed, index=1_000_000 + index),
+                count=s.density_probes,
+                steps=s.density_steps,
+                dtype=hessian.dtype,
+                advance=advance,
+            )
+            arrays |= {"nodes": density.nodes, "weights": density.weights}
+    return {**arrays, "parameters": hessian.n, "products": hessian.products, "exact": False}
+
+
+def _exact_curvature(hessian: Hessian, k: int, advance: Advance) -> dict[str, np.ndarray]:
+    """The whole spectrum; as a quadrature it is one probe with equal weights."""
+    matrix = hessian.matrix(advance=advance).cpu().numpy()
+    n = hessian.n
+    spectrum = np.linalg.eigvalsh(matrix) if np.isfinite(matrix).all() else np.full(n, np.nan)
+    top = spectrum[np.argsort(-np.abs(spectrum))][:k]
+    return {
+        "eigenvalues": top,
+        "residuals": np.zeros(len(top)),
+        "errors": np.zeros(len(top)),
+        "converged": np.isfinite(top),
+        "trace": np.sum(spectrum),
+        "trace_error": 0.0,
+        "trace_samples": np.sum(spectrum)[None],
+        "nodes": spectrum[None],
+        "weights": np.full((1, n), 1 / n),
+        "parameters": n,
+        "products": hessian.products,
+        "exact": True,
     }

@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 
 from mbcd_cli import plotting
+from mbcd_cli.landscape.hessian import Quadrature
 from mbcd_cli.landscape.sharpness import flatness_curve
-from mbcd_cli.landscape.store import Grid, read_grid
+from mbcd_cli.landscape.store import Grid, load_arrays, read_grid
 
 _LEVELS = 18
 _PLAIN = ticker.FuncFormatter(lambda value, _: f"{value:g}")
@@ -246,4 +247,37 @@ def plot_flatness(
         axes.set_ylabel("loss increase")
         axes.legend(loc="upper left")
     fig.suptitle(_title(title, grids))
+    return plotting.save(fig, path)
+
+
+def plot_spectra(files: Mapping[str, Path], path: Path, *, title: str = "Spectral density of the Hessian") -> Path:
+    """Smoothed spectral densities (label -> file) on one logarithmic scale; ticks mark the computed eigenvalues."""
+    loaded = {label: load_arrays(file) for label, file in files.items()}
+    fig, axes = plotting.figure(size=(6.8, 4.4))
+    nodes = [a["nodes"][np.isfinite(a["nodes"])] for a, _ in loaded.values() if "nodes" in a]
+    nodes += [a["eigenvalues"][np.isfinite(a["eigenvalues"])] for a, _ in loaded.values()]
+    values = np.concatenate(nodes) if nodes else np.array([])
+    low, high = (float(values.min()), float(values.max())) if len(values) else (-1.0, 1.0)
+    width = max(high - low, 1e-12) / 150
+    at = np.linspace(low - 5 * width, high + 5 * width, 1200)
+    for number, (label, (arrays, _)) in enumerate(loaded.items()):
+        colour = plotting.PALETTE[number % len(plotting.PALETTE)]
+        if "nodes" in arrays and np.isfinite(arrays["nodes"]).all():
+            density = Quadrature(arrays["nodes"], arrays["weights"], True).density(at, width=width)
+            axes.plot(at, density, color=colour, linewidth=1.3)
+        for value, error in zip(arrays["eigenvalues"], arrays["errors"], strict=True):
+            axes.errorbar(
+                [value], [0.03 + 0.04 * number], xerr=[error], fmt="|", color=colour, markersize=9,
+                transform=axes.get_xaxis_transform(),
+            )  # fmt: skip
+        plain = f"trace {arrays['trace']:.3g} ± {arrays['trace_error']:.1g}, top {arrays['eigenvalues'][0]:.3g}"
+        axes.plot([], [], color=colour, label=f"{label}: {plain}")
+    if len(values):
+        axes.set_yscale("log")
+        axes.set_ylim(1e-7 / width, 300 / width)
+    axes.set_xlabel("eigenvalue")
+    axes.set_ylabel("density")
+    axes.legend(loc="upper right", fontsize=9)
+    subjects = dict.fromkeys(about.get("subject", "") for _, about in loaded.values())
+    axes.set_title(f"{title} ({next(iter(subjects))})" if len(subjects) == 1 else title)
     return plotting.save(fig, path)

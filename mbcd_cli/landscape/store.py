@@ -30,6 +30,7 @@ import numpy as np
 from mbcd_cli.errors import MbcdError
 
 FORMAT = "mbcd-surface-1"
+ARRAYS_FORMAT = "mbcd-arrays-1"
 _DIGITS = 9
 """Coordinates that agree to this many decimals are the same point."""
 
@@ -341,3 +342,41 @@ class GridStore:
                 self._journal_path.unlink()
         finally:
             self._close_journal()
+
+
+def save_arrays(
+    path: Path, arrays: Mapping[str, np.ndarray], *, identity: Mapping[str, Any], about: Mapping[str, Any]
+) -> Path:
+    """Write one finished analysis (named arrays) aside, then rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with h5py.File(aside, "w") as file:
+            file.attrs["format"] = ARRAYS_FORMAT
+            file.attrs["identity"] = json.dumps(identity, sort_keys=True)
+            file.attrs["about"] = json.dumps(about, sort_keys=True)
+            for name, array in arrays.items():
+                file[name] = array
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def load_arrays(
+    path: Path, *, identity: Mapping[str, Any] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, about) of a file written by `save_arrays`; with `identity`, one of something else is refused.
+
+    Raises:
+        StoreError: damaged, or of another identity.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            if file.attrs.get("format") != ARRAYS_FORMAT:
+                raise _damaged(path, f"its format is {file.attrs.get('format')!r}, not {ARRAYS_FORMAT!r}")
+            if identity is not None:
+                _same_identity(path, json.loads(file.attrs["identity"]), identity)
+            return {name: file[name][()] for name in file}, json.loads(file.attrs["about"])
+    except (OSError, KeyError, ValueError) as error:
+        raise _damaged(path, error) from error

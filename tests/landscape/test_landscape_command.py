@@ -181,3 +181,33 @@ def test_file_format(tmp_path, undrawn):
         assert json.loads(file.attrs["identity"])["group"] == "all"
         assert file["computed"][()].all()
     assert torch.is_grad_enabled()
+
+
+def test_curvature(tmp_path, undrawn):
+    chosen = {
+        "analyses": ("curvature",),
+        "group": "fused_head",
+        "eigenvalues": 3,
+        "trace_probes": 200,
+        "density_steps": 20,
+    }
+    estimate = run(tmp_path / "a", **chosen)["checkpoints"]["best"]["curvature"]
+    exact = run(tmp_path / "b", **chosen, exact_limit=5000, curvature_dtype="float64")["checkpoints"]["best"][
+        "curvature"
+    ]
+    assert exact["exact"]
+    assert not estimate["exact"]
+    assert estimate["converged"] == [True] * 3
+    assert estimate["eigenvalues"] == pytest.approx(exact["eigenvalues"], rel=2e-3)
+    assert abs(estimate["trace"] - exact["trace"]) < 4 * estimate["trace_error"]
+    assert estimate["parameters"] == exact["parameters"] == 16 * 7 + 7 + 7 * 3 + 3
+    # a finished file is used as it is, unless it is of something else
+    assert run(tmp_path / "a", **chosen)["checkpoints"]["best"]["curvature"] == estimate
+    with pytest.raises(StoreError, match="eigenvalues: 3 in the file, 2 now"):
+        run(tmp_path / "a", **{**chosen, "eigenvalues": 2})
+
+
+def test_spectra_are_drawn(tmp_path):
+    result = run(tmp_path, analyses=("curvature",), density_steps=10, trace_probes=3)
+    assert (tmp_path / "land" / "spectrum.png").stat().st_size > 1000
+    assert result["files"]["spectrum plot"].endswith("spectrum.png")

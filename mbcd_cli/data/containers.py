@@ -228,7 +228,7 @@ def check_wav(path: Path) -> None:
         while at + 8 <= size:
             file.seek(at)
             kind, length = struct.unpack("<4sI", file.read(8))
-            if kind == b"fmt " and length >= 16:
+            if kind == b"fmt " and length >= 16 and at + 24 <= size:
                 block = max(struct.unpack("<HHIIHH", file.read(16))[4], 1)
             if kind == b"data":
                 # Recorders that write to a pipe leave a length of 0xFFFFFFFF or close to it: no claim.

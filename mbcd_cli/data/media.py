@@ -30,6 +30,7 @@ decord.logging.set_level(decord.logging.QUIET)
 Choose = Callable[[int], np.ndarray]
 Notes = list[str] | None
 
+_DECORD_ERRORS = (decord.DECORDError, decord.DECORDLimitReachedError)
 # Share of a video's frames that decord may replace by a neighbour under `dataset.missing_frames=nearest`.
 _TOLERATED = 0.1
 _NO_DECODER = "-1128613112"  # FFmpeg's AVERROR_DECODER_NOT_FOUND in decord's message
@@ -61,7 +62,7 @@ def read_frames(
     if not (movie.rotated or movie.trimmed):
         try:
             return _read_with_decord(media, choose, movie, dataset=dataset, notes=notes, slack=slack)
-        except decord.DECORDError as error:
+        except _DECORD_ERRORS as error:
             # Rows padded in memory (very narrow frames), and codecs newer than decord's own FFmpeg.
             if not any(sign in str(error) for sign in ("from_size == to_size", _NO_DECODER)):
                 raise _damaged(media.path, str(error), movie) from None
@@ -72,7 +73,7 @@ def _damaged(path: Path, text: str, movie: Movie) -> MediaError:
     if "cannot find video stream" in text:
         return MediaError(path, "it has no video stream", "Name a file with a picture, or leave the clip out.")
     if "received more than" in text:
-        return MediaError(path, "too many of its frames cannot be decoded", REENCODE)
+        return MediaError(path, "some of its frames cannot be decoded", REENCODE)
     claims = f" (it claims {movie.frames})" if movie.frames else ""
     return MediaError(path, f"not all of its frames can be decoded{claims}: the data are damaged", REENCODE)
 
@@ -82,7 +83,7 @@ def _open_decord(path: Path, dataset: DatasetSettings) -> decord.VideoReader:
     tolerance = _TOLERATED if dataset.missing_frames == "nearest" else 1e-9
     try:
         return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, fault_tol=tolerance)
-    except decord.DECORDError:
+    except _DECORD_ERRORS:
         raise
     except (RuntimeError, AssertionError):
         raise MediaError(path, "not a video file that can be opened", REENCODE) from None
@@ -113,7 +114,7 @@ def count_frames(path: Path, *, dataset: DatasetSettings) -> int:
         return movie.frames
     try:
         return len(_open_decord(path, dataset))
-    except decord.DECORDError as error:
+    except _DECORD_ERRORS as error:
         raise _damaged(path, str(error), movie) from None
 
 
@@ -236,7 +237,7 @@ def frame_times(media: Media, dataset: DatasetSettings) -> tuple[float | None, f
     inspect_movie(media.clock)
     try:
         reader = _open_decord(media.clock, dataset)
-    except decord.DECORDError as error:
+    except _DECORD_ERRORS as error:
         raise _damaged(media.clock, str(error), Movie()) from None
     starts = _start_times(reader)
     step = float(np.median(np.diff(starts))) if len(starts) > 1 else 1.0 / max(reader.get_avg_fps(), 1e-9)

@@ -17,6 +17,8 @@ from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
 
+_HIGHEST_RATE = 1_000_000  # a damaged header may claim billions, and resampling would take as long
+
 
 def read_audio(
     media: Media,
@@ -46,6 +48,8 @@ def read_audio(
     try:
         with soundfile.SoundFile(str(path)) as file:
             rate, total = file.samplerate, file.frames
+            if not 0 < rate <= _HIGHEST_RATE:
+                raise MediaError(path, f"its header claims {rate} samples per second", REPLACE)
             first, last = _sound_span(media, total, rate, dataset=dataset, notes=notes)
             count = last - first
             if limit is not None:
@@ -120,7 +124,7 @@ def load_npy(path: Path) -> np.ndarray:
     check_present(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+    except Exception as error:  # a damaged header makes numpy's parser raise almost anything
         text = str(error)
         if "allow_pickle" in text or "Python objects" in text:
             raise MediaError(path, "it holds pickled Python objects, which are never loaded", REPLACE) from None

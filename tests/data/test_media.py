@@ -192,6 +192,54 @@ def test_damage_beyond_the_chosen_frames_is_found(tmp_path):
     assert "damaged" in cause(lambda: read_frames(few, lambda count: np.array([0, 5]), dataset=DATASET))
 
 
+def test_frames_that_a_decoder_makes_up(tmp_path):
+    # Packets that decode to nothing: decord repeats a neighbour, which is tolerated for a few frames at most.
+    data = write_video(tmp_path / "a.mp4", moving_texture(24)).read_bytes()
+    sizes = struct.unpack_from(">24I", data, data.index(b"stsz") + 16)
+    for count, tolerated in ((1, True), (6, False)):
+        spoiled = bytearray(data)
+        for frame in range(3, 3 + count):
+            at = data.index(b"mdat") + 4 + sum(sizes[:frame])
+            spoiled[at + 4 : at + sizes[frame]] = bytes(sizes[frame] - 4)
+        path = tmp_path / f"{count}.mp4"
+        path.write_bytes(spoiled)
+        assert "some of its frames" in cause(lambda path=path: numbers(path, REJECT))
+        if tolerated:
+            assert len(numbers(path)) == 24
+        else:
+            assert "some of its frames" in cause(lambda path=path: numbers(path))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi", ".wav", ".npy"])
+def test_damaged_files_are_errors_never_crashes(tmp_path, suffix):
+    reading = {
+        ".wav": lambda path: read_audio(Media(path), sample_rate=4000, limit=8000, dataset=DATASET),
+        ".npy": lambda path: read_array(Media(path)),
+    }.get(suffix, lambda path: read_frames(Media(path), every, dataset=DATASET))
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".wav":
+        write_wav(path, tone(0.1))
+    elif suffix == ".npy":
+        write_array(path, np.zeros((4, 5)))
+    else:
+        write_video(path, numbered_frames(12))
+    data = path.read_bytes()
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(150):
+        damaged = bytearray(data)
+        for _ in range(int(rng.integers(1, 5))):
+            at = int(rng.integers(len(damaged)))
+            damaged[at : at + 4] = rng.bytes(4)
+        path.write_bytes(damaged[: int(rng.integers(len(damaged) // 2, len(damaged) + 1))])
+        try:
+            reading(path)
+            outcomes.add("read")
+        except MediaError:
+            outcomes.add("refused")
+    assert "refused" in outcomes
+
+
 def test_memory_and_files_do_not_grow_over_many_opens(tmp_path):
     path = write_video(tmp_path / "a.mp4", numbered_frames(16, 96, 128))
     turned = rotate_mp4(path, tmp_path / "b.mp4", 90)

@@ -122,11 +122,15 @@ def plot_subsets(values: Mapping[str, float], shares: Mapping[str, float], path:
     left.xaxis.set_major_formatter(PercentFormatter())
     left.grid(axis="y", visible=False)
     names = list(shares)
-    bars = right.barh(range(len(names)), [100 * shares[n] for n in names], color=PALETTE[1])
-    right.bar_label(bars, fmt="%+.1f", padding=3, fontsize=8)
+    points = [100 * shares[n] for n in names]
+    right.barh(range(len(names)), points, color=PALETTE[1])
+    for row, value in enumerate(points):
+        text = f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
+        right.annotate(text, (max(value, 0), row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
     right.set_yticks(range(len(names)), names)
     right.axvline(0, color="#333333", linewidth=0.8)
-    right.margins(x=0.25)
+    low, high = min(0.0, *points), max(0.0, *points)
+    right.set_xlim(low - 0.05 * (high - low or 1), high + 0.3 * (high - low or 1))
     right.set(xlabel="points of accuracy", title="Shapley value")
     right.grid(axis="y", visible=False)
     return save(fig, path)
@@ -200,7 +204,7 @@ def plot_disturbed(records: Sequence[Mapping[str, Any]], path: Path, *, title: s
         Line2D([], [], color="#333333", marker="o", markersize=4, label="fused head"),
         Line2D([], [], color="#333333", marker="x", markersize=4, ls=":", label="its own head"),
     ]
-    fig.legend(handles=lines, loc="outside right upper", fontsize=9)
+    fig.legend(handles=lines, loc="outside right center", fontsize=9)
     return save(fig, path)
 
 

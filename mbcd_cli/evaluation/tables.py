@@ -1,0 +1,146 @@
+"""A table of figures, and how it looks as Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A figure, with its spread over seeds where there are several.
+
+    Attributes:
+        value: the mean, None where there is nothing.
+        std: sample standard deviation over seeds, None for a single one.
+        best: the best of its column.
+    """
+
+    value: float | None
+    std: float | None = None
+    best: bool = False
+
+    @classmethod
+    def over(cls, values: Sequence[float]) -> Cell:
+        """Mean and sample standard deviation of `values`; empty gives an empty cell."""
+        if not len(values):
+            return cls(None)
+        spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return cls(float(np.mean(values)), spread)
+
+    def text(self, between: str = " ± ", digits: int = 2) -> str:
+        """`63.16 ± 0.40`, `63.16`, or `-`."""
+        if self.value is None:
+            return "-"
+        mean = f"{self.value:.{digits}f}"
+        return mean if self.std is None else f"{mean}{between}{self.std:.{digits}f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A titled table; the first column is text, a cell is text or a `Cell`.
+
+    Attributes:
+        name: short, for file names.
+        note: a sentence under the table, or empty.
+    """
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]] = field(default_factory=list)
+    note: str = ""
+
+
+def plain(cell: str | Cell) -> str:
+    """A cell as plain text."""
+    return cell if isinstance(cell, str) else cell.text()
+
+
+def markdown(table: Table) -> str:
+    """The table in Markdown, the best of a column in bold."""
+
+    def cell(value: str | Cell) -> str:
+        text = plain(value).replace("|", "\\|")
+        return f"**{text}**" if isinstance(value, Cell) and value.best else text
+
+    def line(values: Sequence[str]) -> str:
+        return f"| {' | '.join(values)} |"
+
+    rule = ["---", *["---:"] * (len(table.columns) - 1)]
+    lines = [f"### {table.title}", "", line(table.columns), line(rule)]
+    lines += [line([cell(value) for value in row]) for row in table.rows]
+    if table.note:
+        lines += ["", table.note]
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(table: Table) -> str:
+    """The table as CSV; a column with spreads is followed by its `std` column."""
+    spread = [
+        any(isinstance(row[i], Cell) and row[i].std is not None for row in table.rows)
+        for i in range(len(table.columns))
+    ]
+    header = [name for i, c in enumerate(table.columns) for name in ([c, f"{c} std"] if spread[i] else [c])]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    for row in table.rows:
+        cells: list[str] = []
+        for i, value in enumerate(row):
+            if isinstance(value, str):
+                cells += [value, ""] if spread[i] else [value]
+                continue
+            figures = [value.value, value.std] if spread[i] else [value.value]
+            cells += ["" if figure is None else f"{figure:.4f}" for figure in figures]
+        writer.writerow(cells)
+    return out.getvalue()
+
+
+_LATEX = str.maketrans(
+    {
+        "&": r"\&",
+        "%": r"\%",
+        "$": r"\$",
+        "#": r"\#",
+        "_": r"\_",
+        "{": r"\{",
+        "}": r"\}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "\\": r"\textbackslash{}",
+        "±": r"$\pm$",
+    }
+)
+
+
+def latex(table: Table) -> str:
+    """The table in LaTeX (booktabs), the best of a column in bold."""
+
+    def cell(value: str | Cell) -> str:
+        if isinstance(value, str):
+            return value.translate(_LATEX)
+        if value.value is None:
+            return "--"
+        text = f"\\textbf{{{value.value:.2f}}}" if value.best else f"{value.value:.2f}"
+        return text if value.std is None else f"{text}\\,{{\\scriptsize$\\pm${value.std:.2f}}}"
+
+    lines = [
+        r"\begin{table}[t]",
+        r"\centering",
+        f"\\caption{{{f'{table.title}. {table.note}'.strip().translate(_LATEX)}}}",
+        f"\\label{{tab:{table.name}}}",
+        f"\\begin{{tabular}}{{l{'c' * (len(table.columns) - 1)}}}",
+        r"\toprule",
+        " & ".join(c.translate(_LATEX) for c in table.columns) + r" \\",
+        r"\midrule",
+        *(" & ".join(cell(value) for value in row) + r" \\" for row in table.rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"

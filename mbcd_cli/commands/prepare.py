@@ -18,6 +18,7 @@ from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.data.views import part_shapes, resolve
 from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders.pretrained import PUBLIC, find_weights, load_pretrained
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, SettingsError
 from mbcd_cli.runtime import pick_device
@@ -97,13 +98,18 @@ def _trunk(settings: Settings, name: str, modality: Modality) -> tuple[Trunk, di
     if modality.cut == "input":
         trunk, _ = encoder.cut("input")
         return trunk, {}, None
-    if modality.weights is None and not settings.cache.random_weights:
-        raise SettingsError(
-            f"modalities.{name}: {modality.encoder} is cut at {modality.cut!r}, and no weights are set for its trunk.",
-            f"Set modalities.{name}.weights to a checkpoint, or say --random-weights.",
-        )
+    sha = None
+    if not settings.cache.random_weights:
+        if modality.weights is None and modality.encoder not in PUBLIC:
+            raise SettingsError(
+                f"modalities.{name}: {modality.encoder} is cut at {modality.cut!r}, and its trunk has no weights.",
+                f"Set modalities.{name}.weights to a checkpoint, or say --random-weights.",
+            )
+        file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
+        sha = load_pretrained(encoder, modality.encoder, file, sha256=modality.weights_sha256).sha256
+        console.say(f"{name}: {modality.encoder} with the weights of {file} (SHA-256 {sha[:8]}...)")
     trunk, tail = encoder.cut(modality.cut)
-    return trunk, tail.state_dict(), None
+    return trunk, tail.state_dict(), sha
 
 
 def _prepare_modality(

@@ -449,6 +449,8 @@ class LandscapeSettings(Slice):
     """Parameters that move: all, tails, fused_head, or the name of a modality (its tail alone)."""
     weights: Literal["deployed", "student", "teacher"] = "deployed"
     """Weights at the centre: the deployed ones (the teacher's if there is one), the student's, or the teacher's."""
+    to_weights: Literal["deployed", "student", "teacher"] = "deployed"
+    """Weights of the checkpoints named with --to; with `weights`, the path from a student to its teacher."""
     loss: Literal["fused", "total"] = "fused"
     """Cross-entropy of the fused head, or the sum of the fused and all uni-modal heads' cross-entropies."""
     batch_norm: Literal["running", "recalibrated"] = "running"

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from itertools import product
+
+import numpy as np
+import pytest
+from scipy.stats import permutation_test, ttest_rel
+
+from mbcd_cli.errors import RunError
+from mbcd_cli.evaluation import compare as c
+from mbcd_cli.evaluation import tables as t
+
+METHODS = {"erm": 50.0, "mbcd": 60.0}
+
+
+def write_run(root, *, dataset, modalities, method, target, sources, seed, top1, source=80.0):
+    folder = root / f"{dataset}-{method}-{target}-{'-'.join(sources)}-{seed}"
+    folder.mkdir(parents=True)
+    heads = {"fused": top1 / 100, **dict.fromkeys(modalities, (top1 - 5) / 100)}
+    results = {
+        "format": 1,
+        "dataset": dataset,
+        "modalities": list(modalities),
+        "method": method,
+        "target_domain": target,
+        "source_domains": list(sources),
+        "seed": seed,
+        "headline": {"checkpoint": "best", "model": "teacher", "clips": "target", "top1": heads},
+        "models": {"best": {"teacher": {"source": {"fused": {"top1": source / 100}}}}},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def grid(root, dataset="epic-kitchens", domains=("D1", "D2", "D3"), modalities=("audio", "flow"), seeds=(0, 1, 2)):
+    figures = {}
+    for method, target, seed in product(METHODS, domains, seeds):
+        top1 = METHODS[method] + 3 * domains.index(target) + seed
+        figures[method, target, seed] = top1
+        write_run(
+            root,
+            dataset=dataset,
+            modalities=modalities,
+            method=method,
+            target=target,
+            sources=[d for d in domains if d != target],
+            seed=seed,
+            top1=top1,
+        )
+    return figures
+
+
+def rows_of(table):
+    return {row[0]: row[1:] for row in table.rows}
+
+
+def test_means_spreads_and_averages_by_hand(tmp_path):
+    figures = grid(tmp_path)
+    done, waiting = c.find_runs([str(tmp_path / "**")])
+    assert (len(done), waiting) == (18, [])
+    runs, warnings = c.distinct([c.load_run(f) for f in done])
+    assert warnings == []
+    main, by_head, significance = c.compare(runs)
+    assert list(main.columns) == ["method", "D1", "D2", "D3", "average"]
+    assert [row[0] for row in main.rows[:2]] == ["erm", "mbcd"]
+    for method, cells in rows_of(main).items():
+        if method not in METHODS:
+            continue
+        for target, cell in zip(("D1", "D2", "D3"), cells, strict=False):
+            values = [figures[method, target, seed] for seed in range(3)]
+            assert cell.value == pytest.approx(np.mean(values))
+            assert cell.std == pytest.approx(np.std(values, ddof=1))
+        per_seed = [np.mean([figures[method, d, seed] for d in ("D1", "D2", "D3")]) for seed in range(3)]
+        assert cells[-1].value == pytest.approx(np.mean(per_seed))
+        assert cells[-1].std == pytest.approx(np.std(per_seed, ddof=1))
+        assert all(cell.best == (method == "mbcd") for cell in cells)
+    heads = rows_of(by_head)["mbcd"]
+    assert [cell.value for cell in heads] == pytest.approx([64.0, 59.0, 59.0, 80.0])
+    assert significance.rows[0][:3] == ["mbcd - erm", "9", "+10.00"]
+    assert float(significance.rows[0][3]) == pytest.approx(2 / 2**9, abs=5e-4)
+    assert significance.rows[0][4] == "-", "no spread in the differences: no t-test"
+
+
+def test_the_papers_figures_stand_beside_matching_settings_only(tmp_path):
+    grid(tmp_path / "a")
+    grid(tmp_path / "b", dataset="av-digits", domains=("studio", "tilted", "street"), modalities=("video", "audio"))
+    grid(tmp_path / "c", dataset="hac", domains=("human", "animal", "cartoon"), modalities=("audio", "flow", "video"))
+    found = {}
+    for folder in "abc":
+        done, _ = c.find_runs([str(tmp_path / folder / "**")])
+        found[folder] = rows_of(c.main_tables([c.load_run(f) for f in done])[0])
+    assert [x.value for x in found["a"]["MBCD (paper)"]] == [59.25, 68.05, 61.95, 63.08]
+    assert found["a"]["ablation: EMA+GCC (paper)"][-1].value == 62.28
+    assert not any("paper" in name for name in found["b"])
+    # Columns in the paper's order; modalities match whatever their order.
+    assert [x.value for x in found["c"]["CMRF (paper)"]] == [78.25, 78.07, 55.61, 70.64]
+    assert not any(cell.best for name, cells in found["a"].items() if "paper" in name for cell in cells)
+
+
+def test_the_papers_averages_are_those_of_its_figures():
+    """Transcription check: each average in paper.toml is the mean of its targets (the paper rounds to 0.01)."""
+    for entry in c.paper()["multi_source"]:
+        for dataset in c.PAPER_DATASETS:
+            values = [v for k, v in entry[dataset].items() if k != "average"]
+            assert len(values) == 3
+            assert np.mean(values) == pytest.approx(entry[dataset]["average"], abs=0.012), entry
+
+
+def test_single_source_and_in_domain_runs_have_their_own_tables(tmp_path):
+    vaf = ("video", "audio", "flow")
+    common = {"dataset": "hac", "modalities": vaf, "method": "mbcd", "seed": 0}
+    write_run(tmp_path, **common, target="animal", sources=["human"], top1=50)
+    write_run(tmp_path, **common, target="human", sources=["animal"], top1=60)
+    write_run(tmp_path, **common, target=None, sources=["human", "animal", "cartoon"], top1=90)
+    done, _ = c.find_runs([str(tmp_path / "*")])
+    tables = {
+        table.name.rsplit("video-audio-flow-")[1]: table for table in c.main_tables([c.load_run(f) for f in done])
+    }
+    assert set(tables) == {"single-source", "in-domain"}
+    single = tables["single-source"]
+    assert list(single.columns[1:]) == ["animal to human", "human to animal", "average"]
+    assert rows_of(single)["mbcd"][-1].value == pytest.approx(55)
+    assert rows_of(single)["mbcd"][-1].std is None
+    assert rows_of(single)["MBCD (paper)"][-1].value == 64.48
+
+
+def test_a_missing_target_leaves_the_average_empty_and_repeats_are_left_out(tmp_path):
+    base = {"dataset": "x", "modalities": ("video",), "method": "erm"}
+    write_run(tmp_path, **base, target="a", sources=["b", "c"], seed=0, top1=40)
+    write_run(tmp_path, **base, target="b", sources=["a", "c"], seed=0, top1=50)
+    write_run(tmp_path, **{**base, "method": "mbcd"}, target="a", sources=["b", "c"], seed=0, top1=45)
+    write_run(tmp_path / "again", **base, target="a", sources=["c", "b"], seed=0, top1=99)
+    done, _ = c.find_runs([str(tmp_path / "**")])
+    runs, warnings = c.distinct([c.load_run(f) for f in done])
+    assert len(runs) == 3
+    assert "repeats" in warnings[0]
+    rows = rows_of(c.main_tables(runs)[0])
+    assert rows["mbcd"][1].value is None
+    assert rows["mbcd"][2].value is None
+    assert rows["erm"][2].value is not None
+
+
+def test_what_cannot_be_read_is_one_clear_error(tmp_path):
+    with pytest.raises(RunError, match="no run"):
+        c.find_runs([str(tmp_path / "*")])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "settings.toml").write_text("")
+    assert c.find_runs([str(tmp_path / "*")]) == ([], [tmp_path / "a"])
+    for text in ("{", "[]", '{"format": 1}', '{"format": 99}'):
+        (tmp_path / "a" / "results.json").write_text(text)
+        with pytest.raises(RunError, match=re.escape("results.json")):
+            c.load_run(tmp_path / "a")
+
+
+@pytest.mark.parametrize("count", [2, 5, 9, 30])
+def test_paired_significance_against_scipy(count):
+    rng = np.random.default_rng(count)
+    a = rng.normal(size=count) * 3 + 50
+    b = a + rng.normal(size=count) + 0.7
+    found = c.paired(a, b)
+    assert found["p_t"] == pytest.approx(ttest_rel(b, a).pvalue)
+    theirs = permutation_test((b - a,), np.mean, permutation_type="samples", vectorized=False, n_resamples=2**14).pvalue
+    assert found["p_permutation"] == pytest.approx(theirs, abs=0.01 if count > 15 else 1e-12)
+    assert found["difference"] == pytest.approx((b - a).mean())
+
+
+def test_paired_at_the_ends():
+    assert c.paired([1.0], [2.0])["p_permutation"] is None
+    assert c.paired([], [])["difference"] is None
+    assert c.paired([1.0, 2.0], [1.0, 2.0])["p_permutation"] == 1.0
+    assert c.paired([1.0, 2.0], [1.0, 2.0])["p_t"] is None
+
+
+TABLE = t.Table(
+    "x-y",
+    "A 100 % table",
+    ["method", "D_1", "avg"],
+    [
+        ["erm & co", t.Cell(50.0, 1.25), t.Cell(None)],
+        ["a|b", t.Cell(60.0, 0.5, best=True), t.Cell(61.234, best=True)],
+    ],
+    "A note.",
+)
+
+
+def test_golden_tables():
+    assert t.markdown(TABLE) == (
+        "### A 100 % table\n\n"
+        "| method | D_1 | avg |\n"
+        "| --- | ---: | ---: |\n"
+        "| erm & co | 50.00 ± 1.25 | - |\n"
+        "| a\\|b | **60.00 ± 0.50** | **61.23** |\n"
+        "\nA note.\n"
+    )
+    assert list(csv.reader(io.StringIO(t.comma_separated(TABLE)))) == [
+        ["method", "D_1", "D_1 std", "avg"],
+        ["erm & co", "50.0000", "1.2500", ""],
+        ["a|b", "60.0000", "0.5000", "61.2340"],
+    ]
+    assert t.latex(TABLE) == (
+        "\\begin{table}[t]\n\\centering\n\\caption{A 100 \\% table. A note.}\n\\label{tab:x-y}\n"
+        "\\begin{tabular}{lcc}\n\\toprule\nmethod & D\\_1 & avg \\\\\n\\midrule\n"
+        "erm \\& co & 50.00\\,{\\scriptsize$\\pm$1.25} & -- \\\\\n"
+        "a|b & \\textbf{60.00}\\,{\\scriptsize$\\pm$0.50} & \\textbf{61.23} \\\\\n"
+        "\\bottomrule\n\\end{tabular}\n\\end{table}\n"
+    )

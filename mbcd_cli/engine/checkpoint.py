@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings as python_warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"There is no checkpoint {path}.", "Name a .pt file under the checkpoints/ folder of a run."
         )
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        with python_warnings.catch_warnings():  # about a strange file's pickle protocol: the error says enough
+            python_warnings.simplefilter("ignore")
+            payload = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # whatever a damaged or hostile file provokes in the reader

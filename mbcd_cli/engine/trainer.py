@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,12 +51,16 @@ class Progress:
     warnings: dict[str, str] = field(default_factory=dict)
 
 
+def better(figures: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Selection: a higher validation accuracy; of equal ones the lower validation loss, then the earlier epoch."""
+    return (figures["accuracy"], -figures["loss"]) > (best["accuracy"], -best["loss"])
+
+
 class Trainer:
     """Trains `step`'s student and leaves everything in `run`.
 
-    Selection: the epoch whose deployed model (the teacher, where there is one) has the best accuracy on the source
-    domains' test split; of equal ones that with the lower validation loss, then the earlier. The target's accuracy is
-    recorded every epoch and never used.
+    The epoch that is selected is that whose deployed model (the teacher, where there is one) is the best (`better`)
+    on the source domains' test split. The target's accuracy is recorded every epoch and never used.
 
     Args:
         settings: the resolved tree.
@@ -271,10 +275,7 @@ class Trainer:
         progress = self.progress
         deployed = "student" if self.step.teacher is None else "teacher"
         fused = record["validation"][deployed]["fused"]
-        improved = progress.best is None or (fused["accuracy"], -fused["loss"]) > (
-            progress.best["accuracy"],
-            -progress.best["loss"],
-        )
+        improved = progress.best is None or better(fused, progress.best)
         if improved:
             progress.best = {"epoch": record["epoch"], "accuracy": fused["accuracy"], "loss": fused["loss"]}
         record["best_epoch"] = progress.best["epoch"]
@@ -290,7 +291,6 @@ class Trainer:
         self._events.scalars(
             "epoch", {k: record[k] for k in ("train", "validation", "target") if k in record}, progress.step
         )
-        self._check_weights()
         if self.settings.training.keep_checkpoints:
             save_checkpoint(self.run.checkpoints / f"epoch-{progress.epoch:03d}.pt", self._checkpoint(whole=False))
         if improved:
@@ -307,12 +307,13 @@ class Trainer:
     # ---- checkpoints
 
     def _check_weights(self) -> None:
-        """A finite loss may still give infinite weights: never put those into a checkpoint."""
-        tensors = [p for p in self.step.model.state_dict().values() if p.is_floating_point()]
-        if not torch.stack([t.abs().max() for t in tensors if t.numel()]).isfinite().all():
+        """A finite loss may still give infinite weights: those never get into a checkpoint."""
+        tensors = [t for t in self.step.model.state_dict().values() if t.is_floating_point() and t.numel()]
+        if not torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all():
             self._non_finite("The weights are not finite any more")
 
     def _checkpoint(self, *, whole: bool) -> Checkpoint:
+        self._check_weights()
         progress, teacher = self.progress, self.step.teacher
         training = None
         if whole:
@@ -352,7 +353,6 @@ class Trainer:
         """A signal came: checkpoint, then leave."""
         name = self._interrupts.signal.name
         self._settle()
-        self._check_weights()
         self._save()
         raise RunError(
             f"Stopped by {name} after step {self.progress.step} of {self.total_steps}; {self.run.last} is up to date.",

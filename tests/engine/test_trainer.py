@@ -13,6 +13,7 @@ from mbcd_cli.commands import train as command
 from mbcd_cli.engine import watch
 from mbcd_cli.engine.checkpoint import load_checkpoint
 from mbcd_cli.engine.plots import read_log
+from mbcd_cli.engine.trainer import better
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation.evaluator import build_models
 from mbcd_cli.settings import METHODS
@@ -58,6 +59,15 @@ def test_training_learns_and_the_record_is_true(tmp_path, method, no_plots):
     scores = [r["validation"][summary["deployed"]]["fused"] for r in history]
     expected = max(range(8), key=lambda i: (scores[i]["accuracy"], -scores[i]["loss"], -i)) + 1
     assert best.epoch == summary["best"]["epoch"] == expected
+
+
+def test_selection_breaks_ties_by_loss_then_by_the_earlier_epoch():
+    best = {"accuracy": 0.9, "loss": 0.4}
+    assert better({"accuracy": 0.91, "loss": 0.8}, best)
+    assert better({"accuracy": 0.9, "loss": 0.3}, best)
+    assert not better({"accuracy": 0.9, "loss": 0.4}, best)
+    assert not better({"accuracy": 0.9, "loss": 0.5}, best)
+    assert not better({"accuracy": 0.89, "loss": 0.1}, best)
 
 
 def test_the_target_never_influences_training(tmp_path, no_plots):
@@ -144,8 +154,8 @@ def test_a_non_finite_loss_stops_names_the_clips_and_keeps_the_last_good_checkpo
 
 
 def test_infinite_weights_never_reach_a_checkpoint(tmp_path, no_plots):
-    """The loss of the last step is finite, its update is not."""
-    settings = memory_settings(optimizer={"name": "sgd", "lr": 1e38}, training={"max_steps": 1})
+    """The loss of the first step is finite, its update is not, and a checkpoint is due after it."""
+    settings = memory_settings(optimizer={"name": "sgd", "lr": 1e38}, training={"checkpoint_minutes": 1e-9})
     with pytest.raises(RunError, match="not finite"):
         run_training(tmp_path / "run", settings)
     assert not list((tmp_path / "run/checkpoints").glob("*.pt"))

@@ -81,7 +81,11 @@ def load_views(
             )
             for span in dict.fromkeys(spans)
         }
-        return [(audio_view(*sounds[span], settings, rng),) for span, rng in zip(spans, generators, strict=True)]
+        shared: dict[Media, dict[int, np.ndarray]] = {span: {} for span in sounds}
+        return [
+            (audio_view(*sounds[span], settings, rng, shared[span]),)
+            for span, rng in zip(spans, generators, strict=True)
+        ]
     array = _fit(read_array(media), settings, media)
     return [(_noisy(array, settings, rng),) for rng in generators]
 
@@ -287,43 +291,72 @@ def followed_spans(
 
 def fit_samples(samples: np.ndarray, settings: AudioModality, rng: np.random.Generator | None) -> np.ndarray:
     """Level, length and range of a clip's sound: [n] -> [`samples`] float64 within [-1, 1]."""
+    return _fit_at(samples, settings, _silence_before(len(samples), settings, rng))
+
+
+def _silence_before(count: int, settings: AudioModality, rng: np.random.Generator | None) -> int:
+    """Samples of silence that a view puts before a clip of `count` samples."""
+    room = settings.samples - count
+    if rng is None or room <= 0 or settings.short == "repeat" or settings.shift == 0:
+        return 0
+    return min(int(rng.random() * settings.shift * (room + 1)), room)
+
+
+def _fit_at(samples: np.ndarray, settings: AudioModality, before: int) -> np.ndarray:
     taken = samples[: settings.samples].astype(np.float64)
     if settings.level != "keep":
         loudness = np.sqrt(np.mean(taken**2)) if settings.level == "rms" else np.abs(taken).max()
         if loudness > _SILENCE:
             taken = taken * ((RMS_LEVEL if settings.level == "rms" else 1.0) / loudness)
     room = settings.samples - len(taken)
-    if room and settings.short == "repeat":
+    if settings.short == "repeat":
         taken = np.resize(taken, settings.samples)
     elif room:
-        before = 0 if rng is None else int(rng.random() * settings.shift * (room + 1))
-        before = min(before, room)
         taken = np.pad(taken, (before, room - before))
     return np.clip(taken, -1.0, 1.0)
 
 
-def audio_view(samples: np.ndarray, rate: int, settings: AudioModality, rng: np.random.Generator | None) -> np.ndarray:
+def audio_view(
+    samples: np.ndarray,
+    rate: int,
+    settings: AudioModality,
+    rng: np.random.Generator | None,
+    shared: dict[int, np.ndarray] | None = None,
+) -> np.ndarray:
     """Log-spectrogram of a clip, standardised: [n] samples at `rate` per second -> [1, F, S] float32.
 
     F = nperseg / 2 + 1, S = (samples - noverlap) // (nperseg - noverlap). A training view (`rng` given) then has
     uniform noise added, and one band of `mask_bins` frequency bins set to zero, the mean (method.md section 4).
+    `shared` keeps what the views of the same samples have in common, if given.
     """
+    shared = {} if shared is None else shared
+    before = _silence_before(len(samples), settings, rng)
+    if before not in shared:
+        shared[before] = _spectrogram(_fit_at(samples, settings, before), rate, settings)
+    return _noisy_spectrogram(shared[before], settings, rng)[None].astype(np.float32)
+
+
+def _spectrogram(fitted: np.ndarray, rate: int, settings: AudioModality) -> np.ndarray:
+    """[samples] -> [F, S], logarithmic, of mean 0 and standard deviation 1."""
     from scipy.signal import spectrogram
 
-    fitted = fit_samples(samples, settings, rng)
     _, _, power = spectrogram(fitted, rate, nperseg=settings.nperseg, noverlap=settings.noverlap)
     log = np.log(power + settings.log_floor)
     spread = log.std()
     # Silence has the floor everywhere: it becomes zeros, not rounding noise blown up to unit variance.
-    view = (log - log.mean()) / spread if spread > 1e-6 else np.zeros_like(log)
-    if rng is not None:
-        if settings.noise:
-            view = view + rng.uniform(-settings.noise, settings.noise, view.shape)
-        if settings.mask_bins:
-            bins = min(settings.mask_bins, len(view))
-            low = int(rng.integers(len(view) - bins + 1))
-            view[low : low + bins] = 0.0
-    return view[None].astype(np.float32)
+    return (log - log.mean()) / spread if spread > 1e-6 else np.zeros_like(log)
+
+
+def _noisy_spectrogram(view: np.ndarray, settings: AudioModality, rng: np.random.Generator | None) -> np.ndarray:
+    if rng is None:
+        return view
+    noise = rng.uniform(-settings.noise, settings.noise, view.shape) if settings.noise else 0.0
+    view = view + noise
+    if settings.mask_bins:
+        bins = min(settings.mask_bins, len(view))
+        low = int(rng.integers(len(view) - bins + 1))
+        view[low : low + bins] = 0.0
+    return view
 
 
 # --- arrays --------------------------------------------------------------------------------------------------------

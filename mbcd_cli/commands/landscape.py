@@ -16,20 +16,25 @@ from mbcd_cli.errors import SettingsError
 from mbcd_cli.evaluation.evaluator import SOURCE, TARGET, build_models, clip_sets, source_domains
 from mbcd_cli.landscape import analyses, plots
 from mbcd_cli.landscape.analyses import Study
+from mbcd_cli.landscape.connections import Ends, run_path, run_plane, run_trajectory
+from mbcd_cli.landscape.curvature import run_curvature
 from mbcd_cli.landscape.directions import moving_names
 from mbcd_cli.landscape.objective import ModelObjective
+from mbcd_cli.landscape.paths import buffers_of, vector_of
+from mbcd_cli.landscape.store import load_arrays, read_grid
 from mbcd_cli.landscape.surface import Advance
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.runtime import pick_device
-from mbcd_cli.settings import LandscapeSettings, Settings
+from mbcd_cli.settings import Settings
 
 ANALYSES: dict[str, Callable[[Study, tuple[float, float]], dict[str, Any]]] = {
     "surface": analyses.run_surface,
     "curve": analyses.run_curve,
     "flatness": analyses.run_flatness,
     "worst_case": analyses.run_worst_case,
-    "curvature": analyses.run_curvature,
+    "curvature": run_curvature,
 }
+CONNECTIONS = ("path", "plane", "trajectory")
 
 
 def landscape(
@@ -38,6 +43,8 @@ def landscape(
     checkpoints: Sequence[tuple[str, Any]],
     *,
     output: Path,
+    towards: Sequence[tuple[str, Any]] = (),
+    epochs: Sequence[tuple[int, Any]] = (),
     device: torch.device | None = None,
     plot_only: bool = False,
     overwrite: bool = False,
@@ -46,38 +53,64 @@ def landscape(
 
     Args:
         settings: the run's, with the landscape slice to use now.
-        dataset: prepared, matching `settings`.
+        dataset: prepared, matching `settings`; not used by `plot_only`.
         checkpoints: (label, checkpoint) pairs; labels are distinct.
         output: folder of the HDF5 files and plots.
+        towards: one or two more checkpoints: paths from the first of `checkpoints` to each, and the plane through all.
+        epochs: (epoch, checkpoint) pairs of the first checkpoint's training: its trajectory in the plane of their
+            principal components.
         device: where to compute; default: what `settings.runtime` says.
-        plot_only: draw again from the files alone.
+        plot_only: draw every file under `output` again, measuring nothing.
         overwrite: measure anew instead of resuming.
 
     Returns:
-        JSON-able: `data`, `checkpoints` (label -> loss, accuracy and each analysis' summary), `files` (name
-        -> path).
+        JSON-able: `data`, `checkpoints` (label -> loss, accuracy and each analysis' summary), `paths` (label ->
+        summary), `plane`, `trajectory`, `files` (name -> path).
 
     Raises:
         SettingsError: groups, clips or weights that do not exist.
+        CheckpointError: a checkpoint of another model.
         StoreError: a file under `output` was measured on something else, or is damaged.
     """
-    output, checkpoints = Path(output), dict(checkpoints)
-    device = device or pick_device(settings.runtime)
+    output = Path(output)
+    if plot_only:
+        found = _found(output)
+        if not any(found.values()):
+            raise SettingsError(
+                f"There is nothing to draw in {output}.", "Run `mbcd landscape` without --plot-only first."
+            )
+        return {"checkpoints": {}, "files": _draw(found, output)}
+    bench = _Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite)
     chosen = settings.landscape
-    result: dict[str, Any] = {"checkpoints": {}, "analyses": list(chosen.analyses)}
-    if not plot_only:
-        clips = _clips(settings, dataset)
-        result["data"] = {"clips": len(clips), "set": chosen.data, "loss": chosen.loss, "group": chosen.group}
-        for label, checkpoint in checkpoints.items():
-            study = _study(settings, dataset, label, checkpoint, clips, output, device, overwrite)
-            centre = study.centre()
-            figures = {name: ANALYSES[name](study, centre) for name in chosen.analyses}
-            result["checkpoints"][label] = {"loss": centre[0], "accuracy": centre[1], **figures}
-    files = _draw(list(checkpoints), output)
-    if plot_only and not files:
-        raise SettingsError(f"There is nothing to draw in {output}.", "Run `mbcd landscape` without --plot-only first.")
-    result["files"] = {name: str(path) for name, path in files.items()}
-    return result
+    result: dict[str, Any] = {
+        "analyses": list(chosen.analyses),
+        "data": {"clips": len(bench.clips), "set": chosen.data, "loss": chosen.loss, "group": chosen.group},
+        "checkpoints": {},
+        "paths": {},
+    }
+    files: dict[str, dict[str, Path]] = {name: {} for name in (*ANALYSES, *CONNECTIONS)}
+    for number, (label, checkpoint) in enumerate(checkpoints):
+        model = bench.model(label, checkpoint, chosen.weights)
+        study = bench.study(label, model)
+        centre = study.centre()
+        figures = {name: ANALYSES[name](study, centre) for name in chosen.analyses}
+        result["checkpoints"][label] = {"loss": centre[0], "accuracy": centre[1], **figures}
+        for name, summary in figures.items():
+            files[name][label] = Path(summary["file"])
+        if number == 0 and towards:
+            # A path from a checkpoint's student to its own teacher has the same label at both ends.
+            named = {o if o != label else f"{o} ({chosen.to_weights})": c for o, c in towards}
+            ends = bench.ends(model, {o: bench.model(o, c, chosen.to_weights) for o, c in named.items()})
+            for other in named:
+                summary = result["paths"][f"{label} to {other}"] = run_path(study, ends, other)
+                files["path"][f"{label} to {other}"] = Path(summary["file"])
+            result["plane"] = run_plane(study, ends)
+            files["plane"]["plane"] = Path(result["plane"]["file"])
+        if number == 0 and epochs:
+            models = {f"epoch {e}": bench.model(f"epoch {e}", c, chosen.weights) for e, c in sorted(epochs)}
+            result["trajectory"] = run_trajectory(study, bench.ends(model, models))
+            files["trajectory"]["trajectory"] = Path(result["trajectory"]["file"])
+    return {**result, "files": _draw(files, output)}
 
 
 def _clips(settings: Settings, dataset: Any) -> np.ndarray:
@@ -90,7 +123,8 @@ def _clips(settings: Settings, dataset: Any) -> np.ndarray:
         clips = next((s.clips for s in clip_sets(settings, dataset) if s.name == wanted), [])
     if len(clips) == 0:
         raise SettingsError(
-            f"landscape.data: there are no {chosen.data} clips.", "Choose validation, target or train clips that exist."
+            f"landscape.data: there are no {chosen.data} clips.",
+            "Choose validation, target or train clips that exist.",
         )
     return _evenly(np.asarray(clips), chosen.max_clips)
 
@@ -101,78 +135,92 @@ def _evenly(clips: np.ndarray, limit: int | None) -> np.ndarray:
     return clips[np.linspace(0, len(clips) - 1, limit).round().astype(int)]
 
 
-def _centre_model(
-    settings: Settings, dataset: Any, label: str, checkpoint: Any, device: torch.device
-) -> MultiModalModel:
-    models = build_models(settings, dataset, checkpoint, device=device, source=label)
-    wanted = settings.landscape.weights
-    if wanted == "deployed":
-        return next(iter(models.values()))
-    if wanted not in models:
-        raise SettingsError(
-            f"landscape.weights: checkpoint {label} has no {wanted}.",
-            "It was trained without one; choose deployed or student.",
-        )
-    return models[wanted]
+class _Bench:
+    """Builds models, losses and studies for one command; every checkpoint is measured on the same clips."""
 
+    def __init__(self, settings: Settings, dataset: Any, output: Path, device: torch.device, overwrite: bool) -> None:
+        self.settings, self.dataset, self.output = settings, dataset, output
+        self.device, self.overwrite = device, overwrite
+        self.clips = _clips(settings, dataset)
+        self.calibration = np.zeros(0, dtype=np.int64)
+        if settings.landscape.batch_norm == "recalibrated":
+            train = dataset.select(domains=source_domains(settings, dataset), splits=("train",))
+            self.calibration = _evenly(np.asarray(train), settings.landscape.max_clips)
 
-def _study(
-    settings: Settings,
-    dataset: Any,
-    label: str,
-    checkpoint: Any,
-    clips: np.ndarray,
-    output: Path,
-    device: torch.device,
-    overwrite: bool,
-) -> Study:
-    chosen = settings.landscape
-    model = _centre_model(settings, dataset, label, checkpoint, device)
-    calibration = np.zeros(0, dtype=np.int64)
-    identity: dict[str, Any] = {
-        "weights": _digest(model),
-        "clips": hashlib.sha256(np.ascontiguousarray(clips, dtype=np.int64).tobytes()).hexdigest()[:16],
-        "data": chosen.data,
-        "fingerprints": dict(dataset.fingerprints),
-        "group": chosen.group,
-        "loss": chosen.loss,
-        "batch_norm": chosen.batch_norm,
-    }
-    if chosen.batch_norm == "recalibrated":
-        train = dataset.select(domains=source_domains(settings, dataset), splits=("train",))
-        calibration = _evenly(np.asarray(train), chosen.max_clips)
-        identity |= {"calibration_clips": chosen.max_clips, "batch_size": chosen.batch_size}
+    def model(self, label: str, checkpoint: Any, wanted: str) -> MultiModalModel:
+        """The deployed, student or teacher model of a checkpoint."""
+        models = build_models(self.settings, self.dataset, checkpoint, device=self.device, source=label)
+        if wanted == "deployed":
+            return next(iter(models.values()))
+        if wanted not in models:
+            raise SettingsError(
+                f"landscape.weights: checkpoint {label} has no {wanted}.",
+                "It was trained without one; choose deployed or student.",
+            )
+        return models[wanted]
 
-    def objective(dtype: torch.dtype) -> ModelObjective:
+    def loss(
+        self, model: MultiModalModel, *, names: Sequence[str], dtype: torch.dtype = torch.float32
+    ) -> ModelObjective:
+        """The loss around `model` as a function of `names`."""
+        chosen = self.settings.landscape
         return ModelObjective(
             model=model,
-            batches=_batches(dataset, clips, chosen),
-            names=moving_names(model, group=chosen.group, loss=chosen.loss),
+            batches=self._batches(self.clips),
+            names=names,
             loss=chosen.loss,
             batch_norm=chosen.batch_norm,
-            calibration=_batches(dataset, calibration, chosen),
-            device=device,
+            calibration=self._batches(self.calibration),
+            device=self.device,
             dtype=dtype,
             points_per_pass=chosen.points_per_pass,
         )
 
-    loss = objective(torch.float32)
-    precise = (lambda: objective(torch.float64)) if chosen.curvature_dtype == "float64" else None
-    return Study(
-        settings=chosen,
-        loss=loss,
-        identity=identity,
-        folder=output,
-        label=label,
-        subject=f"{chosen.group} parameters, {chosen.data} clips",
-        watch=_watch,
-        curvature_loss=precise,
-        overwrite=overwrite,
-    )
+    def _batches(self, clips: np.ndarray) -> Iterable[Any]:
+        return self.dataset.batches(clips, batch_size=self.settings.landscape.batch_size, training=False)
+
+    def _names(self, model: MultiModalModel) -> tuple[str, ...]:
+        return moving_names(model, group=self.settings.landscape.group, loss=self.settings.landscape.loss)
+
+    def study(self, label: str, model: MultiModalModel) -> Study:
+        """The analyses of one checkpoint."""
+        chosen = self.settings.landscape
+        names = self._names(model)
+        identity: dict[str, Any] = {
+            "weights": _digest(model),
+            "clips": _sha(np.ascontiguousarray(self.clips, dtype=np.int64).tobytes()),
+            "data": chosen.data,
+            "fingerprints": dict(self.dataset.fingerprints),
+            "group": chosen.group,
+            "loss": chosen.loss,
+            "batch_norm": chosen.batch_norm,
+        }
+        if chosen.batch_norm == "recalibrated":
+            identity |= {"calibration_clips": len(self.calibration), "batch_size": chosen.batch_size}
+        double = chosen.curvature_dtype == "float64"
+        return Study(
+            settings=chosen,
+            loss=self.loss(model, names=names),
+            identity=identity,
+            folder=self.output,
+            label=label,
+            subject=f"{chosen.group} parameters, {chosen.data} clips",
+            watch=_watch,
+            curvature_loss=(lambda: self.loss(model, names=names, dtype=torch.float64)) if double else None,
+            overwrite=self.overwrite,
+        )
+
+    def ends(self, model: MultiModalModel, others: Mapping[str, MultiModalModel]) -> Ends:
+        """Paths from `model` to the others; running statistics move along unless they are recalibrated."""
+        names = self._names(model)
+        running = self.settings.landscape.batch_norm == "running"
+        loss = self.loss(model, names=(*names, *buffers_of(model, names)) if running else names)
+        towards = {label: vector_of(m.state_dict(), loss.start, label=label) for label, m in others.items()}
+        return Ends(loss, names, towards, {label: _digest(m) for label, m in others.items()})
 
 
-def _batches(dataset: Any, clips: np.ndarray, chosen: LandscapeSettings) -> Iterable[Any]:
-    return dataset.batches(clips, batch_size=chosen.batch_size, training=False)
+def _sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _digest(model: MultiModalModel) -> str:
@@ -190,12 +238,22 @@ def _watch(label: str, points: int | None) -> Iterator[Advance]:
         yield ticker.advance
 
 
-def _draw(labels: list[str], output: Path) -> dict[str, Path]:
-    """Every plot whose files are there."""
-    have = {
-        name: {label: path for label in labels if (path := analyses.file_of(output, name, label)).exists()}
-        for name in ANALYSES
-    }
+def _found(output: Path) -> dict[str, dict[str, Path]]:
+    """Every measured file under `output`: analysis -> label -> file."""
+    found: dict[str, dict[str, Path]] = {}
+    for name in (*ANALYSES, *CONNECTIONS):
+        paths = sorted(output.glob(f"{name}-*.h5"))
+        read = load_arrays if name == "curvature" else _about
+        found[name] = {read(path)[1]["label"]: path for path in paths}
+    return found
+
+
+def _about(path: Path) -> tuple[None, dict[str, Any]]:
+    return None, read_grid(path).about
+
+
+def _draw(have: Mapping[str, Mapping[str, Path]], output: Path) -> dict[str, str]:
+    """Every plot whose files are there; name -> path of the files and the plots."""
     files = {f"{name} of {label}": path for name, found in have.items() for label, path in found.items()}
     if have["surface"]:
         files["surface plot"] = plots.plot_surfaces(have["surface"], output / "surface.png")
@@ -208,7 +266,14 @@ def _draw(labels: list[str], output: Path) -> dict[str, Path]:
         )
     if have["curvature"]:
         files["spectrum plot"] = plots.plot_spectra(have["curvature"], output / "spectrum.png")
-    return files
+    if have["path"]:
+        files["path plot"] = plots.plot_curves(
+            have["path"], output / "path.png", title="Loss on the straight path", xlabel="fraction of the way"
+        )
+    for name, title in (("plane", "Plane through the checkpoints"), ("trajectory", "Trajectory of training")):
+        if have[name]:
+            files[f"{name} plot"] = plots.plot_surfaces(have[name], output / f"{name}.png", title=title)
+    return {name: str(path) for name, path in files.items()}
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -239,6 +304,12 @@ def show(result: Mapping[str, Any]) -> None:
     if curvature:
         columns = ["checkpoint", "top eigenvalue", "trace", "converged", "parameters"]
         console.table("Curvature (Hessian of the loss)", columns, curvature)
+    if result.get("paths"):
+        rows = [
+            [label, *(f"{p[key]:.4f}" for key in ("from_loss", "to_loss", "barrier")), f"{p['barrier_at']:.2f}"]
+            for label, p in result["paths"].items()
+        ]
+        console.table("Straight paths", ["path", "loss at start", "loss at end", "barrier", "at"], rows)
     for name, path in result["files"].items():
         console.out.print(f"{name}: {path}", markup=False)
 

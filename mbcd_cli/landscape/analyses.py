@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from mbcd_cli.landscape.directions import Sphere
-from mbcd_cli.landscape.hessian import Hessian, hutchinson_trace, spectral_density, top_eigenvalues
 from mbcd_cli.landscape.objective import LossFunction
 from mbcd_cli.landscape.sharpness import flatness_curve, worst_case
-from mbcd_cli.landscape.store import Grid, GridStore, axis, load_arrays, read_grid, save_arrays
+from mbcd_cli.landscape.store import Grid, GridStore, axis, read_grid
 from mbcd_cli.landscape.surface import Advance, Share, fill_grid, fill_radii
 from mbcd_cli.settings import LandscapeSettings
 
@@ -74,7 +73,8 @@ def file_of(folder: Path, analysis: str, label: str) -> Path:
     return folder / f"{analysis}-{safe}.h5"
 
 
-def _about(study: Study, centre: tuple[float, float], **more: Any) -> dict[str, Any]:
+def about_of(study: Study, centre: tuple[float, float], **more: Any) -> dict[str, Any]:
+    """What plots want to know about a file."""
     centre_figures = {"centre_loss": centre[0], "centre_accuracy": centre[1]}
     distance = f"({study.settings.normalisation}-normalised)"
     return {"label": study.label, "subject": study.subject, "distance": distance, **centre_figures, **more}
@@ -109,7 +109,8 @@ def run_grid(
     return read_grid(path)
 
 
-def _directions_identity(study: Study, analysis: str) -> dict[str, Any]:
+def directions_identity(study: Study, analysis: str) -> dict[str, Any]:
+    """What the values of an analysis along random directions depend on."""
     s = study.settings
     return {"analysis": analysis, "normalisation": s.normalisation, "biases": s.biases, "seed": s.seed}
 
@@ -128,12 +129,12 @@ def run_surface(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         "surface",
         x=coordinates,
         y=coordinates,
-        identity=_directions_identity(study, "surface"),
-        about=_about(study, centre, x=_axis_name(study, 1), y=_axis_name(study, 2)),
+        identity=directions_identity(study, "surface"),
+        about=about_of(study, centre, x=_axis_name(study, 1), y=_axis_name(study, 2)),
         marks={study.label: (0.0, 0.0)},
         fill=lambda store, advance: fill_grid(store, study.loss, directions, share=study.share, advance=advance),
     )
-    return _grid_summary(grid, centre)
+    return grid_summary(grid, centre)
 
 
 def run_curve(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
@@ -145,15 +146,16 @@ def run_curve(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         "curve",
         x=axis(s.span, 4 * s.points - 1),
         y=np.zeros(1),
-        identity=_directions_identity(study, "curve"),
-        about=_about(study, centre, x=_axis_name(study, 1)),
+        identity=directions_identity(study, "curve"),
+        about=about_of(study, centre, x=_axis_name(study, 1)),
         marks={study.label: (0.0, 0.0)},
         fill=lambda store, advance: fill_grid(store, study.loss, [direction], share=study.share, advance=advance),
     )
-    return _grid_summary(grid, centre)
+    return grid_summary(grid, centre)
 
 
-def _grid_summary(grid: Grid, centre: tuple[float, float]) -> dict[str, Any]:
+def grid_summary(grid: Grid, centre: tuple[float, float]) -> dict[str, Any]:
+    """Figures of a filled grid; increases are relative to the checkpoint."""
     finite = grid.loss[np.isfinite(grid.loss)]
     return {
         "file": str(grid.path),
@@ -173,8 +175,8 @@ def run_flatness(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         "flatness",
         x=np.array(sorted(set(s.radii))),
         y=np.arange(s.directions, dtype=float),
-        identity=_directions_identity(study, "flatness"),
-        about=_about(study, centre),
+        identity=directions_identity(study, "flatness"),
+        about=about_of(study, centre),
         fill=lambda store, advance: fill_radii(
             store, study.loss, study.sphere, seed=s.seed, share=study.share, advance=advance
         ),
@@ -210,8 +212,8 @@ def run_worst_case(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         "worst_case",
         x=np.array(sorted(set(s.radii))),
         y=np.zeros(1),
-        identity={**_directions_identity(study, "worst_case"), "ascent_steps": s.ascent_steps},
-        about=_about(study, centre),
+        identity={**directions_identity(study, "worst_case"), "ascent_steps": s.ascent_steps},
+        about=about_of(study, centre),
         fill=fill,
     )
     return {
@@ -220,101 +222,4 @@ def run_worst_case(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         "increase": (grid.loss[0] - centre[0]).tolist(),
         "accuracy": grid.accuracy[0].tolist(),
         "non_finite": grid.non_finite,
-    }
-
-
-def run_curvature(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
-    """Top eigenvalues, trace and spectral density of the Hessian -> summary; a finished file is used as it is."""
-    s = study.settings
-    keys = ("seed", "eigenvalues", "tolerance", "trace_probes", "density_probes", "density_steps")
-    identity = {
-        **study.identity,
-        "analysis": "curvature",
-        **{key: getattr(s, key) for key in (*keys, "curvature_dtype", "exact_limit")},
-    }
-    path = study.file("curvature")
-    if study.overwrite or not path.exists():
-        if study.share.rank == 0:
-            save_arrays(path, _curvature(study), identity=identity, about=_about(study, centre))
-        study.barrier()
-    arrays, _ = load_arrays(path, identity=identity)
-    values = arrays["eigenvalues"]
-    return {
-        "file": str(path),
-        "parameters": int(arrays["parameters"]),
-        "eigenvalues": values.tolist(),
-        "errors": arrays["errors"].tolist(),
-        "converged": arrays["converged"].tolist(),
-        "spectral_norm": float(np.abs(values).max()),
-        "trace": float(arrays["trace"]),
-        "trace_error": float(arrays["trace_error"]),
-        "exact": bool(arrays["exact"]),
-        "products": int(arrays["products"]),
-    }
-
-
-def _curvature(study: Study) -> dict[str, np.ndarray]:
-    s = study.settings
-    loss = study.curvature_loss() if study.curvature_loss is not None else study.loss
-    with study.watch(f"curvature {study.label}", None) as advance:
-        hessian = Hessian(loss.terms(), loss.start)
-        if hessian.n <= s.exact_limit:
-            return _exact_curvature(hessian, s.eigenvalues, advance)
-        top = top_eigenvalues(
-            hessian,
-            hessian.n,
-            k=s.eigenvalues,
-            tolerance=s.tolerance,
-            start=hessian.noise(seed=s.seed, index=0),
-            dtype=hessian.dtype,
-            advance=advance,
-        )
-        trace = hutchinson_trace(
-            hessian,
-            lambda index: hessian.noise(seed=s.seed, index=1 + index),
-            count=s.trace_probes,
-            deflate=top,
-            advance=advance,
-        )
-        arrays = {
-            "eigenvalues": top.values,
-            "residuals": top.residuals,
-            "errors": top.errors,
-            "converged": top.converged,
-            "trace": trace.value,
-            "trace_error": trace.error,
-            "trace_samples": trace.samples,
-        }
-        if s.density_probes:
-            density = spectral_density(
-                hessian,
-                lambda index: hessian.noise(seed=s.seed, index=1_000_000 + index),
-                count=s.density_probes,
-                steps=s.density_steps,
-                dtype=hessian.dtype,
-                advance=advance,
-            )
-            arrays |= {"nodes": density.nodes, "weights": density.weights}
-    return {**arrays, "parameters": hessian.n, "products": hessian.products, "exact": False}
-
-
-def _exact_curvature(hessian: Hessian, k: int, advance: Advance) -> dict[str, np.ndarray]:
-    """The whole spectrum; as a quadrature it is one probe with equal weights."""
-    matrix = hessian.matrix(advance=advance).cpu().numpy()
-    n = hessian.n
-    spectrum = np.linalg.eigvalsh(matrix) if np.isfinite(matrix).all() else np.full(n, np.nan)
-    top = spectrum[np.argsort(-np.abs(spectrum))][:k]
-    return {
-        "eigenvalues": top,
-        "residuals": np.zeros(len(top)),
-        "errors": np.zeros(len(top)),
-        "converged": np.isfinite(top),
-        "trace": np.sum(spectrum),
-        "trace_error": 0.0,
-        "trace_samples": np.sum(spectrum)[None],
-        "nodes": spectrum[None],
-        "weights": np.full((1, n), 1 / n),
-        "parameters": n,
-        "products": hessian.products,
-        "exact": True,
     }

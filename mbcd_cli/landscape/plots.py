@@ -62,8 +62,9 @@ def _marks(axes: Axes, grid: Grid) -> None:
     marks = dict(zip(grid.mark_labels, grid.marks, strict=True))
     steps = {label: xy for label, xy in marks.items() if label.startswith("epoch ")}
     if steps:
-        line = np.array(list(steps.values()))
-        axes.plot(line[:, 0], line[:, 1], "-o", color="white", markersize=3, linewidth=1.2, zorder=3)
+        path = np.array([*steps.values(), *(xy for label, xy in marks.items() if label not in steps)])
+        axes.plot(path[:, 0], path[:, 1], color="white", linewidth=3, zorder=3)
+        axes.plot(path[:, 0], path[:, 1], "-o", color="black", markersize=3, linewidth=1.2, zorder=3)
         for label in (next(iter(steps)), next(reversed(steps))):
             _name(axes, label, steps[label])
     for label, (x, y) in marks.items():

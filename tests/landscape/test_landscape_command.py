@@ -131,7 +131,7 @@ def test_several_checkpoints_in_one_figure_redrawn_from_files(tmp_path):
     before = [p.read_bytes() for p in pictures]
     for picture in pictures:
         picture.unlink()
-    again = run(tmp_path, [(label, None) for label, _ in pairs], plot_only=True)
+    again = run(tmp_path, plot_only=True)
     assert again["files"] == result["files"]
     assert [p.read_bytes() for p in pictures] == before
 

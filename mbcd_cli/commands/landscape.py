@@ -105,11 +105,11 @@ def landscape(
                 summary = result["paths"][f"{label} to {other}"] = run_path(study, ends, other)
                 files["path"][f"{label} to {other}"] = Path(summary["file"])
             result["plane"] = run_plane(study, ends)
-            files["plane"]["plane"] = Path(result["plane"]["file"])
+            files["plane"][" to ".join([label, *named][:3])] = Path(result["plane"]["file"])
         if number == 0 and epochs:
             models = {f"epoch {e}": bench.model(f"epoch {e}", c, chosen.weights) for e, c in sorted(epochs)}
             result["trajectory"] = run_trajectory(study, bench.ends(model, models))
-            files["trajectory"]["trajectory"] = Path(result["trajectory"]["file"])
+            files["trajectory"][label] = Path(result["trajectory"]["file"])
     return {**result, "files": _draw(files, output)}
 
 

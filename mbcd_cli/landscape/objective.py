@@ -24,13 +24,14 @@ from mbcd_cli.model import MultiModalModel
 Term = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _HEAD_POINTS = 32
+_VARIANCE = ".running_var"
 
 
 class LossFunction(Protocol):
     """A loss of named tensors, as the whole package needs it.
 
     Attributes:
-        start: the tensors that move, at the checkpoint.
+        start: the tensors that move (see `coordinate`), at the checkpoint.
         points_per_pass: points that `measure_many` is best given at once.
     """
 
@@ -116,7 +117,7 @@ class ModelObjective:
             self._data = [_merge(self._data)]
         self.clips = sum(len(data.labels) for data in self._data)
         state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self.start: Vector = {name: state[name].detach().clone() for name in names}
+        self.start: Vector = {name: coordinate(name, state[name].detach()).clone() for name in names}
         self.points_per_pass = points_per_pass or (1 if self._moving else _HEAD_POINTS)
 
     @property
@@ -164,8 +165,11 @@ class ModelObjective:
         return loss, (logits.argmax(1) == data.labels).sum()
 
     def _call(self, tensors: Mapping[str, torch.Tensor], action: Callable[..., Any], *args: Any) -> Any:
-        """action(*args) while the copied model's parameters and buffers are `tensors`."""
+        """action(*args) while the copied model's parameters and buffers are `tensors` (not their coordinates)."""
         return functional_call(self._caller, {f"model.{n}": t for n, t in tensors.items()}, (action, *args))
+
+    def _at(self, moved: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {n: t.exp() if n.endswith(_VARIANCE) else t for n, t in moved.items()}
 
     @torch.no_grad()
     def _calibrated(
@@ -204,6 +208,7 @@ class ModelObjective:
     @torch.no_grad()
     def measure(self, moved: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[2] float64: loss and accuracy at `moved`; nothing waits for the device."""
+        moved = self._at(moved)
         if self._calibration:
             moved = {**moved, **self._calibrated(moved, self._calibration, self._stages)}
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -220,7 +225,7 @@ class ModelObjective:
             return torch.stack([self.measure({n: t[p] for n, t in moved.items()}) for p in range(points)])
         total = torch.zeros(points, 2, dtype=torch.float64, device=self.device)
         for data in self._data:
-            loss, correct = torch.vmap(lambda one, data=data: self._call(one, self._sums, data))(dict(moved))
+            loss, correct = torch.vmap(lambda one, d=data: self._call(self._at(one), self._sums, d))(dict(moved))
             total += torch.stack((loss.double(), correct.double()), dim=1)
         return total / self.clips
 
@@ -229,7 +234,13 @@ class ModelObjective:
 
         Batch norm uses the running statistics; with recalibration, those recalibrated at the checkpoint.
         """
-        return [lambda moved, d=data: self._call(moved, self._sums, d)[0] / self.clips for data in self._data]
+        return [lambda moved, d=data: self._call(self._at(moved), self._sums, d)[0] / self.clips for data in self._data]
+
+
+def coordinate(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """How a tensor enters a vector: running variances by their logarithm, so that they stay positive wherever a path
+    or a plane leads; all others as they are."""
+    return tensor.clamp_min(1e-12).log() if name.endswith(_VARIANCE) else tensor
 
 
 class _Caller(nn.Module):

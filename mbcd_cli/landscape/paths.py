@@ -1,7 +1,8 @@
 """Straight paths and planes through checkpoints, the barrier on a path, and the plane of a training's trajectory.
 
 Vectors hold parameters and, where running statistics are used, the batch norms' buffers, which move along with the same
-coefficients: every checkpoint is met exactly, its statistics included. Lengths and angles are those of the parameters.
+coefficients (variances by their logarithms): every checkpoint is met exactly, its statistics included. Lengths and
+angles are those of the parameters.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.landscape.directions import Vector, difference, dot, move, norm, scaled
+from mbcd_cli.landscape.objective import coordinate
 from mbcd_cli.landscape.store import Grid
 
 
@@ -42,7 +44,7 @@ def vector_of(state: Mapping[str, torch.Tensor], like: Vector, *, label: str) ->
                 f"Checkpoint {label} holds another model: {name} {have}, not {tuple(tensor.shape)}.",
                 "Connect checkpoints of the same modalities, encoders and heads.",
             )
-        found[name] = other.to(tensor)
+        found[name] = coordinate(name, other.to(tensor))
     return found
 
 

@@ -65,8 +65,7 @@ def _marks(axes: Axes, grid: Grid) -> None:
         path = np.array([*steps.values(), *(xy for label, xy in marks.items() if label not in steps)])
         axes.plot(path[:, 0], path[:, 1], color="white", linewidth=3, zorder=3)
         axes.plot(path[:, 0], path[:, 1], "-o", color="black", markersize=3, linewidth=1.2, zorder=3)
-        for label in (next(iter(steps)), next(reversed(steps))):
-            _name(axes, label, steps[label])
+        _name(axes, next(iter(steps)), next(iter(steps.values())))
     for label, (x, y) in marks.items():
         if label not in steps:
             axes.plot([x], [y], marker="*", color="white", markeredgecolor="black", markersize=11, zorder=4)
@@ -198,7 +197,7 @@ def plot_curves(
             for mark, (x, _) in zip(grid.mark_labels, grid.marks, strict=True):
                 if len(grid.marks) > 1:
                     axes.axvline(x, color="#999999", linewidth=0.8, linestyle=":")
-                    if axes is top and number == 0:
+                    if axes is top and len(grids) == 1:
                         axes.annotate(
                             mark, (x, 1), xycoords=("data", "axes fraction"), xytext=(3, -10),
                             textcoords="offset points", fontsize=8, color="#555555",
@@ -206,6 +205,8 @@ def plot_curves(
     values = np.concatenate([grid.loss[np.isfinite(grid.loss)] for grid in grids.values()] or [np.array([])])
     if len(values) and values.min() > 0 and values.max() / values.min() > 30:
         top.set_yscale("log")
+        top.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=15))
+        top.yaxis.set_minor_formatter(ticker.NullFormatter())
         top.yaxis.set_major_formatter(_PLAIN)
     top.set_ylabel("loss (cross-entropy)")
     bottom.set_ylabel("accuracy (%)")

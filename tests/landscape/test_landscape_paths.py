@@ -111,10 +111,15 @@ def test_buffers_move_along_with_the_parameters(settings, dataset):
     assert len(buffers) == 8  # mean and variance of two batch norms in each of two tails
     assert all("running" in name for name in buffers)
     assert buffers_of(one, moving_names(one, group="fused_head")) == ()
-    like = {n: one.state_dict()[n] for n in (*names, *buffers)}
+    state = {n: one.state_dict()[n] for n in (*names, *buffers)}
+    like = vector_of(state, state, label="one")
     end = vector_of(two.state_dict(), like, label="two")
     away = line(like, end, names=names, label="two")
     torch.testing.assert_close(move(like, [away], [1.0]), end)
+    variance = next(n for n in buffers if n.endswith("running_var"))
+    middle = move(like, [away], [0.5])[variance].exp()
+    expected = (one.state_dict()[variance] * two.state_dict()[variance]).sqrt()
+    torch.testing.assert_close(middle, expected)
 
 
 def test_another_model_is_refused_by_name(settings, dataset, model):

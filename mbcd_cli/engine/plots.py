@@ -37,24 +37,24 @@ def plot_run(run: Path) -> list[Path]:
 
 
 def _losses(steps: Records, path: Path) -> Path:
-    fig, axes = plotting.figure()
+    fig, axes = plotting.figure(size=(8.4, 4.2))
     x = [record["step"] for record in steps]
     axes.plot(x, [r["total"] for r in steps], label="total (Eq. 9)", color="black", linewidth=1)
-    axes.plot(x, [r["ce_fused"] for r in steps], label="CE fused")
+    (line,) = axes.plot(x, [r["ce_fused"] for r in steps], label="CE fused")
     if any(r["kl_fused"] for r in steps):
-        axes.plot(x, [r["kl_fused"] for r in steps], label="KL fused", linestyle=":")
+        axes.plot(x, [r["kl_fused"] for r in steps], label="KL fused", linestyle=":", color=line.get_color())
     for name in steps[0]["modalities"]:
         (line,) = axes.plot(x, _modality(steps, name, "ce"), label=f"CE {name}")
         if any(_modality(steps, name, "kl")):
             axes.plot(x, _modality(steps, name, "kl"), label=f"KL {name}", linestyle=":", color=line.get_color())
     axes.set(xlabel="step", ylabel="loss (nats)", title="Loss terms")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    fig.legend(loc="outside right upper")
     return plotting.save(fig, path)
 
 
 def _balance(steps: Records, path: Path) -> Path:
-    fig, (top, bottom) = plotting.figure(2, 1, size=(6.4, 6.0), sharex=True)
+    fig, (top, bottom) = plotting.figure(2, 1, size=(8.4, 6.0), sharex=True)
     x = [record["step"] for record in steps]
     for name in steps[0]["modalities"]:
         (line,) = top.plot(x, _modality(steps, name, "r"), label=name)
@@ -70,13 +70,12 @@ def _balance(steps: Records, path: Path) -> Path:
     top.axhline(1, color="#999999", linewidth=0.8)
     top.set(ylabel="$r_k$", title="Modality balance (Eq. 3) and dropout (Eq. 4)")
     bottom.set(xlabel="step", ylabel="fraction of clips", ylim=(-0.02, 1.02))
-    top.legend()
-    bottom.legend(ncols=2)
+    fig.legend(handles=[*top.lines[: len(steps[0]["modalities"])], *bottom.lines], loc="outside right upper")
     return plotting.save(fig, path)
 
 
 def _accuracy(epochs: Records, path: Path) -> Path:
-    fig, axes = plotting.figure()
+    fig, axes = plotting.figure(size=(8.4, 4.2))
     x = [record["epoch"] for record in epochs]
     lines: list[tuple[str, Callable[[Mapping[str, Any]], float | None]]] = []
     for where in ("validation", "target"):
@@ -98,7 +97,7 @@ def _accuracy(epochs: Records, path: Path) -> Path:
         axes.annotate(" best", (best, 2), color="#666666")
     axes.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102), title="Fused accuracy per epoch")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
+    fig.legend(loc="outside right upper")
     return plotting.save(fig, path)
 
 

@@ -105,7 +105,7 @@ def killed_at(event: int, run: Path, *, resume: bool) -> bool:
     return os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("event", [3, 8, 9, 10, 11, 29, 43, 52, 57, 60, 61, 62, 64, 91, 120])
+@pytest.mark.parametrize("event", [3, 9, 10, 11, 29, 57, 61, 64, 120])
 def test_killed_at_any_write_and_resumed(whole, tmp_path, event):
     run = tmp_path / "run"
     assert killed_at(event, run, resume=False)
@@ -152,8 +152,10 @@ class Signalling(MemoryDataset):
 
 
 # Batches 1-4 of an epoch train, 5 and 6 validate teacher and student, 7 and 8 report the target.
-@pytest.mark.parametrize("number", [2, 4, 5, 6, 8, 9, 15])
-@pytest.mark.parametrize("one", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "one"),
+    [(2, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGTERM), (8, signal.SIGTERM), (15, signal.SIGTERM)],
+)
 def test_signals_checkpoint_and_leave_cleanly(whole, tmp_path, number, one):
     run = tmp_path / "run"
     before = signal.getsignal(one)

@@ -155,7 +155,9 @@ def test_a_non_finite_loss_stops_names_the_clips_and_keeps_the_last_good_checkpo
 
 def test_infinite_weights_never_reach_a_checkpoint(tmp_path, no_plots):
     """The loss of the first step is finite, its update is not, and a checkpoint is due after it."""
-    settings = memory_settings(optimizer={"name": "sgd", "lr": 1e38}, training={"checkpoint_minutes": 1e-9})
+    settings = memory_settings(
+        optimizer={"name": "sgd", "lr": 1e38, "weight_decay": 1e4}, training={"checkpoint_minutes": 1e-9}
+    )
     with pytest.raises(RunError, match="not finite"):
         run_training(tmp_path / "run", settings)
     assert not list((tmp_path / "run/checkpoints").glob("*.pt"))

@@ -22,7 +22,7 @@ from mbcd_cli.engine.run_folder import open_run
 from mbcd_cli.engine.step import TrainStep
 from mbcd_cli.engine.teacher import Teacher
 from mbcd_cli.engine.trainer import Progress, Trainer
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation.evaluator import clip_sets
 from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.runtime import configure
@@ -72,6 +72,13 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
             raise RunError(
                 f"{device} is out of memory at batches of {training.batch_size} clips.",
                 "Lower training.batch_size.",
+            ) from error
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise SettingsError(
+                "training.batch_size: batch norm has no statistics in a batch of one clip.",
+                "Raise it, or set training.batch_norm=frozen.",
             ) from error
         seconds = time.monotonic() - started
         summary = summarise(progress, settings=settings, run=run)

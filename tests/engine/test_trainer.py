@@ -119,6 +119,8 @@ def test_limits(tmp_path, no_plots):
     assert summary["steps"] == 2 * (17 // 8)
     with pytest.raises(SettingsError, match="fewer than one batch"):
         run_training(tmp_path / "few", memory_settings(training={"limit_clips": 5}))
+    with pytest.raises(SettingsError, match="batch of one clip"):
+        run_training(tmp_path / "one", memory_settings(training={"batch_size": 1}))
 
 
 def test_no_target_trains_in_domain(tmp_path, no_plots):

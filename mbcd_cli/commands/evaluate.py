@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,19 @@ import torch
 
 from mbcd_cli import console
 from mbcd_cli.data.records import Batch
+from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation import plots
 from mbcd_cli.evaluation.analyses import Analysis, analyse
+from mbcd_cli.evaluation.compare import compare, distinct, find_runs, load_run
 from mbcd_cli.evaluation.evaluator import TARGET, deployed, evaluate_models
+from mbcd_cli.evaluation.export import written_aside
 from mbcd_cli.evaluation.history import accuracy_history
-from mbcd_cli.evaluation.report import print_results
-from mbcd_cli.evaluation.results import collect, describe, read_records, warnings, write_json
+from mbcd_cli.evaluation.html import write_comparison, write_report
+from mbcd_cli.evaluation.report import print_comparison, print_results
+from mbcd_cli.evaluation.results import collect, describe, provenance, read_records, warnings, write_json
 from mbcd_cli.evaluation.robustness import subset_variants
+from mbcd_cli.evaluation.tables import as_values, comma_separated, from_values, latex, markdown
+from mbcd_cli.layers import to_toml
 from mbcd_cli.settings import Settings
 
 
@@ -70,13 +76,61 @@ def evaluate(
     _history(figures, analysis, run, checkpoints[chosen[0]])
     analyse(analysis, ood=ood)
     figures |= analysis.figures
+    figures["provenance"] = provenance(dataset, checkpoints, device)
     files = {"results": write_json(figures, output / "results.json"), **analysis.files}
+    if settings.evaluation.report:
+        path = output / "report.html"
+        text = to_toml(settings)
+        files["report"] = write_report(path, figures, files=analysis.files, settings=text, run=run)
     return {**figures, "files": {name: str(path) for name, path in files.items()}}
 
 
 def show(figures: Mapping[str, Any]) -> None:
     """Print what `evaluate` returned: tables and paths on stdout, warnings on stderr."""
     print_results(figures, {name: Path(path) for name, path in figures["files"].items()})
+
+
+def compare_runs(patterns: Sequence[str], *, output: Path) -> dict[str, Any]:
+    """Compare evaluated runs: tables of mean and spread over seeds, beside the paper's figures.
+
+    Args:
+        patterns: run folders, or patterns such as `runs/**`.
+        output: folder for comparison.{md,html,json} and one .csv and .tex per table.
+
+    Returns:
+        runs (their paths), warnings, tables (as plain values) and files.
+
+    Raises:
+        RunError: no evaluated run.
+    """
+    done, waiting = find_runs(patterns)
+    notes = [f"{folder} is not evaluated: left out. Run `mbcd evaluate --run {folder}`." for folder in waiting]
+    if not done:
+        raise RunError(notes[0], "Evaluate the runs first.")
+    runs, repeats = distinct([load_run(folder) for folder in done])
+    notes += repeats
+    tables = compare(runs)
+    files = {"report": write_comparison(output / "comparison.html", tables, title="Runs compared", warnings=notes)}
+    text = {"comparison.md": "\n".join(map(markdown, tables))}
+    for table in tables:
+        text |= {f"{table.name}.csv": comma_separated(table), f"{table.name}.tex": latex(table)}
+    for name, content in text.items():
+        with written_aside(output / name) as aside:
+            aside.write_text(content, encoding="utf-8")
+        files[name] = output / name
+    found = {
+        "runs": [str(run.path) for run in runs],
+        "warnings": notes,
+        "tables": [as_values(table) for table in tables],
+    }
+    files["results"] = write_json(found, output / "comparison.json")
+    return {**found, "files": {name: str(path) for name, path in files.items()}}
+
+
+def show_comparison(found: Mapping[str, Any]) -> None:
+    """Print what `compare_runs` returned."""
+    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex"))}
+    print_comparison([from_values(table) for table in found["tables"]], files, found["warnings"])
 
 
 def _watch(batches: Iterable[Batch], label: str = "evaluating") -> Iterator[Batch]:

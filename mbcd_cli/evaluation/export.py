@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ def written_aside(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error}", "Name another folder with --output.") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error is the one to tell
+            aside.unlink(missing_ok=True)
 
 
 def prediction_rows(

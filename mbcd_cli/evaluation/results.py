@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
+import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+import mbcd_cli
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.evaluator import TARGET, Evaluated, Prepared, source_domains
+from mbcd_cli.evaluation.export import written_aside
 from mbcd_cli.settings import Settings
 
 FORMAT = 1
@@ -32,6 +38,36 @@ def describe(settings: Settings, dataset: Prepared, checkpoints: Mapping[str, An
         "label_names": list(dataset.label_names),
         "epochs": {name: int(checkpoint.epoch) for name, checkpoint in checkpoints.items()},
     }
+
+
+def weights_sha256(checkpoint: Any) -> str:
+    """SHA-256 over names, shapes, types and bytes of all weights of a checkpoint: equal weights, equal digest."""
+    digest = hashlib.sha256()
+    for model, state in (("student", checkpoint.student), ("teacher", checkpoint.teacher or {})):
+        for name in sorted(state):
+            values = state[name].detach().cpu().contiguous()
+            digest.update(f"{model}.{name} {tuple(values.shape)} {values.dtype}\n".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def provenance(dataset: Prepared, checkpoints: Mapping[str, Any], device: torch.device) -> dict[str, str]:
+    """Versions, weights and caches behind the figures, flat: what -> value."""
+    found = {
+        "mbcd": mbcd_cli.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "platform": f"{platform.system()} {platform.machine()}, {device.type}",
+    }
+    for name, checkpoint in checkpoints.items():
+        found[f"{name} weights, sha256"] = weights_sha256(checkpoint)
+    for name, fingerprint in getattr(dataset, "fingerprints", {}).items():
+        found[f"{name} cache"] = fingerprint
+    for name, cache in getattr(dataset, "caches", {}).items():
+        for key, value in getattr(cache, "provenance", {}).items():
+            found[f"{name} cache, {key.replace('_', ' ')}"] = str(value)
+    return found
 
 
 def collect(about: Mapping[str, Any], results: Iterable[Evaluated], chosen: tuple[str, str]) -> dict[str, Any]:
@@ -59,13 +95,8 @@ def collect(about: Mapping[str, Any], results: Iterable[Evaluated], chosen: tupl
 
 def write_json(value: Any, path: Path) -> Path:
     """Write `value` aside and rename, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with written_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +60,17 @@ class Table:
 def plain(cell: str | Cell) -> str:
     """A cell as plain text."""
     return cell if isinstance(cell, str) else cell.text()
+
+
+def as_values(table: Table) -> dict[str, Any]:
+    """The table as JSON-able values; `from_values` is the way back."""
+    return asdict(table)
+
+
+def from_values(values: Mapping[str, Any]) -> Table:
+    """The table that `as_values` described."""
+    rows = [[Cell(**cell) if isinstance(cell, dict) else cell for cell in row] for row in values["rows"]]
+    return Table(values["name"], values["title"], values["columns"], rows, values["note"])
 
 
 def markdown(table: Table) -> str:

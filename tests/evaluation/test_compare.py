@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import permutation_test, ttest_rel
 
+from mbcd_cli import console
+from mbcd_cli.commands.evaluate import compare_runs, show_comparison
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation import compare as c
 from mbcd_cli.evaluation import tables as t
@@ -208,3 +210,30 @@ def test_golden_tables():
         "a|b & \\textbf{60.00}\\,{\\scriptsize$\\pm$0.50} & \\textbf{61.23} \\\\\n"
         "\\bottomrule\n\\end{tabular}\n\\end{table}\n"
     )
+
+
+def test_comparison_command_writes_every_form(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console.out, "width", 160)
+    grid(tmp_path / "runs", seeds=(0, 1))
+    (tmp_path / "runs" / "not-yet").mkdir()
+    (tmp_path / "runs" / "not-yet" / "settings.toml").write_text("")
+    found = compare_runs([str(tmp_path / "runs" / "**")], output=tmp_path / "out")
+    assert len(found["runs"]) == 12
+    assert "not evaluated" in found["warnings"][0]
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    stem = "epic-kitchens-audio-flow-multi-source"
+    assert {"comparison.md", "comparison.html", "comparison.json", f"{stem}.csv", f"{stem}.tex"} <= names
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["tables"] == json.loads(
+        json.dumps(found["tables"])
+    )
+    with (tmp_path / "out" / f"{stem}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[1]["D2"]) == pytest.approx(63.5)
+    assert rows[2]["method"] == "ERM (paper)"
+    show_comparison(json.loads(json.dumps(found)))
+    captured = capsys.readouterr()
+    assert "63.50 ± 0.71" in captured.out
+    assert "68.05" in captured.out
+    assert "not evaluated" in captured.err
+    with pytest.raises(RunError, match="not evaluated"):
+        compare_runs([str(tmp_path / "runs" / "not-yet")], output=tmp_path / "out2")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.data.dataset import CachedDataset, open_dataset
+from mbcd_cli.data.records import SPLITS
 from mbcd_cli.engine.checkpoint import Checkpoint, load_checkpoint
 from mbcd_cli.errors import CacheError, CheckpointError, RunError, SettingsError
 from mbcd_cli.layers import Layer, load_settings, resolve
@@ -41,6 +42,10 @@ def open_for_training(settings: Settings) -> tuple[Settings, CachedDataset]:
         )
     if not sources:
         raise SettingsError("No source domain is left to train on.", "Name them with --source-domains.")
+    for domain in sources:
+        # A source needs clips to train on and held-out ones to select the model on.
+        for split in SPLITS:
+            dataset.select(domains=[domain], splits=[split])
     training = settings.training.model_copy(update={"source_domains": tuple(sources)})
     resolved = settings.model_copy(
         update={

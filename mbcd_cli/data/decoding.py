@@ -22,6 +22,8 @@ from mbcd_cli.settings import DatasetSettings, Modality
 TIMEOUT = 300.0
 """Seconds after which one clip's decoding is given up (a hanging decoder or file system)."""
 
+REENCODE = "Re-encode or replace the file."
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
@@ -53,10 +55,13 @@ def _quiet_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def media_file(clip: Clip, name: str) -> str:
-    """The file a message about this clip's modality should name."""
+def rejection(clip: Clip, name: str, cause: str, remedy: str) -> Rejected:
+    """Why a clip is left out; a cause that begins with the path of one of its files is split into the two."""
     media = clip.media[name]
-    return str(media.path)
+    for path in (media.path, media.path_v):
+        if path is not None and cause.startswith(f"{path}: "):
+            return Rejected(clip.id, name, str(path), cause.removeprefix(f"{path}: "), remedy)
+    return Rejected(clip.id, name, str(media.path), cause, remedy)
 
 
 def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
@@ -66,22 +71,11 @@ def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
     try:
         parts = load_views(clip, job.name, job.modality, views=views, seed=job.seed, dataset=job.dataset)
     except MediaError as error:
-        return Decoded(
-            index,
-            views,
-            [],
-            Rejected(clip.id, job.name, media_file(clip, job.name), error.message, error.remedy),
-        )
+        return Decoded(index, views, [], rejection(clip, job.name, error.message, error.remedy))
     except MbcdError:
         raise
     except Exception as error:  # a decoder's own exception must not end the other clips' preparation
-        cause = f"{type(error).__name__}: {error}"
-        return Decoded(
-            index,
-            views,
-            [],
-            Rejected(clip.id, job.name, media_file(clip, job.name), cause, "Re-encode or replace the file."),
-        )
+        return Decoded(index, views, [], rejection(clip, job.name, f"{type(error).__name__}: {error}", REENCODE))
     return Decoded(index, views, parts)
 
 
@@ -155,7 +149,4 @@ class Decoder:
             cause = f"the decoder did not finish within {TIMEOUT:.0f} s"
         finally:
             self._stop()
-        file = media_file(clip, self.job.name)
-        return Decoded(
-            index, views, [], Rejected(clip.id, self.job.name, file, cause, "Re-encode or replace the file.")
-        )
+        return Decoded(index, views, [], rejection(clip, self.job.name, cause, REENCODE))

@@ -12,15 +12,26 @@ import numpy as np
 import torch
 
 from mbcd_cli import console
-from mbcd_cli.data.cache import CacheWriter, ShardRows, fingerprint, locked, recipe_of, shard_ranges, views_of
+from mbcd_cli.data.cache import (
+    GROUPS,
+    CacheWriter,
+    Rows,
+    Shard,
+    fingerprint,
+    group_of,
+    locked,
+    recipe_of,
+    shard_ranges,
+    views_of,
+)
 from mbcd_cli.data.decoding import DecodeJob, Decoder
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.data.views import part_shapes, resolve
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.encoders.pretrained import PUBLIC, find_weights, load_pretrained
+from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
 from mbcd_cli.encoders.staged import Trunk
-from mbcd_cli.errors import CacheError, SettingsError
+from mbcd_cli.errors import CacheError
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Modality, Settings, default_modality
 
@@ -92,23 +103,21 @@ def _short(file: str, settings: Settings) -> str:
 
 
 def _trunk(settings: Settings, name: str, modality: Modality) -> tuple[Trunk, dict[str, torch.Tensor], str | None]:
-    """The frozen trunk, the tail's initial weights and the weights' SHA-256 (None: random or no trunk)."""
+    """The frozen trunk, the tail's initial weights ({}: drawn by `train`) and the SHA-256 of the weights file.
+
+    Raises:
+        CheckpointError: weights that are missing, damaged or another encoder's; a trunk is never silently random.
+    """
     torch.manual_seed(settings.cache.seed)
     encoder = build_encoder(name, modality)
-    if modality.cut == "input":
-        trunk, _ = encoder.cut("input")
+    trunk, tail = encoder.cut(modality.cut)
+    if modality.cut == "input" and modality.weights is None:
         return trunk, {}, None
     sha = None
     if not settings.cache.random_weights:
-        if modality.weights is None and modality.encoder not in PUBLIC:
-            raise SettingsError(
-                f"modalities.{name}: {modality.encoder} is cut at {modality.cut!r}, and its trunk has no weights.",
-                f"Set modalities.{name}.weights to a checkpoint, or say --random-weights.",
-            )
         file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
         sha = load_pretrained(encoder, modality.encoder, file, sha256=modality.weights_sha256).sha256
         console.say(f"{name}: {modality.encoder} with the weights of {file} (SHA-256 {sha[:8]}...)")
-    trunk, tail = encoder.cut(modality.cut)
     return trunk, tail.state_dict(), sha
 
 
@@ -124,21 +133,20 @@ def _prepare_modality(
     trunk, tail_weights, sha = _trunk(settings, name, modality)
     recipe = recipe_of(settings, name, modality, weights_sha256=sha)
     root = settings.dataset.root or Path()
-    clips = [clip for clip in listing.clips if name in clip.media]
-    digest = fingerprint(recipe, listing.clips, name=name, root=root)
+    clips = listing.clips
+    digest = fingerprint(recipe, clips, name=name, root=root)
     folder = settings.cache.dir / listing.name / f"{name}-{digest}"
     views = [views_of(clip, views=settings.cache.views, test_view=settings.dataset.target_split) for clip in clips]
-    shapes = _cached_shapes(trunk, modality, settings)
-    row_bytes = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes)
+    shapes = {group: _cached_shapes(trunk, modality, settings, group) for group in GROUPS}
+    row_bytes = {g: sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes[g]) for g in GROUPS}
+    sizes = [sum(row_bytes[group_of(view)] for view in wanted) for wanted in views]
     with locked(folder):
         writer = CacheWriter(
             folder,
             recipe=recipe,
             modality=modality,
-            clips=listing.clips,
-            shards=shard_ranges(
-                clips, row_bytes=row_bytes, limit=settings.cache.shard_clips, rows=[len(v) for v in views]
-            ),
+            clips=clips,
+            shards=shard_ranges(sizes, limit=settings.cache.shard_clips),
             domains=listing.domains,
             label_names=listing.label_names,
             provenance={
@@ -152,7 +160,7 @@ def _prepare_modality(
             compression=settings.cache.compression,
         )
         pending = writer.pending()
-        _check_disk(folder, row_bytes * sum(len(views[i]) for n in pending for i in writer.shards[n]))
+        _check_disk(folder, sum(sizes[i] for n in pending for i in writer.shards[n]))
         job = DecodeJob(name, modality, settings.dataset, settings.cache.seed)
         trunk.to(device)
         total = sum(len(writer.shards[n]) for n in pending)
@@ -162,12 +170,15 @@ def _prepare_modality(
         ):
             for number in pending:
                 items = [(index, clips[index], views[index]) for index in writer.shards[number]]
-                rows = _fill(decoder, items, trunk, shapes, device, ticker)
-                writer.write_shard(number, rows)
+                writer.write_shard(number, _fill(decoder, items, trunk, shapes, device, ticker))
         if tail_weights:
             _save_tail(folder / "tail.pt", tail_weights)
-        found = writer.finish(listing.rejected)
+        found, mended = writer.finish(listing.rejected)
     rejected.extend(found)
+    if mended:
+        console.warn(
+            f"{name}: {len(mended)} clips were mended while decoding, the first {mended[0][0]}: {mended[0][1]}"
+        )
     state = "reused" if not pending else "prepared"
     seconds = time.monotonic() - started
     nbytes = sum(path.stat().st_size for path in folder.glob("shard-*.h5"))
@@ -180,20 +191,24 @@ def _prepare_modality(
         "fingerprint": digest,
         "clips": len(clips) - len(found),
         "bytes": nbytes,
-        "bytes_per_view": row_bytes,
+        "bytes_per_view": row_bytes["train"],
+        "mended": [{"clip": clip, "note": note} for clip, note in mended],
         "shards": len(writer.shards),
         "shards_reused": len(writer.shards) - len(pending),
         "seconds": round(seconds, 3),
     }
 
 
-def _cached_shapes(trunk: Trunk, modality: Modality, settings: Settings) -> list[tuple[tuple[int, ...], np.dtype]]:
+Shapes = list[tuple[tuple[int, ...], np.dtype]]
+
+
+def _cached_shapes(trunk: Trunk, modality: Modality, settings: Settings, group: str) -> Shapes:
     """Shape and dtype of one row of every part at the cut, found by running the trunk on zeros."""
-    inputs = part_shapes(modality)
+    inputs = part_shapes(modality, test=group == "test")
     stored = np.dtype(settings.cache.dtype)
     if not trunk.names:
         return [(shape, dtype if dtype == np.uint8 else stored) for shape, dtype in inputs]
-    zeros = tuple(torch.zeros((1, *shape), dtype=torch.from_numpy(np.zeros(0, dtype)).dtype) for shape, dtype in inputs)
+    zeros = tuple(torch.from_numpy(np.zeros((1, *shape), dtype)) for shape, dtype in inputs)
     return [(tuple(part.shape[1:]), stored) for part in trunk(zeros)]
 
 
@@ -201,36 +216,49 @@ def _fill(
     decoder: Decoder,
     items: Sequence[tuple[int, Clip, list[int]]],
     trunk: Trunk,
-    shapes: Sequence[tuple[tuple[int, ...], np.dtype]],
+    shapes: dict[str, Shapes],
     device: torch.device,
     ticker: console.Ticker,
-) -> ShardRows:
+) -> Shard:
     """Decode a shard's clips, run the trunk on their views and collect the rows."""
-    count = sum(len(views) for _, _, views in items)
-    parts = [np.empty((count, *shape), dtype) for shape, dtype in shapes]
-    clip_rows, view_rows, rejected = np.empty(count, np.int32), np.empty(count, np.int16), []
-    at = 0
+    rows = {}
+    for group in GROUPS:
+        count = sum(group_of(view) == group for _, _, views in items for view in views)
+        parts = [np.empty((count, *shape), dtype) for shape, dtype in shapes[group]]
+        rows[group] = Rows(parts, np.empty(count, np.int32), np.empty(count, np.int16))
+    filled = dict.fromkeys(GROUPS, 0)
+    shard = Shard(rows, [], [])
+    names = {index: clip.id for index, clip, _ in items}
     for decoded in decoder.run(items):
         ticker.advance()
         if decoded.rejected is not None:
-            rejected.append(decoded.rejected)
+            shard.rejected.append(decoded.rejected)
             continue
-        rows = slice(at, at + len(decoded.views))
-        stacked = [np.stack(column) for column in zip(*decoded.parts, strict=True)]
-        if trunk.names:
-            tensors = tuple(torch.from_numpy(array).to(device) for array in stacked)
-            stacked = [part.float().cpu().numpy() for part in trunk(tensors)]
-        for target, source in zip(parts, stacked, strict=True):
-            target[rows] = source
-            if target.dtype.kind == "f" and not np.isfinite(target[rows]).all():
-                clip = next(clip for index, clip, _ in items if index == decoded.index)
-                raise CacheError(
-                    f"Clip {clip.id}: values do not fit {target.dtype}.",
-                    "Prepare with --set cache.dtype=float32.",
-                )
-        clip_rows[rows], view_rows[rows] = decoded.index, decoded.views
-        at = rows.stop
-    return ShardRows([part[:at] for part in parts], clip_rows[:at], view_rows[:at], rejected)
+        shard.mended.extend((names[decoded.index], note) for note in decoded.notes)
+        for group in GROUPS:
+            chosen = [i for i, view in enumerate(decoded.views) if group_of(view) == group]
+            if not chosen:
+                continue
+            stacked = [np.stack(column) for column in zip(*(decoded.parts[i] for i in chosen), strict=True)]
+            if trunk.names:
+                tensors = tuple(torch.from_numpy(array).to(device) for array in stacked)
+                stacked = [part.float().cpu().numpy() for part in trunk(tensors)]
+            at = slice(filled[group], filled[group] + len(chosen))
+            for target, source in zip(rows[group].parts, stacked, strict=True):
+                with np.errstate(over="ignore"):
+                    target[at] = source
+                if target.dtype.kind == "f" and not np.isfinite(target[at]).all():
+                    raise CacheError(
+                        f"Clip {names[decoded.index]}: values do not fit {target.dtype}.",
+                        "Prepare with --set cache.dtype=float32.",
+                    )
+            rows[group].clips[at] = decoded.index
+            rows[group].views[at] = [decoded.views[i] for i in chosen]
+            filled[group] = at.stop
+    for group, count in filled.items():
+        full = rows[group]
+        rows[group] = Rows([part[:count] for part in full.parts], full.clips[:count], full.views[:count])
+    return shard
 
 
 def _check_disk(folder: Path, needed: int) -> None:

@@ -2,8 +2,9 @@
 
 `cache/<dataset>/<modality>-<fingerprint>/` holds
 
-- `shard-NNNNN.h5`: `part0`, `part1`, ... [R, ...] (one per path of the encoder), `clip` [R] (row of the clip table),
-  `view` [R] (training view from 0, or -1 for the test view), `rejected/` (clip, file, cause, remedy). Uncompressed
+- `shard-NNNNN.h5`: groups `train` and `test` (the two may differ in crop, so in shape), each with `part0`, `part1`, ...
+  [R, ...] (one per path of the encoder), `clip` [R] (row of the clip table) and `view` [R] (training view from 0, or
+  -1 for the test view); `rejected/` (clip, modality, file, cause, remedy) and `mended/` (clip, note). Uncompressed
   parts are contiguous, so that a reader can map them; compressed ones are chunked by row.
 - `index.h5`: the clip table, the row table, the rejected clips and the provenance; written last, so that its presence
   means the cache is complete.
@@ -50,7 +51,7 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
         settings: the whole tree; the dataset's and the cache's slices are read.
         name: the modality.
         modality: its resolved settings.
-        weights_sha256: of the trunk's weights; None for random ones or for an empty trunk.
+        weights_sha256: of the encoder's weights; None for random ones.
     """
     view = modality.model_dump(mode="json")
     for field in _ENCODER_FIELDS:
@@ -66,7 +67,7 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
         "min_frames": settings.dataset.min_frames,
         "missing_frames": settings.dataset.missing_frames,
     }
-    if modality.cut != "input":
+    if modality.cut != "input" or modality.weights is not None:
         recipe["encoder"] = modality.encoder
         recipe["width"] = modality.width
         recipe["weights"] = weights_sha256 or "random"
@@ -118,17 +119,20 @@ def views_of(clip: Clip, *, views: int, test_view: str) -> list[int]:
     return wanted + (list(range(views)) if clip.split == "train" else [])
 
 
-def shard_ranges(clips: Sequence[Clip], *, row_bytes: int, limit: int, rows: Sequence[int]) -> list[range]:
-    """Runs of clips, one per shard: at most `limit` clips and about `SHARD_BYTES` each; fixed by their arguments."""
+def shard_ranges(sizes: Sequence[int], *, limit: int) -> list[range]:
+    """Runs of clips, one per shard: at most `limit` clips and about `SHARD_BYTES` each.
+
+    Args:
+        sizes: bytes of every clip's rows, [N].
+    """
     ranges, start, size = [], 0, 0
-    for index in range(len(clips)):
-        add = rows[index] * row_bytes
+    for index, add in enumerate(sizes):
         if index > start and (index - start >= limit or size + add > SHARD_BYTES):
             ranges.append(range(start, index))
             start, size = index, 0
         size += add
-    if len(clips) > start:
-        ranges.append(range(start, len(clips)))
+    if len(sizes) > start:
+        ranges.append(range(start, len(sizes)))
     return ranges
 
 
@@ -193,6 +197,17 @@ def _strings(dataset: h5py.Dataset) -> list[str]:
     return [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[()]]
 
 
+def _write_mended(file: h5py.File, mended: Sequence[tuple[str, str]]) -> None:
+    group = file.create_group("mended")
+    _write_strings(group, "clip", [clip for clip, _ in mended])
+    _write_strings(group, "note", [note for _, note in mended])
+
+
+def read_mended(file: h5py.File) -> list[tuple[str, str]]:
+    """(clip, note) of what decoding mended: frames taken from a neighbour and the like."""
+    return list(zip(_strings(file["mended/clip"]), _strings(file["mended/note"]), strict=True))
+
+
 def read_rejected(file: h5py.File) -> list[Rejected]:
     """The rejected clips recorded in a shard or an index."""
     group = file["rejected"]
@@ -200,14 +215,30 @@ def read_rejected(file: h5py.File) -> list[Rejected]:
     return [Rejected(*row) for row in zip(*columns, strict=True)]
 
 
+GROUPS = ("train", "test")
+
+
+def group_of(view: int) -> str:
+    """Group of a shard that holds `view`."""
+    return "test" if view == TEST_VIEW else "train"
+
+
 @dataclass(slots=True)
-class ShardRows:
-    """What one shard holds: parts [R, ...] each, clip and view of every row, and the clips that were rejected."""
+class Rows:
+    """Rows of one group: parts [R, ...] each, and the clip and view of every row."""
 
     parts: list[np.ndarray]
     clips: np.ndarray
     views: np.ndarray
+
+
+@dataclass(slots=True)
+class Shard:
+    """What one shard holds: rows per group, the clips that were rejected, and (clip, note) of what was mended."""
+
+    rows: dict[str, Rows]
     rejected: list[Rejected]
+    mended: list[tuple[str, str]]
 
 
 class CacheWriter:
@@ -265,7 +296,7 @@ class CacheWriter:
         except (OSError, KeyError):
             return False
 
-    def write_shard(self, number: int, rows: ShardRows) -> None:
+    def write_shard(self, number: int, shard: Shard) -> None:
         """Store one shard; it exists whole or not at all.
 
         Raises:
@@ -275,18 +306,21 @@ class CacheWriter:
             file.attrs["format"] = FORMAT
             file.attrs["first"], file.attrs["stop"] = self.shards[number].start, self.shards[number].stop
             file.attrs["modality"] = self.recipe["modality"]
-            file.attrs["parts"] = len(rows.parts)
-            for index, part in enumerate(rows.parts):
-                chunks = (1, *part.shape[1:]) if self.compression and len(part) else None
-                file.create_dataset(
-                    f"part{index}", data=part, chunks=chunks, compression=self.compression if chunks else None
-                )
-            file.create_dataset("clip", data=rows.clips.astype(np.int32))
-            file.create_dataset("view", data=rows.views.astype(np.int16))
-            _write_rejected(file, rows.rejected)
+            for name, rows in shard.rows.items():
+                group = file.create_group(name)
+                group.attrs["parts"] = len(rows.parts)
+                for index, part in enumerate(rows.parts):
+                    chunks = (1, *part.shape[1:]) if self.compression and len(part) else None
+                    group.create_dataset(
+                        f"part{index}", data=part, chunks=chunks, compression=self.compression if chunks else None
+                    )
+                group.create_dataset("clip", data=rows.clips.astype(np.int32))
+                group.create_dataset("view", data=rows.views.astype(np.int16))
+            _write_rejected(file, shard.rejected)
+            _write_mended(file, shard.mended)
 
-    def finish(self, unlisted: Sequence[Rejected] = ()) -> list[Rejected]:
-        """Write the index over all shards and return every clip they reject.
+    def finish(self, unlisted: Sequence[Rejected] = ()) -> tuple[list[Rejected], list[tuple[str, str]]]:
+        """Write the index over all shards; return every clip they reject, and what was mended.
 
         Args:
             unlisted: clips that the reader already rejected; recorded beside the others.
@@ -294,20 +328,23 @@ class CacheWriter:
         Raises:
             CacheError: a shard is missing or unreadable.
         """
-        clip, view, shard, row, rejected = [], [], [], [], []
+        columns: dict[str, list[np.ndarray]] = {"clip": [], "view": [], "shard": [], "row": []}
+        rejected: list[Rejected] = []
+        mended: list[tuple[str, str]] = []
         for number in range(len(self.shards)):
             try:
                 with h5py.File(self.shard_path(number), "r") as file:
-                    count = len(file["clip"])
-                    clip.append(file["clip"][()])
-                    view.append(file["view"][()])
-                    shard.append(np.full(count, number, np.int32))
-                    row.append(np.arange(count, dtype=np.int32))
+                    for name in GROUPS:
+                        count = len(file[f"{name}/clip"])
+                        columns["clip"].append(file[f"{name}/clip"][()])
+                        columns["view"].append(file[f"{name}/view"][()])
+                        columns["shard"].append(np.full(count, number, np.int32))
+                        columns["row"].append(np.arange(count, dtype=np.int32))
                     rejected.extend(read_rejected(file))
+                    mended.extend(read_mended(file))
             except (OSError, KeyError) as error:
                 raise CacheError(
-                    f"Shard {self.shard_path(number)} cannot be read: {error}.",
-                    "Delete it and prepare again.",
+                    f"Shard {self.shard_path(number)} cannot be read: {error}.", "Delete it and prepare again."
                 ) from error
         with _written_aside(self.folder / "index.h5") as file:
             file.attrs["format"] = FORMAT
@@ -327,7 +364,8 @@ class CacheWriter:
             table.create_dataset("split", data=np.array([SPLITS.index(c.split) for c in self.clips], np.int8))
             table.create_dataset("label", data=np.array([c.label for c in self.clips], np.int32))
             rows = file.create_group("rows")
-            for key, values in (("clip", clip), ("view", view), ("shard", shard), ("row", row)):
+            for key, values in columns.items():
                 rows.create_dataset(key, data=np.concatenate(values))
             _write_rejected(file, [*unlisted, *rejected])
-        return rejected
+            _write_mended(file, mended)
+        return rejected, mended

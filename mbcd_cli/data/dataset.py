@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from mbcd_cli.data.cache import FORMAT, flatten, read_rejected, recipe_of
+from mbcd_cli.data.cache import FORMAT, flatten, group_of, read_rejected, recipe_of
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
 from mbcd_cli.settings import Modality, Settings
@@ -42,7 +42,7 @@ class ModalityCache:
     Attributes:
         folder, fingerprint, recipe, provenance: where it is and how it was made.
         modality: the resolved settings it was prepared with.
-        parts: per part (shape of one row, dtype).
+        views: V, training views stored per training clip.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,8 +86,7 @@ class ModalityCache:
         self._where = np.full((len(self.clips), views + 1), -1, np.int64)
         self._where[clip, view + 1] = np.arange(len(clip))
         self.views = views
-        self._maps: dict[int, list[np.ndarray]] = {}
-        self.parts = [(part.shape[1:], part.dtype) for part in self._shard_parts(int(self._shard[0]))]
+        self._maps: dict[tuple[int, str], list[np.ndarray]] = {}
 
     def stored(self, view: int) -> np.ndarray:
         """[N] bool: clips that have `view`."""
@@ -98,18 +97,26 @@ class ModalityCache:
         """Bytes of all shards."""
         return sum(path.stat().st_size for path in self.folder.glob("shard-*.h5"))
 
-    def _shard_parts(self, number: int) -> list[np.ndarray]:
-        """The parts of one shard: memory maps where stored contiguously, else arrays read whole row by row."""
-        if number not in self._maps:
+    def shapes(self, view: int = TEST_VIEW) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """Per part the shape of one row and its dtype; test and training views may differ in crop."""
+        stored = np.flatnonzero(self._where[:, view + 1] >= 0)
+        if not len(stored):
+            return []
+        shard = int(self._shard[self._where[stored[0], view + 1]])
+        return [(part.shape[1:], part.dtype) for part in self._shard_parts(shard, group_of(view))]
+
+    def _shard_parts(self, number: int, group: str) -> list[np.ndarray]:
+        """Parts of one shard's group: memory maps where stored contiguously, else open datasets read row by row."""
+        if (number, group) not in self._maps:
             path = self.folder / f"shard-{number:05d}.h5"
             try:
                 file = h5py.File(path, "r")
                 parts: list[np.ndarray] = []
-                for index in range(int(file.attrs["parts"])):
-                    data = file[f"part{index}"]
+                for index in range(int(file[group].attrs["parts"])):
+                    data = file[f"{group}/part{index}"]
                     offset = data.id.get_offset()
                     if offset is None or data.chunks is not None:
-                        parts.append(data)  # compressed: the open dataset is read chunk per clip
+                        parts.append(data)  # compressed, or empty
                         continue
                     if path.stat().st_size < offset + data.size * data.dtype.itemsize:
                         raise CacheError(f"Shard {path} is truncated.", "Delete it and run `mbcd prepare` again.")
@@ -120,8 +127,8 @@ class ModalityCache:
                 raise CacheError(
                     f"Shard {path} cannot be read: {error}.", "Delete it and run `mbcd prepare` again."
                 ) from error
-            self._maps[number] = parts
-        return self._maps[number]
+            self._maps[number, group] = parts
+        return self._maps[number, group]
 
     def read(self, clips: np.ndarray, views: np.ndarray) -> tuple[torch.Tensor, ...]:
         """The parts of `clips` [B] in `views` [B] (-1 = test view), each a new tensor [B, ...].
@@ -136,9 +143,11 @@ class ModalityCache:
                 f"The cache {self.folder} does not hold the view asked for of clip {missing}.",
                 "Prepare with --set dataset.target_split=all to test all clips of the target domain.",
             )
-        out = [np.empty((len(rows), *shape), dtype) for shape, dtype in self.parts]
+        group = group_of(int(views[0]))  # a batch holds training views or test views, never both
+        out: list[np.ndarray] = []
         for position, row in enumerate(rows):
-            source = self._shard_parts(int(self._shard[row]))
+            source = self._shard_parts(int(self._shard[row]), group)
+            out = out or [np.empty((len(rows), *part.shape[1:]), part.dtype) for part in source]
             for part, target in zip(source, out, strict=True):
                 target[position] = part[int(self._row[row])]
         return tuple(torch.from_numpy(array) for array in out)
@@ -179,7 +188,7 @@ class CachedDataset:
         weights = {}
         for name, cache in self.caches.items():
             path = cache.folder / "tail.pt"
-            if cache.modality.cut != "input":
+            if cache.recipe.get("weights") is not None:
                 try:
                     weights[name] = torch.load(path, map_location="cpu", weights_only=True)
                 except (OSError, RuntimeError, ValueError, EOFError) as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,8 +21,6 @@ from mbcd_cli.settings import DatasetSettings, Modality
 
 TIMEOUT = 300.0
 """Seconds after which one clip's decoding is given up (a hanging decoder or file system)."""
-
-REENCODE = "Re-encode or replace the file."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +41,7 @@ class Decoded:
     views: list[int]
     parts: list[tuple[np.ndarray, ...]]
     rejected: Rejected | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def _quiet_worker() -> None:
@@ -55,28 +54,25 @@ def _quiet_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def rejection(clip: Clip, name: str, cause: str, remedy: str) -> Rejected:
-    """Why a clip is left out; a cause that begins with the path of one of its files is split into the two."""
-    media = clip.media[name]
-    for path in (media.path, media.path_v):
-        if path is not None and cause.startswith(f"{path}: "):
-            return Rejected(clip.id, name, str(path), cause.removeprefix(f"{path}: "), remedy)
-    return Rejected(clip.id, name, str(media.path), cause, remedy)
+def rejection(clip: Clip, name: str, cause: str) -> Rejected:
+    """A clip left out for a cause that no decoder put into words."""
+    return Rejected(clip.id, name, str(clip.media[name].path), cause, "Re-encode or replace the file.")
 
 
 def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
     """Decode one clip, once, into its views; a bad file becomes a rejection, not an exception."""
     from mbcd_cli.data.views import load_views
 
+    notes: list[str] = []
     try:
-        parts = load_views(clip, job.name, job.modality, views=views, seed=job.seed, dataset=job.dataset)
+        parts = load_views(clip, job.name, job.modality, views=views, seed=job.seed, dataset=job.dataset, notes=notes)
     except MediaError as error:
-        return Decoded(index, views, [], rejection(clip, job.name, error.message, error.remedy))
+        return Decoded(index, views, [], Rejected(clip.id, job.name, error.file, error.cause, error.remedy))
     except MbcdError:
         raise
     except Exception as error:  # a decoder's own exception must not end the other clips' preparation
-        return Decoded(index, views, [], rejection(clip, job.name, f"{type(error).__name__}: {error}", REENCODE))
-    return Decoded(index, views, parts)
+        return Decoded(index, views, [], rejection(clip, job.name, f"{type(error).__name__}: {error}"))
+    return Decoded(index, views, parts, notes=notes)
 
 
 class Decoder:
@@ -149,4 +145,4 @@ class Decoder:
             cause = f"the decoder did not finish within {TIMEOUT:.0f} s"
         finally:
             self._stop()
-        return Decoded(index, views, [], rejection(clip, self.job.name, cause, REENCODE))
+        return Decoded(index, views, [], rejection(clip, self.job.name, cause))

@@ -17,10 +17,10 @@ import csv
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,24 +150,16 @@ def _even_sizes(paths: list[Path]) -> None:
             file.write(room.to_bytes(4, "big") + b"free" + bytes(room - 8))
 
 
-def _start_worker() -> None:
-    cv2.setNumThreads(1)
-
-
 def _write_all(root: Path, parameters: Parameters, workers: int) -> None:
     """Write the whole dataset into the empty folder `root`."""
     for domain in DOMAINS:
         (root / domain).mkdir()
     plans = _plans(parameters)
     jobs = [(root, parameters.seed, plan) for plan in plans]
-    if workers > 1:
-        # Fresh processes: a fork of a process that runs torch's or OpenCV's threads may hang.
-        with multiprocessing.get_context("spawn").Pool(workers, _start_worker) as pool:
-            for _ in pool.imap_unordered(_make, jobs, chunksize=8):
-                pass
-    else:
-        for job in jobs:
-            _make(job)
+    # Threads, since OpenCV and NumPy let go of the interpreter, and a fresh process takes seconds to import torch.
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for _ in pool.map(_make, jobs):
+            pass
     for kind in ("video", "flow", "flow_y"):
         _even_sizes([root / plan.domain / _files(plan.id)[kind] for plan in plans])
     with (root / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
@@ -243,7 +235,7 @@ def generate(
     Args:
         root: folder to make; it may exist when empty.
         seed, clips_per_class_train, clips_per_class_test, shortcut: see `Parameters`.
-        workers: processes; up to 1 works in this one.
+        workers: threads that render.
 
     Raises:
         ManifestError: `root` holds something else, or cannot be written.

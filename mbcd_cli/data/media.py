@@ -98,9 +98,21 @@ def _read_with_decord(
         cause = f"cut short: it claims {movie.frames} frames, and {total} are there"
         raise MediaError(media.path, cause, REPLACE)
     first, last = frame_span(media, total, lambda: _start_times(reader), dataset=dataset, notes=notes, slack=slack)
-    indices = first + chosen_indices(choose, last - first)
+    if media.rate is not None and media.unit == "s":
+        indices = _at_rate(media, media.rate, choose, _start_times(reader)[:last])
+    else:
+        indices = first + chosen_indices(choose, last - first)
     # The last frame of the span is always decoded: a file that ends early must not pass.
     return reader.get_batch([*indices.tolist(), last - 1]).asnumpy()[:-1]
+
+
+def _at_rate(media: Media, rate: float, choose: Choose, starts: np.ndarray) -> np.ndarray:
+    """Native frames shown at the chosen moments of a clip whose frames are counted at `rate` per second."""
+    begin = media.start or 0.0
+    step = float(np.median(np.diff(starts))) if len(starts) > 1 else 1.0 / rate
+    end = min(media.stop if media.stop is not None else np.inf, float(starts[-1]) + step)
+    moments = begin + chosen_indices(choose, max(round((end - begin) * rate), 1)) / rate
+    return np.clip(np.searchsorted(starts, moments + _HALF_MILLISECOND, side="right") - 1, 0, len(starts) - 1)
 
 
 def count_frames(path: Path, *, dataset: DatasetSettings) -> int:

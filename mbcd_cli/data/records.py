@@ -18,6 +18,7 @@ MODALITY_ORDER = ("video", "audio", "flow")
 TEST_VIEW = -1
 """View number of the one deterministic test view; training views count from 0."""
 
+
 def modality_order(names: list[str] | tuple[str, ...]) -> list[str]:
     """`names` in fusion order: video, audio, flow, then the others as given."""
     known = [name for name in MODALITY_ORDER if name in names]
@@ -34,6 +35,7 @@ class Media:
         start, stop: span inside the file, in `unit`; None means from the beginning / to the end.
         unit: "s" (seconds) or "frame" (zero-based native frames, stop exclusive).
         computed: for flow, true when `path` is the RGB video and flow is computed from it.
+        rate: for a video with a span in seconds, the frames per second on which views sample, whatever its own are.
         clock: for sound with a span in frames, the video whose frame times those frames have.
     """
 
@@ -44,6 +46,7 @@ class Media:
     unit: Literal["s", "frame"] = "s"
     computed: bool = False
     clock: Path | None = None
+    rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,6 +223,20 @@ def test_whole_videos_are_cut_by_time_stamps(tmp_path):
     assert list(listing.modalities) == ["video", "audio", "flow"]
 
 
+@pytest.mark.parametrize(("fps", "expected"), [(60, [8, 10, 12, 14]), (30, [4, 5, 6, 7]), (24, [3, 4, 4, 5])])
+def test_whole_videos_of_another_frame_rate_show_the_same_moments(tmp_path, fps, expected):
+    """Annotated frames 5..17 of 60 per second: the test view takes 8, 10, 12, 14, whatever the file's own rate."""
+    rows = table_rows()
+    for entries in rows.values():
+        entries[0] |= {"start_timestamp": "00:00:00.083334", "stop_timestamp": "00:00:00.30"}
+    root = whole_videos(tmp_path)
+    write_video(tmp_path / "made.mp4", numbered_frames(25), fps=fps).rename(root / "P08" / "videos" / "P08_01.MP4")
+    write_tables(root, rows)
+    clip = read_dataset(settings(root), {"video": VIDEO}).clips[0]
+    (view,) = load_views(clip, "video", VIDEO, views=[TEST_VIEW], seed=0, dataset=settings(root))
+    assert [round(float(frame[-8:, -8:].mean()) / 10) for frame in view[0][0].astype(float)] == expected
+
+
 def test_incomplete_download_is_counted_per_clip(tmp_path):
     root = frame_folders(tmp_path)
     write_tables(root / "splits")

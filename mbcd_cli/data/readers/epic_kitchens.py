@@ -42,6 +42,8 @@ CLIPS = {
     ("D3", "train"): 3897,
     ("D3", "test"): 974,
 }
+RATE = 60.0
+"""Frames per second of the annotations, and of the frames that were extracted from the videos."""
 SPLIT_FOLDERS = ("MM-SADA_Domain_Adaptation_Splits", "splits")
 COLUMNS = (
     "participant_id",
@@ -169,7 +171,8 @@ def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, 
     second = Path(path_of(place, row, second=True)) if place[1].second else None
     if kind == "audio" or place[1].layout == WHOLE:
         # Seconds rather than frames: a few recordings have another frame rate than the annotations' 60 per second.
-        return Media(path, second, row["start_s"], row["stop_s"], "s", computed)
+        rate = None if kind == "audio" else RATE
+        return Media(path, second, row["start_s"], row["stop_s"], "s", computed, rate=rate)
     if place[1].layout == CLIP_FILES:
         return Media(path, second, computed=computed)
     # File names carry the annotation's numbers; spans count from the folder's first number, 0 or 1.

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from mbcd_cli import console
+from mbcd_cli.commands.common import method_label
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation import plots
-from mbcd_cli.evaluation.analyses import Analysis, analyse
-from mbcd_cli.evaluation.compare import compare, distinct, find_runs, load_run
+from mbcd_cli.evaluation.analyses import Analysis, analyse, clear
+from mbcd_cli.evaluation.compare import compare, distinct, find_runs, load_run, main_tables
 from mbcd_cli.evaluation.evaluator import TARGET, deployed, evaluate_models
 from mbcd_cli.evaluation.export import written_aside
 from mbcd_cli.evaluation.history import accuracy_history
@@ -59,7 +60,7 @@ def evaluate(
         variants=subset_variants if "missing" in settings.evaluation.analyses else lambda model: {},
     )
     chosen = deployed(checkpoints)
-    about = describe(settings, dataset, checkpoints)
+    about = {**describe(settings, dataset, checkpoints), "method": method_label(settings)}
     figures = collect(about, results, chosen)
     figures["warnings"] = warnings(figures, checkpoints)
     of_chosen = [one for one in results if (one.checkpoint, one.model) == chosen]
@@ -72,6 +73,7 @@ def evaluate(
         output=output,
         watch=_watch,
     )
+    clear(output)
     _accuracy_plots(analysis)
     _history(figures, analysis, run, checkpoints[chosen[0]])
     analyse(analysis, ood=ood)
@@ -95,7 +97,7 @@ def compare_runs(patterns: Sequence[str], *, output: Path) -> dict[str, Any]:
 
     Args:
         patterns: run folders, or patterns such as `runs/**`.
-        output: folder for comparison.{md,html,json} and one .csv and .tex per table.
+        output: folder for comparison.{md,html,json} and one .csv and .tex per table, plots.
 
     Returns:
         runs (their paths), warnings, tables (as plain values) and files.
@@ -110,7 +112,10 @@ def compare_runs(patterns: Sequence[str], *, output: Path) -> dict[str, Any]:
     runs, repeats = distinct([load_run(folder) for folder in done])
     notes += repeats
     tables = compare(runs)
-    files = {"report": write_comparison(output / "comparison.html", tables, title="Runs compared", warnings=notes)}
+    bars = {t.title: plots.plot_methods(t, output / f"{t.name}.png") for t in main_tables(runs)}
+    report = output / "comparison.html"
+    files = {"report": write_comparison(report, tables, title="Runs compared", files=bars, warnings=notes)}
+    files |= {path.name: path for path in bars.values()}
     text = {"comparison.md": "\n".join(map(markdown, tables))}
     for table in tables:
         text |= {f"{table.name}.csv": comma_separated(table), f"{table.name}.tex": latex(table)}
@@ -129,7 +134,7 @@ def compare_runs(patterns: Sequence[str], *, output: Path) -> dict[str, Any]:
 
 def show_comparison(found: Mapping[str, Any]) -> None:
     """Print what `compare_runs` returned."""
-    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex"))}
+    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
     print_comparison([from_values(table) for table in found["tables"]], files, found["warnings"])
 
 

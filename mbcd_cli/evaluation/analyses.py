@@ -33,6 +33,13 @@ from mbcd_cli.model import MultiModalModel
 from mbcd_cli.settings import Settings
 
 
+_OWN = (
+    *(f"plots/{kind}-*.png" for kind in ("confusion", "classes", "missing", "reliability", "risk-coverage", "tsne")),
+    *(f"plots/{name}.png" for name in ("shift", "corruptions", "accuracy-per-epoch")),
+    *("evaluation/predictions-*.csv", "evaluation/embeddings-*.h5", "evaluation/tsne.csv", "report.html"),
+)
+
+
 @dataclass(slots=True)
 class Analysis:
     """The deployed model under analysis, and what was found so far.
@@ -77,6 +84,13 @@ class Analysis:
     def plot(self, file: str) -> Path:
         """Path of a plot."""
         return self.output / "plots" / file
+
+
+def clear(output: Path) -> None:
+    """Delete the plots and exports of an earlier evaluation in `output`: what is there must fit results.json."""
+    for pattern in _OWN:
+        for path in output.glob(pattern):
+            path.unlink()
 
 
 def analyse(analysis: Analysis, *, ood: Prepared | None = None) -> None:

@@ -219,7 +219,8 @@ def main_tables(runs: Sequence[Run]) -> list[Table]:
             for c in columns
         }
         low, high = min(seeds.values()), max(seeds.values())
-        note = f"Mean and standard deviation over {low if low == high else f'{low} to {high}'} seed(s)."
+        count = str(low) if low == high else f"{low} to {high}"
+        note = "One seed." if high == 1 else f"Mean and standard deviation over {count} seeds."
         tables.append(
             Table(
                 f"{dataset}-{'-'.join(modalities)}-{setting}",

@@ -152,7 +152,19 @@ def write_report(
     return _write(page(sections.title(results), parts, lead=_lead(results)), path)
 
 
-def write_comparison(path: Path, tables: Sequence[Table], *, title: str, warnings: Sequence[str] = ()) -> Path:
-    """Write the tables of several runs as one page."""
+def write_comparison(
+    path: Path,
+    tables: Sequence[Table],
+    *,
+    title: str,
+    files: Mapping[str, Path] | None = None,
+    warnings: Sequence[str] = (),
+) -> Path:
+    """Write the tables of several runs, and plots of them (caption -> file), as one page.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     lead = "".join(f'<div class="warning">{escape(w)}</div>' for w in warnings)
-    return _write(page(title, {"Tables": "".join(table_html(table) for table in tables)}, lead=lead), path)
+    parts = {"Tables": "".join(map(table_html, tables)), "Plots": gallery((files or {}).items())}
+    return _write(page(title, parts, lead=lead), path)

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from mbcd_cli.evaluation.tables import Cell, Table
 from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, save
 
 _MARKERS = "osD^vPX*"
@@ -67,6 +68,45 @@ def plot_per_class(
     )
     ax.grid(axis="x", visible=False)
     ax.set(ylim=(0, 100), ylabel="accuracy", title=title)
+    ax.yaxis.set_major_formatter(PercentFormatter())
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(fig, path)
+
+
+def _whole(row: Sequence[str | Cell]) -> bool:
+    return all(isinstance(cell, Cell) and cell.value is not None for cell in row[1:])
+
+
+def plot_methods(table: Table, path: Path) -> Path:
+    """A table of methods (rows) by targets (columns) as grouped bars in percent, spread over seeds as error bars.
+
+    The paper's rows are hatched; those of which only the average is known are left out.
+    """
+    rows = [row for row in table.rows if "(paper)" not in str(row[0]) or _whole(row)]
+    groups, columns = len(rows), list(table.columns[1:])
+    fig, ax = figure(size=(float(np.clip(3 + 0.3 * groups * len(columns), 6.4, 18)), 4.0))
+    width = 0.84 / max(groups, 1)
+    for index, row in enumerate(rows):
+        cells = [cell if isinstance(cell, Cell) else Cell(None) for cell in row[1:]]
+        at = np.arange(len(columns)) + (index - (groups - 1) / 2) * width
+        heights = [np.nan if c.value is None else c.value for c in cells]
+        spread = [c.std or 0.0 for c in cells]
+        ax.bar(
+            at,
+            heights,
+            width * 0.92,
+            yerr=spread if any(spread) else None,
+            capsize=2,
+            error_kw={"elinewidth": 1},
+            label=str(row[0]),
+            color=colour(index),
+            hatch="///" if "(paper)" in str(row[0]) else None,
+            edgecolor="white",
+            linewidth=0,
+        )
+    ax.set_xticks(range(len(columns)), columns)
+    ax.grid(axis="x", visible=False)
+    ax.set(ylim=(0, 100), ylabel="top-1 accuracy", title=table.title)
     ax.yaxis.set_major_formatter(PercentFormatter())
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return save(fig, path)

@@ -115,6 +115,21 @@ def test_report_is_sound_and_needs_nothing_else(report):
         assert title in page.text
 
 
+def test_evaluating_again_leaves_nothing_of_before(report, tmp_path):
+    _, output = report
+    shutil.copytree(output, tmp_path / "run")
+    (tmp_path / "run" / "plots" / "losses.png").write_bytes((output / "plots" / "shift.png").read_bytes())
+    settings = make_settings()
+    dataset = make_dataset(settings)
+    checkpoints = {"best": make_checkpoint(settings, dataset)}
+    evaluate(settings, dataset, checkpoints, device=torch.device("cpu"), run=None, output=tmp_path / "run")
+    names = {p.name for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert names == {
+        *("results.json", "losses.png", "classes-source.png", "classes-target.png"),
+        *("confusion-source.png", "confusion-target.png"),
+    }
+
+
 def test_comparison_page_and_table_escape_what_they_show(tmp_path):
     table = Table("x", "A <b> table", ["a", "b"], [["<i>", Cell(1.0, 0.5, best=True)]], "5 < 6")
     path = write_comparison(tmp_path / "c.html", [table], title="runs & more", warnings=["<u>"])

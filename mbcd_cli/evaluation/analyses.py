@@ -32,7 +32,6 @@ from mbcd_cli.evaluation.trust import out_of_distribution, trust
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.settings import Settings
 
-
 _OWN = (
     *(f"plots/{kind}-*.png" for kind in ("confusion", "classes", "missing", "reliability", "risk-coverage", "tsne")),
     *(f"plots/{name}.png" for name in ("shift", "corruptions", "accuracy-per-epoch")),

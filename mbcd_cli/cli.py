@@ -316,14 +316,23 @@ def _preset_for_train(preset: str | None, config: Path | None, dataset: str | No
 @app.command(
     epilog=_examples(
         "mbcd evaluate --run runs/av-digits/mbcd-va-street-s0",
-        "mbcd evaluate --checkpoint RUN/checkpoints/best.pt --json",
+        'mbcd evaluate --run RUN --set evaluation.analyses=\'["shift", "corruptions"]\'',
+        "mbcd evaluate --runs 'runs/av-digits/*' --output comparison",
     )
 )
 def evaluate(
     run: Annotated[Path | None, typer.Option("--run", help="Run folder; its best and last checkpoints.")] = None,
     checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="One checkpoint file.")] = None,
+    runs: Annotated[
+        list[str] | None,
+        typer.Option("--runs", help="Evaluated run folders (a pattern; repeatable) to compare in tables."),
+    ] = None,
+    ood: Annotated[
+        Path | None,
+        typer.Option("--ood", help="Cache folder of another dataset, for out-of-distribution detection."),
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder for results.json and plots (default: the run folder).")
+        Path | None, typer.Option("--output", help="Folder for what is written (default: the run folder).")
     ] = None,
     config: Config = None,
     set_: Sets = None,
@@ -333,27 +342,41 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a run on its source and target domains: accuracy, loss, confusion; fused and per modality."""
+    """Measure a run on its source and target domains; or compare evaluated runs.
+
+    Accuracy fused and per modality, missing modalities, calibration, t-SNE, an HTML report.
+    """
     from mbcd_cli.errors import RunError
 
     with _outcome(as_json=as_json, debug=debug):
-        if (run is None) == (checkpoint is None):
-            raise RunError("Name what to evaluate.", "Use either --run RUN or --checkpoint FILE.")
+        if sum(given is not None for given in (run, checkpoint, runs)) != 1:
+            raise RunError("Name what to evaluate.", "Use one of --run RUN, --checkpoint FILE and --runs PATTERN.")
         from mbcd_cli.commands import common
         from mbcd_cli.commands import evaluate as command
         from mbcd_cli.runtime import configure
 
+        if runs is not None:
+            compared = command.compare_runs(runs, output=output or Path("comparison"))
+            if not as_json:
+                command.show_comparison(compared)
+            _finish(compared, as_json=as_json)
+            return
         files = common.run_checkpoints(run) if run is not None else {checkpoint.stem: checkpoint}
         settings, data, checkpoints = common.open_checkpoints(
             files, config=config, sets=set_ or (), cache_dir=cache_dir, device=device, threads=threads
         )
-        torch_device = configure(settings.runtime)
         if run is not None:
             wanted = [name for name in settings.evaluation.checkpoints if name in checkpoints]
             checkpoints = {name: checkpoints[name] for name in wanted}
-        folder = output or (run if run is not None else common.run_of(checkpoint) or checkpoint.parent)
+        folder = run or common.run_of(checkpoint)
         result = command.evaluate(
-            settings, data, checkpoints, device=torch_device, run=run or common.run_of(checkpoint), output=folder
+            settings,
+            data,
+            checkpoints,
+            device=configure(settings.runtime),
+            run=folder,
+            output=output or folder or checkpoint.parent,
+            ood=common.open_other(settings, ood) if ood is not None else None,
         )
         if not as_json:
             command.show(result)
@@ -363,17 +386,26 @@ def evaluate(
 @app.command(
     epilog=_examples(
         "mbcd landscape --checkpoint RUN/checkpoints/best.pt",
-        "mbcd landscape --checkpoint RUN/checkpoints/best.pt --set landscape.points=25",
+        "mbcd landscape --checkpoint ERM/checkpoints/best.pt --checkpoint MBCD/checkpoints/best.pt",
+        "mbcd landscape --checkpoint ERM/checkpoints/best.pt --to MBCD/checkpoints/best.pt",
     )
 )
 def landscape(
     checkpoint: Annotated[
         list[Path], typer.Option("--checkpoint", help="Checkpoint file; repeat it to compare several.")
     ],
-    output: Annotated[
-        Path | None, typer.Option("--output", help="Folder for the HDF5 file and plots (default: RUN/landscape).")
+    to: Annotated[
+        list[Path] | None,
+        typer.Option("--to", help="Checkpoint at the other end of a path; two of them span a plane."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing surface.")] = False,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="Project the run's kept epochs (training.keep_checkpoints) on a plane.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder for HDF5 files and plots (default: RUN/landscape).")
+    ] = None,
+    plot_only: Annotated[bool, typer.Option("--plot-only", help="Draw the files again, measure nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew instead of resuming.")] = False,
     config: Config = None,
     set_: Sets = None,
     cache_dir: CacheDir = None,
@@ -382,19 +414,28 @@ def landscape(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show where training ended: 1-D and 2-D loss surfaces and flatness around a checkpoint."""
+    """Show where training ended: loss surfaces, flatness and curvature around checkpoints, paths between them."""
     with _outcome(as_json=as_json, debug=debug):
         from mbcd_cli.commands import common
         from mbcd_cli.commands import landscape as command
         from mbcd_cli.runtime import configure
 
-        files = {common.checkpoint_label(path, checkpoint): path for path in checkpoint}
+        named = common.label_checkpoints([*checkpoint, *(to or [])])
         settings, data, checkpoints = common.open_checkpoints(
-            files, config=config, sets=set_ or (), cache_dir=cache_dir, device=device, threads=threads
+            named, config=config, sets=set_ or (), cache_dir=cache_dir, device=device, threads=threads
         )
-        configure(settings.runtime)
-        folder = output or (common.run_of(checkpoint[0]) or checkpoint[0].parent) / "landscape"
-        result = command.landscape(settings, data, list(checkpoints.items()), output=folder, overwrite=overwrite)
+        pairs = list(checkpoints.items())
+        result = command.landscape(
+            settings,
+            data,
+            pairs[: len(checkpoint)],
+            towards=pairs[len(checkpoint) :],
+            epochs=common.kept_epochs(checkpoint[0]) if trajectory else (),
+            output=output or (common.run_of(checkpoint[0]) or checkpoint[0].parent) / "landscape",
+            device=configure(settings.runtime),
+            plot_only=plot_only,
+            overwrite=overwrite,
+        )
         if not as_json:
             command.show(result)
         _finish(result, as_json=as_json)

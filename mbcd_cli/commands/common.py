@@ -140,13 +140,44 @@ def run_checkpoints(run: Path) -> dict[str, Path]:
     return found
 
 
-def checkpoint_label(path: Path, among: Sequence[Path]) -> str:
-    """A short name for a checkpoint in tables and plots: its run's name when several are compared."""
-    run = run_of(path)
-    if len(among) == 1 or run is None:
-        return path.stem
-    same_run = sum(run_of(other) == run for other in among) > 1
-    return f"{run.name}/{path.stem}" if same_run else run.name
+def label_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:
+    """Short distinct names for checkpoints in tables and plots: the run's, the file's, or both."""
+    runs = [run_of(path) for path in paths]
+    labels: dict[str, Path] = {}
+    for path, run in zip(paths, runs, strict=True):
+        label = path.stem if run is None or set(runs) == {run} else run.name
+        if label in labels and run is not None:
+            label = f"{run.name}/{path.stem}"
+        while label in labels:
+            label += "'"
+        labels[label] = path
+    return labels
+
+
+def kept_epochs(checkpoint: Path) -> list[tuple[int, Checkpoint]]:
+    """The checkpoints that `training.keep_checkpoints` left beside `checkpoint`, by epoch.
+
+    Raises:
+        CheckpointError: fewer than three were kept.
+    """
+    files = sorted(checkpoint.parent.glob("epoch-*.pt"))
+    if len(files) < 3:
+        raise CheckpointError(
+            f"{checkpoint.parent} holds {len(files)} epochs' weights; a trajectory needs at least 3.",
+            "Train with --set training.keep_checkpoints=true.",
+        )
+    return [(found.epoch, found) for found in map(load_checkpoint, files)]
+
+
+def open_other(settings: Settings, folder: Path) -> CachedDataset:
+    """Another prepared dataset with the views of these settings, for out-of-distribution detection.
+
+    Raises:
+        CacheError: not prepared, or with other views.
+    """
+    cache = settings.cache.model_copy(update={"dir": folder.parent})
+    other = settings.model_copy(update={"cache": cache})
+    return open_dataset(other, name=folder.name, modalities=settings.model.modalities)
 
 
 def open_checkpoints(

@@ -81,7 +81,7 @@ def demo(
     console.say("4/4 landscape: both methods on one scale")
     started = time.monotonic()
     surfaces = landscape.landscape(
-        opened, dataset, list(checkpoints.items()), output=directory / "landscape", overwrite=True
+        opened, dataset, list(checkpoints.items()), output=directory / "landscape", device=torch_device
     )
     seconds["landscape"] = time.monotonic() - started
     return {

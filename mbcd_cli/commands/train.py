@@ -240,3 +240,57 @@ def _parameters(model: MultiModalModel, settings: Settings) -> dict[str, Any]:
         "unimodal_heads": count(model.heads),
         "fused_head": count(model.fused_head),
     }
+
+
+def show(summary: Mapping[str, Any]) -> None:
+    """Print what `train` returned and what to run next."""
+    best, last, oracle = summary["best"], summary["last"], summary.get("oracle")
+    heads = list(best["validation_unimodal"])
+    rows = []
+    for label, record in (("best (deployed)", best), ("last", last), ("oracle: chosen on the target", oracle)):
+        if record is None:
+            continue
+        row = [label, record["epoch"], f"{100 * record['validation']:.1f}"]
+        if "target" in record:
+            unimodal = [f"{100 * record['target_unimodal'][head]:.1f}" for head in heads]
+            row += [f"{100 * record['target']:.1f}", *unimodal]
+        rows.append(row)
+    target = summary["target_domain"]
+    columns = ["epoch of the " + summary["deployed"], "epoch", "validation"]
+    if target:
+        columns += [f"{target} fused", *(f"{target} {head}" for head in heads)]
+    console.table(f"Accuracy in percent: {summary['method']}, seed {summary['seed']}", columns, rows)
+    console.say(
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s ({summary['steps_per_second']:.1f}/s), "
+        f"peak memory {summary['peak_memory_mb']:.0f} MB"
+    )
+    console.say(f"Next: mbcd evaluate --run {summary['run']}")
+    console.say(f"      mbcd landscape --checkpoint {summary['run']}/checkpoints/best.pt")
+
+
+def show_dry_run(plan: Mapping[str, Any]) -> None:
+    """Print what `dry_run` returned."""
+    parameters = plan["parameters"]
+    rows = [
+        (
+            name,
+            " + ".join("x".join(map(str, shape)) for shape in plan["shapes"][name]),
+            parameters["tails"][name],
+            parameters["trunks"][name],
+        )
+        for name in plan["shapes"]
+    ]
+    console.table(
+        f"{plan['dataset']}: {plan['training_clips']} training clips of {', '.join(plan['source_domains'])}",
+        ("modality", "shape at the cut", "trained in the tail", "frozen in the trunk"),
+        rows,
+    )
+    cache = f"{plan['cache_bytes'] / 1e6:.0f} MB" if plan["cache_bytes"] is not None else "unknown"
+    for line in (
+        f"heads: {parameters['unimodal_heads']} uni-modal, {parameters['fused_head']} fused parameters",
+        f"trained {parameters['trained']}, frozen {parameters['frozen']} parameters; cache {cache}",
+        f"{plan['steps']} steps of {plan['batch_size']} clips on {plan['device']}, {plan['step_seconds']:.3f} s each: "
+        f"about {plan['estimated_training_seconds']:.0f} s without validation",
+        f"peak memory {plan['peak_memory_mb']:.0f} MB",
+    ):
+        console.out.print(line, markup=False)

@@ -28,8 +28,9 @@ PRESETS = Path(__file__).resolve().parents[2] / "presets"
 SMALL = [
     "modalities.video.short_side=64",
     "modalities.video.crop=64",
-    "modalities.flow.short_side=64",
+    "modalities.flow.short_side=80",
     "modalities.flow.crop=64",
+    "modalities.flow.test_crop=80",
     "modalities.video.weights_sha256=",
     "modalities.flow.weights_sha256=",
     "cache.views=1",
@@ -107,9 +108,13 @@ def test_prepare_train_evaluate(tmp_path, weights, layout):
     # The cache holds the published trunk's output for the reader's test view; the tail starts from its weights.
     tree = Settings.model_validate(tomllib.loads((PRESETS / "epic-kitchens.toml").read_text()))
     settings = DatasetSettings(reader="epic-kitchens", root=root)
-    changes = {"short_side": 64, "crop": 64}
+    changes = {
+        "video": {"short_side": 64, "crop": 64},
+        "flow": {"short_side": 80, "crop": 64, "test_crop": 80},
+        "audio": {},
+    }
     for name, modality in tree.modalities.items():
-        small = modality.model_copy(update=changes) if name != "audio" else modality
+        small = modality.model_copy(update=changes[name])
         encoder = build_encoder(name, small)
         load_pretrained(encoder, small.encoder, weights / PUBLIC[small.encoder].file)
         trunk, tail = encoder.cut("layer4")
@@ -118,9 +123,10 @@ def test_prepare_train_evaluate(tmp_path, weights, layout):
         assert all(torch.equal(value, stored[key]) for key, value in tail.state_dict().items())
         clips = read_dataset(settings, {name: small}).clips
         with h5py.File(folder / "shard-00000.h5") as file:
-            row = next(r for r in range(len(file["clip"])) if file["view"][r] == TEST_VIEW)
-            cached = [file[f"part{i}"][row].astype(np.float32) for i in range(int(file.attrs["parts"]))]
-            clip = clips[int(file["clip"][row])]
+            rows = file["test"]
+            assert rows["view"][0] == TEST_VIEW
+            cached = [rows[part][0].astype(np.float32) for part in sorted(rows) if part.startswith("part")]
+            clip = clips[int(rows["clip"][0])]
         (view,) = load_views(clip, name, small, views=[TEST_VIEW], seed=0, dataset=settings)
         parts = trunk(tuple(torch.from_numpy(part)[None] for part in view))
         for ours, theirs in zip(parts, cached, strict=True):

@@ -22,7 +22,7 @@ from mbcd_cli.landscape.directions import moving_names
 from mbcd_cli.landscape.objective import ModelObjective
 from mbcd_cli.landscape.paths import buffers_of, vector_of
 from mbcd_cli.landscape.store import load_arrays, read_grid
-from mbcd_cli.landscape.surface import Advance
+from mbcd_cli.landscape.surface import Advance, Share, sharing
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Settings
@@ -56,16 +56,18 @@ def landscape(
         dataset: prepared, matching `settings`; not used by `plot_only`.
         checkpoints: (label, checkpoint) pairs; labels are distinct.
         output: folder of the HDF5 files and plots.
-        towards: one or two more checkpoints: paths from the first of `checkpoints` to each, and the plane through all.
-        epochs: (epoch, checkpoint) pairs of the first checkpoint's training: its trajectory in the plane of their
-            principal components.
+        towards: one or two more checkpoints: paths from the first of `checkpoints` to each, and the plane
+            through all.
+        epochs: (epoch, checkpoint) pairs of the first checkpoint's training: its trajectory in the plane of
+            their principal components.
         device: where to compute; default: what `settings.runtime` says.
         plot_only: draw every file under `output` again, measuring nothing.
         overwrite: measure anew instead of resuming.
 
     Returns:
-        JSON-able: `data`, `checkpoints` (label -> loss, accuracy and each analysis' summary), `paths` (label ->
-        summary), `plane`, `trajectory`, `files` (name -> path).
+        JSON-able: `data`, `checkpoints` (label -> loss, accuracy and each analysis' summary), `paths`
+        (label -> summary), `plane`, `trajectory`, `files` (name -> path), `rank` (under torchrun only rank
+        0 draws, and only it should print).
 
     Raises:
         SettingsError: groups, clips or weights that do not exist.
@@ -79,9 +81,22 @@ def landscape(
             raise SettingsError(
                 f"There is nothing to draw in {output}.", "Run `mbcd landscape` without --plot-only first."
             )
-        return {"checkpoints": {}, "files": _draw(found, output)}
-    bench = _Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite)
-    chosen = settings.landscape
+        return {"checkpoints": {}, "files": _draw(found, output), "rank": 0}
+    with sharing() as (share, barrier):
+        bench = _Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite, share, barrier)
+        result, files = _measure(bench, checkpoints, towards, epochs)
+        drawn = _draw(files, output) if share.rank == 0 else {}
+    return {**result, "files": drawn, "rank": share.rank}
+
+
+def _measure(
+    bench: _Bench,
+    checkpoints: Sequence[tuple[str, Any]],
+    towards: Sequence[tuple[str, Any]],
+    epochs: Sequence[tuple[int, Any]],
+) -> tuple[dict[str, Any], dict[str, dict[str, Path]]]:
+    """(figures, analysis -> label -> file) of all that is asked for."""
+    chosen = bench.settings.landscape
     result: dict[str, Any] = {
         "analyses": list(chosen.analyses),
         "data": {"clips": len(bench.clips), "set": chosen.data, "loss": chosen.loss, "group": chosen.group},
@@ -110,7 +125,7 @@ def landscape(
             models = {f"epoch {e}": bench.model(f"epoch {e}", c, chosen.weights) for e, c in sorted(epochs)}
             result["trajectory"] = run_trajectory(study, bench.ends(model, models))
             files["trajectory"][label] = Path(result["trajectory"]["file"])
-    return {**result, "files": _draw(files, output)}
+    return result, files
 
 
 def _clips(settings: Settings, dataset: Any) -> np.ndarray:
@@ -138,7 +153,17 @@ def _evenly(clips: np.ndarray, limit: int | None) -> np.ndarray:
 class _Bench:
     """Builds models, losses and studies for one command; every checkpoint is measured on the same clips."""
 
-    def __init__(self, settings: Settings, dataset: Any, output: Path, device: torch.device, overwrite: bool) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        dataset: Any,
+        output: Path,
+        device: torch.device,
+        overwrite: bool,
+        share: Share,
+        barrier: Callable[[], None],
+    ) -> None:
+        self.share, self.barrier = share, barrier
         self.settings, self.dataset, self.output = settings, dataset, output
         self.device, self.overwrite = device, overwrite
         self.clips = _clips(settings, dataset)
@@ -208,6 +233,8 @@ class _Bench:
             watch=_watch,
             curvature_loss=(lambda: self.loss(model, names=names, dtype=torch.float64)) if double else None,
             overwrite=self.overwrite,
+            share=self.share,
+            barrier=self.barrier,
         )
 
     def ends(self, model: MultiModalModel, others: Mapping[str, MultiModalModel]) -> Ends:
@@ -277,7 +304,9 @@ def _draw(have: Mapping[str, Mapping[str, Path]], output: Path) -> dict[str, str
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Print what `landscape` returned: one table, then the paths."""
+    """Print what `landscape` returned: tables, then the paths (nothing where another process does)."""
+    if result["rank"] != 0:
+        return
     rows = []
     curvature = []
     for label, figures in result["checkpoints"].items():

@@ -100,6 +100,7 @@ def run_grid(
     with GridStore(path, **settings, rank=study.share.rank, overwrite=study.overwrite) as store:
         if study.share.rank == 0:
             study.barrier()
+        study.barrier()  # no process records before all have read the same file: they share what it lacks
         with study.watch(f"{analysis} {study.label}", len(study.share.of(store.missing()))) as advance:
             fill(store, advance)
         study.barrier()

@@ -5,11 +5,15 @@ Letters: P points evaluated together, K directions of a grid (1 or 2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mbcd_cli.landscape.directions import Sphere, Vector, move, move_many
 from mbcd_cli.landscape.objective import LossFunction
@@ -28,6 +32,28 @@ class Share:
     def of(self, todo: np.ndarray) -> np.ndarray:
         """This process' rows of `todo`."""
         return todo[self.rank :: self.world]
+
+
+@contextmanager
+def sharing() -> Iterator[tuple[Share, Callable[[], None]]]:
+    """This process' share of every grid and a barrier, from torch.distributed (as `torchrun` starts it),
+    else alone.
+
+    Nothing but barriers is exchanged, so gloo serves processes with and without GPUs.
+    """
+    opened = False
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The others wait while rank 0 computes what is not shared.
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
+        opened = True
+    try:
+        if dist.is_initialized():
+            yield Share(dist.get_rank(), dist.get_world_size()), dist.barrier
+        else:
+            yield Share(), lambda: None
+    finally:
+        if opened:
+            dist.destroy_process_group()
 
 
 def fill_grid(

@@ -83,7 +83,7 @@ def frame_drop(part: torch.Tensor, clips: torch.Tensor, severity: int, seed: int
     frames = part.shape[2]
     at = torch.arange(frames, device=part.device)
     lost = _uniform(clips, frames, seed, part.device) < DROPPED[severity - 1]
-    lost[:, 0] = False
+    # A lost frame 0 counts as received: there is nothing before it to stand still.
     shown = torch.where(lost, 0, at).cummax(dim=1).values
     return torch.stack([clip[:, index] for clip, index in zip(part, shown, strict=True)])
 

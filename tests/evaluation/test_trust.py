@@ -47,6 +47,10 @@ def test_calibration_error_by_plain_loops():
     table = t.reliability([0.0, 0.5, 0.5, 1.0], [0, 1, 0, 1], bins=2)
     assert [row["clips"] for row in table] == [3, 1]
     assert table[0]["accuracy"] == pytest.approx(1 / 3)
+    spread = t.reliability([0.1, 0.4, 0.6, 0.9], [0, 1, 1, 1], bins=4)
+    assert [row["confidence"] for row in spread] == [0.1, 0.4, 0.6, 0.9]
+    assert [row["accuracy"] for row in spread] == [0.0, 1.0, 1.0, 1.0]
+    assert all(row["low"] < row["confidence"] <= row["high"] for row in spread)
     assert t.reliability([0.9], [1], bins=3)[0]["accuracy"] is None
 
 

@@ -1,0 +1,298 @@
+"""The cache: what is read is what was decoded, whatever killed, resumed or parallel way it was written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import helpers
+import numpy as np
+import pytest
+import torch
+
+from mbcd_cli.commands.prepare import prepare, read_listing
+from mbcd_cli.data import cache as cache_room
+from mbcd_cli.data import decoding
+from mbcd_cli.data.cache import listing_digest, locked, shard_ranges, views_of
+from mbcd_cli.data.dataset import ModalityCache, open_dataset, prepared_datasets
+from mbcd_cli.data.records import TEST_VIEW, Clip, Media
+from mbcd_cli.data.views import load_views
+from mbcd_cli.encoders import build_encoder
+from mbcd_cli.errors import CacheError
+from mbcd_cli.layers import resolve
+
+SMALL = [
+    "modalities.video.frames=4",
+    "modalities.video.short_side=24",
+    "modalities.video.crop=20",
+    "modalities.video.width=2",
+    "modalities.audio.samples=4000",
+    "modalities.audio.nperseg=128",
+    "modalities.audio.noverlap=64",
+    "modalities.audio.width=2",
+    "cache.views=2",
+    "cache.shard_clips=3",
+    "cache.workers=0",
+    "model.hidden=8",
+]
+
+
+def settings_for(root: Path, cache: Path, *sets: str):
+    return resolve(sets=[*SMALL, *sets], flags={"dataset.root": root, "cache.dir": cache})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return helpers.write_dataset(tmp_path_factory.mktemp("media") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def prepared(root, tmp_path_factory):
+    settings = settings_for(root, tmp_path_factory.mktemp("cache"))
+    return settings, prepare(settings)
+
+
+def contents(folder: Path) -> dict[str, np.ndarray]:
+    """Every dataset of every shard of a cache folder."""
+    found = {}
+    for path in sorted(folder.glob("shard-*.h5")):
+        with h5py.File(path) as file:
+            file.visititems(
+                lambda name, item, path=path: (
+                    found.__setitem__(f"{path.name}/{name}", item[()]) if isinstance(item, h5py.Dataset) else None
+                )
+            )
+    return found
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_every_row_is_the_decoded_view(prepared):
+    settings, result = prepared
+    dataset = open_dataset(settings, name="tiny")
+    listing = read_listing(settings)
+    assert dataset.clips.ids == [clip.id for clip in listing.clips]
+    assert result["rejected"] == []
+    for index, clip in enumerate(listing.clips):
+        views = [TEST_VIEW] if clip.split == "test" else [0, 1]
+        for name, modality in dataset.modalities.items():
+            expected = load_views(clip, name, modality, views=views, seed=0, dataset=settings.dataset)
+            for view, parts in zip(views, expected, strict=True):
+                (read,) = dataset.caches[name].read(np.array([index]), np.array([view]))
+                stored = parts[0].astype(np.float16) if parts[0].dtype == np.float32 else parts[0]
+                assert np.array_equal(read[0].numpy(), stored)
+
+
+def test_shards_are_plain_contiguous_hdf5_with_provenance(prepared):
+    _, result = prepared
+    folder = Path(result["modalities"]["video"]["folder"])
+    with h5py.File(folder / "shard-00000.h5") as file:
+        part = file["train/part0"]
+        assert part.chunks is None
+        assert part.dtype == np.uint8
+        mapped = np.memmap(folder / "shard-00000.h5", part.dtype, "r", part.id.get_offset(), part.shape)
+        assert np.array_equal(mapped, part[()])
+    with h5py.File(folder / "index.h5") as file:
+        for key in ("recipe", "reader", "root", "mbcd_version", "torch_version", "prepared_at"):
+            assert file.attrs[key]
+
+
+def test_second_run_reuses_everything_and_workers_change_nothing(root, prepared, tmp_path):
+    settings, result = prepared
+    again = prepare(settings)
+    for name, done in again["modalities"].items():
+        assert done["shards_reused"] == done["shards"] > 1
+        assert done["fingerprint"] == result["modalities"][name]["fingerprint"]
+    other = prepare(settings_for(root, tmp_path, "cache.workers=2"))
+    for name, done in other["modalities"].items():
+        assert same(contents(Path(done["folder"])), contents(Path(result["modalities"][name]["folder"])))
+
+
+def test_compressed_shards_hold_the_same(root, prepared, tmp_path):
+    settings, _ = prepared
+    squeezed = settings_for(root, tmp_path, "cache.compression=gzip", "model.modalities=video")
+    prepare(squeezed)
+    clips, views = np.array([0, 1]), np.array([1, 0])
+    (a,) = open_dataset(squeezed, name="tiny", modalities=["video"]).caches["video"].read(clips, views)
+    (b,) = open_dataset(settings, name="tiny").caches["video"].read(clips, views)
+    assert torch.equal(a, b)
+
+
+def test_killed_prepare_resumes_to_the_same_cache(root, prepared, tmp_path):
+    _, result = prepared
+    command = [sys.executable, "-m", "mbcd_cli", "prepare", "manifest", "--root", str(root), "--cache-dir", str(tmp_path)]
+    for assignment in SMALL:
+        command += ["--set", assignment]
+    # One clip per shard, so that there are many moments to be killed at.
+    command += ["--set", "cache.shard_clips=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("tiny/*/shard-00001.h5")) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(tmp_path.glob("tiny/audio-*/index.h5"))
+    leftover = next(tmp_path.glob("tiny/*/shard-*.h5")).with_name("shard-00007.h5.partial")
+    leftover.write_bytes(b"torn")
+    done = prepare(settings_for(root, tmp_path, "cache.shard_clips=1"))
+    assert done["modalities"]["video"]["shards_reused"] >= 2
+    assert not leftover.exists()
+    for name, entry in done["modalities"].items():
+        whole = ModalityCache(Path(result["modalities"][name]["folder"]))
+        resumed = ModalityCache(Path(entry["folder"]))
+        for view in (TEST_VIEW, 0, 1):
+            clips = np.flatnonzero(whole.stored(view))
+            views = np.full(len(clips), view)
+            assert torch.equal(resumed.read(clips, views)[0], whole.read(clips, views)[0])
+
+
+def test_batches_are_reproducible_complete_and_resumable(prepared):
+    settings, _ = prepared
+    dataset = open_dataset(settings, name="tiny")
+    clips = dataset.select(domains=["alpha", "beta"], splits=["train"])
+    first = list(dataset.batches(clips, batch_size=3, training=True, seed=1, epoch=2))
+    assert [len(batch) for batch in first] == [3, 3, 2]
+    assert sorted(torch.cat([batch.clips for batch in first]).tolist()) == sorted(clips.tolist())
+    resumed = list(dataset.batches(clips, batch_size=3, training=True, seed=1, epoch=2, start=1))
+    for a, b in zip(first[1:], resumed, strict=True):
+        assert torch.equal(a.clips, b.clips)
+        assert all(torch.equal(a.inputs[name][0], b.inputs[name][0]) for name in a.inputs)
+    other = torch.cat([b.clips for b in dataset.batches(clips, batch_size=3, training=True, seed=1, epoch=3)])
+    assert not torch.equal(torch.cat([b.clips for b in first]), other)
+    assert len(list(dataset.batches(clips, batch_size=3, training=True, drop_last=True))) == 2
+    for batch in first:
+        assert torch.equal(batch.labels, torch.from_numpy(dataset.clips.labels[batch.clips.numpy()]))
+
+
+def test_select_limits_evenly_and_names_what_is_missing(prepared):
+    settings, _ = prepared
+    dataset = open_dataset(settings, name="tiny")
+    everything = dataset.select(domains=["alpha", "beta"])
+    limited = dataset.select(domains=["alpha", "beta"], limit=3)
+    assert len(everything) == 12
+    assert limited.tolist() == [everything[0], everything[6], everything[-1]] or len(limited) == 3
+    with pytest.raises(CacheError, match="no domain 'gamma'"):
+        dataset.select(domains=["gamma"])
+
+
+def test_stale_cache_is_refused_and_says_what_changed(root, prepared):
+    settings, _ = prepared
+    changed = settings_for(root, settings.cache.dir, "modalities.video.crop=16")
+    with pytest.raises(CacheError, match=r"crop: cache has 20, settings say 16"):
+        open_dataset(changed, name="tiny")
+    wider = settings_for(root, settings.cache.dir, "modalities.video.width=8")
+    assert open_dataset(wider, name="tiny").modalities["video"].width == 8  # decoded frames serve any encoder
+
+
+def test_missing_caches_say_what_there_is(root, prepared, tmp_path):
+    settings, _ = prepared
+    assert prepared_datasets(settings.cache.dir) == ["tiny"]
+    with pytest.raises(CacheError, match="Prepared so far: tiny"):
+        open_dataset(settings, name="other")
+    with pytest.raises(CacheError, match="Nothing is prepared there yet"):
+        open_dataset(settings_for(root, tmp_path), name="tiny")
+    with pytest.raises(CacheError, match="'flow' of dataset tiny is not prepared"):
+        open_dataset(settings, name="tiny", modalities=["video", "flow"])
+
+
+def test_damaged_shard_is_named(root, tmp_path):
+    settings = settings_for(root, tmp_path, "model.modalities=video")
+    folder = Path(prepare(settings)["modalities"]["video"]["folder"])
+    shard = folder / "shard-00001.h5"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    dataset = open_dataset(settings, name="tiny", modalities=["video"])
+    with pytest.raises(CacheError, match=r"shard-00001\.h5"):
+        list(dataset.batches(dataset.select(domains=["alpha", "beta"], splits=["train"]), batch_size=2, training=True))
+    prepare(settings)  # a damaged shard is written anew
+    with h5py.File(shard) as file:
+        assert len(file["train/clip"]) > 0
+
+
+def test_full_disk_is_one_message_and_keeps_what_is_there(root, tmp_path, monkeypatch):
+    settings = settings_for(root, tmp_path, "model.modalities=video")
+    written = []
+
+    def full(path, *args, **kwargs):
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        return real(path, *args, **kwargs)
+
+    real = h5py.File
+    monkeypatch.setattr(cache_room.h5py, "File", lambda p, m="r", **k: full(p, m, **k) if m == "w" else real(p, m, **k))
+    with pytest.raises(CacheError, match="The disk is full"):
+        prepare(settings)
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("tiny/*/shard-*.h5"))) == 1
+    assert not list(tmp_path.glob("tiny/*/*.partial"))
+    assert prepare(settings)["modalities"]["video"]["shards_reused"] == 1
+
+
+def test_two_writers_do_not_share_a_folder(tmp_path):
+    with locked(tmp_path / "x"), pytest.raises(CacheError, match="Another mbcd process"), locked(tmp_path / "x"):
+        pass
+
+
+def crashing_decode(index, clip, views, job):
+    """Stands in for a decoder that kills its process on some files."""
+    if clip.id in ("c2", "c5"):
+        os._exit(1)
+    return decoding.Decoded(index, views, [(np.full(3, index, np.float32),)])
+
+
+def test_a_crashing_decoder_costs_only_its_own_clips(monkeypatch):
+    monkeypatch.setattr(decoding, "decode", crashing_decode)
+    clips = [Clip(f"c{i}", "d", "train", 0, "", {"m": Media(Path(f"f{i}"))}) for i in range(9)]
+    job = decoding.DecodeJob("m", None, None, 0)
+    with decoding.Decoder(workers=2, job=job) as decoder:
+        results = list(decoder.run([(i, clip, [0]) for i, clip in enumerate(clips)]))
+    assert [r.index for r in results] == list(range(9))
+    assert {clips[r.index].id for r in results if r.rejected} == {"c2", "c5"}
+    assert all("crashed" in r.rejected.cause for r in results if r.rejected)
+
+
+def test_shards_follow_count_and_bytes(monkeypatch):
+    assert shard_ranges([1] * 5, limit=2) == [range(0, 2), range(2, 4), range(4, 5)]
+    monkeypatch.setattr(cache_room, "SHARD_BYTES", 10)
+    assert shard_ranges([6, 6, 2, 2, 30, 1], limit=9) == [range(0, 1), range(1, 4), range(4, 5), range(5, 6)]
+    assert shard_ranges([], limit=3) == []
+
+
+def test_views_of_clips():
+    train, test = (Clip("a", "d", split, 0, "", {}) for split in ("train", "test"))
+    assert views_of(train, views=2, test_view="test") == [0, 1]
+    assert views_of(train, views=2, test_view="all") == [TEST_VIEW, 0, 1]
+    assert views_of(test, views=2, test_view="test") == [TEST_VIEW]
+    assert listing_digest([train]) != listing_digest([test])
+
+
+def test_frozen_trunk_features_are_the_trunks(root, tmp_path):
+    """With the cut inside the encoder the cache holds what the trunk gives, and the tail's weights lie beside it."""
+    cut = ("modalities.video.cut=layer3", "cache.random_weights=true", "cache.dtype=float32", "model.modalities=video")
+    settings = settings_for(root, tmp_path, *cut)
+    prepare(settings)
+    dataset = open_dataset(settings, name="tiny", modalities=["video"])
+    modality = dataset.modalities["video"]
+    torch.manual_seed(settings.cache.seed)
+    trunk, tail = build_encoder("video", modality).cut("layer3")
+    for key, value in tail.state_dict().items():
+        assert torch.equal(dataset.tail_weights["video"][key], value)
+    listing = read_listing(settings)
+    index = next(i for i, clip in enumerate(listing.clips) if clip.split == "train")
+    views = load_views(listing.clips[index], "video", modality, views=[0, 1], seed=0, dataset=settings.dataset)
+    expected = trunk((torch.from_numpy(np.stack([parts[0] for parts in views])),))[0]
+    (read,) = dataset.caches["video"].read(np.array([index, index]), np.array([0, 1]))
+    assert torch.equal(read, expected)
+
+
+def test_random_trunk_must_be_asked_for(root, tmp_path):
+    settings = settings_for(root, tmp_path, "modalities.video.cut=layer3", "model.modalities=video")
+    with pytest.raises(Exception, match="--random-weights"):
+        prepare(settings)

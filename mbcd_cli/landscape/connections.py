@@ -97,7 +97,7 @@ def _run_plane(
     identity: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    x, y = through.axes(study.settings.points)
+    x, y = through.axes(study.settings.points, square=about.get("equal", True))
     directions = [through.first, through.second]
     centre = study.centre()
     study = replace(study, label=name)

@@ -72,8 +72,8 @@ def test_plane_with_a_random_second_axis():
     found = plane(a, {"b": b}, names=["w"], label="a", other=vec(3.0, 4.0, 0.0))
     torch.testing.assert_close(found.second["w"], vec(0.0, 2.0, 0.0)["w"])
     x, y = found.axes(5)
-    assert y[-1] - y[0] == pytest.approx(0.6)
-    assert x[-1] - x[0] == pytest.approx(1.6)
+    assert y[-1] - y[0] == pytest.approx(x[-1] - x[0]) == pytest.approx(1.6)
+    assert found.axes(5, square=False)[1][-1] == pytest.approx(0.3)
 
 
 def test_degenerate_planes_are_refused():

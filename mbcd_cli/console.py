@@ -123,6 +123,6 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
 
 def emit_json(result: Any) -> None:
     """The one machine-readable object on stdout."""
-    json.dump(result, sys.stdout, indent=2, sort_keys=True, allow_nan=False, default=str)
+    json.dump(result, sys.stdout, indent=2, allow_nan=False, default=str)
     sys.stdout.write("\n")
     sys.stdout.flush()

@@ -98,6 +98,23 @@ def write_manifest(path: Path, rows: Iterable[Mapping[str, object]], columns: Se
     return path
 
 
+SMALL = [
+    "modalities.video.frames=4",
+    "modalities.video.short_side=24",
+    "modalities.video.crop=20",
+    "modalities.video.width=2",
+    "modalities.audio.samples=4000",
+    "modalities.audio.nperseg=128",
+    "modalities.audio.noverlap=64",
+    "modalities.audio.width=2",
+    "cache.views=2",
+    "cache.shard_clips=3",
+    "cache.workers=0",
+    "model.hidden=8",
+]
+"""Settings (`--set`) that make the tiny dataset of `write_dataset` quick to prepare and train on."""
+
+
 def write_dataset(
     root: Path,
     *,

@@ -26,24 +26,9 @@ from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError
 from mbcd_cli.layers import resolve
 
-SMALL = [
-    "modalities.video.frames=4",
-    "modalities.video.short_side=24",
-    "modalities.video.crop=20",
-    "modalities.video.width=2",
-    "modalities.audio.samples=4000",
-    "modalities.audio.nperseg=128",
-    "modalities.audio.noverlap=64",
-    "modalities.audio.width=2",
-    "cache.views=2",
-    "cache.shard_clips=3",
-    "cache.workers=0",
-    "model.hidden=8",
-]
-
 
 def settings_for(root: Path, cache: Path, *sets: str):
-    return resolve(sets=[*SMALL, *sets], flags={"dataset.root": root, "cache.dir": cache})
+    return resolve(sets=[*helpers.SMALL, *sets], flags={"dataset.root": root, "cache.dir": cache})
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +112,18 @@ def test_compressed_shards_hold_the_same(root, prepared, tmp_path):
 
 def test_killed_prepare_resumes_to_the_same_cache(root, prepared, tmp_path):
     _, result = prepared
-    command = [sys.executable, "-m", "mbcd_cli", "prepare", "manifest", "--root", str(root), "--cache-dir", str(tmp_path)]
-    for assignment in SMALL:
+    command = [
+        sys.executable,
+        "-m",
+        "mbcd_cli",
+        "prepare",
+        "manifest",
+        "--root",
+        str(root),
+        "--cache-dir",
+        str(tmp_path),
+    ]
+    for assignment in helpers.SMALL:
         command += ["--set", assignment]
     # One clip per shard, so that there are many moments to be killed at.
     command += ["--set", "cache.shard_clips=1"]
@@ -259,9 +254,9 @@ def test_a_crashing_decoder_costs_only_its_own_clips(monkeypatch):
 
 
 def test_shards_follow_count_and_bytes(monkeypatch):
-    assert shard_ranges([1] * 5, limit=2) == [range(0, 2), range(2, 4), range(4, 5)]
+    assert shard_ranges([1] * 5, limit=2) == [range(2), range(2, 4), range(4, 5)]
     monkeypatch.setattr(cache_room, "SHARD_BYTES", 10)
-    assert shard_ranges([6, 6, 2, 2, 30, 1], limit=9) == [range(0, 1), range(1, 4), range(4, 5), range(5, 6)]
+    assert shard_ranges([6, 6, 2, 2, 30, 1], limit=9) == [range(1), range(1, 4), range(4, 5), range(5, 6)]
     assert shard_ranges([], limit=3) == []
 
 

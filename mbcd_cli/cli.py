@@ -26,7 +26,7 @@ app = typer.Typer(
     epilog="Begin with [bold]mbcd demo[/bold], then [bold]mbcd list presets[/bold].",
 )
 
-_SETTINGS, _RUNTIME, _OUTPUT = "Settings", "Runtime", "Output"
+_SETTINGS, _RUNTIME, _OUTPUT, _NEW = "Settings", "Runtime", "Output", "New clips"
 Preset = Annotated[
     str | None,
     typer.Option("--preset", help="Preset by name or path; `none` for the bare defaults.", rich_help_panel=_SETTINGS),
@@ -316,7 +316,8 @@ def _preset_for_train(preset: str | None, config: Path | None, dataset: str | No
 @app.command(
     epilog=_examples(
         "mbcd evaluate --run runs/av-digits/mbcd-va-street-s0",
-        'mbcd evaluate --run RUN --set evaluation.analyses=\'["shift", "corruptions"]\'',
+        "mbcd evaluate --run RUN --analyses all --export csv,hdf5",
+        "mbcd evaluate --run RUN --data-root new-clips",
         "mbcd evaluate --runs 'runs/av-digits/*' --output comparison",
     )
 )
@@ -331,8 +332,35 @@ def evaluate(
         Path | None,
         typer.Option("--ood", help="Cache folder of another dataset, for out-of-distribution detection."),
     ] = None,
+    analyses: Annotated[
+        str | None,
+        typer.Option("--analyses", help="missing, shift, corruptions, trust, insight; or all (default: the run's)."),
+    ] = None,
+    export: Annotated[
+        str | None, typer.Option("--export", help="csv (predictions), hdf5 (embeddings), or csv,hdf5.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for what is written (default: the run folder).")
+    ] = None,
+    data_root: Annotated[
+        Path | None,
+        typer.Option("--data-root", help="Folder of new clips to predict.", rich_help_panel=_NEW),
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(
+            "--manifest",
+            help="CSV table of the new clips (default: manifest.csv in their folder).",
+            rich_help_panel=_NEW,
+        ),
+    ] = None,
+    max_bad: Annotated[
+        int | None,
+        typer.Option("--max-bad", min=0, help="Rejected new clips tolerated (default: 0).", rich_help_panel=_NEW),
+    ] = None,
+    weights_dir: Annotated[
+        Path | None,
+        typer.Option("--weights-dir", help="Folder of the trunks' pretrained weights.", rich_help_panel=_NEW),
     ] = None,
     config: Config = None,
     set_: Sets = None,
@@ -342,15 +370,24 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a run on its source and target domains; or compare evaluated runs.
+    """Measure a run on its domains, predict new clips with it, or compare runs.
 
-    Accuracy fused and per modality, missing modalities, calibration, t-SNE, an HTML report.
+    Accuracy fused and per modality, missing modalities, calibration, t-SNE, an HTML report. With --data-root, new
+    clips (labelled or not) are prepared and predicted into predict.csv.
     """
     from mbcd_cli.errors import RunError
 
     with _outcome(as_json=as_json, debug=debug):
         if sum(given is not None for given in (run, checkpoint, runs)) != 1:
             raise RunError("Name what to evaluate.", "Use one of --run RUN, --checkpoint FILE and --runs PATTERN.")
+        new = data_root is not None or manifest is not None
+        if new and (runs is not None or ood is not None):
+            raise RunError(
+                "New clips are predicted by one model alone.",
+                "Leave out --runs and --ood with --data-root or --manifest.",
+            )
+        if not new and max_bad is not None:
+            raise RunError("--max-bad is about new clips.", "Name their folder with --data-root.")
         from mbcd_cli.commands import common
         from mbcd_cli.commands import evaluate as command
         from mbcd_cli.runtime import configure
@@ -362,9 +399,34 @@ def evaluate(
             _finish(compared, as_json=as_json)
             return
         files = common.run_checkpoints(run) if run is not None else {checkpoint.stem: checkpoint}
-        settings, data, checkpoints = common.open_checkpoints(
-            files, config=config, sets=set_ or (), cache_dir=cache_dir, device=device, threads=threads
-        )
+        asked = {
+            "config": config,
+            "sets": set_ or (),
+            "cache_dir": cache_dir,
+            "device": device,
+            "threads": threads,
+            "weights_dir": weights_dir,
+            "flags": command.flags(analyses, export),
+        }
+        if new:
+            from mbcd_cli.commands import new_data
+
+            settings, checkpoints = common.load_checkpoints(files, **asked)
+            predicted = new_data.predict_new(
+                settings,
+                checkpoints,
+                root=data_root,
+                manifest=manifest,
+                cache_dir=cache_dir,
+                output=output,
+                device=configure(settings.runtime),
+                max_bad=max_bad or 0,
+            )
+            if not as_json:
+                new_data.show(predicted)
+            _finish(predicted, as_json=as_json)
+            return
+        settings, data, checkpoints = common.open_checkpoints(files, **asked)
         if run is not None:
             wanted = [name for name in settings.evaluation.checkpoints if name in checkpoints]
             checkpoints = {name: checkpoints[name] for name in wanted}
@@ -420,6 +482,13 @@ def landscape(
         from mbcd_cli.commands import landscape as command
         from mbcd_cli.runtime import configure
 
+        folder = output or (common.run_of(checkpoint[0]) or checkpoint[0].parent) / "landscape"
+        if plot_only:
+            result = command.redraw(folder)
+            if not as_json:
+                command.show(result)
+            _finish(result, as_json=as_json)
+            return
         named = common.label_checkpoints([*checkpoint, *(to or [])])
         settings, data, checkpoints = common.open_checkpoints(
             named, config=config, sets=set_ or (), cache_dir=cache_dir, device=device, threads=threads
@@ -431,14 +500,14 @@ def landscape(
             pairs[: len(checkpoint)],
             towards=pairs[len(checkpoint) :],
             epochs=common.kept_epochs(checkpoint[0]) if trajectory else (),
-            output=output or (common.run_of(checkpoint[0]) or checkpoint[0].parent) / "landscape",
+            output=folder,
             device=configure(settings.runtime),
-            plot_only=plot_only,
             overwrite=overwrite,
         )
-        if not as_json:
-            command.show(result)
-        _finish(result, as_json=as_json)
+        if result.get("rank", 0) == 0:  # under torchrun the others have measured their share and stay silent
+            if not as_json:
+                command.show(result)
+            _finish(result, as_json=as_json)
 
 
 @app.command(

@@ -46,14 +46,13 @@ def landscape(
     towards: Sequence[tuple[str, Any]] = (),
     epochs: Sequence[tuple[int, Any]] = (),
     device: torch.device | None = None,
-    plot_only: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Measure the landscape around every checkpoint and write files and plots under `output`.
 
     Args:
         settings: the run's, with the landscape slice to use now.
-        dataset: prepared, matching `settings`; not used by `plot_only`.
+        dataset: prepared, matching `settings`.
         checkpoints: (label, checkpoint) pairs; labels are distinct.
         output: folder of the HDF5 files and plots.
         towards: one or two more checkpoints: paths from the first of `checkpoints` to each, and the plane
@@ -61,7 +60,6 @@ def landscape(
         epochs: (epoch, checkpoint) pairs of the first checkpoint's training: its trajectory in the plane of
             their principal components.
         device: where to compute; default: what `settings.runtime` says.
-        plot_only: draw every file under `output` again, measuring nothing.
         overwrite: measure anew instead of resuming.
 
     Returns:
@@ -75,18 +73,25 @@ def landscape(
         StoreError: a file under `output` was measured on something else, or is damaged.
     """
     output = Path(output)
-    if plot_only:
-        found = _found(output)
-        if not any(found.values()):
-            raise SettingsError(
-                f"There is nothing to draw in {output}.", "Run `mbcd landscape` without --plot-only first."
-            )
-        return {"checkpoints": {}, "files": _draw(found, output), "rank": 0}
     with sharing() as (share, barrier):
         bench = _Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite, share, barrier)
         result, files = _measure(bench, checkpoints, towards, epochs)
         drawn = _draw(files, output) if share.rank == 0 else {}
     return {**result, "files": drawn, "rank": share.rank}
+
+
+def redraw(output: Path) -> dict[str, Any]:
+    """Draw every file under `output` again, measuring nothing (`--plot-only`); returns the paths.
+
+    Raises:
+        SettingsError: there is nothing to draw.
+        StoreError: a file is damaged.
+    """
+    output = Path(output)
+    found = _found(output)
+    if not any(found.values()):
+        raise SettingsError(f"There is nothing to draw in {output}.", "Run `mbcd landscape` without --plot-only first.")
+    return {"checkpoints": {}, "files": _draw(found, output), "rank": 0}
 
 
 def _measure(

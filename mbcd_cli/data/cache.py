@@ -102,12 +102,12 @@ def fingerprint(recipe: Mapping[str, Any], clips: Sequence[Clip], *, name: str, 
     rows = []
     for clip in clips:
         media = clip.media[name]
-        files = [path for path in (media.path, media.path_v) if path is not None]
+        files = [path for path in (media.path, media.path_v, media.clock) if path is not None]
         rows.append(
             [
                 [os.path.relpath(path, root) for path in files],
                 [path.stat().st_size if path.is_file() else -1 for path in files],
-                [media.start, media.stop, media.unit, media.computed],
+                [media.start, media.stop, media.unit, media.computed, media.rate],
             ]
         )
     return _digest([recipe, listing_digest(clips), rows])[:12]

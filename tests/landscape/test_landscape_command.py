@@ -22,13 +22,11 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(command, "_draw", lambda *_: {})
 
 
-def run(tmp_path, checkpoints=None, *, dataset=None, plot_only=False, overwrite=False, **chosen):
+def run(tmp_path, checkpoints=None, *, dataset=None, overwrite=False, **chosen):
     settings = make_settings(**chosen)
     dataset = dataset or make_dataset(settings)
     checkpoints = checkpoints or [("best", make_checkpoint(settings, dataset))]
-    return command.landscape(
-        settings, dataset, checkpoints, output=tmp_path / "land", plot_only=plot_only, overwrite=overwrite
-    )
+    return command.landscape(settings, dataset, checkpoints, output=tmp_path / "land", overwrite=overwrite)
 
 
 def test_measures_and_draws(tmp_path, capsys):
@@ -114,7 +112,7 @@ def test_errors_name_the_remedy(tmp_path):
     with pytest.raises(MbcdError):
         run(tmp_path, dataset=dataset)
     with pytest.raises(SettingsError, match="plot-only"):
-        run(tmp_path, plot_only=True)
+        command.redraw(tmp_path / "land")
 
 
 def test_one_batch_and_recalibration(tmp_path, undrawn):
@@ -131,7 +129,7 @@ def test_several_checkpoints_in_one_figure_redrawn_from_files(tmp_path):
     before = [p.read_bytes() for p in pictures]
     for picture in pictures:
         picture.unlink()
-    again = run(tmp_path, plot_only=True)
+    again = command.redraw(tmp_path / "land")
     assert again["files"] == result["files"]
     assert [p.read_bytes() for p in pictures] == before
 

@@ -171,7 +171,7 @@ def test_one_group_and_trajectory_are_drawn(tmp_path):
     assert list(result["trajectory"]["places"]) == ["epoch 1", "epoch 2", "epoch 3", "best"]
     for name in ("path", "plane", "trajectory"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
-    again = command.landscape(settings, dataset, [], output=tmp_path, plot_only=True)
+    again = command.redraw(tmp_path)
     assert {k for k in again["files"] if "plot" in k} == {k for k in result["files"] if "plot" in k}
 
 

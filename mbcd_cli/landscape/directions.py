@@ -21,7 +21,7 @@ Normalisation = Literal["filter", "layer", "adaptive", "relative", "absolute"]
 
 
 def moving_names(model: MultiModalModel, *, group: str, loss: Literal["fused", "total"] = "fused") -> tuple[str, ...]:
-    """Names of the parameters that move.
+    """Names of the parameters that move: trained ones only (a tail may begin with frozen stages).
 
     Args:
         model: the model.
@@ -43,7 +43,10 @@ def moving_names(model: MultiModalModel, *, group: str, loss: Literal["fused", "
             f"landscape.group: there is no group of parameters {group!r}.",
             f"Choose one of: all, tails, fused_head, {', '.join(model.modalities)}.",
         )
-    names = tuple(name for name, _ in model.named_parameters() if name.startswith(prefixes))
+    frozen = tuple(f"tails.{m}.{stage}." for m in model.modalities for stage in getattr(model.tails[m], "frozen", ()))
+    names = tuple(
+        name for name, _ in model.named_parameters() if name.startswith(prefixes) and not name.startswith(frozen)
+    )
     if not names:
         raise SettingsError(f"landscape.group: {group!r} holds no trainable parameters.", "Choose another group.")
     return names

@@ -217,7 +217,7 @@ def train(
     source_domains: Annotated[
         str | None, typer.Option("--source-domains", help="Domains to train on, e.g. D1,D3.")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="erm, ema or mbcd (default).")] = None,
+    method: Annotated[str | None, typer.Option("--method", help="erm, ema, mbcd (default) or an ablation.")] = None,
     modalities: Modalities = None,
     dataset: Annotated[
         str | None, typer.Option("--dataset", help="Name of a prepared dataset (default: the preset's).")
@@ -372,8 +372,9 @@ def evaluate(
 ) -> None:
     """Measure a run on its domains, predict new clips with it, or compare runs.
 
-    Accuracy fused and per modality, missing modalities, calibration, t-SNE, an HTML report. With --data-root, new
-    clips (labelled or not) are prepared and predicted into predict.csv.
+    Accuracy fused and per modality, missing modalities, calibration, t-SNE, an HTML report.
+
+    With --data-root, new clips (labelled or not) are prepared and predicted: predict.csv.
     """
     from mbcd_cli.errors import RunError
 
@@ -535,6 +536,103 @@ def demo(
         if not as_json:
             command.show(result)
         _finish(result, as_json=as_json)
+
+
+@app.command(
+    epilog=_examples(
+        "mbcd sweep --preset av-digits --targets all --methods erm,mbcd --seeds 3",
+        "mbcd sweep --preset epic-kitchens --table 1 --dry-run",
+        "mbcd sweep --preset av-digits --grid objective.teacher.beta=0.9,0.99",
+    )
+)
+def sweep(
+    table: Annotated[int | None, typer.Option("--table", help="One of the paper's tables, 1 to 5.")] = None,
+    targets: Annotated[str | None, typer.Option("--targets", help="Unseen domains: all, or names.")] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Methods, e.g. erm,ema,mbcd (mbcd list methods).")
+    ] = None,
+    modality_sets: Annotated[
+        str | None, typer.Option("--modality-sets", help="Sets of modalities: va,vf,vaf or video+audio,... .")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="multi-source (default), single-source or in-domain.")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="How many seeds, or the seeds: 3 or 0,4,7.")] = "3",
+    grid: Annotated[
+        list[str] | None, typer.Option("--grid", help="One axis over a setting: part.field=v1,v2; repeatable.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="Name of a prepared dataset (default: the preset's).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs, time and disk, then stop.")] = False,
+    collect: Annotated[bool, typer.Option("--collect", help="Only collect the runs that are done.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, one GPU each where there are GPUs.")] = 1,
+    launcher: Annotated[str, typer.Option("--launcher", help="local processes, or slurm (by submitit).")] = "local",
+    slurm: Annotated[
+        list[str] | None, typer.Option("--slurm", help="submitit parameter, e.g. timeout_min=240; repeatable.")
+    ] = None,
+    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")] = Path("runs"),
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of the tables (default: sweeps/...).")] = None,
+    preset: Preset = None,
+    config: Config = None,
+    set_: Sets = None,
+    cache_dir: CacheDir = None,
+    device: Device = None,
+    threads: Threads = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Run the grid of runs behind a table, then collect it: mean and spread over seeds, significance, curves.
+
+    Runs that are done are never repeated, killed ones resume, failed ones are listed.
+    """
+    with _outcome(as_json=as_json, debug=debug):
+        from mbcd_cli.commands import sweep as command
+
+        request = command.Request(
+            table=table,
+            targets=targets,
+            methods=methods,
+            modality_sets=modality_sets,
+            protocol=protocol,
+            seeds=seeds,
+            grid=grid or (),
+        )
+        cells = command.make_plan(
+            request,
+            preset=_preset_for_train(preset, config, dataset),
+            config=config,
+            sets=set_ or (),
+            flags={
+                "dataset.name": dataset,
+                "cache.dir": cache_dir,
+                "runtime.device": device,
+                "runtime.threads": threads,
+            },
+            runs_dir=runs_dir,
+        )
+        if dry_run:
+            found = command.dry_run(cells, jobs=jobs)
+            if not as_json:
+                command.show_plan(found)
+            found.pop("estimate")
+            _finish(found, as_json=as_json)
+            return
+        done: dict[str, Any] = {"failed": {}}
+        if not collect:
+            done = command.run(cells, jobs=jobs, launcher=launcher, slurm=slurm or (), retry_failed=retry_failed)
+        failure = command.report_failures(done)
+        folder = output or command.output_of(request, cells)
+        if failure is not None and not done["done"]:
+            raise failure
+        result = command.collect(cells, output=folder, title=command.title_of(request, cells))
+        if not as_json:
+            command.show(result)
+        elif failure is None:
+            _finish({**done, **result}, as_json=True)
+        if failure is not None:
+            raise failure
 
 
 @app.command(name="list", epilog=_examples("mbcd list presets", "mbcd list datasets --cache-dir cache"))

@@ -180,7 +180,7 @@ def open_other(settings: Settings, folder: Path) -> CachedDataset:
     return open_dataset(other, name=folder.name, modalities=settings.model.modalities)
 
 
-def open_checkpoints(
+def load_checkpoints(
     files: Mapping[str, Path],
     *,
     config: Path | None,
@@ -188,13 +188,17 @@ def open_checkpoints(
     cache_dir: Path | None,
     device: str | None,
     threads: int | None,
-) -> tuple[Settings, CachedDataset, dict[str, Checkpoint]]:
-    """Checkpoints, the settings they were trained with (evaluation, landscape and runtime as asked now), the data.
+    weights_dir: Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> tuple[Settings, dict[str, Checkpoint]]:
+    """Checkpoints, and the settings they were trained with (evaluation, landscape and runtime as asked now).
+
+    Args:
+        flags: further settings from the command line, dotted name -> value.
 
     Raises:
         CheckpointError: missing, damaged, hostile or foreign checkpoints.
         SettingsError: flags that would change what the weights mean.
-        CacheError: their dataset is not prepared here.
     """
     checkpoints = {label: load_checkpoint(path) for label, path in files.items()}
     for label, path in files.items():
@@ -216,10 +220,30 @@ def open_checkpoints(
         config=config,
         environ=os.environ,
         sets=sets,
-        flags={"cache.dir": cache_dir, "runtime.device": device, "runtime.threads": threads},
+        flags={
+            "cache.dir": cache_dir,
+            "cache.weights_dir": weights_dir,
+            "runtime.device": device,
+            "runtime.threads": threads,
+            **(flags or {}),
+        },
     )
     check_unchanged(saved, settings)
-    return settings, open_for_checkpoint(settings, first.label_names), checkpoints
+    return settings, checkpoints
+
+
+def open_checkpoints(files: Mapping[str, Path], **asked: Any) -> tuple[Settings, CachedDataset, dict[str, Checkpoint]]:
+    """`load_checkpoints`, and the dataset they were trained on.
+
+    Args:
+        asked: what `load_checkpoints` takes.
+
+    Raises:
+        CacheError: their dataset is not prepared here; and what `load_checkpoints` raises.
+    """
+    settings, checkpoints = load_checkpoints(files, **asked)
+    label_names = next(iter(checkpoints.values())).label_names
+    return settings, open_for_checkpoint(settings, label_names), checkpoints
 
 
 def json_safe(value: Any) -> Any:

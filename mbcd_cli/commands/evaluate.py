@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -14,7 +14,7 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation import plots
 from mbcd_cli.evaluation.analyses import Analysis, analyse, clear
-from mbcd_cli.evaluation.compare import compare, distinct, find_runs, load_run, main_tables
+from mbcd_cli.evaluation.compare import Run, compare, distinct, find_runs, load_run, main_tables
 from mbcd_cli.evaluation.evaluator import TARGET, deployed, evaluate_models
 from mbcd_cli.evaluation.export import written_aside
 from mbcd_cli.evaluation.history import accuracy_history
@@ -22,9 +22,9 @@ from mbcd_cli.evaluation.html import write_comparison, write_report
 from mbcd_cli.evaluation.report import print_comparison, print_results
 from mbcd_cli.evaluation.results import collect, describe, provenance, read_records, warnings, write_json
 from mbcd_cli.evaluation.robustness import subset_variants
-from mbcd_cli.evaluation.tables import as_values, comma_separated, from_values, latex, markdown
+from mbcd_cli.evaluation.tables import Table, as_values, comma_separated, from_values, latex, markdown
 from mbcd_cli.layers import to_toml
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import EvaluationSettings, Settings
 
 
 def evaluate(
@@ -87,6 +87,19 @@ def evaluate(
     return {**figures, "files": {name: str(path) for name, path in files.items()}}
 
 
+def flags(analyses: str | None, export: str | None) -> dict[str, Any]:
+    """The settings that `--analyses` and `--export` stand for; `all` is every analysis."""
+
+    def names(text: str | None) -> tuple[str, ...] | None:
+        return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+    wanted = get_args(get_args(EvaluationSettings.model_fields["analyses"].annotation)[0])
+    return {
+        "evaluation.analyses": wanted if analyses == "all" else names(analyses),
+        "evaluation.export": names(export),
+    }
+
+
 def show(figures: Mapping[str, Any]) -> None:
     """Print what `evaluate` returned: tables and paths on stdout, warnings on stderr."""
     print_results(figures, {name: Path(path) for name, path in figures["files"].items()})
@@ -110,12 +123,31 @@ def compare_runs(patterns: Sequence[str], *, output: Path) -> dict[str, Any]:
     if not done:
         raise RunError(notes[0], "Evaluate the runs first.")
     runs, repeats = distinct([load_run(folder) for folder in done])
-    notes += repeats
-    tables = compare(runs)
+    return write_comparison_files(runs, compare(runs), notes=[*notes, *repeats], output=output, title="Runs compared")
+
+
+def write_comparison_files(
+    runs: Sequence[Run],
+    tables: Sequence[Table],
+    *,
+    notes: Sequence[str],
+    output: Path,
+    title: str,
+    pictures: Mapping[str, Path] | None = None,
+    sections: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write `tables` of `runs` in every form, with bars of the main ones; what `compare_runs` returns.
+
+    Args:
+        notes: warnings to show.
+        pictures: more plots, caption -> file.
+        sections: more of the page, heading -> HTML.
+    """
     bars = {t.title: plots.plot_methods(t, output / f"{t.name}.png") for t in main_tables(runs)}
+    bars |= pictures or {}
     report = output / "comparison.html"
-    files = {"report": write_comparison(report, tables, title="Runs compared", files=bars, warnings=notes)}
-    files |= {path.name: path for path in bars.values()}
+    page = write_comparison(report, tables, title=title, files=bars, warnings=notes, sections=sections)
+    files = {"report": page} | {path.name: path for path in bars.values()}
     text = {"comparison.md": "\n".join(map(markdown, tables))}
     for table in tables:
         text |= {f"{table.name}.csv": comma_separated(table), f"{table.name}.tex": latex(table)}
@@ -125,7 +157,7 @@ def compare_runs(patterns: Sequence[str], *, output: Path) -> dict[str, Any]:
         files[name] = output / name
     found = {
         "runs": [str(run.path) for run in runs],
-        "warnings": notes,
+        "warnings": list(notes),
         "tables": [as_values(table) for table in tables],
     }
     files["results"] = write_json(found, output / "comparison.json")

@@ -61,7 +61,11 @@ def prepare(settings: Settings) -> dict[str, Any]:
         A JSON-able summary: clips, domains, per modality the folder, bytes and what was reused, and every rejected
         clip; `exit_code` is 3 when more clips were rejected than `dataset.max_bad`.
     """
-    listing = read_listing(settings)
+    return prepare_listing(settings, read_listing(settings))
+
+
+def prepare_listing(settings: Settings, listing: Listing) -> dict[str, Any]:
+    """`prepare`, for clips that are listed already: every modality of `listing` in the cache."""
     for line in listing.notes:
         console.say(line)
     for line in listing.warnings:
@@ -144,7 +148,8 @@ def _prepare_modality(
         writer = CacheWriter(
             folder,
             recipe=recipe,
-            modality=modality,
+            # Runs keep this digest with their settings, so that new data never meets another trunk.
+            modality=modality if sha is None else modality.model_copy(update={"weights_sha256": sha}),
             clips=clips,
             shards=shard_ranges(sizes, limit=settings.cache.shard_clips),
             domains=listing.domains,

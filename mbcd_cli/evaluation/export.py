@@ -14,14 +14,11 @@ from typing import Any
 
 import h5py
 import numpy as np
-import torch
 
-from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.metrics import predicted
-from mbcd_cli.evaluation.predict import Predictions, predict
+from mbcd_cli.evaluation.predict import Predictions
 from mbcd_cli.evaluation.trust import probabilities
-from mbcd_cli.model import MultiModalModel
 
 
 @contextmanager
@@ -49,13 +46,11 @@ def prediction_rows(
     ids: Sequence[str],
     label_names: Sequence[str],
     domain_names: Sequence[str],
-    labelled: bool = True,
 ) -> list[dict[str, Any]]:
     """One row per clip: id, domain, label, predicted class and probability, and every modality's own vote.
 
     Args:
         ids: of the whole clip table, indexed by `predictions.clips`.
-        labelled: false leaves the label's columns out (new clips whose class nobody knows).
     """
     heads = {"": predictions.fused, **{f"{n}_": logits for n, logits in predictions.unimodal.items()}}
     said = {prefix: (predicted(logits), probabilities(logits)) for prefix, logits in heads.items()}
@@ -63,13 +58,11 @@ def prediction_rows(
     for n, (clip, domain, label) in enumerate(
         zip(predictions.clips.tolist(), predictions.domains.tolist(), predictions.labels.tolist(), strict=True)
     ):
-        row: dict[str, Any] = {"id": ids[clip], "domain": domain_names[domain]}
-        if labelled:
-            row["label"] = label_names[label]
+        row: dict[str, Any] = {"id": ids[clip], "domain": domain_names[domain], "label": label_names[label]}
         for prefix, (guess, p) in said.items():
             row[f"{prefix}predicted"] = label_names[guess[n]] if guess[n] >= 0 else ""
             row[f"{prefix}probability"] = round(float(p[n].max()), 6)
-            if labelled and prefix == "":
+            if prefix == "":
                 row["label_probability"] = round(float(p[n, label]), 6)
         rows.append(row)
     return rows
@@ -110,27 +103,34 @@ def write_hdf5(
     return path
 
 
-def predict_clips(
-    model: MultiModalModel,
-    batches: Iterable[Batch],
-    *,
-    ids: Sequence[str],
-    label_names: Sequence[str],
-    domain_names: Sequence[str],
-    device: torch.device,
-    precision: str = "float32",
-    labelled: bool = False,
-    path: Path | None = None,
+def vote_rows(
+    predictions: Predictions, *, ids: Sequence[str], label_names: Sequence[str], domain_names: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Predict new clips, labelled or not: the rows of `prediction_rows`, also written to `path` (predict.csv).
+    """One row per new clip: clip, class and probability, and the class and probability of every modality's vote.
 
-    Raises:
-        MbcdError: no clips. RunError: `path` cannot be written.
+    A clip without a prediction (non-finite outputs) has an empty class and probability 0. Where any label is known
+    (0 or more) `label` and `label_probability` follow, empty for the clips whose label is not.
+
+    Args:
+        ids: of the whole clip table, indexed by `predictions.clips`.
+        domain_names: adds the column `domain`.
     """
-    predictions = predict(model, batches, device=device, precision=precision)
-    rows = prediction_rows(predictions, ids=ids, label_names=label_names, domain_names=domain_names, labelled=labelled)
-    if path is not None:
-        write_csv(rows, path)
+    heads = {"": predictions.fused, **{f"{name}_": logits for name, logits in predictions.unimodal.items()}}
+    said = {prefix: (predicted(logits), probabilities(logits)) for prefix, logits in heads.items()}
+    labels = predictions.labels.tolist()
+    rows = []
+    for n, clip in enumerate(predictions.clips.tolist()):
+        row: dict[str, Any] = {"clip": ids[clip]}
+        if domain_names:
+            row["domain"] = domain_names[int(predictions.domains[n])]
+        for prefix, (guess, p) in said.items():
+            row[f"{prefix}class"] = label_names[guess[n]] if guess[n] >= 0 else ""
+            row[f"{prefix}probability"] = round(float(p[n].max()), 6)
+        if max(labels) >= 0:
+            known = labels[n] >= 0
+            row["label"] = label_names[labels[n]] if known else ""
+            row["label_probability"] = round(float(said[""][1][n, labels[n]]), 6) if known else ""
+        rows.append(row)
     return rows
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import csv
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -10,7 +10,7 @@ from sklearn.metrics import silhouette_score
 
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.embedding import embeddings, spread, tsne
-from mbcd_cli.evaluation.export import hardest, predict_clips, prediction_rows, write_csv, write_hdf5
+from mbcd_cli.evaluation.export import hardest, prediction_rows, vote_rows, write_csv, write_hdf5
 from mbcd_cli.evaluation.predict import Predictions, predict
 from mbcd_cli.model import build_model
 
@@ -25,30 +25,26 @@ def names(dataset):
     return {"ids": dataset.clips.ids, "label_names": dataset.label_names, "domain_names": dataset.domains}
 
 
-def test_predict_csv_holds_class_probability_and_votes(model, dataset, tmp_path):
+def test_votes_hold_class_and_probability_of_every_head(model, dataset):
     clips = dataset.select(domains=("street",))
-    rows = predict_clips(
-        model,
-        dataset.batches(clips, batch_size=4, training=False),
-        **names(dataset),
-        device=torch.device("cpu"),
-        path=tmp_path / "new" / "predict.csv",
-    )
-    with (tmp_path / "new" / "predict.csv").open(newline="", encoding="utf-8") as file:
-        stored = list(csv.DictReader(file))
-    assert len(stored) == len(rows) == len(clips)
-    assert list(stored[0]) == [
-        *("id", "domain", "predicted", "probability"),
-        *("video_predicted", "video_probability", "audio_predicted", "audio_probability"),
-    ]
+    predictions = predict(model, dataset.batches(clips, batch_size=4, training=False), device="cpu")
+    labels = predictions.labels.clone()
+    labels[0] = -1
+    predictions = replace(predictions, labels=labels)
+    rows = vote_rows(predictions, ids=dataset.clips.ids, label_names=dataset.label_names)
+    votes = ["video_class", "video_probability", "audio_class", "audio_probability"]
+    assert list(rows[0]) == ["clip", "class", "probability", *votes, "label", "label_probability"]
     with torch.no_grad():
         fused, unimodal = model({n: (v[clips],) for n, v in dataset.arrays.items()})
-    for n, row in enumerate(stored):
+    for n, row in enumerate(rows):
         p = fused[n].softmax(0)
-        assert row["id"] == dataset.clips.ids[clips[n]]
-        assert row["predicted"] == dataset.label_names[int(p.argmax())]
-        assert float(row["probability"]) == pytest.approx(float(p.max()), abs=2e-6)
-        assert row["audio_predicted"] == dataset.label_names[int(unimodal["audio"][n].argmax())]
+        assert row["clip"] == dataset.clips.ids[clips[n]]
+        assert row["class"] == dataset.label_names[int(p.argmax())]
+        assert row["probability"] == pytest.approx(float(p.max()), abs=2e-6)
+        assert row["audio_class"] == dataset.label_names[int(unimodal["audio"][n].argmax())]
+        assert row["label"] == (dataset.label_names[labels[n]] if n else "")
+    unknown = replace(predictions, labels=torch.full_like(labels, -1))
+    assert "label" not in vote_rows(unknown, ids=dataset.clips.ids, label_names=dataset.label_names)[0]
 
 
 def test_labelled_rows_and_the_hardest(model, dataset):

@@ -47,8 +47,41 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     Raises:
         ManifestError: the table is missing, or wrong; all bad lines are listed together.
     """
-    root, path = _locate(dataset)
-    table = Table(read_bytes(path))
+    root, path = locate(dataset)
+    found = parse(Table(read_bytes(path)), dataset, modalities, root=root, path=path)
+    domains = _domains(found.clips, dataset, path)
+    clips = [clip for clip in found.clips if clip.domain in domains]
+    warnings = _check_splits(clips, domains, path)
+    labels, without = _label_names(clips, found.names, dataset)
+    return Listing(
+        name=dataset.name or default_name(root, path),
+        clips=clips,
+        domains=domains,
+        label_names=labels,
+        modalities=found.modalities,
+        warnings=warnings + without,
+        notes=found.notes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a table says: clips in its order, label -> name where it names them, modalities in fusion order, notes."""
+
+    clips: list[Clip]
+    names: dict[int, str]
+    modalities: dict[str, Modality]
+    notes: list[str]
+
+
+def parse(
+    table: Table, dataset: DatasetSettings, modalities: Mapping[str, Modality], *, root: Path, path: Path
+) -> Parsed:
+    """The clips of a manifest's table, every row of it.
+
+    Raises:
+        ManifestError: the header is wrong, there is no row, or rows are wrong; all bad lines are listed together.
+    """
     columns = _columns(table, dataset, modalities, path)
     reader = _Rows(columns, dataset, root)
     clips = [clip for line, cells in table.rows if (clip := reader.clip(line, cells)) is not None]
@@ -57,25 +90,19 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
         raise lines_error(path, problems)
     if not clips:
         raise ManifestError(f"{path}: the manifest is empty.", "Add one row per clip below the header.")
-    domains = _domains(clips, dataset, path)
-    clips = [clip for clip in clips if clip.domain in domains]
-    warnings = _check_splits(clips, domains, path)
-    labels, without = _label_names(clips, reader.names, dataset)
-    return Listing(
-        name=dataset.name or _name(root, path),
-        clips=clips,
-        domains=domains,
-        label_names=labels,
-        modalities={name: columns.modalities[name] for name in modality_order(list(columns.modalities))},
-        warnings=warnings + without,
-        notes=columns.notes,
-    )
+    ordered = {name: columns.modalities[name] for name in modality_order(list(columns.modalities))}
+    return Parsed(clips, reader.names, ordered, columns.notes)
 
 
 # --- the file ------------------------------------------------------------------------------------------------------
 
 
-def _locate(dataset: DatasetSettings) -> tuple[Path, Path]:
+def locate(dataset: DatasetSettings) -> tuple[Path, Path]:
+    """The root folder and the table.
+
+    Raises:
+        ManifestError: one of them is not there.
+    """
     if dataset.root is None:
         raise ManifestError("The dataset's root folder is not set.", "Name it with --root DIR.")
     root = Path(dataset.root)
@@ -353,7 +380,8 @@ def _label_names(
     return labels, [f"{len(without)} of {classes} classes have no clips: {shown}"]
 
 
-def _name(root: Path, path: Path) -> str:
+def default_name(root: Path, path: Path) -> str:
+    """What a dataset is called in the cache when nobody says."""
     base = root.resolve().name or "dataset"
     name = base if path.name == "manifest.csv" else f"{base}-{path.stem}"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "dataset"

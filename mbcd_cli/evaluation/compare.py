@@ -213,6 +213,8 @@ def main_tables(runs: Sequence[Run]) -> list[Table]:
             rows += paper_rows("dropout", dataset, modalities, columns)
         elif setting == "single-source":
             rows += paper_rows("single_source", dataset, modalities, columns)
+        elif setting == "in-domain":
+            rows += paper_rows("in_domain", dataset, modalities, columns)
         seeds = {
             (method, c): len([r for r in group if r.method == method and r.column == c])
             for method in {r.method for r in group}

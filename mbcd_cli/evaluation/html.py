@@ -159,12 +159,13 @@ def write_comparison(
     title: str,
     files: Mapping[str, Path] | None = None,
     warnings: Sequence[str] = (),
+    sections: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write the tables of several runs, and plots of them (caption -> file), as one page.
+    """Write the tables of several runs, plots of them (caption -> file) and `sections` (heading -> HTML) as one page.
 
     Raises:
         RunError: it cannot be written.
     """
     lead = "".join(f'<div class="warning">{escape(w)}</div>' for w in warnings)
-    parts = {"Tables": "".join(map(table_html, tables)), "Plots": gallery((files or {}).items())}
+    parts = {"Tables": "".join(map(table_html, tables)), "Plots": gallery((files or {}).items()), **(sections or {})}
     return _write(page(title, parts, lead=lead), path)

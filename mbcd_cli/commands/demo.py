@@ -16,6 +16,8 @@ from mbcd_cli.runtime import configure
 from mbcd_cli.settings import Settings
 
 METHODS = ("erm", "mbcd")
+PICTURES = ("report", "accuracy per epoch", "confusion on target")
+"""What `evaluate` writes that the demo points at; the report shows the rest."""
 
 
 def demo(
@@ -93,8 +95,8 @@ def demo(
         "source_accuracy": {m: _source_accuracy(results[m]) for m in METHODS},
         "landscape": surfaces,
         "files": [
-            *(f for m in METHODS for f in results[m]["files"].values() if str(f).endswith(".png")),
-            *(f for f in surfaces["files"].values() if str(f).endswith(".png")),
+            *(results[m]["files"][key] for m in METHODS for key in PICTURES if key in results[m]["files"]),
+            *(path for path in surfaces["files"].values() if str(path).endswith(".png")),
         ],
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
         "prepared": prepared["modalities"],
@@ -132,7 +134,7 @@ def show(result: dict[str, Any]) -> None:
             accuracy = result[f"{key}_accuracy"][method]
             rows.append((f"{method.upper()}, {where}", *(f"{100 * accuracy[head]:.1f}" for head in heads)))
     console.table("Accuracy in percent", ("method, domain", *heads), rows)
-    console.out.print("Pictures:")
+    console.out.print("Reports and pictures:")
     for file in result["files"]:
         console.out.print(f"  {file}", markup=False)
     total = sum(result["seconds"].values())

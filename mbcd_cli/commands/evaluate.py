@@ -10,8 +10,10 @@ import torch
 
 from mbcd_cli import console
 from mbcd_cli.commands.common import method_label
-from mbcd_cli.data.records import Batch
-from mbcd_cli.errors import RunError
+from mbcd_cli.commands.prepare import read_listing
+from mbcd_cli.data.cache import listing_digest
+from mbcd_cli.data.records import Batch, Clip
+from mbcd_cli.errors import MbcdError, RunError
 from mbcd_cli.evaluation import plots
 from mbcd_cli.evaluation.analyses import Analysis, analyse, clear
 from mbcd_cli.evaluation.compare import Run, compare, distinct, find_runs, load_run, main_tables
@@ -24,7 +26,7 @@ from mbcd_cli.evaluation.results import collect, describe, provenance, read_reco
 from mbcd_cli.evaluation.robustness import subset_variants
 from mbcd_cli.evaluation.tables import Table, as_values, comma_separated, from_values, latex, markdown
 from mbcd_cli.layers import to_toml
-from mbcd_cli.settings import EvaluationSettings, Settings
+from mbcd_cli.settings import DatasetSettings, EvaluationSettings, Settings
 
 
 def evaluate(
@@ -64,9 +66,12 @@ def evaluate(
     figures = collect(about, results, chosen)
     figures["warnings"] = warnings(figures, checkpoints)
     of_chosen = [one for one in results if (one.checkpoint, one.model) == chosen]
+    clips, missing = _media(settings, dataset) if "corruptions" in settings.evaluation.analyses else (None, "")
     analysis = Analysis(
         settings=settings,
         dataset=dataset,
+        clips=clips,
+        clips_missing=missing,
         model=model,
         results=sorted(of_chosen, key=lambda one: one.clip_set.name != TARGET),
         device=device,
@@ -85,6 +90,24 @@ def evaluate(
         text = to_toml(settings)
         files["report"] = write_report(path, figures, files=analysis.files, settings=text, run=run)
     return {**figures, "files": {name: str(path) for name, path in files.items()}}
+
+
+def _media(settings: Settings, dataset: Any) -> tuple[tuple[list[Clip], DatasetSettings] | None, str]:
+    """The clips of the dataset with their files, in the order of its clip table; or None, and why."""
+    cache = next(iter(getattr(dataset, "caches", {}).values()), None)
+    if cache is None:
+        return None, "the dataset has no media"
+    root = settings.dataset.root or Path(cache.provenance.get("root", ""))
+    if not root.is_dir():
+        return None, f"the media are not at {root} (--set dataset.root=DIR says where they are)"
+    there = settings.dataset.model_copy(update={"root": root, "reader": cache.provenance["reader"]})
+    try:
+        listing = read_listing(settings.model_copy(update={"dataset": there}))
+    except MbcdError as error:
+        return None, error.message.splitlines()[0].rstrip(".")
+    if listing_digest(listing.clips) != cache.listing:
+        return None, f"{root} holds other clips than the cache (--set dataset.root=DIR says where they are)"
+    return (listing.clips, there), ""
 
 
 def flags(analyses: str | None, export: str | None) -> dict[str, Any]:

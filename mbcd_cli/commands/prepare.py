@@ -157,7 +157,7 @@ def _prepare_modality(
             provenance={
                 "dataset": listing.name,
                 "reader": settings.dataset.reader,
-                "root": str(root),
+                "root": str(root.resolve()),  # evaluation looks there for sound, from wherever it is started
                 "encoder": modality.encoder if modality.cut != "input" else "none (decoded tensors)",
                 "weights_sha256": sha or "none",
                 "torch_version": str(torch.__version__),

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbcd_cli.data.records import Batch
-from mbcd_cli.errors import CheckpointError
+from mbcd_cli.data.records import Batch, Clip
+from mbcd_cli.errors import CheckpointError, MediaError
 from mbcd_cli.evaluation import plots
-from mbcd_cli.evaluation.corruptions import corruptions
+from mbcd_cli.evaluation.corruptions import SPECTROGRAM_NOISE, corruptions
 from mbcd_cli.evaluation.embedding import embeddings, spread
 from mbcd_cli.evaluation.evaluator import TARGET, Evaluated, Prepared
 from mbcd_cli.evaluation.export import hardest, prediction_rows, write_csv, write_hdf5
@@ -29,8 +29,9 @@ from mbcd_cli.evaluation.robustness import (
     shapley,
 )
 from mbcd_cli.evaluation.trust import out_of_distribution, trust
+from mbcd_cli.evaluation.waveform import sound_corruptions
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import DatasetSettings, Settings
 
 _OWN = (
     *(f"plots/{kind}-*.png" for kind in ("confusion", "classes", "missing", "reliability", "risk-coverage", "tsne")),
@@ -45,6 +46,8 @@ class Analysis:
 
     Attributes:
         results: the deployed model on each set of clips, the target first where there is one.
+        clips: the dataset's clip table with its media, and the limits on bad media; None where they are not at hand.
+        clips_missing: why `clips` is None.
         watch: wraps every stream of batches (progress bars).
         output: folder under which `plots/` and `evaluation/` are written.
         figures: JSON-able, by name of the analysis.
@@ -57,6 +60,8 @@ class Analysis:
     results: Sequence[Evaluated]
     device: torch.device
     output: Path
+    clips: tuple[Sequence[Clip], DatasetSettings] | None = None
+    clips_missing: str = "the dataset's media were not looked for"
     watch: Callable[[Iterable[Batch], str], Iterable[Batch]] = lambda batches, label: batches
     figures: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
@@ -151,12 +156,27 @@ def _shift(a: Analysis) -> None:
 
 
 def _corruptions(a: Analysis) -> None:
-    seed = a.settings.evaluation.seed
-    found = [c for name in a.model.modalities for c in corruptions(name, a.dataset.modalities[name], seed=seed)]
-    _disturbed(a, found, "corruptions", title="Corruption of one modality", xlabel="severity")
-    left_out = [name for name in a.model.modalities if a.dataset.modalities[name].cut != "input"]
+    seed, modalities = a.settings.evaluation.seed, a.dataset.modalities
+    found = [c for name in a.model.modalities for c in corruptions(name, modalities[name], seed=seed)]
+    heard = [n for n in a.model.modalities if modalities[n].kind == "audio" and modalities[n].cut == "input"]
+    if heard and a.clips is not None:
+        source, dataset = a.clips
+        sounds = [c for n in heard for c in sound_corruptions(n, modalities[n], source, dataset=dataset, seed=seed)]
+        # Noise on the sound itself takes the place of noise on its picture.
+        better = [c for c in found if not (c.modality in heard and c.kind == SPECTROGRAM_NOISE)]
+        try:
+            _disturbed(a, [*better, *sounds], "corruptions", title="Corruption of one modality", xlabel="severity")
+            heard = []
+        except MediaError as error:
+            a.clips_missing = f"{error.file}: {error.cause}"
+    if heard or "corruptions" not in a.figures:
+        _disturbed(a, found, "corruptions", title="Corruption of one modality", xlabel="severity")
+    about = a.figures.setdefault("corruptions", {})
+    if heard:
+        about["without_sound"] = {"modalities": heard, "why": a.clips_missing}
+    left_out = [name for name in a.model.modalities if modalities[name].cut != "input"]
     if left_out:
-        a.figures.setdefault("corruptions", {})["left_out"] = left_out
+        about["left_out"] = left_out
 
 
 def _trust(a: Analysis) -> None:

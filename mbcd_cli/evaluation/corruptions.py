@@ -1,9 +1,8 @@
 """Common corruptions of decoded input, severities 1 to 5, for modalities whose cache is cut at the input.
 
-Frames are corrupted as pixels (uint8, clipped to 0..255 again), after ImageNet-C's kinds; spectrograms as the
-standardised log-spectrograms that the cache holds. What needs the waveform (noise at a given signal-to-noise ratio of
-the sound, clipping) cannot be done on a stored spectrogram: its level was lost when it was standardised; noise here
-is relative to the spectrogram's own spread.
+Frames are corrupted as pixels (uint8, clipped to 0..255 again), after ImageNet-C's kinds: the cache holds the decoded
+frames themselves. Sound is corrupted as a waveform (`waveform.py`) where its files are at hand; of the standardised
+log-spectrograms that the cache holds the level is lost, so that noise on them is relative to their own spread.
 
 Letters: B clips, C channels, T frames, H W pixels, F frequency bins, S spectrogram steps, D values.
 """
@@ -23,6 +22,7 @@ from mbcd_cli.settings import Modality
 Corruption = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 """(part [B, ...], clips [B], severity 1..5, seed) -> corrupted part, of the same shape and type."""
 SEVERITIES = (1, 2, 3, 4, 5)
+SPECTROGRAM_NOISE = "spectrogram noise"
 
 NOISE = (0.08, 0.12, 0.18, 0.26, 0.38)
 """Standard deviation of pixel noise, in units of the full range 255 (ImageNet-C)."""
@@ -131,7 +131,7 @@ _FLOW = {"noise": pixel_noise, "blur": blur, "frame drop": frame_drop}
 CORRUPTIONS: Mapping[str, Mapping[str, Corruption]] = {
     "video": {**_FLOW, "brightness": brightness, "contrast": contrast},
     "flow": _FLOW,
-    "audio": {"noise": spread_noise, "step drop": step_drop, "band drop": band_drop},
+    "audio": {SPECTROGRAM_NOISE: spread_noise, "step drop": step_drop, "band drop": band_drop},
     "array": {"noise": spread_noise, "value drop": value_drop},
 }
 """Kind of modality -> name -> corruption."""

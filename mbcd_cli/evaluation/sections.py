@@ -155,9 +155,13 @@ def corruptions(results: Results) -> Table | None:
         mine = {r["level"]: r["fused"] for r in records if (r["modality"], r["kind"]) == (modality, kind)}
         values = [mine[level] for level in levels]
         rows.append([f"{modality}: {kind}", *map(percent, values), percent(float(np.mean(values)))])
-    note = ""
+    notes = []
     if found.get("left_out"):
-        note = f"Not for {', '.join(found['left_out'])}: that cache holds features, not decoded media."
+        notes.append(f"Not for {', '.join(found['left_out'])}: that cache holds features, not decoded media.")
+    if found.get("without_sound"):
+        names = ", ".join(found["without_sound"]["modalities"])
+        notes.append(f"{names} as spectrograms, not as sound: {found['without_sound']['why']}.")
+    note = " ".join(notes)
     columns = ["corrupted", *(f"severity {level:g}" for level in levels), "mean"]
     where = clips_name(results, found["clips"])
     return Table("corruptions", f"Corruptions: fused accuracy (%), {where}", columns, rows, note)

@@ -57,7 +57,7 @@ class DatasetSettings(Slice):
     """Which clips there are and where their media lies."""
 
     reader: str = "manifest"
-    """Reader that lists the clips: manifest, demo, epic-kitchens or hac."""
+    """Reader that lists the clips: manifest, demo, epic-kitchens, hac, synthetic or digits."""
     name: str | None = None
     """Name of the dataset in the cache and in run folders; default: the root folder's name."""
     root: Path | None = None
@@ -80,6 +80,12 @@ class DatasetSettings(Slice):
     """What to do when single frames of a clip are missing: use the nearest present frame, or reject the clip."""
     compute_flow: bool = False
     """Compute optical flow (OpenCV DIS) from the video where the dataset has none."""
+    shortcut: Fraction | None = None
+    """demo: probability that a clip's look follows its place's habit, which misleads elsewhere; default: 0.85."""
+    informativeness: tuple[NonNegative, ...] = ()
+    """synthetic: distance of the classes in each modality, in units of the noise; the order is the modalities'."""
+    domain_shift: NonNegative = 1.0
+    """synthetic: distance of the domains in each modality, in units of the noise."""
 
 
 class ModalityBase(Slice):
@@ -572,3 +578,22 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }
 """Named switch sets of the objective for `--method`; single switches may be changed on top with `--set`."""
+
+
+def _without(*parts: str, **changed: Any) -> dict[str, Any]:
+    """MBCD's switches with some parts off (dropout, consistency, distillation) or replaced."""
+    off = {"dropout": {"strategy": "none"}, "consistency": {"order": "off"}, "distillation": {"enabled": False}}
+    return METHODS["mbcd"] | {part: off[part] for part in parts} | changed
+
+
+METHODS |= {
+    # The paper's ablation: MBCD with only one of its three parts beside the weight average.
+    "ema+amd": _without("consistency", "distillation"),
+    "ema+gcc": _without("dropout", "distillation"),
+    "ema+dl": _without("dropout", "consistency"),
+    # The paper's comparison of dropout strategies.
+    "mbcd-no-dropout": _without("dropout"),
+    "mbcd-fixed-dropout": _without(dropout={"strategy": "fixed"}),
+    # Beyond the paper: s_k from the true class's probability.
+    "mbcd-true-class": _without(dropout={"strategy": "adaptive", "score": "true_class"}),
+}

@@ -15,6 +15,7 @@ HEIGHT = {
     "cli": 9,
     "__main__": 10,
     "commands": 8,
+    "sweep": 7,
     "engine": 6,
     "evaluation": 6,
     "landscape": 6,

@@ -23,8 +23,7 @@ SETTINGS = "settings.toml"
 DONE = "done"
 LOGS = ("metrics.jsonl", "steps.jsonl", "timing.jsonl")
 _OWN = (".lock", f".{SETTINGS}.tmp")
-# What may differ on resume, because no weight depends on it.
-_FREE = (
+FREE = (
     "evaluation.",
     "landscape.",
     "runtime.device",
@@ -37,6 +36,7 @@ _FREE = (
     "training.checkpoint_minutes",
     "training.keep_checkpoints",
 )
+"""Beginnings of the settings that may differ on resume, because no weight depends on them."""
 
 
 class RunFolder:
@@ -177,7 +177,7 @@ def _compare(path: Path, settings: Settings) -> None:
     changed = [
         f"  {key}: was {saved.get(key)}, now {now.get(key)}"
         for key in dict.fromkeys([*saved, *now])
-        if saved.get(key) != now.get(key) and not key.startswith(_FREE)
+        if saved.get(key) != now.get(key) and not key.startswith(FREE)
     ]
     if changed:
         raise RunError(

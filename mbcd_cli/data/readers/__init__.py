@@ -60,6 +60,8 @@ READERS: dict[str, ReaderEntry] = {
     "demo": ReaderEntry(_lazy("demo"), "the embedded demo, generated as media files on first use"),
     "epic-kitchens": ReaderEntry(_lazy("epic_kitchens"), "EPIC-Kitchens, the three MM-SADA kitchens, eight verbs"),
     "hac": ReaderEntry(_lazy("hac"), "Human-Animal-Cartoon, seven actions"),
+    "synthetic": ReaderEntry(_lazy("synthetic"), "vectors of any number of modalities, each as telling as set"),
+    "digits": ReaderEntry(_lazy("digits"), "scikit-learn's handwritten digits as six groups of features"),
 }
 
 

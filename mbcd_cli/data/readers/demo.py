@@ -266,13 +266,20 @@ def generate(
 def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
     """The demo dataset's clips, generated first when `dataset.root` (default: mbcd-demo) does not hold them.
 
-    A complete generation of this version is used whatever its parameters, so that `generate` may make another one.
+    A complete generation of this version is used whatever its parameters, so that `generate` may make another one;
+    but a `dataset.shortcut` that is set must be the one it was made with.
 
     Raises:
         ManifestError: the folder holds something else, or cannot be written.
     """
     root = dataset.root or ROOT
     marker = _generated(root)
+    wanted = Parameters() if dataset.shortcut is None else Parameters(shortcut=dataset.shortcut)
     if marker is None or marker.get("version") != VERSION:
-        generate(root, workers=min(2, os.cpu_count() or 1))
+        generate(root, **asdict(wanted), workers=min(2, os.cpu_count() or 1))
+    elif dataset.shortcut is not None and marker["parameters"].get("shortcut") != dataset.shortcut:
+        raise ManifestError(
+            f"{root} holds a demo dataset of shortcut {marker['parameters'].get('shortcut')}, not {dataset.shortcut}.",
+            "Generate this one elsewhere: --root DIR, with --name NAME for its cache.",
+        )
     return manifest.read(dataset.model_copy(update={"root": root, "manifest": Path("manifest.csv")}), modalities)

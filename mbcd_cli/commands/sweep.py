@@ -1,0 +1,404 @@
+"""`mbcd sweep`: plan, run, resume and collect the grid of runs behind a table."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table as Grid
+from rich.text import Text
+
+from mbcd_cli import console
+from mbcd_cli.commands import common
+from mbcd_cli.commands.evaluate import write_comparison_files
+from mbcd_cli.data.dataset import open_dataset
+from mbcd_cli.errors import CacheError, MbcdError, RunError, SettingsError
+from mbcd_cli.evaluation.plots import plot_methods
+from mbcd_cli.evaluation.report import print_comparison
+from mbcd_cli.evaluation.tables import from_values
+from mbcd_cli.layers import resolve
+from mbcd_cli.settings import METHODS, Settings
+from mbcd_cli.sweep import collect as collecting
+from mbcd_cli.sweep import run as running
+from mbcd_cli.sweep.estimate import Estimate, counts, estimate
+from mbcd_cli.sweep.plan import TABLES, Cell, paper_domains, parse_grid, parse_modality_set, plan, splits
+from mbcd_cli.sweep.state import progress
+
+LAUNCHERS = ("local", "slurm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What the command line asks for, as texts; None is what the table, the preset or a default says.
+
+    Attributes:
+        table: number of one of the paper's tables.
+        targets: all, or names.
+        methods, modality_sets: names, separated by commas.
+        protocol: multi-source, single-source or in-domain.
+        seeds: how many (3 means 0, 1, 2), or the seeds themselves (0,4,7).
+        grid: axes, `key=v1,v2`.
+    """
+
+    table: int | None = None
+    targets: str | None = None
+    methods: str | None = None
+    modality_sets: str | None = None
+    protocol: str | None = None
+    seeds: str = "3"
+    grid: Sequence[str] = ()
+
+
+def make_plan(
+    request: Request,
+    *,
+    preset: str | None,
+    config: Path | None,
+    sets: Sequence[str],
+    flags: Mapping[str, Any],
+    runs_dir: Path,
+) -> list[Cell]:
+    """The cells that `request` means.
+
+    Raises:
+        SettingsError: unknown names, or a request that contradicts itself.
+    """
+    if request.table is not None and request.table not in TABLES:
+        raise SettingsError(
+            f"--table {request.table}: there is no such table.", f"Use one of {', '.join(map(str, TABLES))}."
+        )
+    table = TABLES[request.table] if request.table is not None else None
+    grid = parse_grid(request.grid)
+
+    def build(method: str, values: Mapping[str, str], cell: Mapping[str, Any]) -> Settings:
+        settings = resolve(
+            preset=preset,
+            config=config,
+            environ=os.environ,
+            # The grid's values come last: they are what the cells differ in.
+            sets=[*sets, *(f"{key}={value}" for key, value in values.items())],
+            method=method,
+            flags={**flags, **cell},
+        )
+        if settings.dataset.name is None and preset is not None:
+            named = settings.dataset.model_copy(update={"name": Path(preset).stem})
+            settings = settings.model_copy(update={"dataset": named})
+        if settings.dataset.name is None:
+            raise SettingsError("No dataset is named.", "Use --preset NAME or --dataset NAME.")
+        return settings
+
+    methods = _names(request.methods) or (table.methods if table else ("erm", "mbcd"))
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise SettingsError(
+            f"--methods: there is no method {', '.join(map(repr, unknown))}.", f"Use some of {', '.join(METHODS)}."
+        )
+    first = {key: values[0] for key, values in grid.items()}
+    base = build(methods[0], first, {})
+    domains = _domains(base)
+    known = tuple(base.modalities) or _prepared_modalities(base)
+    protocol = request.protocol or (table.protocol if table else "multi-source")
+    targets = _targets(request.targets, base, domains, whole=table is not None or protocol == "in-domain")
+    return plan(
+        build,
+        methods=methods,
+        modality_sets=_modality_sets(request, table.modality_sets if table else None, base, known),
+        pairs=splits(protocol, domains, targets),
+        seeds=_seeds(request.seeds),
+        grid=grid,
+        runs=runs_dir,
+        name=common.run_name,
+    )
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not numbers or ("," not in text and numbers[0] < 1):
+        raise SettingsError(f"--seeds {text}: no seeds.", "Write how many (3), or the seeds themselves (0,4,7).")
+    return numbers if "," in text else tuple(range(numbers[0]))
+
+
+def _domains(settings: Settings) -> tuple[str, ...]:
+    """Named by the settings, else by the paper, else by the cache."""
+    known = settings.dataset.domains or paper_domains(settings)
+    return (
+        known or open_dataset(settings, name=str(settings.dataset.name), modalities=settings.model.modalities).domains
+    )
+
+
+def _prepared_modalities(settings: Settings) -> tuple[str, ...]:
+    return tuple(open_dataset(settings, name=str(settings.dataset.name)).modalities)
+
+
+def _targets(text: str | None, settings: Settings, domains: Sequence[str], *, whole: bool) -> tuple[str, ...]:
+    if text is not None and text != "all":
+        return _names(text)
+    chosen = settings.training.target_domain
+    return (chosen,) if chosen and text is None and not whole else tuple(domains)
+
+
+def _modality_sets(
+    request: Request, of_table: Sequence[tuple[str, ...]] | None, settings: Settings, known: Sequence[str]
+) -> list[tuple[str, ...]]:
+    if request.modality_sets is not None:
+        sets = [parse_modality_set(text, known) for text in _names(request.modality_sets)]
+        return list(dict.fromkeys(sets))
+    own = tuple(settings.model.modalities) or tuple(known)
+    if of_table is None:
+        return [own]
+    fitting = [names for names in of_table if set(names) <= set(known)]
+    if not fitting:
+        console.say(f"The table's modalities are not all here: using {'+'.join(own)} instead.")
+    return fitting or [own]
+
+
+def measure(cell: Cell) -> float | None:
+    """Seconds of a cell's training from the time of three steps; None where its dataset is not prepared."""
+    from mbcd_cli.commands import train
+
+    try:
+        settings, data = common.open_for_training(cell.settings)
+        return float(train.dry_run(settings, data)["estimated_training_seconds"])
+    except CacheError:
+        return None
+
+
+def dry_run(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
+    """The plan with an estimate of its cost; nothing is written."""
+    cost = estimate(cells, measure=measure)
+    return {
+        "cells": [{"name": cell.name, "run": str(cell.folder), "key": cell.key} for cell in cells],
+        "states": dict(counts(cells)),
+        "left": cost.cells,
+        "seconds_one_after_another": cost.seconds,
+        "seconds": None if cost.seconds is None else cost.seconds / jobs,
+        "jobs": jobs,
+        "basis": cost.basis,
+        "disk_bytes": cost.nbytes,
+        "estimate": cost,
+    }
+
+
+def show_plan(found: Mapping[str, Any]) -> None:
+    """Print what `dry_run` returned."""
+    rows = [(Path(cell["run"]).name.rsplit("-", 1)[-1], cell["name"]) for cell in found["cells"]]
+    console.table(f"{len(rows)} runs", ("run", "method, modalities, domains, seed"), rows)
+    states = ", ".join(f"{number} {name}" for name, number in sorted(found["states"].items()))
+    cost: Estimate = found["estimate"]
+    time_text = "time not known" if found["seconds"] is None else f"about {_duration(found['seconds'])}"
+    disk = "disk not known" if cost.nbytes is None else f"about {_size(cost.nbytes)} of disk"
+    for line in (
+        f"{states}.",
+        f"Left: {cost.cells} runs, {found['jobs']} at a time: {time_text} ({cost.basis}); {disk}.",
+    ):
+        console.out.print(line, markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.1f} GB"
+
+
+def check_prepared(cells: Sequence[Cell]) -> None:
+    """Open every dataset and set of modalities once.
+
+    Raises:
+        CacheError, SettingsError: not prepared, or not as the settings say.
+    """
+    seen = set()
+    for cell in cells:
+        settings = cell.settings
+        key = (settings.dataset.name, settings.model.modalities, settings.training.source_domains, cell.values)
+        if key not in seen:
+            seen.add(key)
+            common.open_for_training(settings)
+
+
+def run(
+    cells: Sequence[Cell],
+    *,
+    jobs: int,
+    launcher: str = "local",
+    slurm: Sequence[str] = (),
+    retry_failed: bool = False,
+    poll: float = 0.5,
+) -> dict[str, Any]:
+    """Run what is not done; `collect` tells the results.
+
+    Returns:
+        done (how many), failed (run folder -> error), seconds.
+
+    Raises:
+        CacheError: a dataset is not prepared.
+        RunError: an unknown launcher, or submitit is missing.
+    """
+    if jobs < 1:
+        raise RunError(f"--jobs {jobs}: at least one process is needed.", "Use --jobs 1.")
+    if launcher not in LAUNCHERS:
+        raise RunError(f"There is no launcher {launcher!r}.", f"Use one of {', '.join(LAUNCHERS)}.")
+    check_prepared(cells)
+    started = time.monotonic()
+    asked = cells[0].settings.runtime.threads if cells else 0
+    with _Watch() as watch:
+        if launcher == "slurm":
+            from mbcd_cli.sweep.slurm import submit
+
+            board = submit(cells, options=slurm, threads=asked, retry_failed=retry_failed, watch=watch, poll=poll)
+        else:
+            board = running.execute(
+                cells,
+                jobs=jobs,
+                threads=running.threads_per_job(jobs, asked),
+                gpus=_gpus(cells),
+                retry_failed=retry_failed,
+                watch=watch,
+                poll=poll,
+            )
+    folders = {cell.key: str(cell.folder) for cell in cells}
+    failed = {folders[key]: error for key, error in board.failed.items()}
+    return {"done": len(board.done), "failed": failed, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _gpus(cells: Sequence[Cell]) -> list[str]:
+    """GPUs to deal out to the processes: all that are visible where the settings say `auto` or `cuda`."""
+    import torch
+
+    if not cells or cells[0].settings.runtime.device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return []
+    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    return visible or [str(index) for index in range(torch.cuda.device_count())]
+
+
+class _Watch:
+    """The sweep as it runs: a live table on a terminal, a line per finished run elsewhere."""
+
+    def __init__(self) -> None:
+        self._live = (
+            Live(console=console.err, refresh_per_second=2, transient=True) if console.err.is_terminal else None
+        )
+        self._told: set[str] = set()
+        self._first = True
+        self._looked = 0.0
+
+    def __enter__(self) -> _Watch:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, board: running.Board) -> None:
+        if self._first:
+            self._first = False
+            self._told = {cell.key for cell in board.done}
+            if board.done:
+                console.say(f"{len(board.done)} of {len(board.cells)} runs are done already.")
+        names = {cell.key: cell.name for cell in board.cells}
+        for key in [cell.key for cell in board.done] + list(board.failed):
+            if key not in self._told:
+                self._told.add(key)
+                error = board.failed.get(key)
+                number = f"{len(board.done) + len(board.failed)}/{len(board.cells)}"
+                how = "done" if error is None else f"failed: {error.splitlines()[0]}"
+                console.say(f"{number} {names[key]}: {how}")
+        now = time.monotonic()
+        if self._live is not None and now - self._looked > 1.0:
+            self._looked = now
+            self._live.update(_board_table(board))
+
+
+def _board_table(board: running.Board) -> Grid:
+    left = board.seconds_left
+    title = (
+        f"{len(board.done)} done, {len(board.running)} running, {len(board.waiting)} waiting, "
+        f"{len(board.failed)} failed" + (f", {len(board.elsewhere)} elsewhere" if board.elsewhere else "")
+    )
+    title += f"; about {_duration(left)} left" if left is not None else ""
+    grid = Grid(title=title + ("; stopping" if board.stopping else ""), title_justify="left")
+    for column in ("run", "epoch", "validation", "target", "time"):
+        grid.add_column(column, justify="left" if column == "run" else "right")
+    for _, job in sorted(board.running.items()):
+        known = progress(job.cell.folder)
+        figures = ["" if v is None else f"{100 * v:.1f}" for v in (known.validation, known.target)]
+        epoch = f"{known.epochs}/{job.cell.settings.training.epochs}"
+        grid.add_row(Text(job.cell.name), epoch, *figures, _duration(time.monotonic() - job.started))
+    return grid
+
+
+def collect(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any]:
+    """The finished cells as tables, in text, Markdown, CSV, LaTeX and HTML under `output`.
+
+    Raises:
+        RunError: no cell is finished.
+    """
+    pairs, notes = collecting.load(cells)
+    if not pairs:
+        hint = "Run the sweep without --collect first; --retry-failed tries failed runs again."
+        raise RunError("\n".join(["No run of this sweep is finished.", *notes]), hint)
+    runs = [one for _, one in pairs]
+    output.mkdir(parents=True, exist_ok=True)
+    axes = collecting.axis_tables(pairs)
+    pictures = {table.title: plot_methods(table, output / f"{table.name}.png") for table in axes}
+    return write_comparison_files(
+        runs,
+        collecting.tables(pairs),
+        notes=notes,
+        output=output,
+        title=title,
+        pictures=pictures | collecting.curves(pairs, output),
+        sections={"Runs": collecting.links(cells, output)},
+    )
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print what `collect` returned."""
+    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
+    print_comparison([from_values(table) for table in found["tables"]], files, found["warnings"])
+
+
+def title_of(request: Request, cells: Sequence[Cell]) -> str:
+    """The page's title: the dataset and the table, or what is varied."""
+    names = list(dict.fromkeys(str(cell.settings.dataset.name) for cell in cells))
+    what = f"table {request.table}: {TABLES[request.table].title}" if request.table else "sweep"
+    axes = ", ".join(text.split("=")[0] for text in request.grid)
+    return f"{', '.join(names)}, {what}" + (f" over {axes}" if axes else "")
+
+
+def output_of(request: Request, cells: Sequence[Cell]) -> Path:
+    """The default folder of the collected tables: `sweeps/<dataset>[-table-N][-axis...]`."""
+    parts = [str(cells[0].settings.dataset.name)]
+    parts += [f"table-{request.table}"] if request.table else []
+    parts += [request.protocol] if request.protocol else []
+    parts += [text.split("=")[0].strip().rsplit(".", 1)[-1] for text in request.grid]
+    return Path("sweeps") / "-".join(parts)
+
+
+def report_failures(found: Mapping[str, Any]) -> MbcdError | None:
+    """The error that a sweep with failed runs ends with, listing them."""
+    if not found["failed"]:
+        return None
+    lines = [f"  {folder}: {error.splitlines()[0]}" for folder, error in found["failed"].items()]
+    number = len(lines)
+    return RunError(
+        "\n".join([f"{number} {'run' if number == 1 else 'runs'} failed:", *lines]),
+        "RUN.log beside each folder says more; the same command with --retry-failed tries them again.",
+    )

@@ -1,0 +1,179 @@
+"""A sweep's finished cells as tables and curves: rows are named by method and grid values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from mbcd_cli.evaluation import plots
+from mbcd_cli.evaluation.compare import Run, averages, compare, load_run, marked, order_methods
+from mbcd_cli.evaluation.history import accuracy_history
+from mbcd_cli.evaluation.results import read_records
+from mbcd_cli.evaluation.tables import Cell as Figure
+from mbcd_cli.evaluation.tables import Table
+from mbcd_cli.sweep.plan import Cell
+from mbcd_cli.sweep.state import read_failure, state
+
+Pair = tuple[Cell, Run]
+
+
+def load(cells: Sequence[Cell]) -> tuple[list[Pair], list[str]]:
+    """The finished cells with their results, rows named as the sweep names them; and what is missing, in words."""
+    pairs, notes = [], []
+    open_cells = 0
+    for cell in cells:
+        now = state(cell.folder)
+        if now == "done":
+            pairs.append((cell, replace(load_run(cell.folder), method=cell.label())))
+        elif now == "failed":
+            error = (read_failure(cell.folder) or {}).get("error", "unknown").splitlines()[0]
+            notes.append(f"{cell.name} failed: {error}")
+        else:
+            open_cells += 1
+    if open_cells:
+        notes.append(f"{open_cells} of {len(cells)} runs are not finished: means are over those that are.")
+    return pairs, notes
+
+
+def tables(pairs: Sequence[Pair]) -> list[Table]:
+    """Every table: one per axis of the grid first, then those of any comparison, then the balance of modalities."""
+    return [*axis_tables(pairs), *compare([run for _, run in pairs]), *balance_tables(pairs)]
+
+
+def _axes(pairs: Iterable[Pair]) -> dict[str, list[str]]:
+    """Axes of the grid with more than one finished value, in the plan's order."""
+    values: dict[str, list[str]] = {}
+    for cell, _ in pairs:
+        for key, value in cell.values:
+            if value not in values.setdefault(key, []):
+                values[key].append(value)
+    return {key: found for key, found in values.items() if len(found) > 1}
+
+
+def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
+    """Per axis of the grid: methods down, the axis' values across, fused accuracy averaged over targets."""
+    out = []
+    for axis, values in _axes(pairs).items():
+        groups: dict[tuple, list[Pair]] = {}
+        for cell, run in pairs:
+            by_name = () if axis in ("dataset.name", "dataset.root") else (run.dataset,)
+            by_modalities = () if axis == "model.modalities" else ("+".join(run.modalities),)
+            groups.setdefault((*by_name, *by_modalities, run.setting), []).append((cell, run))
+        short = axis.rsplit(".", 1)[-1]
+        for names, group in sorted(groups.items()):
+            rows: list[list[str | Figure]] = []
+            for label in order_methods(cell.label([axis]) for cell, _ in group):
+                mine = [(cell, run) for cell, run in group if cell.label([axis]) == label]
+                figures = []
+                for value in values:
+                    runs = [run for cell, run in mine if dict(cell.values).get(axis) == value]
+                    figures.append(averages(runs, sorted({r.column for r in runs})) if runs else Figure(None))
+                rows.append([label, *figures])
+            where = ", ".join(names)
+            out.append(
+                Table(
+                    "-".join([*names, short]).replace("+", "-"),
+                    f"{where}: top-1 accuracy (%) by {axis}, average over targets",
+                    ["method", *values],
+                    marked(rows),
+                    "Mean and standard deviation over seeds of the average over targets.",
+                )
+            )
+    return out
+
+
+def balance_tables(pairs: Sequence[Pair]) -> list[Table]:
+    """Per dataset and modalities: r_k and p_k of Eq. 3-4 in training, per row and modality; mean over all its runs."""
+    groups: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
+    for cell, run in pairs:
+        if cell.settings.objective.dropout.strategy == "none":
+            continue
+        found = balance(run.path)
+        if found:
+            groups.setdefault((run.dataset, run.modalities), {}).setdefault(run.method, []).append(found)
+    out = []
+    for (dataset, modalities), by_label in sorted(groups.items()):
+        rows: list[list[str | Figure]] = []
+        for label in order_methods(by_label):
+            for what, scale in (("r", 1.0), ("p", 100.0)):
+                cells = [Figure.over([scale * found[m][what] for found in by_label[label]]) for m in modalities]
+                rows.append([f"{label}: {'r_k' if what == 'r' else 'drop rate (%)'}", *cells])
+        out.append(
+            Table(
+                f"{dataset}-{'-'.join(modalities)}-balance",
+                f"{dataset}, {'+'.join(modalities)}: dominance r_k and drop rate p_k over training",
+                ["method", *modalities],
+                rows,
+                "Mean over all steps; spread over targets and seeds.",
+            )
+        )
+    return out
+
+
+def balance(folder: Path) -> dict[str, dict[str, float]]:
+    """modality -> mean r and p over a run's training, from steps.jsonl weighted by steps; {} without records."""
+    records = read_records(folder / "steps.jsonl")
+    if not records:
+        return {}
+    weights = np.array([record["steps"] for record in records], float)
+    names = list(records[0]["modalities"])
+    return {
+        name: {
+            what: float(np.average([record["modalities"][name][what] for record in records], weights=weights))
+            for what in ("r", "p")
+        }
+        for name in names
+    }
+
+
+def curves(pairs: Sequence[Pair], output: Path) -> dict[str, Path]:
+    """Plots of accuracy per epoch, mean over targets and seeds: one per dataset, modalities, protocol and clips."""
+    groups: dict[tuple, dict[str, list[Mapping[int, float]]]] = {}
+    for _, run in pairs:
+        history = accuracy_history(read_records(run.path / "metrics.jsonl"))
+        if history is None:
+            continue
+        for where in ("validation", "target"):
+            line = history.lines.get((where, "teacher")) or history.lines.get((where, "student"))
+            if line is not None:
+                values = {e: v for e, v in zip(history.epochs, line, strict=True) if v is not None}
+                key = (run.dataset, run.modalities, run.setting, where)
+                groups.setdefault(key, {}).setdefault(run.method, []).append(values)
+    files = {}
+    for (dataset, modalities, setting, where), lines in sorted(groups.items()):
+        epochs = sorted({epoch for runs in lines.values() for values in runs for epoch in values})
+        means = {
+            label: [_mean(values[epoch] for values in lines[label] if epoch in values) for epoch in epochs]
+            for label in order_methods(lines)
+        }
+        title = f"{dataset}, {'+'.join(modalities)}, {setting}: {where} accuracy per epoch"
+        path = output / f"{dataset}-{'-'.join(modalities)}-{setting}-{where}-epochs.png"
+        files[title] = plots.plot_lines(
+            epochs, means, path, title=title, xlabel="epoch", ylabel="accuracy, mean over runs", whole=True
+        )
+    return files
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return sum(found) / len(found) if found else None
+
+
+def links(cells: Sequence[Cell], output: Path) -> str:
+    """HTML list of all runs: a link to the report where there is one, the state otherwise."""
+
+    def line(cell: Cell) -> str:
+        report = cell.folder / "report.html"
+        name = escape(cell.name)
+        if not report.is_file():
+            return f"<li>{name} ({state(cell.folder)})</li>"
+        return f'<li><a href="{escape(quote(relpath(report, output)))}">{name}</a></li>'
+
+    return f"<ul>{''.join(map(line, cells))}</ul>\n"

@@ -1,0 +1,130 @@
+"""What a sweep will cost: time from what was measured, disk from finished runs or from the number of parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mbcd_cli.engine.run_folder import DONE
+from mbcd_cli.errors import MbcdError
+from mbcd_cli.model import build_model
+from mbcd_cli.sweep.plan import Cell
+from mbcd_cli.sweep.state import state
+
+_FLOAT = 4  # bytes of a float32
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Cost of the cells that are not done.
+
+    Attributes:
+        cells: how many they are.
+        seconds: of their trainings one after another, None where nothing was measured.
+        basis: where `seconds` comes from, in words.
+        nbytes: disk that their run folders will take, None when unknown.
+    """
+
+    cells: int
+    seconds: float | None
+    basis: str
+    nbytes: int | None
+
+
+def group(cell: Cell) -> tuple:
+    """Cells that cost the same: dataset, row of the table, modalities, number of sources."""
+    settings = cell.settings
+    return (settings.dataset.name, cell.label(), settings.model.modalities, len(settings.training.source_domains))
+
+
+def estimate(cells: Sequence[Cell], *, measure: Callable[[Cell], float | None]) -> Estimate:
+    """The cost of the cells that are not done.
+
+    Args:
+        measure: seconds of a cell's training, found by trying some steps, or None; asked once per group of cells
+            that cost the same, and only where no finished run tells.
+    """
+    left = [cell for cell in cells if state(cell.folder) != "done"]
+    finished: dict[tuple, list[float]] = {}
+    for cell in cells:
+        if (seconds := _seconds(cell.folder)) is not None:
+            finished.setdefault(group(cell), []).append(seconds)
+    seconds: dict[tuple, float | None] = {}
+    tried = False
+    for cell in left:
+        key = group(cell)
+        if key not in seconds:
+            known = finished.get(key)
+            seconds[key] = sum(known) / len(known) if known else measure(cell)
+            tried |= not known and seconds[key] is not None
+    total = [seconds[group(cell)] for cell in left]
+    if not left:
+        basis = "nothing is left to do"
+    elif None in total:
+        basis = "prepare the dataset first, or finish one run of each kind"
+    elif tried:
+        basis = "from the time of single steps (without validation and evaluation), and finished runs"
+    else:
+        basis = "from finished runs (training with validation)"
+    sizes = _sizes(cells, left)
+    return Estimate(len(left), None if None in total else float(sum(total)), basis, sizes)
+
+
+def _seconds(folder: Path) -> float | None:
+    """Seconds that a finished training took; None for others and for resumed ones that only tell their last part."""
+    try:
+        found = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        return float(found["steps"]) / float(found["steps_per_second"])
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+        return None
+
+
+def _sizes(cells: Sequence[Cell], left: Sequence[Cell]) -> int | None:
+    finished: dict[tuple, list[int]] = {}
+    for cell in cells:
+        if state(cell.folder) == "done":
+            size = sum(path.stat().st_size for path in cell.folder.rglob("*") if path.is_file())
+            finished.setdefault(group(cell), []).append(size)
+    sizes: dict[tuple, int | None] = {}
+    for cell in left:
+        key = group(cell)
+        if key not in sizes:
+            known = finished.get(key)
+            sizes[key] = sum(known) // len(known) if known else checkpoint_bytes(cell)
+    total = [sizes[group(cell)] for cell in left]
+    return None if None in total else sum(total)
+
+
+def checkpoint_bytes(cell: Cell) -> int | None:
+    """Bytes of a run's two checkpoints: weights (and the teacher's) twice, Adam's two moments once.
+
+    None where the shapes are not known before `prepare` (array modalities, or modalities only the data tells).
+    """
+    settings = cell.settings
+    names = settings.model.modalities
+    if settings.dataset.classes is None or any(name not in settings.modalities for name in names):
+        return None
+    try:
+        with torch.device("meta"):
+            chosen = {name: settings.modalities[name] for name in names}
+            model = build_model(chosen, settings=settings.model, classes=settings.dataset.classes)
+    except MbcdError:
+        return None
+    weights = sum(value.numel() for value in model.state_dict().values())
+    trained = sum(value.numel() for value in model.parameters())
+    moments = {"adam": 2, "adamw": 2, "sgd": 1}[settings.optimizer.name]
+    models = 2 if settings.objective.teacher.enabled else 1
+    return _FLOAT * (2 * models * weights + moments * trained)
+
+
+def counts(cells: Sequence[Cell]) -> Mapping[str, int]:
+    """How many cells are in each state."""
+    found: dict[str, int] = {}
+    for cell in cells:
+        now = state(cell.folder)
+        found[now] = found.get(now, 0) + 1
+    return found

@@ -1,0 +1,257 @@
+"""What a sweep consists of: cells, each one training with its evaluation, named by the hash of its settings.
+
+A plan is made without looking at data: domains and modalities are given. The paper's tables are `TABLES`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+from mbcd_cli.data.records import MODALITY_ORDER, modality_order
+from mbcd_cli.engine.run_folder import FREE
+from mbcd_cli.errors import SettingsError
+from mbcd_cli.evaluation.compare import PAPER_DATASETS, paper
+from mbcd_cli.layers import parse_value
+from mbcd_cli.settings import Settings
+
+PROTOCOLS = ("multi-source", "single-source", "in-domain")
+# Settings that have a flag of their own, and the flag.
+_FLAGS = {
+    "training.method": "--methods",
+    "training.seed": "--seeds",
+    "training.target_domain": "--targets",
+    "training.source_domains": "--protocol",
+    "cache.dir": "--cache-dir",
+}
+# Axes that tables are split by already, so that a row's name need not tell them.
+_GROUPED = ("dataset.name", "dataset.root", "model.modalities")
+
+Build = Callable[[str, Mapping[str, str], Mapping[str, Any]], Settings]
+"""(method, grid values as text, flags by dotted path) -> the resolved settings of one cell."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaperTable:
+    """One table of the paper: what it varies, and on which datasets the paper shows it."""
+
+    title: str
+    protocol: str
+    methods: tuple[str, ...]
+    modality_sets: tuple[tuple[str, ...], ...]
+    datasets: tuple[str, ...] = PAPER_DATASETS
+
+
+_V, _A, _F = MODALITY_ORDER
+TABLES: dict[int, PaperTable] = {
+    1: PaperTable(
+        "multi-source domain generalization",
+        "multi-source",
+        ("erm", "mbcd"),
+        ((_V, _A), (_V, _F), (_A, _F), (_V, _A, _F)),
+    ),
+    2: PaperTable("single-source domain generalization", "single-source", ("erm", "mbcd"), ((_V, _A, _F),)),
+    3: PaperTable("in-domain accuracy", "in-domain", ("erm", "mbcd"), ((_V, _A, _F),), ("epic-kitchens",)),
+    4: PaperTable(
+        "ablation of the three parts",
+        "multi-source",
+        ("erm", "ema", "ema+amd", "ema+gcc", "ema+dl", "mbcd"),
+        ((_A, _F),),
+        ("epic-kitchens",),
+    ),
+    5: PaperTable(
+        "modality dropout",
+        "multi-source",
+        ("mbcd-no-dropout", "mbcd-fixed-dropout", "mbcd"),
+        ((_A, _F),),
+        ("hac",),
+    ),
+}
+"""The paper's tables, with those of its methods that this tool trains (CMRF is another paper's)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        settings: with target, sources, modalities and seed spelt out.
+        key: hash of all settings that weights depend on; equal cells of two sweeps share it, and so one run folder.
+        folder: the run folder.
+        method: the method's name.
+        values: (setting, value) of every grid axis.
+    """
+
+    settings: Settings
+    key: str
+    folder: Path
+    method: str
+    values: tuple[tuple[str, str], ...] = ()
+
+    def label(self, leave_out: Iterable[str] = ()) -> str:
+        """The method and the grid's values, as a row of a table is called: `mbcd, beta=0.99`."""
+        parts = [f"{k.rsplit('.', 1)[-1]}={v}" for k, v in self.values if k not in (*_GROUPED, *leave_out)]
+        return ", ".join([self.method, *parts])
+
+    @property
+    def name(self) -> str:
+        """What is trained and tested, for lists."""
+        training = self.settings.training
+        target = training.target_domain
+        where = "+".join(training.source_domains) + (f" -> {target}" if target else " in-domain")
+        grouped = [v for k, v in self.values if k in _GROUPED and k != "model.modalities"]
+        modalities = "+".join(self.settings.model.modalities)
+        return ", ".join([*grouped, self.label(), modalities, where, f"seed {training.seed}"])
+
+
+def settings_key(settings: Settings) -> str:
+    """Hash of every setting a trained weight may depend on, as `open_run` knows them; 12 hexadecimal digits.
+
+    Defaults are left out, so that a setting added to the tree later changes no key.
+    """
+    tree = settings.model_dump(mode="json", exclude_defaults=True)
+    known = {name: {**tree["modalities"][name], "kind": one.kind} for name, one in settings.modalities.items()}
+    tree["modalities"] = {name: known.get(name) for name in settings.model.modalities}
+
+    def kept(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        return {
+            key: kept(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+            for key, value in node.items()
+            if not f"{prefix}{key}{'.' if isinstance(value, Mapping) else ''}".startswith(FREE)
+        }
+
+    text = json.dumps(kept(tree), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """`key=v1,v2` per axis; a value that holds commas is written in a TOML list: `key=["a,b", "c"]`.
+
+    Raises:
+        SettingsError: not of that form, an axis twice, or an axis that has its own flag.
+    """
+    grid: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        key, _, values = (part.strip() for part in text.partition("="))
+        if not key or not values or "." not in key:
+            raise SettingsError(f"--grid {text}: not a grid axis.", "Write --grid part.field=value1,value2.")
+        if key in _FLAGS:
+            raise SettingsError(f"--grid {text}: {key} has its own flag.", f"Use {_FLAGS[key]}.")
+        if key in grid:
+            raise SettingsError(f"--grid {key} is given twice.", "Name all its values in one --grid.")
+        listed = parse_value(values) if values.startswith("[") else None
+        items = map(_text, listed) if isinstance(listed, list) else (part.strip() for part in values.split(","))
+        grid[key] = tuple(dict.fromkeys(item for item in items if item))
+        if not grid[key]:
+            raise SettingsError(f"--grid {text}: no value.", "Write --grid part.field=value1,value2.")
+    return grid
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def splits(protocol: str, domains: Sequence[str], targets: Sequence[str]) -> list[tuple[tuple[str, ...], str | None]]:
+    """(sources, target) of every training of a protocol whose tested domain is one of `targets`.
+
+    Multi-source: all others -> target. Single-source: every ordered pair. In-domain: a domain's training split ->
+    its own test split (target None).
+
+    Raises:
+        SettingsError: an unknown protocol or target, or too few domains.
+    """
+    if protocol not in PROTOCOLS:
+        raise SettingsError(f"There is no protocol {protocol!r}.", f"Use one of {', '.join(PROTOCOLS)}.")
+    unknown = [target for target in targets if target not in domains]
+    if unknown:
+        raise SettingsError(
+            f"--targets: there is no domain {', '.join(map(repr, unknown))}.", f"The domains are {', '.join(domains)}."
+        )
+    if protocol == "in-domain":
+        return [((domain,), None) for domain in domains if domain in targets]
+    if len(domains) < 2:
+        raise SettingsError("Generalization needs at least two domains.", "Use --protocol in-domain.")
+    if protocol == "single-source":
+        return [((source,), target) for source, target in permutations(domains, 2) if target in targets]
+    return [(tuple(d for d in domains if d != target), target) for target in domains if target in targets]
+
+
+def parse_modality_set(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """`va` or `video+audio` -> (video, audio), in fusion order.
+
+    Raises:
+        SettingsError: a modality that the dataset does not have.
+    """
+    names = [part.strip() for part in text.split("+")]
+    letters = {name[0]: name for name in MODALITY_ORDER}
+    if len(names) == 1 and names[0] not in known and set(names[0]) <= set(letters):
+        names = [letters[letter] for letter in names[0]]
+    unknown = [name for name in names if name not in known]
+    if unknown or len(set(names)) != len(names):
+        raise SettingsError(
+            f"--modality-sets {text}: not a set of this dataset's modalities.",
+            f"They are {', '.join(known)}; join them with +, or write letters such as va,af.",
+        )
+    ordered = [name for name in known if name in names]
+    return tuple(modality_order(ordered))
+
+
+def paper_domains(settings: Settings) -> tuple[str, ...]:
+    """The domains of a dataset of the paper in the tables' order, () for other datasets."""
+    name = settings.dataset.name if settings.dataset.name in PAPER_DATASETS else settings.dataset.reader
+    figures = paper()["multi_source"][0].get(name, {})
+    return tuple(domain for domain in figures if domain != "average")
+
+
+def plan(
+    build: Build,
+    *,
+    methods: Sequence[str],
+    modality_sets: Sequence[Sequence[str]],
+    pairs: Sequence[tuple[Sequence[str], str | None]],
+    seeds: Sequence[int],
+    grid: Mapping[str, Sequence[str]],
+    runs: Path,
+    name: Callable[[Settings], str],
+) -> list[Cell]:
+    """Every cell, in the order of a table; cells of equal settings appear once.
+
+    Args:
+        build: resolves the settings of one cell.
+        modality_sets: () where the grid has an axis model.modalities.
+        pairs: (sources, target), from `splits`.
+        seeds: of the trainings.
+        grid: axis -> values.
+        runs: folder of all runs; a cell's folder is `<runs>/<dataset>/<name>-<key>`.
+        name: readable beginning of a run folder's name.
+
+    Raises:
+        SettingsError: from `build`.
+    """
+    cells: dict[str, Cell] = {}
+    axes = list(grid)
+    chosen: Sequence[Sequence[str] | None] = [None] if "model.modalities" in grid else list(modality_sets)
+    for modalities, values in product(chosen, product(*(grid[axis] for axis in axes))):
+        for (sources, target), method, seed in product(pairs, methods, seeds):
+            flags: dict[str, Any] = {
+                "training.source_domains": tuple(sources),
+                "training.target_domain": target or "",  # a preset may name one; None would leave it
+                "training.seed": seed,
+            }
+            if modalities is not None:
+                flags["model.modalities"] = tuple(modalities)
+            settings = build(method, dict(zip(axes, values, strict=True)), flags)
+            if target is None and settings.training.target_domain is not None:
+                in_domain = settings.training.model_copy(update={"target_domain": None})
+                settings = settings.model_copy(update={"training": in_domain})
+            key = settings_key(settings)
+            folder = runs / str(settings.dataset.name) / f"{name(settings)}-{key}"
+            cells.setdefault(key, Cell(settings, key, folder, method, tuple(zip(axes, values, strict=True))))
+    return list(cells.values())

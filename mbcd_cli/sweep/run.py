@@ -1,0 +1,253 @@
+"""Running a sweep's cells in processes of this machine: a few at a time, killed ones again, failed ones listed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mbcd_cli.errors import RunError
+from mbcd_cli.layers import ENV_PREFIX, to_toml
+from mbcd_cli.sweep.plan import Cell
+from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
+
+KILLS = 2
+"""Times that a cell whose process was killed is begun again by one sweep."""
+WORKER = "mbcd_cli.commands.sweep_cell"
+"""Module that trains and evaluates one cell: `python -m WORKER RUN_FOLDER THREADS`."""
+
+
+@dataclass(slots=True)
+class Job:
+    """A cell's process."""
+
+    cell: Cell
+    process: subprocess.Popen
+    slot: int
+    started: float
+
+
+@dataclass(slots=True)
+class Board:
+    """What a sweep's state is, for the live table.
+
+    Attributes:
+        cells: all of the plan.
+        done, failed: finished cells; `failed` with the error.
+        running: jobs by slot.
+        waiting: cells not begun.
+        elsewhere: cells that another process works on.
+        seconds: of every cell finished here.
+    """
+
+    cells: Sequence[Cell]
+    done: list[Cell] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    running: dict[int, Job] = field(default_factory=dict)
+    waiting: deque[Cell] = field(default_factory=deque)
+    elsewhere: deque[Cell] = field(default_factory=deque)
+    seconds: list[float] = field(default_factory=list)
+    stopping: bool = False
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Expected time to the end, from the mean of the cells finished here."""
+        if not self.seconds:
+            return None
+        mean = sum(self.seconds) / len(self.seconds)
+        now = time.monotonic()
+        under_way = sum(max(mean - (now - job.started), 0.0) for job in self.running.values())
+        return (under_way + mean * len(self.waiting)) / max(len(self.running), 1)
+
+
+def threads_per_job(jobs: int, asked: int) -> int:
+    """CPU threads of one of `jobs` processes: what was asked for, else an even share of the usable cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return asked or max(cores // jobs, 1)
+
+
+def to_run(cells: Sequence[Cell], *, retry_failed: bool) -> tuple[list[Cell], list[Cell]]:
+    """(cells to run, failed cells left alone). Marks of failure are removed from those to be tried again."""
+    wanted, failed = [], []
+    for cell in cells:
+        now = state(cell.folder)
+        if now == "failed" and not retry_failed:
+            failed.append(cell)
+        elif now != "done":
+            if now == "failed":
+                beside(cell.folder, "failed").unlink(missing_ok=True)
+            wanted.append(cell)
+    return wanted, failed
+
+
+def write_settings(cell: Cell) -> Path:
+    """Write the settings that the cell's process reads, whole or not at all.
+
+    Raises:
+        RunError: the folder cannot be written to.
+    """
+    path = beside(cell.folder, "toml")
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(to_toml(cell.settings), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error}", "Name another folder with --runs-dir.") from error
+    return path
+
+
+def command(cell: Cell, *, threads: int) -> list[str]:
+    """The command line of the cell's process."""
+    return [sys.executable, "-m", WORKER, str(cell.folder), str(threads)]
+
+
+def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
+    """The environment of a cell's process: its settings are resolved already, and it sees one GPU at most."""
+    found = {key: value for key, value in os.environ.items() if not key.upper().startswith(ENV_PREFIX)}
+    found |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    if gpu is not None:
+        found["CUDA_VISIBLE_DEVICES"] = gpu
+    return found
+
+
+def start(cell: Cell, *, threads: int, gpu: str | None, slot: int) -> Job:
+    """Begin (or go on with) a cell in a process of its own; its output goes to `X.log`."""
+    write_settings(cell)
+    with beside(cell.folder, "log").open("ab") as log:
+        process = subprocess.Popen(
+            command(cell, threads=threads),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(threads=threads, gpu=gpu),
+            # Ctrl-C reaches the sweep alone, which then asks its processes to write their checkpoints.
+            start_new_session=True,
+        )
+    return Job(cell, process, slot, time.monotonic())
+
+
+def execute(
+    cells: Sequence[Cell],
+    *,
+    jobs: int,
+    threads: int,
+    gpus: Sequence[str] = (),
+    retry_failed: bool = False,
+    watch: Callable[[Board], None] = lambda board: None,
+    poll: float = 0.5,
+) -> Board:
+    """Run all cells that are not done, `jobs` at a time, and return how they ended.
+
+    A cell whose process is killed is begun again (it resumes from its checkpoint), `KILLS` times at most. One that
+    another sweep works on is waited for. SIGTERM and Ctrl-C stop the processes at a checkpoint.
+
+    Args:
+        jobs: processes at a time.
+        threads: CPU threads of each.
+        gpus: visible GPUs, dealt out by slot; empty leaves the choice to the cell's settings.
+        retry_failed: run failed cells again.
+        watch: called at every change and every `poll` seconds.
+
+    Raises:
+        KeyboardInterrupt: after the processes have stopped.
+    """
+    wanted, failed = to_run(cells, retry_failed=retry_failed)
+    keys = {cell.key for cell in [*wanted, *failed]}
+    board = Board(cells, done=[cell for cell in cells if cell.key not in keys], waiting=deque(wanted))
+    board.failed = {cell.key: (read_failure(cell.folder) or {}).get("error", "unknown") for cell in failed}
+    kills: dict[str, int] = {}
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        while board.waiting or board.running or board.elsewhere:
+            _fill(board, jobs=jobs, threads=threads, gpus=gpus)
+            watch(board)
+            time.sleep(poll)
+            for job in list(board.running.values()):
+                if (code := job.process.poll()) is not None:
+                    del board.running[job.slot]
+                    _settle(board, job, code, kills)
+            for _ in range(len(board.elsewhere)):
+                cell = board.elsewhere.popleft()
+                _look_again(board, cell)
+    finally:
+        board.stopping = True
+        _stop(board, watch)
+        signal.signal(signal.SIGTERM, before)
+    watch(board)
+    return board
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fill(board: Board, *, jobs: int, threads: int, gpus: Sequence[str]) -> None:
+    for slot in range(jobs):
+        if slot not in board.running and board.waiting:
+            cell = board.waiting.popleft()
+            gpu = gpus[slot % len(gpus)] if gpus else None
+            board.running[slot] = start(cell, threads=threads, gpu=gpu, slot=slot)
+
+
+def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
+    """Where a cell goes whose process has ended with `code` (negative: the signal that killed it)."""
+    cell = job.cell
+    if code == DONE_CODE:
+        board.done.append(cell)
+        board.seconds.append(time.monotonic() - job.started)
+    elif code == BUSY_CODE:
+        board.elsewhere.append(cell)
+    elif code == FAILED_CODE:
+        board.failed[cell.key] = (read_failure(cell.folder) or last_line(cell.folder))["error"]
+    else:
+        kills[cell.key] = kills.get(cell.key, 0) + 1
+        if kills[cell.key] <= KILLS:
+            board.waiting.appendleft(cell)
+            return
+        how = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        board.failed[cell.key] = f"{how}, {kills[cell.key]} times (out of memory?); {beside(cell.folder, 'log')}"
+
+
+def last_line(folder: Path) -> Mapping[str, str]:
+    """The end of the log, for a process that failed before it could say why."""
+    try:
+        lines = beside(folder, "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return {"error": lines[-1] if lines else "no output"}
+
+
+def _look_again(board: Board, cell: Cell) -> None:
+    """A cell that another process worked on: done, failed, still at work, or left for us."""
+    now = state(cell.folder)
+    if now == "done":
+        board.done.append(cell)
+    elif now == "failed":
+        board.failed[cell.key] = (read_failure(cell.folder) or {}).get("error", "unknown")
+    elif now == "running":
+        board.elsewhere.append(cell)
+    else:
+        board.waiting.append(cell)
+
+
+def _stop(board: Board, watch: Callable[[Board], None], *, patience: float = 60.0) -> None:
+    """Ask the running processes to write their checkpoints and end; those that do not within `patience` are killed."""
+    for job in board.running.values():
+        job.process.terminate()
+    deadline = time.monotonic() + patience
+    for slot, job in list(board.running.items()):
+        try:
+            job.process.wait(timeout=max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            job.process.kill()
+            job.process.wait()
+        del board.running[slot]
+        watch(board)

@@ -1,0 +1,126 @@
+"""Where a cell stands, told from its run folder and the small files beside it.
+
+Beside the run folder `X` lie, while needed, `X.toml` (the settings its process reads), `X.log` (that process's output),
+`X.lock` (held by the process that works on the cell) and `X.failed` (why it failed).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mbcd_cli.engine.run_folder import DONE, SETTINGS
+from mbcd_cli.errors import RunError
+from mbcd_cli.evaluation.results import read_records
+
+State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
+
+DONE_CODE, FAILED_CODE, BUSY_CODE, STOPPED_CODE = 0, 1, 75, 130
+"""Exit codes of a cell's process: done, failed (see `X.failed`), held by another process, stopped by a signal."""
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """`X.<suffix>` of the run folder `X`."""
+    return folder.with_name(f"{folder.name}.{suffix}")
+
+
+def state(folder: Path) -> State:
+    """Where the cell of this run folder stands.
+
+    waiting: nothing there. running: a process holds it. interrupted: begun, not finished. trained: not evaluated.
+    done: trained and evaluated. failed: an error ended it.
+    """
+    if (folder / DONE).is_file() and (folder / "results.json").is_file():
+        return "done"
+    if held(folder):
+        return "running"
+    if beside(folder, "failed").is_file():
+        return "failed"
+    if (folder / DONE).is_file():
+        return "trained"
+    return "interrupted" if (folder / SETTINGS).is_file() else "waiting"
+
+
+def held(folder: Path) -> bool:
+    """Whether some process works on this cell now."""
+    try:
+        with beside(folder, "lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[bool]:
+    """Hold the cell for this process; yields False where another one does. The lock goes with the process.
+
+    Raises:
+        RunError: the folder cannot be written to.
+    """
+    lock = beside(folder, "lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise RunError(f"{lock} cannot be made: {error}", "Name another folder with --runs-dir.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def write_failure(folder: Path, error: Exception) -> None:
+    """Record why a cell failed, as `{"error": ..., "remedy": ...}`."""
+    failure = {
+        "error": getattr(error, "message", f"{type(error).__name__}: {error}"),
+        "remedy": getattr(error, "remedy", "The log beside it says more."),
+    }
+    beside(folder, "failed").write_text(json.dumps(failure, indent=2) + "\n", encoding="utf-8")
+
+
+def read_failure(folder: Path) -> dict[str, str] | None:
+    """What `write_failure` recorded, or None."""
+    try:
+        found = json.loads(beside(folder, "failed").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else {"error": "unknown", "remedy": ""}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a cell is: epochs done, and the last fused accuracies (0..1) where known."""
+
+    epochs: int
+    validation: float | None = None
+    target: float | None = None
+
+
+def progress(folder: Path) -> Progress:
+    """The last record of the run's metrics.jsonl; the deployed model is the teacher where there is one."""
+    try:
+        records = read_records(folder / "metrics.jsonl")
+    except RunError:  # being written
+        return Progress(0)
+    if not records:
+        return Progress(0)
+
+    def accuracy(where: str) -> float | None:
+        models: dict[str, Any] = records[-1].get(where) or {}
+        figures = models.get("teacher") or models.get("student") or {}
+        return figures.get("fused", {}).get("accuracy")
+
+    return Progress(int(records[-1].get("epoch", 0)), accuracy("validation"), accuracy("target"))

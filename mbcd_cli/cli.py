@@ -91,8 +91,9 @@ def _outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
 
 
 def _fail(text: str, message: str, remedy: str, *, as_json: bool) -> None:
-    console.say(f"error: {text}")
-    if as_json:
+    rank = int(os.environ.get("RANK", "0"))  # of torchrun
+    console.say(f"error{f' in process {rank}' if rank else ''}: {text}")
+    if as_json and not rank:
         console.emit_json({"error": message, "remedy": remedy})
 
 
@@ -297,6 +298,8 @@ def train(
         else:
             folder = run or runs_dir / data.name / common.run_name(settings)
             result = command.train(settings, data, run=folder, resume=resume, overwrite=overwrite)
+            if not result:  # under torchrun rank 0 alone reports
+                return
             if not as_json:
                 command.show(result)
         _finish(result, as_json=as_json)

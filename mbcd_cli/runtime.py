@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from mbcd_cli.errors import SettingsError
@@ -11,20 +13,22 @@ from mbcd_cli.settings import RuntimeSettings
 def pick_device(settings: RuntimeSettings) -> torch.device:
     """The device asked for; `auto` is CUDA, else MPS, else the CPU.
 
+    A process that torchrun started gets the GPU of its local rank where no number is named.
+
     Raises:
         SettingsError: an unknown device, or one this machine lacks.
     """
     name = settings.device
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise SettingsError(
-            f"runtime.device: {name!r} is no device.", "Use auto, cpu, cuda, cuda:N or mps."
-        ) from error
+        raise SettingsError(f"runtime.device: {name!r} is no device.", "Use auto, cpu, cuda, cuda:N or mps.") from error
     available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
@@ -36,11 +40,29 @@ def pick_device(settings: RuntimeSettings) -> torch.device:
 
 
 def configure(settings: RuntimeSettings) -> torch.device:
-    """Apply threads and determinism to this process and return the device."""
+    """Apply threads and determinism to this process and return the device.
+
+    `deterministic` asks torch for deterministic kernels wherever it has them (it warns once where it has none);
+    without it cuDNN times its kernels and takes the quickest, which may differ from run to run.
+    """
     device = pick_device(settings)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if settings.deterministic:
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
+        # cuBLAS reads this when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    # Nothing here reads memory it did not write; filling it would cost time in every step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.deterministic = settings.deterministic
+    torch.backends.cudnn.benchmark = not settings.deterministic
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
+
+
+def use_channels_last(settings: RuntimeSettings, device: torch.device) -> bool:
+    """Whether convolutions take the channels-last layout (`runtime.channels_last`)."""
+    if settings.channels_last == "auto":
+        return device.type == "cuda" or settings.precision == "bfloat16"
+    return settings.channels_last == "on"

@@ -496,6 +496,16 @@ class RuntimeSettings(Slice):
     """Precision of convolutions and products (weights stay float32)."""
     deterministic: bool = True
     """The same inputs and seed give the same result on every run of one machine."""
+    channels_last: Literal["auto", "on", "off"] = "auto"
+    """Channels-last memory layout of convolutions; auto takes it for CUDA and for bfloat16."""
+    compile: bool = False
+    """Compile the tails with torch.compile (slow first steps, sometimes quicker ones after)."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Capture the whole training step in a CUDA graph; auto does so on one GPU and falls back to single kernels."""
+    cache_device: Literal["auto", "host", "cuda"] = "auto"
+    """Where the selected clips' cache lies in training: mapped from disk, or on the GPU (auto: when it fits)."""
+    prefetch: Annotated[int, Field(ge=0)] = 2
+    """Batches that a background thread reads ahead; 0 reads each when it is needed."""
 
 
 class Settings(Slice):

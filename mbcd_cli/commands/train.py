@@ -10,22 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mbcd_cli import console
+from mbcd_cli.data.dataset import CachedDataset
+from mbcd_cli.data.loading import keep_on_device
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
+from mbcd_cli.engine.distributed import ALONE, Group, joined, share_dropout
+from mbcd_cli.engine.feed import Feed
+from mbcd_cli.engine.layout import weights_channels_last
 from mbcd_cli.engine.optimizer import build_optimizer
 from mbcd_cli.engine.plots import plot_run
 from mbcd_cli.engine.randomness import Randomness, seed_everything
-from mbcd_cli.engine.run_folder import open_run
+from mbcd_cli.engine.resume import Progress
+from mbcd_cli.engine.run_folder import RunFolder, open_run
+from mbcd_cli.engine.static_step import StaticStep
 from mbcd_cli.engine.step import TrainStep
 from mbcd_cli.engine.teacher import Teacher
-from mbcd_cli.engine.trainer import Progress, Trainer
+from mbcd_cli.engine.trainer import Trainer
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation.evaluator import clip_sets
 from mbcd_cli.model import MultiModalModel, build_model
-from mbcd_cli.runtime import configure
+from mbcd_cli.runtime import configure, use_channels_last
 from mbcd_cli.settings import Settings
 
 
@@ -39,8 +47,11 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
         resume: go on with the run that is there; a finished one is left as it is.
         overwrite: replace the run that is there.
 
+    Started by torchrun, all processes train together (`engine.distributed`); rank 0 alone writes and prints.
+
     Returns:
-        What `done` holds: run, epochs, accuracies of best and last, seconds, steps per second, peak memory.
+        What `done` holds: run, epochs, accuracies of best and last, seconds, steps per second, peak memory;
+        nothing in processes other than rank 0.
 
     Raises:
         SettingsError, CacheError: domains, splits or sizes that the dataset does not have.
@@ -50,11 +61,11 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
     training = settings.training
     clips = dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips)
     device = configure(settings.runtime)
-    with open_run(run, settings=settings, resume=resume, overwrite=overwrite) as folder:
+    with joined(device) as group, _run_folder(run, settings, resume=resume, overwrite=overwrite, group=group) as folder:
         if folder.resumed and folder.summary is not None:
             console.say(f"{run} is complete; nothing to resume.")
-            return folder.summary
-        parts = assemble(settings, dataset, device=device)
+            return folder.summary if group.main else {}
+        parts = assemble(settings, dataset, device=device, group=group)
         trainer = Trainer(
             settings=settings,
             dataset=dataset,
@@ -64,6 +75,9 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
             held_out=held_out,
             run=folder,
             device=device,
+            feed=_feed(settings, dataset, clips, [one.clips for one in held_out], device=device, group=group),
+            run_step=parts.run_step,
+            group=group,
         )
         started, first = time.monotonic(), trainer.progress.step
         try:
@@ -82,44 +96,107 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
             ) from error
         seconds = time.monotonic() - started
         summary = summarise(progress, settings=settings, run=run)
+        memory = max(group.gathered(peak_memory_mb(device)))
         summary |= {
             "seconds": round(seconds, 3),
             "steps_per_second": round((progress.step - first) / max(seconds, 1e-9), 3),
-            "peak_memory_mb": peak_memory_mb(device),
-            "plots": [str(path.relative_to(run)) for path in plot_run(run)],
+            "peak_memory_mb": memory,
         }
-        folder.finish(summary)
-    return summary
+        if group.world > 1:
+            summary["processes"] = group.world
+
+        def finish() -> dict[str, Any]:
+            summary["plots"] = [str(path.relative_to(run)) for path in plot_run(run)]
+            folder.finish(summary)
+            return summary
+
+        return group.on_main(finish) or {}
+
+
+def _run_folder(run: Path, settings: Settings, *, resume: bool, overwrite: bool, group: Group) -> RunFolder:
+    """Rank 0 holds the folder; the others only look into it."""
+    folder = group.on_main(lambda: open_run(run, settings=settings, resume=resume, overwrite=overwrite))
+    return folder or RunFolder(run, lock=None, resumed=resume)
+
+
+def _feed(
+    settings: Settings,
+    dataset: Any,
+    training: np.ndarray,
+    testing: list[np.ndarray],
+    *,
+    device: torch.device,
+    group: Group = ALONE,
+) -> Feed:
+    resident = None
+    if isinstance(dataset, CachedDataset):
+        where = settings.runtime.cache_device
+        resident = keep_on_device(dataset, where=where, training=training, testing=testing, device=device)
+    read = None if resident is None else resident.read
+    return Feed(dataset, device=device, ahead=settings.runtime.prefetch, read=read, group=group)
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What a training consists of: `step` (with student, optimizer and teacher) and its `randomness`."""
+    """What a training consists of: `step` (with student, optimizer and teacher), its `randomness`, and `run_step`,
+    the way steps are run where that is not the plain one."""
 
     step: TrainStep
     randomness: Randomness
+    run_step: StaticStep | None = None
 
 
-def assemble(settings: Settings, dataset: Any, *, device: torch.device) -> Parts:
+def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: Group = ALONE) -> Parts:
     """Student, teacher, optimizer and step, all seeded by training.seed, on `device`."""
-    training = settings.training
+    training, runtime = settings.training, settings.runtime
     seed_everything(training.seed)
     tail_weights: Mapping[str, Mapping[str, torch.Tensor]] = dataset.tail_weights
     model = build_model(
         settings.modalities, settings=settings.model, classes=dataset.classes, tail_weights=tail_weights
     ).to(device)
+    last = use_channels_last(runtime, device)
+    if last:
+        weights_channels_last(model)
+    group.average_([tensor for tensor in model.state_dict().values() if tensor.is_floating_point()])
+    share_dropout(model, group)
     teacher_settings = settings.objective.teacher
+    teacher = Teacher(model, beta=teacher_settings.beta) if teacher_settings.enabled else None
+    if runtime.compile:
+        for one in (model, *([teacher.model] if teacher is not None else [])):
+            compile_tails(one)
+    # Collectives stay out of graphs: several processes run kernel by kernel.
+    graph = runtime.cuda_graph != "off" and device.type == "cuda" and group.world == 1
+    if runtime.cuda_graph == "on" and not graph:
+        raise SettingsError(
+            f"runtime.cuda_graph=on: there is no capture on {device}"
+            + (f" with {group.world} processes." if group.world > 1 else "."),
+            "Use auto or off.",
+        )
     randomness = Randomness(seed=training.seed, device=device)
     step = TrainStep(
         model=model,
         settings=settings.objective,
-        optimizer=build_optimizer(model.parameters(), settings.optimizer),
-        teacher=Teacher(model, beta=teacher_settings.beta) if teacher_settings.enabled else None,
+        optimizer=build_optimizer(model.parameters(), settings.optimizer, capturable=graph),
+        teacher=teacher,
         randomness=randomness,
         batch_norm=training.batch_norm,
-        precision=settings.runtime.precision,
+        precision=runtime.precision,
+        channels_last=last,
+        group=group,
     )
-    return Parts(step=step, randomness=randomness)
+    run_step = None
+    if graph:
+        run_step = StaticStep(step, randomness=randomness, device=device, required=runtime.cuda_graph == "on")
+    return Parts(step=step, randomness=randomness, run_step=run_step)
+
+
+def compile_tails(model: MultiModalModel) -> None:
+    """torch.compile every stage of every tail, in place; noise between the stages stays outside."""
+    for tail in model.tails.values():
+        for name in tail.names:
+            stage = getattr(tail, name)
+            if any(True for _ in stage.parameters()):
+                stage.compile()
 
 
 def summarise(progress: Progress, *, settings: Settings, run: Path) -> dict[str, Any]:

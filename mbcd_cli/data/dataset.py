@@ -6,7 +6,7 @@ Letters: N clips, B clips in a batch, V stored training views.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -242,6 +242,8 @@ class CachedDataset:
         epoch: int = 0,
         drop_last: bool = False,
         start: int = 0,
+        share: tuple[int, int] = (0, 1),
+        read: Callable[[str, np.ndarray, np.ndarray], tuple[torch.Tensor, ...]] | None = None,
     ) -> Iterator[Batch]:
         """Batches over `clips`.
 
@@ -250,7 +252,15 @@ class CachedDataset:
                 order and the test view.
             drop_last: leave out a short last batch.
             start: skip this many batches (to resume inside an epoch).
+            share: (rank, world): of every batch the rank-th of `world` equal runs of rows.
+            read: (modality, clips [B], views [B]) -> parts, instead of reading the caches.
         """
+        if read is None:
+
+            def read(name: str, index: np.ndarray, chosen: np.ndarray) -> tuple[torch.Tensor, ...]:
+                return self.caches[name].read(index, chosen)
+
+        rank, world = share
         order = np.asarray(clips, np.int64)
         views = {name: np.full(len(order), TEST_VIEW, np.int64) for name in self.modalities}
         if training:
@@ -260,10 +270,11 @@ class CachedDataset:
             views = {name: generator.integers(self.caches[name].views, size=len(order)) for name in self.modalities}
         stop = len(order) - len(order) % batch_size if drop_last else len(order)
         for first in range(start * batch_size, stop, batch_size):
-            chosen = slice(first, min(first + batch_size, stop))
+            size = min(batch_size, stop - first) // world
+            chosen = slice(first + rank * size, first + (rank + 1) * size)
             index = order[chosen]
             yield Batch(
-                inputs={name: self.caches[name].read(index, views[name][chosen]) for name in self.modalities},
+                inputs={name: read(name, index, views[name][chosen]) for name in self.modalities},
                 labels=torch.from_numpy(self.clips.labels[index]),
                 domains=torch.from_numpy(self.clips.domains[index]),
                 clips=torch.from_numpy(index.copy()),

@@ -1,6 +1,6 @@
 """Noise on feature statistics (DSU): channel means and deviations move as far as they vary in the batch.
 
-Letters: B clips, C channels.
+Letters: B clips of the global batch, b of them in this process (all, unless torchrun started several), C channels.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from mbcd_cli.encoders.staged import Parts
+from mbcd_cli.engine.distributed import ALONE, Group
 from mbcd_cli.engine.objective import full_precision
 from mbcd_cli.engine.randomness import Randomness
 from mbcd_cli.settings import FeatureNoiseSettings
@@ -25,13 +26,14 @@ class FeatureNoise:
     position per channel (vectors), there is only a mean.
     """
 
-    def __init__(self, *, settings: FeatureNoiseSettings, randomness: Randomness) -> None:
+    def __init__(self, *, settings: FeatureNoiseSettings, randomness: Randomness, group: Group = ALONE) -> None:
         self._probability = settings.probability
         self._randomness = randomness
+        self._group = group
 
     def __call__(self, parts: Parts) -> Parts:
-        """Parts, each [B, C, ...] floating -> the same shapes and types."""
-        if parts[0].shape[0] == 1:
+        """Parts, each [b, C, ...] floating -> the same shapes and types."""
+        if parts[0].shape[0] * self._group.world == 1:
             return parts
         # A factor of 0 or 1 rather than a branch, so that nothing waits for the device.
         coin = self._randomness.uniform(1) < self._probability
@@ -43,19 +45,23 @@ class FeatureNoise:
         coin = coin.to(x.dtype)
         positions = tuple(range(2, x.dim()))
         if x[0, 0].numel() == 1:
-            shift = coin * self._randomness.normal(*shape, dtype=x.dtype) * _deviation(x.reshape(shape))
+            shift = coin * self._normal(shape, x.dtype) * self._deviation(x.reshape(shape))
             return (x + shift.reshape(x.shape)).to(part.dtype)
         variance, mean = torch.var_mean(x, dim=positions)
         std = (variance + EPS).sqrt()
-        noise_mean = self._randomness.normal(*shape, dtype=x.dtype)
-        noise_std = self._randomness.normal(*shape, dtype=x.dtype)
+        noise_mean = self._normal(shape, x.dtype)
+        noise_std = self._normal(shape, x.dtype)
         # The class's formula as one multiply and one add per position: x (1 + a) + (e2 S(mu) - mu a).
-        a = coin * noise_std * _deviation(std) / std
-        shift = coin * noise_mean * _deviation(mean) - mean * a
+        a = coin * noise_std * self._deviation(std) / std
+        shift = coin * noise_mean * self._deviation(mean) - mean * a
         spread = (*shape, *([1] * len(positions)))
         return torch.addcmul(shift.reshape(spread), x, (1 + a).reshape(spread)).to(part.dtype)
 
+    def _normal(self, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+        """Draws for this process' rows: [b, C], cut from the global batch's."""
+        clips, channels = shape
+        return self._group.own(self._randomness.normal(clips * self._group.world, channels, dtype=dtype))
 
-def _deviation(statistic: torch.Tensor) -> torch.Tensor:
-    """Unbiased standard deviation over the batch: [B, C] -> [1, C]."""
-    return (statistic.var(dim=0, keepdim=True) + EPS).sqrt()
+    def _deviation(self, statistic: torch.Tensor) -> torch.Tensor:
+        """Unbiased standard deviation over the global batch: [b, C] -> [1, C]."""
+        return (self._group.gather(statistic).var(dim=0, keepdim=True) + EPS).sqrt()

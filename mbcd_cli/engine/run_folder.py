@@ -28,6 +28,8 @@ FREE = (
     "landscape.",
     "runtime.device",
     "runtime.threads",
+    "runtime.prefetch",
+    "runtime.cache_device",
     "cache.dir",
     "cache.workers",
     "cache.weights_dir",
@@ -45,11 +47,13 @@ class RunFolder:
     Attributes:
         path: the folder.
         resumed: whether it held a run that is to go on.
+        writes: false in the processes that only follow rank 0; they read checkpoints and write nothing.
     """
 
-    def __init__(self, path: Path, *, lock: IO[str], resumed: bool) -> None:
+    def __init__(self, path: Path, *, lock: IO[str] | None, resumed: bool) -> None:
         self.path = path
         self.resumed = resumed
+        self.writes = lock is not None
         self._lock = lock
 
     @property
@@ -69,6 +73,8 @@ class RunFolder:
 
     def append(self, log: str, record: Mapping[str, Any]) -> None:
         """Add one JSON line to `log`."""
+        if not self.writes:
+            return
         with (self.path / log).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
@@ -85,6 +91,8 @@ class RunFolder:
 
     def cut(self, sizes: Mapping[str, int]) -> None:
         """Cut the logs back to `sizes`: what was written after the checkpoint is going to be written again."""
+        if not self.writes:
+            return
         for name in LOGS:
             path = self.path / name
             if path.exists():
@@ -107,7 +115,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Release the folder."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> RunFolder:
         return self

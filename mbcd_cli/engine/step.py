@@ -1,6 +1,6 @@
 """One optimisation step of the objective (method.md sections 2 and 3).
 
-Letters: B clips, M modalities, C classes.
+Letters: B clips (of this process, where torchrun started several), M modalities, C classes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import torch
 from torch import nn
 
 from mbcd_cli.data.records import Batch
+from mbcd_cli.encoders.staged import Parts
 from mbcd_cli.engine import gradient_consistency as gcc
 from mbcd_cli.engine import modality_dropout as amd
+from mbcd_cli.engine.distributed import ALONE, Group
 from mbcd_cli.engine.feature_noise import FeatureNoise
+from mbcd_cli.engine.layout import channels_last, match_layout
 from mbcd_cli.engine.objective import (
     Terms,
     cross_entropy,
@@ -92,6 +95,8 @@ class TrainStep:
         batch_norm: "tracked" (train mode; every student pass updates the running statistics) or "frozen"
             (running statistics are used and kept; affine parameters still train).
         precision: "float32" (the weights' type) or "bfloat16" (autocast; weights and losses stay float32).
+        channels_last: hand inputs to the tails in the channels-last layout (their weights have it already).
+        group: the processes that share the batch.
     """
 
     def __init__(
@@ -104,6 +109,8 @@ class TrainStep:
         randomness: Randomness,
         batch_norm: str = "tracked",
         precision: str = "float32",
+        channels_last: bool = False,
+        group: Group = ALONE,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -111,8 +118,10 @@ class TrainStep:
         self.teacher = teacher
         self._randomness = randomness
         self._precision = precision
+        self._channels_last = channels_last
+        self._group = group
         self._noise = (
-            FeatureNoise(settings=settings.feature_noise, randomness=randomness)
+            FeatureNoise(settings=settings.feature_noise, randomness=randomness, group=group)
             if settings.feature_noise.enabled
             else None
         )
@@ -122,6 +131,9 @@ class TrainStep:
             if batch_norm == "frozen"
             else []
         )
+        self._dtype = next(model.parameters()).dtype
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._statistics = [b for b in model.buffers() if b.is_floating_point()] if batch_norm == "tracked" else []
         self._theta = gcc.tail_parameters(model)
         self._head_parameters = [p for p in model.heads.parameters() if p.requires_grad]
 
@@ -129,6 +141,7 @@ class TrainStep:
         """One step on `batch` (already on the device); updates student, optimizer and teacher in place."""
         self._train_mode()
         self.optimizer.zero_grad(set_to_none=True)
+        batch = self._prepared(batch)
         target = self._teacher_probabilities(batch)
         order = self.settings.consistency.order
         if self._shared_pass:
@@ -139,7 +152,11 @@ class TrainStep:
             result = self._first_order(batch, target)
         else:
             result = self._second_order(batch, target)
+        self._group.average_([p.grad for p in self._trained if p.grad is not None])
+        for parameter in self._trained:
+            match_layout(parameter)
         self.optimizer.step()
+        self._group.average_(self._statistics)
         if self.teacher is not None:
             self.teacher.update()
         return result
@@ -172,7 +189,8 @@ class TrainStep:
         ce_unimodal, kl_unimodal = self._unimodal_losses(unimodal, batch, target)
         theta = gcc.flatten(self._theta)
         trained = [*theta, *self._head_parameters]
-        gradients = torch.autograd.grad(ce_unimodal.sum(), trained, retain_graph=target is not None)
+        gradients = list(torch.autograd.grad(ce_unimodal.sum(), trained, retain_graph=target is not None))
+        self._group.average_(gradients)
         # The graph of theta' is the identity to theta, so that the fused gradient accumulates in theta's .grad.
         stepped = gcc.inner_step(self._theta, gradients[: len(theta)], alpha=self.settings.consistency.alpha)
         for parameter, gradient in zip(trained, gradients, strict=True):
@@ -197,6 +215,7 @@ class TrainStep:
             if gcc.flatten(self._theta)
             else ()
         )
+        gradients = self._group.average(gradients)
         stepped = gcc.inner_step(self._theta, gradients, alpha=self.settings.consistency.alpha)
         with self._autocast(batch):
             fused = self.model.fuse(gcc.features_at(self.model, stepped, batch.inputs), amd_state.keep)
@@ -225,10 +244,12 @@ class TrainStep:
     @torch.no_grad()
     def _dropout(self, unimodal: Sequence[torch.Tensor], batch: Batch) -> _Dropout:
         settings = self.settings.dropout
-        s = amd.scores(unimodal, batch.labels, score=settings.score)
+        s = self._group.sum_(amd.scores(unimodal, batch.labels, score=settings.score))
         r = amd.ratios(s)
         p = amd.drop_probabilities(r, settings)
-        keep = None if settings.strategy == "none" else amd.keep_mask(p, len(batch), self._randomness)
+        keep = None
+        if settings.strategy != "none":
+            keep = self._group.own(amd.keep_mask(p, len(batch) * self._group.world, self._randomness))
         return _Dropout(s=s, r=r, p=p, keep=keep)
 
     def _terms(
@@ -265,6 +286,16 @@ class TrainStep:
     def _autocast(self, batch: Batch) -> AbstractContextManager:
         enabled = self._precision == "bfloat16"
         return torch.autocast(batch.labels.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """Inputs in the weights' type and layout: converted once, not in every pass."""
+
+        def prepared(part: torch.Tensor) -> torch.Tensor:
+            part = part.to(self._dtype)
+            return channels_last(part) if self._channels_last else part
+
+        inputs: dict[str, Parts] = {name: tuple(map(prepared, parts)) for name, parts in batch.inputs.items()}
+        return Batch(inputs=inputs, labels=batch.labels, domains=batch.domains, clips=batch.clips)
 
     def _train_mode(self) -> None:
         self.model.train()

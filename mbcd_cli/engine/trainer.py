@@ -6,9 +6,11 @@ Letters: N clips, M modalities.
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,38 +19,19 @@ import torch
 from mbcd_cli import console
 from mbcd_cli.data.records import Batch
 from mbcd_cli.engine import watch
-from mbcd_cli.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mbcd_cli.engine.checkpoint import Checkpoint, save_checkpoint
+from mbcd_cli.engine.distributed import ALONE, Group
 from mbcd_cli.engine.events import Events
+from mbcd_cli.engine.feed import Feed
 from mbcd_cli.engine.interrupts import Interrupts
-from mbcd_cli.engine.randomness import Randomness, global_states, load_global_states
+from mbcd_cli.engine.randomness import Randomness
+from mbcd_cli.engine.resume import Progress, resume, training_state
 from mbcd_cli.engine.run_folder import RunFolder
 from mbcd_cli.engine.step import TrainStep, unpack
 from mbcd_cli.engine.validation import validate
-from mbcd_cli.errors import CheckpointError, RunError, SettingsError
+from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation.evaluator import SOURCE, TARGET, ClipSet
 from mbcd_cli.settings import Settings
-
-
-@dataclass(slots=True)
-class Progress:
-    """Where a training stands; all of it goes into checkpoints.
-
-    Attributes:
-        epoch: epochs finished. epoch_step: steps done in the one after. step: steps in all.
-        pending: figures of the steps since the last record of steps.jsonl, as (clips [B], vector) pairs.
-        sums: sums over the epoch's steps of their vectors times their clips, float64, and `clips` how many.
-        history: records of metrics.jsonl. best: the selected epoch's. warnings: key -> text.
-    """
-
-    epoch: int = 0
-    epoch_step: int = 0
-    step: int = 0
-    pending: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    sums: torch.Tensor | None = None
-    clips: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    warnings: dict[str, str] = field(default_factory=dict)
 
 
 def better(figures: Mapping[str, float], best: Mapping[str, float]) -> bool:
@@ -66,14 +49,17 @@ class Trainer:
         settings: the resolved tree.
         dataset: what `open_dataset` returns (its `batches`, names and fingerprints are used).
         step: the optimisation step, with its student, optimizer and teacher.
+        run_step: batch -> its figures [4 + 7 M], where the step is to be run another way (`StaticStep`).
         randomness: the step's.
         clips: training clips [N], indices into the clip table.
         held_out: clip sets by name; SOURCE selects, TARGET is only reported.
         run: the open run folder.
         device: where the student is.
+        feed: where batches come from; by default read when needed.
+        group: the processes that train together.
 
     Raises:
-        SettingsError: fewer training clips than one batch.
+        SettingsError: a batch that the processes cannot share evenly, fewer training clips than one batch.
         CheckpointError: on resume, a checkpoint that does not fit.
     """
 
@@ -88,9 +74,14 @@ class Trainer:
         held_out: list[ClipSet],
         run: RunFolder,
         device: torch.device,
+        feed: Feed | None = None,
+        run_step: Callable[[Batch], torch.Tensor] | None = None,
+        group: Group = ALONE,
     ) -> None:
         self.settings, self.dataset, self.step, self.run, self.device = settings, dataset, step, run, device
-        self.randomness, self.clips = randomness, clips
+        self.randomness, self.clips, self.group = randomness, clips, group
+        self.feed = feed or Feed(dataset, device=device, group=group)
+        self.run_step = run_step or (lambda batch: self.step(batch).vector())
         self.held_out = {one.name: one for one in held_out}
         training = settings.training
         self.steps_per_epoch = len(clips) // training.batch_size
@@ -99,6 +90,11 @@ class Trainer:
                 f"training.batch_size: there are {len(clips)} training clips, fewer than one batch of "
                 f"{training.batch_size}.",
                 "Lower it with --set training.batch_size=N.",
+            )
+        if training.batch_size % group.world:
+            raise SettingsError(
+                f"training.batch_size: {training.batch_size} clips do not divide among {group.world} processes.",
+                "Choose a multiple: it is the batch of all processes together.",
             )
         if SOURCE not in self.held_out:
             raise SettingsError(
@@ -110,9 +106,9 @@ class Trainer:
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self._fingerprints = {name: dataset.fingerprints[name] for name in settings.modalities}
         self.progress = Progress()
-        if run.resumed:
-            self._resume()
-        self._events = Events(run.path / "events", purge_after=self.progress.step)
+        if run.resumed and resume(self.progress, step, randomness, run, self._fingerprints):
+            console.say(f"resumed {run.path} at step {self.progress.step} of {self.total_steps}")
+        self._events = Events(run.path / "events", purge_after=self.progress.step) if group.main else None
 
     def fit(self) -> Progress:
         """Train to the end.
@@ -129,26 +125,27 @@ class Trainer:
                 while progress.step < self.total_steps or progress.epoch_step > 0:
                     self._epoch()
         finally:
-            self._events.close()
+            if self._events is not None:
+                self._events.close()
         return progress
 
     def _epoch(self) -> None:
         progress, training = self.progress, self.settings.training
         started, first_step = time.monotonic(), progress.step
+        self.feed.reset()
         if progress.step < self.total_steps:
-            batches = self.dataset.batches(
+            batches = self.feed.training(
                 self.clips,
                 batch_size=training.batch_size,
-                training=True,
                 seed=training.seed,
                 epoch=progress.epoch,
-                drop_last=True,
                 start=progress.epoch_step,
             )
-            for batch in batches:
-                self._one(batch)
-                if progress.step >= self.total_steps:
-                    break
+            with closing(batches):
+                for clips, batch in batches:
+                    self._one(clips, batch)
+                    if progress.step >= self.total_steps:
+                        break
         seconds = time.monotonic() - started
         self._flush()
         record = self._evaluate()
@@ -158,24 +155,29 @@ class Trainer:
             {
                 "epoch": record["epoch"],
                 "train_seconds": seconds,
+                "data_wait_share": round(self.feed.waited / max(seconds, 1e-9), 4),
                 "steps_per_second": (progress.step - first_step) / max(seconds, 1e-9),
                 "validation_seconds": time.monotonic() - started - seconds,
             },
         )
 
-    def _one(self, batch: Batch) -> None:
+    def _one(self, clips: torch.Tensor, batch: Batch) -> None:
         progress, training = self.progress, self.settings.training
-        result = self.step(batch.to(self.device, non_blocking=True))
+        vector = self.run_step(batch)
+        self.group.average_([vector])
         progress.step += 1
         progress.epoch_step += 1
-        progress.pending.append((batch.clips, result.vector()))
+        progress.pending.append((clips, vector))
         self._ticker.advance()
         if progress.step % training.log_steps == 0:
             self._flush()
-        if self._interrupts.signal is not None:
-            self._stop()
         waited = (time.monotonic() - self._saved_at) / 60
-        if training.checkpoint_minutes and waited >= training.checkpoint_minutes:
+        due = self.group.main and bool(training.checkpoint_minutes) and waited >= training.checkpoint_minutes
+        # All processes leave, or save, after the same step.
+        came, due = self.group.largest(int(self._interrupts.signal or 0), int(due))
+        if came:
+            self._stop(signal.Signals(came))
+        if due:
             self._settle()
             self._save()
 
@@ -197,7 +199,8 @@ class Trainer:
     def _non_finite(self, what: str, clips: torch.Tensor | None = None) -> None:
         names = ""
         if clips is not None:
-            names = " Its clips: " + ", ".join(str(self.dataset.clips.ids[int(i)]) for i in clips) + "."
+            everyones = [int(i) for part in self.group.gathered(clips.tolist()) for i in part]
+            names = " Its clips: " + ", ".join(str(self.dataset.clips.ids[i]) for i in everyones) + "."
         kept = (
             f"{self.run.last} is the last good checkpoint."
             if self.run.last.exists()
@@ -208,7 +211,7 @@ class Trainer:
             f"{kept} Lower optimizer.lr, or look at these clips.",
         )
         self.run.append("warnings.jsonl", {"step": self.progress.step, "warning": error.message})
-        raise error
+        self.group.leave(error)
 
     def _flush(self) -> None:
         """Write the pending steps as one record of steps.jsonl and add them to the epoch's sums."""
@@ -230,7 +233,8 @@ class Trainer:
         }
         progress.pending = []
         self.run.append("steps.jsonl", record)
-        self._events.scalars("step", figures, progress.step)
+        if self._events is not None:
+            self._events.scalars("step", figures, progress.step)
         balance = " ".join(f"{n} r {v['r']:.2f} p {v['p']:.2f}" for n, v in figures["modalities"].items())
         self._ticker.describe(
             f"epoch {progress.epoch + 1}/{self.epochs} loss {figures['total']:.3f} "
@@ -250,23 +254,25 @@ class Trainer:
         }
         for key, name in (("validation", SOURCE), ("target", TARGET)):
             if name in self.held_out:
+                clips, group = self.held_out[name].clips, ALONE
+                if len(clips) >= self.group.world:
+                    clips, group = np.array_split(clips, self.group.world)[self.group.rank], self.group
                 record[key] = validate(
                     models,
-                    lambda clips=self.held_out[name].clips: self._watched(clips),
+                    lambda clips=clips: self._watched(clips),
                     device=self.device,
                     precision=self.settings.runtime.precision,
+                    group=group,
                 )
         if any(record["validation"][model]["fused"]["loss"] is None for model in models):
             self._non_finite("The validation loss is not finite")
         return record
 
     def _watched(self, clips: np.ndarray) -> Iterator[Batch]:
-        batches: Iterable[Batch] = self.dataset.batches(
-            clips, batch_size=self.settings.evaluation.batch_size, training=False
-        )
-        for batch in batches:
-            if self._interrupts.signal is not None:
-                self._stop()
+        for batch in self.feed.testing(clips, batch_size=self.settings.evaluation.batch_size):
+            # Several processes leave together only: after the next step.
+            if self.group.world == 1 and self._interrupts.signal is not None:
+                self._stop(self._interrupts.signal)
             yield batch
 
     # ---- the end of an epoch
@@ -288,13 +294,14 @@ class Trainer:
         progress.epoch += 1
         progress.epoch_step, progress.sums, progress.clips = 0, None, 0
         self.run.append("metrics.jsonl", record)
-        self._events.scalars(
-            "epoch", {k: record[k] for k in ("train", "validation", "target") if k in record}, progress.step
-        )
+        if self._events is not None:
+            self._events.scalars(
+                "epoch", {k: record[k] for k in ("train", "validation", "target") if k in record}, progress.step
+            )
         if self.settings.training.keep_checkpoints:
-            save_checkpoint(self.run.checkpoints / f"epoch-{progress.epoch:03d}.pt", self._checkpoint(whole=False))
+            self._write(self.run.checkpoints / f"epoch-{progress.epoch:03d}.pt", whole=False)
         if improved:
-            save_checkpoint(self.run.best, self._checkpoint(whole=False))
+            self._write(self.run.best, whole=False)
         self._save()
         target = record.get("target", {}).get(deployed, {}).get("fused", {}).get("accuracy")
         console.say(
@@ -313,20 +320,8 @@ class Trainer:
             self._non_finite("The weights are not finite any more")
 
     def _checkpoint(self, *, whole: bool) -> Checkpoint:
-        self._check_weights()
         progress, teacher = self.progress, self.step.teacher
-        training = None
-        if whole:
-            training = {
-                "optimizer": self.step.optimizer.state_dict(),
-                "randomness": self.randomness.state(),
-                "global": global_states(),
-                "pending": [[clips, vector] for clips, vector in progress.pending],
-                "sums": progress.sums,
-                "clips": progress.clips,
-                "logs": self.run.sync(),
-                "warning_keys": dict(progress.warnings),
-            }
+        training = training_state(progress, self.step, self.randomness, self.run) if whole else None
         return Checkpoint(
             settings=self.settings,
             modalities=dict(self.settings.modalities),
@@ -345,50 +340,21 @@ class Trainer:
             training=training,
         )
 
+    def _write(self, path: Path, *, whole: bool) -> None:
+        self._check_weights()
+        self.group.on_main(lambda: save_checkpoint(path, self._checkpoint(whole=whole)))
+
     def _save(self) -> None:
-        save_checkpoint(self.run.last, self._checkpoint(whole=True))
+        self._write(self.run.last, whole=True)
         self._saved_at = time.monotonic()
 
-    def _stop(self) -> None:
+    def _stop(self, came: signal.Signals) -> None:
         """A signal came: checkpoint, then leave."""
-        name = self._interrupts.signal.name
         self._settle()
         self._save()
-        raise RunError(
-            f"Stopped by {name} after step {self.progress.step} of {self.total_steps}; {self.run.last} is up to date.",
+        error = RunError(
+            f"Stopped by {came.name} after step {self.progress.step} of {self.total_steps}; "
+            f"{self.run.last} is up to date.",
             "Go on with the same command and --resume.",
         )
-
-    def _resume(self) -> None:
-        if not self.run.last.exists():  # killed before the first checkpoint
-            self.run.cut({})
-            return
-        saved = load_checkpoint(self.run.last)
-        if saved.training is None:
-            raise CheckpointError(f"{self.run.last} holds weights only.", "Start anew with --overwrite.")
-        if saved.fingerprints != self._fingerprints:
-            changed = [n for n, f in self._fingerprints.items() if saved.fingerprints.get(n) != f]
-            raise CheckpointError(
-                f"The cache of {', '.join(changed) or 'some modality'} changed since this run began.",
-                "Prepare with the settings of the run again, or start another run.",
-            )
-        progress, state = self.progress, saved.training
-        try:
-            self.step.model.load_state_dict(saved.student)
-            if self.step.teacher is not None:
-                self.step.teacher.model.load_state_dict(saved.teacher or {})
-            self.step.optimizer.load_state_dict(state["optimizer"])
-            progress.epoch, progress.epoch_step, progress.step = saved.epoch, saved.epoch_step, saved.step
-            progress.pending = [(clips, vector) for clips, vector in state["pending"]]
-            progress.sums, progress.clips = state["sums"], state["clips"]
-            progress.history, progress.best = saved.history, saved.best
-            progress.warnings = state["warning_keys"]
-            self.run.cut(state["logs"])
-            self.randomness.load(state["randomness"])
-            load_global_states(state["global"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{self.run.last} does not fit this run: {str(error).splitlines()[0]}",
-                "Start anew with --overwrite.",
-            ) from error
-        console.say(f"resumed {self.run.path} at step {progress.step} of {self.total_steps}")
+        self.group.leave(error)

@@ -44,7 +44,7 @@ class MemoryDataset:
         )
         return rows[:limit]
 
-    def batches(self, clips, *, batch_size, training, seed=0, epoch=0, drop_last=False, start=0):
+    def batches(self, clips, *, batch_size, training, seed=0, epoch=0, drop_last=False, start=0, share=(0, 1)):
         order, views = np.asarray(clips), np.zeros(len(clips), np.int64)
         if training:
             generator = np.random.default_rng([seed, epoch])
@@ -52,7 +52,9 @@ class MemoryDataset:
             views = 1 + generator.integers(2, size=len(order))
         stop = len(order) - len(order) % batch_size if drop_last else len(order)
         for first in range(start * batch_size, stop, batch_size):
-            rows, view = order[first : first + batch_size], views[first : first + batch_size]
+            rows, view = (
+                np.split(x[first : min(first + batch_size, stop)], share[1])[share[0]] for x in (order, views)
+            )
             yield Batch(
                 inputs={name: (torch.from_numpy(v[rows, view]),) for name, v in self.values.items()},
                 labels=torch.from_numpy(self.clips.labels[rows]),

@@ -118,14 +118,14 @@ def settings_key(settings: Settings) -> str:
     known = {name: {**tree["modalities"][name], "kind": one.kind} for name, one in settings.modalities.items()}
     tree["modalities"] = {name: known.get(name) for name in settings.model.modalities}
 
-    def kept(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        return {
-            key: kept(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
-            for key, value in node.items()
-            if not f"{prefix}{key}{'.' if isinstance(value, Mapping) else ''}".startswith(FREE)
-        }
+    def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key, value in node.items():
+            values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        return values
 
-    text = json.dumps(kept(tree), sort_keys=True, separators=(",", ":"))
+    kept = {key: value for key, value in flat(tree).items() if not key.startswith(FREE)}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -274,9 +274,9 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     """
     root = dataset.root or ROOT
     marker = _generated(root)
-    wanted = Parameters() if dataset.shortcut is None else Parameters(shortcut=dataset.shortcut)
+    wanted = {} if dataset.shortcut is None else {"shortcut": dataset.shortcut}
     if marker is None or marker.get("version") != VERSION:
-        generate(root, **asdict(wanted), workers=min(2, os.cpu_count() or 1))
+        generate(root, **wanted, workers=min(2, os.cpu_count() or 1))
     elif dataset.shortcut is not None and marker["parameters"].get("shortcut") != dataset.shortcut:
         raise ManifestError(
             f"{root} holds a demo dataset of shortcut {marker['parameters'].get('shortcut')}, not {dataset.shortcut}.",

@@ -1,0 +1,160 @@
+"""The scheduler, with processes that do as they are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sweep_cases import plan_of
+
+from mbcd_cli.sweep import run as running
+from mbcd_cli.sweep.state import beside, held, state
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "WORKER", "fake_worker")
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    found = plan_of("hac", runs=tmp_path / "runs", targets="human", methods="erm", seeds="4")
+    found[0].folder.parent.mkdir(parents=True)
+    return found
+
+
+def say(cell, *words):
+    beside(cell.folder, "say").write_text(" ".join(words))
+
+
+def calls(cell):
+    path = beside(cell.folder, "calls")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def execute(cells, **options):
+    return running.execute(cells, **{"jobs": 2, "threads": 1, "poll": 0.01, **options})
+
+
+def test_done_cells_never_run_again(cells, monkeypatch):
+    monkeypatch.setenv("MBCD_TRAINING__EPOCHS", "5")
+    first = execute(cells)
+    assert len(first.done) == 4
+    assert [state(c.folder) for c in cells] == ["done"] * 4
+    assert [calls(c) for c in cells] == [["1 None None"]] * 4, (
+        "threads; the environment's settings are resolved already"
+    )
+    again = execute(cells)
+    assert len(again.done) == 4
+    assert [len(calls(c)) for c in cells] == [1] * 4
+
+
+def test_failed_cells_are_listed_and_run_again_on_request_only(cells):
+    say(cells[1], "fail")
+    board = execute(cells)
+    assert board.failed == {cells[1].key: "no such clip"}
+    assert len(board.done) == 3
+    again = execute(cells)
+    assert again.failed == {cells[1].key: "no such clip"}
+    assert len(calls(cells[1])) == 1
+    retried = execute(cells, retry_failed=True)
+    assert (len(retried.done), retried.failed) == (4, {})
+    assert len(calls(cells[1])) == 2
+
+
+def test_killed_processes_begin_again_but_not_for_ever(cells):
+    say(cells[0], "kill", "ok")
+    say(cells[1], *["kill"] * 9)
+    board = execute(cells)
+    assert len(calls(cells[0])) == 2
+    assert state(cells[0].folder) == "done"
+    assert len(calls(cells[1])) == 1 + running.KILLS
+    assert "killed by signal 9" in board.failed[cells[1].key]
+    assert state(cells[1].folder) != "failed", "the next sweep tries it again without being asked"
+
+
+def test_gpus_are_dealt_out_by_slot(cells):
+    for cell in cells[:2]:
+        say(cell, "slow")
+    timer = threading.Timer(0.5, lambda: [beside(c.folder, "go").touch() for c in cells[:2]])
+    timer.start()
+    execute(cells, gpus=["3", "5"])
+    assert [calls(c)[0].split()[1] for c in cells[:2]] == ["3", "5"]
+
+
+def test_threads_are_divided():
+    cores = len(os.sched_getaffinity(0))
+    assert running.threads_per_job(1, 0) == cores
+    assert running.threads_per_job(10 * cores, 0) == 1
+    assert running.threads_per_job(4, 3) == 3
+
+
+def test_two_sweeps_share_cells(cells):
+    """The second waits for the cell that the first works on, and runs it no second time."""
+    say(cells[0], "slow")
+    boards = []
+
+    def second():
+        boards.append(running_quietly(cells[:2]))
+
+    started = running.start(cells[0], threads=1, gpu=None, slot=0)  # the first sweep's process
+    while not held(cells[0].folder):
+        time.sleep(0.01)
+    thread = threading.Thread(target=second)
+    thread.start()
+    time.sleep(1.0)
+    assert thread.is_alive()
+    beside(cells[0].folder, "go").touch()
+    thread.join(timeout=20)
+    assert started.process.wait(timeout=20) == 0
+    assert len(boards[0].done) == 2
+    assert len(calls(cells[0])) == 1
+
+
+def running_quietly(cells):
+    """`execute` outside the main thread, where no signal handler may be set."""
+    original = signal.signal
+    signal.signal = lambda *args: None
+    try:
+        return execute(cells)
+    finally:
+        signal.signal = original
+
+
+def test_a_killed_sweep_leaves_its_processes_to_the_next_one(cells, tmp_path):
+    """kill -9 of the parent: its process goes on; the next sweep waits for it and runs only the rest."""
+    say(cells[0], "slow")
+    script = tmp_path / "parent.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys
+            from pathlib import Path
+            sys.path.insert(0, {str(HERE)!r})
+            from sweep_cases import plan_of
+            from mbcd_cli.sweep import run as running
+            running.WORKER = "fake_worker"
+            cells = plan_of("hac", runs=Path({str(tmp_path / "runs")!r}), targets="human", methods="erm", seeds="4")
+            running.execute(cells, jobs=1, threads=1, poll=0.01)
+            """
+        )
+    )
+    root = HERE.parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{root}"}
+    parent = subprocess.Popen([sys.executable, str(script)], env=environment)
+    deadline = time.monotonic() + 60
+    while not calls(cells[0]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert state(cells[0].folder) == "running"
+    threading.Timer(0.5, beside(cells[0].folder, "go").touch).start()
+    board = execute(cells)
+    assert len(board.done) == 4
+    assert [len(calls(c)) for c in cells] == [1] * 4

@@ -111,6 +111,8 @@ def _finish(result: dict[str, Any], *, as_json: bool) -> None:
         "mbcd prepare manifest --root data/av-digits",
         "mbcd prepare demo --modalities video,audio,flow",
         "mbcd prepare manifest --root data/mine --compute-flow --set cache.views=8",
+        "mbcd prepare epic-kitchens --root EPIC --check",
+        "torchrun --nproc-per-node 4 -m mbcd_cli prepare epic-kitchens --root EPIC",
     )
 )
 def prepare(
@@ -134,6 +136,9 @@ def prepare(
     random_weights: Annotated[
         bool | None, typer.Option("--random-weights", help="Allow a trunk with random weights.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what is there, what is missing, how much space and time it takes.")
+    ] = False,
     preset: Preset = None,
     config: Config = None,
     set_: Sets = None,
@@ -182,7 +187,17 @@ def prepare(
         from mbcd_cli.runtime import configure
 
         configure(settings.runtime)
+        if check:
+            from mbcd_cli.commands import check as checking
+
+            result = checking.check(settings)
+            if not as_json:
+                checking.show(result)
+            _finish(result, as_json=as_json)
+            return
         result = command.prepare(settings)
+        if not result:  # rank 0 of several processes tells
+            return
         if not as_json:
             command.show(result, preset=chosen)
         _finish(result, as_json=as_json)

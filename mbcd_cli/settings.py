@@ -234,10 +234,12 @@ class CacheSettings(Slice):
 
     dir: Path = Path("cache")
     """Folder of all caches."""
-    views: Annotated[int, Field(ge=1)] = 4
-    """Random training views stored per training clip."""
-    dtype: Literal["float16", "float32"] = "float16"
-    """Type in which trunk outputs and spectrograms are stored (decoded frames are always uint8)."""
+    views: Annotated[int, Field(ge=0)] = 4
+    """Random training views stored per training clip; 0: `train` decodes a fresh one every epoch and runs the trunk."""
+    trunk_batch_norm: Literal["running", "batch"] = "running"
+    """Batch norm of the trunk in training with views = 0: running statistics, or the batch's (as the reference)."""
+    dtype: Literal["float16", "float32", "int8"] = "float16"
+    """Type in which trunk outputs and spectrograms are stored, int8 with a scale per row and channel; frames are uint8."""
     shard_clips: Count = 64
     """Clips per shard file; a killed `prepare` loses at most the shard in flight."""
     compression: Literal["none", "gzip", "lzf"] = "none"

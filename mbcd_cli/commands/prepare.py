@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mbcd_cli import console
+from mbcd_cli.commands.filling import Filler, Shapes, build_trunk, cached_shapes, row_bytes, save_weights
 from mbcd_cli.data.cache import (
     GROUPS,
     CacheWriter,
-    Rows,
-    Shard,
     fingerprint,
     group_of,
-    locked,
     recipe_of,
     shard_ranges,
     views_of,
 )
 from mbcd_cli.data.decoding import DecodeJob, Decoder
+from mbcd_cli.data.online import describe_media
+from mbcd_cli.data.ranks import free_bytes, locked, ranks_of, wait_for
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
-from mbcd_cli.data.views import part_shapes, resolve
-from mbcd_cli.encoders import build_encoder
-from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
-from mbcd_cli.encoders.staged import Trunk
+from mbcd_cli.data.views import resolve
 from mbcd_cli.errors import CacheError
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Modality, Settings, default_modality
@@ -57,15 +54,23 @@ def read_listing(settings: Settings) -> Listing:
 def prepare(settings: Settings) -> dict[str, Any]:
     """Fill the caches of every modality of a dataset; what is already there is reused.
 
+    Started by torchrun, the processes share the shards; rank 0 alone writes the indices, and prints.
+
     Returns:
         A JSON-able summary: clips, domains, per modality the folder, bytes and what was reused, and every rejected
-        clip; `exit_code` is 3 when more clips were rejected than `dataset.max_bad`.
+        clip; `exit_code` is 3 when more clips were rejected than `dataset.max_bad`. Nothing in ranks other than 0.
     """
     return prepare_listing(settings, read_listing(settings))
 
 
 def prepare_listing(settings: Settings, listing: Listing) -> dict[str, Any]:
     """`prepare`, for clips that are listed already: every modality of `listing` in the cache."""
+    ranks = ranks_of(os.environ)
+    if not ranks.main:
+        device = pick_device(settings.runtime)
+        for name, modality in listing.modalities.items():
+            _prepare_modality(settings, listing, name, modality, device, [])
+        return {}
     for line in listing.notes:
         console.say(line)
     for line in listing.warnings:
@@ -106,25 +111,6 @@ def _short(file: str, settings: Settings) -> str:
     return str(Path(file).relative_to(root)) if root and Path(file).is_relative_to(root) else file
 
 
-def _trunk(settings: Settings, name: str, modality: Modality) -> tuple[Trunk, dict[str, torch.Tensor], str | None]:
-    """The frozen trunk, the tail's initial weights ({}: drawn by `train`) and the SHA-256 of the weights file.
-
-    Raises:
-        CheckpointError: weights that are missing, damaged or another encoder's; a trunk is never silently random.
-    """
-    torch.manual_seed(settings.cache.seed)
-    encoder = build_encoder(name, modality)
-    trunk, tail = encoder.cut(modality.cut)
-    if modality.cut == "input" and modality.weights is None:
-        return trunk, {}, None
-    sha = None
-    if not settings.cache.random_weights:
-        file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
-        sha = load_pretrained(encoder, modality.encoder, file, sha256=modality.weights_sha256).sha256
-        console.say(f"{name}: {modality.encoder} with the weights of {file} (SHA-256 {sha[:8]}...)")
-    return trunk, tail.state_dict(), sha
-
-
 def _prepare_modality(
     settings: Settings,
     listing: Listing,
@@ -134,24 +120,19 @@ def _prepare_modality(
     rejected: list[Rejected],
 ) -> dict[str, Any]:
     started = time.monotonic()
-    trunk, tail_weights, sha = _trunk(settings, name, modality)
-    recipe = recipe_of(settings, name, modality, weights_sha256=sha)
-    root = settings.dataset.root or Path()
-    clips = listing.clips
-    digest = fingerprint(recipe, clips, name=name, root=root)
-    folder = settings.cache.dir / listing.name / f"{name}-{digest}"
-    views = [views_of(clip, views=settings.cache.views, test_view=settings.dataset.target_split) for clip in clips]
-    shapes = {group: _cached_shapes(trunk, modality, settings, group) for group in GROUPS}
-    row_bytes = {g: sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes[g]) for g in GROUPS}
-    sizes = [sum(row_bytes[group_of(view)] for view in wanted) for wanted in views]
-    with locked(folder):
+    ranks = ranks_of(os.environ)
+    trunk, tail_weights, sha = build_trunk(settings, name, modality)
+    plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
+    root, clips, views, folder = settings.dataset.root or Path(), listing.clips, plan.views, plan.folder
+    online = describe_media(settings, clips, name) if settings.cache.views == 0 else None
+    with locked(folder, ranks):
         writer = CacheWriter(
             folder,
-            recipe=recipe,
+            recipe=plan.recipe,
             # Runs keep this digest with their settings, so that new data never meets another trunk.
             modality=modality if sha is None else modality.model_copy(update={"weights_sha256": sha}),
             clips=clips,
-            shards=shard_ranges(sizes, limit=settings.cache.shard_clips),
+            shards=plan.shards,
             domains=listing.domains,
             label_names=listing.label_names,
             provenance={
@@ -163,111 +144,103 @@ def _prepare_modality(
                 "torch_version": str(torch.__version__),
             },
             compression=settings.cache.compression,
+            ranks=ranks,
+            online=online,
         )
-        pending = writer.pending()
-        _check_disk(folder, sum(sizes[i] for n in pending for i in writer.shards[n]))
+        missing = writer.pending()
+        pending = [number for number in missing if ranks.owns(number)]
+        if ranks.main:
+            _check_disk(folder, sum(plan.sizes[i] for n in missing for i in plan.shards[n]))
         job = DecodeJob(name, modality, settings.dataset, settings.cache.seed)
         trunk.to(device)
-        total = sum(len(writer.shards[n]) for n in pending)
+        total = sum(len(plan.shards[n]) for n in pending)
         with (
             Decoder(workers=settings.cache.workers, job=job) as decoder,
-            console.progress(name, total) as ticker,
+            console.progress(name if ranks.world == 1 else f"{name} (rank {ranks.rank})", total) as ticker,
         ):
-            for number in pending:
-                items = [(index, clips[index], views[index]) for index in writer.shards[number]]
-                writer.write_shard(number, _fill(decoder, items, trunk, shapes, device, ticker))
+            Filler(writer, decoder, clips, views, trunk, plan.shapes, device).run(pending, ticker)
+        if not ranks.main:
+            return {}
+        wait_for(writer.pending, tell=console.say)
         if tail_weights:
-            _save_tail(folder / "tail.pt", tail_weights)
-        found, mended = writer.finish(listing.rejected)
+            save_weights(folder / "tail.pt", tail_weights)
+            if online is not None:
+                save_weights(folder / "trunk.pt", trunk.state_dict())
+        finished = writer.finish(listing.rejected)
+    found, mended = finished.rejected, finished.mended
     rejected.extend(found)
     if mended:
         console.warn(
             f"{name}: {len(mended)} clips were mended while decoding, the first {mended[0][0]}: {mended[0][1]}"
         )
-    state = "reused" if not pending else "prepared"
+    state = "reused" if not missing else "prepared"
     seconds = time.monotonic() - started
     nbytes = sum(path.stat().st_size for path in folder.glob("shard-*.h5"))
+    error = f", int8 adds {100 * finished.error:.2f} % error" if finished.error is not None else ""
     console.say(
-        f"{name}: {state} {len(clips) - len(found)} clips, {sum(map(len, views))} views, {nbytes / 1e6:.1f} MB "
+        f"{name}: {state} {len(clips) - len(found)} clips, {sum(map(len, views))} views, {nbytes / 1e6:.1f} MB{error} "
         f"in {seconds:.1f} s -> {folder}"
     )
     return {
         "folder": str(folder),
-        "fingerprint": digest,
+        "fingerprint": plan.fingerprint,
         "clips": len(clips) - len(found),
         "bytes": nbytes,
-        "bytes_per_view": row_bytes["train"],
+        "bytes_per_view": row_bytes(plan.shapes["train"]),
+        "int8_error": finished.error,
         "mended": [{"clip": clip, "note": note} for clip, note in mended],
         "shards": len(writer.shards),
-        "shards_reused": len(writer.shards) - len(pending),
+        "shards_reused": len(writer.shards) - len(missing),
         "seconds": round(seconds, 3),
     }
 
 
-Shapes = list[tuple[tuple[int, ...], np.dtype]]
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one modality's cache will be: where, of which recipe, which views of which clips in which shards.
+
+    Attributes:
+        sizes: bytes of every clip's rows.
+        shapes: shape and dtype of every part of a row, per group.
+    """
+
+    folder: Path
+    fingerprint: str
+    recipe: dict[str, Any]
+    views: list[list[int]]
+    shards: list[range]
+    sizes: list[int]
+    shapes: dict[str, Shapes]
 
 
-def _cached_shapes(trunk: Trunk, modality: Modality, settings: Settings, group: str) -> Shapes:
-    """Shape and dtype of one row of every part at the cut, found by running the trunk on zeros."""
-    inputs = part_shapes(modality, test=group == "test")
-    stored = np.dtype(settings.cache.dtype)
-    if not trunk.names:
-        return [(shape, dtype if dtype == np.uint8 else stored) for shape, dtype in inputs]
-    zeros = tuple(torch.from_numpy(np.zeros((1, *shape), dtype)) for shape, dtype in inputs)
-    return [(tuple(part.shape[1:]), stored) for part in trunk(zeros)]
+def make_plan(
+    settings: Settings, listing: Listing, name: str, modality: Modality, *, weights_sha256: str | None
+) -> Plan:
+    """The plan of one modality; no media file is opened and nothing is computed."""
+    recipe = recipe_of(settings, name, modality, weights_sha256=weights_sha256)
+    digest = fingerprint(recipe, listing.clips, name=name, root=settings.dataset.root or Path())
+    shapes = {group: cached_shapes(name, modality, settings, group) for group in GROUPS}
+    sizes = {group: row_bytes(shapes[group]) for group in GROUPS}
+    views = stored_views(settings, listing.clips)
+    clip_sizes = [sum(sizes[group_of(view)] for view in wanted) for wanted in views]
+    return Plan(
+        folder=settings.cache.dir / listing.name / f"{name}-{digest}",
+        fingerprint=digest,
+        recipe=recipe,
+        views=views,
+        shards=shard_ranges(clip_sizes, limit=settings.cache.shard_clips),
+        sizes=clip_sizes,
+        shapes=shapes,
+    )
 
 
-def _fill(
-    decoder: Decoder,
-    items: Sequence[tuple[int, Clip, list[int]]],
-    trunk: Trunk,
-    shapes: dict[str, Shapes],
-    device: torch.device,
-    ticker: console.Ticker,
-) -> Shard:
-    """Decode a shard's clips, run the trunk on their views and collect the rows."""
-    rows = {}
-    for group in GROUPS:
-        count = sum(group_of(view) == group for _, _, views in items for view in views)
-        parts = [np.empty((count, *shape), dtype) for shape, dtype in shapes[group]]
-        rows[group] = Rows(parts, np.empty(count, np.int32), np.empty(count, np.int16))
-    filled = dict.fromkeys(GROUPS, 0)
-    shard = Shard(rows, [], [])
-    names = {index: clip.id for index, clip, _ in items}
-    for decoded in decoder.run(items):
-        ticker.advance()
-        if decoded.rejected is not None:
-            shard.rejected.append(decoded.rejected)
-            continue
-        shard.mended.extend((names[decoded.index], note) for note in decoded.notes)
-        for group in GROUPS:
-            chosen = [i for i, view in enumerate(decoded.views) if group_of(view) == group]
-            if not chosen:
-                continue
-            stacked = [np.stack(column) for column in zip(*(decoded.parts[i] for i in chosen), strict=True)]
-            if trunk.names:
-                tensors = tuple(torch.from_numpy(array).to(device) for array in stacked)
-                stacked = [part.float().cpu().numpy() for part in trunk(tensors)]
-            at = slice(filled[group], filled[group] + len(chosen))
-            for target, source in zip(rows[group].parts, stacked, strict=True):
-                with np.errstate(over="ignore"):
-                    target[at] = source
-                if target.dtype.kind == "f" and not np.isfinite(target[at]).all():
-                    raise CacheError(
-                        f"Clip {names[decoded.index]}: values do not fit {target.dtype}.",
-                        "Prepare with --set cache.dtype=float32.",
-                    )
-            rows[group].clips[at] = decoded.index
-            rows[group].views[at] = [decoded.views[i] for i in chosen]
-            filled[group] = at.stop
-    for group, count in filled.items():
-        full = rows[group]
-        rows[group] = Rows([part[:count] for part in full.parts], full.clips[:count], full.views[:count])
-    return shard
+def stored_views(settings: Settings, clips: Sequence[Clip]) -> list[list[int]]:
+    """Views stored of every clip."""
+    return [views_of(clip, views=settings.cache.views, test_view=settings.dataset.target_split) for clip in clips]
 
 
 def _check_disk(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if needed > free:
         raise CacheError(
             f"The cache needs {needed / 1e9:.1f} GB more, and {folder} has {free / 1e9:.1f} GB free.",
@@ -275,24 +248,19 @@ def _check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def _save_tail(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    aside = path.with_name(path.name + ".partial")
-    torch.save({key: value.cpu() for key, value in weights.items()}, aside)
-    aside.replace(path)
-
-
 def show(result: dict[str, Any], *, preset: str | None) -> None:
     """Print what `prepare` returned and what to run next."""
     console.table(
         f"{result['dataset']}: {result['clips']} clips, {result['classes']} classes, "
         f"domains {', '.join(result['domains'])}",
-        ("modality", "clips", "MB", "bytes per view", "shards", "reused", "seconds"),
+        ("modality", "clips", "MB", "bytes per view", "int8 error", "shards", "reused", "seconds"),
         [
             (
                 name,
                 done["clips"],
                 f"{done['bytes'] / 1e6:.1f}",
                 done["bytes_per_view"],
+                "-" if done["int8_error"] is None else f"{100 * done['int8_error']:.2f}%",
                 done["shards"],
                 done["shards_reused"],
                 f"{done['seconds']:.1f}",

@@ -5,10 +5,12 @@
 - `shard-NNNNN.h5`: groups `train` and `test` (the two may differ in crop, so in shape), each with `part0`, `part1`, ...
   [R, ...] (one per path of the encoder), `clip` [R] (row of the clip table) and `view` [R] (training view from 0, or
   -1 for the test view); `rejected/` (clip, modality, file, cause, remedy) and `mended/` (clip, note). Uncompressed
-  parts are contiguous, so that a reader can map them; compressed ones are chunked by row.
+  parts are contiguous, so that a reader can map them; compressed ones are chunked by row. int8 parts have
+  `part0_scale`, ... [R, C] beside them (`data.quantise`).
 - `index.h5`: the clip table, the row table, the rejected clips and the provenance; written last, so that its presence
   means the cache is complete.
-- `tail.pt`: initial weights of the tail, where the trunk is not empty.
+- `tail.pt`: initial weights of the tail, where the trunk is not empty; `trunk.pt`: the trunk's, where no training view
+  is stored (`cache.views = 0`), so that `train` runs it; the index then holds where the media lie.
 
 A shard covers a fixed run of clips, is written aside, synced and renamed; what is complete is never computed again.
 Letters: N clips, R rows (clip x view), V views.
@@ -18,12 +20,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ import h5py
 import numpy as np
 
 from mbcd_cli import __version__
+from mbcd_cli.data.ranks import Ranks, partial_is_ours
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Clip, Rejected
 from mbcd_cli.errors import CacheError
 from mbcd_cli.settings import Modality, Settings
@@ -54,8 +56,8 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
         weights_sha256: of the encoder's weights; None for random ones.
     """
     view = modality.model_dump(mode="json")
-    for field in _ENCODER_FIELDS:
-        view.pop(field)
+    for key in _ENCODER_FIELDS:
+        view.pop(key)
     recipe: dict[str, Any] = {
         "format": FORMAT,
         "modality": name,
@@ -137,25 +139,6 @@ def shard_ranges(sizes: Sequence[int], *, limit: int) -> list[range]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's writer lock; it vanishes with the process.
-
-    Raises:
-        CacheError: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CacheError(
-                f"Another mbcd process is preparing {folder}.",
-                "Wait for it to end, then run the command again.",
-            ) from error
-        yield
-
-
-@contextlib.contextmanager
 def _written_aside(path: Path) -> Iterator[h5py.File]:
     """An HDF5 file that appears under its name only when it is complete and on disk."""
     aside = path.with_name(path.name + ".partial")
@@ -189,8 +172,8 @@ def _write_strings(group: h5py.Group, name: str, values: Sequence[str]) -> None:
 
 def _write_rejected(file: h5py.File, rejected: Sequence[Rejected]) -> None:
     group = file.create_group("rejected")
-    for field in ("clip", "modality", "file", "cause", "remedy"):
-        _write_strings(group, field, [getattr(r, field) for r in rejected])
+    for key in ("clip", "modality", "file", "cause", "remedy"):
+        _write_strings(group, key, [getattr(r, key) for r in rejected])
 
 
 def _strings(dataset: h5py.Dataset) -> list[str]:
@@ -225,20 +208,39 @@ def group_of(view: int) -> str:
 
 @dataclass(slots=True)
 class Rows:
-    """Rows of one group: parts [R, ...] each, and the clip and view of every row."""
+    """Rows of one group: parts [R, ...] each, the clip and view of every row, scales [R, C] of int8 parts."""
 
     parts: list[np.ndarray]
     clips: np.ndarray
     views: np.ndarray
+    scales: list[np.ndarray | None]
 
 
 @dataclass(slots=True)
 class Shard:
-    """What one shard holds: rows per group, the clips that were rejected, and (clip, note) of what was mended."""
+    """What one shard holds: rows per group, the clips that were rejected, and (clip, note) of what was mended.
+
+    `errors` has per part the sums of squared int8 errors and of squared values; zeros where nothing is rounded to int8.
+    """
 
     rows: dict[str, Rows]
     rejected: list[Rejected]
     mended: list[tuple[str, str]]
+    errors: list[list[float]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Finished:
+    """What all shards together report.
+
+    Attributes:
+        rejected, mended: as in `Shard`.
+        error: root of the mean squared int8 error relative to that of the values; None where nothing is int8.
+    """
+
+    rejected: list[Rejected]
+    mended: list[tuple[str, str]]
+    error: float | None
 
 
 class CacheWriter:
@@ -252,6 +254,8 @@ class CacheWriter:
         shards: runs of clips.
         provenance: reader, dataset, root, weights and the like, as readable attributes.
         compression: "none", "gzip" or "lzf".
+        ranks: this process' place among those that fill the cache together.
+        online: JSON-able: what `train` needs to decode training views by itself; None where they are stored.
     """
 
     def __init__(
@@ -266,8 +270,12 @@ class CacheWriter:
         label_names: Sequence[str],
         provenance: Mapping[str, str],
         compression: str,
+        ranks: Ranks | None = None,
+        online: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = folder
+        self.ranks = ranks or Ranks()
+        self.online = online
         self.recipe = recipe
         self.modality = modality
         self.clips = clips
@@ -277,7 +285,8 @@ class CacheWriter:
         self.provenance = provenance
         self.compression = None if compression == "none" else compression
         for leftover in folder.glob("*.partial"):
-            leftover.unlink()
+            if partial_is_ours(leftover, self.ranks):
+                leftover.unlink()
 
     def shard_path(self, number: int) -> Path:
         """Path of shard `number`."""
@@ -309,18 +318,21 @@ class CacheWriter:
             for name, rows in shard.rows.items():
                 group = file.create_group(name)
                 group.attrs["parts"] = len(rows.parts)
-                for index, part in enumerate(rows.parts):
+                for index, (part, scale) in enumerate(zip(rows.parts, rows.scales, strict=True)):
+                    if scale is not None:
+                        group.create_dataset(f"part{index}_scale", data=scale)
                     chunks = (1, *part.shape[1:]) if self.compression and len(part) else None
                     group.create_dataset(
                         f"part{index}", data=part, chunks=chunks, compression=self.compression if chunks else None
                     )
                 group.create_dataset("clip", data=rows.clips.astype(np.int32))
                 group.create_dataset("view", data=rows.views.astype(np.int16))
+            file.attrs["errors"] = np.asarray(shard.errors, np.float64)
             _write_rejected(file, shard.rejected)
             _write_mended(file, shard.mended)
 
-    def finish(self, unlisted: Sequence[Rejected] = ()) -> tuple[list[Rejected], list[tuple[str, str]]]:
-        """Write the index over all shards; return every clip they reject, and what was mended.
+    def finish(self, unlisted: Sequence[Rejected] = ()) -> Finished:
+        """Write the index over all shards; return what they report.
 
         Args:
             unlisted: clips that the reader already rejected; recorded beside the others.
@@ -331,6 +343,7 @@ class CacheWriter:
         columns: dict[str, list[np.ndarray]] = {"clip": [], "view": [], "shard": [], "row": []}
         rejected: list[Rejected] = []
         mended: list[tuple[str, str]] = []
+        errors = np.zeros(2)
         for number in range(len(self.shards)):
             try:
                 with h5py.File(self.shard_path(number), "r") as file:
@@ -342,6 +355,8 @@ class CacheWriter:
                         columns["row"].append(np.arange(count, dtype=np.int32))
                     rejected.extend(read_rejected(file))
                     mended.extend(read_mended(file))
+                    if "errors" in file.attrs:
+                        errors += np.asarray(file.attrs["errors"]).reshape(-1, 2).sum(axis=0)
             except (OSError, KeyError) as error:
                 raise CacheError(
                     f"Shard {self.shard_path(number)} cannot be read: {error}.", "Delete it and prepare again."
@@ -355,6 +370,8 @@ class CacheWriter:
             file.attrs["mbcd_version"] = __version__
             for key, value in self.provenance.items():
                 file.attrs[key] = str(value)
+            if self.online is not None:
+                file.create_dataset("online", data=json.dumps(self.online), dtype=_TEXT)
             _write_strings(file, "domains", self.domains)
             _write_strings(file, "label_names", self.label_names)
             table = file.create_group("clips")
@@ -368,4 +385,4 @@ class CacheWriter:
                 rows.create_dataset(key, data=np.concatenate(values))
             _write_rejected(file, [*unlisted, *rejected])
             _write_mended(file, mended)
-        return rejected, mended
+        return Finished(rejected, mended, float(np.sqrt(errors[0] / errors[1])) if errors[1] else None)

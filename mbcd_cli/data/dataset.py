@@ -1,156 +1,23 @@
-"""Reading the cache: modalities joined by clip, rows mapped from the shards, batches in a reproducible order.
+"""Prepared modalities joined by clip, and batches of them in a reproducible order.
 
 Letters: N clips, B clips in a batch, V stored training views.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 
-from mbcd_cli.data.cache import FORMAT, flatten, group_of, read_rejected, recipe_of
+from mbcd_cli.data.cache import flatten, recipe_of
+from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError
+from mbcd_cli.data.online import OnlineViews
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
 from mbcd_cli.settings import Modality, Settings
-
-_MODALITY = TypeAdapter(Modality)
-
-
-@dataclass(frozen=True, slots=True)
-class ClipTable:
-    """The clips of a dataset: ids, and as int arrays [N] domain (index), split (0 train, 1 test) and label."""
-
-    ids: list[str]
-    domains: np.ndarray
-    splits: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-class ModalityCache:
-    """One modality's cache on disk, opened for reading.
-
-    Attributes:
-        folder, fingerprint, recipe, provenance: where it is and how it was made.
-        modality: the resolved settings it was prepared with.
-        views: V, training views stored per training clip.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.fingerprint = folder.name.rsplit("-", 1)[-1]
-        try:
-            with h5py.File(folder / "index.h5", "r") as file:
-                if file.attrs["format"] != FORMAT:
-                    raise CacheError(
-                        f"Cache {folder} has format {file.attrs['format']}, this mbcd reads {FORMAT}.",
-                        "Prepare again.",
-                    )
-                self.recipe = json.loads(file.attrs["recipe"])
-                self.modality: Modality = _MODALITY.validate_json(file.attrs["modality_settings"])
-                self.prepared_at = str(file.attrs["prepared_at"])
-                self.listing = str(file.attrs["listing"])
-                self.provenance = {
-                    key: str(value)
-                    for key, value in file.attrs.items()
-                    if key not in ("recipe", "modality_settings", "format", "listing")
-                }
-                self.domains = tuple(file["domains"].asstr()[()])
-                self.label_names = tuple(file["label_names"].asstr()[()])
-                table = file["clips"]
-                self.clips = ClipTable(
-                    ids=list(table["id"].asstr()[()]),
-                    domains=table["domain"][()].astype(np.int64),
-                    splits=table["split"][()].astype(np.int64),
-                    labels=table["label"][()].astype(np.int64),
-                )
-                rows = file["rows"]
-                self._shard, self._row = rows["shard"][()], rows["row"][()]
-                clip, view = rows["clip"][()], rows["view"][()]
-                self.rejected = read_rejected(file)
-        except (OSError, KeyError, ValueError, ValidationError) as error:
-            raise CacheError(
-                f"Cache {folder} cannot be read: {error}.", "Delete that folder and run `mbcd prepare` again."
-            ) from error
-        views = int(view.max(initial=TEST_VIEW)) + 1
-        # _where[clip, view + 1] is the row of that view, -1 where it is not stored.
-        self._where = np.full((len(self.clips), views + 1), -1, np.int64)
-        self._where[clip, view + 1] = np.arange(len(clip))
-        self.views = views
-        self._maps: dict[tuple[int, str], list[np.ndarray]] = {}
-
-    def stored(self, view: int) -> np.ndarray:
-        """[N] bool: clips that have `view`."""
-        return self._where[:, view + 1] >= 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(path.stat().st_size for path in self.folder.glob("shard-*.h5"))
-
-    def shapes(self, view: int = TEST_VIEW) -> list[tuple[tuple[int, ...], np.dtype]]:
-        """Per part the shape of one row and its dtype; test and training views may differ in crop."""
-        stored = np.flatnonzero(self._where[:, view + 1] >= 0)
-        if not len(stored):
-            return []
-        shard = int(self._shard[self._where[stored[0], view + 1]])
-        return [(part.shape[1:], part.dtype) for part in self._shard_parts(shard, group_of(view))]
-
-    def _shard_parts(self, number: int, group: str) -> list[np.ndarray]:
-        """Parts of one shard's group: memory maps where stored contiguously, else open datasets read row by row."""
-        if (number, group) not in self._maps:
-            path = self.folder / f"shard-{number:05d}.h5"
-            try:
-                file = h5py.File(path, "r")
-                parts: list[np.ndarray] = []
-                for index in range(int(file[group].attrs["parts"])):
-                    data = file[f"{group}/part{index}"]
-                    offset = data.id.get_offset()
-                    if offset is None or data.chunks is not None:
-                        parts.append(data)  # compressed, or empty
-                        continue
-                    if path.stat().st_size < offset + data.size * data.dtype.itemsize:
-                        raise CacheError(f"Shard {path} is truncated.", "Delete it and run `mbcd prepare` again.")
-                    parts.append(np.memmap(path, data.dtype, "r", offset, data.shape))
-                if all(isinstance(part, np.memmap) for part in parts):
-                    file.close()
-            except (OSError, KeyError) as error:
-                raise CacheError(
-                    f"Shard {path} cannot be read: {error}.", "Delete it and run `mbcd prepare` again."
-                ) from error
-            self._maps[number, group] = parts
-        return self._maps[number, group]
-
-    def read(self, clips: np.ndarray, views: np.ndarray) -> tuple[torch.Tensor, ...]:
-        """The parts of `clips` [B] in `views` [B] (-1 = test view), each a new tensor [B, ...].
-
-        Raises:
-            CacheError: a view is not stored.
-        """
-        rows = self._where[clips, views + 1]
-        if (rows < 0).any():
-            missing = self.clips.ids[int(clips[rows < 0][0])]
-            raise CacheError(
-                f"The cache {self.folder} does not hold the view asked for of clip {missing}.",
-                "Prepare with --set dataset.target_split=all to test all clips of the target domain.",
-            )
-        group = group_of(int(views[0]))  # a batch holds training views or test views, never both
-        out: list[np.ndarray] = []
-        for position, row in enumerate(rows):
-            source = self._shard_parts(int(self._shard[row]), group)
-            out = out or [np.empty((len(rows), *part.shape[1:]), part.dtype) for part in source]
-            for part, target in zip(source, out, strict=True):
-                target[position] = part[int(self._row[row])]
-        return tuple(torch.from_numpy(array) for array in out)
 
 
 class CachedDataset:
@@ -162,9 +29,22 @@ class CachedDataset:
         fingerprints: per modality.
         clips: the clip table; rejected clips stay in it but are never selected.
         rejected: what `prepare` could not use.
+        online: decodes the training views that are not stored; None where all are.
+
+    Args:
+        root: the dataset's folder, for those views; by default where it was when they were prepared.
+        workers: processes that decode them.
     """
 
-    def __init__(self, name: str, caches: dict[str, ModalityCache], modalities: dict[str, Modality]) -> None:
+    def __init__(
+        self,
+        name: str,
+        caches: dict[str, ModalityCache],
+        modalities: dict[str, Modality],
+        *,
+        root: Path | None = None,
+        workers: int = 0,
+    ) -> None:
         self.name = name
         self.caches = caches
         self.modalities = modalities
@@ -181,6 +61,10 @@ class CachedDataset:
         self.rejected: list[Rejected] = [r for cache in caches.values() for r in cache.rejected]
         gone = {r.clip for r in self.rejected}
         self._usable = np.array([id_ not in gone for id_ in self.clips.ids])
+        described = {key: cache.online for key, cache in caches.items() if cache.online is not None}
+        self.online = (
+            OnlineViews(described, modalities, ids=self.clips.ids, root=root, workers=workers) if described else None
+        )
 
     @property
     def tail_weights(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -248,8 +132,8 @@ class CachedDataset:
         """Batches over `clips`.
 
         Args:
-            training: shuffle by (seed, epoch) and draw one stored training view per clip and modality; else table
-                order and the test view.
+            training: shuffle by (seed, epoch) and draw one stored training view per clip and modality, or decode a
+                fresh one where none are stored; else table order and the test view.
             drop_last: leave out a short last batch.
             start: skip this many batches (to resume inside an epoch).
             share: (rank, world): of every batch the rank-th of `world` equal runs of rows.
@@ -262,23 +146,31 @@ class CachedDataset:
 
         rank, world = share
         order = np.asarray(clips, np.int64)
-        views = {name: np.full(len(order), TEST_VIEW, np.int64) for name in self.modalities}
+        decoded = self.online.names if training and self.online is not None else ()
+        stored = [name for name in self.modalities if name not in decoded]
+        views = {name: np.full(len(order), TEST_VIEW, np.int64) for name in stored}
         if training:
             generator = np.random.default_rng([seed, epoch])
             order = order[generator.permutation(len(order))]
             # Views are drawn per modality: V views of M modalities give V^M combinations.
-            views = {name: generator.integers(self.caches[name].views, size=len(order)) for name in self.modalities}
+            views = {name: generator.integers(self.caches[name].views, size=len(order)) for name in stored}
         stop = len(order) - len(order) % batch_size if drop_last else len(order)
+        spans = []
         for first in range(start * batch_size, stop, batch_size):
             size = min(batch_size, stop - first) // world
-            chosen = slice(first + rank * size, first + (rank + 1) * size)
-            index = order[chosen]
-            yield Batch(
-                inputs={name: read(name, index, views[name][chosen]) for name in self.modalities},
-                labels=torch.from_numpy(self.clips.labels[index]),
-                domains=torch.from_numpy(self.clips.domains[index]),
-                clips=torch.from_numpy(index.copy()),
-            )
+            spans.append(slice(first + rank * size, first + (rank + 1) * size))
+        fresh = self.online.batches([order[span] for span in spans], seed=seed, epoch=epoch) if decoded else None
+        with closing(fresh) if fresh is not None else nullcontext():
+            for span in spans:
+                index = order[span]
+                parts = {} if fresh is None else next(fresh)
+                parts |= {name: read(name, index, views[name][span]) for name in stored}
+                yield Batch(
+                    inputs={name: parts[name] for name in self.modalities},
+                    labels=torch.from_numpy(self.clips.labels[index]),
+                    domains=torch.from_numpy(self.clips.domains[index]),
+                    clips=torch.from_numpy(index.copy()),
+                )
 
 
 def prepared_datasets(cache: Path) -> list[str]:
@@ -308,13 +200,21 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
             f"{have} Run `mbcd prepare` first, or name the folder with --cache-dir.",
         )
     found: dict[str, list[ModalityCache]] = {}
+    foreign: dict[str, OtherVersionError] = {}
     for index in sorted(folder.glob("*/index.h5")):
-        cache = ModalityCache(index.parent)
+        try:
+            cache = ModalityCache(index.parent)
+        except OtherVersionError as error:  # in nobody's way as long as there is a newer one
+            foreign[index.parent.name.rsplit("-", 1)[0]] = error
+            continue
         found.setdefault(cache.recipe["modality"], []).append(cache)
     for caches in found.values():
         caches.sort(key=lambda cache: cache.prepared_at, reverse=True)
     names = list(modalities) or modality_order(list(settings.modalities) or list(found))
+    names = names or list(foreign)
     missing = [n for n in names if n not in found]
+    if missing and missing[0] in foreign:
+        raise foreign[missing[0]]
     if missing:
         raise CacheError(
             f"Modality {missing[0]!r} of dataset {name} is not prepared.",
@@ -330,7 +230,7 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
             continue
         chosen[modality] = _matching(settings, modality, wanted, found[modality])
         resolved[modality] = _resolved(wanted, chosen[modality].modality)
-    return CachedDataset(name, chosen, resolved)
+    return CachedDataset(name, chosen, resolved, root=settings.dataset.root, workers=settings.cache.workers)
 
 
 def _resolved(wanted: Modality, prepared: Modality) -> Modality:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from mbcd_cli.data.records import Clip, Rejected
+from mbcd_cli.data.sharing import discard, received, shared
 from mbcd_cli.errors import MbcdError, MediaError
 from mbcd_cli.settings import DatasetSettings, Modality
 
@@ -75,15 +77,23 @@ def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
     return Decoded(index, views, parts, notes=notes)
 
 
+def decode_shared(work: Callable[..., Decoded], *item: Any) -> Any:
+    """`decode` in a worker: large results travel through shared memory."""
+    return shared(work(*item))
+
+
+Item = tuple[int, Clip, list[int], DecodeJob]
+
+
 class Decoder:
     """Decodes clips in order with bounded look-ahead.
 
     Args:
         workers: processes; 0 decodes in this process.
-        job: what to decode.
+        job: what to decode, where all clips of `run` have the same.
     """
 
-    def __init__(self, *, workers: int, job: DecodeJob) -> None:
+    def __init__(self, *, workers: int, job: DecodeJob | None = None) -> None:
         self.workers = workers
         self.job = job
         self._pool: ProcessPoolExecutor | None = None
@@ -109,40 +119,52 @@ class Decoder:
 
     def run(self, items: Sequence[tuple[int, Clip, list[int]]]) -> Iterator[Decoded]:
         """(index, clip, views) -> `Decoded`, in the order given."""
+        return self.run_jobs([(*item, self.job) for item in items])
+
+    def run_jobs(self, items: Sequence[Item], *, ahead: int = 0) -> Iterator[Decoded]:
+        """(index, clip, views, job) -> `Decoded`, in the order given; at most `ahead` results wait to be taken.
+
+        The workers are handed at least two clips each, whatever `ahead` says, so that none is ever idle.
+        """
         if not self.workers:
-            for index, clip, views in items:
-                yield decode(index, clip, views, self.job)
+            for item in items:
+                yield decode(*item)
             return
         todo = deque(items)
-        flight: deque[tuple[tuple[int, Clip, list[int]], Future[Decoded]]] = deque()
-        while todo or flight:
-            self._pool = self._pool or self._start(self.workers)
-            try:
-                while todo and len(flight) < 2 * self.workers + 2:
-                    item = todo[0]
-                    flight.append((item, self._pool.submit(decode, *item, self.job)))
-                    todo.popleft()
-                result = flight[0][1].result(timeout=TIMEOUT)
-            except (BrokenProcessPool, FutureTimeout):
-                # One of the clips in flight killed or hung its worker: find it by decoding them one at a time.
-                self._stop()
-                suspects = [item for item, _ in flight]
-                flight.clear()
-                for item in suspects:
-                    yield self._alone(item)
-                continue
-            flight.popleft()
-            yield result
+        flight: deque[tuple[Item, Future[Any]]] = deque()
+        depth = max(2 * self.workers + 2, ahead)
+        try:
+            while todo or flight:
+                self._pool = self._pool or self._start(self.workers)
+                try:
+                    while todo and len(flight) < depth:
+                        flight.append((todo[0], self._pool.submit(decode_shared, decode, *todo[0])))
+                        todo.popleft()
+                    result = flight[0][1].result(timeout=TIMEOUT)
+                except (BrokenProcessPool, FutureTimeout):
+                    # One of the clips in flight killed or hung its worker: find it by decoding them one at a time.
+                    self._stop()
+                    discard(flight)
+                    suspects = [item for item, _ in flight]
+                    flight.clear()
+                    for item in suspects:
+                        yield self._alone(item)
+                    continue
+                flight.popleft()
+                yield received(result)
+        finally:
+            self._stop()
+            discard(flight)
 
-    def _alone(self, item: tuple[int, Clip, list[int]]) -> Decoded:
-        index, clip, views = item
+    def _alone(self, item: Item) -> Decoded:
+        index, clip, views, job = item
         self._pool = self._start(1)
         try:
-            return self._pool.submit(decode, index, clip, views, self.job).result(timeout=TIMEOUT)
+            return self._pool.submit(decode, index, clip, views, job).result(timeout=TIMEOUT)
         except BrokenProcessPool:
             cause = "the decoder crashed on this file"
         except FutureTimeout:
             cause = f"the decoder did not finish within {TIMEOUT:.0f} s"
         finally:
             self._stop()
-        return Decoded(index, views, [], rejection(clip, self.job.name, cause))
+        return Decoded(index, views, [], rejection(clip, job.name, cause))

@@ -1,0 +1,259 @@
+"""`mbcd prepare DATASET --check`: what is there, what is missing, how large the cache and how long the preparation.
+
+Reads the tables and folder listings; opens at most a few clips, to time their decoding. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mbcd_cli import console
+from mbcd_cli.commands.filling import meta_inputs, meta_trunk, row_bytes
+from mbcd_cli.commands.prepare import Plan, make_plan, read_listing, stored_views
+from mbcd_cli.data.cache import group_of
+from mbcd_cli.data.decoding import DecodeJob, decode
+from mbcd_cli.data.ranks import free_bytes
+from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.readers.presence import Gap, Presence, check_media
+from mbcd_cli.encoders.pretrained import find_weights, sha256_of
+from mbcd_cli.errors import CheckpointError
+from mbcd_cli.runtime import pick_device
+from mbcd_cli.settings import Modality, Settings
+
+_STATED = {"video": 0.4, "flow": 0.1, "audio": 0.1, "array": 0.002}
+"""Seconds of one worker for one clip, where no clip is there to be timed."""
+_TIMED_CLIPS, _TIMED_SECONDS = 4, 1.0
+_LONG_FILE = 200 * 2**20
+"""A longer video is not opened: its index alone takes seconds."""
+_SHOWN = 5
+
+
+def check(settings: Settings) -> dict[str, Any]:
+    """What `prepare` would find and do.
+
+    Returns:
+        A JSON-able report; `exit_code` is the one `prepare` would end with: 1 without weights or room on the disk, 3
+        when more clips lack files than `dataset.max_bad`.
+    """
+    listing = read_listing(settings)
+    device = pick_device(settings.runtime)
+    present = check_media(listing)
+    speed = _flops_per_second(device) if any(m.cut != "input" for m in listing.modalities.values()) else None
+    modalities = {
+        name: _modality(settings, listing, name, modality, present[name], speed)
+        for name, modality in listing.modalities.items()
+    }
+    lost = {r.clip for r in listing.rejected}
+    for name, presence in present.items():
+        lost |= {gap.clip for gap in presence.gaps if not _mendable(settings, listing.modalities[name], gap)}
+    needed = sum(one["bytes_to_write"] for one in modalities.values())
+    free = free_bytes(settings.cache.dir)
+    weights = [one["weights"] for one in modalities.values() if one["weights"] and not one["weights"]["present"]]
+    exit_code = 3 if len(lost) > settings.dataset.max_bad else 0
+    return {
+        "dataset": listing.name,
+        "reader": settings.dataset.reader,
+        "root": str(settings.dataset.root) if settings.dataset.root else None,
+        "clips": len(listing.clips) + len(listing.rejected),
+        "splits": {split: sum(c.split == split for c in listing.clips) for split in ("train", "test")},
+        "domains": {
+            domain: {
+                split: sum((c.domain, c.split) == (domain, split) for c in listing.clips) for split in ("train", "test")
+            }
+            for domain in listing.domains
+        },
+        "classes": len(listing.label_names),
+        "layout": listing.notes,
+        "warnings": listing.warnings,
+        "modalities": modalities,
+        "clips_to_be_rejected": len(lost),
+        "views": settings.cache.views,
+        "cache": str(settings.cache.dir / listing.name),
+        "bytes": sum(one["bytes"] for one in modalities.values()),
+        "bytes_to_write": needed,
+        "free_bytes": free,
+        "fits": needed <= free,
+        "device": str(device),
+        "workers": settings.cache.workers,
+        "seconds": round(sum(one["seconds"] for one in modalities.values()), 1),
+        "exit_code": 1 if weights or needed > free else exit_code,
+    }
+
+
+def _modality(
+    settings: Settings, listing: Listing, name: str, modality: Modality, presence: Presence, speed: float | None
+) -> dict[str, Any]:
+    weights, sha = _weights(settings, modality)
+    plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
+    written = [n for n in range(len(plan.shards)) if (plan.folder / f"shard-{n:05d}.h5").is_file()]
+    done = sum(plan.sizes[i] for n in written for i in plan.shards[n])
+    left = [i for n in range(len(plan.shards)) if n not in set(written) for i in plan.shards[n]]
+    decoding, timed = _decode_seconds(settings, listing, name, modality, presence)
+    gflop = {group: _gflop(name, modality, group) for group in ("train", "test")}
+    work = sum(gflop[group_of(view)] for i in left for view in plan.views[i]) * 1e9
+    decode_s = decoding * len(left) / max(settings.cache.workers, 1)
+    trunk_s = work / speed if speed and work else 0.0
+    return {
+        "clips": presence.clips,
+        "complete": presence.complete,
+        "absent": presence.absent,
+        "incomplete": presence.clips - presence.complete - presence.absent,
+        "files": presence.files,
+        "files_missing": presence.files_missing,
+        "gaps": [
+            {"clip": gap.clip, "missing": gap.missing, "expected": gap.expected, "first": gap.first}
+            for gap in presence.gaps[:_SHOWN]
+        ],
+        "encoder": modality.encoder,
+        "cut": modality.cut,
+        "weights": weights,
+        "views": _views(plan),
+        "bytes_per_view": {group: row_bytes(plan.shapes[group]) for group in ("train", "test")},
+        "bytes": sum(plan.sizes),
+        "bytes_to_write": sum(plan.sizes) - done,
+        "shards": len(plan.shards),
+        "shards_there": len(written),
+        "trunk_gflop": {group: round(value, 2) for group, value in gflop.items()},
+        "decode_seconds_per_clip": round(decoding, 4),
+        "decode_timed_clips": timed,
+        "seconds": round(max(decode_s, trunk_s), 1),  # the two overlap
+    }
+
+
+def _views(plan: Plan) -> dict[str, int]:
+    counts = {"train": 0, "test": 0}
+    for views in plan.views:
+        for view in views:
+            counts[group_of(view)] += 1
+    return counts
+
+
+def _mendable(settings: Settings, modality: Modality, gap: Gap) -> bool:
+    """Whether `prepare` will take neighbouring frames instead of what is missing."""
+    if settings.dataset.missing_frames != "nearest" or gap.missing >= gap.expected:
+        return False
+    first = Path(gap.first)
+    in_folder = modality.kind in ("video", "flow") and first.suffix.lower() in (".jpg", ".jpeg", ".png")
+    return in_folder and gap.expected > 2 and first.parent.is_dir()
+
+
+def _weights(settings: Settings, modality: Modality) -> tuple[dict[str, Any] | None, str | None]:
+    """What is known of the weights file, and its SHA-256."""
+    if (modality.cut == "input" and modality.weights is None) or settings.cache.random_weights:
+        return None, None
+    try:
+        file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
+    except CheckpointError as error:
+        return {"present": False, "message": str(error)}, None
+    sha = sha256_of(file)
+    good = not modality.weights_sha256 or sha.startswith(modality.weights_sha256.lower())
+    message = "" if good else f"{file}: its SHA-256 begins with {sha[:8]}, not {modality.weights_sha256}."
+    return {"present": good, "file": str(file), "sha256": sha, "message": message}, sha
+
+
+def _gflop(name: str, modality: Modality, group: str) -> float:
+    """Of the trunk on one view, counted on shapes."""
+    trunk = meta_trunk(name, modality)
+    if not trunk.names:
+        return 0.0
+    with FlopCounterMode(display=False) as counter:
+        trunk(meta_inputs(modality, group))
+    return counter.get_total_flops() / 1e9
+
+
+@torch.no_grad()
+def _flops_per_second(device: torch.device) -> float:
+    """What this device does on a convolution like those of the trunks."""
+    convolution = torch.nn.Conv3d(64, 64, (1, 3, 3), padding=(0, 1, 1), bias=False).to(device)
+    batch = 1 if device.type == "cpu" else 16
+    x = torch.zeros(batch, 64, 8, 56, 56, device=device)
+    flops = 2 * 64 * 64 * 9 * x[:, 0].numel()
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        float(convolution(x).sum())  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return flops / min(seconds[1:])
+
+
+def _decode_seconds(
+    settings: Settings, listing: Listing, name: str, modality: Modality, presence: Presence
+) -> tuple[float, int]:
+    """Seconds to decode one clip into its views (of a few that are there), and how many were timed; 0: as stated."""
+    lacking = {gap.clip for gap in presence.gaps}
+    views = stored_views(settings, listing.clips)
+    whole = [i for i, clip in enumerate(listing.clips) if name in clip.media and clip.id not in lacking]
+    job = DecodeJob(name, modality, settings.dataset, settings.cache.seed)
+    spent: list[float] = []
+    for index in whole[:: max(len(whole) // _TIMED_CLIPS, 1)][:_TIMED_CLIPS]:
+        clip = listing.clips[index]
+        path = clip.media[name].path
+        size = path.stat().st_size if path.is_file() else 1
+        if not 0 < size < _LONG_FILE:
+            continue
+        started = time.perf_counter()
+        decoded = decode(index, clip, views[index] or [0], job)
+        if decoded.rejected is None:
+            spent.append(time.perf_counter() - started)
+        if sum(spent) > _TIMED_SECONDS:
+            break
+    # The first clip also pays for imports: the quickest of several tells better than the mean of few.
+    return (sorted(spent)[len(spent) // 2], len(spent)) if spent else (_STATED[modality.kind], 0)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print what `check` returned."""
+    for line in report["layout"]:
+        console.out.print(line, markup=False)
+    for line in report["warnings"]:
+        console.warn(line)
+    console.table(
+        f"{report['dataset']}: {report['clips']} clips, {report['splits']['train']} train + "
+        f"{report['splits']['test']} test, {report['classes']} classes",
+        ("domain", "train", "test"),
+        [(domain, counts["train"], counts["test"]) for domain, counts in report["domains"].items()],
+    )
+    rows = []
+    for name, one in report["modalities"].items():
+        rows.append(
+            (
+                name,
+                one["complete"],
+                one["incomplete"],
+                one["absent"],
+                one["files_missing"],
+                f"{one['bytes_per_view']['train'] / 1e6:.2f}",
+                f"{one['bytes'] / 1e9:.2f}",
+                f"{one['shards_there']} of {one['shards']}",
+                duration(one["seconds"]),
+            )
+        )
+    console.table(
+        f"What is there, and what --views {report['views']} makes of it",
+        ("modality", "whole", "in part", "absent", "files missing", "MB per view", "GB", "shards there", "time"),
+        rows,
+    )
+    for name, one in report["modalities"].items():
+        for gap in one["gaps"]:
+            console.say(f"{name}: {gap['clip']} lacks {gap['missing']} of {gap['expected']}, first {gap['first']}")
+        if one["weights"] and not one["weights"]["present"]:
+            console.warn(f"{name}: {one['weights']['message']}")
+    room = "fits" if report["fits"] else "does not fit"
+    console.say(
+        f"To write: {report['bytes_to_write'] / 1e9:.1f} GB, free: {report['free_bytes'] / 1e9:.1f} GB ({room}). "
+        f"About {duration(report['seconds'])} on {report['device']} with {report['workers']} decoding workers."
+    )
+    if report["clips_to_be_rejected"]:
+        console.warn(f"{report['clips_to_be_rejected']} clips lack files and would be rejected")
+
+
+def duration(seconds: float) -> str:
+    """45 -> "45 s", 5400 -> "1.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

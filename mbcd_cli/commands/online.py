@@ -1,0 +1,60 @@
+"""Trunks for training views that are not stored (`cache.views = 0`): `train` attaches them to the opened dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders.staged import Parts, Trunk
+from mbcd_cli.errors import CacheError
+from mbcd_cli.settings import Settings
+
+
+def attach_trunks(settings: Settings, dataset: Any, *, device: torch.device) -> None:
+    """Give the dataset the trunks of the modalities whose training views are decoded on the fly; else do nothing.
+
+    The random state is left as it was.
+
+    Raises:
+        CacheError: the trunk's weights, which `prepare` stored, cannot be read.
+    """
+    online = getattr(dataset, "online", None)
+    if online is None:
+        return
+    for name in online.names:
+        cache = dataset.caches[name]
+        if cache.recipe.get("weights") is None:
+            continue
+        modality = dataset.modalities[name]
+        with torch.random.fork_rng(devices=[]):
+            trunk, _ = build_encoder(name, modality).cut(modality.cut)
+        path = cache.folder / "trunk.pt"
+        try:
+            trunk.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (OSError, RuntimeError, ValueError, EOFError) as error:
+            raise CacheError(
+                f"{path} cannot be read: {str(error).splitlines()[0]}.",
+                "Delete that cache folder and run `mbcd prepare` again.",
+            ) from error
+        if settings.cache.trunk_batch_norm == "batch":
+            use_batch_statistics(trunk)
+        online.trunks[name] = _runner(trunk.to(device), device)
+
+
+def use_batch_statistics(trunk: Trunk) -> None:
+    """Batch norms normalise with the batch's own statistics, as the reference's trunk in train mode does.
+
+    The running statistics stay those of the weights: test views were made with them.
+    """
+    for module in trunk.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = True
+            module.momentum = 0.0
+
+
+def _runner(trunk: Trunk, device: torch.device) -> Callable[[Parts], Parts]:
+    return lambda parts: trunk(tuple(part.to(device) for part in parts))

@@ -1,0 +1,201 @@
+"""Reading one modality's cache: its index, and rows mapped from the shards.
+
+Letters: N clips, B clips in a batch, R rows, C channels, V stored training views.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from mbcd_cli.data.cache import FORMAT, group_of, read_rejected
+from mbcd_cli.data.quantise import restore
+from mbcd_cli.data.records import TEST_VIEW
+from mbcd_cli.errors import CacheError
+from mbcd_cli.settings import Modality
+
+_MODALITY = TypeAdapter(Modality)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipTable:
+    """The clips of a dataset: ids, and as int arrays [N] domain (index), split (0 train, 1 test) and label."""
+
+    ids: list[str]
+    domains: np.ndarray
+    splits: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class OtherVersionError(CacheError):
+    """A cache whose layout this version does not know."""
+
+    def __init__(self, folder: Path, version: str, why: str = "") -> None:
+        super().__init__(
+            f"{folder} was prepared by another version of mbcd ({version}): {why}.",
+            "Run the same `mbcd prepare` again; that folder can then be deleted.",
+        )
+        self.args = (folder, version, why)
+
+    def __reduce__(self):
+        return type(self), self.args
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One part of a shard's group: rows [R, ...], mapped or still in the file, and the scales [R, C] of int8 rows."""
+
+    rows: np.ndarray | h5py.Dataset
+    scales: np.ndarray | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        return self.rows.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type in which rows are read."""
+        return self.rows.dtype if self.scales is None else np.dtype(np.float32)
+
+
+class ModalityCache:
+    """One modality's cache on disk, opened for reading.
+
+    Attributes:
+        folder, fingerprint, recipe, provenance: where it is and how it was made.
+        modality: the resolved settings it was prepared with.
+        views: V, training views stored per training clip.
+        online: where V is 0, what decodes training views (`data.online.describe_media`); else None.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.fingerprint = folder.name.rsplit("-", 1)[-1]
+        version = "unknown"
+        try:
+            with h5py.File(folder / "index.h5", "r") as file:
+                version = str(file.attrs.get("mbcd_version", "unknown"))
+                if file.attrs["format"] != FORMAT:
+                    raise OtherVersionError(folder, version, f"format {file.attrs['format']} instead of {FORMAT}")
+                self.recipe = json.loads(file.attrs["recipe"])
+                self.modality: Modality = _MODALITY.validate_json(file.attrs["modality_settings"])
+                self.prepared_at = str(file.attrs["prepared_at"])
+                self.listing = str(file.attrs["listing"])
+                self.provenance = {
+                    key: str(value)
+                    for key, value in file.attrs.items()
+                    if key not in ("recipe", "modality_settings", "format", "listing")
+                }
+                self.domains = tuple(file["domains"].asstr()[()])
+                self.label_names = tuple(file["label_names"].asstr()[()])
+                table = file["clips"]
+                self.clips = ClipTable(
+                    ids=list(table["id"].asstr()[()]),
+                    domains=table["domain"][()].astype(np.int64),
+                    splits=table["split"][()].astype(np.int64),
+                    labels=table["label"][()].astype(np.int64),
+                )
+                rows = file["rows"]
+                self._shard, self._row = rows["shard"][()], rows["row"][()]
+                clip, view = rows["clip"][()], rows["view"][()]
+                self.rejected = read_rejected(file)
+                self.online = json.loads(file["online"].asstr()[()]) if "online" in file else None
+        except (KeyError, ValidationError) as error:
+            lacks = "its settings are not those of this version" if isinstance(error, ValidationError) else str(error)
+            raise OtherVersionError(folder, version, lacks.strip("'\"")) from error
+        except (OSError, ValueError) as error:
+            raise CacheError(
+                f"Cache {folder} cannot be read: {error}.", "Delete that folder and run `mbcd prepare` again."
+            ) from error
+        views = int(view.max(initial=TEST_VIEW)) + 1
+        # _where[clip, view + 1] is the row of that view, -1 where it is not stored.
+        self._where = np.full((len(self.clips), views + 1), -1, np.int64)
+        self._where[clip, view + 1] = np.arange(len(clip))
+        self.views = views
+        self._maps: dict[tuple[int, str], list[_Part]] = {}
+
+    def stored(self, view: int) -> np.ndarray:
+        """[N] bool: clips that have `view`."""
+        if view >= self.views:
+            return np.zeros(len(self.clips), bool)
+        return self._where[:, view + 1] >= 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(path.stat().st_size for path in self.folder.glob("shard-*.h5"))
+
+    def shapes(self, view: int = TEST_VIEW) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """Per part the shape of one row and its dtype; test and training views may differ in crop."""
+        stored = np.flatnonzero(self.stored(view))
+        if not len(stored):
+            return []
+        shard = int(self._shard[self._where[stored[0], view + 1]])
+        return [(part.shape, part.dtype) for part in self._shard_parts(shard, group_of(view))]
+
+    def _shard_parts(self, number: int, group: str) -> list[_Part]:
+        """Parts of one shard's group: memory maps where stored contiguously, else open datasets read row by row."""
+        if (number, group) not in self._maps:
+            path = self.folder / f"shard-{number:05d}.h5"
+            try:
+                file = h5py.File(path, "r")
+                parts: list[_Part] = []
+                for index in range(int(file[group].attrs["parts"])):
+                    data = file[f"{group}/part{index}"]
+                    key = f"{group}/part{index}_scale"
+                    scales = file[key][()] if key in file else None
+                    offset = data.id.get_offset()
+                    if offset is None or data.chunks is not None:
+                        parts.append(_Part(data, scales))  # compressed, or empty
+                        continue
+                    if path.stat().st_size < offset + data.size * data.dtype.itemsize:
+                        raise CacheError(f"Shard {path} is truncated.", "Delete it and run `mbcd prepare` again.")
+                    # A plain view of the map: numpy.memmap itself makes an object of its own for every row taken.
+                    mapped = np.asarray(np.memmap(path, data.dtype, "r", offset, data.shape))
+                    parts.append(_Part(mapped, scales))
+                if all(isinstance(part.rows, np.ndarray) for part in parts):
+                    file.close()
+            except KeyError as error:
+                raise OtherVersionError(path, self.provenance.get("mbcd_version", "unknown"), str(error)) from error
+            except OSError as error:
+                raise CacheError(
+                    f"Shard {path} cannot be read: {error}.", "Delete it and run `mbcd prepare` again."
+                ) from error
+            self._maps[number, group] = parts
+        return self._maps[number, group]
+
+    def read(self, clips: np.ndarray, views: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """The parts of `clips` [B] in `views` [B] (-1 = test view), each a new tensor [B, ...]; int8 comes as float32.
+
+        Raises:
+            CacheError: a view is not stored.
+        """
+        rows = self._where[clips, views + 1]
+        if (rows < 0).any():
+            missing = self.clips.ids[int(clips[rows < 0][0])]
+            raise CacheError(
+                f"The cache {self.folder} does not hold the view asked for of clip {missing}.",
+                "Prepare with --set dataset.target_split=all to test all clips of the target domain.",
+            )
+        group = group_of(int(views[0]))  # a batch holds training views or test views, never both
+        out: list[np.ndarray] = []
+        for position, row in enumerate(rows):
+            source = self._shard_parts(int(self._shard[row]), group)
+            out = out or [np.empty((len(rows), *part.shape), part.dtype) for part in source]
+            at = int(self._row[row])
+            for part, target in zip(source, out, strict=True):
+                if part.scales is None:
+                    target[position] = part.rows[at]
+                else:
+                    restore(part.rows[at], part.scales[at], out=target[position])
+        return tuple(torch.from_numpy(array) for array in out)

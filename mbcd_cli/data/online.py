@@ -1,0 +1,127 @@
+"""Training views that are not stored (`cache.views = 0`): decoded afresh in every epoch, by worker processes.
+
+Letters: B clips in a batch, M modalities.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mbcd_cli.data.decoding import DecodeJob, Decoder
+from mbcd_cli.data.records import Clip, Media
+from mbcd_cli.errors import MediaError
+from mbcd_cli.settings import DatasetSettings, Modality, Settings
+
+Parts = tuple[torch.Tensor, ...]
+_FILES = ("path", "path_v", "clock")
+
+
+def describe_media(settings: Settings, clips: Sequence[Clip], name: str) -> dict[str, Any]:
+    """Where one modality's media lie, relative to the root, and how to decode them: what the index keeps."""
+    root = (settings.dataset.root or Path()).resolve()
+    media = []
+    for clip in clips:
+        entry = asdict(clip.media[name])
+        for key in _FILES:
+            if entry[key] is not None:
+                entry[key] = os.path.relpath(Path(entry[key]).resolve(), root)
+        media.append({key: value for key, value in entry.items() if value is not None})
+    return {
+        "root": str(root),
+        "seed": settings.cache.seed,
+        "dataset": settings.dataset.model_dump(mode="json", exclude={"root"}),
+        "media": media,
+    }
+
+
+def _media(entry: Mapping[str, Any], root: Path) -> Media:
+    return Media(**{key: root / value if key in _FILES else value for key, value in entry.items()})
+
+
+class OnlineViews:
+    """Decodes the training views of some modalities, in the order asked for.
+
+    What is random about a view comes from (seeds, clip, modality, epoch) alone: the same for any number of workers.
+    All modalities take the view of the same number, so that sound follows the very frames that the video shows.
+
+    Attributes:
+        trunks: modality -> its frozen trunk, parts -> parts at the cut; where there is none, parts stay decoded.
+
+    Args:
+        described: modality -> what `describe_media` gave.
+        modalities: their settings.
+        ids: of the clip table.
+        root: the dataset's folder, where it is not where it was.
+        workers: decoding processes; 0 decodes in this one.
+    """
+
+    def __init__(
+        self,
+        described: Mapping[str, Mapping[str, Any]],
+        modalities: Mapping[str, Modality],
+        *,
+        ids: Sequence[str],
+        root: Path | None,
+        workers: int,
+    ) -> None:
+        self.modalities = dict(modalities)
+        self.trunks: dict[str, Callable[[Parts], Parts]] = {}
+        self._ids, self._workers = ids, workers
+        self._media, self._datasets, self._seeds = {}, {}, {}
+        for name, one in described.items():
+            base = Path(root).resolve() if root is not None else Path(one["root"])
+            self._media[name] = [_media(entry, base) for entry in one["media"]]
+            self._datasets[name] = DatasetSettings.model_validate(one["dataset"])
+            self._seeds[name] = int(one["seed"])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Modalities that are decoded on the fly."""
+        return tuple(self._media)
+
+    def batches(self, index: Sequence[np.ndarray], *, seed: int, epoch: int) -> Iterator[dict[str, Parts]]:
+        """Per batch of clips [B] the parts of every modality at the cut, each [B, ...].
+
+        Args:
+            index: the batches' clips; all of them are decoded ahead of use, some at a time.
+            seed, epoch: of the training; another epoch shows other views.
+
+        Raises:
+            MediaError: a file can no longer be used.
+        """
+        items = []
+        for batch in index:
+            for name in self._media:
+                job = DecodeJob(name, self.modalities[name], self._datasets[name], mixed_seed(self._seeds[name], seed))
+                for row in batch:
+                    clip = Clip(self._ids[row], "", "train", 0, "", {name: self._media[name][row]})
+                    items.append((int(row), clip, [epoch], job))
+        ahead = 2 * len(self._media) * max((len(batch) for batch in index), default=0)
+        with Decoder(workers=self._workers) as decoder, closing(decoder.run_jobs(items, ahead=ahead)) as stream:
+            for batch in index:
+                inputs = {}
+                for name in self._media:
+                    columns = []
+                    for _ in batch:
+                        decoded = next(stream)
+                        if decoded.rejected is not None:
+                            bad = decoded.rejected
+                            raise MediaError(bad.file, bad.cause, f"Clip {bad.clip}: mend it, then prepare again.")
+                        columns.append(decoded.parts[0])
+                    parts = tuple(torch.from_numpy(np.stack(part)) for part in zip(*columns, strict=True))
+                    trunk = self.trunks.get(name)
+                    inputs[name] = parts if trunk is None else trunk(parts)
+                yield inputs
+
+
+def mixed_seed(stored: int, training: int) -> int:
+    """One seed of the views from the cache's and the training's."""
+    return int(np.random.SeedSequence([stored, training]).generate_state(1, np.uint64)[0])

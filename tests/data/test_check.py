@@ -1,0 +1,167 @@
+"""`mbcd prepare --check`: what is there, what is missing, how large; on miniatures and on the real tables in full."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from pathlib import Path
+
+import helpers
+import pytest
+import test_epic_kitchens as epic
+import test_hac as hac
+from typer.testing import CliRunner
+
+from mbcd_cli.cli import app
+from mbcd_cli.commands.check import check
+from mbcd_cli.commands.prepare import prepare
+from mbcd_cli.layers import resolve
+
+SETS = [part for assignment in helpers.SMALL for part in ("--set", assignment)]
+
+
+def run(*arguments: object, code: int | None = 0):
+    """Run `mbcd` in this process; the result has stdout, stderr and, with --json, `.data`."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="mbcd")
+    assert code in (None, result.exit_code), f"exit {result.exit_code}\n{result.stdout}\n{result.stderr}"
+    result.data = json.loads(result.stdout) if "--json" in arguments else None
+    return result
+
+
+def tree(root: Path, cache: Path, *sets: str):
+    return resolve(sets=[*helpers.SMALL, *sets], flags={"dataset.root": root, "cache.dir": cache})
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return helpers.write_dataset(tmp_path_factory.mktemp("media") / "tiny")
+
+
+def test_bytes_are_those_prepare_writes(root, tmp_path):
+    settings = tree(root, tmp_path, "cache.shard_clips=4")
+    before = check(settings)
+    assert before["exit_code"] == 0
+    assert before["fits"]
+    assert not list(tmp_path.iterdir())
+    done = prepare(settings)
+    after = check(settings)
+    for name, one in before["modalities"].items():
+        # HDF5 adds its own few kilobytes to every shard.
+        assert 0 < done["modalities"][name]["bytes"] - one["bytes"] < 20_000 * one["shards"]
+        assert one["shards"] == done["modalities"][name]["shards"]
+        assert one["decode_timed_clips"] > 0
+        assert one["seconds"] >= 0
+        assert after["modalities"][name]["shards_there"] == one["shards"]
+    assert before["bytes_to_write"] == before["bytes"]
+    assert after["bytes_to_write"] == 0
+
+
+def test_missing_files_predict_the_exit_code(tmp_path):
+    root = helpers.write_dataset(tmp_path / "tiny")
+    (root / "video" / "alpha_0_0.mp4").unlink()
+    arguments = ("prepare", "manifest", "--root", root, "--cache-dir", tmp_path / "cache", *SETS, "--json")
+    report = run(*arguments, "--check", code=3).data
+    assert report["clips_to_be_rejected"] == 1
+    (gap,) = report["modalities"]["video"]["gaps"]
+    assert gap["clip"] == "alpha_0_0"
+    assert gap["first"].endswith("video/alpha_0_0.mp4")
+    assert run(*arguments, "--check", "--max-bad", 1).data["exit_code"] == 0
+    assert not (tmp_path / "cache").exists()
+    assert len(run(*arguments, code=3).data["rejected"]) == 1
+    shown = run(*(a for a in arguments if a != "--json"), "--check", code=3)
+    assert "12 clips, 8 train + 4 test" in shown.stdout
+
+
+def test_weights_and_room_are_checked_beforehand(root, tmp_path, monkeypatch):
+    settings = tree(root, tmp_path, "modalities.video.cut=layer3", "model.modalities=video")
+    report = check(settings)
+    assert report["exit_code"] == 1
+    assert not report["modalities"]["video"]["weights"]["present"]
+    monkeypatch.setattr("mbcd_cli.commands.check.free_bytes", lambda folder: 10)
+    report = check(tree(root, tmp_path, "model.modalities=video"))
+    assert (report["fits"], report["exit_code"]) == (False, 1)
+
+
+def test_single_missing_frames_are_mended_or_not(tmp_path):
+    epic.frame_folders(tmp_path)
+    epic.write_tables(tmp_path / "splits")
+    (tmp_path / "rgb/train/D1/P08_01/frame_0000000005.jpg").unlink()
+    common = ("prepare", "epic-kitchens", "--root", tmp_path, "--random-weights", "--check", "--json")
+    report = run(*common).data
+    assert report["modalities"]["video"]["incomplete"] == 1
+    assert report["modalities"]["video"]["gaps"][0]["first"].endswith("frame_0000000005.jpg")
+    assert report["clips_to_be_rejected"] == 0
+    assert any("frame folders" in line for line in report["layout"])
+    assert any("2 clips where the published split has 1543" in line for line in report["warnings"])
+    assert run(*common, "--missing-frames", "reject", code=3).data["clips_to_be_rejected"] == 1
+    for path in (tmp_path / "flow/test/D2/P01_02/v").iterdir():
+        path.unlink()
+    (tmp_path / "flow/test/D2/P01_02/v").rmdir()
+    assert run(*common, code=3).data["clips_to_be_rejected"] == 2  # a whole direction cannot be mended
+
+
+@epic.needs_tables
+def test_epic_in_full(tmp_path):
+    """The real tables: counts, and the exact bytes of the paper's encoders at the cut, within seconds."""
+    for domain in epic.KITCHENS:
+        for split in ("train", "test"):
+            with (epic.REAL / f"{domain}_{split}.csv").open() as stream:
+                rows = list(csv.DictReader(stream))
+            for kind in ("video", "flow", "audio"):
+                (tmp_path / kind / split / domain).mkdir(parents=True)
+            for row in rows:
+                start, stop, label = int(row["start_frame"]), int(row["stop_frame"]), row["verb_class"]
+                name = f"{domain}_{row['video_id']}"
+                (tmp_path / "video" / split / domain / f"{name}_{start}_{stop}_{label}.mp4").touch()
+                half = (start + 1) // 2
+                for direction in "uv":
+                    stem = f"{name}_{half}_{half + (stop - start) // 2}_{label}_{direction}"
+                    (tmp_path / "flow" / split / domain / f"{stem}.mp4").touch()
+                (tmp_path / "audio" / split / domain / f"{row['video_id']}.wav").touch()
+    started = time.monotonic()
+    report = run(
+        *("prepare", "epic-kitchens", "--root", tmp_path, "--random-weights", "--check", "--json"),
+        *("--set", f"dataset.splits={epic.REAL}", "--cache-dir", tmp_path / "cache"),
+        code=None,
+    ).data
+    assert time.monotonic() - started < 30
+    assert report["splits"] == {"train": 7935, "test": 2159}
+    assert report["domains"]["D3"] == {"train": 3897, "test": 974}
+    assert report["warnings"] == []
+    views = {"train": 4 * 7935, "test": 2159}
+    assert {name: one["views"] for name, one in report["modalities"].items()} == dict.fromkeys(
+        ("video", "audio", "flow"), views
+    )
+    per_view = {"video": (4_816_896, 4_816_896), "audio": (548_352, 548_352), "flow": (3_211_264, 4_194_304)}
+    for name, (train, test) in per_view.items():
+        one = report["modalities"][name]
+        assert one["bytes_per_view"] == {"train": train, "test": test}
+        assert one["bytes"] == train * views["train"] + test * views["test"]
+        assert one["complete"] == 10094
+    assert report["modalities"]["video"]["trunk_gflop"]["train"] == pytest.approx(170.3, abs=0.5)
+
+
+@pytest.mark.skipif(not hac.REAL.is_dir(), reason="the HAC split tables are not beside the clone")
+def test_hac_in_full(tmp_path):
+    for domain in hac.DOMAINS:
+        for kind in ("videos", "flow", "audio"):
+            (tmp_path / domain / kind).mkdir(parents=True)
+        for split in ("train", "test"):
+            with (hac.REAL / f"HAC_{split}_only_{domain}.csv").open(newline="") as stream:
+                for name, _ in csv.reader(stream):
+                    (tmp_path / domain / "videos" / name).touch()
+                    for direction in "xy":
+                        (tmp_path / domain / "flow" / f"{name[:-4]}_flow_{direction}.mp4").touch()
+                    (tmp_path / domain / "audio" / f"{name[:-4]}.wav").touch()
+    report = run(
+        *("prepare", "hac", "--root", tmp_path, "--random-weights", "--check", "--json"),
+        *("--set", f"dataset.splits={hac.REAL}", "--cache-dir", tmp_path / "cache"),
+        code=None,
+    ).data
+    assert report["clips"] == 3381
+    assert {name: one["complete"] for name, one in report["modalities"].items()} == dict.fromkeys(
+        ("video", "audio", "flow"), 3381
+    )
+    # With target_split = "all" every clip has the test view besides its training views.
+    assert report["modalities"]["video"]["views"] == {"train": 4 * 2711, "test": 3381}

@@ -5,6 +5,8 @@ Letters: C channels, T H W positions.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -18,6 +20,8 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 def weights_channels_last(module: nn.Module) -> None:
     """Bring every convolution weight of `module` into the channels-last layout, in place."""
+    # Some kernels return gradients in another layout; `match_layout` mends that, the warning would only puzzle.
+    warnings.filterwarnings("ignore", message="grad and param do not obey the gradient layout contract")
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.data = channels_last(parameter.data)

@@ -1,0 +1,241 @@
+"""One training step at the paper's shapes: ours from the cut, the naive formulation, and the floor.
+
+    python tests/benchmarks/train_step.py --batch 2 --repeats 3 --threads 1
+    python tests/benchmarks/train_step.py --device cuda --batch 16 --repeats 20
+
+`naive` is written plainly here, as a port of the method would be: it runs the frozen trunk anew for each of its three
+passes, in float32 and eager mode, takes the gradients in separate backward passes and averages the teacher tensor by
+tensor. `floor` is the tail's forward pass timed alone x 9 (three forward passes and, at two forwards each, three
+backward ones) at the quicker of the two memory layouts. All are timed in turn, round by round, in one process; the
+least time of each counts. Weights are random; ratios within one run are what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+import tomllib
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from mbcd_cli.commands.train import peak_memory_mb
+from mbcd_cli.data.records import Batch
+from mbcd_cli.data.views import part_shapes
+from mbcd_cli.encoders import build_encoder
+from mbcd_cli.engine.layout import channels_last, weights_channels_last
+from mbcd_cli.engine.optimizer import build_optimizer
+from mbcd_cli.engine.randomness import Randomness
+from mbcd_cli.engine.static_step import StaticStep
+from mbcd_cli.engine.step import TrainStep
+from mbcd_cli.engine.teacher import Teacher
+from mbcd_cli.model import MultiModalModel
+from mbcd_cli.settings import Settings
+
+PRESET = Path(__file__).resolve().parents[2] / "presets" / "epic-kitchens.toml"
+CLASSES = 8
+
+
+def build(tree: Settings, device: torch.device):
+    """Trunks and the model of the paper, random weights from one seed."""
+    torch.manual_seed(0)
+    trunks, tails = {}, {}
+    for name in tree.model.modalities:
+        modality = tree.modalities[name]
+        trunks[name], tails[name] = build_encoder(name, modality).cut(modality.cut)
+    model = MultiModalModel(tails, settings=tree.model, classes=CLASSES)
+    return torch.nn.ModuleDict(trunks).to(device), model.to(device)
+
+
+def raw_batch(tree: Settings, size: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Decoded frames (uint8) and spectrograms, as the trunks take them."""
+    inputs = {}
+    for name in tree.model.modalities:
+        ((shape, dtype),) = part_shapes(tree.modalities[name])
+        random = torch.rand(size, *shape)
+        inputs[name] = ((random * 255).to(torch.uint8) if dtype.kind == "u" else random - 0.5).to(device)
+    return inputs
+
+
+class NaiveStep:
+    """The step as one would write it down: see the module's docstring."""
+
+    def __init__(self, trunks, model, tree: Settings) -> None:
+        self.trunks, self.model, self.objective = trunks, model, tree.objective
+        for module in trunks.modules():  # as the reference: the trunk's batch norm sees the batch
+            module.training = True
+        self.teacher_trunks, self.teacher = copy.deepcopy(trunks), copy.deepcopy(model).eval()
+        for module in self.teacher_trunks.modules():
+            module.training = False
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, weight_decay=1e-4, foreach=False, fused=False)
+
+    def at_cut(self, trunks, inputs):
+        with torch.no_grad():
+            return {name: trunks[name]((value,)) for name, value in inputs.items()}
+
+    @staticmethod
+    def noise(x):
+        """DSU as published."""
+        dims = tuple(range(2, x.dim()))
+        mean, std = x.mean(dims, keepdim=True), (x.var(dims, keepdim=True) + 1e-6).sqrt()
+        spread_mean, spread_std = (mean.var(0, keepdim=True) + 1e-6).sqrt(), (std.var(0, keepdim=True) + 1e-6).sqrt()
+        new_mean = mean + torch.randn_like(mean) * spread_mean
+        new_std = std + torch.randn_like(std) * spread_std
+        return (x - mean) / std * new_std + new_mean
+
+    def noised(self, parts):
+        return tuple(map(self.noise, parts)) if torch.rand(1).item() < 0.5 else parts
+
+    def __call__(self, inputs, labels) -> float:
+        model, alpha, weight = self.model, self.objective.consistency.alpha, self.objective.distillation.weight
+        names = model.modalities
+        with torch.no_grad():
+            cut = self.at_cut(self.teacher_trunks, inputs)
+            target = self.teacher.fuse(self.teacher.features(cut)).softmax(1).clamp(min=1e-12)
+        model.train()
+        cut = self.at_cut(self.trunks, inputs)
+        logits = {name: model.heads[name](model.encode(name, cut[name], self.noised)) for name in names}
+        ce = {name: F.cross_entropy(logits[name], labels) for name in names}
+        kl = sum(F.kl_div(one.log_softmax(1), target, reduction="batchmean") for one in logits.values())
+        s = [one.detach().softmax(1).max(1).values.sum().item() for one in logits.values()]
+        ratios = [sum(s[k] / s[j] for j in range(len(s)) if j != k) / (len(s) - 1) for k in range(len(s))]
+        drop = torch.tanh(torch.tensor([max(r - 1, 0) for r in ratios]))
+        keep = (torch.rand(len(labels), len(s)) >= drop).float().to(labels.device)
+        self.optimizer.zero_grad()
+        theta = {name: list(model.tails[name].named_parameters()) for name in names}
+        theta = {name: [(key, p) for key, p in pairs if p.requires_grad] for name, pairs in theta.items()}
+        gradients = {
+            name: torch.autograd.grad(ce[name], [p for _, p in theta[name]], retain_graph=True) for name in names
+        }
+        (sum(ce.values()) + weight * kl).backward()
+        before = {name: [p.detach().clone() for _, p in theta[name]] for name in names}
+        with torch.no_grad():
+            for name in names:
+                for (_, p), g in zip(theta[name], gradients[name], strict=True):
+                    p -= alpha * g
+        cut = self.at_cut(self.trunks, inputs)
+        fused = model.fuse(model.features(cut), keep)
+        loss = F.cross_entropy(fused, labels) + weight * F.kl_div(fused.log_softmax(1), target, reduction="batchmean")
+        loss.backward()
+        with torch.no_grad():
+            for name in names:
+                for (_, p), old in zip(theta[name], before[name], strict=True):
+                    p.copy_(old)
+        self.optimizer.step()
+        with torch.no_grad():
+            for old, new in (
+                *zip(self.teacher.state_dict().values(), model.state_dict().values(), strict=True),
+                *zip(self.teacher_trunks.state_dict().values(), self.trunks.state_dict().values(), strict=True),
+            ):
+                if old.is_floating_point():
+                    old.copy_(0.999 * old + 0.001 * new)
+        return loss.item() + sum(one.item() for one in ce.values())
+
+
+def ours(tree: Settings, device: torch.device, *, precision: str, last: bool):
+    """The engine's step as `mbcd train` assembles it, captured in a CUDA graph on a GPU."""
+    _, model = build(tree, device)
+    if last:
+        weights_channels_last(model)
+    randomness = Randomness(seed=0, device=device)
+    graph = device.type == "cuda"
+    step = TrainStep(
+        model=model,
+        settings=tree.objective,
+        optimizer=build_optimizer(model.parameters(), tree.optimizer, capturable=graph),
+        teacher=Teacher(model, beta=tree.objective.teacher.beta),
+        randomness=randomness,
+        precision=precision,
+        channels_last=last,
+    )
+    if graph:
+        return StaticStep(step, randomness=randomness, device=device, required=True)
+    return lambda batch: step(batch).vector()
+
+
+def floor(tree: Settings, device: torch.device, batch: Batch, *, precision: str, last: bool):
+    """The tails' forward pass alone."""
+    _, model = build(tree, device)
+    tails = model.tails.eval()
+    inputs = {name: tuple(part.float() for part in parts) for name, parts in batch.inputs.items()}
+    if last:
+        weights_channels_last(tails)
+        inputs = {name: tuple(map(channels_last, parts)) for name, parts in inputs.items()}
+
+    @torch.no_grad()
+    def call():
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            for name, parts in inputs.items():
+                tails[name](parts)
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-naive", action="store_true", help="leave the naive step out")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor seconds (on a busy machine)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    torch.backends.cudnn.benchmark = True
+    tree = Settings.model_validate(tomllib.loads(PRESET.read_text(encoding="utf-8")))
+    inputs = raw_batch(tree, options.batch, device)
+    labels = torch.arange(options.batch, device=device) % CLASSES
+    trunks, model = build(tree, device)
+    cut = {name: tuple(part.half() for part in trunks[name]((value,))) for name, value in inputs.items()}
+    batch = Batch(inputs=cut, labels=labels, domains=labels, clips=labels)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def timed(call) -> float:
+        wait()
+        start = clock()
+        call()
+        wait()
+        return clock() - start
+
+    cases = {}
+    for precision in ("float32", "bfloat16"):
+        for layout, last in (("contiguous", False), ("channels-last", True)):
+            call = floor(tree, device, batch, precision=precision, last=last)
+            cases[f"forward {precision} {layout}"] = call
+        # What runtime.channels_last = auto takes.
+        step = ours(tree, device, precision=precision, last=device.type == "cuda" or precision == "bfloat16")
+        cases[f"step {precision}"] = lambda step=step: step(batch)
+    if not options.no_naive:
+        naive = NaiveStep(trunks, model, tree)
+        cases["naive"] = lambda: naive(inputs, labels)
+    for name, call in cases.items():
+        for _ in range(5 if device.type == "cuda" else 1):  # a graph is captured after three steps
+            first = timed(call)
+        print(f"warm-up: {name} {first:.2f} s", flush=True)
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(options.repeats):
+        for name, call in cases.items():
+            times[name].append(timed(call))
+    least = {name: min(values) for name, values in times.items()}
+    result = {"device": str(device), "threads": options.threads, "batch": options.batch, "torch": torch.__version__}
+    result["seconds"] = {name: [round(value, 4) for value in values] for name, values in times.items()}
+    for precision in ("float32", "bfloat16"):
+        nine = 9 * min(least[f"forward {precision} {layout}"] for layout in ("contiguous", "channels-last"))
+        step = least[f"step {precision}"]
+        result[precision] = {"step_s": round(step, 4), "floor_s": round(nine, 4), "of_floor": round(step / nine, 3)}
+        if "naive" in least:
+            result[precision]["quicker_than_naive"] = round(least["naive"] / step, 2)
+    result["peak_memory_mb"] = peak_memory_mb(device)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

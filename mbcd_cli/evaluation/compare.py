@@ -6,6 +6,7 @@ All figures in tables are top-1 in percent, of each run's deployed model.
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import glob
@@ -190,14 +191,71 @@ def _comparable(dataset: str, columns: Sequence[str]) -> bool:
     return bool(names) and set(columns) <= names
 
 
+def _columns(runs: Sequence[Run], dataset: str) -> list[str]:
+    """The targets (or source-target pairs) of a dataset's runs, in the paper's order where it has them."""
+    columns = sorted({run.column for run in runs if run.dataset == dataset})
+    known = [c for c in paper()["multi_source"][0].get(dataset, {}) if c in columns]
+    return known + [c for c in columns if c not in known]
+
+
+_PAPER_TABLES = {"multi-source": "multi_source", "single-source": "single_source", "in-domain": "in_domain"}
+
+
+def joint_tables(runs: Sequence[Run]) -> list[Table]:
+    """The paper's layout: per setting one table, datasets side by side, a block of methods per set of modalities.
+
+    Only for settings with several datasets or sets of modalities; with one of each the main table says it all.
+    """
+    tables = []
+    paper_sets = [set(entry["modalities"]) for entry in paper()["multi_source"]]
+    for setting, group in _grouped(runs, lambda r: r.setting):
+        datasets = sorted({run.dataset for run in group})
+        sets = sorted({run.modalities for run in group}, key=lambda m: (len(m), m))
+        sets.sort(key=lambda m: paper_sets.index(set(m)) if set(m) in paper_sets else len(paper_sets))
+        if len(datasets) == len(sets) == 1:
+            continue
+        columns = {dataset: _columns(group, dataset) for dataset in datasets}
+        rows: list[list[str | Cell]] = []
+        for modalities in sets:
+            mine = [run for run in group if run.modalities == modalities]
+            block: list[list[str | Cell]] = []
+            for method in order_methods(run.method for run in mine):
+                cells: list[Cell] = []
+                for dataset in datasets:
+                    here = [run for run in mine if (run.dataset, run.method) == (dataset, method)]
+                    cells += [
+                        Cell.over([r.heads["fused"] for r in here if r.column == column]) for column in columns[dataset]
+                    ]
+                    cells.append(averages(here, columns[dataset]))
+                block.append([method, *cells])
+            block = marked(block)
+            theirs: dict[str, dict[str, list[str | Cell]]] = {}
+            for dataset in datasets:
+                if setting != "multi-source" or _comparable(dataset, columns[dataset]):
+                    for row in paper_rows(_PAPER_TABLES[setting], dataset, modalities, columns[dataset]):
+                        theirs.setdefault(str(row[0]), {})[dataset] = row[1:]
+            for name, found in theirs.items():
+                parts = [found.get(d, [Cell(None)] * (len(columns[d]) + 1)) for d in datasets]
+                block.append([name, *(cell for part in parts for cell in part)])
+            rows += [["+".join(modalities), *row] for row in block]
+        header = [f"{d}: {c}" if len(datasets) > 1 else c for d in datasets for c in [*columns[d], "average"]]
+        title = f"{' and '.join(datasets)}, {setting}: top-1 accuracy (%) by modalities"
+        tables.append(Table(f"all-{setting}", title, ["modalities", "method", *header], rows, _seeds(group)))
+    return tables
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    counts = Counter((run.dataset, run.modalities, run.method, run.column) for run in runs).values()
+    low, high = min(counts), max(counts)
+    count = str(low) if low == high else f"{low} to {high}"
+    return "One seed." if high == 1 else f"Mean and standard deviation over {count} seeds."
+
+
 def main_tables(runs: Sequence[Run]) -> list[Table]:
     """One table per dataset, modalities and setting: methods down, targets across, the average last."""
     tables = []
     for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
-        columns = list(dict.fromkeys(run.column for run in sorted(group, key=lambda r: r.column)))
-        if setting == "multi-source" and dataset in PAPER_DATASETS:
-            known = [c for c in paper()["multi_source"][0].get(dataset, {}) if c in columns]
-            columns = known + [c for c in columns if c not in known]
+        columns = _columns(group, dataset)
         rows: list[list[str | Cell]] = []
         for method in order_methods(r.method for r in group):
             mine = [r for r in group if r.method == method]
@@ -215,21 +273,13 @@ def main_tables(runs: Sequence[Run]) -> list[Table]:
             rows += paper_rows("single_source", dataset, modalities, columns)
         elif setting == "in-domain":
             rows += paper_rows("in_domain", dataset, modalities, columns)
-        seeds = {
-            (method, c): len([r for r in group if r.method == method and r.column == c])
-            for method in {r.method for r in group}
-            for c in columns
-        }
-        low, high = min(seeds.values()), max(seeds.values())
-        count = str(low) if low == high else f"{low} to {high}"
-        note = "One seed." if high == 1 else f"Mean and standard deviation over {count} seeds."
         tables.append(
             Table(
                 f"{dataset}-{'-'.join(modalities)}-{setting}",
                 f"{dataset}, {'+'.join(modalities)}, {setting}: top-1 accuracy (%)",
                 ["method", *columns, "average"],
                 rows,
-                note,
+                _seeds(group),
             )
         )
     return tables
@@ -348,4 +398,4 @@ def _grouped(runs: Sequence[Run], key: Any) -> list[tuple[Any, list[Run]]]:
 
 def compare(runs: Sequence[Run]) -> list[Table]:
     """Every table that `runs` give."""
-    return [*main_tables(runs), *modality_tables(runs), *significance_tables(runs)]
+    return [*joint_tables(runs), *main_tables(runs), *modality_tables(runs), *significance_tables(runs)]

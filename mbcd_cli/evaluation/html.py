@@ -43,7 +43,8 @@ def figure_html(path: Path, caption: str) -> str:
     data = base64.b64encode(image).decode("ascii")
     text = escape(caption)
     # A PNG's width and height stand at bytes 16 to 24; panels side by side need the page's whole width.
-    wide = path.suffix == ".png" and int.from_bytes(image[16:20]) > 1.7 * int.from_bytes(image[20:24])
+    width, height = int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
+    wide = path.suffix == ".png" and (width > 1.7 * height or width > 1150)
     return (
         f'<figure{" class=wide" if wide else ""}><img alt="{text}" src="data:{_TYPES[path.suffix]};base64,{data}">'
         f"<figcaption>{text}</figcaption></figure>\n"

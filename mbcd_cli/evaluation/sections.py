@@ -192,6 +192,9 @@ def trust(results: Results) -> Table | None:
         if found["temperature_fitted"]
         else "No source clips to fit a temperature on."
     )
+    perfect = [head for head, f in found["sets"].get("source", {}).items() if f["accuracy"] == 1]
+    if perfect and found["temperature_fitted"]:
+        note += f" Of {', '.join(perfect)} every held-out clip is right: its temperature only makes it surer."
     columns = ["head", "ECE", "ECE scaled", "Brier", "AURC", "AUROC", "FPR95"]
     return Table("trust", "Trust: calibration and detection of own errors (%)", columns, rows, note)
 

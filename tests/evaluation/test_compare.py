@@ -103,6 +103,37 @@ def test_the_papers_figures_stand_beside_matching_settings_only(tmp_path):
     assert not any(cell.best for name, cells in found["a"].items() if "paper" in name for cell in cells)
 
 
+def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):
+    one = grid(tmp_path / "a")
+    two = grid(tmp_path / "b", dataset="hac", domains=("animal", "human", "cartoon"), modalities=("audio", "flow"))
+    all_three = grid(tmp_path / "c", modalities=("video", "audio", "flow"), seeds=(0,))
+    done, _ = c.find_runs([str(tmp_path / "**")])
+    (table,) = c.joint_tables([c.load_run(f) for f in done])
+    names = ["D1", "D2", "D3", "average"]
+    hac = ["human", "animal", "cartoon", "average"]
+    assert list(table.columns) == [
+        *("modalities", "method"),
+        *(f"epic-kitchens: {n}" for n in names),
+        *(f"hac: {n}" for n in hac),
+    ]
+    assert [row[:2] for row in table.rows] == [
+        *(["audio+flow", m] for m in ("erm", "mbcd", "ERM (paper)", "CMRF (paper)", "MBCD (paper)")),
+        *(["video+audio+flow", m] for m in ("erm", "mbcd", "ERM (paper)", "CMRF (paper)", "MBCD (paper)")),
+    ]
+    ours, whole = table.rows[1][2:], table.rows[6][2:]
+    for cell, target in zip(ours[:3], names, strict=False):
+        assert cell.value == pytest.approx(np.mean([one["mbcd", target, s] for s in range(3)]))
+    for cell, target in zip(ours[4:7], hac, strict=False):
+        assert cell.value == pytest.approx(np.mean([two["mbcd", target, s] for s in range(3)]))
+    assert whole[3].value == pytest.approx(np.mean([all_three["mbcd", d, 0] for d in names[:3]]))
+    assert [cell.value for cell in whole[4:]] == [None] * 4
+    assert all(cell.best for cell in ours)
+    assert [cell.value for cell in table.rows[9][2:]] == [63.63, 73.18, 65.92, 67.58, 81.28, 78.11, 55.48, 71.62]
+    assert table.note == "Mean and standard deviation over 1 to 3 seeds."
+    # One dataset with one set of modalities needs no joint table.
+    assert c.joint_tables([c.load_run(f) for f in done if "hac" in str(f)]) == []
+
+
 def test_the_papers_averages_are_those_of_its_figures():
     """Transcription check: each average in paper.toml is the mean of its targets (the paper rounds to 0.01)."""
     for entry in c.paper()["multi_source"]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mbcd_cli.data.modality_cache import load_weights
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import Parts, Trunk
-from mbcd_cli.errors import CacheError
 from mbcd_cli.settings import Settings
 
 
@@ -32,14 +32,7 @@ def attach_trunks(settings: Settings, dataset: Any, *, device: torch.device) -> 
         modality = dataset.modalities[name]
         with torch.random.fork_rng(devices=[]):
             trunk, _ = build_encoder(name, modality).cut(modality.cut)
-        path = cache.folder / "trunk.pt"
-        try:
-            trunk.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise CacheError(
-                f"{path} cannot be read: {str(error).splitlines()[0]}.",
-                "Delete that cache folder and run `mbcd prepare` again.",
-            ) from error
+        trunk.load_state_dict(load_weights(cache.folder / "trunk.pt"))
         if settings.cache.trunk_batch_norm == "batch":
             use_batch_statistics(trunk)
         online.trunks[name] = _runner(trunk.to(device), device)

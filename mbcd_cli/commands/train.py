@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mbcd_cli import console
+from mbcd_cli.commands.online import attach_trunks
 from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.data.loading import keep_on_device
 from mbcd_cli.data.records import Batch
@@ -150,6 +151,7 @@ def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: G
     """Student, teacher, optimizer and step, all seeded by training.seed, on `device`."""
     training, runtime = settings.training, settings.runtime
     seed_everything(training.seed)
+    attach_trunks(settings, dataset, device=device)
     tail_weights: Mapping[str, Mapping[str, torch.Tensor]] = dataset.tail_weights
     model = build_model(
         settings.modalities, settings=settings.model, classes=dataset.classes, tail_weights=tail_weights

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.cache import flatten, recipe_of
-from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError
+from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError, load_weights
 from mbcd_cli.data.online import OnlineViews
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
@@ -71,15 +71,8 @@ class CachedDataset:
         """Initial weights of the tails that `prepare` stored (pretrained encoders); empty for whole encoders."""
         weights = {}
         for name, cache in self.caches.items():
-            path = cache.folder / "tail.pt"
             if cache.recipe.get("weights") is not None:
-                try:
-                    weights[name] = torch.load(path, map_location="cpu", weights_only=True)
-                except (OSError, RuntimeError, ValueError, EOFError) as error:
-                    raise CacheError(
-                        f"{path} cannot be read: {error}.",
-                        "Delete that cache folder and run `mbcd prepare` again.",
-                    ) from error
+                weights[name] = load_weights(cache.folder / "tail.pt")
         return weights
 
     @property

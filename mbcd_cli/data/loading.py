@@ -22,9 +22,16 @@ _CHUNK = 32
 
 
 def pinned(batch: Batch) -> Batch:
-    """The batch in page-locked memory, from which a GPU copies without the processor's help."""
+    """The batch in page-locked memory, from which a GPU copies without the processor's help.
+
+    What a trunk has just computed on the GPU (`cache.views = 0`) stays there.
+    """
+
+    def pin(part: torch.Tensor) -> torch.Tensor:
+        return part.pin_memory() if part.device.type == "cpu" else part
+
     return Batch(
-        inputs={name: tuple(part.pin_memory() for part in parts) for name, parts in batch.inputs.items()},
+        inputs={name: tuple(map(pin, parts)) for name, parts in batch.inputs.items()},
         labels=batch.labels.pin_memory(),
         domains=batch.domains.pin_memory(),
         clips=batch.clips.pin_memory(),

@@ -36,6 +36,21 @@ class ClipTable:
         return len(self.ids)
 
 
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict that `prepare` stored.
+
+    Raises:
+        CacheError: missing or damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged pickles raise whatever their bytes lead to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CacheError(
+            f"{path} cannot be read: {reason}.", "Delete that cache folder and run `mbcd prepare` again."
+        ) from error
+
+
 class OtherVersionError(CacheError):
     """A cache whose layout this version does not know."""
 

@@ -1,0 +1,93 @@
+"""Several processes fill one cache: the same bytes, one index, locks that keep other jobs out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import helpers
+import pytest
+from test_cache import contents, same, settings_for
+
+from mbcd_cli.commands.prepare import prepare
+from mbcd_cli.data.ranks import Ranks, locked, partial_is_ours, ranks_of, wait_for
+from mbcd_cli.errors import CacheError, SettingsError
+
+SETS = [part for assignment in [*helpers.SMALL, "cache.shard_clips=1"] for part in ("--set", assignment)]
+
+
+def start(root: Path, cache: Path, rank: int, world: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mbcd_cli", "prepare", "manifest", "--root", str(root), "--json"]
+    command += ["--cache-dir", str(cache), *SETS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(world)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_fill_one_cache(tmp_path):
+    root = helpers.write_dataset(tmp_path / "tiny")
+    (root / "video" / "beta_0_0.mp4").write_bytes(b"no video")  # shard 6: rank 0's; told by rank 0
+    (root / "video" / "beta_0_1.mp4").write_bytes(b"no video")  # shard 7: rank 1's; told by rank 0 all the same
+    processes = [start(root, tmp_path / "two", rank, 2) for rank in (0, 1)]
+    answers = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [3, 0], answers
+    assert answers[1][0] == ""
+    done = json.loads(answers[0][0])
+    alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
+    assert [r["clip"] for r in done["rejected"]] == [r["clip"] for r in alone["rejected"]] == ["beta_0_0", "beta_0_1"]
+    for name, entry in alone["modalities"].items():
+        assert entry["fingerprint"] == done["modalities"][name]["fingerprint"]
+        assert done["modalities"][name]["clips"] == entry["clips"]
+        assert same(contents(Path(entry["folder"])), contents(Path(done["modalities"][name]["folder"])))
+    assert not list((tmp_path / "two").rglob("*.partial"))
+
+
+def test_rank_0_ends_when_the_others_have_died(tmp_path, monkeypatch):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    settings = settings_for(root, tmp_path / "cache", "cache.shard_clips=1", "model.modalities=audio")
+    monkeypatch.setattr("mbcd_cli.data.ranks.PATIENCE", 0.5)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CacheError, match="3 are missing"):
+        prepare(settings)
+    assert not list((tmp_path / "cache").rglob("index.h5"))
+    monkeypatch.setenv("RANK", "1")
+    assert prepare(settings) == {}
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert prepare(settings)["modalities"]["audio"]["shards_reused"] == 6
+
+
+def test_waiting_goes_on_while_shards_come():
+    left = [5, 4, 4, 3, 2, 1, 0]
+    said: list[str] = []
+    begun = time.monotonic()
+    wait_for(lambda: list(range(left.pop(0))), tell=said.append, patience=0.5)
+    assert left == []
+    assert time.monotonic() - begun > 1.0
+
+
+def test_locks_of_ranks(tmp_path):
+    with locked(tmp_path, Ranks(0, 2)), locked(tmp_path, Ranks(1, 2)):
+        for other in (Ranks(), Ranks(1, 2), Ranks(0, 4)):
+            with pytest.raises(CacheError, match="Another mbcd process"), locked(tmp_path, other):
+                pass
+    with locked(tmp_path), pytest.raises(CacheError), locked(tmp_path, Ranks(0, 2)):
+        pass
+
+
+def test_places():
+    assert ranks_of({}) == Ranks(0, 1)
+    assert ranks_of({"RANK": "3", "WORLD_SIZE": "4"}) == Ranks(3, 4)
+    for wrong in ({"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}):
+        with pytest.raises(SettingsError):
+            ranks_of(wrong)
+    owners = [[n for n in range(7) if Ranks(rank, 3).owns(n)] for rank in range(3)]
+    assert owners == [[0, 3, 6], [1, 4], [2, 5]]
+    assert partial_is_ours(Path("shard-00004.h5.partial"), Ranks(1, 3))
+    assert not partial_is_ours(Path("shard-00003.h5.partial"), Ranks(1, 3))
+    assert not partial_is_ours(Path("index.h5.partial"), Ranks(1, 3))
+    assert partial_is_ours(Path("index.h5.partial"), Ranks(0, 3))

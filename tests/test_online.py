@@ -1,0 +1,191 @@
+"""`cache.views = 0`: training views decoded in every epoch, through the trunk, the same for any number of workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mbcd_cli.cli import app
+from mbcd_cli.commands.common import open_for_training
+from mbcd_cli.commands.prepare import prepare, read_listing
+from mbcd_cli.commands.train import assemble
+from mbcd_cli.data.online import mixed_seed
+from mbcd_cli.data.records import TEST_VIEW
+from mbcd_cli.data.views import load_views
+from mbcd_cli.encoders import build_encoder
+from mbcd_cli.errors import CacheError, MediaError
+from mbcd_cli.layers import resolve
+
+ONLINE = [*helpers.SMALL, "cache.views=0", "cache.random_weights=true", "modalities.video.cut=layer3"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return helpers.write_dataset(tmp_path_factory.mktemp("media") / "tiny", domains=("alpha", "beta", "gamma"))
+
+
+def tree(root: Path, cache: Path, *sets: str):
+    return resolve(
+        sets=[*ONLINE, "training.batch_size=4", *sets],
+        flags={"dataset.root": root, "dataset.name": "tiny", "cache.dir": cache, "training.target_domain": "gamma"},
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(root, tmp_path_factory):
+    settings = tree(root, tmp_path_factory.mktemp("cache"))
+    return settings, prepare(settings)
+
+
+def opened(settings, *sets: str):
+    """The dataset as `train` opens it, trunks attached."""
+    changed = resolve(
+        sets=[*ONLINE, "training.batch_size=4", *sets],
+        flags={"dataset.name": "tiny", "cache.dir": settings.cache.dir, "training.target_domain": "gamma"},
+    )
+    resolved, dataset = open_for_training(changed)
+    assemble(resolved, dataset, device=CPU)
+    return dataset, dataset.select(domains=["alpha", "beta"], splits=["train"])
+
+
+def taken(dataset, clips, **options):
+    return list(dataset.batches(clips, batch_size=4, training=True, drop_last=True, **options))
+
+
+def same(a, b) -> bool:
+    return all(
+        torch.equal(x.clips, y.clips) and all(torch.equal(x.inputs[n][0], y.inputs[n][0]) for n in x.inputs)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def expected_inputs(settings, batch, *, seed: int, epoch: int, train_mode: bool = False):
+    """A batch's inputs, decoded here and run through a trunk built here."""
+    listing = read_listing(settings)
+    inputs = {}
+    for name, modality in listing.modalities.items():
+        views = [
+            load_views(
+                listing.clips[int(row)],
+                name,
+                modality,
+                views=[epoch],
+                seed=mixed_seed(settings.cache.seed, seed),
+                dataset=settings.dataset,
+            )[0][0]
+            for row in batch.clips
+        ]
+        part = torch.from_numpy(np.stack(views))
+        if name == "video":
+            torch.manual_seed(settings.cache.seed)
+            encoder = build_encoder(name, modality)
+            for stage in encoder.names[: encoder.names.index("layer3")]:
+                part = encoder.stages[stage].train(train_mode)(part)
+        inputs[name] = part.detach()
+    return inputs
+
+
+def test_only_test_views_are_stored(prepared):
+    settings, result = prepared
+    dataset, _ = opened(settings)
+    assert result["rejected"] == []
+    for cache in dataset.caches.values():
+        assert cache.views == 0
+        assert not cache.stored(0).any()
+        assert cache.stored(TEST_VIEW).sum() == 6
+    # Validation reads them as ever.
+    tests = dataset.select(domains=["alpha"], splits=["test"])
+    (batch,) = dataset.batches(tests, batch_size=8, training=False)
+    assert batch.inputs["video"][0].dtype == torch.float16
+
+
+def test_batches_are_decoded_views_through_the_trunk(prepared):
+    settings, _ = prepared
+    dataset, clips = opened(settings)
+    for epoch in (0, 3):
+        batches = taken(dataset, clips, seed=5, epoch=epoch)
+        assert len(batches) == 2
+        for batch in batches:
+            wanted = expected_inputs(settings, batch, seed=5, epoch=epoch)
+            assert torch.equal(batch.inputs["audio"][0], wanted["audio"])
+            torch.testing.assert_close(batch.inputs["video"][0], wanted["video"], rtol=1e-5, atol=1e-6)
+            assert torch.equal(batch.labels, torch.from_numpy(dataset.clips.labels[batch.clips.numpy()]))
+
+
+def test_fresh_every_epoch_and_the_same_for_any_workers(prepared):
+    settings, _ = prepared
+    dataset, clips = opened(settings)
+    first = taken(dataset, clips, seed=1, epoch=0)
+    parallel, _ = opened(settings, "cache.workers=2")
+    assert same(first, taken(parallel, clips, seed=1, epoch=0))
+    assert same(first[1:], taken(dataset, clips, seed=1, epoch=0, start=1))
+    by_clip = [
+        {
+            int(c): row
+            for batch in taken(dataset, clips, seed=seed, epoch=epoch)
+            for c, row in zip(batch.clips, batch.inputs["video"][0], strict=True)
+        }
+        for seed, epoch in ((1, 0), (1, 1), (2, 0))
+    ]
+    for clip in by_clip[0]:
+        assert not torch.equal(by_clip[0][clip], by_clip[1][clip])
+        assert not torch.equal(by_clip[0][clip], by_clip[2][clip])
+
+
+def test_trunk_in_train_mode_normalises_with_the_batch(prepared):
+    settings, _ = prepared
+    dataset, clips = opened(settings, "cache.trunk_batch_norm=batch")
+    first, again = (taken(dataset, clips, seed=0, epoch=0) for _ in range(2))
+    assert same(first, again)  # the running statistics are left alone
+    wanted = expected_inputs(settings, first[0], seed=0, epoch=0, train_mode=True)
+    torch.testing.assert_close(first[0].inputs["video"][0], wanted["video"], rtol=1e-5, atol=1e-6)
+    running, _ = opened(settings)
+    assert not torch.allclose(taken(running, clips, seed=0, epoch=0)[0].inputs["video"][0], wanted["video"], atol=1e-3)
+
+
+def test_train_and_evaluate(prepared, tmp_path):
+    settings, _ = prepared
+    sets = [part for one in ONLINE for part in ("--set", one)]
+    options = ["--dataset", "tiny", "--target-domain", "gamma", "--cache-dir", settings.cache.dir, *sets]
+    options += ["--epochs", 2, "--batch-size", 4, "--json"]
+    for run in ("one", "two"):
+        result = CliRunner().invoke(app, list(map(str, ["train", *options, "--run", tmp_path / run])))
+        assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "one/metrics.jsonl").read_bytes() == (tmp_path / "two/metrics.jsonl").read_bytes()
+    result = CliRunner().invoke(app, ["evaluate", "--run", str(tmp_path / "one"), "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert set(json.loads(result.stdout)["headline"]["top1"]) == {"fused", "video", "audio"}
+
+
+def test_bad_files_come_to_light_in_prepare_and_later_ones_in_training(tmp_path):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha", "beta", "gamma"))
+    (root / "video" / "alpha_0_0.mp4").write_bytes(b"no video")
+    settings = tree(root, tmp_path / "cache", "dataset.max_bad=1")
+    assert [r["clip"] for r in prepare(settings)["rejected"]] == ["alpha_0_0"]
+    dataset, clips = opened(settings)
+    assert "alpha_0_0" not in {dataset.clips.ids[i] for i in clips}
+    (root / "audio" / "beta_1_1.wav").unlink()
+    with pytest.raises(MediaError, match=r"beta_1_1\.wav"):
+        list(dataset.batches(clips, batch_size=1, training=True))
+
+
+def test_a_dataset_that_moved_is_found_by_its_root(tmp_path):
+    moved = helpers.write_dataset(tmp_path / "before", domains=("alpha", "beta", "gamma"))
+    settings = tree(moved, tmp_path / "cache")
+    prepare(settings)
+    after = moved.rename(tmp_path / "after")
+    with_root = tree(after, tmp_path / "cache")
+    resolved, dataset = open_for_training(with_root)
+    assemble(resolved, dataset, device=CPU)
+    clips = dataset.select(domains=["alpha"], splits=["train"])
+    assert len(list(dataset.batches(clips, batch_size=2, training=True))) == 2
+    (dataset.caches["video"].folder / "trunk.pt").write_bytes(b"torn")
+    with pytest.raises(CacheError, match=r"trunk\.pt cannot be read"):
+        assemble(resolved, dataset, device=CPU)

@@ -1,0 +1,152 @@
+"""Running a sweep's cells as jobs of a Slurm cluster, through submitit (dependency group `slurm`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbcd_cli.errors import RunError
+from mbcd_cli.layers import parse_value
+from mbcd_cli.sweep.plan import Cell
+from mbcd_cli.sweep.run import Board, command, environment, last_line, to_run, write_settings
+from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, read_failure, state
+
+DEFAULTS: dict[str, Any] = {"timeout_min": 720, "cpus_per_task": 4}
+"""submitit parameters where `--slurm` says nothing."""
+
+
+@dataclass(slots=True)
+class Task:
+    """What a job does: run a cell's process; before the time limit or a preemption have it write its checkpoint.
+
+    submitit pickles it; called on the node it returns the exit code of the cell's process.
+    """
+
+    folder: str
+    line: tuple[str, ...]
+    threads: int
+    process: subprocess.Popen | None = None
+
+    def __call__(self) -> int:
+        """Run the cell to its end."""
+        with Path(f"{self.folder}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                self.line,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment(threads=self.threads, gpu=None),
+            )
+            return self.process.wait()
+
+    def checkpoint(self) -> Any:
+        """submitit calls this when Slurm is about to end the job; the job it returns goes on from the checkpoint."""
+        import submitit
+
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait()
+        return submitit.helpers.DelayedSubmission(Task(self.folder, self.line, self.threads))
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """`key=value` submitit parameters (timeout_min, gpus_per_node, slurm_partition, slurm_array_parallelism, ...).
+
+    Raises:
+        RunError: not of that form.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise RunError(f"--slurm {text}: not an assignment.", "Write --slurm timeout_min=240.")
+        options[key.strip()] = parse_value(value.strip())
+    return options
+
+
+def submit(
+    cells: Sequence[Cell],
+    *,
+    options: Sequence[str],
+    threads: int = 0,
+    retry_failed: bool = False,
+    watch: Callable[[Board], None] = lambda board: None,
+    poll: float = 5.0,
+) -> Board:
+    """Submit all cells that are not done as one array job, wait for them, and return how they ended.
+
+    Leaving (Ctrl-C) leaves the jobs in the queue; the same command later finds what they have done, and the cells'
+    locks keep a second job from one that runs.
+
+    Args:
+        options: `key=value` parameters of submitit; `cluster=local` runs the jobs as processes of this machine,
+            `folder` is where submitit's own logs go (default: `submitit` beside the runs).
+        threads: CPU threads of a job; 0 takes `cpus_per_task`.
+        retry_failed: run failed cells again.
+        watch: called every `poll` seconds.
+
+    Raises:
+        RunError: submitit is missing, refuses a parameter, or there is no Slurm here.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise RunError(
+            "--launcher slurm needs submitit, which is not installed.", "Install it: uv sync --group slurm."
+        ) from error
+    asked = DEFAULTS | parse_options(options)
+    wanted, failed = to_run(cells, retry_failed=retry_failed)
+    keys = {cell.key for cell in [*wanted, *failed]}
+    board = Board(cells, done=[cell for cell in cells if cell.key not in keys])
+    board.failed = {cell.key: (read_failure(cell.folder) or {}).get("error", "unknown") for cell in failed}
+    watch(board)
+    if not wanted:
+        return board
+    folder = asked.pop("folder", None) or wanted[0].folder.parent / "submitit"
+    cluster = asked.pop("cluster", None)
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        if executor.cluster == "local" and cluster != "local":
+            raise RunError("There is no Slurm here (no srun).", "Use --launcher local, or --slurm cluster=local.")
+        executor.update_parameters(**asked)
+    except (NameError, TypeError, ValueError) as error:
+        raise RunError(f"submitit refuses: {error}", "Correct --slurm key=value.") from error
+    each = threads or int(asked["cpus_per_task"])
+    for cell in wanted:
+        write_settings(cell)
+    with executor.batch():
+        jobs = [
+            executor.submit(Task(os.fspath(cell.folder.absolute()), tuple(command(cell, threads=each)), each))
+            for cell in wanted
+        ]
+    board.waiting = deque(wanted)
+    pending = dict(zip((cell.key for cell in wanted), zip(wanted, jobs, strict=True), strict=True))
+    while pending:
+        for key, (cell, job) in list(pending.items()):
+            if job.done():
+                del pending[key]
+                board.waiting.remove(cell)
+                _settle(board, cell, job)
+        watch(board)
+        if pending:
+            time.sleep(poll)
+    return board
+
+
+def _settle(board: Board, cell: Cell, job: Any) -> None:
+    error = job.exception()
+    code = None if error is not None else job.result()
+    if state(cell.folder) == "done" and code in (DONE_CODE, BUSY_CODE, None):
+        board.done.append(cell)
+    elif code == BUSY_CODE:
+        board.elsewhere.append(cell)
+    elif error is not None:
+        board.failed[cell.key] = str(error).strip().splitlines()[-1]
+    else:
+        board.failed[cell.key] = (read_failure(cell.folder) or last_line(cell.folder))["error"]

@@ -1,0 +1,72 @@
+"""The array job, run by submitit's local executor (skips where submitit is not installed: `uv sync --group slurm`)."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from sweep_cases import plan_of
+
+from mbcd_cli.errors import RunError
+from mbcd_cli.sweep import run as running
+from mbcd_cli.sweep import slurm
+from mbcd_cli.sweep.state import beside, state
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def cells(tmp_path, monkeypatch):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(running, "WORKER", "fake_worker")
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{HERE.parents[1]}")
+    found = plan_of("hac", runs=tmp_path / "runs", targets="human", methods="erm", seeds="2")
+    found[0].folder.parent.mkdir(parents=True)
+    return found
+
+
+def submit(cells, *options, **more):
+    return slurm.submit(cells, options=["cluster=local", "timeout_min=2", *options], poll=0.1, **more)
+
+
+def test_cells_run_as_jobs_and_failures_are_told(cells):
+    beside(cells[1].folder, "say").write_text("fail")
+    board = submit(cells, "cpus_per_task=3")
+    assert [cell.key for cell in board.done] == [cells[0].key]
+    assert board.failed == {cells[1].key: "no such clip"}
+    assert beside(cells[0].folder, "calls").read_text().split()[0] == "3", "threads"
+    again = submit(cells, retry_failed=True)
+    assert len(again.done) == 2
+    assert [state(cell.folder) for cell in cells] == ["done", "done"]
+    assert len(beside(cells[0].folder, "calls").read_text().splitlines()) == 1
+
+
+def test_before_the_time_limit_the_process_is_stopped_and_the_job_submitted_again(cells):
+    beside(cells[0].folder, "say").write_text("slow")
+    task = slurm.Task(str(cells[0].folder), tuple(running.command(cells[0], threads=1)), 1)
+    import subprocess
+
+    task.process = subprocess.Popen(task.line)
+    following = task.checkpoint()
+    assert task.process.returncode is not None
+    job = pickle.loads(pickle.dumps(following.function))
+    assert (job.folder, job.line, job.process) == (task.folder, task.line, None)
+
+
+def test_wrong_parameters_and_no_slurm_are_plain_errors(cells, monkeypatch):
+    with pytest.raises(RunError, match="not an assignment"):
+        slurm.submit(cells, options=["timeout_min"])
+    with pytest.raises(RunError, match="refuses"):
+        submit(cells, "no_such_parameter=3")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RunError, match="no Slurm here"):
+        slurm.submit(cells, options=[])
+
+
+def test_without_submitit_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "submitit", None)
+    with pytest.raises(RunError, match="not installed") as caught:
+        slurm.submit([], options=[])
+    assert "uv sync --group slurm" in caught.value.remedy

@@ -1,0 +1,131 @@
+"""`mbcd sweep` on a tiny dataset, with real trainings in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from sweep_cases import plan_of
+from typer.testing import CliRunner
+
+from mbcd_cli.cli import app
+from mbcd_cli.commands import common, train
+from mbcd_cli.commands.sweep import dry_run
+from mbcd_cli.commands.sweep_cell import run_cell
+from mbcd_cli.evaluation.results import read_records
+from mbcd_cli.layers import to_toml
+from mbcd_cli.runtime import configure
+from mbcd_cli.sweep import run as running
+from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, hold, read_failure, state
+
+# Short trainings: what is tested is how they are run.
+SETS = (
+    "training.epochs=3",
+    "training.limit_clips=96",
+    "cache.views=1",
+    "cache.workers=0",
+    "evaluation.analyses=[]",
+    "evaluation.export=[]",
+    "evaluation.report=false",
+    "runtime.device=cpu",
+)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    sets = [word for text in SETS for word in ("--set", text)]
+    done = invoke(
+        "prepare", "synthetic", "--preset", "synthetic-4", "--root", folder / "media", "--cache-dir", folder / "cache",
+        *sets,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return folder / "cache"
+
+
+def cells_of(cache, runs, **request):
+    flags = {"cache.dir": cache}
+    return plan_of("synthetic-4", runs=runs, sets=SETS, flags=flags, **{"targets": "south", "seeds": "1", **request})
+
+
+def test_a_killed_child_resumes_to_the_numbers_of_an_uninterrupted_run(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(running.__file__).parents[2]))
+    (cell,) = cells_of(cache, tmp_path / "runs", methods="mbcd")
+    killed = []
+
+    def kill_once(board):
+        for job in board.running.values():
+            if not killed and len(read_records(job.cell.folder / "metrics.jsonl")) >= 1:
+                os.kill(job.process.pid, signal.SIGKILL)
+                killed.append(job.process.pid)
+
+    board = running.execute([cell], jobs=1, threads=1, watch=kill_once, poll=0.01)
+    assert killed
+    assert board.failed == {}
+    assert len(board.done) == 1
+
+    settings, data = common.open_for_training(cell.settings)
+    configure(settings.runtime.model_copy(update={"threads": 1}))
+    train.train(settings, data, run=tmp_path / "straight", resume=False, overwrite=False)
+    kept = read_records(cell.folder / "metrics.jsonl")
+    straight = read_records(tmp_path / "straight" / "metrics.jsonl")
+    assert [r["epoch"] for r in kept] == [1, 2, 3]
+    for one, other in zip(kept, straight, strict=True):
+        assert one["validation"] == other["validation"]
+        assert one["target"] == other["target"]
+    best = straight[kept[-1]["best_epoch"] - 1]["target"]["teacher"]["fused"]["accuracy"]
+    headline = json.loads((cell.folder / "results.json").read_text())["headline"]
+    assert headline["top1"]["fused"] == pytest.approx(best)
+
+    # The command finds that run done, and collects it; a table over one run is one figure.
+    arguments = ["sweep", "--preset", "synthetic-4", "--targets", "south", "--seeds", "1", "--methods", "mbcd"]
+    arguments += ["--cache-dir", cache, "--runs-dir", tmp_path / "runs", "--output", tmp_path / "out", "--json"]
+    done = invoke(*arguments, *(word for text in SETS for word in ("--set", text)))
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["done"] == 1
+    row = next(t for t in found["tables"] if t["name"].endswith("multi-source"))["rows"][0]
+    assert row[0] == "mbcd"
+    assert row[1]["value"] == pytest.approx(100 * best)
+
+
+def test_dry_run_times_steps_and_writes_nothing(cache, tmp_path):
+    cells = cells_of(cache, tmp_path / "runs", methods="erm", seeds="2")
+    found = dry_run(cells, jobs=2)
+    assert found["left"] == 2
+    assert found["seconds"] == pytest.approx(found["seconds_one_after_another"] / 2)
+    assert 0 < found["seconds"] < 600
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dataset_that_is_not_prepared_is_one_message(tmp_path):
+    done = invoke("sweep", "--preset", "synthetic-4", "--cache-dir", tmp_path / "none", "--runs-dir", tmp_path / "runs")
+    assert done.exit_code == 1
+    assert "There is no cache of dataset 'synthetic-4'" in done.output
+    assert "mbcd prepare" in done.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_cell_that_fails_says_why_and_one_that_is_held_is_left_alone(cache, tmp_path):
+    (cell,) = cells_of(cache, tmp_path / "runs", methods="erm", grid=("training.batch_size=4096",))
+    running.write_settings(cell)
+    with hold(cell.folder):
+        assert run_cell(cell.folder, threads=1) == BUSY_CODE
+    assert state(cell.folder) == "waiting"
+    assert run_cell(cell.folder, threads=1) == FAILED_CODE
+    assert state(cell.folder) == "failed"
+    assert "batch_size" in read_failure(cell.folder)["error"]
+    # Mended (here: by other settings under the same name), it is done, and the mark of the failure goes.
+    (cell.folder / "settings.toml").unlink()
+    (good,) = cells_of(cache, tmp_path / "runs", methods="erm", grid=("training.epochs=1",))
+    beside(cell.folder, "toml").write_text(to_toml(good.settings))
+    assert run_cell(cell.folder, threads=1) == DONE_CODE
+    assert (state(cell.folder), read_failure(cell.folder)) == ("done", None)
+    assert run_cell(cell.folder, threads=1) == DONE_CODE

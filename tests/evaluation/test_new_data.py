@@ -18,19 +18,20 @@ from mbcd_cli.commands.common import open_for_training
 from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
 from mbcd_cli.data.views import resolve as resolve_modality
+from mbcd_cli.encoders import build_encoder
 from mbcd_cli.engine.checkpoint import Checkpoint, save_checkpoint
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.layers import resolve, to_toml
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import DatasetSettings, default_modality
 
-# The video's trunk is frozen (and random: it must come out the same again), sound and vectors are cut at the input.
+# The video's trunk is frozen and has weights of its own; sound and vectors are cut at the input.
 SMALL = [
     *("modalities.video.kind=video", "modalities.video.frames=4", "modalities.video.short_side=32"),
     *("modalities.video.crop=28", "modalities.video.width=4", "modalities.video.cut=layer3"),
     *("modalities.audio.kind=audio", "modalities.audio.samples=4000", "modalities.audio.nperseg=128"),
     *("modalities.audio.noverlap=64", "modalities.audio.width=4", "modalities.pose.kind=array"),
-    *("cache.views=1", "cache.workers=0", "cache.random_weights=true", "model.hidden=16"),
+    *("cache.views=1", "cache.workers=0", "modalities.video.weights=trunk.pt", "model.hidden=16"),
     *("training.target_domain=beta", "dataset.target_split=all"),
 ]
 
@@ -44,8 +45,12 @@ def media(tmp_path_factory) -> Path:
 def run(media, tmp_path_factory) -> Path:
     """A run folder whose weights are random, and its evaluation on the prepared dataset."""
     folder = tmp_path_factory.mktemp("run")
-    cache = folder / "cache"
-    settings = resolve(sets=SMALL, flags={"dataset.root": media, "cache.dir": cache, "dataset.name": "tiny"})
+    flags = {"dataset.root": media, "dataset.name": "tiny", "cache.dir": folder / "cache"}
+    settings = resolve(sets=SMALL, flags=flags | {"cache.weights_dir": folder / "weights"})
+    torch.manual_seed(5)
+    (folder / "weights").mkdir()
+    trunk = build_encoder("video", settings.modalities["video"]).stages.state_dict()
+    torch.save(trunk, folder / "weights" / "trunk.pt")
     prepare(settings)
     settings, dataset = open_for_training(settings)
     states = []
@@ -73,10 +78,14 @@ def run(media, tmp_path_factory) -> Path:
     for name in ("best", "last"):
         save_checkpoint(run / "checkpoints" / f"{name}.pt", checkpoint)
     (run / "settings.toml").write_text(to_toml(settings))
+    evaluate(run)
+    return run
+
+
+def evaluate(run: Path) -> None:
     flags = ["--set", "evaluation.report=false", "--analyses", "trust", "--export", "csv"]
     done = CliRunner().invoke(app, ["evaluate", "--run", str(run), *flags])
     assert done.exit_code == 0, done.output
-    return run
 
 
 def predict(run: Path, *words: object):
@@ -177,6 +186,33 @@ def test_what_does_not_fit_is_one_clear_error(run, media, tmp_path):
     code, found = predict(run, "--data-root", root, "--ood", root)
     assert code == 1
     assert "one model alone" in found["error"]
+
+
+def test_another_trunk_is_refused_and_the_same_elsewhere_taken(run, media, tmp_path):
+    root = rewrite(media, tmp_path / "fresh", FILES)
+    words = ["--data-root", root, "--output", tmp_path / "out", "--weights-dir"]
+    shutil.copytree(run.parent / "weights", tmp_path / "moved")
+    assert predict(run, *words, tmp_path / "moved")[0] == 0
+    state = torch.load(tmp_path / "moved" / "trunk.pt")
+    torch.save({name: values + 0.01 for name, values in state.items()}, tmp_path / "moved" / "trunk.pt")
+    code, found = predict(run, *words, tmp_path / "moved")
+    assert code == 1
+    assert "SHA-256" in found["error"]
+
+
+def test_a_copied_run_evaluates_to_the_same_bytes(run, tmp_path):
+    shutil.copytree(run, tmp_path / "elsewhere")
+    for name in ("results.json", "evaluation/predictions-target.csv", "plots/confusion-target.png"):
+        (tmp_path / "elsewhere" / name).unlink()
+    evaluate(tmp_path / "elsewhere")
+    for name in ("results.json", "evaluation/predictions-target.csv", "plots/confusion-target.png"):
+        assert (tmp_path / "elsewhere" / name).read_bytes() == (run / name).read_bytes()
+    # One checkpoint alone says the same of itself.
+    shutil.copy(run / "checkpoints" / "best.pt", tmp_path / "alone.pt")
+    words = ["evaluate", "--checkpoint", str(tmp_path / "alone.pt"), "--analyses", "trust", "--json"]
+    done = CliRunner().invoke(app, [*words, "--set", "evaluation.report=false"])
+    whole = json.loads((run / "results.json").read_text())
+    assert json.loads(done.stdout)["models"]["alone"] == whole["models"]["best"]
 
 
 def listing(root: Path, text: str, classes=("cut", "pour")):

@@ -1,0 +1,106 @@
+"""Generated datasets of vectors: as telling as set, the same on every call, and never written over something else."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from mbcd_cli.data.readers import demo, digits, read_dataset, synthetic
+from mbcd_cli.errors import ManifestError
+from mbcd_cli.layers import resolve
+from mbcd_cli.settings import DatasetSettings
+
+
+def nearest_mean(values, labels, train, test):
+    """Accuracy of the nearest class mean of the training clips."""
+    means = np.stack([values[train & (labels == c)].mean(axis=0) for c in np.unique(labels)])
+    found = np.argmin(((values[test][:, None] - means) ** 2).sum(axis=2), axis=1)
+    return (found == labels[test]).mean()
+
+
+def test_informativeness_orders_the_modalities():
+    data = synthetic.make((4.0, 2.0, 1.0, 0.0), domain_shift=0.0)
+    train = data.splits == 0
+    accuracy = [nearest_mean(v, data.labels, train, ~train) for v in data.values.values()]
+    assert accuracy[0] > 0.9
+    assert accuracy == sorted(accuracy, reverse=True)
+    assert abs(accuracy[3] - 1 / synthetic.CLASSES) < 0.06, "a modality of no informativeness is chance"
+
+
+def test_domain_shift_hurts_outside_the_sources_only():
+    data = synthetic.make((3.0,), domain_shift=3.0)
+    source = data.domains < 2
+    train = source & (data.splits == 0)
+    inside = nearest_mean(data.values["m1"], data.labels, train, source & (data.splits == 1))
+    outside = nearest_mean(data.values["m1"], data.labels, train, ~source)
+    assert inside - outside > 0.1
+
+
+def test_further_modalities_change_none_of_the_first():
+    four, six = (synthetic.make(a, domain_shift=1.0) for a in ((4, 2, 1, 0.5), (4, 2, 1, 0.5, 0.5, 0.5)))
+    for name in ("m1", "m2", "m3", "m4"):
+        np.testing.assert_array_equal(four.values[name], six.values[name])
+    np.testing.assert_array_equal(four.labels, six.labels)
+
+
+def test_digits_groups_are_parts_of_the_real_images():
+    images = load_digits().images / 16
+    found = digits.features(images[:5])
+    whole = np.block([[found["northwest"][0].reshape(4, 4), found["northeast"][0].reshape(4, 4)],
+                      [found["southwest"][0].reshape(4, 4), found["southeast"][0].reshape(4, 4)]])  # fmt: skip
+    np.testing.assert_array_equal(whole, images[0])
+    np.testing.assert_allclose(found["profile"][3], [*images[3].mean(axis=0), *images[3].mean(axis=1)])
+    np.testing.assert_allclose(found["spectrum"][2, 0], images[2].sum() / 8)
+    data = digits.make()
+    assert len(data.labels) == 1797
+    assert [int((data.domains == d).sum()) for d in range(3)] == [599, 599, 599]
+    assert {name: v.shape[1] for name, v in data.values.items()} == {
+        **dict.fromkeys(digits.MODALITIES[:5], 16),
+        "spectrum": 15,
+    }
+
+
+@pytest.mark.parametrize("preset", ["synthetic-4", "synthetic-6", "digits-4", "digits-6"])
+def test_presets_read_what_they_generate(preset, tmp_path):
+    settings = resolve(preset=preset, flags={"dataset.root": tmp_path / "media"})
+    listing = read_dataset(settings.dataset, settings.modalities)
+    assert tuple(listing.modalities) == settings.model.modalities
+    assert len(listing.modalities) == int(preset[-1])
+    assert listing.domains == settings.dataset.domains
+    assert len(listing.label_names) == settings.dataset.classes
+    first = (tmp_path / "media" / "manifest.csv").stat().st_mtime_ns
+    assert len(read_dataset(settings.dataset, settings.modalities).clips) == len(listing.clips)
+    assert (tmp_path / "media" / "manifest.csv").stat().st_mtime_ns == first, "generated once"
+    for domain in listing.domains:
+        for split in ("train", "test"):
+            labels = {c.label for c in listing.clips if (c.domain, c.split) == (domain, split)}
+            assert labels == set(range(settings.dataset.classes))
+
+
+def test_another_dataset_in_the_folder_is_never_overwritten(tmp_path):
+    root = tmp_path / "media"
+    settings = DatasetSettings(reader="synthetic", root=root, informativeness=(2.0, 1.0))
+    read_dataset(settings, {})
+    with pytest.raises(ManifestError, match="another generated dataset"):
+        read_dataset(settings.model_copy(update={"informativeness": (2.0, 1.5)}), {})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(ManifestError, match="something else"):
+        read_dataset(settings.model_copy(update={"root": tmp_path / "mine"}), {})
+    with pytest.raises(ManifestError, match="no m9"):
+        read_dataset(settings, {"m9": resolve(preset="synthetic-4").modalities["m1"]})
+
+
+def test_the_demos_shortcut_is_a_setting(tmp_path, monkeypatch):
+    real = demo.generate
+    monkeypatch.setattr(
+        demo, "generate", lambda root, **k: real(root, clips_per_class_train=1, clips_per_class_test=1, **k)
+    )
+    settings = DatasetSettings(reader="demo", root=tmp_path / "d", shortcut=0.25)
+    demo.read(settings, {})
+    assert '"shortcut": 0.25' in (tmp_path / "d" / "generated.json").read_text()
+    demo.read(settings, {})
+    demo.read(settings.model_copy(update={"shortcut": None}), {})
+    with pytest.raises(ManifestError, match=r"shortcut 0\.25, not 0\.5"):
+        demo.read(settings.model_copy(update={"shortcut": 0.5}), {})

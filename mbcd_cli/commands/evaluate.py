@@ -20,7 +20,7 @@ from mbcd_cli.evaluation.compare import Run, compare, distinct, find_runs, load_
 from mbcd_cli.evaluation.evaluator import TARGET, deployed, evaluate_models
 from mbcd_cli.evaluation.export import written_aside
 from mbcd_cli.evaluation.history import accuracy_history
-from mbcd_cli.evaluation.html import write_comparison, write_report
+from mbcd_cli.evaluation.html import runs_html, write_comparison, write_report
 from mbcd_cli.evaluation.report import print_comparison, print_results
 from mbcd_cli.evaluation.results import collect, describe, provenance, read_records, warnings, write_json
 from mbcd_cli.evaluation.robustness import subset_variants
@@ -169,7 +169,8 @@ def write_comparison_files(
     bars = {t.title: plots.plot_methods(t, output / f"{t.name}.png") for t in main_tables(runs)}
     bars |= pictures or {}
     report = output / "comparison.html"
-    page = write_comparison(report, tables, title=title, files=bars, warnings=notes, sections=sections)
+    more = {**(sections or {}), "Provenance": runs_html(runs)}
+    page = write_comparison(report, tables, title=title, files=bars, warnings=notes, sections=more)
     files = {"report": page} | {path.name: path for path in bars.values()}
     text = {"comparison.md": "\n".join(map(markdown, tables))}
     for table in tables:

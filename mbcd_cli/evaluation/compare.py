@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from glob import glob
 from importlib import resources
 from itertools import combinations
@@ -37,6 +37,7 @@ class Run:
         domains: all domains of the run, sources and target.
         heads: head -> top-1 (%) on the target, or in-domain without one.
         in_domain: fused top-1 (%) on the sources' test split, None when not measured.
+        provenance: versions, weights and caches behind the figures: what -> value.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Run:
     seed: int
     heads: Mapping[str, float]
     in_domain: float | None
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def setting(self) -> str:
@@ -108,6 +110,7 @@ def load_run(folder: Path) -> Run:
             seed=int(results["seed"]),
             heads={head: 100 * float(value) for head, value in headline["top1"].items()},
             in_domain=None if source is None else 100 * float(source["fused"]["top1"]),
+            provenance=dict(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RunError(

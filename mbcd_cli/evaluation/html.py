@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.evaluation import sections
+from mbcd_cli.evaluation.compare import Run
 from mbcd_cli.evaluation.export import written_aside
 from mbcd_cli.evaluation.tables import Cell, Table, plain
 
@@ -151,6 +152,30 @@ def write_report(
         "Provenance": _pairs(results.get("provenance", {})) if results.get("provenance") else "",
     }
     return _write(page(sections.title(results), parts, lead=_lead(results)), path)
+
+
+def runs_html(runs: Sequence[Run]) -> str:
+    """Where the figures of several runs come from: a row per run, and the versions they share or not."""
+
+    def short(run: Run, ending: str) -> str:
+        found = [value for key, value in run.provenance.items() if key.endswith(ending)]
+        return ", ".join(value[:12] for value in found) or "-"
+
+    rows = [
+        [
+            str(run.path),
+            run.method,
+            run.column,
+            str(run.seed),
+            f"{run.heads['fused']:.2f}",
+            short(run, f"{run.provenance.get('checkpoint')} weights, sha256"),
+            short(run, " cache"),
+            f"{run.provenance.get('mbcd', '-')} / {run.provenance.get('torch', '-')}",
+        ]
+        for run in sorted(runs, key=lambda run: (run.dataset, run.modalities, run.method, run.column, run.seed))
+    ]
+    columns = ["run", "method", "target", "seed", "fused (%)", "weights, sha256", "caches", "mbcd / torch"]
+    return table_html(Table("runs", "Where these figures come from", columns, rows))
 
 
 def write_comparison(

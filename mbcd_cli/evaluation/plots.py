@@ -90,12 +90,12 @@ def plot_methods(table: Table, path: Path) -> Path:
         cells = [cell if isinstance(cell, Cell) else Cell(None) for cell in row[1:]]
         at = np.arange(len(columns)) + (index - (groups - 1) / 2) * width
         heights = [np.nan if c.value is None else c.value for c in cells]
-        spread = [c.std or 0.0 for c in cells]
+        spread = [np.nan if c.std is None else c.std for c in cells]  # no bar where there is one seed
         ax.bar(
             at,
             heights,
             width * 0.92,
-            yerr=spread if any(spread) else None,
+            yerr=spread if np.isfinite(spread).any() else None,
             capsize=2,
             error_kw={"elinewidth": 1},
             label=str(row[0]),

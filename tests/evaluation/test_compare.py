@@ -32,6 +32,7 @@ def write_run(root, *, dataset, modalities, method, target, sources, seed, top1,
         "source_domains": list(sources),
         "seed": seed,
         "headline": {"checkpoint": "best", "model": "teacher", "clips": "target", "top1": heads},
+        "provenance": {"mbcd": "0.1.0", "best weights, sha256": "a1b2c3d4e5f6a7b8", "audio cache": "feedc0ffee12"},
         "models": {"best": {"teacher": {"source": {"fused": {"top1": source / 100}}}}},
     }
     (folder / "results.json").write_text(json.dumps(results))
@@ -257,6 +258,8 @@ def test_comparison_command_writes_every_form(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["tables"] == json.loads(
         json.dumps(found["tables"])
     )
+    page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert page.count("a1b2c3d4e5f6</td><td>feedc0ffee12</td><td>0.1.0") == 12
     with (tmp_path / "out" / f"{stem}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert float(rows[1]["D2"]) == pytest.approx(63.5)

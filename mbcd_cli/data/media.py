@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "128")  # the default of 10240 looks like a hang
@@ -92,18 +93,53 @@ def _open_decord(path: Path, dataset: DatasetSettings) -> decord.VideoReader:
 def _read_with_decord(
     media: Media, choose: Choose, movie: Movie, *, dataset: DatasetSettings, notes: Notes, slack: int
 ) -> np.ndarray:
-    reader = _open_decord(media.path, dataset)  # freed, and its file closed, on leaving this function
-    total = len(reader)
-    if movie.frames and total < movie.frames:
-        cause = f"cut short: it claims {movie.frames} frames, and {total} are there"
-        raise MediaError(media.path, cause, REPLACE)
-    first, last = frame_span(media, total, lambda: _start_times(reader), dataset=dataset, notes=notes, slack=slack)
-    if media.rate is not None and media.unit == "s":
-        indices = _at_rate(media, media.rate, choose, _start_times(reader)[:last])
-    else:
-        indices = first + chosen_indices(choose, last - first)
-    # The last frame of the span is always decoded: a file that ends early must not pass.
-    return reader.get_batch([*indices.tolist(), last - 1]).asnumpy()[:-1]
+    opened = _opened(media, dataset)
+    try:
+        total = len(opened.reader)
+        if movie.frames and total < movie.frames:
+            cause = f"cut short: it claims {movie.frames} frames, and {total} are there"
+            raise MediaError(media.path, cause, REPLACE)
+        first, last = frame_span(media, total, lambda: opened.starts, dataset=dataset, notes=notes, slack=slack)
+        if media.rate is not None and media.unit == "s":
+            indices = _at_rate(media, media.rate, choose, opened.starts[:last])
+        else:
+            indices = first + chosen_indices(choose, last - first)
+        # The last frame of the span is always decoded: a file that ends early must not pass.
+        return opened.reader.get_batch([*indices.tolist(), last - 1]).asnumpy()[:-1]
+    except BaseException:
+        _kept.last = None  # what a reader that failed gives next is nobody's promise
+        raise
+
+
+class _Opened:
+    """A decord reader, what it was opened for, and the start times of its frames, told once."""
+
+    def __init__(self, key: tuple, reader: decord.VideoReader) -> None:
+        self.key, self.reader = key, reader
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        return _start_times(self.reader)
+
+
+_kept = threading.local()
+"""`last`: the one reader that a thread keeps open, of the recording its latest clip was cut from."""
+
+
+def _opened(media: Media, dataset: DatasetSettings) -> _Opened:
+    """A reader of the clip's file: indexing an hour of video takes seconds, so its clips share one.
+
+    A file that is one clip is closed when its frames are read.
+    """
+    if media.start is None and media.stop is None:
+        return _Opened((), _open_decord(media.path, dataset))
+    stat = media.path.stat()
+    key = (media.path, stat.st_mtime_ns, stat.st_size, stat.st_ino, dataset.missing_frames)
+    last = getattr(_kept, "last", None)
+    if last is None or last.key != key:
+        _kept.last = None  # closed before the next is opened
+        last = _kept.last = _Opened(key, _open_decord(media.path, dataset))
+    return last
 
 
 def _at_rate(media: Media, rate: float, choose: Choose, starts: np.ndarray) -> np.ndarray:

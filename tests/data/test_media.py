@@ -27,6 +27,7 @@ from helpers import (
 )
 from scipy.signal import resample_poly
 
+from mbcd_cli.data import media
 from mbcd_cli.data.flow import compute_flow, quantise_flow, read_flow
 from mbcd_cli.data.media import read_frames, resize_short_side
 from mbcd_cli.data.records import Media
@@ -86,6 +87,29 @@ def test_spans_in_frames_and_seconds(tmp_path):
     assert numbers(path, start=0.5, stop=0.75) == [8, 9, 10, 11]
     assert numbers(path, stop=0.25) == [0, 1, 2, 3]
     assert numbers(write_video(tmp_path / "a.mkv", numbered_frames(24)), start=0.0625, stop=0.1875) == [1, 2]
+
+
+def test_clips_of_one_recording_share_a_reader(tmp_path, monkeypatch):
+    """Any order of spans gives the frames that a fresh reader gives, and the recording is opened once."""
+    opened = []
+    real = media._open_decord
+    monkeypatch.setattr(media, "_open_decord", lambda path, dataset: opened.append(path) or real(path, dataset))
+    path = write_video(tmp_path / "a.mp4", numbered_frames(25), fps=10)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        start = int(rng.integers(20))
+        stop = int(rng.integers(start + 2, 26))
+        assert numbers(path, start=start, stop=stop, unit="frame") == list(range(start, stop))
+    assert numbers(path, start=0.5, stop=1.0) == [5, 6, 7, 8, 9]
+    assert len(opened) == 1
+    assert "after the end" in cause(lambda: numbers(path, start=30, unit="frame"))
+    assert numbers(path, start=3, stop=5, unit="frame") == [3, 4]  # a failed reader is not used again
+    assert len(opened) == 2
+    other = write_video(tmp_path / "b.mp4", numbered_frames(12), fps=10)
+    assert numbers(other, start=2, stop=6, unit="frame") == [2, 3, 4, 5]
+    write_video(path, numbered_frames(25)[::-1], fps=10)  # replaced: seen
+    assert numbers(path, start=3, stop=5, unit="frame") == [21, 20]
+    assert len(opened) == 4
 
 
 def test_spans_past_the_end(tmp_path):

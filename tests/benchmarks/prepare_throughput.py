@@ -1,0 +1,146 @@
+"""`prepare` against what bounds it: raw decord decoding of the same clips, and the trunk alone on the same device.
+
+    python tests/benchmarks/prepare_throughput.py --workers 2
+    python tests/benchmarks/prepare_throughput.py --encoder slowfast-r101 --clips 8 --device cuda
+
+Writes clips (456 x 256, as EPIC-Kitchens') as mp4, one training view each.
+
+(a) the same number of processes decodes the frames of one view and the clip's last with decord, no more;
+(b) the trunk runs on views that lie in memory;
+(c) `Filler` does all: decode, resize, crop, trunk, rows, shards synced to disk.
+
+Start-up (processes, imports) is left out of all three. Goal: (c) at least 90 % of the slower of (a) and (b).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from mbcd_cli import console
+from mbcd_cli.commands.filling import Filler, cached_shapes
+from mbcd_cli.data.cache import GROUPS, CacheWriter, shard_ranges
+from mbcd_cli.data.decoding import DecodeJob, Decoder
+from mbcd_cli.data.records import Clip, Media
+from mbcd_cli.data.views import part_shapes
+from mbcd_cli.encoders import build_encoder
+from mbcd_cli.settings import CacheSettings, DatasetSettings, Settings, VideoModality
+
+FRAMES = 120
+
+
+def write_clip(path: Path, seed: int) -> None:
+    """Moving noise: something for the codec to do."""
+    rng = np.random.default_rng(seed)
+    big = cv2.GaussianBlur(rng.integers(0, 256, (400, 700, 3), np.uint8), (0, 0), 2)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 60, (456, 256))
+    for t in range(FRAMES):
+        writer.write(np.ascontiguousarray(big[t % 120 : t % 120 + 256, 2 * (t % 100) : 2 * (t % 100) + 456]))
+    writer.release()
+
+
+def raw_decode(path: str, indices: list[int]) -> int:
+    import decord
+
+    reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
+    return reader.get_batch([*indices, len(reader) - 1]).asnumpy().nbytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--encoder", default="small-video")
+    parser.add_argument("--cut", default=None, help="default: layer4 of the paper's encoder, input of a small one")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    cv2.setNumThreads(1)
+    cut = options.cut or ("layer4" if options.encoder == "slowfast-r101" else "input")
+    modality = VideoModality(
+        encoder=options.encoder, cut=cut, frames=32, interval=2, short_side=256, crop=224, crop_area=(0.08, 1.0)
+    )
+    settings = Settings(cache=CacheSettings(views=1, workers=options.workers, random_weights=True))
+    device = torch.device(options.device)
+    trunk, _ = build_encoder("video", modality).cut(cut)
+    trunk.to(device)
+    shapes = {group: cached_shapes("video", modality, settings, group) for group in GROUPS}
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        paths = [root / f"{i}.mp4" for i in range(options.clips)]
+        for seed, path in enumerate(paths):
+            write_clip(path, seed)
+        clips = [Clip(p.stem, "d", "train", 0, "x", {"video": Media(p)}) for p in paths]
+        starts = np.random.default_rng(0).integers(FRAMES - 63, size=len(paths))
+        picks = [list(range(int(s), int(s) + 64, 2)) for s in starts]
+
+        context = multiprocessing.get_context("forkserver")
+        with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+            list(pool.map(raw_decode, [str(paths[0])] * options.workers, [[0]] * options.workers))  # start-up
+            started = time.perf_counter()
+            list(pool.map(raw_decode, map(str, paths), picks))
+            decode = len(paths) / (time.perf_counter() - started)
+
+        alone = None
+        if trunk.names:
+            ((shape, _),) = part_shapes(modality)
+            rows = 16 if device.type == "cuda" else 1
+            inputs = (torch.randint(0, 256, (rows, *shape), dtype=torch.uint8, device=device),)
+            float(trunk(inputs)[0].sum())
+            started, done = time.perf_counter(), 0
+            while time.perf_counter() - started < 5:
+                float(trunk(inputs)[0].flatten()[0])
+                done += rows
+            alone = done / (time.perf_counter() - started)
+
+        job = DecodeJob("video", modality, DatasetSettings(), 0)
+        with Decoder(workers=options.workers, job=job) as decoder, console.progress("prepare") as ticker:
+
+            def fill(name: str, chosen: list[Clip]) -> float:
+                writer = CacheWriter(
+                    root / name,
+                    recipe={"modality": "video"},
+                    modality=modality,
+                    clips=chosen,
+                    shards=shard_ranges([1] * len(chosen), limit=16),
+                    domains=("d",),
+                    label_names=("x",),
+                    provenance={},
+                    compression="none",
+                )
+                (root / name).mkdir()
+                begun = time.perf_counter()
+                filler = Filler(writer, decoder, chosen, [[0]] * len(chosen), trunk, shapes, device)
+                filler.run(range(len(writer.shards)), ticker)
+                return len(chosen) / (time.perf_counter() - begun)
+
+            fill("start-up", clips[: 2 * options.workers])
+            whole = fill("all", clips)
+    bound = min(rate for rate in (decode, alone) if rate is not None)
+    figures = {
+        "clips": options.clips,
+        "workers": options.workers,
+        "encoder": options.encoder,
+        "cut": cut,
+        "device": str(device),
+        "raw_decord_clips_per_s": round(decode, 2),
+        "trunk_alone_clips_per_s": None if alone is None else round(alone, 3),
+        "prepare_clips_per_s": round(whole, 3),
+        "prepare_of_bound_percent": round(100 * whole / bound, 1),
+    }
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

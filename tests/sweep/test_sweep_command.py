@@ -55,6 +55,7 @@ def cells_of(cache, runs, **request):
     return plan_of("synthetic-4", runs=runs, sets=SETS, flags=flags, **{"targets": "south", "seeds": "1", **request})
 
 
+@pytest.mark.stress  # three processes that import torch: slow where cores are few
 def test_a_killed_child_resumes_to_the_numbers_of_an_uninterrupted_run(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(running.__file__).parents[2]))
     (cell,) = cells_of(cache, tmp_path / "runs", methods="mbcd")

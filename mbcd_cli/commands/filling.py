@@ -174,7 +174,8 @@ class Filler:
     ) -> None:
         """Run the trunk on some views and put what comes out into rows `first`, ... of a group."""
         rows = shard.rows[group]
-        stacked = [np.stack(column) for column in zip(*(parts for _, _, parts in found), strict=True)]
+        columns = zip(*(parts for _, _, parts in found), strict=True)
+        stacked = [column[0][None] if len(column) == 1 else np.stack(column) for column in columns]
         if self.trunk.names:
             tensors = tuple(torch.from_numpy(array).to(self.device) for array in stacked)
             stacked = [part.float().cpu().numpy() for part in self.trunk(tensors)]

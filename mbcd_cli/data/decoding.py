@@ -153,8 +153,9 @@ class Decoder:
                 flight.popleft()
                 yield received(result)
         finally:
-            self._stop()
-            discard(flight)
+            if flight:  # left before the end
+                self._stop()
+                discard(flight)
 
     def _alone(self, item: Item) -> Decoded:
         index, clip, views, job = item

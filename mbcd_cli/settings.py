@@ -239,7 +239,7 @@ class CacheSettings(Slice):
     trunk_batch_norm: Literal["running", "batch"] = "running"
     """Batch norm of the trunk in training with views = 0: running statistics, or the batch's (as the reference)."""
     dtype: Literal["float16", "float32", "int8"] = "float16"
-    """Type in which trunk outputs and spectrograms are stored, int8 with a scale per row and channel; frames are uint8."""
+    """Type of stored trunk outputs and spectrograms (int8: with a scale per row and channel); frames are uint8."""
     shard_clips: Count = 64
     """Clips per shard file; a killed `prepare` loses at most the shard in flight."""
     compression: Literal["none", "gzip", "lzf"] = "none"

@@ -358,8 +358,8 @@ def test_flow_from_videos_folders_and_arrays_agree(tmp_path):
     videos = Media(write_video(tmp_path / "a_u.mp4", u), write_video(tmp_path / "a_v.mp4", v))
     folders = Media(write_frames(tmp_path / "f/u", u), write_frames(tmp_path / "f/v", v))
     array = Media(write_array(tmp_path / "a.npy", np.stack([u, v], -1)))
-    for media in (videos, folders, array):
-        got = read_flow(media, every, dataset=DATASET)
+    for source in (videos, folders, array):
+        got = read_flow(source, every, dataset=DATASET)
         assert got.shape == (8, 32, 48, 2)
         assert got.dtype == np.uint8
         assert np.abs(got.astype(int) - np.stack([u, v], -1)).max() <= 5

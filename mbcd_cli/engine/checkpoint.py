@@ -169,7 +169,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         return _parse(payload)
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()[:5])
+        raise CheckpointError(
+            f"{path} was written by another version of mbcd: its settings do not fit this one ({wrong}).",
+            "Use the version that wrote it, or train again.",
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is damaged: {str(error).splitlines()[0]}", "Use another checkpoint, or train again."
         ) from error

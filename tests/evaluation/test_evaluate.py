@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_checkpoint, make_dataset, make_settings
+from evaluation_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli import console
 from mbcd_cli.commands.evaluate import evaluate, show

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from conftest import make_checkpoint, make_dataset, make_settings
+from evaluation_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli.commands.evaluate import evaluate
 from mbcd_cli.evaluation.html import table_html, write_comparison

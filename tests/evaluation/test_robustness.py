@@ -5,7 +5,7 @@ from itertools import pairwise, permutations
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset, make_settings
+from evaluation_cases import make_dataset, make_settings
 
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.evaluation import robustness as r

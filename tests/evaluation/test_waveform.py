@@ -85,7 +85,7 @@ def test_a_corrupted_view_is_that_of_the_corrupted_file(media, tmp_path):
 
 
 def test_evaluate_uses_the_media_where_they_are_and_says_when_not(media, tmp_path):
-    from conftest import make_checkpoint
+    from evaluation_cases import make_checkpoint
 
     root = shutil.copytree(media, tmp_path / "tiny")
     settings, dataset = opened(root, tmp_path / "cache")

@@ -1,0 +1,125 @@
+"""A small in-memory prepared dataset with two array modalities, and checkpoints of tiny models for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mbcd_cli.data.records import SPLITS, Batch
+from mbcd_cli.errors import CacheError
+from mbcd_cli.model import build_model
+from mbcd_cli.settings import Settings
+
+
+@dataclass
+class MemoryDataset:
+    """What `data.cache` offers, held in memory: `arrays` modality -> [N, ...] tensors at the cut."""
+
+    arrays: dict[str, torch.Tensor]
+    labels: np.ndarray
+    domain: np.ndarray
+    split: np.ndarray
+    domains: tuple[str, ...]
+    label_names: tuple[str, ...]
+    modalities: dict
+    name: str = "memory"
+    fingerprints: dict = field(default_factory=dict)
+    passes: int = 0
+    rejected: tuple = ()
+    tail_weights: dict = field(default_factory=dict)
+
+    @property
+    def classes(self) -> int:
+        return len(self.label_names)
+
+    @property
+    def clips(self):
+        ids = [f"{self.domains[d]}_{i}" for i, d in enumerate(self.domain)]
+        return SimpleNamespace(ids=ids, domains=self.domain, splits=self.split, labels=self.labels)
+
+    def select(self, domains=None, splits=SPLITS, limit=None) -> np.ndarray:
+        wanted = [self.domains.index(d) for d in (domains if domains is not None else self.domains)]
+        keep = np.isin(self.domain, wanted) & np.isin(self.split, [SPLITS.index(s) for s in splits])
+        if not keep.any():
+            raise CacheError("no usable clips")
+        return np.nonzero(keep)[0][:limit].astype(np.int64)
+
+    def batches(self, clips, batch_size=16, training=True, seed=0, epoch=0, drop_last=True, start=0):
+        assert not training, "evaluation must use the test view"
+        self.passes += 1
+        for at in range(0, len(clips), batch_size):
+            index = torch.as_tensor(np.asarray(clips)[at : at + batch_size])
+            yield Batch(
+                inputs={name: (values[index],) for name, values in self.arrays.items()},
+                labels=torch.as_tensor(self.labels)[index],
+                domains=torch.as_tensor(self.domain)[index],
+                clips=index,
+            )
+
+
+def make_settings(**training) -> Settings:
+    """Two array modalities, small heads; the target is `street`."""
+    array = {"kind": "array", "dimension": 6, "width": 2}
+    return Settings.model_validate(
+        {
+            "modalities": {"video": array, "audio": array},
+            "model": {"hidden": 8},
+            "training": {"target_domain": "street", **training},
+            "evaluation": {"batch_size": 7, "top_k": 2, "analyses": (), "export": (), "report": False},
+        }
+    )
+
+
+def make_dataset(settings: Settings, clips: int = 60, classes: int = 4, seed: int = 0) -> MemoryDataset:
+    """Clips whose class shows in both modalities, less in video outside the sources."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(clips) % classes
+    domain = rng.integers(0, 3, clips)
+    centres = rng.normal(size=(2, classes, 6)) * 2
+    arrays = {}
+    for index, name in enumerate(settings.modalities):
+        values = centres[index][labels] + rng.normal(size=(clips, 6)) * (1 + 2 * (domain == 2) * (index == 0))[:, None]
+        arrays[name] = torch.tensor(values, dtype=torch.float32)
+    return MemoryDataset(
+        arrays=arrays,
+        labels=labels.astype(np.int64),
+        domain=domain.astype(np.int64),
+        split=rng.integers(0, 2, clips).astype(np.int64),
+        domains=("studio", "tilted", "street"),
+        label_names=tuple(f"class {i}" for i in range(classes)),
+        modalities=dict(settings.modalities),
+    )
+
+
+def make_checkpoint(settings: Settings, dataset: MemoryDataset, *, teacher: bool = True, seed: int = 0, epoch: int = 3):
+    """Random weights of the right shape, in the form of a checkpoint."""
+
+    def state(seed: int):
+        torch.manual_seed(seed)
+        model = build_model(dataset.modalities, settings=settings.model, classes=dataset.classes)
+        return {key: value.clone() for key, value in model.state_dict().items()}
+
+    averaged = {k: v for k, v in state(seed + 100).items() if not k.startswith("heads.")}
+    return SimpleNamespace(
+        settings=settings,
+        student=state(seed),
+        teacher=averaged if teacher else None,
+        label_names=list(dataset.label_names),
+        domains=list(dataset.domains),
+        epoch=epoch,
+        fingerprints={},
+    )
+
+
+@pytest.fixture
+def settings() -> Settings:
+    return make_settings()
+
+
+@pytest.fixture
+def dataset(settings) -> MemoryDataset:
+    return make_dataset(settings)

@@ -1,7 +1,7 @@
 """Landscape against the packages `loss-landscapes` 3.0.6 and `pyhessian` 0.1, on the same model and data in
 one run.
 
-    uv run --with loss-landscapes==3.0.6 --with pyhessian==0.1 python tests/benchmarks/landscape_speed.py
+    uv run --group bench python tests/benchmarks/landscape_speed.py
 
 Both packages are for this benchmark only. A small audio-visual model, briefly trained on random clips so
 that its Hessian has large eigenvalues; one CPU thread and process time (other processes do not count), or

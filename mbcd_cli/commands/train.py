@@ -279,7 +279,7 @@ def dry_run(settings: Settings, dataset: Any) -> dict[str, Any]:
         "cache_bytes": getattr(dataset, "nbytes", None),
         "step_seconds": round(seconds, 4),
         "steps": steps,
-        "estimated_training_seconds": round(seconds * steps, 1),
+        "estimated_training_seconds": round(seconds * steps, 3),
         "peak_memory_mb": peak_memory_mb(device),
     }
 

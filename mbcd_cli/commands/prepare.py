@@ -250,23 +250,20 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 def show(result: dict[str, Any], *, preset: str | None) -> None:
     """Print what `prepare` returned and what to run next."""
+    columns = ["modality", "clips", "MB", "bytes per view", "shards", "reused", "seconds"]
+    squeezed = any(done["int8_error"] is not None for done in result["modalities"].values())
+    rows = []
+    for name, done in result["modalities"].items():
+        row = [name, done["clips"], f"{done['bytes'] / 1e6:.1f}", done["bytes_per_view"]]
+        row += [done["shards"], done["shards_reused"], f"{done['seconds']:.1f}"]
+        if squeezed:
+            row.append("-" if done["int8_error"] is None else f"{100 * done['int8_error']:.2f}%")
+        rows.append(row)
     console.table(
         f"{result['dataset']}: {result['clips']} clips, {result['classes']} classes, "
         f"domains {', '.join(result['domains'])}",
-        ("modality", "clips", "MB", "bytes per view", "int8 error", "shards", "reused", "seconds"),
-        [
-            (
-                name,
-                done["clips"],
-                f"{done['bytes'] / 1e6:.1f}",
-                done["bytes_per_view"],
-                "-" if done["int8_error"] is None else f"{100 * done['int8_error']:.2f}%",
-                done["shards"],
-                done["shards_reused"],
-                f"{done['seconds']:.1f}",
-            )
-            for name, done in result["modalities"].items()
-        ],
+        columns + (["int8 error"] if squeezed else []),
+        rows,
     )
     bad = len({r["clip"] for r in result["rejected"]})
     if result["exit_code"]:

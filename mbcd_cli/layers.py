@@ -224,21 +224,53 @@ def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Setting
     Raises:
         SettingsError: all problems together.
     """
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        lines = [_describe(problem, layers) for problem in error.errors()]
-        noun = "problem" if len(lines) == 1 else "problems"
-        raise SettingsError(
-            "\n".join([f"The settings have {len(lines)} {noun}:", *(f"  {line}" for line in lines)]),
-            "`mbcd train --show-settings` prints a valid tree; docs/settings.md explains every field.",
-        ) from error
+    problems: list[Mapping[str, Any]] = []
+    left: dict[str, Any] = merge({}, values)
+    first: ValidationError | None = None
+    # Checks across fields wait until the fields are valid: take the bad values out and look again.
+    while True:
+        try:
+            settings = Settings.model_validate(left)
+            break
+        except ValidationError as error:
+            first = first or error
+            problems += error.errors()
+            if not all([_drop(left, _path(problem)) for problem in error.errors()]):
+                break
+    if not problems:
+        return settings
+    lines = list(dict.fromkeys(_describe(problem, layers) for problem in problems))
+    noun = "problem" if len(lines) == 1 else "problems"
+    raise SettingsError(
+        "\n".join([f"The settings have {len(lines)} {noun}:", *(f"  {line}" for line in lines)]),
+        "`mbcd train --show-settings` prints a valid tree; docs/settings.md explains every field.",
+    ) from first
 
 
-def _describe(problem: Mapping[str, Any], layers: Sequence[Layer]) -> str:
+def _path(problem: Mapping[str, Any]) -> list[str]:
+    """Keys of a problem's value, as a user writes them."""
     loc = [str(part) for part in problem["loc"]]
     if len(loc) > 2 and loc[0] == "modalities":
         del loc[2]  # the discriminator's tag, which no user ever wrote
+    return loc
+
+
+def _drop(values: dict[str, Any], path: Sequence[str]) -> bool:
+    """Take the value at `path` (or the list around it) out of `values`, copying what is shared; False: not there."""
+    node = values
+    for depth, key in enumerate(path):
+        if key not in node:
+            return False
+        if depth == len(path) - 1 or not isinstance(node[key], Mapping):
+            del node[key]
+            return True
+        node[key] = dict(node[key])
+        node = node[key]
+    return False
+
+
+def _describe(problem: Mapping[str, Any], layers: Sequence[Layer]) -> str:
+    loc = _path(problem)
     path = ".".join(loc)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":

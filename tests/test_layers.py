@@ -50,6 +50,16 @@ def test_precedence_flag_over_set_over_environment_over_config_over_preset_over_
     assert settings.optimizer.weight_decay == 1e-4  # default
 
 
+def test_checks_across_fields_are_not_hidden_by_bad_fields_beside_them():
+    sets = ["training.epochs=-1", "training.seed=x", "training.source_domains=a,b", "training.target_domain=a"]
+    with pytest.raises(SettingsError) as caught:
+        layers.resolve(sets=[*sets, "landscape.radii=[0.1, -1]", "modalities.audio.nperseg=600", "training.epoch=1"])
+    message = caught.value.message
+    assert "5 problems" in message
+    for words in ("training.epochs:", "training.seed:", "also a source domain", "landscape.radii", "training.epoch:"):
+        assert words in message
+
+
 def test_method_is_a_set_of_switches_below_set():
     settings = layers.resolve(method="erm", sets=["objective.teacher.enabled=true"])
     assert settings.training.method == "erm"

@@ -6,6 +6,8 @@ import torch
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.landscape.directions import Sphere, dot, gaussian, move, move_many, moving_names, norm
+from mbcd_cli.model import build_model
+from mbcd_cli.settings import ArrayModality, ModelSettings
 
 
 @pytest.fixture
@@ -124,3 +126,13 @@ def test_biases_alone_cannot_move_when_still():
 
 def test_norm_is_accumulated_in_float64():
     assert norm({"a": torch.full((10_000_000,), 1e-4)}) == pytest.approx(1e-4 * np.sqrt(1e7), rel=1e-6)
+
+
+def test_frozen_stages_of_a_tail_never_move():
+    modalities = {"a": ArrayModality(width=2, dimension=3)}
+    model = build_model(modalities, settings=ModelSettings(hidden=4), classes=2)
+    everything = moving_names(model, group="a")
+    model.tails["a"].frozen = ("layer1",)
+    still = {n for n in everything if ".layer1." in n}
+    assert still
+    assert set(everything) - set(moving_names(model, group="a")) == still

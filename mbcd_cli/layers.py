@@ -235,7 +235,8 @@ def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Setting
         except ValidationError as error:
             first = first or error
             problems += error.errors()
-            if not all([_drop(left, _path(problem)) for problem in error.errors()]):
+            dropped = [_drop(left, _path(problem)) for problem in error.errors()]
+            if not all(dropped):
                 break
     if not problems:
         return settings

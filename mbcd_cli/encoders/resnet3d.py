@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from mbcd_cli.encoders.convolution import Conv3d
 from mbcd_cli.encoders.staged import GlobalPool, Normalise, StagedEncoder
 from mbcd_cli.settings import FlowModality, VideoModality
 
@@ -40,7 +41,7 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         padding = tuple(k // 2 for k in kernel)
-        self.conv = nn.Conv3d(inside, out, tuple(kernel), tuple(stride), padding, bias=False)
+        self.conv = Conv3d(inside, out, tuple(kernel), tuple(stride), padding, bias=False)
         self.bn = nn.BatchNorm3d(out)
         self.relu = nn.ReLU(inplace=True) if relu else None
 

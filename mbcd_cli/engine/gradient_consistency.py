@@ -11,6 +11,7 @@ import torch
 from torch.func import functional_call
 
 from mbcd_cli.encoders.staged import Parts
+from mbcd_cli.engine.layout import laid_out_like
 from mbcd_cli.model import MultiModalModel
 
 TailWeights = dict[str, dict[str, torch.Tensor]]
@@ -35,7 +36,9 @@ def inner_step(theta: TailWeights, gradients: Sequence[torch.Tensor], *, alpha: 
     """
     remaining = iter(gradients)
     return {
-        name: {key: torch.sub(value, next(remaining), alpha=alpha) for key, value in weights.items()}
+        name: {
+            key: torch.sub(value, laid_out_like(next(remaining), value), alpha=alpha) for key, value in weights.items()
+        }
         for name, weights in theta.items()
     }
 

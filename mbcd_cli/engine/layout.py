@@ -30,5 +30,22 @@ def weights_channels_last(module: nn.Module) -> None:
 def match_layout(parameter: nn.Parameter) -> None:
     """Give `parameter.grad` the parameter's strides: fused optimizers walk both in memory order."""
     gradient = parameter.grad
-    if gradient is not None and gradient.stride() != parameter.stride():
+    if gradient is None or gradient.stride() == parameter.stride():
+        return
+    if _order(gradient) == _order(parameter):
+        parameter.grad = gradient.as_strided(parameter.shape, parameter.stride())
+    else:
         parameter.grad = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+
+
+def _order(x: torch.Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of the axes that have more than one place: what the memory looks like."""
+    return [(size, stride) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
+
+
+def laid_out_like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """`x` in the layout of `reference` (contiguous or channels-last); differentiable.
+
+    Arithmetic on two layouts walks one of them against its memory order: ten times slower than a copy first.
+    """
+    return x.contiguous() if reference.is_contiguous() else channels_last(x)

@@ -4,10 +4,11 @@
     python tests/benchmarks/train_step.py --device cuda --batch 16 --repeats 20
 
 `naive` is written plainly here, as a port of the method would be: it runs the frozen trunk anew for each of its three
-passes, in float32 and eager mode, takes the gradients in separate backward passes and averages the teacher tensor by
-tensor. `floor` is the tail's forward pass timed alone x 9 (three forward passes and, at two forwards each, three
-backward ones) at the quicker of the two memory layouts. All are timed in turn, round by round, in one process; the
-least time of each counts. Weights are random; ratios within one run are what counts.
+passes, in float32 and eager mode with torch's own convolutions, takes the gradients in separate backward passes and
+averages the teacher tensor by tensor. `floor` is the tail's forward pass timed alone x 9 (three forward passes and, at
+two forwards each, three backward ones) at the quicker of the two memory layouts, with our convolutions. All are timed
+in turn, round by round, in one process; the least time of each counts. Weights are random; ratios within one run are
+what counts.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from mbcd_cli.commands.train import peak_memory_mb
 from mbcd_cli.data.records import Batch
 from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders.convolution import Conv3d
 from mbcd_cli.engine.layout import channels_last, weights_channels_last
 from mbcd_cli.engine.optimizer import build_optimizer
 from mbcd_cli.engine.randomness import Randomness
@@ -33,7 +35,8 @@ from mbcd_cli.engine.static_step import StaticStep
 from mbcd_cli.engine.step import TrainStep
 from mbcd_cli.engine.teacher import Teacher
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.settings import Settings
+from mbcd_cli.runtime import configure
+from mbcd_cli.settings import RuntimeSettings, Settings
 
 PRESET = Path(__file__).resolve().parents[2] / "presets" / "epic-kitchens.toml"
 CLASSES = 8
@@ -65,6 +68,9 @@ class NaiveStep:
 
     def __init__(self, trunks, model, tree: Settings) -> None:
         self.trunks, self.model, self.objective = trunks, model, tree.objective
+        for module in (*trunks.modules(), *model.modules()):
+            if isinstance(module, Conv3d):
+                module.__class__ = torch.nn.Conv3d  # as published: torch's own
         for module in trunks.modules():  # as the reference: the trunk's batch norm sees the batch
             module.training = True
         self.teacher_trunks, self.teacher = copy.deepcopy(trunks), copy.deepcopy(model).eval()
@@ -183,9 +189,8 @@ def main() -> None:
     parser.add_argument("--no-naive", action="store_true", help="leave the naive step out")
     parser.add_argument("--cpu-time", action="store_true", help="count processor seconds (on a busy machine)")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    configure(RuntimeSettings(device=options.device, threads=options.threads, deterministic=False))
     device = torch.device(options.device)
-    torch.backends.cudnn.benchmark = True
     tree = Settings.model_validate(tomllib.loads(PRESET.read_text(encoding="utf-8")))
     inputs = raw_batch(tree, options.batch, device)
     labels = torch.arange(options.batch, device=device) % CLASSES

@@ -582,6 +582,9 @@ def sweep(
     dataset: Annotated[
         str | None, typer.Option("--dataset", help="Name of a prepared dataset (default: the preset's).")
     ] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Folder of the dataset: prepare what of it is not prepared yet.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs, time and disk, then stop.")] = False,
     collect: Annotated[bool, typer.Option("--collect", help="Only collect the runs that are done.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
@@ -617,19 +620,20 @@ def sweep(
             seeds=seeds,
             grid=grid or (),
         )
-        cells = command.make_plan(
-            request,
-            preset=_preset_for_train(preset, config, dataset),
-            config=config,
-            sets=set_ or (),
-            flags={
+        layers: dict[str, Any] = {
+            "preset": _preset_for_train(preset, config, dataset),
+            "config": config,
+            "sets": set_ or (),
+            "flags": {
                 "dataset.name": dataset,
                 "cache.dir": cache_dir,
                 "runtime.device": device,
                 "runtime.threads": threads,
             },
-            runs_dir=runs_dir,
-        )
+        }
+        if root is not None and not (dry_run or collect):
+            command.prepare_first(root, **layers)
+        cells = command.make_plan(request, **layers, runs_dir=runs_dir)
         if dry_run:
             found = command.dry_run(cells, jobs=jobs)
             if not as_json:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from mbcd_cli import console
 from mbcd_cli.commands import common
+from mbcd_cli.commands import prepare as preparing
 from mbcd_cli.commands.evaluate import write_comparison_files
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.errors import CacheError, MbcdError, RunError, SettingsError
@@ -22,6 +23,7 @@ from mbcd_cli.evaluation.plots import plot_methods
 from mbcd_cli.evaluation.report import print_comparison
 from mbcd_cli.evaluation.tables import from_values
 from mbcd_cli.layers import resolve
+from mbcd_cli.runtime import configure
 from mbcd_cli.settings import METHODS, Settings
 from mbcd_cli.sweep import collect as collecting
 from mbcd_cli.sweep import run as running
@@ -85,12 +87,7 @@ def make_plan(
             method=method,
             flags={**flags, **cell},
         )
-        if settings.dataset.name is None and preset is not None:
-            named = settings.dataset.model_copy(update={"name": Path(preset).stem})
-            settings = settings.model_copy(update={"dataset": named})
-        if settings.dataset.name is None:
-            raise SettingsError("No dataset is named.", "Use --preset NAME or --dataset NAME.")
-        return settings
+        return _named(settings, preset)
 
     methods = _names(request.methods) or (table.methods if table else ("erm", "mbcd"))
     unknown = [method for method in methods if method not in METHODS]
@@ -114,6 +111,37 @@ def make_plan(
         runs=runs_dir,
         name=common.run_name,
     )
+
+
+def prepare_first(
+    root: Path, *, preset: str | None, config: Path | None, sets: Sequence[str], flags: Mapping[str, Any]
+) -> None:
+    """`mbcd prepare` for the sweep's dataset, whose media lie in `root`; what is prepared is reused.
+
+    Raises:
+        CacheError: more clips were rejected than `dataset.max_bad`.
+    """
+    settings = resolve(
+        preset=preset, config=config, environ=os.environ, sets=sets, flags={**flags, "dataset.root": root}
+    )
+    settings = _named(settings, preset)
+    configure(settings.runtime)
+    found = preparing.prepare(settings)
+    if found.get("exit_code"):
+        raise CacheError(
+            f"More clips were rejected than dataset.max_bad = {settings.dataset.max_bad} allows.",
+            "Mend the files in the table above, or raise it with --set dataset.max_bad=N.",
+        )
+
+
+def _named(settings: Settings, preset: str | None) -> Settings:
+    """The settings with a dataset's name, the preset's where they have none."""
+    if settings.dataset.name is None and preset is not None:
+        named = settings.dataset.model_copy(update={"name": Path(preset).stem})
+        settings = settings.model_copy(update={"dataset": named})
+    if settings.dataset.name is None:
+        raise SettingsError("No dataset is named.", "Use --preset NAME or --dataset NAME.")
+    return settings
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -114,6 +114,25 @@ def test_a_dataset_that_is_not_prepared_is_one_message(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_with_a_root_the_dataset_is_prepared_first(tmp_path, monkeypatch):
+    started = []
+
+    def execute(cells, **options):
+        started.extend(cells)
+        return running.Board(cells, done=list(cells))
+
+    monkeypatch.setattr(running, "execute", execute)
+    arguments = ["sweep", "--preset", "synthetic-4", "--targets", "all", "--seeds", "1", "--methods", "erm"]
+    arguments += ["--root", tmp_path / "media", "--cache-dir", tmp_path / "cache", "--runs-dir", tmp_path / "runs"]
+    sets = [word for text in SETS for word in ("--set", text)]
+    done = invoke(*arguments, "--dry-run", *sets)
+    assert done.exit_code == 0, done.output
+    assert not (tmp_path / "cache").exists()
+    done = invoke(*arguments, *sets)
+    assert "No run of this sweep is finished" in done.output  # `execute` only said so
+    assert len(started) == len(common.open_for_training(started[0].settings)[1].domains)
+
+
 def test_a_cell_that_fails_says_why_and_one_that_is_held_is_left_alone(cache, tmp_path):
     (cell,) = cells_of(cache, tmp_path / "runs", methods="erm", grid=("training.batch_size=4096",))
     running.write_settings(cell)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 import torch
 
+from mbcd_cli.allocator import keep_freed_memory
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.settings import RuntimeSettings
-
-# Parameters of glibc's mallopt (malloc.h).
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def pick_device(settings: RuntimeSettings) -> torch.device:
@@ -65,20 +62,6 @@ def configure(settings: RuntimeSettings) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     return device
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free instead of returning it to the system; where it is not glibc, nothing.
-
-    Every step frees and allocates the same hundreds of megabytes; handing them back and forth, page by page, took 5 to
-    20 % of a step on the CPU. The process holds its peak until it ends.
-    """
-    libc = ctypes.CDLL(None) if os.name == "posix" else None
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, -1)
-    libc.mallopt(_M_TOP_PAD, 2**26)
 
 
 def use_channels_last(settings: RuntimeSettings, device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mbcd_cli.data.records import Clip, Rejected
-from mbcd_cli.data.sharing import discard, received, shared
+from mbcd_cli.data.sharing import Blocks, share
 from mbcd_cli.errors import MbcdError, MediaError
 from mbcd_cli.settings import DatasetSettings, Modality
 
@@ -52,7 +52,10 @@ def _quiet_worker() -> None:
 
     import cv2
 
+    from mbcd_cli.allocator import keep_freed_memory
+
     cv2.setNumThreads(1)
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -77,9 +80,9 @@ def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
     return Decoded(index, views, parts, notes=notes)
 
 
-def decode_shared(work: Callable[..., Decoded], *item: Any) -> Any:
-    """`decode` in a worker: large results travel through shared memory."""
-    return shared(work(*item))
+def decode_shared(block: str | None, work: Callable[..., Decoded], *item: Any) -> Any:
+    """`decode` in a worker: large results travel through the block of shared memory lent for it."""
+    return share(work(*item), block)
 
 
 Item = tuple[int, Clip, list[int], DecodeJob]
@@ -97,12 +100,14 @@ class Decoder:
         self.workers = workers
         self.job = job
         self._pool: ProcessPoolExecutor | None = None
+        self._blocks = Blocks()
 
     def __enter__(self) -> Decoder:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+        self._blocks.close()
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
         # forkserver: no fork of a process that already runs torch's threads, and the imports are paid once.
@@ -131,31 +136,36 @@ class Decoder:
                 yield decode(*item)
             return
         todo = deque(items)
-        flight: deque[tuple[Item, Future[Any]]] = deque()
+        flight: deque[tuple[Item, Future[Any], str | None]] = deque()
         depth = max(2 * self.workers + 2, ahead)
         try:
             while todo or flight:
                 self._pool = self._pool or self._start(self.workers)
                 try:
                     while todo and len(flight) < depth:
-                        flight.append((todo[0], self._pool.submit(decode_shared, decode, *todo[0])))
+                        block = self._blocks.lend()
+                        flight.append((todo[0], self._pool.submit(decode_shared, block, decode, *todo[0]), block))
                         todo.popleft()
                     result = flight[0][1].result(timeout=TIMEOUT)
                 except (BrokenProcessPool, FutureTimeout):
                     # One of the clips in flight killed or hung its worker: find it by decoding them one at a time.
-                    self._stop()
-                    discard(flight)
-                    suspects = [item for item, _ in flight]
-                    flight.clear()
+                    suspects = [item for item, _, _ in flight]
+                    self._abandon(flight)
                     for item in suspects:
                         yield self._alone(item)
                     continue
-                flight.popleft()
-                yield received(result)
+                yield self._blocks.receive(result, flight.popleft()[2])
         finally:
             if flight:  # left before the end
-                self._stop()
-                discard(flight)
+                self._abandon(flight)
+
+    def _abandon(self, flight: deque[tuple[Item, Future[Any], str | None]]) -> None:
+        """Stop the workers; their blocks are free."""
+        self._stop()
+        for _, _, block in flight:
+            if block is not None:
+                self._blocks.give_back(block)
+        flight.clear()
 
     def _alone(self, item: Item) -> Decoded:
         index, clip, views, job = item

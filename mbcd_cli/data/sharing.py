@@ -1,11 +1,14 @@
-"""Decoded arrays from worker processes through shared memory: one copy instead of pickling them through a pipe."""
+"""Decoded arrays from worker processes through shared memory: one copy instead of pickling them through a pipe.
+
+The blocks belong to the receiver and are used again and again: a new block's pages have to be made first, which took
+longer than decoding some clips.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
-from concurrent.futures import Future
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from multiprocessing import shared_memory
 from typing import Any
@@ -15,6 +18,8 @@ import numpy as np
 SMALLEST = 1 << 18
 """Bytes below which a pipe is as quick."""
 _ALIGNMENT = 64
+_KEPT = 64
+"""Blocks that a worker keeps open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,24 +27,100 @@ class Shared:
     """A result whose `parts` lie in a block of shared memory.
 
     Attributes:
-        block: the block's name.
         result: the result, without its parts.
         places: per view and part (offset, shape, dtype).
     """
 
-    block: str
     result: Any
     places: list[list[tuple[int, tuple[int, ...], str]]]
 
 
-def shared(result: Any) -> Any:
-    """`result` (a dataclass with `parts`: views of tuples of arrays), its arrays moved to shared memory if large.
+class Blocks:
+    """The receiver's blocks of shared memory, all of one size that grows with what arrives."""
 
-    Where there is no room in shared memory (containers often have 64 MB of it), `result` itself.
-    """
-    arrays = [array for view in result.parts for array in view]
-    if sum(array.nbytes for array in arrays) < SMALLEST:
-        return result
+    def __init__(self) -> None:
+        self._size = 0
+        self._free: list[shared_memory.SharedMemory] = []
+        self._out: dict[str, shared_memory.SharedMemory] = {}
+        self._none_left = False
+
+    def lend(self) -> str | None:
+        """Name of a block that one worker may write to; None while no size is known, or there is no room for one."""
+        if not self._size:
+            return None
+        block = self._free.pop() if self._free else self._new()
+        if block is None:
+            return None
+        self._out[block.name] = block
+        return block.name
+
+    def _new(self) -> shared_memory.SharedMemory | None:
+        if self._none_left:
+            return None
+        try:
+            block = shared_memory.SharedMemory(create=True, size=self._size)
+        except OSError:
+            self._none_left = True
+            return None
+        try:
+            os.posix_fallocate(block._fd, 0, self._size)  # a page that is missing later would kill the process
+        except (OSError, AttributeError):
+            self._none_left = True  # containers often have 64 MB of it
+            _remove(block)
+            return None
+        return block
+
+    def receive(self, message: Any, name: str | None) -> Any:
+        """What `share` was given, its arrays copied out of the block `name`, which is free again.
+
+        Args:
+            message: what `share` returned.
+            name: the block lent for it, or None.
+        """
+        block = self._out.get(name) if name is not None else None
+        if isinstance(message, Shared):
+            parts = [
+                tuple(np.ndarray(shape, dtype, buffer=block.buf, offset=offset).copy() for offset, shape, dtype in row)
+                for row in message.places
+            ]
+            message = replace(message.result, parts=parts)
+        else:
+            self._grow(_places(message)[1])
+        if block is not None:
+            self.give_back(block.name)
+        return message
+
+    def give_back(self, name: str) -> None:
+        """The block is free: nobody writes to it any more."""
+        block = self._out.pop(name)
+        if block.size >= self._size:
+            self._free.append(block)
+        else:
+            _remove(block)
+
+    def _grow(self, size: int) -> None:
+        if size >= SMALLEST and size > self._size:
+            self._size = size
+            for block in self._free:
+                _remove(block)
+            self._free.clear()
+
+    def close(self) -> None:
+        """Remove all blocks; nobody may write to them any more."""
+        for block in (*self._free, *self._out.values()):
+            _remove(block)
+        self._free.clear()
+        self._out.clear()
+
+
+def _remove(block: shared_memory.SharedMemory) -> None:
+    block.close()
+    with contextlib.suppress(FileNotFoundError):
+        block.unlink()
+
+
+def _places(result: Any) -> tuple[list[list[tuple[int, tuple[int, ...], str]]], int]:
+    """Where the parts of `result` lie in a block, and the bytes that they take."""
     places, size = [], 0
     for view in result.parts:
         row = []
@@ -47,44 +128,34 @@ def shared(result: Any) -> Any:
             row.append((size, array.shape, array.dtype.str))
             size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
         places.append(row)
-    try:
-        block = shared_memory.SharedMemory(create=True, size=size)
-    except OSError:
+    return places, size
+
+
+_open: OrderedDict[str, shared_memory.SharedMemory] = OrderedDict()
+
+
+def _opened(name: str) -> shared_memory.SharedMemory:
+    """In a worker: the block `name`, whose pages stay mapped from one clip to the next."""
+    if name not in _open:
+        while len(_open) >= _KEPT:
+            _open.popitem(last=False)[1].close()
+        _open[name] = shared_memory.SharedMemory(name=name)
+    _open.move_to_end(name)
+    return _open[name]
+
+
+def share(result: Any, name: str | None) -> Any:
+    """In a worker: `result` (a dataclass with `parts`: views of tuples of arrays), its arrays moved to block `name`.
+
+    `result` itself where it is small, no block was lent or the block is too small.
+    """
+    places, size = _places(result)
+    if name is None or size < SMALLEST:
         return result
-    try:
-        os.posix_fallocate(block._fd, 0, size)  # a page that is missing later would kill the process
-    except (OSError, AttributeError):
-        block.close()
-        block.unlink()
+    block = _opened(name)
+    if size > block.size:
         return result
+    arrays = (array for view in result.parts for array in view)
     for array, (offset, shape, dtype) in zip(arrays, (p for row in places for p in row), strict=True):
         np.ndarray(shape, dtype, buffer=block.buf, offset=offset)[...] = array
-    block.close()
-    # The receiver removes it, or `discard` does.
-    return Shared(block.name, replace(result, parts=[]), places)
-
-
-def received(message: Any) -> Any:
-    """What `shared` was given; the block is removed, its arrays are copies."""
-    if not isinstance(message, Shared):
-        return message
-    block = shared_memory.SharedMemory(name=message.block)
-    parts = [
-        tuple(np.ndarray(shape, dtype, buffer=block.buf, offset=offset).copy() for offset, shape, dtype in row)
-        for row in message.places
-    ]
-    block.close()
-    block.unlink()
-    return replace(message.result, parts=parts)
-
-
-def discard(flight: Iterable[tuple[Any, Future[Any]]]) -> None:
-    """Free the blocks of results that nobody will take."""
-    for _, future in flight:
-        if future.done() and not future.cancelled() and future.exception() is None:
-            message = future.result()
-            if isinstance(message, Shared):
-                with contextlib.suppress(FileNotFoundError):
-                    block = shared_memory.SharedMemory(name=message.block)
-                    block.close()
-                    block.unlink()
+    return Shared(replace(result, parts=[]), places)

@@ -241,22 +241,23 @@ def _geometry(
     """[N, H, W, C] and the places of T of them -> [C, T, side, side]."""
     height, width = frames.shape[1:3]
     side = _crop_side(settings, rng is None)
-    if rng is None:
-        top, left = (height - side) // 2, (width - side) // 2
-        out = frames[pick, top : top + side, left : left + side]
-    else:
+    top, left, box_height, box_width, mirrored = (height - side) // 2, (width - side) // 2, side, side, False
+    if rng is not None:
         top, left, box_height, box_width = crop_box(height, width, settings, rng)
         mirrored = rng.random() < settings.flip
-        distinct, inverse = np.unique(pick, return_inverse=True)
-        cropped = frames[distinct, top : top + box_height, left : left + box_width]
+    out = np.empty((frames.shape[3], len(pick), side, side), frames.dtype)
+    # Frame by frame, each in the processor's cache from the crop to the planes.
+    for moment, place in enumerate(pick):
+        frame = frames[place, top : top + box_height, left : left + box_width]
         if (box_height, box_width) != (side, side):
-            cropped = np.stack([cv2.resize(x, (side, side), interpolation=cv2.INTER_LINEAR) for x in cropped])
+            frame = cv2.resize(frame, (side, side), interpolation=cv2.INTER_LINEAR)
         if mirrored:
-            cropped = cropped[:, :, ::-1].copy()
-            if isinstance(settings, FlowModality):
-                cropped[..., 0] = 255 - cropped[..., 0]  # what moved to the right now moves to the left
-        out = cropped[inverse]
-    return np.ascontiguousarray(out.transpose(3, 0, 1, 2))
+            frame = cv2.flip(frame, 1)
+        for channel, plane in zip(out, cv2.split(frame), strict=True):
+            channel[moment] = plane
+    if mirrored and isinstance(settings, FlowModality):
+        out[0] = 255 - out[0]  # what moved to the right now moves to the left
+    return out
 
 
 # --- sound ---------------------------------------------------------------------------------------------------------

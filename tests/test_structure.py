@@ -27,6 +27,7 @@ HEIGHT = {
     "settings": 1,
     "plotting": 1,
     "errors": 0,
+    "allocator": 0,
     "console": 0,
     "__init__": 0,
 }

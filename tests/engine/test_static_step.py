@@ -12,7 +12,7 @@ from small import KINDS_ALL, small_batch, small_model
 from mbcd_cli.commands import train as command
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.engine.layout import channels_last, match_layout, weights_channels_last
+from mbcd_cli.engine.layout import channels_last, laid_out_like, match_layout, weights_channels_last
 from mbcd_cli.engine.optimizer import build_optimizer
 from mbcd_cli.engine.randomness import Randomness
 from mbcd_cli.engine.static_step import StaticStep
@@ -114,6 +114,26 @@ def test_gradients_take_the_layout_of_their_weights():
     assert torch.equal(weight.grad, gradient)
     build_optimizer([weight], OptimizerSettings(name="sgd", lr=0.5, weight_decay=0, momentum=0)).step()
     torch.testing.assert_close(weight.data, values - 0.5 * gradient)
+
+
+def test_axes_of_one_place_need_no_copy():
+    weight = torch.nn.Parameter(channels_last(torch.randn(3, 2, 1, 1, 1)))
+    weight.grad = torch.randn(3, 2, 1, 1, 1)
+    where = weight.grad.data_ptr()
+    match_layout(weight)
+    assert weight.grad.stride() == weight.stride()
+    assert weight.grad.data_ptr() == where
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_laid_out_like_keeps_values_and_gradients(last):
+    x = torch.randn(3, 2, 2, 1, 4, requires_grad=True)
+    reference = channels_last(torch.zeros(3, 2, 2, 1, 4)) if last else torch.zeros(3, 2, 2, 1, 4)
+    out = laid_out_like(channels_last(x) if not last else x, reference)
+    assert out.stride() == reference.stride()
+    assert torch.equal(out, x)
+    (gradient,) = torch.autograd.grad((out * x.detach()).sum(), x)
+    assert torch.equal(gradient, x.detach())
 
 
 def test_graphs_are_refused_where_there_is_no_gpu():

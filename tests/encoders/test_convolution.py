@@ -1,0 +1,65 @@
+"""The quick forms of 3-D convolutions compute what torch's own does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mbcd_cli.encoders.convolution import Conv3d
+
+
+def plain(layer: Conv3d, x: torch.Tensor) -> torch.Tensor:
+    """The convolution as defined, in float64."""
+    return F.conv3d(x.double(), layer.weight.double(), None, layer.stride, layer.padding)
+
+
+def gradients(out: torch.Tensor, layer: Conv3d, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).reshape(out.shape)).sum(), (x, layer.weight))
+
+
+def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((value.double() - expected).norm() / expected.norm()).detach())
+
+
+CASES = [
+    ((1, 1, 1), (1, 1, 1)),
+    ((1, 1, 1), (1, 2, 2)),
+    ((3, 1, 1), (1, 1, 1)),
+    ((1, 3, 3), (1, 2, 2)),
+    ((7, 1, 1), (4, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("kernel", "stride"), CASES)
+@pytest.mark.parametrize(("low", "tolerance"), [(False, 1e-5), (True, 2e-2)])
+def test_agrees_with_the_definition(kernel, stride, low, tolerance, last):
+    torch.manual_seed(0)
+    layer = Conv3d(96, 12, kernel, stride, tuple(k // 2 for k in kernel), bias=False)
+    x = torch.randn(2, 96, 4, 3, 3)  # 72 positions, fewer than channels
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        out = layer(x)
+    expected = plain(layer, x)
+    assert out.shape == expected.shape
+    assert relative(out, expected) < tolerance
+    for one, other in zip(gradients(out.float(), layer, x), gradients(expected, layer, x), strict=True):
+        assert relative(one, other) < tolerance
+
+
+def test_float64_and_second_derivatives_pass_through():
+    torch.manual_seed(0)
+    layer = Conv3d(4, 3, (3, 1, 1), 1, (1, 0, 0), bias=False).double()
+    x = torch.randn(1, 4, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(layer(x), plain(layer, x))
+    layer, x = layer.float(), x.detach().float().requires_grad_()
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    y = x.detach().double().requires_grad_()
+    (first,) = torch.autograd.grad(plain(layer, y).square().sum(), y, create_graph=True)
+    (expected,) = torch.autograd.grad(first.square().sum(), y)
+    assert relative(second, expected) < 1e-5

@@ -120,6 +120,9 @@ def test_killed_at_any_write_and_resumed(whole, tmp_path, event):
 @pytest.mark.stress
 def test_killed_at_random_instants_fifty_times(whole, tmp_path):
     rng = random.Random(1)
+    begun = time.monotonic()
+    run_training(tmp_path / "timed")
+    longest = time.monotonic() - begun
     for number in range(50):
         run = tmp_path / f"run{number}"
         while not (run / "done").exists():
@@ -130,7 +133,7 @@ def test_killed_at_random_instants_fifty_times(whole, tmp_path):
                     run_training(run, resume=resume)
                 finally:
                     os._exit(0)
-            time.sleep(rng.uniform(0, 0.6))
+            time.sleep(rng.uniform(0, longest))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         assert_same(run, whole)

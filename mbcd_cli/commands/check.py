@@ -20,7 +20,7 @@ from mbcd_cli.data.decoding import DecodeJob, decode
 from mbcd_cli.data.ranks import free_bytes
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media
-from mbcd_cli.encoders.pretrained import find_weights, sha256_of
+from mbcd_cli.encoders.pretrained import another_file, find_weights, sha256_of
 from mbcd_cli.errors import CheckpointError
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Modality, Settings
@@ -107,7 +107,7 @@ def _modality(
         "files_missing": presence.files_missing,
         "gaps": [
             {"clip": gap.clip, "missing": gap.missing, "expected": gap.expected, "first": gap.first}
-            for gap in presence.gaps[:_SHOWN]
+            for gap in presence.gaps
         ],
         "encoder": modality.encoder,
         "cut": modality.cut,
@@ -151,9 +151,8 @@ def _weights(settings: Settings, modality: Modality) -> tuple[dict[str, Any] | N
     except CheckpointError as error:
         return {"present": False, "message": str(error)}, None
     sha = sha256_of(file)
-    good = not modality.weights_sha256 or sha.startswith(modality.weights_sha256.lower())
-    message = "" if good else f"{file}: its SHA-256 begins with {sha[:8]}, not {modality.weights_sha256}."
-    return {"present": good, "file": str(file), "sha256": sha, "message": message}, sha
+    other = another_file(file, sha, modality.weights_sha256)
+    return {"present": other is None, "file": str(file), "sha256": sha, "message": str(other or "")}, sha
 
 
 def _gflop(name: str, modality: Modality, group: str) -> float:
@@ -239,8 +238,10 @@ def show(report: dict[str, Any]) -> None:
         rows,
     )
     for name, one in report["modalities"].items():
-        for gap in one["gaps"]:
+        for gap in one["gaps"][:_SHOWN]:
             console.say(f"{name}: {gap['clip']} lacks {gap['missing']} of {gap['expected']}, first {gap['first']}")
+        if len(one["gaps"]) > _SHOWN:
+            console.say(f"{name}: ... and {len(one['gaps']) - _SHOWN} more clips (--json lists all of them)")
         if one["weights"] and not one["weights"]["present"]:
             console.warn(f"{name}: {one['weights']['message']}")
     room = "fits" if report["fits"] else "does not fit"
@@ -248,8 +249,23 @@ def show(report: dict[str, Any]) -> None:
         f"To write: {report['bytes_to_write'] / 1e9:.1f} GB, free: {report['free_bytes'] / 1e9:.1f} GB ({room}). "
         f"About {duration(report['seconds'])} on {report['device']} with {report['workers']} decoding workers."
     )
+    if untimed := [name for name, one in report["modalities"].items() if not one["decode_timed_clips"]]:
+        console.say(f"No clip of {', '.join(untimed)} could be timed: a usual decoding time was taken.")
     if report["clips_to_be_rejected"]:
         console.warn(f"{report['clips_to_be_rejected']} clips lack files and would be rejected")
+    lacking = [name for name, one in report["modalities"].items() if one["weights"] and not one["weights"]["present"]]
+    if lacking:
+        console.say(f"error: `prepare` would stop, since it lacks the weights of {', '.join(lacking)}.")
+    if not report["fits"]:
+        console.say(
+            "error: `prepare` would stop, since the cache does not fit. Free some space, name another disk with "
+            "--cache-dir, or store fewer views (--views 1)."
+        )
+    if report["exit_code"] == 3:
+        console.say(
+            "error: `prepare` would end with exit code 3. Mend the files above, or allow that many clips with "
+            f"--max-bad {report['clips_to_be_rejected']}."
+        )
 
 
 def duration(seconds: float) -> str:

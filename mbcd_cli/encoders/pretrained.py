@@ -109,6 +109,16 @@ def sha256_of(file: Path) -> str:
     return digest.hexdigest()
 
 
+def another_file(file: Path, digest: str, expected: str | None) -> CheckpointError | None:
+    """The error that `file` is not the one expected, told by its SHA-256; None where it is, or where any will do."""
+    if not expected or digest.startswith(expected.lower()):
+        return None
+    return CheckpointError(
+        f"{file}: its SHA-256 begins with {digest[: max(len(expected), 8)]}, not {expected}.",
+        "The download is damaged or another file; get it again, or set modalities.NAME.weights_sha256.",
+    )
+
+
 def find_weights(encoder_name: str, weights: Path | None, weights_dir: Path) -> Path:
     """The weights file of an encoder: `weights` in `weights_dir`, by default the published file's name.
 
@@ -228,11 +238,8 @@ def load_pretrained(encoder: StagedEncoder, encoder_name: str, file: Path, *, sh
     if not file.is_file():
         find_weights(encoder_name, Path(file.name), file.parent)
     digest = sha256_of(file)
-    if sha256 and not digest.startswith(sha256.lower()):
-        raise CheckpointError(
-            f"{file}: its SHA-256 begins with {digest[: max(len(sha256), 8)]}, not {sha256}.",
-            "The download is damaged or another file; get it again, or set modalities.NAME.weights_sha256.",
-        )
+    if other := another_file(file, digest, sha256):
+        raise other
     state = _state_dict(_read(file), PUBLIC.get(encoder_name), file)
     ours, ignored, unexpected = translate(state, encoder_name)
     target = {

@@ -71,6 +71,22 @@ def test_missing_files_predict_the_exit_code(tmp_path):
     assert len(run(*arguments, code=3).data["rejected"]) == 1
     shown = run(*(a for a in arguments if a != "--json"), "--check", code=3)
     assert "12 clips, 8 train + 4 test" in shown.stdout
+    assert "alpha_0_0 lacks 1 of 1" in shown.stderr
+    assert "error: `prepare` would end with exit code 3" in shown.stderr
+    assert "--max-bad 1" in shown.stderr
+
+
+def test_every_gap_is_in_the_json_and_the_first_ones_are_shown(tmp_path):
+    root = helpers.write_dataset(tmp_path / "tiny")
+    for path in (root / "video").iterdir():
+        path.unlink()
+    arguments = ("prepare", "manifest", "--root", root, "--cache-dir", tmp_path / "cache", *SETS, "--check")
+    report = run(*arguments, "--json", code=3).data
+    assert len({gap["clip"] for gap in report["modalities"]["video"]["gaps"]}) == 12
+    shown = run(*arguments, code=3).stderr
+    assert shown.count(" lacks 1 of 1, first ") == 5
+    assert "video: ... and 7 more clips" in shown
+    assert "No clip of video could be timed" in shown
 
 
 def test_weights_and_room_are_checked_beforehand(root, tmp_path, monkeypatch):
@@ -78,9 +94,20 @@ def test_weights_and_room_are_checked_beforehand(root, tmp_path, monkeypatch):
     report = check(settings)
     assert report["exit_code"] == 1
     assert not report["modalities"]["video"]["weights"]["present"]
+    sets = ("--set", "modalities.video.cut=layer3", "--modalities", "video")
+    common = ("prepare", "manifest", "--root", root, "--cache-dir", tmp_path / "cache", *SETS, *sets, "--check")
+    shown = run(*common, code=1).stderr
+    assert "error: `prepare` would stop, since it lacks the weights of video." in shown
+    (tmp_path / "own.pth").write_text("another file")
+    own = ("--set", "modalities.video.weights=own.pth", "--set", "modalities.video.weights_sha256=0dd54025")
+    shown = run(*common, *own, "--weights-dir", tmp_path, code=1).stderr
+    assert "own.pth: its SHA-256 begins with" in shown
+    assert "get it again" in shown
     monkeypatch.setattr("mbcd_cli.commands.check.free_bytes", lambda folder: 10)
     report = check(tree(root, tmp_path, "model.modalities=video"))
     assert (report["fits"], report["exit_code"]) == (False, 1)
+    shown = run(*common[:-1], "--random-weights", "--check", code=1).stderr
+    assert "does not fit. Free some space" in " ".join(shown.split())
 
 
 def test_single_missing_frames_are_mended_or_not(tmp_path):
@@ -98,7 +125,10 @@ def test_single_missing_frames_are_mended_or_not(tmp_path):
     for path in (tmp_path / "flow/test/D2/P01_02/v").iterdir():
         path.unlink()
     (tmp_path / "flow/test/D2/P01_02/v").rmdir()
-    assert run(*common, code=3).data["clips_to_be_rejected"] == 2  # a whole direction cannot be mended
+    report = run(*common, code=3).data
+    assert report["clips_to_be_rejected"] == 2  # a whole direction cannot be mended
+    counts = {gap["clip"]: (gap["missing"], gap["expected"]) for gap in report["modalities"]["flow"]["gaps"]}
+    assert set(counts.values()) == {(6, 12), (8, 16)}
 
 
 @epic.needs_tables

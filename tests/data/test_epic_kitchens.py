@@ -200,11 +200,42 @@ def test_one_file_per_clip(tmp_path, nested):
         assert view[0].shape == (2, 3, 32, 32)
 
 
+def test_flow_named_after_the_frames_of_the_video(tmp_path):
+    """Some keep the video clip's own name, D1_P08_01_7_23_1.mp4, for its flow."""
+    root = clip_files(tmp_path)
+    write_tables(tmp_path / "splits")
+    for (domain, split), entries in table_rows().items():
+        for row in entries:
+            start, stop, label = row["start_frame"], row["stop_frame"], row["verb_class"]
+            half = math.ceil(start / 2)
+            folder, name = root / "flow" / split / domain, f"{domain}_{row['video_id']}"
+            for direction in "uv":
+                made = folder / f"{name}_{half}_{half + (stop - start) // 2}_{label}_{direction}.mp4"
+                made.rename(folder / f"{name}_{start}_{stop}_{label}_{direction}.mp4")
+    listing = read_dataset(settings(root), {})
+    assert any(note.startswith("flow: one file per clip") and "12 of 12" in note for note in listing.notes)
+    media = listing.clips[1].media["flow"]
+    assert (media.path.name, media.path_v.name) == ("D1_P08_01_7_23_1_u.mp4", "D1_P08_01_7_23_1_v.mp4")
+
+
+def test_videos_as_epic_kitchens_55_comes(tmp_path):
+    """Both splits are cut from its training videos: videos/train/P08/P08_01.MP4."""
+    made = whole_videos(tmp_path / "made")
+    for _, _, video in recordings():
+        for kind, suffix in (("videos", "MP4"), ("audio", "wav")):
+            target = tmp_path / "EPIC" / "videos" / "train" / video[:3] / f"{video}.{suffix}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (made / video[:3] / kind / f"{video}.{suffix}").rename(target)
+    write_tables(tmp_path / "EPIC" / "splits")
+    listing = read_dataset(settings(tmp_path / "EPIC"), {"video": VIDEO, "audio": AUDIO})
+    assert sum("12 of 12 clips found" in note for note in listing.notes) == 2
+
+
 def test_root_may_be_the_split_folder(tmp_path):
     clip_files(tmp_path / "MM-SADA_Domain_Adaptation_Splits" / "EPIC-mp4")
     splits = write_tables(tmp_path / "MM-SADA_Domain_Adaptation_Splits")
     for root in (tmp_path, splits, splits / "EPIC-mp4"):
-        listing = read_dataset(settings(root, splits=splits if root.name == "EPIC-mp4" else None), {})
+        listing = read_dataset(settings(root), {})
         assert list(listing.modalities) == ["video", "audio", "flow"]
 
 

@@ -174,6 +174,20 @@ def test_training_views_hear_what_they_see(tmp_path):
     assert all(np.isfinite(part).all() for (part,) in heard)
 
 
+def test_sound_may_follow_the_flow(tmp_path):
+    """Where there is no video the protocol cuts the sound by the flow's frames: 19 of them, 4 at interval 3."""
+    write_splits(tmp_path / "HAC_Splits")
+    write_media(tmp_path)
+    sound = FOLLOWING.model_copy(update={"follow": "flow"})
+    listing = read_dataset(settings(tmp_path), {"audio": sound, "flow": FlowModality()})
+    media = listing.clips[0].media["audio"]
+    assert media.clock == listing.clips[0].media["flow"].path
+    (span,) = followed_spans(media, sound, [None], dataset=settings(tmp_path))
+    assert (span.start, span.stop) == (4 / 24, 13 / 24)
+    listing = read_dataset(settings(tmp_path), {"audio": FOLLOWING, "flow": FlowModality()})
+    assert listing.clips[0].media["audio"].clock.parent.name == "videos"
+
+
 def test_preset_holds_the_papers_values():
     presets = Path(__file__).resolve().parents[2] / "presets"
     hac, epic = (

@@ -56,13 +56,15 @@ COLUMNS = (
 )
 
 FRAMES, CLIP_FILES, WHOLE = "frame folders", "one file per clip", "whole videos"
-_CLIP = "{split}/{domain}/{domain}_{video}_{start}_{stop}_{label}.mp4"
+_CLIP_STEM = "{split}/{domain}/{domain}_{video}_{start}_{stop}_{label}"
+_CLIP = f"{_CLIP_STEM}.mp4"
 _FLOW_CLIP = "flow/{split}/{domain}/{domain}_{video}_{flow_start}_{flow_stop}_{label}"
 _WHOLE_FOLDERS = (
     "",
     "videos/",
     "video/",
     "videos/{participant}/",
+    "videos/train/{participant}/",  # both of our splits are cut from the training videos of EPIC-Kitchens-55
     "videos/{split}/{participant}/",
     "video/{split}/{domain}/",
     "{participant}/videos/",
@@ -77,6 +79,8 @@ VIDEO = (
 FLOW = (
     Place(FRAMES, "flow/{split}/{domain}/{video}/u", "flow/{split}/{domain}/{video}/v"),
     Place(CLIP_FILES, f"{_FLOW_CLIP}_u.mp4", f"{_FLOW_CLIP}_v.mp4"),
+    # The same, named after the frames of the video.
+    Place(CLIP_FILES, f"flow/{_CLIP_STEM}_u.mp4", f"flow/{_CLIP_STEM}_v.mp4"),
 )
 AUDIO = tuple(
     Place("one wav per video", f"{folder}{{video}}.wav")

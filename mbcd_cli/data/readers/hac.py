@@ -51,8 +51,9 @@ PLACES = {
 def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
     """The clips of the selected domains; media are looked for, but not opened.
 
-    The sound of a clip carries its video as `clock`, so that its span can follow the frames a view samples
-    (`modalities.audio.follow`). A modality of which nothing at all is on disk is left out with a warning.
+    The sound of a clip carries its video as `clock`, or its flow where `modalities.audio.follow` names that, so that
+    its span can follow the frames a view samples. A modality of which nothing at all is on disk is left out with a
+    warning.
 
     Args:
         dataset: `root`, `splits`, `name`, `domains` and `compute_flow`.
@@ -94,6 +95,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
             f"{root}: no media of the clips in {splits} are there. Looked for:\n{looked}",
             "Name the folder that holds human/, animal/ and cartoon/ with --root.",
         )
+    follows_flow = _follows_flow(asked, found)
     clips = [
         Clip(
             row["id"],
@@ -101,7 +103,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
             row["split"],
             row["label"],
             ACTIONS[row["label"]],
-            {name: _media(kind, found, videos, index, row) for kind, (name, _) in used.items()},
+            {name: _media(kind, found, videos, index, row, follows_flow) for kind, (name, _) in used.items()},
         )
         for index, row in enumerate(rows)
     ]
@@ -117,7 +119,15 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     )
 
 
-def _media(kind: str, found: Mapping[str, Found], videos: Found, index: int, row: Mapping[str, Any]) -> Media:
+def _follows_flow(asked: Mapping[str, tuple[str, Modality]], found: Mapping[str, Found]) -> bool:
+    """Whether the sound's span is told by the flow's frames, as the protocol does where there is no video."""
+    follow = asked["audio"][1].follow if "audio" in asked else None
+    return follow is not None and "flow" in asked and follow == asked["flow"][0] and bool(found["flow"].hits)
+
+
+def _media(
+    kind: str, found: Mapping[str, Found], videos: Found, index: int, row: Mapping[str, Any], follows_flow: bool
+) -> Media:
     video = Path(path_of(videos.places[index], row))
     if kind == "flow" and not found[kind].hits:
         return Media(video, computed=True)
@@ -125,6 +135,8 @@ def _media(kind: str, found: Mapping[str, Found], videos: Found, index: int, row
     path = Path(path_of(place, row))
     if kind == "flow":
         return Media(path, Path(path_of(place, row, second=True)))
+    if kind == "audio" and follows_flow:
+        return Media(path, clock=Path(path_of(found["flow"].places[index], row)))
     return Media(path, clock=video) if kind == "audio" and videos.hits else Media(path)
 
 

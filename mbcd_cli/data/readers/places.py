@@ -134,13 +134,15 @@ def root_of(dataset: DatasetSettings) -> Path:
 def split_folder(dataset: DatasetSettings, root: Path, usual: Sequence[str], names: Sequence[str]) -> Path:
     """The folder of the split tables: `dataset.splits`, or the first usual one that holds any of `names`.
 
+    The root may also be the media folder that lies inside the split folder.
+
     Raises:
         ManifestError: none holds any; the places looked in are listed.
     """
     if dataset.splits is not None:
         folders = [root / dataset.splits, Path(dataset.splits)]
     else:
-        folders = [root, *(root / name for name in usual), *(root.parent / name for name in usual)]
+        folders = [root, *(root / name for name in usual), *(root.parent / name for name in usual), root.parent]
     for folder in dict.fromkeys(folders):
         if any((folder / name).is_file() for name in names):
             return folder

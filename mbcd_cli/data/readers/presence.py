@@ -77,7 +77,10 @@ def _missing(media: Media, disk: Disk) -> tuple[int, int, str]:
         if disk.has(str(path)) and not path.suffix and path.is_dir():
             expected, missing, name = _frames(path, media)
         else:
-            expected, missing, name = 1, int(not disk.has(str(path))), ""
+            # In a folder that is not there all frames are missing.
+            inside = int(media.stop) - int(media.start or 0) if media.unit == "frame" and media.stop is not None else 1
+            there = disk.has(str(path))
+            expected, missing, name = (1, 0, "") if there else (inside, inside, "")
         total += expected
         absent += missing
         if missing and not first:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from mbcd_cli.sweep.plan import TABLES, Cell, paper_domains, parse_grid, parse_m
 from mbcd_cli.sweep.state import progress
 
 LAUNCHERS = ("local", "slurm")
+SHORT_STEP = 0.1
+"""Seconds; the time of a step shorter than that is measured three times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,13 @@ def make_plan(
         )
         return _named(settings, preset)
 
+    for flag, text in (
+        ("--methods", request.methods),
+        ("--targets", request.targets),
+        ("--modality-sets", request.modality_sets),
+    ):
+        if text is not None and not _names(text):
+            raise SettingsError(f"{flag} {text!r} names nothing.", "Write names separated by commas, or leave it out.")
     methods = _names(request.methods) or (table.methods if table else ("erm", "mbcd"))
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
@@ -101,6 +111,8 @@ def make_plan(
     known = tuple(base.modalities) or _prepared_modalities(base)
     protocol = request.protocol or (table.protocol if table else "multi-source")
     targets = _targets(request.targets, base, domains, whole=table is not None or protocol == "in-domain")
+    for text in grid.get("model.modalities", ()):
+        parse_modality_set(text.replace(",", "+"), known, flag="--grid model.modalities=")
     return plan(
         build,
         methods=methods,
@@ -153,7 +165,7 @@ def _seeds(text: str) -> tuple[int, ...]:
         numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         numbers = ()
-    if not numbers or ("," not in text and numbers[0] < 1):
+    if not numbers or min(numbers) < 0 or ("," not in text and numbers[0] < 1):
         raise SettingsError(f"--seeds {text}: no seeds.", "Write how many (3), or the seeds themselves (0,4,7).")
     return numbers if "," in text else tuple(range(numbers[0]))
 
@@ -192,20 +204,34 @@ def _modality_sets(
     return fitting or [own]
 
 
-def measure(cell: Cell) -> float | None:
-    """Seconds of a cell's training from the time of three steps; None where its dataset is not prepared."""
+def measure(cell: Cell, *, jobs: int = 1) -> float | None:
+    """Seconds of a cell's training from the time of three steps; None where its dataset is not prepared.
+
+    With the threads that one of `jobs` processes gets.
+    """
     from mbcd_cli.commands import train
 
     try:
         settings, data = common.open_for_training(cell.settings)
-        return float(train.dry_run(settings, data)["estimated_training_seconds"])
     except CacheError:
         return None
+    threads = running.threads_per_job(jobs, settings.runtime.threads)
+    runtime = settings.runtime.model_copy(update={"threads": threads})
+    settings = settings.model_copy(update={"runtime": runtime})
+    found = train.dry_run(settings, data)
+    # Whatever else the machine does shows in short steps many times over: the best of three tells.
+    again = [train.dry_run(settings, data) for _ in range(2)] if found["step_seconds"] < SHORT_STEP else []
+    return min(float(one["estimated_training_seconds"]) for one in (found, *again))
 
 
 def dry_run(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
-    """The plan with an estimate of its cost; nothing is written."""
-    cost = estimate(cells, measure=measure)
+    """The plan with an estimate of its cost; nothing is written.
+
+    Raises:
+        RunError: less than one job.
+    """
+    _check_jobs(jobs)
+    cost = estimate(cells, measure=partial(measure, jobs=jobs))
     return {
         "cells": [{"name": cell.name, "run": str(cell.folder), "key": cell.key} for cell in cells],
         "states": dict(counts(cells)),
@@ -217,6 +243,11 @@ def dry_run(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
         "disk_bytes": cost.nbytes,
         "estimate": cost,
     }
+
+
+def _check_jobs(jobs: int) -> None:
+    if jobs < 1:
+        raise RunError(f"--jobs {jobs}: at least one process is needed.", "Use --jobs 1.")
 
 
 def show_plan(found: Mapping[str, Any]) -> None:
@@ -277,8 +308,7 @@ def run(
         CacheError: a dataset is not prepared.
         RunError: an unknown launcher, or submitit is missing.
     """
-    if jobs < 1:
-        raise RunError(f"--jobs {jobs}: at least one process is needed.", "Use --jobs 1.")
+    _check_jobs(jobs)
     if launcher not in LAUNCHERS:
         raise RunError(f"There is no launcher {launcher!r}.", f"Use one of {', '.join(LAUNCHERS)}.")
     check_prepared(cells)
@@ -398,15 +428,20 @@ def collect(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Print what `collect` returned."""
+    """Print what `collect` returned; a table whose rows a joint one has already is in the files only."""
+    tables = [from_values(table) for table in found["tables"]]
+    joint = [table for table in tables if table.columns[:2] == ["modalities", "method"] and "all-" in table.name]
+    told = {table.name.rpartition("all-")[2] for table in joint}
+    tables = [table for table in tables if table in joint or not table.name.endswith(tuple(f"-{one}" for one in told))]
     files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
-    print_comparison([from_values(table) for table in found["tables"]], files, found["warnings"])
+    print_comparison([replace(table, rows=table.shown()) for table in tables], files, found["warnings"])
 
 
 def title_of(request: Request, cells: Sequence[Cell]) -> str:
     """The page's title: the dataset and the table, or what is varied."""
     names = list(dict.fromkeys(str(cell.settings.dataset.name) for cell in cells))
-    what = f"table {request.table}: {TABLES[request.table].title}" if request.table else "sweep"
+    methods = ", ".join(dict.fromkeys(cell.method for cell in cells))
+    what = f"table {request.table}: {TABLES[request.table].title}" if request.table else f"sweep of {methods}"
     axes = ", ".join(text.split("=")[0] for text in request.grid)
     return f"{', '.join(names)}, {what}" + (f" over {axes}" if axes else "")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from importlib import resources
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -178,14 +178,27 @@ def paper() -> dict[str, list[dict[str, Any]]]:
 
 
 def paper_rows(table: str, dataset: str, modalities: Sequence[str], columns: Sequence[str]) -> list[list[str | Cell]]:
-    """The paper's rows for the same dataset and modalities; none where the setting does not match."""
+    """The paper's rows for the same dataset and modalities; none where the setting does not match.
+
+    Its averages are over all domains (or ordered pairs): they are left out where `columns` are fewer or others.
+    """
     rows: list[list[str | Cell]] = []
+    whole = set(columns) == _paper_columns(table, dataset)
     for entry in paper().get(table, []):
         if dataset in entry and set(entry["modalities"]) == set(modalities):
             figures = entry[dataset]
-            cells = [Cell(figures.get(column)) for column in columns]
-            rows.append([f"{entry['method']} (paper)", *cells, Cell(figures.get("average"))])
+            cells = [Cell(figures.get(column)) for column in (*columns, *(["average"] if whole else []))]
+            if any(cell.value is not None for cell in cells):
+                rows.append([f"{entry['method']} (paper)", *cells, *([] if whole else [Cell(None)])])
     return rows
+
+
+def _paper_columns(table: str, dataset: str) -> set[str]:
+    """What the paper's average in one of its tables is over."""
+    domains = [name for name in paper()["multi_source"][0].get(dataset, {}) if name != "average"]
+    if table == "single_source":
+        return {f"{source} to {target}" for source, target in permutations(domains, 2)}
+    return set(domains)
 
 
 def _comparable(dataset: str, columns: Sequence[str]) -> bool:
@@ -213,6 +226,12 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
     paper_sets = [set(entry["modalities"]) for entry in paper()["multi_source"]]
     for setting, group in _grouped(runs, lambda r: r.setting):
         datasets = sorted({run.dataset for run in group})
+        if len(datasets) > 2:
+            # Too wide to read: a table each, where a dataset has several sets of modalities.
+            for dataset in datasets:
+                own = joint_tables([run for run in group if run.dataset == dataset])
+                tables += [replace(table, name=f"{dataset}-{table.name}") for table in own]
+            continue
         sets = sorted({run.modalities for run in group}, key=lambda m: (len(m), m))
         sets.sort(key=lambda m: paper_sets.index(set(m)) if set(m) in paper_sets else len(paper_sets))
         if len(datasets) == len(sets) == 1:
@@ -243,7 +262,8 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
             rows += [["+".join(modalities), *row] for row in block]
         header = [f"{d}: {c}" if len(datasets) > 1 else c for d in datasets for c in [*columns[d], "average"]]
         title = f"{' and '.join(datasets)}, {setting}: top-1 accuracy (%) by modalities"
-        tables.append(Table(f"all-{setting}", title, ["modalities", "method", *header], rows, _seeds(group)))
+        names = ["modalities", "method", *header]
+        tables.append(Table(f"all-{setting}", title, names, rows, _seeds(group), blocks=True))
     return tables
 
 
@@ -304,16 +324,12 @@ def modality_tables(runs: Sequence[Run]) -> list[Table]:
                     averages(tested, columns, "in-domain"),
                 ]
             )
-        reference: list[list[str | Cell]] = []
-        if setting == "multi-source" and _comparable(dataset, columns):
-            blank = [Cell(None)] * (1 + len(modalities))
-            reference = [[row[0], *blank, row[-1]] for row in paper_rows("in_domain", dataset, modalities, ())]
         tables.append(
             Table(
                 f"{dataset}-{'-'.join(modalities)}-{setting}-modalities",
                 f"{dataset}, {'+'.join(modalities)}, {setting}: by head, average over targets (%)",
                 ["method", "fused", *modalities, "in-domain"],
-                [*marked(rows), *reference],
+                marked(rows),
                 "In-domain is the fused accuracy on the source domains' test split.",
             )
         )
@@ -383,10 +399,12 @@ def significance_tables(runs: Sequence[Run]) -> list[Table]:
             tables.append(
                 Table(
                     f"{dataset}-{'-'.join(modalities)}-{setting}-significance",
-                    f"{dataset}, {'+'.join(modalities)}, {setting}: paired over targets and seeds",
+                    f"{dataset}, {'+'.join(modalities)}, {setting}: significance, paired over targets and seeds",
                     ["methods", "pairs", "difference (points)", "p (sign flips)", "p (t-test)"],
                     rows,
-                    "With n pairs the sign-flip test cannot give less than 2 / 2^n.",
+                    "Difference of top-1, the first minus the second. p: chance of one at least as large if both were "
+                    "equal and all pairs independent, not corrected for the number of rows. With n pairs the sign-flip "
+                    "test cannot give less than 2 / 2^n.",
                 )
             )
     return tables

@@ -23,14 +23,22 @@ _TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 def table_html(table: Table) -> str:
     """A table with its title and note."""
 
-    def cell(value: str | Cell, tag: str = "td") -> str:
+    def style(column: int) -> str:
+        return ' style="text-align: left"' if table.blocks and column == 1 else ""
+
+    def cell(value: str | Cell, column: int) -> str:
         text = escape(plain(value))
         if isinstance(value, Cell) and value.best:
             text = f"<strong>{text}</strong>"
-        return f"<{tag}>{text}</{tag}>"
+        return f"<td{style(column)}>{text}</td>"
 
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
-    rows = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in table.rows)
+    def line(index: int, row: Sequence[str | Cell]) -> str:
+        cells = "".join(cell(value, column) for column, value in enumerate(row))
+        rule = ' style="border-top: 2px solid var(--rule)"' if table.starts(index) else ""
+        return f"<tr{rule}>{cells}</tr>\n"
+
+    head = "".join(f'<th scope="col"{style(i)}>{escape(column)}</th>' for i, column in enumerate(table.columns))
+    rows = "".join(line(index, row) for index, row in enumerate(table.shown()))
     note = f'<p class="soft">{escape(table.note)}</p>' if table.note else ""
     return (
         f"<h3>{escape(table.title)}</h3>\n"
@@ -46,8 +54,11 @@ def figure_html(path: Path, caption: str) -> str:
     # A PNG's width and height stand at bytes 16 to 24; panels side by side need the page's whole width.
     width, height = int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
     wide = path.suffix == ".png" and (width > 1.7 * height or width > 1150)
+    # Not larger than drawn: a wide title would blow up a small plot.
+    size = f' style="max-width: {width}px; margin: 0 auto"' if path.suffix == ".png" else ""
     return (
-        f'<figure{" class=wide" if wide else ""}><img alt="{text}" src="data:{_TYPES[path.suffix]};base64,{data}">'
+        f"<figure{' class=wide' if wide else ''}>"
+        f'<img{size} alt="{text}" src="data:{_TYPES[path.suffix]};base64,{data}">'
         f"<figcaption>{text}</figcaption></figure>\n"
     )
 
@@ -192,6 +203,10 @@ def write_comparison(
     Raises:
         RunError: it cannot be written.
     """
-    lead = "".join(f'<div class="warning">{escape(w)}</div>' for w in warnings)
+    lead = (
+        "<p>Top-1 accuracy of every run's deployed model on its target, in percent. "
+        "± is the standard deviation over seeds, bold the best of ours in a column.</p>\n"
+    )
+    lead += "".join(f'<div class="warning">{escape(w)}</div>' for w in warnings)
     parts = {"Tables": "".join(map(table_html, tables)), "Plots": gallery((files or {}).items()), **(sections or {})}
     return _write(page(title, parts, lead=lead), path)

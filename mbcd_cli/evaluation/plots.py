@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,7 @@ def plot_methods(table: Table, path: Path) -> Path:
         )
     ax.set_xticks(range(len(columns)), columns)
     ax.grid(axis="x", visible=False)
-    ax.set(ylim=(0, 100), ylabel="top-1 accuracy", title=table.title)
+    ax.set(ylim=(0, 100), ylabel="top-1 accuracy", title=fill(table.title, 64, break_long_words=False))
     ax.yaxis.set_major_formatter(PercentFormatter())
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return save(fig, path)
@@ -141,7 +142,7 @@ def plot_lines(
             textcoords="offset points",
             fontsize=8,
         )
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=fill(title, 64, break_long_words=False))
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter())
     if whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -48,6 +49,7 @@ class Table:
     Attributes:
         name: short, for file names.
         note: a sentence under the table, or empty.
+        blocks: consecutive rows of one first cell belong together, and it is written once per block.
     """
 
     name: str
@@ -55,6 +57,17 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Cell]] = field(default_factory=list)
     note: str = ""
+    blocks: bool = False
+
+    def starts(self, index: int) -> bool:
+        """Whether the index-th row begins a block (False for the first one)."""
+        return self.blocks and index > 0 and self.rows[index][0] != self.rows[index - 1][0]
+
+    def shown(self) -> list[list[str | Cell]]:
+        """The rows as they are read: a block's name in its first row only."""
+        return [
+            ["", *row[1:]] if self.blocks and i and not self.starts(i) else list(row) for i, row in enumerate(self.rows)
+        ]
 
 
 def plain(cell: str | Cell) -> str:
@@ -70,7 +83,7 @@ def as_values(table: Table) -> dict[str, Any]:
 def from_values(values: Mapping[str, Any]) -> Table:
     """The table that `as_values` described."""
     rows = [[Cell(**cell) if isinstance(cell, dict) else cell for cell in row] for row in values["rows"]]
-    return Table(values["name"], values["title"], values["columns"], rows, values["note"])
+    return Table(values["name"], values["title"], values["columns"], rows, values["note"], values.get("blocks", False))
 
 
 def markdown(table: Table) -> str:
@@ -85,7 +98,7 @@ def markdown(table: Table) -> str:
 
     rule = ["---", *["---:"] * (len(table.columns) - 1)]
     lines = [f"### {table.title}", "", line(table.columns), line(rule)]
-    lines += [line([cell(value) for value in row]) for row in table.rows]
+    lines += [line([cell(value) for value in row]) for row in table.shown()]
     if table.note:
         lines += ["", table.note]
     return "\n".join(lines) + "\n"
@@ -126,8 +139,13 @@ _LATEX = str.maketrans(
         "^": r"\textasciicircum{}",
         "\\": r"\textbackslash{}",
         "±": r"$\pm$",
+        "<": "$<$",
+        ">": "$>$",
     }
 )
+
+
+_SIGNED = re.compile(r"[+-]\d+(\.\d+)?")
 
 
 def latex(table: Table) -> str:
@@ -135,22 +153,24 @@ def latex(table: Table) -> str:
 
     def cell(value: str | Cell) -> str:
         if isinstance(value, str):
-            return value.translate(_LATEX)
+            return f"${value}$" if _SIGNED.fullmatch(value) else value.translate(_LATEX)
         if value.value is None:
             return "--"
         text = f"\\textbf{{{value.value:.2f}}}" if value.best else f"{value.value:.2f}"
         return text if value.std is None else f"{text}\\,{{\\scriptsize$\\pm${value.std:.2f}}}"
 
+    rows = [" & ".join(cell(value) for value in row) + r" \\" for row in table.shown()]
     lines = [
+        "% Needs \\usepackage{booktabs}.",
         r"\begin{table}[t]",
         r"\centering",
         f"\\caption{{{f'{table.title}. {table.note}'.strip().translate(_LATEX)}}}",
         f"\\label{{tab:{table.name}}}",
-        f"\\begin{{tabular}}{{l{'c' * (len(table.columns) - 1)}}}",
+        f"\\begin{{tabular}}{{{'ll' if table.blocks else 'l'}{'c' * (len(table.columns) - 1 - table.blocks)}}}",
         r"\toprule",
         " & ".join(c.translate(_LATEX) for c in table.columns) + r" \\",
         r"\midrule",
-        *(" & ".join(cell(value) for value in row) + r" \\" for row in table.rows),
+        *(f"\\midrule\n{row}" if table.starts(i) else row for i, row in enumerate(rows)),
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table}",

@@ -12,6 +12,8 @@ from urllib.parse import quote
 
 import numpy as np
 
+from mbcd_cli.data.records import modality_order
+from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation import plots
 from mbcd_cli.evaluation.compare import Run, averages, compare, load_run, marked, order_methods
 from mbcd_cli.evaluation.history import accuracy_history
@@ -31,7 +33,13 @@ def load(cells: Sequence[Cell]) -> tuple[list[Pair], list[str]]:
     for cell in cells:
         now = state(cell.folder)
         if now == "done":
-            pairs.append((cell, replace(load_run(cell.folder), method=cell.label())))
+            try:
+                pairs.append((cell, _load(cell)))
+            except RunError as error:
+                notes.append(
+                    f"{cell.name} is left out: {error.message} Delete {cell.folder / 'results.json'} and run the sweep "
+                    "again: it evaluates that run once more."
+                )
         elif now == "failed":
             error = (read_failure(cell.folder) or {}).get("error", "unknown").splitlines()[0]
             notes.append(f"{cell.name} failed: {error}")
@@ -39,7 +47,39 @@ def load(cells: Sequence[Cell]) -> tuple[list[Pair], list[str]]:
             open_cells += 1
     if open_cells:
         notes.append(f"{open_cells} of {len(cells)} runs are not finished: means are over those that are.")
-    return pairs, notes
+    return pairs, [*notes, *_caches(pairs)]
+
+
+def _load(cell: Cell) -> Run:
+    run = load_run(cell.folder)
+    training = cell.settings.training
+    if (run.dataset, run.method, run.target, run.seed) != (
+        cell.settings.dataset.name,
+        training.method,
+        training.target_domain,
+        training.seed,
+    ):
+        raise RunError(
+            f"{cell.folder / 'results.json'} tells of another run ({run.dataset}, {run.method}, target {run.target}, "
+            f"seed {run.seed}).",
+            "Evaluate that run again.",
+        )
+    return replace(run, method=cell.label())
+
+
+def _caches(pairs: Sequence[Pair]) -> list[str]:
+    """A warning per dataset and modality whose runs saw different caches: it was prepared from other data meanwhile."""
+    seen: dict[tuple[str, str], set[str]] = {}
+    for _, run in pairs:
+        for name in run.modalities:
+            if found := run.provenance.get(f"{name} cache"):
+                seen.setdefault((run.dataset, name), set()).add(found)
+    return [
+        f"Runs of {dataset} saw {len(found)} different caches of {name} ({', '.join(sorted(found))}): do not compare "
+        "them. Give the changed dataset a name of its own, or train again with another --runs-dir."
+        for (dataset, name), found in seen.items()
+        if len(found) > 1
+    ]
 
 
 def tables(pairs: Sequence[Pair]) -> list[Table]:
@@ -81,7 +121,7 @@ def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
                 Table(
                     "-".join([*names, short]).replace("+", "-"),
                     f"{where}: top-1 accuracy (%) by {axis}, average over targets",
-                    ["method", *values],
+                    ["method", *(v.replace(",", "+") if axis == "model.modalities" else v for v in values)],
                     marked(rows),
                     "Mean and standard deviation over seeds of the average over targets.",
                 )
@@ -90,28 +130,41 @@ def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
 
 
 def balance_tables(pairs: Sequence[Pair]) -> list[Table]:
-    """Per dataset and modalities: r_k and p_k of Eq. 3-4 in training, per row and modality; mean over all its runs."""
-    groups: dict[tuple, dict[str, list[dict[str, Any]]]] = {}
+    """Per dataset: r_k and p_k of Eq. 3-4 in training, per row and modality; mean over all its runs.
+
+    Several sets of modalities are blocks of one table, so that it tells how both behave as M grows.
+    """
+    groups: dict[str, dict[tuple[str, ...], dict[str, list[dict[str, Any]]]]] = {}
     for cell, run in pairs:
         if cell.settings.objective.dropout.strategy == "none":
             continue
         found = balance(run.path)
         if found:
-            groups.setdefault((run.dataset, run.modalities), {}).setdefault(run.method, []).append(found)
+            by_set = groups.setdefault(run.dataset, {})
+            by_set.setdefault(run.modalities, {}).setdefault(run.method, []).append(found)
     out = []
-    for (dataset, modalities), by_label in sorted(groups.items()):
+    for dataset, by_set in sorted(groups.items()):
+        several = len(by_set) > 1
+        names = modality_order(dict.fromkeys(name for modalities in by_set for name in modalities))
         rows: list[list[str | Figure]] = []
-        for label in order_methods(by_label):
-            for what, scale in (("r", 1.0), ("p", 100.0)):
-                cells = [Figure.over([scale * found[m][what] for found in by_label[label]]) for m in modalities]
-                rows.append([f"{label}: {'r_k' if what == 'r' else 'drop rate (%)'}", *cells])
+        for modalities, by_label in by_set.items():
+            block = ["+".join(modalities)] if several else []
+            for label in order_methods(by_label):
+                for what, scale in (("r", 1.0), ("p", 100.0)):
+                    cells = [
+                        Figure.over([scale * found[m][what] for found in by_label[label] if m in found]) for m in names
+                    ]
+                    rows.append([*block, f"{label}: {'r_k' if what == 'r' else 'drop rate (%)'}", *cells])
+        where = dataset if several else f"{dataset}, {'+'.join(names)}"
         out.append(
             Table(
-                f"{dataset}-{'-'.join(modalities)}-balance",
-                f"{dataset}, {'+'.join(modalities)}: dominance r_k and drop rate p_k over training",
-                ["method", *modalities],
+                f"{where.replace(', ', '-').replace('+', '-')}-balance",
+                f"{where}: dominance r_k and drop rate p_k over training",
+                [*(["modalities"] if several else []), "method", *names],
                 rows,
+                "r_k over 1: more confident than the others on average (Eq. 3), dropped at the rate p_k (Eq. 4). "
                 "Mean over all steps; spread over targets and seeds.",
+                blocks=several,
             )
         )
     return out
@@ -167,13 +220,23 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def links(cells: Sequence[Cell], output: Path) -> str:
-    """HTML list of all runs: a link to the report where there is one, the state otherwise."""
+    """HTML list of all runs: a link to the report where there is one, else to the folder; the state if not done."""
+    states = {cell.key: state(cell.folder) for cell in cells}
 
     def line(cell: Cell) -> str:
         report = cell.folder / "report.html"
-        name = escape(cell.name)
-        if not report.is_file():
-            return f"<li>{name} ({state(cell.folder)})</li>"
-        return f'<li><a href="{escape(quote(relpath(report, output)))}">{name}</a></li>'
+        there = report if report.is_file() else cell.folder
+        text = escape(cell.name)
+        if there.exists():
+            slash = "" if there is report else "/"
+            text = f'<a href="{escape(quote(relpath(there, output)))}{slash}">{text}</a>'
+        now = states[cell.key]
+        if now == "failed":
+            now += f": {(read_failure(cell.folder) or {}).get('error', 'unknown')}"
+        return f"<li>{text}{'' if now == 'done' else f' ({escape(now)})'}</li>"
 
-    return f"<ul>{''.join(map(line, cells))}</ul>\n"
+    done = sum(now == "done" for now in states.values())
+    return (
+        f"<p>{done} of {len(cells)} done. A link leads to the run's report, or to its folder where none was written "
+        f"(mbcd evaluate --run RUN writes it).</p>\n<ul>{''.join(map(line, cells))}</ul>\n"
+    )

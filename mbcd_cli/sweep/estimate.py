@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.engine.run_folder import DONE
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.model import build_model
@@ -54,20 +55,22 @@ def estimate(cells: Sequence[Cell], *, measure: Callable[[Cell], float | None]) 
         if (seconds := _seconds(cell.folder)) is not None:
             finished.setdefault(group(cell), []).append(seconds)
     seconds: dict[tuple, float | None] = {}
-    tried = False
+    tried = told = False
     for cell in left:
         key = group(cell)
         if key not in seconds:
             known = finished.get(key)
             seconds[key] = sum(known) / len(known) if known else measure(cell)
             tried |= not known and seconds[key] is not None
+            told |= bool(known)
     total = [seconds[group(cell)] for cell in left]
     if not left:
         basis = "nothing is left to do"
     elif None in total:
         basis = "prepare the dataset first, or finish one run of each kind"
     elif tried:
-        basis = "from the time of single steps (without validation and evaluation), and finished runs"
+        basis = "from the time of single steps, without validation and evaluation"
+        basis += "; and from finished runs" if told else ""
     else:
         basis = "from finished runs (training with validation)"
     sizes = _sizes(cells, left)
@@ -102,16 +105,17 @@ def _sizes(cells: Sequence[Cell], left: Sequence[Cell]) -> int | None:
 def checkpoint_bytes(cell: Cell) -> int | None:
     """Bytes of a run's two checkpoints: weights (and the teacher's) twice, Adam's two moments once.
 
-    None where the shapes are not known before `prepare` (array modalities, or modalities only the data tells).
+    None where only `prepare` tells the shapes (array modalities, a dataset without fixed classes) and it has not run.
     """
     settings = cell.settings
     names = settings.model.modalities
-    if settings.dataset.classes is None or any(name not in settings.modalities for name in names):
-        return None
+    chosen, classes = {name: settings.modalities.get(name) for name in names}, settings.dataset.classes
     try:
+        if not names or classes is None or any(one is None or one.kind == "array" for one in chosen.values()):
+            data = open_dataset(settings, name=str(settings.dataset.name), modalities=names)
+            chosen, classes = dict(data.modalities), len(data.label_names)
         with torch.device("meta"):
-            chosen = {name: settings.modalities[name] for name in names}
-            model = build_model(chosen, settings=settings.model, classes=settings.dataset.classes)
+            model = build_model(chosen, settings=settings.model, classes=classes)
     except MbcdError:
         return None
     weights = sum(value.numel() for value in model.state_dict().values())

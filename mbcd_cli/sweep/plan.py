@@ -142,6 +142,11 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
             raise SettingsError(f"--grid {text}: not a grid axis.", "Write --grid part.field=value1,value2.")
         if key in _FLAGS:
             raise SettingsError(f"--grid {text}: {key} has its own flag.", f"Use {_FLAGS[key]}.")
+        if key.startswith(FREE):
+            raise SettingsError(
+                f"--grid {text}: no weight depends on {key}, all its values are one run.",
+                f"Use --set {key}=VALUE, or vary a setting of training.",
+            )
         if key in grid:
             raise SettingsError(f"--grid {key} is given twice.", "Name all its values in one --grid.")
         listed = parse_value(values) if values.startswith("[") else None
@@ -183,7 +188,7 @@ def splits(protocol: str, domains: Sequence[str], targets: Sequence[str]) -> lis
     return [(tuple(d for d in domains if d != target), target) for target in domains if target in targets]
 
 
-def parse_modality_set(text: str, known: Sequence[str]) -> tuple[str, ...]:
+def parse_modality_set(text: str, known: Sequence[str], *, flag: str = "--modality-sets ") -> tuple[str, ...]:
     """`va` or `video+audio` -> (video, audio), in fusion order.
 
     Raises:
@@ -196,7 +201,7 @@ def parse_modality_set(text: str, known: Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in names if name not in known]
     if unknown or len(set(names)) != len(names):
         raise SettingsError(
-            f"--modality-sets {text}: not a set of this dataset's modalities.",
+            f"{flag}{text}: not a set of this dataset's modalities.",
             f"They are {', '.join(known)}; join them with +, or write letters such as va,af.",
         )
     ordered = [name for name in known if name in names]

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -159,7 +159,30 @@ def test_single_source_and_in_domain_runs_have_their_own_tables(tmp_path):
     assert list(single.columns[1:]) == ["animal to human", "human to animal", "average"]
     assert rows_of(single)["mbcd"][-1].value == pytest.approx(55)
     assert rows_of(single)["mbcd"][-1].std is None
-    assert rows_of(single)["MBCD (paper)"][-1].value == 64.48
+    assert "MBCD (paper)" not in rows_of(single), "the paper's average is over six pairs"
+    for source, target in permutations(("human", "animal", "cartoon"), 2):
+        write_run(tmp_path / "six", **common, target=target, sources=[source], top1=50)
+    done, _ = c.find_runs([str(tmp_path / "six" / "*")])
+    (six,) = c.main_tables([c.load_run(f) for f in done])
+    assert [cell.value for cell in rows_of(six)["MBCD (paper)"]] == [None] * 6 + [64.48]
+
+
+def test_the_papers_average_stands_beside_ours_over_the_same_targets_only(tmp_path):
+    grid(tmp_path)
+    done, _ = c.find_runs([str(tmp_path / "**")])
+    rows = rows_of(c.main_tables([run for run in map(c.load_run, done) if run.target != "D3"])[0])
+    assert [cell.value for cell in rows["MBCD (paper)"]] == [59.25, 68.05, None]
+    assert not any("ablation" in name for name in rows)
+
+
+def test_more_than_two_datasets_are_not_put_side_by_side(tmp_path):
+    for dataset in "xyz":
+        grid(tmp_path / dataset, dataset=dataset, seeds=(0,))
+    grid(tmp_path / "again", dataset="z", modalities=("video",), seeds=(0,))
+    done, _ = c.find_runs([str(tmp_path / "**")])
+    (table,) = c.joint_tables([c.load_run(f) for f in done])
+    assert table.name == "z-all-multi-source"
+    assert list(table.columns) == ["modalities", "method", "D1", "D2", "D3", "average"]
 
 
 def test_a_missing_target_leaves_the_average_empty_and_repeats_are_left_out(tmp_path):
@@ -236,12 +259,25 @@ def test_golden_tables():
         ["a|b", "60.0000", "0.5000", "61.2340"],
     ]
     assert t.latex(TABLE) == (
+        "% Needs \\usepackage{booktabs}.\n"
         "\\begin{table}[t]\n\\centering\n\\caption{A 100 \\% table. A note.}\n\\label{tab:x-y}\n"
         "\\begin{tabular}{lcc}\n\\toprule\nmethod & D\\_1 & avg \\\\\n\\midrule\n"
         "erm \\& co & 50.00\\,{\\scriptsize$\\pm$1.25} & -- \\\\\n"
         "a|b & \\textbf{60.00}\\,{\\scriptsize$\\pm$0.50} & \\textbf{61.23} \\\\\n"
         "\\bottomrule\n\\end{tabular}\n\\end{table}\n"
     )
+
+
+def test_blocks_name_themselves_once_and_p_values_survive_latex():
+    rows = [["va", "erm", "+1.50", "<0.001"], ["va", "mbcd", "-2", "0.5"], ["af", "erm", "-", "0.5"]]
+    table = t.Table("x", "t", ["modalities", "method", "d", "p"], rows, blocks=True)
+    assert [row[0] for row in table.shown()] == ["va", "", "af"]
+    assert "| va | erm | +1.50 | <0.001 |\n|  | mbcd |" in t.markdown(table)
+    assert t.comma_separated(table).splitlines()[2].startswith("va,mbcd")
+    latex = t.latex(table)
+    assert "\\begin{tabular}{llcc}" in latex
+    assert "va & erm & $+1.50$ & $<$0.001 \\\\\n & mbcd & $-2$ & 0.5 \\\\\n\\midrule\naf & erm & - &" in latex
+    assert t.from_values(t.as_values(table)) == table
 
 
 def test_comparison_command_writes_every_form(tmp_path, capsys, monkeypatch):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sweep_cases import finish, plan_of
 
-from mbcd_cli.commands.sweep import collect, report_failures
+from mbcd_cli.commands.sweep import collect, report_failures, show
 from mbcd_cli.errors import RunError
-from mbcd_cli.sweep.collect import axis_tables, balance, load
+from mbcd_cli.sweep.collect import axis_tables, balance, balance_tables, links, load
 from mbcd_cli.sweep.state import beside
 
 BETAS = ("0.9", "0.99", "0.999")
@@ -99,6 +99,68 @@ def test_what_is_missing_is_said(grid, tmp_path):
     found = collect(grid, output=tmp_path / "out", title="t")
     assert f"{grid[1].name} failed: disk full" in found["warnings"]
     assert any("1 of 36 runs are not finished" in note for note in found["warnings"])
+
+
+def test_a_run_that_cannot_be_read_is_left_out_and_named(grid, tmp_path):
+    path, other = grid[0].folder / "results.json", grid[1].folder / "results.json"
+    path.write_text("{broken")
+    other.write_text(json.dumps({**json.loads(other.read_text()), "dataset": "another"}))
+    pairs, notes = load(grid)
+    assert len(pairs) == len(grid) - 2
+    assert f"{grid[0].name} is left out" in notes[0]
+    assert f"Delete {path} and run the sweep again" in notes[0]
+    assert "tells of another run (another, ema" in notes[1]
+    beside(grid[2].folder, "lock").touch()  # a lock that nobody holds any more
+    collect(grid, output=tmp_path / "out", title="t")
+    assert "is left out" in (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_runs_on_different_caches_of_one_dataset_are_a_warning(grid):
+    for cell, key in zip(grid, ["one"] + ["two"] * 99, strict=False):
+        path = cell.folder / "results.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "provenance": {"audio cache": key}}))
+    _, (note,) = load(grid)
+    assert "2 different caches of audio (one, two)" in note
+
+
+def test_dominance_over_sets_of_modalities_is_one_table(tmp_path):
+    sets = '["m1,m2", "m1,m2,m3,m4"]'
+    cells = plan_of("synthetic-4", runs=tmp_path, targets="all", methods="mbcd", grid=(f"model.modalities={sets}",))
+    for cell in cells:
+        names = cell.settings.model.modalities
+        figures = {name: {"r": len(names) - i, "p": 0.1 * i, "s": 1.0} for i, name in enumerate(names)}
+        finish(cell, top1=0.5, steps=[{"steps": 1, "modalities": figures}])
+    pairs, _ = load(cells)
+    assert axis_tables(pairs)[0].columns[1:] == ["m1+m2", "m1+m2+m3+m4"]
+    (table,) = balance_tables(pairs)
+    assert list(table.columns) == ["modalities", "method", "m1", "m2", "m3", "m4"]
+    rows = [[*row[:2], *(cell.value for cell in row[2:])] for row in table.rows]
+    assert rows == [
+        ["m1+m2", "mbcd: r_k", 2, 1, None, None],
+        ["m1+m2", "mbcd: drop rate (%)", 0, 10, None, None],
+        ["m1+m2+m3+m4", "mbcd: r_k", 4, 3, 2, 1],
+        ["m1+m2+m3+m4", "mbcd: drop rate (%)", 0, 10, 20, pytest.approx(30)],
+    ]
+
+
+def test_runs_without_reports_are_linked_by_their_folders_and_failures_told(grid, tmp_path):
+    (grid[1].folder / "results.json").unlink()
+    beside(grid[1].folder, "failed").write_text(json.dumps({"error": "disk <full>", "remedy": ""}))
+    page = links(grid, tmp_path / "out")
+    assert f'href="../runs/hac/{grid[0].folder.name}/"' in page
+    assert "(failed: disk &lt;full&gt;)" in page
+    assert f"{len(grid) - 1} of {len(grid)} done" in page
+
+
+def test_the_terminal_shows_rows_once(tmp_path, capsys):
+    cells = plan_of("hac", runs=tmp_path / "runs", table=1, seeds="1")
+    for cell in cells:
+        finish(cell, top1=0.5)
+    show(collect(cells, output=tmp_path / "out", title="t"))
+    shown = capsys.readouterr().out
+    assert "hac, multi-source: top-1 accuracy (%) by modalities" in shown
+    assert "hac, audio+flow, multi-source: top-1" not in shown
+    assert (tmp_path / "out" / "hac-audio-flow-multi-source.csv").is_file()
 
 
 def test_nothing_finished_is_an_error(tmp_path):

@@ -155,7 +155,14 @@ def test_a_grid_over_modalities_replaces_their_sets():
         ({"seeds": "0"}, "no seeds"),
         ({"seeds": "a,b"}, "no seeds"),
         ({"protocol": "leave-one-out"}, "no protocol"),
+        ({"seeds": "-1,2"}, "no seeds"),
+        ({"methods": ","}, "names nothing"),
+        ({"targets": ""}, "names nothing"),
+        ({"modality_sets": " "}, "names nothing"),
         ({"grid": ("objective.teacher.bta=1",)}, "no such setting"),
+        ({"grid": ("objective.teacher.beta=0.9,high",)}, "objective.teacher.beta"),
+        ({"grid": ("runtime.threads=1,2",)}, "no weight depends on runtime.threads"),
+        ({"grid": ('model.modalities=["video,smell"]',)}, "not a set of this dataset's modalities"),
     ],
 )
 def test_wrong_requests_say_what_is_wrong(request_, words):

@@ -15,6 +15,7 @@ from mbcd_cli.cli import app
 from mbcd_cli.commands import common, train
 from mbcd_cli.commands.sweep import dry_run
 from mbcd_cli.commands.sweep_cell import run_cell
+from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.results import read_records
 from mbcd_cli.layers import to_toml
 from mbcd_cli.runtime import configure
@@ -103,6 +104,9 @@ def test_dry_run_times_steps_and_writes_nothing(cache, tmp_path):
     assert found["left"] == 2
     assert found["seconds"] == pytest.approx(found["seconds_one_after_another"] / 2)
     assert 0 < found["seconds"] < 600
+    assert found["disk_bytes"] > 0, "the prepared dataset tells the shapes of array modalities"
+    with pytest.raises(RunError, match="--jobs 0"):
+        dry_run(cells, jobs=0)
     assert not (tmp_path / "runs").exists()
 
 

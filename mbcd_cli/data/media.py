@@ -179,16 +179,20 @@ def _read_with_opencv(
         rate = capture.get(cv2.CAP_PROP_FPS) or 1.0
         times = movie.times if movie.times is not None else np.arange(total) / rate
         first, last = frame_span(media, total, lambda: times, dataset=dataset, notes=notes, slack=slack)
-        wanted = set((first + chosen_indices(choose, last - first)).tolist())
-        kept: list[np.ndarray] = []
+        if media.rate is not None and media.unit == "s":
+            indices = _at_rate(media, media.rate, choose, times[:last])
+        else:
+            indices = first + chosen_indices(choose, last - first)
+        wanted = set(indices.tolist())
+        kept: dict[int, np.ndarray] = {}
         for index in range(last):
             if not capture.grab():
                 cause = f"cut short: it claims {total} frames, and {index} can be decoded"
                 raise MediaError(media.path, cause, REPLACE)
             if index in wanted:
                 _, frame = capture.retrieve()
-                kept.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-    return np.stack(kept)
+                kept[index] = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+    return np.stack([kept[index] for index in indices.tolist()])  # a slow recording shows a frame more than once
 
 
 @contextmanager
@@ -263,15 +267,14 @@ def _enough(path: Path, count: int, dataset: DatasetSettings) -> None:
         )
 
 
-def tolerate(path: Path, cause: str, dataset: DatasetSettings, notes: Notes) -> None:
+def tolerate(
+    path: Path, cause: str, dataset: DatasetSettings, notes: Notes, *, used: str = "the nearest present frames"
+) -> None:
+    """Reject what is not whole, or note what is `used` instead, as `dataset.missing_frames` says."""
     if dataset.missing_frames == "reject":
-        raise MediaError(
-            path,
-            cause,
-            "Complete the download, or use the nearest present frames (--missing-frames nearest).",
-        )
+        raise MediaError(path, cause, f"Complete the download, or use {used} (--missing-frames nearest).")
     if notes is not None:
-        notes.append(f"{path}: {cause}; the nearest present frames are used")
+        notes.append(f"{path}: {cause}; mended with {used}")
 
 
 def frame_times(media: Media, dataset: DatasetSettings) -> tuple[float | None, float | None]:

@@ -92,7 +92,7 @@ def _sound_span(media: Media, total: int, rate: int, *, dataset: DatasetSettings
         # A time stamp may round to a few samples past the end; a tenth of a second is no longer rounding.
         if last - total > 0.1 * rate:
             cause = f"{(last - total) / rate:.2f} of {(last - first) / rate:.2f} s lie after the end of the sound"
-            tolerate(media.path, cause, dataset, notes)
+            tolerate(media.path, cause, dataset, notes, used="the sound that is there")
         last = total
     if last <= first:
         raise MediaError(media.path, "the clip's span holds no samples", "Correct the clip's start and stop.")

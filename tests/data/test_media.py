@@ -155,6 +155,17 @@ def test_variable_frame_rate_is_cut_by_time(tmp_path):
     assert read_frames(Media(sideways, start=3 / 16, stop=9 / 16), every, dataset=DATASET).shape == (3, 64, 48, 3)
 
 
+@pytest.mark.parametrize(("fps", "expected"), [(60, [8, 10, 12, 14]), (30, [4, 5, 6, 7]), (24, [3, 4, 4, 5])])
+def test_turned_recordings_of_another_frame_rate_show_the_same_moments(tmp_path, fps, expected):
+    """Frames 3, 5, 7, 9 of a clip counted at 60 per second from frame 5, upright or turned, at any rate of the file."""
+    plain = write_video(tmp_path / "a.mp4", numbered_frames(25), fps=fps)
+    for path in (plain, rotate_mp4(plain, tmp_path / "b.mp4", 90)):
+        media = Media(path, start=0.083334, stop=0.30, unit="s", rate=60.0)
+        shown = read_frames(media, lambda _: np.array([3, 5, 7, 9]), dataset=DATASET)
+        # Grey lies outside the red corner, which is turned along.
+        assert [round(float(frame[-8:, 2:10].mean()) / 10) for frame in shown] == expected
+
+
 @pytest.mark.parametrize(("width", "height"), [(50, 38), (8, 8), (130, 98)])
 def test_sizes_that_decoders_pad(tmp_path, width, height):
     frames = np.zeros((6, height, width, 3), np.uint8)

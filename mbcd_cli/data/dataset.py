@@ -147,6 +147,11 @@ class CachedDataset:
             order = order[generator.permutation(len(order))]
             # Views are drawn per modality: V views of M modalities give V^M combinations.
             views = {name: generator.integers(self.caches[name].views, size=len(order)) for name in stored}
+            for name in stored:
+                # Sound cut by the frames that a view samples belongs to that view of those frames.
+                guide = getattr(self.modalities[name], "follow", None)
+                if guide in views and self.caches[guide].views == self.caches[name].views:
+                    views[name] = views[guide]
         stop = len(order) - len(order) % batch_size if drop_last else len(order)
         spans = []
         for first in range(start * batch_size, stop, batch_size):

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from helpers import numbered_frames, tone, write_video, write_wav
 
+from mbcd_cli.commands.prepare import prepare
+from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW, Media
 from mbcd_cli.data.views import followed_spans, load_views, view_generator
 from mbcd_cli.errors import ManifestError
+from mbcd_cli.layers import resolve
 from mbcd_cli.settings import AudioModality, DatasetSettings, FlowModality, Settings, VideoModality
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "hac-splits"
@@ -186,6 +189,34 @@ def test_sound_may_follow_the_flow(tmp_path):
     assert (span.start, span.stop) == (4 / 24, 13 / 24)
     listing = read_dataset(settings(tmp_path), {"audio": FOLLOWING, "flow": FlowModality()})
     assert listing.clips[0].media["audio"].clock.parent.name == "videos"
+
+
+def test_stored_sound_is_drawn_with_the_frames_it_follows(tmp_path):
+    """In training the sound's view is the video's; without `follow` the two are drawn apart."""
+    write_splits(tmp_path / "HAC_Splits")
+    write_media(tmp_path, flow=False)
+    small = ["modalities.video.frames=4", "modalities.video.short_side=32", "modalities.video.crop=32"]
+    small += ["modalities.audio.samples=2048", "modalities.audio.nperseg=256", "modalities.audio.noverlap=128"]
+    small += ["modalities.audio.follow_frames=4", "cache.views=4", "cache.workers=0", "model.modalities=video,audio"]
+    for follow in (True, False):
+        tree = resolve(
+            sets=[*small, *(["modalities.audio.follow=video"] if follow else [])],
+            flags={"dataset.reader": "hac", "dataset.root": tmp_path, "cache.dir": tmp_path / str(follow)},
+        )
+        prepare(tree)
+        dataset = open_dataset(tree, name="hac", modalities=["video", "audio"])
+        clips = dataset.select(domains=list(DOMAINS), splits=["train"])
+        drawn: dict[str, list[int]] = {"video": [], "audio": []}
+
+        def read(name, index, chosen, drawn=drawn, dataset=dataset):
+            drawn[name] += chosen.tolist()
+            return dataset.caches[name].read(index, chosen)
+
+        for epoch in range(4):
+            for _ in dataset.batches(clips, batch_size=2, training=True, epoch=epoch, read=read):
+                pass
+        assert (drawn["video"] == drawn["audio"]) is follow
+        assert len(set(drawn["video"])) > 1
 
 
 def test_preset_holds_the_papers_values():

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mbcd_cli import console
-from mbcd_cli.commands.filling import meta_inputs, meta_trunk, row_bytes
+from mbcd_cli.commands.filling import meta_inputs, meta_trunk, needs_weights, row_bytes
 from mbcd_cli.commands.prepare import Plan, make_plan, read_listing, stored_views
 from mbcd_cli.data.cache import group_of
 from mbcd_cli.data.decoding import DecodeJob, decode
@@ -144,7 +144,7 @@ def _mendable(settings: Settings, modality: Modality, gap: Gap) -> bool:
 
 def _weights(settings: Settings, modality: Modality) -> tuple[dict[str, Any] | None, str | None]:
     """What is known of the weights file, and its SHA-256."""
-    if (modality.cut == "input" and modality.weights is None) or settings.cache.random_weights:
+    if not needs_weights(settings, modality):
         return None, None
     try:
         file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)

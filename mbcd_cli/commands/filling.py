@@ -32,6 +32,11 @@ GPU_ROWS = 16
 """Views that go through the trunk together on a GPU; a CPU takes those of one clip."""
 
 
+def needs_weights(settings: Settings, modality: Modality) -> bool:
+    """Whether a weights file has to be there: nothing is frozen at the cut `input`, and random weights may be said."""
+    return not (settings.cache.random_weights or (modality.cut == "input" and modality.weights is None))
+
+
 def build_trunk(settings: Settings, name: str, modality: Modality) -> tuple[Trunk, dict[str, torch.Tensor], str | None]:
     """The frozen trunk, the tail's initial weights ({}: drawn by `train`) and the SHA-256 of the weights file.
 
@@ -44,7 +49,7 @@ def build_trunk(settings: Settings, name: str, modality: Modality) -> tuple[Trun
     if modality.cut == "input" and modality.weights is None:
         return trunk, {}, None
     sha = None
-    if not settings.cache.random_weights:
+    if needs_weights(settings, modality):
         file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
         sha = load_pretrained(encoder, modality.encoder, file, sha256=modality.weights_sha256).sha256
         console.say(f"{name}: {modality.encoder} with the weights of {file} (SHA-256 {sha[:8]}...)")

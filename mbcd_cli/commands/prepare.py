@@ -12,7 +12,15 @@ from typing import Any
 import torch
 
 from mbcd_cli import console
-from mbcd_cli.commands.filling import Filler, Shapes, build_trunk, cached_shapes, row_bytes, save_weights
+from mbcd_cli.commands.filling import (
+    Filler,
+    Shapes,
+    build_trunk,
+    cached_shapes,
+    needs_weights,
+    row_bytes,
+    save_weights,
+)
 from mbcd_cli.data.cache import (
     GROUPS,
     CacheWriter,
@@ -28,7 +36,8 @@ from mbcd_cli.data.ranks import free_bytes, locked, ranks_of, wait_for
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.data.views import resolve
-from mbcd_cli.errors import CacheError
+from mbcd_cli.encoders.pretrained import checked_weights
+from mbcd_cli.errors import CacheError, CheckpointError
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Modality, Settings, default_modality
 
@@ -76,6 +85,7 @@ def prepare_listing(settings: Settings, listing: Listing) -> dict[str, Any]:
     for line in listing.warnings:
         console.warn(line)
     device = pick_device(settings.runtime)
+    check_beforehand(settings, listing)
     rejected: list[Rejected] = list(listing.rejected)
     total = len({c.id for c in listing.clips} | {r.clip for r in listing.rejected})
     done: dict[str, Any] = {}
@@ -104,6 +114,34 @@ def prepare_listing(settings: Settings, listing: Listing) -> dict[str, Any]:
         ],
         "exit_code": 3 if len(bad) > settings.dataset.max_bad else 0,
     }
+
+
+def check_beforehand(settings: Settings, listing: Listing) -> None:
+    """What would otherwise end the work after hours: the weights of all modalities, and room for all of them.
+
+    Raises:
+        CheckpointError: weights that are missing or another file; those of every modality are named.
+        CacheError: the disk cannot take the caches that are still to be written.
+    """
+    problems: list[CheckpointError] = []
+    needed = 0
+    for name, modality in listing.modalities.items():
+        sha = None
+        if needs_weights(settings, modality):
+            try:
+                where = (modality.weights, settings.cache.weights_dir, modality.weights_sha256)
+                _, sha = checked_weights(modality.encoder, *where)
+            except CheckpointError as error:
+                problems.append(error)
+                continue
+        plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
+        left = [n for n in range(len(plan.shards)) if not (plan.folder / f"shard-{n:05d}.h5").is_file()]
+        needed += sum(plan.sizes[i] for n in left for i in plan.shards[n])
+    if len(problems) > 1:
+        raise CheckpointError("\n".join(map(str, problems)))
+    if problems:
+        raise problems[0]
+    _check_disk(settings.cache.dir / listing.name, needed)
 
 
 def _short(file: str, settings: Settings) -> str:

@@ -145,6 +145,19 @@ def find_weights(encoder_name: str, weights: Path | None, weights_dir: Path) -> 
     )
 
 
+def checked_weights(encoder_name: str, weights: Path | None, weights_dir: Path, sha256: str | None) -> tuple[Path, str]:
+    """The weights file of an encoder and its SHA-256, without loading it.
+
+    Raises:
+        CheckpointError: as `find_weights`; or it is another file than `sha256` (or its beginning) says.
+    """
+    file = find_weights(encoder_name, weights, weights_dir)
+    digest = sha256_of(file)
+    if other := another_file(file, digest, sha256):
+        raise other
+    return file, digest
+
+
 @contextlib.contextmanager
 def _numbers_allowed() -> Iterator[None]:
     # A best accuracy beside the weights is often a NumPy scalar: it holds a number and runs nothing.

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from mbcd_cli.commands.check import check
 from mbcd_cli.commands.prepare import prepare, read_listing
 from mbcd_cli.data import cache as cache_room
 from mbcd_cli.data import decoding
@@ -24,7 +25,7 @@ from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.errors import CacheError
+from mbcd_cli.errors import CacheError, CheckpointError
 from mbcd_cli.layers import resolve
 
 
@@ -229,6 +230,21 @@ def test_full_disk_is_one_message_and_keeps_what_is_there(root, tmp_path, monkey
     assert len(list(tmp_path.glob("tiny/*/shard-*.h5"))) == 1
     assert not list(tmp_path.glob("tiny/*/*.partial"))
     assert prepare(settings)["modalities"]["video"]["shards_reused"] == 1
+
+
+def test_weights_and_room_for_all_modalities_are_checked_before_anything_is_written(root, tmp_path, monkeypatch):
+    cuts = ("modalities.video.cut=layer3", "modalities.audio.cut=layer3", f"cache.weights_dir={tmp_path / 'w'}")
+    with pytest.raises(CheckpointError) as caught:
+        prepare(settings_for(root, tmp_path / "cache", *cuts, "model.modalities=video,audio"))
+    assert str(caught.value).count("has no published weights") == 2
+    both = settings_for(root, tmp_path / "cache", "model.modalities=video,audio")
+    needed = check(both)
+    # Enough for either of the two, but not for both.
+    room = max(one["bytes"] for one in needed["modalities"].values()) + 1000
+    monkeypatch.setattr("mbcd_cli.commands.prepare.free_bytes", lambda folder: room)
+    with pytest.raises(CacheError, match="The cache needs"):
+        prepare(both)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_two_writers_do_not_share_a_folder(tmp_path):

@@ -434,7 +434,8 @@ def show(found: Mapping[str, Any]) -> None:
     told = {table.name.rpartition("all-")[2] for table in joint}
     tables = [table for table in tables if table in joint or not table.name.endswith(tuple(f"-{one}" for one in told))]
     files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
-    print_comparison([replace(table, rows=table.shown()) for table in tables], files, found["warnings"])
+    fitting = [table.fitting(console.out.width) for table in tables]
+    print_comparison([replace(table, rows=table.shown()) for table in fitting], files, found["warnings"])
 
 
 def title_of(request: Request, cells: Sequence[Cell]) -> str:

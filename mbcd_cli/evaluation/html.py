@@ -18,26 +18,31 @@ from mbcd_cli.evaluation.export import written_aside
 from mbcd_cli.evaluation.tables import Cell, Table, plain
 
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
+LONG = 48
+"""Characters from which a cell is broken into lines."""
 
 
 def table_html(table: Table) -> str:
     """A table with its title and note."""
 
-    def style(column: int) -> str:
-        return ' style="text-align: left"' if table.blocks and column == 1 else ""
+    def style(column: int, text: str) -> str:
+        rules = ["text-align: left"] if table.blocks and column == 1 else []
+        rules += ["white-space: normal; min-width: 20rem"] if len(text) > LONG else []
+        joined = "; ".join(rules)
+        return f' style="{joined}"' if rules else ""
 
     def cell(value: str | Cell, column: int) -> str:
         text = escape(plain(value))
         if isinstance(value, Cell) and value.best:
             text = f"<strong>{text}</strong>"
-        return f"<td{style(column)}>{text}</td>"
+        return f"<td{style(column, plain(value))}>{text}</td>"
 
     def line(index: int, row: Sequence[str | Cell]) -> str:
         cells = "".join(cell(value, column) for column, value in enumerate(row))
         rule = ' style="border-top: 2px solid var(--rule)"' if table.starts(index) else ""
         return f"<tr{rule}>{cells}</tr>\n"
 
-    head = "".join(f'<th scope="col"{style(i)}>{escape(column)}</th>' for i, column in enumerate(table.columns))
+    head = "".join(f'<th scope="col"{style(i, column)}>{escape(column)}</th>' for i, column in enumerate(table.columns))
     rows = "".join(line(index, row) for index, row in enumerate(table.shown()))
     note = f'<p class="soft">{escape(table.note)}</p>' if table.note else ""
     return (

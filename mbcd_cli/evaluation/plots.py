@@ -107,7 +107,11 @@ def plot_methods(table: Table, path: Path) -> Path:
         )
     ax.set_xticks(range(len(columns)), columns)
     ax.grid(axis="x", visible=False)
-    ax.set(ylim=(0, 100), ylabel="top-1 accuracy", title=fill(table.title, 64, break_long_words=False))
+    ax.set(
+        ylim=(0, 100),
+        ylabel="top-1 accuracy",
+        title=fill(table.title, 64, break_long_words=False, break_on_hyphens=False),
+    )
     ax.yaxis.set_major_formatter(PercentFormatter())
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return save(fig, path)
@@ -142,7 +146,7 @@ def plot_lines(
             textcoords="offset points",
             fontsize=8,
         )
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=fill(title, 64, break_long_words=False))
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=fill(title, 64, break_long_words=False, break_on_hyphens=False))
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter())
     if whole:

@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,20 @@ class Table:
         return [
             ["", *row[1:]] if self.blocks and i and not self.starts(i) else list(row) for i, row in enumerate(self.rows)
         ]
+
+    def width(self) -> int:
+        """Characters of a line in a terminal, with rules and spaces."""
+        rows = [self.columns, *([plain(cell) for cell in row] for row in self.rows)]
+        return sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True)) + 1
+
+    def fitting(self, width: int) -> Table:
+        """The table turned on its side where only that fits into `width` characters; itself otherwise."""
+        if self.blocks or self.width() <= width:
+            return self
+        columns = [self.columns[0], *(plain(row[0]) for row in self.rows)]
+        rows = [[name, *(row[i] for row in self.rows)] for i, name in enumerate(self.columns) if i]
+        turned = replace(self, columns=columns, rows=rows)
+        return turned if turned.width() <= width else self
 
 
 def plain(cell: str | Cell) -> str:

@@ -280,6 +280,16 @@ def test_blocks_name_themselves_once_and_p_values_survive_latex():
     assert t.from_values(t.as_values(table)) == table
 
 
+def test_a_table_too_wide_for_the_terminal_is_turned():
+    table = t.Table("x", "t", ["method", *(f"modality{i}" for i in range(6))], [["mbcd", *[t.Cell(1.0, 0.5)] * 6]])
+    turned = table.fitting(80)
+    assert (list(turned.columns), len(turned.rows)) == (["method", "mbcd"], 6)
+    assert turned.rows[0] == ["modality0", t.Cell(1.0, 0.5)]
+    assert turned.width() <= 80 < table.width()
+    assert table.fitting(200) is table
+    assert table.fitting(10) is table, "neither way fits"
+
+
 def test_comparison_command_writes_every_form(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console.out, "width", 160)
     grid(tmp_path / "runs", seeds=(0, 1))

@@ -631,6 +631,7 @@ def sweep(
                 "runtime.threads": threads,
             },
         }
+        command.check_execution(jobs, launcher)
         if root is not None and not (dry_run or collect):
             command.prepare_first(root, **layers)
         cells = command.make_plan(request, **layers, runs_dir=runs_dir)

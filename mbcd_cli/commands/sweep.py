@@ -230,7 +230,7 @@ def dry_run(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
     Raises:
         RunError: less than one job.
     """
-    _check_jobs(jobs)
+    check_execution(jobs, "local")
     cost = estimate(cells, measure=partial(measure, jobs=jobs))
     return {
         "cells": [{"name": cell.name, "run": str(cell.folder), "key": cell.key} for cell in cells],
@@ -245,9 +245,16 @@ def dry_run(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
     }
 
 
-def _check_jobs(jobs: int) -> None:
+def check_execution(jobs: int, launcher: str) -> None:
+    """Refuse what cannot be run.
+
+    Raises:
+        RunError: fewer than one job, or no such launcher.
+    """
     if jobs < 1:
         raise RunError(f"--jobs {jobs}: at least one process is needed.", "Use --jobs 1.")
+    if launcher not in LAUNCHERS:
+        raise RunError(f"There is no launcher {launcher!r}.", f"Use one of {', '.join(LAUNCHERS)}.")
 
 
 def show_plan(found: Mapping[str, Any]) -> None:
@@ -308,9 +315,7 @@ def run(
         CacheError: a dataset is not prepared.
         RunError: an unknown launcher, or submitit is missing.
     """
-    _check_jobs(jobs)
-    if launcher not in LAUNCHERS:
-        raise RunError(f"There is no launcher {launcher!r}.", f"Use one of {', '.join(LAUNCHERS)}.")
+    check_execution(jobs, launcher)
     check_prepared(cells)
     started = time.monotonic()
     asked = cells[0].settings.runtime.threads if cells else 0

@@ -118,6 +118,14 @@ def test_a_dataset_that_is_not_prepared_is_one_message(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_launcher_that_is_none_is_refused_in_a_dry_run_too(tmp_path):
+    done = invoke(
+        "sweep", "--preset", "synthetic-4", "--launcher", "cloud", "--dry-run", "--runs-dir", tmp_path / "runs"
+    )
+    assert done.exit_code == 1
+    assert "There is no launcher 'cloud'" in done.output
+
+
 def test_with_a_root_the_dataset_is_prepared_first(tmp_path, monkeypatch):
     started = []
 

@@ -1,4 +1,4 @@
-"""The multi-modal model: tails, LayerNorm on pooled features, uni-modal heads and the fused head.
+"""The multi-modal model: (live trunks,) tails, LayerNorm on pooled features, uni-modal heads and the fused head.
 
 Letters: B clips, M modalities, C classes, D_k features of modality k.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.encoders.staged import Noise, Parts, Tail
+from mbcd_cli.encoders.staged import Noise, Parts, Tail, Trunk
 from mbcd_cli.settings import Modality, ModelSettings
 
 
@@ -32,25 +32,41 @@ class MultiModalModel(nn.Module):
         tails: modality -> tail, in fusion order.
         settings: width and dropout of the heads.
         classes: C.
+        trunks: modality -> live trunk, where the frozen stages run with the model (`at_cut`) because their batch norms
+            follow the training; none where the model's inputs come from a cache of trunk outputs.
     """
 
-    def __init__(self, tails: Mapping[str, Tail], *, settings: ModelSettings, classes: int) -> None:
+    def __init__(
+        self,
+        tails: Mapping[str, Tail],
+        *,
+        settings: ModelSettings,
+        classes: int,
+        trunks: Mapping[str, Trunk] | None = None,
+    ) -> None:
         super().__init__()
         self.modalities = tuple(tails)
         self.classes = classes
         self.dims = {name: tail.dim for name, tail in tails.items()}
+        self.trunks = nn.ModuleDict(trunks or {})
         self.tails = nn.ModuleDict(tails)
         # The affine parameters of the LayerNorm are never optimised in the reference: identity, so there are none.
         self.norms = nn.ModuleDict({n: nn.LayerNorm(d, elementwise_affine=False) for n, d in self.dims.items()})
         self.heads = nn.ModuleDict({n: head(d, settings=settings, classes=classes) for n, d in self.dims.items()})
         self.fused_head = head(sum(self.dims.values()), settings=settings, classes=classes)
 
+    def at_cut(self, inputs: Mapping[str, Parts]) -> dict[str, Parts]:
+        """Inputs as the dataset gives them -> parts at the cut: through the live trunks, where there are any."""
+        return {
+            name: self.trunks[name](inputs[name]) if name in self.trunks else inputs[name] for name in self.modalities
+        }
+
     def encode(self, name: str, parts: Parts, noise: Noise | None = None) -> torch.Tensor:
         """Parts of modality `name` at the cut -> normalised pooled features h_k, [B, D_k]."""
         return self.norms[name](self.tails[name](parts, noise))
 
     def features(self, inputs: Mapping[str, Parts], noise: Noise | None = None) -> dict[str, torch.Tensor]:
-        """Normalised pooled features of every modality, each [B, D_k]."""
+        """Parts at the cut -> normalised pooled features of every modality, each [B, D_k]."""
         return {name: self.encode(name, inputs[name], noise) for name in self.modalities}
 
     def unimodal(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,8 +81,8 @@ class MultiModalModel(nn.Module):
         return self.fused_head(torch.cat(columns, dim=1))
 
     def forward(self, inputs: Mapping[str, Parts]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Inputs at the cut -> (fused logits [B, C], uni-modal logits each [B, C])."""
-        features = self.features(inputs)
+        """Inputs as the dataset gives them -> (fused logits [B, C], uni-modal logits each [B, C])."""
+        features = self.features(self.at_cut(inputs))
         return self.fuse(features), self.unimodal(features)
 
 
@@ -75,7 +91,9 @@ def build_model(
     *,
     settings: ModelSettings,
     classes: int,
+    live_trunks: bool = False,
     tail_weights: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    trunk_weights: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
 ) -> MultiModalModel:
     """The model for `modalities` (in fusion order), each encoder cut as its settings say.
 
@@ -83,15 +101,20 @@ def build_model(
         modalities: modality -> its settings.
         settings: heads.
         classes: C.
-        tail_weights: modality -> initial state dict of the tail, as `prepare` stored it beside the cache.
+        live_trunks: the frozen stages are part of the model (`cache.trunk_batch_norm = "batch"`).
+        tail_weights, trunk_weights: modality -> initial state dict, as `prepare` stored it beside the cache.
 
     Raises:
         SettingsError: an unknown encoder or cut.
     """
-    tails = {}
+    tails, trunks = {}, {}
     for name, modality in modalities.items():
-        _, tail = build_encoder(name, modality).cut(modality.cut)
+        trunk, tail = build_encoder(name, modality).cut(modality.cut, live=live_trunks)
         if tail_weights and name in tail_weights:
             tail.load_state_dict(dict(tail_weights[name]))
         tails[name] = tail
-    return MultiModalModel(tails, settings=settings, classes=classes)
+        if live_trunks and trunk.names:
+            if trunk_weights and name in trunk_weights:
+                trunk.load_state_dict(dict(trunk_weights[name]))
+            trunks[name] = trunk
+    return MultiModalModel(tails, settings=settings, classes=classes, trunks=trunks)

@@ -237,7 +237,7 @@ class CacheSettings(Slice):
     views: Annotated[int, Field(ge=0)] = 4
     """Random training views stored per training clip; 0: `train` decodes a fresh one every epoch and runs the trunk."""
     trunk_batch_norm: Literal["running", "batch"] = "running"
-    """Batch norm of the trunk in training with views = 0: running statistics, or the batch's (as the reference)."""
+    """Batch norm of the trunk with views = 0: as in the weights, or following train and eval mode (the reference)."""
     dtype: Literal["float16", "float32", "int8"] = "float16"
     """Type of stored trunk outputs and spectrograms (int8: with a scale per row and channel); frames are uint8."""
     shard_clips: Count = 64
@@ -252,6 +252,17 @@ class CacheSettings(Slice):
     """Allow a frozen trunk with random weights (for tests and timings; never silently)."""
     seed: int = 0
     """Seed of the random views; with the clip's id it fixes every view, whatever the number of workers."""
+
+    @model_validator(mode="after")
+    def _batch_needs_fresh_views(self):
+        if self.trunk_batch_norm == "batch" and self.views:
+            raise ValueError("trunk_batch_norm = batch needs views = 0: stored trunk outputs depend on no batch")
+        return self
+
+    @property
+    def live_trunks(self) -> bool:
+        """Whether trunks run as part of the model, and the cache holds decoded test views."""
+        return self.views == 0 and self.trunk_batch_norm == "batch"
 
 
 class ModelSettings(Slice):

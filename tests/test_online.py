@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from mbcd_cli.data.online import mixed_seed
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.errors import CacheError, MediaError
+from mbcd_cli.engine.checkpoint import load_checkpoint
+from mbcd_cli.errors import CacheError, MediaError, SettingsError
+from mbcd_cli.evaluation.evaluator import build_models
+from mbcd_cli.evaluation.predict import predict
 from mbcd_cli.layers import resolve
 
 ONLINE = [*helpers.SMALL, "cache.views=0", "cache.random_weights=true", "modalities.video.cut=layer3"]
@@ -66,7 +70,7 @@ def same(a, b) -> bool:
     )
 
 
-def expected_inputs(settings, batch, *, seed: int, epoch: int, train_mode: bool = False):
+def expected_inputs(settings, batch, *, seed: int, epoch: int, through_trunk: bool = True):
     """A batch's inputs, decoded here and run through a trunk built here."""
     listing = read_listing(settings)
     inputs = {}
@@ -83,11 +87,11 @@ def expected_inputs(settings, batch, *, seed: int, epoch: int, train_mode: bool 
             for row in batch.clips
         ]
         part = torch.from_numpy(np.stack(views))
-        if name == "video":
+        if name == "video" and through_trunk:
             torch.manual_seed(settings.cache.seed)
             encoder = build_encoder(name, modality)
             for stage in encoder.names[: encoder.names.index("layer3")]:
-                part = encoder.stages[stage].train(train_mode)(part)
+                part = encoder.stages[stage].eval()(part)
         inputs[name] = part.detach()
     return inputs
 
@@ -139,15 +143,120 @@ def test_fresh_every_epoch_and_the_same_for_any_workers(prepared):
         assert not torch.equal(by_clip[0][clip], by_clip[2][clip])
 
 
-def test_trunk_in_train_mode_normalises_with_the_batch(prepared):
-    settings, _ = prepared
-    dataset, clips = opened(settings, "cache.trunk_batch_norm=batch")
-    first, again = (taken(dataset, clips, seed=0, epoch=0) for _ in range(2))
-    assert same(first, again)  # the running statistics are left alone
-    wanted = expected_inputs(settings, first[0], seed=0, epoch=0, train_mode=True)
-    torch.testing.assert_close(first[0].inputs["video"][0], wanted["video"], rtol=1e-5, atol=1e-6)
-    running, _ = opened(settings)
-    assert not torch.allclose(taken(running, clips, seed=0, epoch=0)[0].inputs["video"][0], wanted["video"], atol=1e-3)
+# ---- trunk_batch_norm = batch: the trunk is part of the model, as in the reference
+
+LIVE = "cache.trunk_batch_norm=batch"
+
+
+@pytest.fixture(scope="module")
+def live(root, tmp_path_factory):
+    """(settings, a run trained on a cache of decoded test views)."""
+    cache = tmp_path_factory.mktemp("live")
+    settings = tree(root, cache / "cache", LIVE)
+    prepare(settings)
+    result = call("train", cache / "cache", "--run", cache / "run", "--epochs", 2, "--batch-size", 4, LIVE)
+    assert result.exit_code == 0, result.stderr
+    return settings, cache / "run"
+
+
+def call(command: str, cache: Path, *words: object):
+    sets = [part for one in (*ONLINE, *(w for w in words if w == LIVE)) for part in ("--set", one)]
+    options = ["--dataset", "tiny", "--target-domain", "gamma", "--cache-dir", cache, *sets]
+    return CliRunner().invoke(app, [command, *map(str, (*options, *(w for w in words if w != LIVE))), "--json"])
+
+
+def independent_fused(settings, state, clips) -> torch.Tensor:
+    """Fused logits [N, C] of decoded test views: whole encoders in eval mode, weights by their names in `state`."""
+    listing = read_listing(settings)
+    features = []
+    for name, modality in listing.modalities.items():
+        encoder = build_encoder(name, modality).eval()
+        where = {
+            s: "trunks" if name == "video" and s in ("input", "layer1", "layer2") else "tails" for s in encoder.names
+        }
+        for stage, part in where.items():
+            prefix = f"{part}.{name}.{stage}."
+            mine = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            encoder.stages[stage].load_state_dict(mine)
+        views = [
+            load_views(listing.clips[i], name, modality, views=[TEST_VIEW], seed=0, dataset=settings.dataset)[0][0]
+            for i in clips
+        ]
+        half = [torch.from_numpy(view).half().float() if view.dtype != np.uint8 else view for view in views]
+        features.append(encoder((torch.from_numpy(np.stack(half)),)))
+    pooled = torch.cat([torch.nn.functional.layer_norm(f, f.shape[1:]) for f in features], dim=1)
+    hidden = torch.relu(pooled @ state["fused_head.0.weight"].T + state["fused_head.0.bias"])
+    return hidden @ state["fused_head.3.weight"].T + state["fused_head.3.bias"]
+
+
+def test_a_live_trunk_trains_with_the_model(live):
+    settings, run = live
+    dataset, clips = opened(settings, LIVE)
+    assert dataset.caches["video"].shapes()[0][1] == np.uint8
+    (batch, *_) = taken(dataset, clips, seed=5, epoch=0)
+    wanted = expected_inputs(settings, batch, seed=5, epoch=0, through_trunk=False)
+    assert torch.equal(batch.inputs["video"][0], wanted["video"])
+
+    saved = load_checkpoint(run / "checkpoints/last.pt")
+    first = dataset.trunk_weights["video"]
+    student, teacher = ({k: v for k, v in s.items() if "trunks.video" in k} for s in (saved.student, saved.teacher))
+    assert {k.removeprefix("trunks.video.") for k in student} == set(first)
+    for key, value in student.items():
+        begun = first[key.removeprefix("trunks.video.")]
+        if key.endswith(("running_mean", "running_var")):
+            assert not torch.equal(value, begun)
+            assert not torch.equal(teacher[key], value)
+        elif value.is_floating_point():
+            assert torch.equal(value, begun)
+            assert torch.equal(teacher[key], begun)
+
+
+def test_a_live_trunk_is_evaluated_with_its_own_statistics(live, root, tmp_path):
+    settings, run = live
+    result = CliRunner().invoke(app, ["evaluate", "--run", str(run), "--set", "evaluation.analyses=[]", "--json"])
+    assert result.exit_code == 0, result.stderr
+    saved = load_checkpoint(run / "checkpoints/best.pt")
+    state = {**saved.student, **{k: v for k, v in saved.teacher.items() if not k.startswith("heads.")}}
+    dataset, _ = opened(settings, LIVE)
+    tests = dataset.select(domains=["gamma"], splits=["test"])
+    expected = independent_fused(settings, state, tests)
+    model = build_models(saved.settings, dataset, saved, device=CPU)["teacher"]
+    found = predict(model, dataset.batches(tests, batch_size=2, training=False), device=CPU)
+    torch.testing.assert_close(found.fused, expected.detach(), rtol=1e-5, atol=1e-5)
+    accuracy = (expected.argmax(1) == found.labels).double().mean()
+    assert json.loads(result.stdout)["headline"]["top1"]["fused"] == pytest.approx(float(accuracy))
+
+    # New clips need the checkpoint alone, and get the same predictions; the trunk has no weights file.
+    words = ["evaluate", "--run", run, "--data-root", root, "--output", tmp_path / "new", "--json"]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, result.stderr
+    with (tmp_path / "new/predict.csv").open() as file:
+        rows = {row["clip"]: row["class"] for row in csv.DictReader(file)}
+    for index, logits in zip(tests, expected, strict=True):
+        assert rows[dataset.clips.ids[index]] == dataset.label_names[int(logits.argmax())]
+
+
+def test_landscape_and_dry_run_of_a_live_trunk(live, tmp_path):
+    settings, run = live
+    sets = ["landscape.analyses=['surface','curvature']", "landscape.points=3", "landscape.eigenvalues=1"]
+    words = ["landscape", "--checkpoint", run / "checkpoints/best.pt", "--output", tmp_path, "--json"]
+    result = CliRunner().invoke(app, list(map(str, words + [w for s in sets for w in ("--set", s)])))
+    assert result.exit_code == 0, result.stderr
+    result = call("train", settings.cache.dir, "--batch-size", 4, "--dry-run", LIVE)
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    whole = opened(settings, LIVE)[0]
+    assert plan["parameters"]["trunks"]["video"] == sum(
+        v.numel() for k, v in whole.trunk_weights["video"].items() if k.endswith(("weight", "bias"))
+    )
+
+
+def test_live_and_frozen_trunks_are_different_caches(prepared, live, tmp_path):
+    for settings, asked, has in ((live[0], "running", "batch"), (prepared[0], "batch", "running")):
+        with pytest.raises(CacheError, match=f"trunk_batch_norm: cache has {has}, settings say {asked}"):
+            opened(settings, f"cache.trunk_batch_norm={asked}")
+    with pytest.raises(SettingsError, match="trunk_batch_norm = batch needs views = 0"):
+        resolve(sets=["cache.views=2", LIVE])
 
 
 def test_train_and_evaluate(prepared, tmp_path):

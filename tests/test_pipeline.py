@@ -8,7 +8,9 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from mbcd_cli.cli import app
 from mbcd_cli.commands.common import open_for_training
 from mbcd_cli.commands.prepare import prepare, read_listing
 from mbcd_cli.commands.train import assemble
@@ -21,6 +23,30 @@ from mbcd_cli.layers import resolve
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     return helpers.write_dataset(tmp_path_factory.mktemp("media") / "tiny", domains=("alpha", "beta", "gamma"))
+
+
+def test_a_run_without_a_preset_finds_its_dataset_again(root, tmp_path):
+    """`train --dataset` takes what is prepared as it is; `evaluate` has the run's settings only."""
+
+    def call(*words):
+        return CliRunner().invoke(app, list(map(str, (*words, "--cache-dir", tmp_path / "cache", "--json"))))
+
+    sets = [
+        w for one in (*helpers.SMALL, "cache.views=3", "cache.seed=9", "cache.dtype=float32") for w in ("--set", one)
+    ]
+    assert call("prepare", "manifest", "--root", root, "--name", "tiny", *sets).exit_code == 0
+    run = ["--run", tmp_path / "run"]
+    words = ["train", "--dataset", "tiny", "--target-domain", "gamma", "--epochs", 1, "--batch-size", 4, *run]
+    result = call(*words, "--set", "model.hidden=8")
+    assert result.exit_code == 0, result.stderr
+    result = call("evaluate", *run, "--set", "evaluation.analyses=[]")
+    assert result.exit_code == 0, result.stderr
+    # Sound alone with other views: the two cannot be described by one run's settings.
+    more = ["--modalities", "audio", *sets, "--set", "cache.views=1"]
+    assert call("prepare", "manifest", "--root", root, "--name", "tiny", *more).exit_code == 0
+    result = call(*words, "--overwrite")
+    assert result.exit_code == 1
+    assert "different cache.views: video 3, audio 1" in " ".join(result.stderr.split())
 
 
 def uncached(settings, dataset, clips, *, epoch: int):

@@ -94,7 +94,7 @@ def _modality(
     done = sum(plan.sizes[i] for n in written for i in plan.shards[n])
     left = [i for n in range(len(plan.shards)) if n not in set(written) for i in plan.shards[n]]
     decoding, timed = _decode_seconds(settings, listing, name, modality, presence)
-    gflop = {group: _gflop(name, modality, group) for group in ("train", "test")}
+    gflop = {group: _gflop(settings, name, modality, group) for group in ("train", "test")}
     work = sum(gflop[group_of(view)] for i in left for view in plan.views[i]) * 1e9
     decode_s = decoding * len(left) / max(settings.cache.workers, 1)
     trunk_s = work / speed if speed and work else 0.0
@@ -155,9 +155,9 @@ def _weights(settings: Settings, modality: Modality) -> tuple[dict[str, Any] | N
     return {"present": other is None, "file": str(file), "sha256": sha, "message": str(other or "")}, sha
 
 
-def _gflop(name: str, modality: Modality, group: str) -> float:
+def _gflop(settings: Settings, name: str, modality: Modality, group: str) -> float:
     """Of the trunk on one view, counted on shapes."""
-    trunk = meta_trunk(name, modality)
+    trunk = meta_trunk(settings, name, modality)
     if not trunk.names:
         return 0.0
     with FlopCounterMode(display=False) as counter:

@@ -12,7 +12,7 @@ from mbcd_cli.data.records import SPLITS
 from mbcd_cli.engine.checkpoint import Checkpoint, load_checkpoint
 from mbcd_cli.errors import CacheError, CheckpointError, RunError, SettingsError
 from mbcd_cli.layers import Layer, load_settings, resolve
-from mbcd_cli.settings import METHODS, Settings
+from mbcd_cli.settings import METHODS, CacheSettings, Settings
 
 # Slices that a finished run leaves open; everything else is what the weights were trained with.
 _FREE = ("evaluation", "landscape", "runtime")
@@ -50,11 +50,32 @@ def open_for_training(settings: Settings) -> tuple[Settings, CachedDataset]:
     resolved = settings.model_copy(
         update={
             "training": training,
+            "cache": _as_prepared(settings, dataset),
             "modalities": dict(dataset.modalities),
             "model": settings.model.model_copy(update={"modalities": tuple(dataset.modalities)}),
         }
     )
     return resolved, dataset
+
+
+def _as_prepared(settings: Settings, dataset: CachedDataset) -> CacheSettings:
+    """The cache settings as the dataset was prepared: what was taken as it is must be found again from the run's.
+
+    Raises:
+        CacheError: modalities that were prepared differently.
+    """
+    found: dict[str, Any] = {}
+    for field in ("views", "trunk_batch_norm", "dtype", "seed"):
+        values = {name: cache.recipe.get(field) for name, cache in dataset.caches.items()}
+        if len(set(values.values())) > 1:
+            raise CacheError(
+                f"The modalities of {dataset.name} were prepared with different cache.{field}: "
+                + ", ".join(f"{name} {value}" for name, value in values.items()),
+                "Run `mbcd prepare` once more for all modalities together.",
+            )
+        if (value := next(iter(values.values()))) is not None:
+            found[field] = value
+    return settings.cache.model_copy(update=found)
 
 
 def run_name(settings: Settings) -> str:

@@ -37,23 +37,43 @@ def needs_weights(settings: Settings, modality: Modality) -> bool:
     return not (settings.cache.random_weights or (modality.cut == "input" and modality.weights is None))
 
 
-def build_trunk(settings: Settings, name: str, modality: Modality) -> tuple[Trunk, dict[str, torch.Tensor], str | None]:
-    """The frozen trunk, the tail's initial weights ({}: drawn by `train`) and the SHA-256 of the weights file.
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What `prepare` runs and keeps of an encoder.
+
+    Attributes:
+        trunk: the stages whose outputs are cached; none where decoded views are.
+        weights: file in the cache folder -> state dict that `train` begins with; none where it draws its own.
+        sha256: of the pretrained weights, None for random ones.
+    """
+
+    trunk: Trunk
+    weights: dict[str, dict[str, torch.Tensor]]
+    sha256: str | None
+
+
+def build_trunk(settings: Settings, name: str, modality: Modality) -> Frozen:
+    """The encoder of `modality`, with its weights, cut.
 
     Raises:
         CheckpointError: weights that are missing, damaged or another encoder's; a trunk is never silently random.
     """
     torch.manual_seed(settings.cache.seed)
     encoder = build_encoder(name, modality)
-    trunk, tail = encoder.cut(modality.cut)
+    cut = encoder.cut(modality.cut)
     if modality.cut == "input" and modality.weights is None:
-        return trunk, {}, None
+        return Frozen(cut[0], {}, None)
     sha = None
     if needs_weights(settings, modality):
         file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
         sha = load_pretrained(encoder, modality.encoder, file, sha256=modality.weights_sha256).sha256
         console.say(f"{name}: {modality.encoder} with the weights of {file} (SHA-256 {sha[:8]}...)")
-    return trunk, tail.state_dict(), sha
+    if settings.cache.live_trunks:
+        cut = encoder.cut(modality.cut, live=True)
+    weights = {"tail.pt": cut[1].state_dict()}
+    if settings.cache.views == 0:
+        weights["trunk.pt"] = cut[0].state_dict()
+    return Frozen(Trunk({}) if settings.cache.live_trunks else cut[0], weights, sha)
 
 
 def meta_inputs(modality: Modality, group: str) -> tuple[torch.Tensor, ...]:
@@ -65,8 +85,10 @@ def meta_inputs(modality: Modality, group: str) -> tuple[torch.Tensor, ...]:
     )
 
 
-def meta_trunk(name: str, modality: Modality) -> Trunk:
-    """The trunk in shape only: no memory, no weights, instant."""
+def meta_trunk(settings: Settings, name: str, modality: Modality) -> Trunk:
+    """The trunk that `prepare` runs, in shape only: no memory, no weights, instant."""
+    if settings.cache.live_trunks:
+        return Trunk({})
     with torch.device("meta"):
         return build_encoder(name, modality).cut(modality.cut)[0]
 
@@ -74,7 +96,7 @@ def meta_trunk(name: str, modality: Modality) -> Trunk:
 def cached_shapes(name: str, modality: Modality, settings: Settings, group: str) -> Shapes:
     """Shape and stored dtype of one row of every part at the cut; nothing is computed."""
     stored = np.dtype(settings.cache.dtype)
-    trunk = meta_trunk(name, modality)
+    trunk = meta_trunk(settings, name, modality)
     if not trunk.names:
         inputs = part_shapes(modality, test=group == "test")
         return [(shape, dtype if dtype == np.uint8 else stored) for shape, dtype in inputs]

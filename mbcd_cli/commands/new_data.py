@@ -69,7 +69,10 @@ def predict_new(
         }
     )
     names = settings.model.modalities or tuple(settings.modalities)
-    listing = read_new(dataset, {name: settings.modalities[name] for name in names}, label_names=label_names)
+    wanted = {name: settings.modalities[name] for name in names}
+    if settings.cache.live_trunks:  # decoded views are all that the model needs: the checkpoint holds the trunks
+        wanted = {name: one.model_copy(update={"cut": "input", "weights": None}) for name, one in wanted.items()}
+    listing = read_new(dataset, wanted, label_names=label_names)
     # Never the name of a prepared dataset: `train` and `evaluate` must not find these clips in its place.
     listing.name = f"new-{listing.name}"
     with _cache(cache_dir) as folder:

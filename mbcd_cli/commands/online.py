@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbcd_cli.data.modality_cache import load_weights
 from mbcd_cli.encoders import build_encoder
@@ -15,15 +14,16 @@ from mbcd_cli.settings import Settings
 
 
 def attach_trunks(settings: Settings, dataset: Any, *, device: torch.device) -> None:
-    """Give the dataset the trunks of the modalities whose training views are decoded on the fly; else do nothing.
+    """Give the dataset the trunks of the modalities whose training views are decoded on the fly.
 
+    Nothing is done where there are none, or where trunks are part of the model (`cache.trunk_batch_norm = "batch"`).
     The random state is left as it was.
 
     Raises:
         CacheError: the trunk's weights, which `prepare` stored, cannot be read.
     """
     online = getattr(dataset, "online", None)
-    if online is None:
+    if online is None or settings.cache.live_trunks:
         return
     for name in online.names:
         cache = dataset.caches[name]
@@ -33,20 +33,7 @@ def attach_trunks(settings: Settings, dataset: Any, *, device: torch.device) -> 
         with torch.random.fork_rng(devices=[]):
             trunk, _ = build_encoder(name, modality).cut(modality.cut)
         trunk.load_state_dict(load_weights(cache.folder / "trunk.pt"))
-        if settings.cache.trunk_batch_norm == "batch":
-            use_batch_statistics(trunk)
         online.trunks[name] = _runner(trunk.to(device), device)
-
-
-def use_batch_statistics(trunk: Trunk) -> None:
-    """Batch norms normalise with the batch's own statistics, as the reference's trunk in train mode does.
-
-    The running statistics stay those of the weights: test views were made with them.
-    """
-    for module in trunk.modules():
-        if isinstance(module, _BatchNorm):
-            module.training = True
-            module.momentum = 0.0
 
 
 def _runner(trunk: Trunk, device: torch.device) -> Callable[[Parts], Parts]:

@@ -159,7 +159,8 @@ def _prepare_modality(
 ) -> dict[str, Any]:
     started = time.monotonic()
     ranks = ranks_of(os.environ)
-    trunk, tail_weights, sha = build_trunk(settings, name, modality)
+    frozen = build_trunk(settings, name, modality)
+    trunk, sha = frozen.trunk, frozen.sha256
     plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
     root, clips, views, folder = settings.dataset.root or Path(), listing.clips, plan.views, plan.folder
     online = describe_media(settings, clips, name) if settings.cache.views == 0 else None
@@ -177,7 +178,7 @@ def _prepare_modality(
                 "dataset": listing.name,
                 "reader": settings.dataset.reader,
                 "root": str(root.resolve()),  # evaluation looks there for sound, from wherever it is started
-                "encoder": modality.encoder if modality.cut != "input" else "none (decoded tensors)",
+                "encoder": modality.encoder if trunk.names else "none (decoded tensors)",
                 "weights_sha256": sha or "none",
                 "torch_version": str(torch.__version__),
             },
@@ -200,10 +201,8 @@ def _prepare_modality(
         if not ranks.main:
             return {}
         wait_for(writer.pending, tell=console.say)
-        if tail_weights:
-            save_weights(folder / "tail.pt", tail_weights)
-            if online is not None:
-                save_weights(folder / "trunk.pt", trunk.state_dict())
+        for file, weights in frozen.weights.items():
+            save_weights(folder / file, weights)
         finished = writer.finish(listing.rejected)
     found, mended = finished.rejected, finished.mended
     rejected.extend(found)

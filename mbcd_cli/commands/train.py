@@ -154,7 +154,12 @@ def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: G
     attach_trunks(settings, dataset, device=device)
     tail_weights: Mapping[str, Mapping[str, torch.Tensor]] = dataset.tail_weights
     model = build_model(
-        settings.modalities, settings=settings.model, classes=dataset.classes, tail_weights=tail_weights
+        settings.modalities,
+        settings=settings.model,
+        classes=dataset.classes,
+        live_trunks=settings.cache.live_trunks,
+        tail_weights=tail_weights,
+        trunk_weights=dataset.trunk_weights if settings.cache.live_trunks else None,
     ).to(device)
     last = use_channels_last(runtime, device)
     if last:
@@ -303,8 +308,8 @@ def _wait(device: torch.device) -> None:
 def _parameters(model: MultiModalModel, settings: Settings) -> dict[str, Any]:
     """Parameters by part: trained (tails and heads) and frozen (trunks)."""
 
-    def count(module: torch.nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
+    def count(module: torch.nn.Module, *, trained: bool = False) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
     frozen = {
         name: count(build_encoder(name, modality).cut(modality.cut)[0])
@@ -312,7 +317,7 @@ def _parameters(model: MultiModalModel, settings: Settings) -> dict[str, Any]:
     }
     tails = {name: count(model.tails[name]) for name in model.modalities}
     return {
-        "trained": count(model),
+        "trained": count(model, trained=True),
         "frozen": sum(frozen.values()),
         "tails": tails,
         "trunks": frozen,

@@ -69,6 +69,8 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
         "min_frames": settings.dataset.min_frames,
         "missing_frames": settings.dataset.missing_frames,
     }
+    if settings.cache.views == 0:
+        recipe["trunk_batch_norm"] = settings.cache.trunk_batch_norm
     if modality.cut != "input" or modality.weights is not None:
         recipe["encoder"] = modality.encoder
         recipe["width"] = modality.width

@@ -69,11 +69,16 @@ class CachedDataset:
     @property
     def tail_weights(self) -> dict[str, dict[str, torch.Tensor]]:
         """Initial weights of the tails that `prepare` stored (pretrained encoders); empty for whole encoders."""
-        weights = {}
-        for name, cache in self.caches.items():
-            if cache.recipe.get("weights") is not None:
-                weights[name] = load_weights(cache.folder / "tail.pt")
-        return weights
+        return self._weights("tail.pt")
+
+    @property
+    def trunk_weights(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Weights of the trunks that `prepare` stored (where no training view is stored)."""
+        return self._weights("trunk.pt")
+
+    def _weights(self, file: str) -> dict[str, dict[str, torch.Tensor]]:
+        caches = {name: cache for name, cache in self.caches.items() if cache.recipe.get("weights") is not None}
+        return {name: load_weights(cache.folder / file) for name, cache in caches.items()}
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbcd_cli.errors import SettingsError
 
@@ -18,10 +19,7 @@ Noise = Callable[[Parts], Parts]
 
 
 class Stages(nn.Module):
-    """A run of named stages. A stage takes and returns one tensor, or a tuple of them where the encoder has paths.
-
-    Integer and half-precision inputs (as they come from the cache) are converted to the parameters' type first.
-    """
+    """A run of named stages. A stage takes and returns one tensor, or a tuple of them where the encoder has paths."""
 
     def __init__(self, stages: Mapping[str, nn.Module], *, noise_before: Iterable[str] = ()) -> None:
         super().__init__()
@@ -29,6 +27,12 @@ class Stages(nn.Module):
             self.add_module(name, stage)
         self.names = tuple(stages)
         self.noise_before = frozenset(noise_before)
+
+    def cast(self, parts: Parts) -> Parts:
+        """Integer and half-precision parts in the type of the parameters (float32 where there are none)."""
+        reference = next((p for p in self.parameters()), None)
+        dtype = reference.dtype if reference is not None else torch.float32
+        return tuple(part.to(dtype) for part in parts)
 
     def run(self, parts: Parts, noise: Noise | None = None) -> Parts:
         """Parts before the first stage -> parts after the last; `noise` is applied where `noise_before` says."""
@@ -41,21 +45,36 @@ class Stages(nn.Module):
 
 
 class Trunk(Stages):
-    """The frozen stages before the cut; always in eval mode, so that a clip's features depend on that clip alone."""
+    """The frozen stages before the cut: weights that are never trained.
 
-    def __init__(self, stages: Mapping[str, nn.Module]) -> None:
+    By default it stays in eval mode, so that a clip's features depend on that clip alone and can be cached. A live
+    trunk follows train mode, as the reference's does (method.md section 3): its batch norms then normalise with the
+    batch's statistics, and their running statistics move.
+    """
+
+    def __init__(self, stages: Mapping[str, nn.Module], *, live: bool = False) -> None:
         super().__init__(stages)
+        self.live = live
         self.requires_grad_(False)
-        self.eval()
+        self.train(live)
 
     def train(self, mode: bool = True) -> Trunk:
-        """Stays in eval mode (a documented deviation: the reference's trunk runs in train mode)."""
-        return super().train(False)
+        """Train or eval mode of a live trunk; eval mode of any other."""
+        return super().train(mode and self.live)
+
+    def update_as_if(self, passes: int) -> None:
+        """Let one forward pass in train mode move the running statistics as `passes` over the same batch would.
+
+        r <- (1 - m) r + m b, n times, is r <- (1 - m)^n r + (1 - (1 - m)^n) b. Call it once.
+        """
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and module.momentum is not None:
+                module.momentum = 1 - (1 - module.momentum) ** passes
 
     @torch.no_grad()
     def forward(self, parts: Parts) -> Parts:
         """Decoded parts -> parts at the cut."""
-        return self.run(parts)
+        return self.run(self.cast(parts))
 
 
 class Tail(Stages):
@@ -88,11 +107,8 @@ class Tail(Stages):
         return self
 
     def forward(self, parts: Parts, noise: Noise | None = None) -> torch.Tensor:
-        """Parts at the cut -> pooled features [B, D]."""
-        reference = next((p for p in self.parameters()), None)
-        dtype = reference.dtype if reference is not None else torch.float32
-        parts = tuple(part.to(dtype) for part in parts)
-        (features,) = self.run(parts, noise)
+        """Parts at the cut (of any type, as they come from the cache) -> pooled features [B, D]."""
+        (features,) = self.run(self.cast(parts), noise)
         return features
 
 
@@ -118,10 +134,11 @@ class StagedEncoder(nn.Module):
         """Stage names in order: the cuts that can be asked for."""
         return tuple(self.stages)
 
-    def cut(self, name: str) -> tuple[Trunk, Tail]:
+    def cut(self, name: str, *, live: bool = False) -> tuple[Trunk, Tail]:
         """Split before stage `name`: (trunk = the stages before it, tail = that stage and all after it).
 
-        `recomputed` stages right before `name` go to the tail too, frozen.
+        `recomputed` stages right before `name` go to the tail too, frozen, unless the trunk is live: that one holds
+        all frozen stages and is run with the tail.
         The two share the encoder's modules; running trunk then tail equals running the whole encoder.
 
         Raises:
@@ -130,7 +147,7 @@ class StagedEncoder(nn.Module):
         if name not in self.names:
             raise SettingsError(f"This encoder has no stage {name!r}.", f"Cut at one of: {', '.join(self.names)}.")
         at = start = self.names.index(name)
-        while start > 0 and self.names[start - 1] in self.recomputed:
+        while not live and start > 0 and self.names[start - 1] in self.recomputed:
             start -= 1
         before = {n: self.stages[n] for n in self.names[:start]}
         after = {n: self.stages[n] for n in self.names[start:]}
@@ -138,7 +155,7 @@ class StagedEncoder(nn.Module):
         # Feature noise (DSU) belongs on feature maps: where features first enter the tail, and before pooling.
         first = next((n for n in after if n != "input" and n not in frozen), None)
         noisy = {n for n in (first, "pool") if n in after and n != "adapter"}
-        return Trunk(before), Tail(after, dim=self.dim, noise_before=noisy, frozen=frozen)
+        return Trunk(before, live=live), Tail(after, dim=self.dim, noise_before=noisy, frozen=frozen)
 
     def forward(self, parts: Parts) -> torch.Tensor:
         """Decoded parts -> pooled features [B, D], all stages at once (for comparisons; training uses the tail)."""

@@ -84,7 +84,8 @@ class TrainStep:
     There is no branch on data and no wait for the device. Forward passes of the student: the first (feature
     noise, uni-modal heads) gives CE_uni, KL_uni, s_k, r_k, p_k and the inner gradient; the second (at theta', no
     noise, modality dropout) gives CE_mm and KL_mm. With neither consistency nor feature noise the two are the same
-    function of the same weights, and one pass serves both.
+    function of the same weights, and one pass serves both. Live trunks run once for both passes, and their running
+    statistics move as if they had run in each; the teacher's run in eval mode with the statistics it has averaged.
 
     Args:
         model: the student; tails and heads already on the device.
@@ -133,7 +134,10 @@ class TrainStep:
         )
         self._dtype = next(model.parameters()).dtype
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._statistics = [b for b in model.buffers() if b.is_floating_point()] if batch_norm == "tracked" else []
+        moving = model if batch_norm == "tracked" else model.trunks
+        self._statistics = [b for b in moving.buffers() if b.is_floating_point()]
+        for trunk in model.trunks.values():
+            trunk.update_as_if(1 if self._shared_pass else 2)
         self._theta = gcc.tail_parameters(model)
         self._head_parameters = [p for p in model.heads.parameters() if p.requires_grad]
 
@@ -143,6 +147,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         batch = self._prepared(batch)
         target = self._teacher_probabilities(batch)
+        batch = self._at_cut(batch)
         order = self.settings.consistency.order
         if self._shared_pass:
             result = self._joint_shared(batch, target)
@@ -295,6 +300,14 @@ class TrainStep:
             return channels_last(part) if self._channels_last else part
 
         inputs: dict[str, Parts] = {name: tuple(map(prepared, parts)) for name, parts in batch.inputs.items()}
+        return Batch(inputs=inputs, labels=batch.labels, domains=batch.domains, clips=batch.clips)
+
+    def _at_cut(self, batch: Batch) -> Batch:
+        """Through the student's live trunks, once for both passes: they would give the same, having fixed weights."""
+        if not self.model.trunks:
+            return batch
+        with self._autocast(batch):
+            inputs = self.model.at_cut(batch.inputs)
         return Batch(inputs=inputs, labels=batch.labels, domains=batch.domains, clips=batch.clips)
 
     def _train_mode(self) -> None:

@@ -134,7 +134,12 @@ def build_models(
         states = {"teacher": {**weights.student, **averaged}, **states}
     models = {}
     for name, state in states.items():
-        model = build_model(modalities, settings=settings.model, classes=len(dataset.label_names))
+        model = build_model(
+            modalities,
+            settings=settings.model,
+            classes=len(dataset.label_names),
+            live_trunks=settings.cache.live_trunks,
+        )
         try:
             model.load_state_dict(dict(state))
         except RuntimeError as error:

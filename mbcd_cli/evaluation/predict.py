@@ -95,7 +95,7 @@ def predict(
 
     Args:
         model: on `device` already.
-        batches: inputs at the cut; any number, of any sizes, consumed once.
+        batches: as the dataset gives them; any number, of any sizes, consumed once.
         device: where the model is.
         precision: float32, or bfloat16 / float16 autocast; what is returned is float32 always.
         features: also keep the normalised pooled features (memory then grows with N times sum D_k).
@@ -116,7 +116,7 @@ def predict(
                 continue
             for store, values in zip(meta, (batch.labels, batch.domains, batch.clips), strict=True):
                 store.append(values.to("cpu", torch.int64))
-            hidden = model.features(batch.to(device).inputs)
+            hidden = model.features(model.at_cut(batch.to(device).inputs))
             fused.append(model.fuse(hidden).to("cpu", torch.float32))
             for name, logits in model.unimodal(hidden).items():
                 unimodal[name].append(logits.to("cpu", torch.float32))

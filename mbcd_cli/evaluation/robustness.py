@@ -147,9 +147,10 @@ def disturbed_accuracy(
         for batch in batches:
             batch = batch.to(device)
             clips += len(batch)
-            clean = model.features(batch.inputs)
+            inputs = model.at_cut(batch.inputs)
+            clean = model.features(inputs)
             for index, one in enumerate(disturbances):
-                parts = one.apply(batch.inputs[one.modality], batch.clips)
+                parts = one.apply(inputs[one.modality], batch.clips)
                 hidden = model.encode(one.modality, parts)
                 fused = model.fuse({**clean, one.modality: hidden})
                 own = model.heads[one.modality](hidden)

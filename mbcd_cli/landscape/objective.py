@@ -65,7 +65,7 @@ class ModelObjective:
 
     Args:
         model: the model at the checkpoint.
-        batches: the clips to measure on, inputs at the cut.
+        batches: the clips to measure on, as the dataset gives them.
         names: parameters (or buffers) that move.
         loss: `fused`: CE of the fused head; `total`: that plus the CE of every uni-modal head.
         batch_norm: `running` uses the running statistics (moved along where a direction holds them);
@@ -97,7 +97,7 @@ class ModelObjective:
         self._moving = [m for m in model.modalities if any(n.startswith(f"tails.{m}.") for n in names)]
         self._stages = {m: _from_first_moving(model, m, names) for m in self._moving}
         self._calibration: list[_Data] = []
-        if batch_norm == "recalibrated" and _batch_norms(model):
+        if batch_norm == "recalibrated" and _batch_norms(model.tails):
             # A batch of one clip has no variance where its positions are pooled.
             calibration = [batch for batch in calibration if len(batch) > 1]
             if not calibration:
@@ -107,7 +107,7 @@ class ModelObjective:
                 )
             # Whole tails first: what does not move gets its recalibrated statistics for good.
             whole = {m: Stages({n: getattr(tail, n) for n in tail.names}) for m, tail in model.tails.items()}
-            loaded = [_Data(b.inputs, b.labels) for b in (batch.to(device) for batch in calibration)]
+            loaded = [_Data(self._at_cut(b), b.labels) for b in (batch.to(device) for batch in calibration)]
             model.load_state_dict(self._calibrated({}, loaded, whole), strict=False)
             if any(_batch_norms(stages) for stages in self._stages.values()):
                 self._calibration = [self._prepare(batch, device) for batch in calibration]
@@ -130,13 +130,18 @@ class ModelObjective:
     def _cast(self, parts: Parts) -> Parts:
         return tuple(part.to(self._dtype) for part in parts)
 
+    def _at_cut(self, batch: Batch) -> dict[str, Parts]:
+        """Live trunks do not move: their batch norms keep the running statistics of the checkpoint."""
+        return self._model.at_cut(batch.inputs)
+
     @torch.no_grad()
     def _prepare(self, batch: Batch, device: torch.device | str) -> _Data:
         """Run what never moves, once."""
         batch = batch.to(device)
         inputs: dict[str, Parts] = {}
+        given = self._at_cut(batch)
         for name, tail in self._model.tails.items():
-            parts = batch.inputs[name]
+            parts = given[name]
             if name not in self._moving:
                 inputs[name] = (self._model.encode(name, parts),)
                 continue

@@ -115,11 +115,13 @@ def checkpoint_bytes(cell: Cell) -> int | None:
             data = open_dataset(settings, name=str(settings.dataset.name), modalities=names)
             chosen, classes = dict(data.modalities), len(data.label_names)
         with torch.device("meta"):
-            model = build_model(chosen, settings=settings.model, classes=classes)
+            model = build_model(
+                chosen, settings=settings.model, classes=classes, live_trunks=settings.cache.live_trunks
+            )
     except MbcdError:
         return None
     weights = sum(value.numel() for value in model.state_dict().values())
-    trained = sum(value.numel() for value in model.parameters())
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     moments = {"adam": 2, "adamw": 2, "sgd": 1}[settings.optimizer.name]
     models = 2 if settings.objective.teacher.enabled else 1
     return _FLOAT * (2 * models * weights + moments * trained)

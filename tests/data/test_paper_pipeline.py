@@ -21,6 +21,8 @@ from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import PUBLIC, load_pretrained
+from mbcd_cli.engine.checkpoint import load_checkpoint
+from mbcd_cli.layers import load_settings
 from mbcd_cli.settings import DatasetSettings, Settings
 
 pytestmark = pytest.mark.stress
@@ -34,6 +36,7 @@ SMALL = [
     "modalities.video.weights_sha256=",
     "modalities.flow.weights_sha256=",
     "cache.views=1",
+    "cache.views=1",
     "cache.workers=0",
 ]
 
@@ -41,7 +44,8 @@ SMALL = [
 def run(*words: object) -> tuple[int, str, dict]:
     """`mbcd ... --json` in a process of its own: (exit code, stderr, the JSON object)."""
     settings = [word for assignment in SMALL for word in ("--set", assignment)]
-    command = [sys.executable, "-c", "from mbcd_cli.cli import main; main()", *map(str, words), *settings, "--json"]
+    command, *rest = map(str, words)  # what a test says stands last, and wins
+    command = [sys.executable, "-c", "from mbcd_cli.cli import main; main()", command, *settings, *rest, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr, json.loads(done.stdout or "{}")
 
@@ -81,6 +85,40 @@ LAYOUTS = {
 }
 
 
+def train_and_evaluate(folder: Path, dataset: str, target: str, *more: str) -> dict:
+    """Two steps and all figures."""
+    common = ("--preset", dataset, "--cache-dir", folder / "cache", "--max-steps", 2, "--batch-size", 2, "--epochs", 1)
+    code, errors, _ = run("train", *common, "--target-domain", target, "--run", folder / "run", *more)
+    assert code == 0, errors
+    code, errors, results = run("evaluate", "--run", folder / "run", "--cache-dir", folder / "cache", *more)
+    assert code == 0, errors
+    assert results
+    return results
+
+
+@pytest.mark.parametrize("trunk", ["running", "batch"])
+@pytest.mark.parametrize("layout", ["clip files", "hac"])
+def test_online(tmp_path, weights, layout, trunk):
+    dataset, media, tables, target = LAYOUTS[layout]
+    root = media(tmp_path / "data")
+    tables(root / ("HAC_Splits" if dataset == "hac" else "splits"))
+    more = ("--set", "cache.views=0", "--set", f"cache.trunk_batch_norm={trunk}")
+    words = ("--root", root, "--weights-dir", weights, "--cache-dir", tmp_path / "cache")
+    code, errors, done = run("prepare", dataset, *words, *more)
+    assert code == 0, errors
+    train_and_evaluate(tmp_path, dataset, target, *more)
+    # Every batch norm of the published trunks has moved, and no weight has.
+    state = load_checkpoint(tmp_path / "run/checkpoints/last.pt").student
+    for name, modality in load_settings(tmp_path / "run/settings.toml").modalities.items():
+        mine = {k.removeprefix(f"trunks.{name}."): v for k, v in state.items() if k.startswith(f"trunks.{name}.")}
+        assert bool(mine) == (trunk == "batch")
+        begun = torch.load(Path(done["modalities"][name]["folder"]) / "trunk.pt")
+        for key, value in mine.items():
+            if value.is_floating_point():
+                assert torch.equal(value, begun[key]) != key.endswith(("running_mean", "running_var")), key
+        assert modality.cut == "layer4"
+
+
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_prepare_train_evaluate(tmp_path, weights, layout):
     dataset, media, tables, target = LAYOUTS[layout]
@@ -96,12 +134,7 @@ def test_prepare_train_evaluate(tmp_path, weights, layout):
         "flow": 12,
     }
 
-    common = ("--preset", dataset, *cache, "--max-steps", 2, "--batch-size", 2, "--epochs", 1)
-    code, errors, _ = run("train", *common, "--target-domain", target, "--run", tmp_path / "run")
-    assert code == 0, errors
-    code, errors, results = run("evaluate", "--run", tmp_path / "run", *cache)
-    assert code == 0, errors
-    assert results
+    train_and_evaluate(tmp_path, dataset, target)
 
     if layout != "frame folders":
         return

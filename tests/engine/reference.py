@@ -32,6 +32,7 @@ class ReferenceStep:
         self.names = list(model.modalities)
         self.objective, self.batch_norm, self.head_dropout = objective, batch_norm, head_dropout
         self.lr, self.weight_decay, self.beta1 = lr, weight_decay, beta1
+        self.frozen = {k for k, v in model.named_parameters() if not v.requires_grad}
         self.values = {k: v.detach().clone().requires_grad_() for k, v in model.named_parameters()}
         self.buffers = {k: v.clone() for k, v in model.named_buffers()}
         self.teacher = {k: v.detach().clone() for k, v in {**self.values, **self.buffers}.items()}
@@ -67,15 +68,17 @@ class ReferenceStep:
     def feature(self, k, parts, values, buffers, *, training, draws=None):
         """Normalised pooled feature of modality k; `draws` brings noise."""
         name, kind = self.names[k], KINDS[k]
-        training = training and self.batch_norm == "tracked"
-        parts = self.noise(parts, draws)
-        if kind == "two":
-            parts = [
-                self.block(part, f"tails.{name}.layer1.{path}", values, buffers, training)
-                for part, path in zip(parts, ("slow", "fast"), strict=False)
+        paths = (".slow", ".fast") if kind == "two" else ("",)
+
+        def layer(prefix, parts, training):
+            return [
+                self.block(x, prefix + path, values, buffers, training) for x, path in zip(parts, paths, strict=True)
             ]
-        else:
-            parts = [self.block(parts[0], f"tails.{name}.layer1", values, buffers, training)]
+
+        if f"trunks.{name}.layer0{paths[0]}.0.weight" in values:
+            parts = layer(f"trunks.{name}.layer0", parts, training)
+        parts = self.noise(parts, draws)
+        parts = layer(f"tails.{name}.layer1", parts, training and self.batch_norm == "tracked")
         parts = self.noise(parts, draws)
         h = torch.cat([p.mean(dim=2) if p.dim() == 3 else p for p in parts], dim=1)
         centred = h - h.mean(dim=1, keepdim=True)
@@ -198,7 +201,7 @@ class ReferenceStep:
         weight = o.distillation.weight
         total = ce_mm + sum(ce_uni) + weight * (kl_mm + sum(kl_uni))
 
-        keys = list(values)
+        keys = [key for key in values if key not in self.frozen]
         found = torch.autograd.grad(total, [values[k] for k in keys], retain_graph=True, allow_unused=True)
         gradient = dict(zip(keys, found, strict=True))
         gradient = {k: torch.zeros_like(values[k]) if g is None else g for k, g in gradient.items()}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mbcd_cli.data.records import Batch
-from mbcd_cli.encoders.staged import GlobalPool, Tail
+from mbcd_cli.encoders.staged import GlobalPool, Tail, Trunk
 from mbcd_cli.engine.randomness import Randomness
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.settings import ModelSettings
@@ -20,10 +20,14 @@ def conv(inside: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv1d(inside, out, 3, bias=False), nn.BatchNorm1d(out), nn.ReLU(inplace=True))
 
 
+def dense(inside: int, out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inside, out), nn.BatchNorm1d(out), nn.ReLU(inplace=True))
+
+
 class TwoPaths(nn.Module):
-    def __init__(self):
+    def __init__(self, slow: int = 4, fast: int = 3):
         super().__init__()
-        self.slow, self.fast = conv(3, 4), conv(2, 3)
+        self.slow, self.fast = conv(3, slow), conv(2, fast)
 
     def forward(self, parts):
         return self.slow(parts[0]), self.fast(parts[1])
@@ -41,14 +45,22 @@ def tail(kind: str) -> Tail:
         return Tail(stages, dim=5, noise_before=noise_before)
     if kind == "two":
         return Tail({"input": nn.Identity(), "layer1": TwoPaths(), "pool": TwoPool()}, dim=7, noise_before=noise_before)
-    layer = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True))
-    return Tail({"input": nn.Flatten(), "layer1": layer, "pool": nn.Identity()}, dim=4, noise_before=noise_before)
+    return Tail({"input": nn.Flatten(), "layer1": dense(6, 4), "pool": nn.Identity()}, dim=4, noise_before=noise_before)
 
 
-def small_model(count: int, kinds, *, dropout: float = 0.0, seed: int = 3) -> MultiModalModel:
+def live_trunk(kind: str) -> Trunk:
+    """A frozen stage that leaves the number of channels as it is."""
+    layer = {"conv": lambda: conv(2, 2), "two": lambda: TwoPaths(3, 2), "vector": lambda: dense(6, 6)}[kind]()
+    return Trunk({"layer0": layer}, live=True)
+
+
+def small_model(count: int, kinds, *, dropout: float = 0.0, seed: int = 3, live: bool = False) -> MultiModalModel:
     torch.manual_seed(seed)
-    tails = {name: tail(kind) for name, kind in zip(NAMES[:count], kinds, strict=False)}
-    return MultiModalModel(tails, settings=ModelSettings(hidden=6, dropout=dropout), classes=CLASSES).double()
+    named = dict(zip(NAMES[:count], kinds, strict=False))
+    tails = {name: tail(kind) for name, kind in named.items()}
+    trunks = {name: live_trunk(kind) for name, kind in named.items()} if live else None
+    settings = ModelSettings(hidden=6, dropout=dropout)
+    return MultiModalModel(tails, settings=settings, classes=CLASSES, trunks=trunks).double()
 
 
 def small_batch(count: int, kinds, *, size: int = 7, seed: int = 0) -> Batch:

@@ -27,8 +27,14 @@ def spread(clips: Any, limit: int) -> np.ndarray:
 
 
 def tsne(features: Any, *, seed: int = 0) -> np.ndarray:
-    """[N, D] -> [N, 2] by t-SNE (perplexity 30, less for few clips; PCA initialisation; fixed by `seed`)."""
+    """[N, D] -> [N, 2] by t-SNE (perplexity 30, less for few clips; PCA initialisation; fixed by `seed`).
+
+    Features that do not differ at all (a collapsed encoder) are one point, the origin.
+    """
     values = np.asarray(features, dtype=np.float32)
+    # scikit-learn divides by their spread, and its tree code crashes the process on the NaN that gives.
+    if np.ptp(values, axis=0).max() <= 1e-6 * max(np.abs(values).max(), 1e-30):
+        return np.zeros((len(values), 2), np.float32)
     perplexity = min(30.0, (len(values) - 1) / 3)
     model = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1, max_iter=ITERATIONS)
     return model.fit_transform(values)

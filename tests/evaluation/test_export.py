@@ -113,5 +113,8 @@ def test_maps_of_every_space_and_of_too_few_clips(model, dataset):
         ("fused", "video", "audio"), (20, 2)
     )
     assert embeddings(features(5)) == {}
+    # A collapsed encoder: scikit-learn would crash the process.
+    for constant in (np.zeros((20, 8)), np.full((20, 8), 0.3, np.float32)):
+        assert np.array_equal(tsne(constant), np.zeros((20, 2)))
     assert spread(np.arange(10), 20).tolist() == list(range(10))
     assert spread(np.arange(100), 3).tolist() in ([0, 49, 99], [0, 50, 99])

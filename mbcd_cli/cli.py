@@ -644,7 +644,8 @@ def sweep(
             return
         done: dict[str, Any] = {"failed": {}}
         if not collect:
-            done = command.run(cells, jobs=jobs, launcher=launcher, slurm=slurm or (), retry_failed=retry_failed)
+            how = {"jobs": jobs, "launcher": launcher, "slurm": slurm or (), "retry_failed": retry_failed}
+            done = command.run(cells, **how, root=root)
         failure = command.report_failures(done)
         folder = output or command.output_of(request, cells)
         if failure is not None and not done["done"]:

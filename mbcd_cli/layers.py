@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.settings import METHODS, Settings
+from mbcd_cli.settings import METHODS, AudioModality, FrameGeometry, Settings
 
 _PACKAGE = Path(__file__).resolve().parent
 ENV_PREFIX = "MBCD_"
@@ -215,7 +215,25 @@ def resolve(
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = merge(merged, (layer if layer is base else _with_method(layer)).values)
-    return validate(merged, layers)
+    return _with_followed_frames(validate(merged, layers))
+
+
+def _with_followed_frames(settings: Settings) -> Settings:
+    """Sound follows frames that are read: where the modality it was to follow is left out, those of another.
+
+    That is the protocol of HAC: with sound and flow alone the sound's span is that of the flow's frames.
+    """
+    chosen = settings.model.modalities
+    framed = {name: one for name in chosen if isinstance(one := settings.modalities.get(name), FrameGeometry)}
+    changed = {
+        name: sound.model_copy(
+            update={"follow": guide, "follow_frames": frames.frames, "follow_interval": frames.interval}
+        )
+        for name, sound in settings.modalities.items()
+        if name in chosen and isinstance(sound, AudioModality) and sound.follow not in (None, *chosen)
+        for guide, frames in list(framed.items())[:1]
+    }
+    return settings.model_copy(update={"modalities": {**settings.modalities, **changed}}) if changed else settings
 
 
 def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Settings:

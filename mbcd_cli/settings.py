@@ -192,7 +192,7 @@ class AudioModality(ModalityBase):
     mask_bins: Annotated[int, Field(ge=0)] = 9
     """Training views have one band of this many frequency bins set to zero."""
     follow: str | None = None
-    """Video (or flow) modality whose sampled frames fix the span of each view's sound (HAC); none: the whole span."""
+    """Modality whose sampled frames fix the span of each view's sound (HAC), or another that is read; none: all."""
     follow_frames: Count = 32
     """Frames that the followed modality samples."""
     follow_interval: Count = 2

@@ -138,6 +138,10 @@ def prepare_first(
     )
     settings = _named(settings, preset)
     configure(settings.runtime)
+    _prepare(settings)
+
+
+def _prepare(settings: Settings) -> None:
     found = preparing.prepare(settings)
     if found.get("exit_code"):
         raise CacheError(
@@ -282,8 +286,12 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.1f} GB"
 
 
-def check_prepared(cells: Sequence[Cell]) -> None:
+def check_prepared(cells: Sequence[Cell], *, root: Path | None = None) -> None:
     """Open every dataset and set of modalities once.
+
+    Args:
+        root: where the media lie: what some cells read otherwise than `prepare_first` found it is prepared too (sound
+            that follows the frames of another modality, an axis of the grid over what is cached).
 
     Raises:
         CacheError, SettingsError: not prepared, or not as the settings say.
@@ -294,7 +302,13 @@ def check_prepared(cells: Sequence[Cell]) -> None:
         key = (settings.dataset.name, settings.model.modalities, settings.training.source_domains, cell.values)
         if key not in seen:
             seen.add(key)
-            common.open_for_training(settings)
+            try:
+                common.open_for_training(settings)
+            except CacheError:
+                if root is None:
+                    raise
+                _prepare(settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"root": root})}))
+                common.open_for_training(settings)
 
 
 def run(
@@ -304,9 +318,16 @@ def run(
     launcher: str = "local",
     slurm: Sequence[str] = (),
     retry_failed: bool = False,
+    root: Path | None = None,
     poll: float = 0.5,
 ) -> dict[str, Any]:
     """Run what is not done; `collect` tells the results.
+
+    Args:
+        cells: of the plan.
+        jobs, launcher, slurm, retry_failed: how.
+        root: the dataset's folder, where what is not prepared is to be prepared.
+        poll: seconds between looks at the children.
 
     Returns:
         done (how many), failed (run folder -> error), seconds.
@@ -316,7 +337,7 @@ def run(
         RunError: an unknown launcher, or submitit is missing.
     """
     check_execution(jobs, launcher)
-    check_prepared(cells)
+    check_prepared(cells, root=root)
     started = time.monotonic()
     asked = cells[0].settings.runtime.threads if cells else 0
     with _Watch() as watch:

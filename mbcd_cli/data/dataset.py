@@ -267,8 +267,9 @@ def _matching(settings: Settings, name: str, wanted: Modality, caches: Sequence[
         if not difference:
             return cache
     closest = min(range(len(caches)), key=lambda index: len(differences[index]))
+    only = f" (--modalities {','.join(settings.model.modalities)})" if settings.model.modalities else ""
     raise CacheError(
         f"The cache of {name} is stale ({caches[closest].folder}):\n"
         + "\n".join(f"  {line}" for line in differences[closest]),
-        "Run `mbcd prepare` with these settings, or change them back.",
+        f"Run `mbcd prepare` with these settings{only}, or change them back.",
     )

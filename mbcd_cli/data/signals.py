@@ -27,6 +27,7 @@ def read_audio(
     limit: int | None = None,
     dataset: DatasetSettings,
     notes: Notes = None,
+    silent_end: bool = False,
 ) -> tuple[np.ndarray, int]:
     """A clip's sound, mixed down to one channel.
 
@@ -36,6 +37,8 @@ def read_audio(
         limit: at most this many samples are returned (and little more are read).
         dataset: `missing_frames` also says what to do with a file shorter than the span.
         notes: collects what was mended, if given.
+        silent_end: a span after the end of the sound is silence (one sample of it), as far as `missing_frames` allows;
+            otherwise it is an error.
 
     Returns:
         ([S] float32, samples per second).
@@ -50,6 +53,9 @@ def read_audio(
             rate, total = file.samplerate, file.frames
             if not 0 < rate <= _HIGHEST_RATE:
                 raise MediaError(path, f"its header claims {rate} samples per second", REPLACE)
+            if silent_end and media.start is not None and 0 < total <= round(media.start * rate):
+                tolerate(path, _late(media.start, total, rate), dataset, notes, used="silence")
+                return np.zeros(1, np.float32), sample_rate or rate
             first, last = _sound_span(media, total, rate, dataset=dataset, notes=notes)
             count = last - first
             if limit is not None:
@@ -86,8 +92,7 @@ def _sound_span(media: Media, total: int, rate: int, *, dataset: DatasetSettings
     first = 0 if start is None else round(start * rate)
     last = total if stop is None else round(stop * rate)
     if first >= total:
-        cause = f"the clip begins at {start:g} s, after the end of the sound ({total / rate:.2f} s)"
-        raise MediaError(media.path, cause, "Correct the clip's start, or complete the file.")
+        raise MediaError(media.path, _late(start, total, rate), "Correct the clip's start, or complete the file.")
     if last > total:
         # A time stamp may round to a few samples past the end; a tenth of a second is no longer rounding.
         if last - total > 0.1 * rate:
@@ -97,6 +102,10 @@ def _sound_span(media: Media, total: int, rate: int, *, dataset: DatasetSettings
     if last <= first:
         raise MediaError(media.path, "the clip's span holds no samples", "Correct the clip's start and stop.")
     return first, last
+
+
+def _late(start: float, total: int, rate: int) -> str:
+    return f"the clip begins at {start:g} s, after the end of the sound ({total / rate:.2f} s)"
 
 
 def read_array(media: Media) -> np.ndarray:

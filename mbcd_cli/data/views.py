@@ -70,14 +70,20 @@ def load_views(
         return _frame_views(media, settings, generators, dataset=dataset, notes=notes)
     if isinstance(settings, AudioModality):
         spans = [media] * len(views)
-        if settings.follow is not None and media.clock is not None:
+        follows = settings.follow is not None and media.clock is not None
+        if follows:
             guides = [
                 None if view == TEST_VIEW else view_generator(seed, clip.id, settings.follow, view) for view in views
             ]
             spans = followed_spans(media, settings, guides, dataset=dataset)
         sounds = {
             span: read_audio(
-                span, sample_rate=settings.sample_rate, limit=settings.samples, dataset=dataset, notes=notes
+                span,
+                sample_rate=settings.sample_rate,
+                limit=settings.samples,
+                dataset=dataset,
+                notes=notes,
+                silent_end=follows,
             )
             for span in dict.fromkeys(spans)
         }

@@ -66,9 +66,12 @@ def corrupted_sounds(
         MediaError: the file cannot be used.
     """
     media = clip.media[name]
-    if settings.follow is not None and media.clock is not None:
+    follows = settings.follow is not None and media.clock is not None
+    if follows:
         (media,) = followed_spans(media, settings, [None], dataset=dataset)
-    samples, rate = read_audio(media, sample_rate=settings.sample_rate, limit=settings.samples, dataset=dataset)
+    samples, rate = read_audio(
+        media, sample_rate=settings.sample_rate, limit=settings.samples, dataset=dataset, silent_end=follows
+    )
     return [audio_view(corrupt(samples), rate, settings, None) for corrupt in corruptions]
 
 

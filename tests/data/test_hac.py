@@ -9,16 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import numbered_frames, tone, write_video, write_wav
+from typer.testing import CliRunner
 
+from mbcd_cli.cli import app
+from mbcd_cli.commands.common import open_for_training
 from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW, Media
 from mbcd_cli.data.views import followed_spans, load_views, view_generator
-from mbcd_cli.errors import ManifestError
+from mbcd_cli.errors import ManifestError, MediaError
+from mbcd_cli.evaluation.waveform import corrupted_sounds
 from mbcd_cli.layers import resolve
 from mbcd_cli.settings import AudioModality, DatasetSettings, FlowModality, Settings, VideoModality
+from mbcd_cli.sweep import run as running
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "hac-splits"
 DOMAINS = ("human", "animal", "cartoon")
@@ -189,6 +194,123 @@ def test_sound_may_follow_the_flow(tmp_path):
     assert (span.start, span.stop) == (4 / 24, 13 / 24)
     listing = read_dataset(settings(tmp_path), {"audio": FOLLOWING, "flow": FlowModality()})
     assert listing.clips[0].media["audio"].clock.parent.name == "videos"
+
+
+def test_sound_that_ends_before_the_frames_begin_is_silence(tmp_path):
+    """In the reference's loader too; other clips' spans after the end are errors (test_media.py)."""
+    write_splits(tmp_path / "HAC_Splits")
+    write_media(tmp_path)
+    clip = read_dataset(settings(tmp_path), {}).clips[0]
+    write_wav(clip.media["audio"].path, tone(0.1), rate=8000)  # the frames of the test view begin at 5 / 24 s
+    notes: list[str] = []
+    ((silent,), (begun,)) = load_views(
+        clip, "audio", FOLLOWING, views=[TEST_VIEW, 0], seed=0, dataset=settings(tmp_path), notes=notes
+    )
+    assert not silent.any()
+    assert np.isfinite(begun).all()
+    assert "after the end of the sound (0.10 s); mended with silence" in notes[0]
+    (spoilt,) = corrupted_sounds(clip, "audio", FOLLOWING, [lambda x: x], dataset=settings(tmp_path))
+    assert np.array_equal(spoilt, silent)
+    whole = settings(tmp_path, missing_frames="reject")
+    with pytest.raises(MediaError, match="after the end of the sound"):
+        load_views(clip, "audio", FOLLOWING, views=[TEST_VIEW], seed=0, dataset=whole)
+
+
+def test_sound_follows_what_is_read():
+    def sound(*names: str, preset="hac"):
+        return resolve(preset=preset, flags={"model.modalities": names or None}).modalities["audio"]
+
+    def follows(one):
+        return one.follow, one.follow_frames, one.follow_interval
+
+    assert follows(sound("audio", "flow")) == ("flow", 8, 4)
+    for names in ((), ("video", "audio"), ("video", "audio", "flow"), ("audio",), ("video", "flow")):
+        assert follows(sound(*names)) == ("video", 32, 2), names
+    assert sound("audio", "flow", preset="epic-kitchens").follow is None
+
+
+SMALL_SWEEP = """
+[dataset]
+reader = "hac"
+name = "hac"
+classes = 7
+target_split = "all"
+max_bad = 0
+
+[modalities.video]
+kind = "video"
+frames = 4
+short_side = 32
+crop = 32
+
+[modalities.audio]
+kind = "audio"
+follow = "video"
+follow_frames = 4
+samples = 2048
+nperseg = 256
+noverlap = 128
+
+[modalities.flow]
+kind = "flow"
+frames = 3
+interval = 2
+short_side = 32
+crop = 32
+
+[cache]
+views = 1
+workers = 0
+"""
+
+
+def test_a_sweep_prepares_the_sound_of_every_set_of_modalities(tmp_path, monkeypatch):
+    write_splits(tmp_path / "data/HAC_Splits")
+    root = write_media(tmp_path / "data")
+    (tmp_path / "small.toml").write_text(SMALL_SWEEP)
+    seen = []
+
+    def execute(cells, **options):
+        seen.extend(cells)
+        return running.Board(cells, done=list(cells))
+
+    monkeypatch.setattr(running, "execute", execute)
+    words = ["sweep", "--config", tmp_path / "small.toml", "--modality-sets", "va,af", "--methods", "erm"]
+    words += ["--seeds", 1, "--targets", "cartoon", "--runs-dir", tmp_path / "runs", "--cache-dir", tmp_path / "cache"]
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 1  # nothing is prepared, and no root is named
+    done = CliRunner().invoke(app, [*map(str, words), "--root", str(root)])
+    assert len(seen) == 2, done.output
+    recipes = {}
+    for cell in seen:
+        cache = open_for_training(cell.settings)[1].caches["audio"]
+        recipes[cell.settings.model.modalities] = (
+            cache.recipe["view"]["follow"],
+            cache.recipe["view"]["follow_frames"],
+        )
+    assert recipes == {("video", "audio"): ("video", 4), ("audio", "flow"): ("flow", 3)}
+    assert len(list((tmp_path / "cache/hac").glob("audio-*"))) == 2
+    assert len(list((tmp_path / "cache/hac").glob("flow-*"))) == 1
+    # Prepared for all three at once, flow with sound alone is another matter, and the message says how.
+    (tmp_path / "cache/hac").rename(tmp_path / "gone")
+    done = CliRunner().invoke(app, [*map(str, words), "--root", str(root), "--modality-sets", "va"])
+    done = CliRunner().invoke(app, [*map(str, words), "--modality-sets", "af"])
+    text = " ".join(done.output.split())
+    assert "follow: cache has video, settings say flow" in text
+    assert "--modalities audio,flow" in text
+
+
+def test_too_many_rejected_clips_stop_a_sweep_before_it_trains(tmp_path):
+    write_splits(tmp_path / "data/HAC_Splits")
+    root = write_media(tmp_path / "data", flow=False)
+    next(root.glob("human/videos/*.mp4")).write_bytes(b"no video")
+    (tmp_path / "small.toml").write_text(SMALL_SWEEP)
+    words = ["sweep", "--config", tmp_path / "small.toml", "--modality-sets", "va", "--root", root]
+    words += ["--runs-dir", tmp_path / "runs", "--cache-dir", tmp_path / "cache"]
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exit_code == 1
+    assert "More clips were rejected than dataset.max_bad = 0 allows" in " ".join(done.output.split())
+    assert not (tmp_path / "runs").exists()
 
 
 def test_stored_sound_is_drawn_with_the_frames_it_follows(tmp_path):

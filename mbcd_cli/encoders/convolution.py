@@ -16,7 +16,7 @@ class Conv3d(nn.Conv3d):
     On a CPU two kinds of convolution are handed on in another form (factors measured where torch 2.13 has AVX-512):
 
     - float32, K x 1 x 1 without a stride: on one thread torch prefers an unfolding and a matrix product to oneDNN's
-      convolution, which was 2 to 3 times quicker in both directions. A dilation along axes in which the kernel has one
+      convolution, which was about twice as quick in both directions. A dilation along axes in which the kernel has one
       tap means nothing, and makes torch choose oneDNN.
     - bfloat16 by autocast, channels-last, 1 x 1 x 1, and K x 1 x 1 where there are fewer positions than input
       channels: as a matrix product, whose backward pass was 1.2 to 1.7 times as quick (oneDNN's weight gradient is

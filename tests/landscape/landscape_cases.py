@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from memory import MemoryDataset
 
-from mbcd_cli.data.records import SPLITS, Batch
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import Settings
 
@@ -47,41 +46,6 @@ def symmetric(eigenvalues, seed: int = 0) -> np.ndarray:
     return q @ np.diag(eigenvalues) @ q.T
 
 
-@dataclass
-class MemoryDataset:
-    """What a prepared dataset offers to the landscape, held in memory."""
-
-    arrays: dict[str, torch.Tensor]
-    labels: np.ndarray
-    domain: np.ndarray
-    split: np.ndarray
-    domains: tuple[str, ...]
-    label_names: tuple[str, ...]
-    modalities: dict
-    fingerprints: dict = field(default_factory=lambda: {"video": "f1", "audio": "f2"})
-    name: str = "memory"
-
-    @property
-    def classes(self) -> int:
-        return len(self.label_names)
-
-    def select(self, domains=None, splits=SPLITS, limit=None) -> np.ndarray:
-        wanted = [self.domains.index(d) for d in (domains if domains is not None else self.domains)]
-        keep = np.isin(self.domain, wanted) & np.isin(self.split, [SPLITS.index(s) for s in splits])
-        return np.nonzero(keep)[0][:limit].astype(np.int64)
-
-    def batches(self, clips, batch_size=16, training=True, **_):
-        assert not training, "the landscape must use the test view"
-        for at in range(0, len(clips), batch_size):
-            index = torch.as_tensor(np.asarray(clips)[at : at + batch_size])
-            yield Batch(
-                inputs={name: (values[index],) for name, values in self.arrays.items()},
-                labels=torch.as_tensor(self.labels)[index],
-                domains=torch.as_tensor(self.domain)[index],
-                clips=index,
-            )
-
-
 def make_settings(**landscape) -> Settings:
     array = {"kind": "array", "dimension": 6, "width": 1}
     return Settings.model_validate(
@@ -111,6 +75,7 @@ def make_dataset(settings: Settings, clips: int = 60, seed: int = 0) -> MemoryDa
         domains=("studio", "tilted", "street"),
         label_names=("a", "b", "c"),
         modalities=dict(settings.modalities),
+        fingerprints={"video": "f1", "audio": "f2"},
     )
 
 

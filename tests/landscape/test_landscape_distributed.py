@@ -15,7 +15,7 @@ from mbcd_cli.landscape.store import read_grid
 
 _RANK = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = {here!r}
 import torch
 torch.set_num_threads(1)
 import test_landscape_distributed as here
@@ -43,7 +43,7 @@ def ranks(output: Path, world: int) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    code = _RANK.format(here=str(Path(__file__).parent), output=str(output))
+    code = _RANK.format(here=[str(Path(__file__).parents[up]) for up in (0, 1)], output=str(output))
     processes = []
     for rank in range(world):
         group = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

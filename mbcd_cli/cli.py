@@ -246,7 +246,8 @@ def train(
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print shapes, sizes and step time, then stop.")] = False,
     run: Annotated[
-        Path | None, typer.Option("--run", help="Run folder (default: made from dataset, method, target and seed).")
+        Path | None,
+        typer.Option("--run", "--run-dir", help="Run folder (default: made from dataset, method, target and seed)."),
     ] = None,
     runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")] = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,

@@ -23,13 +23,11 @@ from mbcd_cli.data.records import Clip
 from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
-from mbcd_cli.encoders.staged import Trunk
+from mbcd_cli.encoders.staged import TOGETHER, Trunk
 from mbcd_cli.errors import CacheError
 from mbcd_cli.settings import Modality, Settings
 
 Shapes = list[tuple[tuple[int, ...], np.dtype]]
-GPU_ROWS = 16
-"""Views that go through the trunk together on a GPU; a CPU takes those of one clip."""
 
 
 def needs_weights(settings: Settings, modality: Modality) -> bool:
@@ -164,7 +162,8 @@ class Filler:
         shard = Shard(rows, [], [], errors=[[0.0, 0.0] for _ in self.shapes["train"]])
         filled = dict.fromkeys(GROUPS, 0)
         waiting: dict[str, list[tuple[int, int, tuple[np.ndarray, ...]]]] = {group: [] for group in GROUPS}
-        limit = GPU_ROWS if self.trunk.names and self.device.type == "cuda" else 1
+        # A CPU gains nothing from more than one clip's views at once.
+        limit = TOGETHER if self.trunk.names and self.device.type == "cuda" else 1
 
         def flush(group: str) -> None:
             if waiting[group]:

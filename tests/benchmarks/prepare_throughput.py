@@ -28,12 +28,13 @@ import numpy as np
 import torch
 
 from mbcd_cli import console
-from mbcd_cli.commands.filling import GPU_ROWS, Filler, cached_shapes
+from mbcd_cli.commands.filling import Filler, cached_shapes
 from mbcd_cli.data.cache import GROUPS, CacheWriter, shard_ranges
 from mbcd_cli.data.decoding import DecodeJob, Decoder
 from mbcd_cli.data.records import Clip, Media
 from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders.staged import TOGETHER
 from mbcd_cli.runtime import configure
 from mbcd_cli.settings import CacheSettings, DatasetSettings, RuntimeSettings, Settings, VideoModality
 
@@ -60,7 +61,7 @@ def raw_decode(path: str, indices: list[int]) -> int:
 def trunk_rate(trunk: torch.nn.Module, modality: VideoModality, device: torch.device) -> float:
     """Views per second of the trunk on views in memory, as many at a time as `prepare` takes, in 5 s or more."""
     ((shape, _),) = part_shapes(modality)
-    rows = GPU_ROWS if device.type == "cuda" else 1
+    rows = TOGETHER if device.type == "cuda" else 1
     inputs = (torch.randint(0, 256, (rows, *shape), dtype=torch.uint8, device=device),)
     float(trunk(inputs)[0].sum())
     started, done = time.perf_counter(), 0

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mbcd_cli.encoders import ENCODERS, build_encoder
+from mbcd_cli.encoders.staged import TOGETHER
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.settings import ArrayModality, AudioModality, FlowModality, VideoModality
 
@@ -47,6 +48,25 @@ def test_trunk_stays_in_eval_mode_and_its_features_do_not_depend_on_the_batch():
     trunk.train()
     assert not any(module.training for module in trunk.modules())
     torch.testing.assert_close(trunk((parts,))[0][:1], trunk((parts[:1],))[0])
+
+
+def test_a_live_trunk_follows_train_mode_and_takes_its_time_in_eval_mode():
+    settings, _ = CASES["video"]
+    trunk, tail = build_encoder("video", settings).cut("layer3", live=True)
+    parts = torch.randint(0, 256, (2 * TOGETHER + 1, 3, 4, 8, 8), dtype=torch.uint8)
+    trunk.train()
+    assert all(module.training for module in trunk.modules())
+    seen = []
+    trunk.input.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    ((batch,), (twice,)) = trunk((parts,)), trunk((parts,))
+    assert torch.equal(batch, twice)
+    trunk.eval()
+    (alone,) = trunk((parts,))
+    assert seen == [len(parts)] * 2 + [TOGETHER, TOGETHER, 1]
+    assert not torch.allclose(batch, alone)
+    torch.testing.assert_close(alone[-1:], trunk((parts[-1:],))[0])
+    assert not any(p.requires_grad for p in trunk.parameters())
+    assert tail.frozen == ()
 
 
 def test_adapter_begins_as_the_identity_and_is_all_that_trains():

@@ -25,6 +25,7 @@ def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
 CASES = [
     ((1, 1, 1), (1, 1, 1)),
     ((1, 1, 1), (1, 2, 2)),
+    ((1, 1, 1), (1, 3, 2)),
     ((3, 1, 1), (1, 1, 1)),
     ((1, 3, 3), (1, 2, 2)),
     ((7, 1, 1), (4, 1, 1)),
@@ -49,6 +50,39 @@ def test_agrees_with_the_definition(kernel, stride, low, tolerance, last):
     assert relative(out, expected) < tolerance
     for one, other in zip(gradients(out.float(), layer, x), gradients(expected, layer, x), strict=True):
         assert relative(one, other) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size", "low", "form"),
+    [
+        ((3, 1, 1), (1, 1, 1), 3, False, "conv3d dilated"),
+        ((1, 1, 1), (1, 1, 1), 3, False, "conv3d dilated"),
+        ((1, 1, 1), (1, 2, 2), 3, False, "conv3d"),
+        ((1, 3, 3), (1, 1, 1), 3, False, "conv3d"),
+        ((1, 1, 1), (1, 2, 2), 3, True, "linear"),
+        ((3, 1, 1), (1, 1, 1), 3, True, "linear"),
+        ((3, 1, 1), (1, 1, 1), 9, True, "conv3d"),  # more positions than channels
+        ((1, 3, 3), (1, 1, 1), 3, True, "conv3d"),
+    ],
+)
+def test_the_form_that_was_measured_to_be_quick_is_taken(monkeypatch, kernel, stride, size, low, form):
+    taken = []
+
+    def watch(name, original):
+        def call(*args, **options):
+            dilated = name == "conv3d" and args[6:] == () and len(args) > 5 and tuple(args[5]) == (1, 2, 2)
+            taken.append(name + " dilated" * dilated)
+            return original(*args, **options)
+
+        monkeypatch.setattr(F, name, call)
+
+    watch("conv3d", F.conv3d)
+    watch("linear", F.linear)
+    layer = Conv3d(96, 12, kernel, stride, tuple(k // 2 for k in kernel), bias=False)
+    x = torch.randn(2, 96, 4, size, size).contiguous(memory_format=torch.channels_last_3d)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        layer(x)
+    assert taken == [form]
 
 
 def test_float64_and_second_derivatives_pass_through():

@@ -227,7 +227,12 @@ def _with_followed_frames(settings: Settings) -> Settings:
     framed = {name: one for name in chosen if isinstance(one := settings.modalities.get(name), FrameGeometry)}
     changed = {
         name: sound.model_copy(
-            update={"follow": guide, "follow_frames": frames.frames, "follow_interval": frames.interval}
+            update={
+                "follow": guide,
+                "follow_frames": frames.frames,
+                "follow_interval": frames.interval,
+                "follow_sampling": frames.sampling,
+            }
         )
         for name, sound in settings.modalities.items()
         if name in chosen and isinstance(sound, AudioModality) and sound.follow not in (None, *chosen)

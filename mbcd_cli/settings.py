@@ -103,6 +103,9 @@ class ModalityBase(Slice):
     """Channels of the first layer of a small encoder; the others grow from it."""
 
 
+Sampling = Literal["centred", "reference"]
+
+
 class FrameGeometry(ModalityBase):
     """Frame sampling and geometry shared by video and flow."""
 
@@ -110,6 +113,8 @@ class FrameGeometry(ModalityBase):
     """Frames given to the encoder."""
     interval: Annotated[int, Field(ge=0)] = 0
     """Native frames between two sampled ones; 0 spreads the frames evenly over the whole clip."""
+    sampling: Sampling = "centred"
+    """Where frames at an interval lie: centred (MMAction2 1), or as the reference has them (MMAction2 0)."""
     short_side: Count = 64
     """Pixels of the short side after the first resize."""
     crop: Count = 56
@@ -197,6 +202,8 @@ class AudioModality(ModalityBase):
     """Frames that the followed modality samples."""
     follow_interval: Count = 2
     """Native frames between two of them."""
+    follow_sampling: Sampling = "centred"
+    """Its `sampling`."""
     follow_rate: Positive = 24.0
     """Frames per second by which their times are told."""
     shift: Fraction = 0.0

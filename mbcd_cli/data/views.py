@@ -157,18 +157,28 @@ def sample_indices(count: int, settings: FrameGeometry, rng: np.random.Generator
 
     `interval` 0 cuts the clip into T equal segments and takes the middle of each (a random moment of it in training);
     `interval` n takes T frames n apart from the middle of the clip (from a random start in training), and begins
-    again at the first frame where the clip is shorter.
+    again at the first frame where the clip is shorter. They take up (T - 1) n + 1 frames as MMAction2 1 counts, and
+    T n as the reference's MMAction2 0 does, which also rounds the middle up.
     """
     wanted, interval = settings.frames, settings.interval
     if interval == 0:
         offsets = np.full(wanted, 0.5) if rng is None else rng.random(wanted)
         return np.minimum(((np.arange(wanted) + offsets) * count / wanted).astype(np.int64), count - 1)
-    room = count - ((wanted - 1) * interval + 1)
+    reference = settings.sampling == "reference"
+    room = count - (wanted * interval if reference else (wanted - 1) * interval + 1)
     if room <= 0:
         start = 0
+    elif rng is None:
+        start = (room + 1) // 2 if reference else room // 2
     else:
-        start = room // 2 if rng is None else int(rng.integers(room + 1))
+        start = int(rng.integers(room + 1))
     return (start + interval * np.arange(wanted)) % count
+
+
+def _frames_to_sample(count: int, settings: FrameGeometry, media: Media) -> int:
+    """Of a clip of `count` frames; the reference's loaders leave out the last frame of a file that holds one clip."""
+    one_clip = media.start is None and media.stop is None and not media.path.is_dir()
+    return max(count - 1, 1) if settings.sampling == "reference" and one_clip else count
 
 
 def crop_box(height: int, width: int, settings: FrameGeometry, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -204,6 +214,7 @@ def _frame_views(
     picks: list[np.ndarray] = []
 
     def choose(count: int) -> np.ndarray:
+        count = _frames_to_sample(count, settings, media)
         picks[:] = [sample_indices(count, settings, rng) for rng in generators]
         return np.unique(np.concatenate(picks))
 
@@ -280,12 +291,15 @@ def followed_spans(
 
     Args:
         media: sound with its video as `clock`.
-        settings: `follow_frames` and `follow_interval` as the video samples, and the rate that gives frames times.
+        settings: `follow_frames`, ... as the video samples, and the rate that gives frames times.
         guides: the video views' own random numbers, of which sampling draws the first; None for the test view.
         dataset: limits on bad media.
     """
     count = count_frames(media.clock, dataset=dataset)
-    sampling = VideoModality(frames=settings.follow_frames, interval=settings.follow_interval)
+    sampling = VideoModality(
+        frames=settings.follow_frames, interval=settings.follow_interval, sampling=settings.follow_sampling
+    )
+    count = _frames_to_sample(count, sampling, Media(media.clock))
     spans = []
     for rng in guides:
         pick = sample_indices(count, sampling, rng)

@@ -8,7 +8,17 @@ from concurrent.futures import ProcessPoolExecutor
 import cv2
 import numpy as np
 import pytest
-from helpers import AV_DIGITS, needs_av_digits, tone, write_array, write_frames, write_video, write_wav
+from helpers import (
+    AV_DIGITS,
+    frame_numbers,
+    needs_av_digits,
+    numbered_frames,
+    tone,
+    write_array,
+    write_frames,
+    write_video,
+    write_wav,
+)
 
 from mbcd_cli.data import views as module
 from mbcd_cli.data.media import read_frames
@@ -64,6 +74,46 @@ def test_interval_sampling():
         assert np.diff(drawn).tolist() == [2, 2, 2]
         starts.add(int(drawn[0]))
     assert starts == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(("frames", "interval"), [(32, 2), (8, 4), (4, 3), (5, 1)])
+def test_interval_sampling_as_the_reference_does(frames, interval):
+    """Against SampleFrames of MMAction2 0.x as its documentation gives it, for one clip per video."""
+    settings = VideoModality(frames=frames, interval=interval, sampling="reference")
+    length = frames * interval
+    for count in range(1, 3 * length):
+        average = count - length + 1
+        offset = int(average / 2.0) if count > length - 1 else 0
+        expected = (offset + np.arange(frames) * interval) % count
+        assert np.array_equal(sample_indices(count, settings, None), expected), count
+    count = length + 3
+    drawn = [sample_indices(count, settings, np.random.default_rng(seed)) for seed in range(100)]
+    assert {int(pick[0]) for pick in drawn} == {0, 1, 2, 3}  # randint(average)
+    assert all(np.array_equal(pick - pick[0], np.arange(frames) * interval) for pick in drawn)
+    for count in (1, length - 1, length):
+        assert sample_indices(count, settings, np.random.default_rng(0))[0] == 0
+
+
+def test_the_reference_leaves_out_the_last_frame_of_a_clip_file(tmp_path):
+    path = write_video(tmp_path / "x.mp4", numbered_frames(12))
+    folder = write_frames(tmp_path / "frames", numbered_frames(12))
+    whole = {"frames": 5, "interval": 2, "short_side": 48, "crop": 48}
+
+    def first(sampling, path, **media):
+        settings = VideoModality(sampling=sampling, **whole)
+        ((part,),) = load_views(
+            clip_of("video", path, **media), "video", settings, views=[TEST_VIEW], seed=0, dataset=DATASET
+        )
+        return frame_numbers(part.transpose(1, 2, 3, 0))[0]
+
+    assert first("centred", path) == first("centred", folder) == 1  # (12 - 9) // 2
+    assert first("reference", path) == 1  # 11 - 10 = 1 other start, rounded up
+    assert first("reference", folder) == 1  # 12 - 10 = 2
+    span = {"start": 0, "stop": 11, "unit": "frame"}
+    assert first("reference", path, **span) == first("reference", path)  # 11 frames of a longer file are 11
+    settings = VideoModality(sampling="reference", frames=12, interval=1, short_side=48, crop=48)
+    ((part,),) = load_views(clip_of("video", path), "video", settings, views=[TEST_VIEW], seed=0, dataset=DATASET)
+    assert frame_numbers(part.transpose(1, 2, 3, 0)) == [*range(11), 0]
 
 
 # --- geometry ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -199,8 +199,27 @@ def prepare(
         if not result:  # rank 0 of several processes tells
             return
         if not as_json:
-            command.show(result, preset=chosen)
+            asked = {"cache.views": views, "dataset.missing_frames": missing_frames}
+            assignments = [*(set_ or ()), *(f"{key}={value}" for key, value in asked.items() if value is not None)]
+            command.show(
+                result,
+                preset=chosen,
+                repeat=_repeated(assignments if chosen or config else (), config, modalities, cache_dir),
+            )
         _finish(result, as_json=as_json)
+
+
+def _repeated(sets: Sequence[str], config: Path | None, modalities: str | None, cache_dir: Path | None) -> list[str]:
+    """What `train` must be told as `prepare` was, so that it means the same cache."""
+    words = [] if config is None else ["--config", str(config)]
+    words += [] if modalities is None else ["--modalities", modalities]
+    words += [] if cache_dir is None else ["--cache-dir", str(cache_dir)]
+    kept = [one for one in sets if one.startswith(("cache.", "dataset.", "modalities.")) and not one.startswith(_LOCAL)]
+    return words + [word for one in kept for word in ("--set", one)]
+
+
+_LOCAL = ("cache.dir", "cache.workers", "cache.shard_clips", "cache.compression", "cache.weights_dir", "dataset.root")
+"""Settings of `prepare` that a later command does not need."""
 
 
 def _preset_for_prepare(preset: str | None, config: Path | None, reader: str, root: Path | None) -> str | None:

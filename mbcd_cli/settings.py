@@ -200,8 +200,8 @@ class AudioModality(ModalityBase):
     """Modality whose sampled frames fix the span of each view's sound (HAC), or another that is read; none: all."""
     follow_frames: Count = 32
     """Frames that the followed modality samples."""
-    follow_interval: Count = 2
-    """Native frames between two of them."""
+    follow_interval: Annotated[int, Field(ge=0)] = 2
+    """Native frames between two of them; 0 as for `interval`."""
     follow_sampling: Sampling = "centred"
     """Its `sampling`."""
     follow_rate: Positive = 24.0

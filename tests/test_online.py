@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import helpers
@@ -283,6 +284,20 @@ def test_bad_files_come_to_light_in_prepare_and_later_ones_in_training(tmp_path)
     (root / "audio" / "beta_1_1.wav").unlink()
     with pytest.raises(MediaError, match=r"beta_1_1\.wav"):
         list(dataset.batches(clips, batch_size=1, training=True))
+
+
+def test_what_only_a_later_view_meets_is_mended_with_a_warning(tmp_path, capsys):
+    """Even where `prepare` was told to reject: a clip that it took cannot be left out in the middle of an epoch."""
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha", "beta", "gamma"))
+    settings = tree(root, tmp_path / "cache", "dataset.missing_frames=reject")
+    prepare(settings)
+    dataset, _ = opened(settings, "dataset.missing_frames=reject")
+    helpers.write_wav(root / "audio" / "beta_1_1.wav", helpers.tone(0.1))
+    dataset.online._media["audio"] = [replace(one, stop=0.5) for one in dataset.online._media["audio"]]
+    clips = dataset.select(domains=["alpha", "beta"], splits=["train"])
+    for _ in range(2):
+        assert len(list(dataset.batches(clips, batch_size=1, training=True))) == len(clips)
+    assert capsys.readouterr().err.count("mended in a training view") == 1
 
 
 def test_a_dataset_that_moved_is_found_by_its_root(tmp_path):

@@ -41,6 +41,13 @@ def test_a_run_without_a_preset_finds_its_dataset_again(root, tmp_path):
     assert result.exit_code == 0, result.stderr
     result = call("evaluate", *run, "--set", "evaluation.analyses=[]")
     assert result.exit_code == 0, result.stderr
+    # What is asked for in so many words must be what is prepared.
+    for asked, has in (("cache.views=0", "views: cache has 3, settings say 0"), ("cache.seed=1", "seed: cache has 9")):
+        result = call(*words, "--overwrite", "--set", asked)
+        assert result.exit_code == 1
+        assert has in " ".join(result.stderr.split())
+    result = call(*words, "--overwrite", "--set", "cache.views=0", "--set", "cache.trunk_batch_norm=batch")
+    assert "trunk_batch_norm: cache has running, settings say batch" in " ".join(result.stderr.split())
     # Sound alone with other views: the two cannot be described by one run's settings.
     more = ["--modalities", "audio", *sets, "--set", "cache.views=1"]
     assert call("prepare", "manifest", "--root", root, "--name", "tiny", *more).exit_code == 0

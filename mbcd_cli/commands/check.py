@@ -13,13 +13,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mbcd_cli import console
-from mbcd_cli.commands.filling import meta_inputs, meta_trunk, needs_weights, row_bytes
+from mbcd_cli.commands.filling import meta_inputs, meta_trunk, needs_weights, row_bytes, weights_bytes
 from mbcd_cli.commands.prepare import Plan, make_plan, read_listing, stored_views
 from mbcd_cli.data.cache import group_of
 from mbcd_cli.data.decoding import DecodeJob, decode
 from mbcd_cli.data.ranks import free_bytes
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media
+from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders.pretrained import another_file, find_weights, sha256_of
 from mbcd_cli.errors import CheckpointError
 from mbcd_cli.runtime import pick_device
@@ -51,7 +52,8 @@ def check(settings: Settings) -> dict[str, Any]:
     lost = {r.clip for r in listing.rejected}
     for name, presence in present.items():
         lost |= {gap.clip for gap in presence.gaps if not _mendable(settings, listing.modalities[name], gap)}
-    needed = sum(one["bytes_to_write"] for one in modalities.values())
+        lost |= {bad["clip"] for bad in modalities[name]["unusable"]}
+    needed = sum(one["bytes_to_write"] + one["weights_to_write"] for one in modalities.values())
     free = free_bytes(settings.cache.dir)
     weights = [one["weights"] for one in modalities.values() if one["weights"] and not one["weights"]["present"]]
     exit_code = 3 if len(lost) > settings.dataset.max_bad else 0
@@ -93,7 +95,7 @@ def _modality(
     written = [n for n in range(len(plan.shards)) if (plan.folder / f"shard-{n:05d}.h5").is_file()]
     done = sum(plan.sizes[i] for n in written for i in plan.shards[n])
     left = [i for n in range(len(plan.shards)) if n not in set(written) for i in plan.shards[n]]
-    decoding, timed = _decode_seconds(settings, listing, name, modality, presence)
+    decoding, timed, unusable = _decode_seconds(settings, listing, name, modality, presence)
     gflop = {group: _gflop(settings, name, modality, group) for group in ("train", "test")}
     work = sum(gflop[group_of(view)] for i in left for view in plan.views[i]) * 1e9
     decode_s = decoding * len(left) / max(settings.cache.workers, 1)
@@ -109,6 +111,7 @@ def _modality(
             {"clip": gap.clip, "missing": gap.missing, "expected": gap.expected, "first": gap.first}
             for gap in presence.gaps
         ],
+        "unusable": [{"clip": bad.clip, "file": bad.file, "cause": bad.cause} for bad in unusable],
         "encoder": modality.encoder,
         "cut": modality.cut,
         "weights": weights,
@@ -116,6 +119,7 @@ def _modality(
         "bytes_per_view": {group: row_bytes(plan.shapes[group]) for group in ("train", "test")},
         "bytes": sum(plan.sizes),
         "bytes_to_write": sum(plan.sizes) - done,
+        "weights_to_write": 0 if (plan.folder / "tail.pt").is_file() else weights_bytes(settings, name, modality),
         "shards": len(plan.shards),
         "shards_there": len(written),
         "trunk_gflop": {group: round(value, 2) for group, value in gflop.items()},
@@ -182,13 +186,15 @@ def _flops_per_second(device: torch.device) -> float:
 
 def _decode_seconds(
     settings: Settings, listing: Listing, name: str, modality: Modality, presence: Presence
-) -> tuple[float, int]:
-    """Seconds to decode one clip into its views (of a few that are there), and how many were timed; 0: as stated."""
+) -> tuple[float, int, list[Rejected]]:
+    """Seconds to decode one clip into its views (of a few that are there), how many were timed (0: as stated), and
+    those of them that cannot be used."""
     lacking = {gap.clip for gap in presence.gaps}
     views = stored_views(settings, listing.clips)
     whole = [i for i, clip in enumerate(listing.clips) if name in clip.media and clip.id not in lacking]
     job = DecodeJob(name, modality, settings.dataset, settings.cache.seed)
     spent: list[float] = []
+    unusable: list[Rejected] = []
     for index in whole[:: max(len(whole) // _TIMED_CLIPS, 1)][:_TIMED_CLIPS]:
         clip = listing.clips[index]
         path = clip.media[name].path
@@ -199,10 +205,13 @@ def _decode_seconds(
         decoded = decode(index, clip, views[index] or [0], job)
         if decoded.rejected is None:
             spent.append(time.perf_counter() - started)
+        else:
+            unusable.append(decoded.rejected)
         if sum(spent) > _TIMED_SECONDS:
             break
     # The first clip also pays for imports: the quickest of several tells better than the mean of few.
-    return (sorted(spent)[len(spent) // 2], len(spent)) if spent else (_STATED[modality.kind], 0)
+    seconds = sorted(spent)[len(spent) // 2] if spent else _STATED[modality.kind]
+    return seconds, len(spent), unusable
 
 
 def show(report: dict[str, Any]) -> None:
@@ -240,6 +249,8 @@ def show(report: dict[str, Any]) -> None:
     for name, one in report["modalities"].items():
         for gap in one["gaps"][:_SHOWN]:
             console.say(f"{name}: {gap['clip']} lacks {gap['missing']} of {gap['expected']}, first {gap['first']}")
+        for bad in one["unusable"]:
+            console.say(f"{name}: {bad['clip']}, which was tried, cannot be used: {bad['file']}: {bad['cause']}")
         if len(one["gaps"]) > _SHOWN:
             console.say(f"{name}: ... and {len(one['gaps']) - _SHOWN} more clips (--json lists all of them)")
         if one["weights"] and not one["weights"]["present"]:
@@ -252,7 +263,7 @@ def show(report: dict[str, Any]) -> None:
     if untimed := [name for name, one in report["modalities"].items() if not one["decode_timed_clips"]]:
         console.say(f"No clip of {', '.join(untimed)} could be timed: a usual decoding time was taken.")
     if report["clips_to_be_rejected"]:
-        console.warn(f"{report['clips_to_be_rejected']} clips lack files and would be rejected")
+        console.warn(f"{report['clips_to_be_rejected']} clips lack files, or cannot be used, and would be rejected")
     lacking = [name for name, one in report["modalities"].items() if one["weights"] and not one["weights"]["present"]]
     if lacking:
         console.say(f"error: `prepare` would stop, since it lacks the weights of {', '.join(lacking)}.")

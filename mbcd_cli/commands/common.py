@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mbcd_cli.data.dataset import CachedDataset, open_dataset
+from mbcd_cli.data.dataset import PREPARED, CachedDataset, as_prepared, open_dataset
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.engine.checkpoint import Checkpoint, load_checkpoint
 from mbcd_cli.errors import CacheError, CheckpointError, RunError, SettingsError
@@ -65,17 +65,17 @@ def _as_prepared(settings: Settings, dataset: CachedDataset) -> CacheSettings:
         CacheError: modalities that were prepared differently.
     """
     found: dict[str, Any] = {}
-    for field in ("views", "trunk_batch_norm", "dtype", "seed"):
-        values = {name: cache.recipe.get(field) for name, cache in dataset.caches.items()}
+    prepared = {name: as_prepared(cache) for name, cache in dataset.caches.items()}
+    for field in PREPARED:
+        values = {name: one[field] for name, one in prepared.items()}
+        found[field] = next(iter(values.values()))
         if len(set(values.values())) > 1:
             raise CacheError(
                 f"The modalities of {dataset.name} were prepared with different cache.{field}: "
                 + ", ".join(f"{name} {value}" for name, value in values.items()),
                 "Run `mbcd prepare` once more for all modalities together.",
             )
-        if (value := next(iter(values.values()))) is not None:
-            found[field] = value
-    return settings.cache.model_copy(update=found)
+    return CacheSettings.model_validate({**settings.cache.model_dump(), **found})
 
 
 def run_name(settings: Settings) -> str:

@@ -6,6 +6,7 @@ Letters: R rows (clip x view), N clips.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from mbcd_cli import console
-from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of
+from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of, written_aside
 from mbcd_cli.data.decoding import Decoded, Decoder
 from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
 from mbcd_cli.data.records import Clip
@@ -227,7 +228,23 @@ class Filler:
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """A state dict, written aside and renamed."""
-    aside = path.with_name(path.name + ".partial")
-    torch.save({key: value.cpu() for key, value in weights.items()}, aside)
-    aside.replace(path)
+    """A state dict, written aside and renamed.
+
+    Raises:
+        CacheError: a full disk.
+    """
+    # In memory first: torch reports a full disk as an error of its own format.
+    image = io.BytesIO()
+    torch.save({key: value.cpu() for key, value in weights.items()}, image)
+    with written_aside(path) as aside:
+        aside.write_bytes(image.getbuffer())
+
+
+def weights_bytes(settings: Settings, name: str, modality: Modality) -> int:
+    """About what `save_weights` will write of a modality's encoder."""
+    if modality.cut == "input" and modality.weights is None:
+        return 0
+    with torch.device("meta"):
+        trunk, tail = build_encoder(name, modality).cut(modality.cut, live=settings.cache.live_trunks)
+    kept = [tail, trunk] if settings.cache.views == 0 else [tail]
+    return sum(value.numel() * value.element_size() for part in kept for value in part.state_dict().values())

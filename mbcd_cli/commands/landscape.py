@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from mbcd_cli import console
+from mbcd_cli.commands.online import attach_trunks
+from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.evaluation.evaluator import SOURCE, TARGET, build_models, clip_sets, source_domains
 from mbcd_cli.landscape import analyses, plots
@@ -176,6 +178,8 @@ class _Bench:
         if settings.landscape.batch_norm == "recalibrated":
             train = dataset.select(domains=source_domains(settings, dataset), splits=("train",))
             self.calibration = _evenly(np.asarray(train), settings.landscape.max_clips)
+        if not (self._tested(self.clips) and self._tested(self.calibration)):
+            attach_trunks(settings, dataset, device=device)
 
     def model(self, label: str, checkpoint: Any, wanted: str) -> MultiModalModel:
         """The deployed, student or teacher model of a checkpoint."""
@@ -207,7 +211,14 @@ class _Bench:
         )
 
     def _batches(self, clips: np.ndarray) -> Iterable[Any]:
-        return self.dataset.batches(clips, batch_size=self.settings.landscape.batch_size, training=False)
+        """Test views; where a cache has none of these clips, the training views that the seed draws."""
+        chosen = self.settings.landscape
+        if self._tested(clips):
+            return self.dataset.batches(clips, batch_size=chosen.batch_size, training=False)
+        return self.dataset.batches(clips, batch_size=chosen.batch_size, training=True, seed=chosen.seed)
+
+    def _tested(self, clips: np.ndarray) -> bool:
+        return not isinstance(self.dataset, CachedDataset) or self.dataset.has_test_views(clips)
 
     def _names(self, model: MultiModalModel) -> tuple[str, ...]:
         return moving_names(model, group=self.settings.landscape.group, loss=self.settings.landscape.loss)
@@ -219,7 +230,7 @@ class _Bench:
         identity: dict[str, Any] = {
             "weights": _digest(model),
             "clips": _sha(np.ascontiguousarray(self.clips, dtype=np.int64).tobytes()),
-            "data": chosen.data,
+            "data": chosen.data if self._tested(self.clips) else f"{chosen.data}, training views of {chosen.seed}",
             "fingerprints": dict(self.dataset.fingerprints),
             "group": chosen.group,
             "loss": chosen.loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mbcd_cli.commands.filling import (
     needs_weights,
     row_bytes,
     save_weights,
+    weights_bytes,
 )
 from mbcd_cli.data.cache import (
     GROUPS,
@@ -137,6 +139,8 @@ def check_beforehand(settings: Settings, listing: Listing) -> None:
         plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
         left = [n for n in range(len(plan.shards)) if not (plan.folder / f"shard-{n:05d}.h5").is_file()]
         needed += sum(plan.sizes[i] for n in left for i in plan.shards[n])
+        if not (plan.folder / "tail.pt").is_file():
+            needed += weights_bytes(settings, name, modality)
     if len(problems) > 1:
         raise CheckpointError("\n".join(map(str, problems)))
     if problems:
@@ -285,8 +289,13 @@ def _check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def show(result: dict[str, Any], *, preset: str | None) -> None:
-    """Print what `prepare` returned and what to run next."""
+def show(result: dict[str, Any], *, preset: str | None, repeat: Sequence[str] = ()) -> None:
+    """Print what `prepare` returned and what to run next.
+
+    Args:
+        preset: that it was run with.
+        repeat: words of its command line that `train` needs too, to mean the same cache.
+    """
     columns = ["modality", "clips", "MB", "bytes per view", "shards", "reused", "seconds"]
     squeezed = any(done["int8_error"] is not None for done in result["modalities"].values())
     rows = []
@@ -310,4 +319,4 @@ def show(result: dict[str, Any], *, preset: str | None) -> None:
         )
         return
     name = f"--preset {preset}" if preset else f"--dataset {result['dataset']}"
-    console.say(f"Next: mbcd train {name} --target-domain {result['domains'][-1]}")
+    console.say(f"Next: mbcd train {shlex.join([*name.split(), '--target-domain', result['domains'][-1], *repeat])}")

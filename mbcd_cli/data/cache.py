@@ -141,12 +141,15 @@ def shard_ranges(sizes: Sequence[int], *, limit: int) -> list[range]:
 
 
 @contextlib.contextmanager
-def _written_aside(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file that appears under its name only when it is complete and on disk."""
+def written_aside(path: Path) -> Iterator[Path]:
+    """Where to write a file that appears under its name only when it is complete and on disk.
+
+    Raises:
+        CacheError: a full disk, or a folder that cannot be written to; nothing is left behind.
+    """
     aside = path.with_name(path.name + ".partial")
     try:
-        with h5py.File(aside, "w", libver="latest") as file:
-            yield file
+        yield aside
         with aside.open("rb") as handle:
             os.fsync(handle.fileno())
         aside.replace(path)
@@ -162,7 +165,7 @@ def _written_aside(path: Path) -> Iterator[h5py.File]:
             raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
             raise CacheError(
-                f"The disk is full: {path.parent} cannot take another shard.",
+                f"The disk is full: {path.parent} cannot take another file.",
                 "Free some space (or use --cache-dir elsewhere) and run the same command again; it resumes.",
             ) from error
         raise CacheError(f"{path} cannot be written: {error}.", "Check the folder's rights and the disk.") from error
@@ -313,7 +316,7 @@ class CacheWriter:
         Raises:
             CacheError: full disk or missing rights; what was written before stays.
         """
-        with _written_aside(self.shard_path(number)) as file:
+        with written_aside(self.shard_path(number)) as aside, h5py.File(aside, "w", libver="latest") as file:
             file.attrs["format"] = FORMAT
             file.attrs["first"], file.attrs["stop"] = self.shards[number].start, self.shards[number].stop
             file.attrs["modality"] = self.recipe["modality"]
@@ -363,7 +366,7 @@ class CacheWriter:
                 raise CacheError(
                     f"Shard {self.shard_path(number)} cannot be read: {error}.", "Delete it and prepare again."
                 ) from error
-        with _written_aside(self.folder / "index.h5") as file:
+        with written_aside(self.folder / "index.h5") as aside, h5py.File(aside, "w", libver="latest") as file:
             file.attrs["format"] = FORMAT
             file.attrs["recipe"] = json.dumps(self.recipe, sort_keys=True)
             file.attrs["modality_settings"] = self.modality.model_dump_json()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,10 @@ class CachedDataset:
     def _weights(self, file: str) -> dict[str, dict[str, torch.Tensor]]:
         caches = {name: cache for name, cache in self.caches.items() if cache.recipe.get("weights") is not None}
         return {name: load_weights(cache.folder / file) for name, cache in caches.items()}
+
+    def has_test_views(self, clips: np.ndarray) -> bool:
+        """Whether the test view of all these clips is stored, in every modality."""
+        return all(cache.stored(TEST_VIEW)[clips].all() for cache in self.caches.values())
 
     @property
     def nbytes(self) -> int:
@@ -184,7 +189,8 @@ def prepared_datasets(cache: Path) -> list[str]:
 def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = ()) -> CachedDataset:
     """The prepared dataset `name` that matches `settings`.
 
-    With `settings.modalities` empty whatever was prepared last is taken, with the settings it was prepared with.
+    With `settings.modalities` empty whatever was prepared last is taken, with the settings it was prepared with, as
+    long as it is what `settings.cache` asks for.
 
     Args:
         settings: the whole tree.
@@ -228,12 +234,40 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
     for modality in names:
         wanted = settings.modalities.get(modality)
         if wanted is None:
-            chosen[modality] = found[modality][0]
+            chosen[modality] = _newest(settings, modality, found[modality])
             resolved[modality] = chosen[modality].modality
             continue
         chosen[modality] = _matching(settings, modality, wanted, found[modality])
         resolved[modality] = _resolved(wanted, chosen[modality].modality)
     return CachedDataset(name, chosen, resolved, root=settings.dataset.root, workers=settings.cache.workers)
+
+
+def _newest(settings: Settings, name: str, caches: Sequence[ModalityCache]) -> ModalityCache:
+    """The newest cache that is as the settings of the cache, where any were given, ask for.
+
+    Raises:
+        CacheError: there is none.
+    """
+    given = {field: getattr(settings.cache, field) for field in PREPARED if field in settings.cache.model_fields_set}
+    for cache in caches:
+        have = as_prepared(cache)
+        if all(have[field] == value for field, value in given.items()):
+            return cache
+    have = as_prepared(caches[0])
+    lines = [f"  {f}: cache has {have[f]}, settings say {v}" for f, v in given.items() if have[f] != v]
+    raise CacheError(
+        f"The cache of {name} is stale ({caches[0].folder}):\n" + "\n".join(lines),
+        "Run `mbcd prepare` with these settings, or leave them out.",
+    )
+
+
+PREPARED = ("views", "trunk_batch_norm", "dtype", "seed")
+"""Settings of a cache that are read from it where only its dataset is named."""
+
+
+def as_prepared(cache: ModalityCache) -> dict[str, Any]:
+    """`PREPARED`, as the cache was prepared."""
+    return {"trunk_batch_norm": "running", **{f: cache.recipe[f] for f in PREPARED if f in cache.recipe}}
 
 
 def _resolved(wanted: Modality, prepared: Modality) -> Modality:

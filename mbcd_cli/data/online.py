@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mbcd_cli import console
 from mbcd_cli.data.decoding import DecodeJob, Decoder
 from mbcd_cli.data.records import Clip, Media
 from mbcd_cli.errors import MediaError
@@ -75,11 +76,15 @@ class OnlineViews:
         self.modalities = dict(modalities)
         self.trunks: dict[str, Callable[[Parts], Parts]] = {}
         self._ids, self._workers = ids, workers
+        self._strict = False
         self._media, self._datasets, self._seeds = {}, {}, {}
         for name, one in described.items():
             base = Path(root).resolve() if root is not None else Path(one["root"])
             self._media[name] = [_media(entry, base) for entry in one["media"]]
-            self._datasets[name] = DatasetSettings.model_validate(one["dataset"])
+            # A clip that `prepare` took cannot be left out in the middle of an epoch.
+            dataset = DatasetSettings.model_validate(one["dataset"])
+            self._strict = dataset.missing_frames == "reject"
+            self._datasets[name] = dataset.model_copy(update={"missing_frames": "nearest"})
             self._seeds[name] = int(one["seed"])
 
     @property
@@ -115,6 +120,9 @@ class OnlineViews:
                         if decoded.rejected is not None:
                             bad = decoded.rejected
                             raise MediaError(bad.file, bad.cause, f"Clip {bad.clip}: mend it, then prepare again.")
+                        if decoded.notes and self._strict:
+                            self._strict = False
+                            console.warn(f"mended in a training view, as others may be: {decoded.notes[0]}")
                         columns.append(decoded.parts[0])
                     parts = tuple(torch.from_numpy(np.stack(part)) for part in zip(*columns, strict=True))
                     trunk = self.trunks.get(name)

@@ -34,9 +34,11 @@ class Media:
         path_v: second file of a flow pair (`path` is u / x, `path_v` is v / y).
         start, stop: span inside the file, in `unit`; None means from the beginning / to the end.
         unit: "s" (seconds) or "frame" (zero-based native frames, stop exclusive).
-        computed: for flow, true when `path` is the RGB video and flow is computed from it.
+        computed: for flow, true when `path` is the RGB video and flow is computed from it; for sound, when that is
+            true of `clock`.
         rate: for a video with a span in seconds, the frames per second on which views sample, whatever its own are.
-        clock: for sound with a span in frames, the video whose frame times those frames have.
+        clock: for sound with a span in frames, the video whose frame times those frames have; for sound that follows
+            the frames of another modality's views, that modality's file.
     """
 
     path: Path

@@ -295,7 +295,7 @@ def followed_spans(
         guides: the video views' own random numbers, of which sampling draws the first; None for the test view.
         dataset: limits on bad media.
     """
-    count = count_frames(media.clock, dataset=dataset)
+    count = count_frames(media.clock, dataset=dataset) - media.computed  # flow lies between frames
     sampling = VideoModality(
         frames=settings.follow_frames, interval=settings.follow_interval, sampling=settings.follow_sampling
     )
@@ -306,7 +306,7 @@ def followed_spans(
         start, stop = float(pick[0]) / settings.follow_rate, float(pick[-1]) / settings.follow_rate
         # In a clip shorter than what is sampled the last frame may come before the first: then all is heard.
         ends = {"start": start, "stop": stop} if stop > start else {"start": None, "stop": None}
-        spans.append(replace(media, unit="s", clock=None, **ends))
+        spans.append(replace(media, unit="s", clock=None, computed=False, **ends))
     return spans
 
 

@@ -99,7 +99,8 @@ class StaticStep:
         try:
             graph.register_generator_state(self._randomness.generator)
             torch.cuda.synchronize(self._device)
-            with torch.cuda.graph(graph):
+            # Other threads may read ahead meanwhile: page-locked copies, and the trunks of views that are not stored.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._vector = self.step(static).vector()
         except (RuntimeError, NotImplementedError) as error:
             torch.cuda.synchronize(self._device)

@@ -143,12 +143,12 @@ def test_epic_in_full(tmp_path):
             for row in rows:
                 start, stop, label = int(row["start_frame"]), int(row["stop_frame"]), row["verb_class"]
                 name = f"{domain}_{row['video_id']}"
-                (tmp_path / "video" / split / domain / f"{name}_{start}_{stop}_{label}.mp4").touch()
+                (tmp_path / "video" / split / domain / f"{name}_{start}_{stop}_{label}.mp4").write_bytes(b"x")
                 half = (start + 1) // 2
                 for direction in "uv":
                     stem = f"{name}_{half}_{half + (stop - start) // 2}_{label}_{direction}"
-                    (tmp_path / "flow" / split / domain / f"{stem}.mp4").touch()
-                (tmp_path / "audio" / split / domain / f"{row['video_id']}.wav").touch()
+                    (tmp_path / "flow" / split / domain / f"{stem}.mp4").write_bytes(b"x")
+                (tmp_path / "audio" / split / domain / f"{row['video_id']}.wav").write_bytes(b"x")
     started = time.monotonic()
     report = run(
         *("prepare", "epic-kitchens", "--root", tmp_path, "--random-weights", "--check", "--json"),
@@ -180,10 +180,10 @@ def test_hac_in_full(tmp_path):
         for split in ("train", "test"):
             with (hac.REAL / f"HAC_{split}_only_{domain}.csv").open(newline="") as stream:
                 for name, _ in csv.reader(stream):
-                    (tmp_path / domain / "videos" / name).touch()
+                    (tmp_path / domain / "videos" / name).write_bytes(b"x")
                     for direction in "xy":
-                        (tmp_path / domain / "flow" / f"{name[:-4]}_flow_{direction}.mp4").touch()
-                    (tmp_path / domain / "audio" / f"{name[:-4]}.wav").touch()
+                        (tmp_path / domain / "flow" / f"{name[:-4]}_flow_{direction}.mp4").write_bytes(b"x")
+                    (tmp_path / domain / "audio" / f"{name[:-4]}.wav").write_bytes(b"x")
     report = run(
         *("prepare", "hac", "--root", tmp_path, "--random-weights", "--check", "--json"),
         *("--set", f"dataset.splits={hac.REAL}", "--cache-dir", tmp_path / "cache"),

@@ -376,12 +376,12 @@ def test_the_real_tables_in_full(tmp_path):
             for row in rows:
                 start, stop, label = int(row["start_frame"]), int(row["stop_frame"]), row["verb_class"]
                 name = f"{domain}_{row['video_id']}"
-                (tmp_path / "video" / split / domain / f"{name}_{start}_{stop}_{label}.mp4").touch()
+                (tmp_path / "video" / split / domain / f"{name}_{start}_{stop}_{label}.mp4").write_bytes(b"x")
                 half = (start + 1) // 2
                 for direction in "uv":
                     stem = f"{name}_{half}_{half + (stop - start) // 2}_{label}_{direction}"
-                    (tmp_path / "flow" / split / domain / f"{stem}.mp4").touch()
-                (tmp_path / "audio" / split / domain / f"{row['video_id']}.wav").touch()
+                    (tmp_path / "flow" / split / domain / f"{stem}.mp4").write_bytes(b"x")
+                (tmp_path / "audio" / split / domain / f"{row['video_id']}.wav").write_bytes(b"x")
     listing = read_dataset(settings(tmp_path, splits=REAL), {})
     assert listing.warnings == []
     splits = [clip.split for clip in listing.clips]

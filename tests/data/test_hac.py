@@ -16,6 +16,7 @@ from mbcd_cli.commands.common import open_for_training
 from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.readers import read_dataset
+from mbcd_cli.data.readers.new_clips import read_new
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW, Media
 from mbcd_cli.data.views import followed_spans, load_views, view_generator
@@ -129,10 +130,10 @@ def test_the_real_tables_in_full(tmp_path):
         for split in ("train", "test"):
             with (REAL / f"HAC_{split}_only_{domain}.csv").open(newline="") as stream:
                 for name, _ in csv.reader(stream):
-                    (tmp_path / domain / "videos" / name).touch()
+                    (tmp_path / domain / "videos" / name).write_bytes(b"x")
                     for direction in "xy":
-                        (tmp_path / domain / "flow" / f"{name[:-4]}_flow_{direction}.mp4").touch()
-                    (tmp_path / domain / "audio" / f"{name[:-4]}.wav").touch()
+                        (tmp_path / domain / "flow" / f"{name[:-4]}_flow_{direction}.mp4").write_bytes(b"x")
+                    (tmp_path / domain / "audio" / f"{name[:-4]}.wav").write_bytes(b"x")
     listing = read_dataset(settings(tmp_path, splits=REAL), {})
     assert len(listing.clips) == 3381
     # The only thing unusual about the published tables: 24 human clips are in both splits.
@@ -216,6 +217,40 @@ def test_sound_that_ends_before_the_frames_begin_is_silence(tmp_path):
         load_views(clip, "audio", FOLLOWING, views=[TEST_VIEW], seed=0, dataset=whole)
 
 
+def test_sound_may_follow_a_computed_flow(tmp_path):
+    """Flow lies between frames: there is one less of it."""
+    write_splits(tmp_path / "HAC_Splits")
+    write_media(tmp_path, flow=False)
+    sound = FOLLOWING.model_copy(update={"follow": "flow"})
+    wanted = {"audio": sound, "flow": FlowModality()}
+    (spans, *_) = [
+        followed_spans(clip.media["audio"], sound, [None], dataset=settings(tmp_path))
+        for clip in read_dataset(settings(tmp_path, compute_flow=True), wanted).clips
+    ]
+    assert [(span.start, span.stop) for span in spans] == [(4 / 24, 13 / 24)]  # of 19, as with flow files
+
+
+def test_new_clips_and_manifests_hear_what_they_see_too(tmp_path):
+    write_splits(tmp_path / "HAC_Splits")
+    write_media(tmp_path)
+    clip = read_dataset(settings(tmp_path), {}).clips[0]
+    table = tmp_path / "manifest.csv"
+    video, sound = (clip.media[name].path.relative_to(tmp_path) for name in ("video", "audio"))
+    (expected,) = load_views(clip, "audio", FOLLOWING, views=[TEST_VIEW], seed=0, dataset=settings(tmp_path))
+    wanted = {"video": VideoModality(), "audio": FOLLOWING}
+    plain = DatasetSettings(root=tmp_path)
+    table.write_text(f"video,audio\n{video},{sound}\n")
+    (new,) = read_new(plain, wanted, label_names=["a"]).clips
+    table.write_text(f"id,domain,split,label,video,audio\nx,a,train,0,{video},{sound}\n")
+    (listed,) = read_dataset(plain, wanted).clips
+    table.write_text(f"id,domain,split,label,video,audio,start,stop\nx,a,train,0,{video},{sound},0.1,0.6\n")
+    (spanned,) = read_dataset(plain, wanted).clips
+    for found in (new, listed):
+        (heard,) = load_views(found, "audio", FOLLOWING, views=[TEST_VIEW], seed=0, dataset=plain)
+        assert np.array_equal(heard[0], expected[0])
+    assert spanned.media["audio"].clock is None  # its span is given
+
+
 def test_sound_follows_what_is_read():
     def sound(*names: str, preset="hac"):
         return resolve(preset=preset, flags={"model.modalities": names or None}).modalities["audio"]
@@ -227,6 +262,9 @@ def test_sound_follows_what_is_read():
     for names in ((), ("video", "audio"), ("video", "audio", "flow"), ("audio",), ("video", "flow")):
         assert follows(sound(*names)) == ("video", 32, 2), names
     assert sound("audio", "flow", preset="epic-kitchens").follow is None
+    spread = resolve(preset="hac", sets=["modalities.flow.interval=0"], flags={"model.modalities": ("audio", "flow")})
+    spread = type(spread).model_validate(spread.model_dump())
+    assert follows(spread.modalities["audio"]) == ("flow", 8, 0)
 
 
 SMALL_SWEEP = """

@@ -95,7 +95,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
             f"{root}: no media of the clips in {splits} are there. Looked for:\n{looked}",
             "Name the folder that holds human/, animal/ and cartoon/ with --root.",
         )
-    follows_flow = _follows_flow(asked, found)
+    follows_flow = _follows_flow(asked) and (dataset.compute_flow or bool(found["flow"].hits))
     clips = [
         Clip(
             row["id"],
@@ -119,10 +119,10 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     )
 
 
-def _follows_flow(asked: Mapping[str, tuple[str, Modality]], found: Mapping[str, Found]) -> bool:
+def _follows_flow(asked: Mapping[str, tuple[str, Modality]]) -> bool:
     """Whether the sound's span is told by the flow's frames, as the protocol does where there is no video."""
     follow = asked["audio"][1].follow if "audio" in asked else None
-    return follow is not None and "flow" in asked and follow == asked["flow"][0] and bool(found["flow"].hits)
+    return follow is not None and "flow" in asked and follow == asked["flow"][0]
 
 
 def _media(
@@ -136,7 +136,10 @@ def _media(
     if kind == "flow":
         return Media(path, Path(path_of(place, row, second=True)))
     if kind == "audio" and follows_flow:
-        return Media(path, clock=Path(path_of(found["flow"].places[index], row)))
+        computed = not found["flow"].hits
+        return Media(
+            path, clock=video if computed else Path(path_of(found["flow"].places[index], row)), computed=computed
+        )
     return Media(path, clock=video) if kind == "audio" and videos.hits else Media(path)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mbcd_cli.data.readers import Listing
@@ -321,6 +321,10 @@ class _Rows:
                     continue
                 extra["clock"] = clock
             media[name] = Media(paths[0], paths[1] if len(paths) == 2 else None, **extra)
+        for name, settings in columns.modalities.items():
+            guide = media.get(settings.follow) if settings.kind == "audio" and settings.follow else None
+            if name in media and guide is not None and not span:
+                media[name] = replace(media[name], clock=guide.path, computed=guide.computed)
         return media
 
 

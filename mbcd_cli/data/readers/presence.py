@@ -1,4 +1,4 @@
-"""What of a dataset's media is on disk, told from directory listings alone: `mbcd prepare --check`."""
+"""What of a dataset's media is on disk, told from directory listings and file sizes: `mbcd prepare --check`."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Presence:
         clips: clips that should be there.
         complete: clips of which nothing is missing.
         absent: clips of which nothing is there.
-        files, files_missing: files that should be there (every frame, in folders of frames), and those that are not;
-            a file that several clips share counts for each.
+        files, files_missing: files that should be there (every frame, in folders of frames), and those that are not,
+            or are empty (frames are not looked at); a file that several clips share counts for each.
         gaps: the clips of which something is missing.
     """
 
@@ -79,13 +79,22 @@ def _missing(media: Media, disk: Disk) -> tuple[int, int, str]:
         else:
             # In a folder that is not there all frames are missing.
             inside = int(media.stop) - int(media.start or 0) if media.unit == "frame" and media.stop is not None else 1
-            there = disk.has(str(path))
+            there = disk.has(str(path)) and _size(path) > 0
             expected, missing, name = (1, 0, "") if there else (inside, inside, "")
         total += expected
         absent += missing
         if missing and not first:
             first = str(path / name)
     return total, absent, first
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file (a download that was cut off at once leaves none); a folder counts as one."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return found.st_size or int(path.is_dir())
 
 
 @lru_cache(maxsize=4)

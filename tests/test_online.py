@@ -252,6 +252,27 @@ def test_landscape_and_dry_run_of_a_live_trunk(live, tmp_path):
     )
 
 
+@pytest.mark.parametrize("trunk", ["live", "prepared"])
+def test_landscape_on_training_clips_that_have_no_test_view(trunk, request, tmp_path):
+    """EPIC-Kitchens' preset stores test views of test clips only: calibration then takes training views."""
+    settings = request.getfixturevalue(trunk)
+    settings, *run = settings if isinstance(settings, tuple) else (settings,)
+    run = run[0] if trunk == "live" else tmp_path / "run"
+    if trunk == "prepared":
+        result = call("train", settings.cache.dir, "--run", run, "--epochs", 1, "--batch-size", 4)
+        assert result.exit_code == 0, result.stderr
+    sets = ["landscape.batch_norm=recalibrated", "landscape.analyses=['curve']", "landscape.points=3"]
+    sets += ["landscape.data=train", "landscape.max_clips=4"]
+    found = []
+    for name in ("one", "two"):
+        words = ["landscape", "--checkpoint", run / "checkpoints/last.pt", "--output", tmp_path / name, "--json"]
+        result = CliRunner().invoke(app, list(map(str, words + [w for s in sets for w in ("--set", s)])))
+        assert result.exit_code == 0, result.stderr
+        (figures,) = json.loads(result.stdout)["checkpoints"].values()
+        found.append(figures["loss"])
+    assert found[0] == found[1]
+
+
 def test_live_and_frozen_trunks_are_different_caches(prepared, live, tmp_path):
     for settings, asked, has in ((live[0], "running", "batch"), (prepared[0], "batch", "running")):
         with pytest.raises(CacheError, match=f"trunk_batch_norm: cache has {has}, settings say {asked}"):

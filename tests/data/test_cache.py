@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from mbcd_cli.commands import prepare as preparing
 from mbcd_cli.commands.check import check
+from mbcd_cli.commands.filling import weights_bytes
 from mbcd_cli.commands.prepare import prepare, read_listing
 from mbcd_cli.data import cache as cache_room
 from mbcd_cli.data import decoding
@@ -210,6 +212,33 @@ def test_damaged_shard_is_named(root, tmp_path):
     prepare(settings)  # a damaged shard is written anew
     with h5py.File(shard) as file:
         assert len(file["train/clip"]) > 0
+
+
+def test_full_disk_while_weights_are_written(root, tmp_path, monkeypatch):
+    sets = ("model.modalities=video", "cache.random_weights=true", "modalities.video.cut=layer3")
+    settings = settings_for(root, tmp_path, *sets)
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(CacheError, match="The disk is full"):
+        prepare(settings)
+    assert not list(tmp_path.glob("tiny/*/*.partial"))
+    monkeypatch.undo()
+    done = prepare(settings)["modalities"]["video"]
+    assert done["shards_reused"] == done["shards"]
+    folder = Path(done["folder"])
+    whole = sum((folder / name).stat().st_size for name in ("tail.pt",))
+    assert 0 < weights_bytes(settings, "video", settings.modalities["video"]) <= whole
+
+
+def test_room_for_the_weights_is_counted(root, tmp_path, monkeypatch):
+    sets = ("model.modalities=video", "cache.random_weights=true", "modalities.video.cut=pool")
+    settings = settings_for(root, tmp_path, *sets)
+    monkeypatch.setattr(preparing, "weights_bytes", lambda *_: 10**15)
+    with pytest.raises(CacheError, match=r"The cache needs 1000000\.0 GB more"):
+        prepare(settings)
 
 
 def test_full_disk_is_one_message_and_keeps_what_is_there(root, tmp_path, monkeypatch):

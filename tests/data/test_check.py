@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shlex
 import time
 from pathlib import Path
 
@@ -55,6 +57,48 @@ def test_bytes_are_those_prepare_writes(root, tmp_path):
         assert after["modalities"][name]["shards_there"] == one["shards"]
     assert before["bytes_to_write"] == before["bytes"]
     assert after["bytes_to_write"] == 0
+
+
+def test_what_to_run_next_finds_what_was_prepared(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "prepare",
+        "manifest",
+        "--root",
+        root,
+        "--name",
+        "tiny",
+        "--config",
+        "c.toml",
+        "--views",
+        1,
+        "--cache-dir",
+        "c d",
+    ]
+    words += ["--modalities", "video", "--missing-frames", "reject", "--workers", 0, "--set", "cache.seed=3"]
+    assignments = (one.partition("=") for one in helpers.SMALL)
+    (tmp_path / "c.toml").write_text("".join(f"{key} = {value}\n" for key, _, value in assignments))
+    shown = " ".join(run(*words, "--set", "cache.shard_clips=2").stderr.split())
+    (line,) = re.findall(r"Next: mbcd (train .*)", shown)
+    assert "shard_clips" not in line
+    trained = run(*shlex.split(line), "--epochs", 1, "--batch-size", 2, "--json")
+    assert trained.data["epochs"] == 1
+
+
+def test_empty_files_are_missing_and_tried_ones_that_fail_are_told(tmp_path):
+    root = helpers.write_dataset(tmp_path / "tiny")
+    (root / "video" / "alpha_0_0.mp4").write_bytes(b"")
+    for path in (root / "audio").glob("*.wav"):
+        path.write_bytes(b"no sound")
+    arguments = ("prepare", "manifest", "--root", root, "--cache-dir", tmp_path / "cache", *SETS)
+    report = run(*arguments, "--check", "--json", code=3).data
+    (gap,) = report["modalities"]["video"]["gaps"]
+    assert gap["clip"] == "alpha_0_0"
+    bad = report["modalities"]["audio"]["unusable"]
+    assert bad
+    assert report["clips_to_be_rejected"] == len({one["clip"] for one in bad} | {"alpha_0_0"})
+    shown = " ".join(run(*arguments, "--check", code=3).stderr.split())
+    assert f"{bad[0]['clip']}, which was tried, cannot be used" in shown
 
 
 def test_missing_files_predict_the_exit_code(tmp_path):

@@ -7,6 +7,7 @@ import os
 import signal
 from pathlib import Path
 
+import helpers
 import pytest
 from sweep_cases import plan_of
 from typer.testing import CliRunner
@@ -143,6 +144,23 @@ def test_with_a_root_the_dataset_is_prepared_first(tmp_path, monkeypatch):
     done = invoke(*arguments, *sets)
     assert "No run of this sweep is finished" in done.output  # `execute` only said so
     assert len(started) == len(common.open_for_training(started[0].settings)[1].domains)
+
+
+def test_a_dataset_that_only_its_files_know_is_planned_after_it_is_prepared(tmp_path, monkeypatch):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha", "beta", "gamma"))
+    started = []
+
+    def execute(cells, **options):
+        started.extend(cells)
+        return running.Board(cells, done=list(cells))
+
+    monkeypatch.setattr(running, "execute", execute)
+    sets = [word for text in (*helpers.SMALL, "dataset.reader=manifest") for word in ("--set", text)]
+    words = ["sweep", "--preset", "none", "--dataset", "tiny", "--targets", "all", "--methods", "erm", "--seeds", "1"]
+    words += ["--cache-dir", tmp_path / "cache", "--runs-dir", tmp_path / "runs", *sets]
+    assert "no cache of dataset 'tiny'" in " ".join(invoke(*words).output.split())
+    invoke(*words, "--root", root)
+    assert [cell.settings.training.target_domain for cell in started] == ["alpha", "beta", "gamma"]
 
 
 def test_a_cell_that_fails_says_why_and_one_that_is_held_is_left_alone(cache, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from reference import KINDS, ReferenceStep
 from small import Recorder, small_batch, small_model
 
+from mbcd_cli.engine.distributed import Group
 from mbcd_cli.engine.optimizer import build_optimizer
 from mbcd_cli.engine.step import TrainStep
 from mbcd_cli.engine.teacher import Teacher
@@ -103,6 +104,31 @@ def test_live_trunks(order, noise):
 
 def test_live_trunks_under_a_frozen_batch_norm():
     compare(objective(), modalities=3, batch_norm="frozen", steps=3, live=True)
+
+
+@pytest.mark.parametrize("batch_norm", ["tracked", "frozen"])
+def test_running_statistics_of_live_trunks_are_averaged_over_the_processes(batch_norm):
+    averaged = []
+
+    class Watched(Group):
+        def average_(self, tensors):
+            averaged.extend(tensor.data_ptr() for tensor in tensors)
+
+    model = small_model(2, KINDS[:2], live=True)
+    settings = objective()
+    step = TrainStep(
+        model=model,
+        settings=settings,
+        optimizer=build_optimizer(model.parameters(), OptimizerSettings()),
+        teacher=Teacher(model, beta=0.9),
+        randomness=Recorder(),
+        batch_norm=batch_norm,
+        group=Watched(),
+    )
+    step(small_batch(2, KINDS[:2]))
+    for name, buffer in model.named_buffers():
+        moves = name.startswith("trunks.") or batch_norm == "tracked"
+        assert (buffer.data_ptr() in averaged) == (moves and buffer.is_floating_point()), name
 
 
 @pytest.mark.parametrize("noise", [True, False])

@@ -18,7 +18,7 @@ from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError, load_
 from mbcd_cli.data.online import OnlineViews
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
-from mbcd_cli.settings import Modality, Settings
+from mbcd_cli.settings import CacheSettings, Modality, Settings
 
 
 class CachedDataset:
@@ -243,12 +243,14 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
 
 
 def _newest(settings: Settings, name: str, caches: Sequence[ModalityCache]) -> ModalityCache:
-    """The newest cache that is as the settings of the cache, where any were given, ask for.
+    """The newest cache that is as the settings of the cache ask for, where they differ from their defaults.
 
     Raises:
         CacheError: there is none.
     """
-    given = {field: getattr(settings.cache, field) for field in PREPARED if field in settings.cache.model_fields_set}
+    defaults = CacheSettings()
+    # A saved tree names its defaults too: only what differs from them was certainly asked for.
+    given = {f: value for f in PREPARED if (value := getattr(settings.cache, f)) != getattr(defaults, f)}
     for cache in caches:
         have = as_prepared(cache)
         if all(have[field] == value for field, value in given.items()):

@@ -285,7 +285,10 @@ def _resolved(wanted: Modality, prepared: Modality) -> Modality:
 def _differences(settings: Settings, name: str, wanted: Modality, cache: ModalityCache) -> list[str]:
     """What makes `cache` unfit for `settings`, in words."""
     expected = flatten(recipe_of(settings, name, _resolved(wanted, cache.modality), weights_sha256=None))
-    have = flatten(cache.recipe)
+    # A setting that came later has the meaning of its default in caches that do not know it.
+    fields = {f"view.{key}": field.default for key, field in type(wanted).model_fields.items()}
+    later = {key: value for key, value in {**fields, "trunk_batch_norm": "running"}.items() if key in expected}
+    have = {**later, **flatten(cache.recipe)}
     if have.get("test_view") == "all":  # holds more than a test of the test split needs
         expected["test_view"] = "all"
     if "weights" in expected and (wanted.weights is not None) == (have.get("weights") != "random"):

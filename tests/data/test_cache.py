@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -179,6 +180,20 @@ def test_select_limits_evenly_and_names_what_is_missing(prepared):
     assert limited.tolist() == [everything[0], everything[6], everything[-1]] or len(limited) == 3
     with pytest.raises(CacheError, match="no domain 'gamma'"):
         dataset.select(domains=["gamma"])
+
+
+def test_a_cache_older_than_a_setting_has_its_default(root, tmp_path):
+    settings = settings_for(root, tmp_path, "model.modalities=video")
+    prepare(settings)
+    (index,) = tmp_path.glob("tiny/video-*/index.h5")
+    with h5py.File(index, "r+") as file:
+        recipe = json.loads(file.attrs["recipe"])
+        del recipe["view"]["sampling"]
+        file.attrs["recipe"] = json.dumps(recipe)
+    assert open_dataset(settings, name="tiny", modalities=["video"]).caches
+    other = settings_for(root, tmp_path, "model.modalities=video", "modalities.video.sampling=reference")
+    with pytest.raises(CacheError, match="sampling: cache has centred, settings say reference"):
+        open_dataset(other, name="tiny", modalities=["video"])
 
 
 def test_stale_cache_is_refused_and_says_what_changed(root, prepared):

@@ -226,24 +226,15 @@ def show(report: dict[str, Any]) -> None:
         ("domain", "train", "test"),
         [(domain, counts["train"], counts["test"]) for domain, counts in report["domains"].items()],
     )
+    begun = any(one["shards_there"] for one in report["modalities"].values())
     rows = []
     for name, one in report["modalities"].items():
-        rows.append(
-            (
-                name,
-                one["complete"],
-                one["incomplete"],
-                one["absent"],
-                one["files_missing"],
-                f"{one['bytes_per_view']['train'] / 1e6:.2f}",
-                f"{one['bytes'] / 1e9:.2f}",
-                f"{one['shards_there']} of {one['shards']}",
-                duration(one["seconds"]),
-            )
-        )
+        row = [name, one["complete"], one["incomplete"], one["absent"], one["files_missing"]]
+        row += [f"{one['bytes_per_view']['train'] / 1e6:.2f}", f"{one['bytes'] / 1e9:.2f}", duration(one["seconds"])]
+        rows.append(row + ([f"{one['shards_there']}/{one['shards']}"] if begun else []))
     console.table(
-        f"What is there, and what --views {report['views']} makes of it",
-        ("modality", "whole", "in part", "absent", "files missing", "MB per view", "GB", "shards there", "time"),
+        f"Clips whole, in part or absent, files missing; and what --views {report['views']} makes of it",
+        ["modality", "whole", "part", "absent", "missing", "MB/view", "GB", "time", *(["shards"] if begun else [])],
         rows,
     )
     for name, one in report["modalities"].items():

@@ -25,6 +25,7 @@ from mbcd_cli.engine.checkpoint import load_checkpoint
 from mbcd_cli.errors import CacheError, MediaError, SettingsError
 from mbcd_cli.evaluation.evaluator import build_models
 from mbcd_cli.evaluation.predict import predict
+from mbcd_cli.evaluation.robustness import disturbed_accuracy, gaussian_shift
 from mbcd_cli.layers import resolve
 
 ONLINE = [*helpers.SMALL, "cache.views=0", "cache.random_weights=true", "modalities.video.cut=layer3"]
@@ -226,6 +227,10 @@ def test_a_live_trunk_is_evaluated_with_its_own_statistics(live, root, tmp_path)
     torch.testing.assert_close(found.fused, expected.detach(), rtol=1e-5, atol=1e-5)
     accuracy = (expected.argmax(1) == found.labels).double().mean()
     assert json.loads(result.stdout)["headline"]["top1"]["fused"] == pytest.approx(float(accuracy))
+
+    batches = dataset.batches(tests, batch_size=2, training=False)
+    (undisturbed,) = disturbed_accuracy(model, batches, [gaussian_shift("video", 0.0)], device=CPU)
+    assert undisturbed["fused"] == pytest.approx(float(accuracy))
 
     # New clips need the checkpoint alone, and get the same predictions; the trunk has no weights file.
     words = ["evaluate", "--run", run, "--data-root", root, "--output", tmp_path / "new", "--json"]

@@ -126,6 +126,17 @@ def test_pooled_fast_features_come_first(encoders):
     assert pooled[0, 256:].eq(2).all()
 
 
+def test_a_live_trunk_holds_the_lateral_connection():
+    """Its batch norm follows train mode with the rest of what is frozen."""
+    with torch.device("meta"):
+        encoder = build_encoder("video", PAPER["video"])
+    trunk, tail = encoder.cut("layer4", live=True)
+    assert (trunk.names[-1], tail.names, tail.frozen) == ("lateral4", ("layer4", "pool"), ())
+    model = MultiModalModel({"video": tail}, settings=ModelSettings(), classes=8, trunks={"video": trunk}).train()
+    assert all(module.training for module in model.modules())
+    assert not any(p.requires_grad for p in model.trunks.parameters())
+
+
 def test_lateral_connection_in_the_tail_stays_frozen():
     torch.manual_seed(0)
     _, tail = build_encoder("video", PAPER["video"]).cut("layer4")

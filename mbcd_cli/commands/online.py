@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mbcd_cli import console
 from mbcd_cli.data.modality_cache import load_weights
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import Parts, Trunk
@@ -14,16 +15,19 @@ from mbcd_cli.settings import Settings
 
 
 def attach_trunks(settings: Settings, dataset: Any, *, device: torch.device) -> None:
-    """Give the dataset the trunks of the modalities whose training views are decoded on the fly.
+    """Give the dataset the trunks of the modalities whose training views are decoded on the fly, and a way to warn.
 
-    Nothing is done where there are none, or where trunks are part of the model (`cache.trunk_batch_norm = "batch"`).
-    The random state is left as it was.
+    Trunks that are part of the model (`cache.trunk_batch_norm = "batch"`) are not attached. The random state is left
+    as it was.
 
     Raises:
         CacheError: the trunk's weights, which `prepare` stored, cannot be read.
     """
     online = getattr(dataset, "online", None)
-    if online is None or settings.cache.live_trunks:
+    if online is None:
+        return
+    online.warn = console.warn
+    if settings.cache.live_trunks:
         return
     for name in online.names:
         cache = dataset.caches[name]

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbcd_cli import console
 from mbcd_cli.data.decoding import DecodeJob, Decoder
 from mbcd_cli.data.records import Clip, Media
 from mbcd_cli.errors import MediaError
@@ -55,6 +54,7 @@ class OnlineViews:
 
     Attributes:
         trunks: modality -> its frozen trunk, parts -> parts at the cut; where there is none, parts stay decoded.
+        warn: hears of what is mended where `prepare` was told to reject.
 
     Args:
         described: modality -> what `describe_media` gave.
@@ -75,6 +75,7 @@ class OnlineViews:
     ) -> None:
         self.modalities = dict(modalities)
         self.trunks: dict[str, Callable[[Parts], Parts]] = {}
+        self.warn: Callable[[str], None] = lambda message: None
         self._ids, self._workers = ids, workers
         self._strict = False
         self._media, self._datasets, self._seeds = {}, {}, {}
@@ -122,7 +123,7 @@ class OnlineViews:
                             raise MediaError(bad.file, bad.cause, f"Clip {bad.clip}: mend it, then prepare again.")
                         if decoded.notes and self._strict:
                             self._strict = False
-                            console.warn(f"mended in a training view, as others may be: {decoded.notes[0]}")
+                            self.warn(f"mended in a training view, as others may be: {decoded.notes[0]}")
                         columns.append(decoded.parts[0])
                     parts = tuple(torch.from_numpy(np.stack(part)) for part in zip(*columns, strict=True))
                     trunk = self.trunks.get(name)

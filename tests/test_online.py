@@ -234,6 +234,7 @@ def test_a_live_trunk_is_evaluated_with_its_own_statistics(live, root, tmp_path)
 
     # New clips need the checkpoint alone, and get the same predictions; the trunk has no weights file.
     words = ["evaluate", "--run", run, "--data-root", root, "--output", tmp_path / "new", "--json"]
+    words += ["--set", "cache.random_weights=false"]
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == 0, result.stderr
     with (tmp_path / "new/predict.csv").open() as file:

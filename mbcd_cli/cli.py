@@ -199,7 +199,7 @@ def prepare(
         if not result:  # rank 0 of several processes tells
             return
         if not as_json:
-            asked = {"cache.views": views, "dataset.missing_frames": missing_frames}
+            asked = {"dataset.name": name, "cache.views": views, "dataset.missing_frames": missing_frames}
             assignments = [*(set_ or ()), *(f"{key}={value}" for key, value in asked.items() if value is not None)]
             command.show(
                 result,

@@ -209,6 +209,11 @@ class AudioModality(ModalityBase):
     shift: Fraction = 0.0
     """Training views of padded clips begin at a random moment within this fraction of the free room."""
 
+    @field_validator("follow", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value  # `--set modalities.audio.follow=`: a preset's value taken back
+
     @model_validator(mode="after")
     def _window_fits(self):
         if self.noverlap >= self.nperseg:

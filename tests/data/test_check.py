@@ -81,6 +81,7 @@ def test_what_to_run_next_finds_what_was_prepared(root, tmp_path, monkeypatch):
     shown = " ".join(run(*words, "--set", "cache.shard_clips=2").stderr.split())
     (line,) = re.findall(r"Next: mbcd (train .*)", shown)
     assert "shard_clips" not in line
+    assert "dataset.name=tiny" in line
     trained = run(*shlex.split(line), "--epochs", 1, "--batch-size", 2, "--json")
     assert trained.data["epochs"] == 1
 

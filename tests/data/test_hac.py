@@ -262,6 +262,9 @@ def test_sound_follows_what_is_read():
     for names in ((), ("video", "audio"), ("video", "audio", "flow"), ("audio",), ("video", "flow")):
         assert follows(sound(*names)) == ("video", 32, 2), names
     assert sound("audio", "flow", preset="epic-kitchens").follow is None
+    for names in ((), ("audio", "flow")):
+        off = resolve(preset="hac", sets=["modalities.audio.follow="], flags={"model.modalities": names or None})
+        assert off.modalities["audio"].follow is None
     spread = resolve(preset="hac", sets=["modalities.flow.interval=0"], flags={"model.modalities": ("audio", "flow")})
     spread = type(spread).model_validate(spread.model_dump())
     assert follows(spread.modalities["audio"]) == ("flow", 8, 0)

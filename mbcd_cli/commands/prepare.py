@@ -318,5 +318,5 @@ def show(result: dict[str, Any], *, preset: str | None, repeat: Sequence[str] = 
             f"Mend the files in the table above, or run again with --max-bad {bad}."
         )
         return
-    name = f"--preset {preset}" if preset else f"--dataset {result['dataset']}"
-    console.say(f"Next: mbcd train {shlex.join([*name.split(), '--target-domain', result['domains'][-1], *repeat])}")
+    named = ["--preset", preset] if preset else ["--dataset", result["dataset"]]
+    console.say(f"Next: mbcd train {shlex.join([*named, '--target-domain', result['domains'][-1], *repeat])}")

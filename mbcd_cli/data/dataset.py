@@ -20,6 +20,9 @@ from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_o
 from mbcd_cli.errors import CacheError
 from mbcd_cli.settings import CacheSettings, Modality, Settings
 
+PREPARED = ("views", "trunk_batch_norm", "dtype", "seed")
+"""Settings of a cache that are read from it where only its dataset is named."""
+
 
 class CachedDataset:
     """Prepared modalities joined by clip: the only thing train, evaluate and landscape see of a dataset.
@@ -261,10 +264,6 @@ def _newest(settings: Settings, name: str, caches: Sequence[ModalityCache]) -> M
         f"The cache of {name} is stale ({caches[0].folder}):\n" + "\n".join(lines),
         "Run `mbcd prepare` with these settings, or leave them out.",
     )
-
-
-PREPARED = ("views", "trunk_batch_norm", "dtype", "seed")
-"""Settings of a cache that are read from it where only its dataset is named."""
 
 
 def as_prepared(cache: ModalityCache) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class OnlineViews:
             self._media[name] = [_media(entry, base) for entry in one["media"]]
             # A clip that `prepare` took cannot be left out in the middle of an epoch.
             dataset = DatasetSettings.model_validate(one["dataset"])
-            self._strict = dataset.missing_frames == "reject"
+            self._strict |= dataset.missing_frames == "reject"
             self._datasets[name] = dataset.model_copy(update={"missing_frames": "nearest"})
             self._seeds[name] = int(one["seed"])
 

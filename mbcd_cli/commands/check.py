@@ -16,7 +16,7 @@ from mbcd_cli import console
 from mbcd_cli.commands.filling import meta_inputs, meta_trunk, needs_weights, row_bytes, weights_bytes
 from mbcd_cli.commands.prepare import Plan, make_plan, read_listing, stored_views
 from mbcd_cli.data.cache import group_of
-from mbcd_cli.data.decoding import DecodeJob, decode
+from mbcd_cli.data.media.decoding import DecodeJob, decode
 from mbcd_cli.data.ranks import free_bytes
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media

@@ -18,7 +18,7 @@ import torch
 
 from mbcd_cli import console
 from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of, written_aside
-from mbcd_cli.data.decoding import Decoded, Decoder
+from mbcd_cli.data.media.decoding import Decoded, Decoder
 from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
 from mbcd_cli.data.records import Clip
 from mbcd_cli.data.views import part_shapes

@@ -32,7 +32,7 @@ from mbcd_cli.data.cache import (
     shard_ranges,
     views_of,
 )
-from mbcd_cli.data.decoding import DecodeJob, Decoder
+from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.online import describe_media
 from mbcd_cli.data.ranks import free_bytes, locked, ranks_of, wait_for
 from mbcd_cli.data.readers import Listing, read_dataset

@@ -33,6 +33,7 @@ import h5py
 import numpy as np
 
 from mbcd_cli import __version__
+from mbcd_cli.data.media.timeline import DECODER
 from mbcd_cli.data.ranks import Ranks, partial_is_ours
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Clip, Rejected
 from mbcd_cli.errors import CacheError
@@ -60,6 +61,7 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
         view.pop(key)
     recipe: dict[str, Any] = {
         "format": FORMAT,
+        "decoder": DECODER,
         "modality": name,
         "view": view,
         "views": settings.cache.views,

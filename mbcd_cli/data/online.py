@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbcd_cli.data.decoding import DecodeJob, Decoder
+from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.records import Clip, Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings, Modality, Settings

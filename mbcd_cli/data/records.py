@@ -34,8 +34,8 @@ class Media:
         path_v: second file of a flow pair (`path` is u / x, `path_v` is v / y).
         start, stop: span inside the file, in `unit`; None means from the beginning / to the end.
         unit: "s" (seconds) or "frame" (zero-based native frames, stop exclusive).
-        computed: for flow, true when `path` is the RGB video and flow is computed from it; for sound, when that is
-            true of `clock`.
+        computed: for flow that is computed from the RGB video `path`, the frames from one picture of a pair to the
+            other; 0 where flow is stored. For sound, the same of `clock`.
         rate: for a video with a span in seconds, the frames per second on which views sample, whatever its own are.
         clock: for sound with a span in frames, the video whose frame times those frames have; for sound that follows
             the frames of another modality's views, that modality's file.
@@ -46,7 +46,7 @@ class Media:
     start: float | None = None
     stop: float | None = None
     unit: Literal["s", "frame"] = "s"
-    computed: bool = False
+    computed: int = 0
     clock: Path | None = None
     rate: float | None = None
 

@@ -15,10 +15,11 @@ from dataclasses import replace
 import cv2
 import numpy as np
 
-from mbcd_cli.data.flow import read_flow
-from mbcd_cli.data.media import count_frames, read_frames, resize_short_side
+from mbcd_cli.data.media.arrays import read_array
+from mbcd_cli.data.media.flow import read_flow
+from mbcd_cli.data.media.sound import read_audio
+from mbcd_cli.data.media.video import read_frames, resize_short_side, timeline_of
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
-from mbcd_cli.data.signals import read_array, read_audio
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import (
     ArrayModality,
@@ -295,7 +296,7 @@ def followed_spans(
         guides: the video views' own random numbers, of which sampling draws the first; None for the test view.
         dataset: limits on bad media.
     """
-    count = count_frames(media.clock, dataset=dataset) - media.computed  # flow lies between frames
+    count = len(timeline_of(media.clock)) - media.computed  # flow lies between frames
     sampling = VideoModality(
         frames=settings.follow_frames, interval=settings.follow_interval, sampling=settings.follow_sampling
     )
@@ -306,7 +307,7 @@ def followed_spans(
         start, stop = float(pick[0]) / settings.follow_rate, float(pick[-1]) / settings.follow_rate
         # In a clip shorter than what is sampled the last frame may come before the first: then all is heard.
         ends = {"start": start, "stop": stop} if stop > start else {"start": None, "stop": None}
-        spans.append(replace(media, unit="s", clock=None, computed=False, **ends))
+        spans.append(replace(media, unit="s", clock=None, computed=0, **ends))
     return spans
 
 

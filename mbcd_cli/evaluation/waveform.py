@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 import torch
 
+from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.records import Clip
-from mbcd_cli.data.signals import read_audio
 from mbcd_cli.data.views import audio_view, followed_spans
 from mbcd_cli.encoders.staged import Parts
 from mbcd_cli.evaluation.corruptions import SEVERITIES

@@ -30,7 +30,7 @@ import torch
 from mbcd_cli import console
 from mbcd_cli.commands.filling import Filler, cached_shapes
 from mbcd_cli.data.cache import GROUPS, CacheWriter, shard_ranges
-from mbcd_cli.data.decoding import DecodeJob, Decoder
+from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.records import Clip, Media
 from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder

@@ -21,9 +21,9 @@ from mbcd_cli.commands.check import check
 from mbcd_cli.commands.filling import weights_bytes
 from mbcd_cli.commands.prepare import prepare, read_listing
 from mbcd_cli.data import cache as cache_room
-from mbcd_cli.data import decoding
 from mbcd_cli.data.cache import listing_digest, shard_ranges, views_of
 from mbcd_cli.data.dataset import ModalityCache, open_dataset, prepared_datasets
+from mbcd_cli.data.media import decoding
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.data.views import load_views

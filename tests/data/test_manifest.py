@@ -185,7 +185,7 @@ def test_flow_folder_that_holds_u_and_v(tmp_path):
 def test_computed_flow(tmp_path):
     got = listing(tmp_path, FOUR, compute_flow=True)
     assert list(got.modalities) == ["video", "audio", "flow"]
-    assert got.clips[0].media["flow"] == Media(tmp_path / "v/0.mp4", computed=True)
+    assert got.clips[0].media["flow"] == Media(tmp_path / "v/0.mp4", computed=1)
     asked = {"flow": FlowModality(frames=4)}
     only = listing(tmp_path, FOUR, modalities=asked, compute_flow=True)
     assert list(only.modalities) == ["flow"]
@@ -358,11 +358,11 @@ def test_bad_media_of_av_digits():
         3: "635 of 3813 samples are not finite (NaN or infinity)",
         7: "cut short: its header claims 2673 samples, and 891 are there",
         8: "the file is empty (0 bytes)",
-        11: "not a video file (it has no mp4 structure)",
+        11: "not a video or sound file that can be opened (Invalid data found when processing input)",
         12: "1 frame, fewer than the 2 needed",
-        17: "cut short: its index claims 16 frames, but only 2060 of 3256 bytes are there",
+        17: "cut short: it claims 16 frames, and 3 are there whole",
         18: "no such file",
         20: "it has a header but no samples",
-        22: "cut short before its index (moov)",
+        22: "cut short before its index (moov), or its index is damaged",
         23: "the file is empty (0 bytes)",
     }

@@ -8,8 +8,8 @@ from multiprocessing import shared_memory
 import numpy as np
 import pytest
 
-from mbcd_cli.data import sharing
-from mbcd_cli.data.sharing import SMALLEST, Blocks, Shared, share
+from mbcd_cli.data.media import sharing
+from mbcd_cli.data.media.sharing import SMALLEST, Blocks, Shared, share
 
 
 @dataclass

@@ -21,7 +21,7 @@ from helpers import (
 )
 
 from mbcd_cli.data import views as module
-from mbcd_cli.data.media import read_frames
+from mbcd_cli.data.media.video import read_frames
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.data.views import (
     audio_view,
@@ -205,7 +205,7 @@ def test_mirrored_flow_moves_the_other_way(tmp_path):
 def test_computed_flow_becomes_a_view(tmp_path):
     path = write_video(tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), dtype=np.uint8))
     settings = FlowModality(frames=8, short_side=32, crop=32)
-    test, train = load(clip_of("flow", path, computed=True), settings, [TEST_VIEW, 0])
+    test, train = load(clip_of("flow", path, computed=1), settings, [TEST_VIEW, 0])
     assert test.shape == train.shape == (2, 8, 32, 32)
 
 

@@ -169,7 +169,8 @@ def _bases(root: Path, splits: Path) -> list[Path]:
 
 
 def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, Any], disk: Disk) -> Media:
-    computed = kind == "flow" and kind not in found
+    # Published flow has half the frame rate of the annotations: it is told by every second frame.
+    computed = 2 if kind == "flow" and kind not in found else 0
     place = found["video" if computed else kind].places[index]
     path = Path(path_of(place, row))
     second = Path(path_of(place, row, second=True)) if place[1].second else None

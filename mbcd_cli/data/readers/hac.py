@@ -130,13 +130,13 @@ def _media(
 ) -> Media:
     video = Path(path_of(videos.places[index], row))
     if kind == "flow" and not found[kind].hits:
-        return Media(video, computed=True)
+        return Media(video, computed=1)
     place = found[kind].places[index]
     path = Path(path_of(place, row))
     if kind == "flow":
         return Media(path, Path(path_of(place, row, second=True)))
     if kind == "audio" and follows_flow:
-        computed = not found["flow"].hits
+        computed = int(not found["flow"].hits)
         return Media(
             path, clock=video if computed else Path(path_of(found["flow"].places[index], row)), computed=computed
         )

@@ -300,7 +300,7 @@ class _Rows:
             if computed:
                 path = inside(self.root, cell)
                 if path is not None:  # a bad path is reported once, with the video's own column
-                    media[name] = Media(path, computed=True, **span)
+                    media[name] = Media(path, computed=1, **span)
                 elif not any(index == columns.flow_from[name] for index in columns.paths.values()):
                     found.append(f"{name}: {path_fault(cell)}")
                 continue

@@ -1,18 +1,19 @@
-"""Decoding sound (soundfile) and plain tensors (numpy) into arrays.
+"""Sound of files (soundfile) as one channel of samples.
 
-Letters: S samples, T steps, D values.
+Letters: S samples.
 """
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from mbcd_cli.data.containers import REENCODE, REPLACE, check_present, check_wav
-from mbcd_cli.data.media import Notes, frame_times, tolerate
+from mbcd_cli.data.media.checks import REENCODE, REPLACE, Notes, check_present, tolerate
+from mbcd_cli.data.media.video import frame_times
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
@@ -88,7 +89,7 @@ def _sound_span(media: Media, total: int, rate: int, *, dataset: DatasetSettings
         raise MediaError(media.path, "it has a header but no samples", REPLACE)
     start, stop = media.start, media.stop
     if media.unit == "frame":
-        start, stop = frame_times(media, dataset)
+        start, stop = frame_times(media)
     first = 0 if start is None else round(start * rate)
     last = total if stop is None else round(stop * rate)
     if first >= total:
@@ -108,36 +109,28 @@ def _late(start: float, total: int, rate: int) -> str:
     return f"the clip begins at {start:g} s, after the end of the sound ({total / rate:.2f} s)"
 
 
-def read_array(media: Media) -> np.ndarray:
-    """A plain tensor, [D] or [T, D], as float32. Spans are not applied: a file holds one clip.
+def check_wav(path: Path) -> None:
+    """A wav whose data chunk is as long as its header claims; other formats pass unseen.
 
     Raises:
-        MediaError: missing, empty, not a .npy of numbers, of another shape, or with values that are not finite.
+        MediaError: missing, empty, or shorter than claimed.
     """
-    array = load_npy(media.path)
-    if array.dtype.kind not in "fiub":
-        raise MediaError(media.path, f"it holds {array.dtype} where real numbers are expected", REPLACE)
-    if array.ndim not in (1, 2):
-        raise MediaError(media.path, f"shape {array.shape} where [D] or [T, D] is expected", "Store one clip per file.")
-    if array.size == 0:
-        raise MediaError(media.path, f"it holds no values (shape {array.shape})", REPLACE)
-    with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is reported below
-        values = np.asarray(array, dtype=np.float32)
-    if not np.isfinite(values).all():
-        bad = int((~np.isfinite(values)).sum())
-        raise MediaError(media.path, f"{bad} of {values.size} values are not finite (NaN or infinity)", REPLACE)
-    return values
-
-
-def load_npy(path: Path) -> np.ndarray:
     check_present(path)
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # a damaged header makes numpy's parser raise almost anything
-        text = str(error)
-        if "allow_pickle" in text or "Python objects" in text:
-            raise MediaError(path, "it holds pickled Python objects, which are never loaded", REPLACE) from None
-        raise MediaError(path, "not a readable .npy file, or cut short", REPLACE) from None
-    if not isinstance(array, np.ndarray):  # an .npz archive
-        raise MediaError(path, "an archive where a single array (.npy) is expected", "Store one .npy per clip.")
-    return array
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(4) != b"RIFF" or file.seek(8) != 8 or file.read(4) != b"WAVE":
+            return
+        at, block = 12, 1
+        while at + 8 <= size:
+            file.seek(at)
+            kind, length = struct.unpack("<4sI", file.read(8))
+            if kind == b"fmt " and length >= 16 and at + 24 <= size:
+                block = max(struct.unpack("<HHIIHH", file.read(16))[4], 1)
+            if kind == b"data":
+                # Recorders that write to a pipe leave a length of 0xFFFFFFFF or close to it: no claim.
+                claimed, there = length // block, (size - at - 8) // block
+                if length < 0xFFFF0000 and there < claimed:
+                    cause = f"cut short: its header claims {claimed} samples, and {there} are there"
+                    raise MediaError(path, cause, REPLACE)
+                return
+            at += 8 + length + length % 2

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from mbcd_cli.data.media.sharing import Blocks, share
 from mbcd_cli.data.records import Clip, Rejected
-from mbcd_cli.data.sharing import Blocks, share
 from mbcd_cli.errors import MbcdError, MediaError
 from mbcd_cli.settings import DatasetSettings, Modality
 

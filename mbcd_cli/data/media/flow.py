@@ -5,27 +5,21 @@ Letters: N frames chosen, T frames, H W pixels; the two channels are u (to the r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import cv2
 import numpy as np
 
-from mbcd_cli.data.containers import REPLACE
-from mbcd_cli.data.media import (
-    Choose,
-    Notes,
-    chosen_indices,
-    folder_span,
-    frame_span,
-    numbered,
-    read_folder,
-    read_frames,
-    resize_short_side,
-)
+from mbcd_cli.data.media.arrays import load_npy
+from mbcd_cli.data.media.checks import REPLACE, Choose, Notes, chosen_indices, span_in_frames, tolerate
+from mbcd_cli.data.media.folders import folder_span, numbered, read_folder
+from mbcd_cli.data.media.video import read_frames, resize_short_side
 from mbcd_cli.data.records import Media
-from mbcd_cli.data.signals import load_npy
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
+
+_ODD_FRAMES = 3  # by which the two files of a pair may differ; the reference's loader falls back as far
 
 
 def read_flow(
@@ -56,7 +50,7 @@ def read_flow(
     if media.computed:
         return _computed_flow(media, choose, dataset=dataset, bound=bound, short_side=short_side, notes=notes)
     if media.path_v is None:
-        return _flow_array(media, choose, dataset=dataset, bound=bound)
+        return _flow_array(media, choose, dataset=dataset, bound=bound, notes=notes)
     if media.path.is_dir():
         grey = {"dataset": dataset, "notes": notes, "grey": True}
         if not media.path_v.is_dir():
@@ -68,33 +62,44 @@ def read_flow(
         twin = Media(media.path_v, start=first - base, stop=last - base, unit="frame")
         v = read_folder(twin, choose, second=media.path, **grey)
     else:
-        asked = 0
-
-        def counted(count: int) -> np.ndarray:
-            nonlocal asked
-            asked = count
-            return choose(count)
-
-        u = read_frames(media, counted, dataset=dataset, notes=notes, slack=1)[..., 0]
-        count = asked
-        twin = Media(media.path_v, start=media.start, stop=media.stop, unit=media.unit)
-        v = read_frames(twin, counted, dataset=dataset, notes=notes, slack=1)[..., 0]
-        if count != asked:
-            cause = f"{asked} frames, and its other direction {media.path.name} has {count}"
-            raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
+        u, v = _read_pair(media, choose, dataset=dataset, notes=notes)
     if u.shape != v.shape:
         cause = f"its frames are {v.shape[2]}x{v.shape[1]}, those of {media.path.name} {u.shape[2]}x{u.shape[1]}"
         raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
     return np.stack([u, v], axis=-1)
 
 
-def _flow_array(media: Media, choose: Choose, *, dataset: DatasetSettings, bound: float) -> np.ndarray:
+def _read_pair(media: Media, choose: Choose, *, dataset: DatasetSettings, notes: Notes) -> list[np.ndarray]:
+    """The same frames [N, H, W] of both files, among those that both have."""
+    pair = (media, replace(media, path=media.path_v, path_v=None))
+    counts = [0, 0]
+    limit: int | None = None
+
+    def read(side: int) -> np.ndarray:
+        def counted(count: int) -> np.ndarray:
+            counts[side] = count
+            return choose(count if limit is None else limit)
+
+        return read_frames(pair[side], counted, dataset=dataset, notes=notes, slack=1)[..., 0]
+
+    both = [read(0), read(1)]
+    if counts[0] == counts[1]:
+        return both
+    cause = f"{counts[1]} frames, and its other direction {media.path.name} has {counts[0]}"
+    if abs(counts[0] - counts[1]) > _ODD_FRAMES:
+        raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
+    tolerate(media.path_v, cause, dataset, notes, used="the frames that both have")
+    limit = min(counts)
+    return [read(0), read(1)]
+
+
+def _flow_array(media: Media, choose: Choose, *, dataset: DatasetSettings, bound: float, notes: Notes) -> np.ndarray:
     flow = load_npy(media.path)
     if flow.ndim != 4 or flow.shape[-1] != 2:
         raise MediaError(media.path, f"shape {flow.shape} where flow has [T, H, W, 2]", "Store u and v last.")
     if media.unit == "s" and not (media.start is None and media.stop is None):
         raise MediaError(media.path, "an array has no times, and the clip's span is in seconds", "Give it in frames.")
-    first, last = frame_span(media, len(flow), lambda: np.arange(len(flow)), dataset=dataset, notes=None, slack=1)
+    first, last = span_in_frames(media, len(flow), dataset=dataset, notes=notes, slack=1)
     chosen = flow[first + chosen_indices(choose, last - first)]
     if chosen.dtype == np.uint8:
         return np.ascontiguousarray(chosen)
@@ -144,17 +149,13 @@ def _computed_flow(
     short_side: int | None,
     notes: Notes,
 ) -> np.ndarray:
-    wanted = np.zeros(0, np.int64)
+    stride = media.computed
 
     def both_ends(count: int) -> np.ndarray:
-        nonlocal wanted
-        wanted = chosen_indices(choose, max(count - 1, 1))
-        return np.minimum(np.union1d(wanted, wanted + 1), count - 1)
+        first = stride * chosen_indices(choose, max((count - 1) // stride, 1))
+        return np.minimum(np.stack([first, first + stride], axis=-1), count - 1)
 
-    frames = read_frames(media, both_ends, dataset=dataset, notes=notes)
-    if short_side is not None and min(frames.shape[1:3]) > short_side:
-        frames = resize_short_side(frames, short_side)
-    at = {index: place for place, index in enumerate(np.union1d(wanted, wanted + 1).tolist())}
-    last = len(frames) - 1
-    pairs = [(at[index], min(at[index + 1], last)) for index in wanted.tolist()]
-    return np.concatenate([compute_flow(frames[[a, b]], bound) for a, b in pairs])
+    pairs = read_frames(media, both_ends, dataset=dataset, notes=notes)
+    if short_side is not None and min(pairs.shape[2:4]) > short_side:
+        pairs = np.stack([resize_short_side(pair, short_side) for pair in pairs])
+    return np.concatenate([compute_flow(pair, bound) for pair in pairs])

@@ -1,0 +1,49 @@
+"""Plain tensors (.npy), one file a clip.
+
+Letters: T steps, D values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mbcd_cli.data.media.checks import REPLACE, check_present
+from mbcd_cli.data.records import Media
+from mbcd_cli.errors import MediaError
+
+
+def read_array(media: Media) -> np.ndarray:
+    """A plain tensor, [D] or [T, D], as float32. Spans are not applied: a file holds one clip.
+
+    Raises:
+        MediaError: missing, empty, not a .npy of numbers, of another shape, or with values that are not finite.
+    """
+    array = load_npy(media.path)
+    if array.dtype.kind not in "fiub":
+        raise MediaError(media.path, f"it holds {array.dtype} where real numbers are expected", REPLACE)
+    if array.ndim not in (1, 2):
+        raise MediaError(media.path, f"shape {array.shape} where [D] or [T, D] is expected", "Store one clip per file.")
+    if array.size == 0:
+        raise MediaError(media.path, f"it holds no values (shape {array.shape})", REPLACE)
+    with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is reported below
+        values = np.asarray(array, dtype=np.float32)
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise MediaError(media.path, f"{bad} of {values.size} values are not finite (NaN or infinity)", REPLACE)
+    return values
+
+
+def load_npy(path: Path) -> np.ndarray:
+    check_present(path)
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a damaged header makes numpy's parser raise almost anything
+        text = str(error)
+        if "allow_pickle" in text or "Python objects" in text:
+            raise MediaError(path, "it holds pickled Python objects, which are never loaded", REPLACE) from None
+        raise MediaError(path, "not a readable .npy file, or cut short", REPLACE) from None
+    if not isinstance(array, np.ndarray):  # an .npz archive
+        raise MediaError(path, "an archive where a single array (.npy) is expected", "Store one .npy per clip.")
+    return array

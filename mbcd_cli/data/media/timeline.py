@@ -1,0 +1,371 @@
+"""Which frames a video file presents, and when, told by its packets and, where they do not tell, by decoding it.
+
+PyAV (FFmpeg's own demuxers and decoders) reads the file. A frame is known by its presentation time, never by its place
+in an index: containers hide frames (edit lists), codecs reorder them, key frames of an open group have pictures before
+them that cannot be decoded from there, and AVI has no presentation times at all.
+
+Letters: N frames presented, K key frames.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from mbcd_cli.data.media.checks import REENCODE, REPLACE, allowed_seconds, check_present
+from mbcd_cli.errors import MediaError
+
+DECODER = "PyAV " + av.__version__ + ", libavcodec " + ".".join(map(str, av.library_versions["libavcodec"]))
+"""Enters the fingerprint of every cache that is decoded with it."""
+HALF_MILLISECOND = 5e-4  # mkv rounds its time stamps to milliseconds
+
+# Demuxers that may be tried: those that open other files or addresses (hls, concat, dash, image2, ...) are not.
+_FORMATS = (
+    "mov,matroska,avi,flv,mpegts,mpeg,mpegvideo,asf,ogg,m4v,h264,hevc,obu,ivf,mjpeg,gif,apng,nut,mxf,dv,rm,wtv,nsv,"
+    "vc1,h263,cavsvideo,yuv4mpegpipe,wav,w64,flac,mp3,aac,ac3,eac3,dts,aiff,au,caf,amr,ape,wv,tta,mpc8"
+)
+# Containers that state the presentation time of every packet, and codecs of which every packet is one frame.
+_TIMED = ("mov,mp4", "matroska")
+_ONE_FRAME_A_PACKET = (
+    *("h264", "hevc", "vp8", "vp9", "av1", "vvc", "mpeg4", "mpeg2video", "mpeg1video", "h263", "svq3", "cinepak"),
+    *("mjpeg", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png", "qtrle", "jpeg2000"),
+)
+_UNTIMED = ("avi",)  # its packets have a time of decoding only, and its frames follow each other in that rhythm
+_RATELESS = ("h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu", "vc1", "h263", "cavsvideo")  # bare streams
+_STATES_LENGTH = ("matroska", "avi", "flv", "asf")  # of others the length is estimated from what is there
+_CUT_SHORT = 0.04  # share of the stated length that may be lacking: streams end at different times
+_MOST_FRAMES = 50_000_000  # nine days at 60 frames per second; a damaged index may claim billions
+_HELD_BYTES = 64 * 2**20
+_HIDDEN_VP8 = 0x10  # cleared in the first byte of a frame that only others are predicted from
+_IDR = 5
+
+
+_NOTHING = 16  # bytes
+_Row = tuple[int | None, int | None, bool, bool, int]
+"""Of one packet: times of presentation and of decoding, whether it is a key frame, whether it is shown, its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """The frames that one picture stream presents.
+
+    Attributes:
+        stamps: [N] int64, ascending: what a decoded frame is known by. Presentation times in the stream's unit, or,
+            where `in_order`, places in the order of a sequential read.
+        starts: [N] float64, ascending: seconds at which each frame is first shown, on the file's own timeline, which
+            begins with the earliest of its picture and sound streams.
+        step: seconds from one frame to the next, as a rule (the median).
+        in_order: nothing but a sequential read tells the frames.
+        lost: those of `stamps` that are there and cannot be decoded.
+        faults: packets that could not be decoded; told by decoding only.
+        rateless: a bare stream, whose times are made up by its demuxer.
+    """
+
+    stamps: np.ndarray
+    starts: np.ndarray
+    step: float
+    in_order: bool = False
+    lost: tuple[int, ...] = ()
+    faults: int = 0
+    rateless: bool = False
+
+    def __len__(self) -> int:
+        return len(self.stamps)
+
+    @property
+    def end(self) -> float:
+        """Seconds at which the last frame ends."""
+        return float(self.starts[-1]) + self.step
+
+    def within(self, start: float | None, stop: float | None) -> tuple[int, int]:
+        """First frame and end (exclusive) of those whose middle lies in [start, stop) seconds.
+
+        A frame that is shown for longer than usual has its middle where a usual one would; a span between two middles
+        has the frame that is shown at its start.
+        """
+        shown = np.minimum(np.diff(self.starts, append=self.end), self.step)
+        middles = self.starts + shown / 2 + HALF_MILLISECOND
+        first = 0 if start is None else int(np.searchsorted(middles, start))
+        last = len(self) if stop is None else int(np.searchsorted(middles, stop))
+        if last <= first < len(self) and start is not None and self.starts[0] <= start + HALF_MILLISECOND:
+            first = int(np.searchsorted(self.starts, start + HALF_MILLISECOND, side="right")) - 1
+            last = first + 1
+        return first, last
+
+    def at(self, moments: np.ndarray) -> np.ndarray:
+        """The frame that is shown at each of these moments, [n] seconds -> [n] frames."""
+        return np.clip(np.searchsorted(self.starts, moments + HALF_MILLISECOND, side="right") - 1, 0, len(self) - 1)
+
+
+class Deadline:
+    """Ends the reading of one file that stalls."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._seconds = path, allowed_seconds(path)
+        self._at = time.monotonic() + self._seconds
+
+    def check(self) -> None:
+        """Raises:
+        MediaError: the time that the file's size allows is over.
+        """
+        if time.monotonic() > self._at:
+            raise MediaError(self._path, f"the decoder did not finish within {self._seconds:.0f} s", REENCODE)
+
+
+def open_container(path: Path) -> InputContainer:
+    """A local media file, in a format that names no other file.
+
+    Raises:
+        MediaError: missing, empty, a list of other files, or nothing that can be opened.
+    """
+    check_present(path)
+    try:
+        return av.open(
+            f"file:{path.absolute()}",
+            options={"protocol_whitelist": "file", "format_whitelist": _FORMATS},
+            metadata_errors="replace",
+        )
+    except (av.FFmpegError, ValueError, OSError) as error:
+        raise MediaError(path, _why_not_opened(path, error), REPLACE) from None
+
+
+def _why_not_opened(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        head = file.read(8)
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
+        return "cut short before its index (moov), or its index is damaged"
+    return f"not a video or sound file that can be opened ({getattr(error, 'strerror', None) or error})"
+
+
+def beginning(container: InputContainer) -> float:
+    """Seconds at which a file's own timeline begins: with the earliest of its picture and sound streams.
+
+    What lies before 0 is an encoder's run-in, which is not played.
+    """
+    starts = [
+        float(stream.start_time * stream.time_base)
+        for stream in (*container.streams.video, *container.streams.audio)
+        if stream.start_time is not None and stream.time_base is not None
+    ]
+    return max(min(starts, default=0.0), 0.0)
+
+
+class Packets:
+    """What the packets of a file say of its picture, read once from the beginning to the end, without decoding.
+
+    Attributes:
+        stream: the picture.
+        held: the picture's packets in the order of decoding, while they are few enough to keep; else None.
+        keys: [K] of (stamp, whether what follows needs nothing from before it), ascending.
+
+    Raises:
+        MediaError: no picture, two of equal standing, cut short.
+    """
+
+    def __init__(self, path: Path, container: InputContainer) -> None:
+        self.path, self._container = path, container
+        pictures = {s.index: s for s in container.streams.video if s.codec_context is not None}
+        if not container.streams.video:
+            raise MediaError(path, "it has no video stream", "Name a file with a picture, or leave the clip out.")
+        if not pictures:
+            raise MediaError(path, "its picture is of a codec that cannot be decoded", REENCODE)
+        self._zero = beginning(container)
+        self._end, self._torn, size = 0.0, 0, 0
+        self._closed: dict[int, set[int | None]] = {index: set() for index in pictures}
+        rows: dict[int, list[_Row]] = {index: [] for index in pictures}
+        held: dict[int, list[av.Packet]] | None = {index: [] for index in pictures}
+        deadline = Deadline(path)
+        try:
+            for packet in container.demux([*pictures.values(), *container.streams.audio]):
+                deadline.check()
+                self._note_end(packet)
+                index = packet.stream_index
+                if not packet.size or index not in pictures:
+                    continue
+                self._torn += packet.is_corrupt
+                shown = not packet.is_discard
+                if pictures[index].codec_context.name == "vp8":
+                    shown = shown and bool(memoryview(packet)[0] & _HIDDEN_VP8)
+                rows[index].append((packet.pts, packet.dts, packet.is_keyframe, shown, packet.size))
+                if packet.is_keyframe and _is_closed(packet, pictures[index]):
+                    self._closed[index].add(packet.pts)
+                if len(rows[index]) > _MOST_FRAMES:
+                    raise MediaError(path, "it claims more frames than a file can hold", REPLACE)
+                size += packet.size
+                if held is not None:
+                    held[index].append(packet)
+                    held = held if size <= _HELD_BYTES else None
+        except (av.FFmpegError, ValueError) as error:
+            raise MediaError(path, f"its data cannot be read ({error})", REPLACE) from None
+        self.stream = self._pick(pictures, rows)
+        self._rows = rows[self.stream.index]
+        self.held = held[self.stream.index] if held is not None else None
+        self._check_whole()
+
+    def _note_end(self, packet: av.Packet) -> None:
+        moment = packet.pts if packet.pts is not None else packet.dts
+        if moment is not None and packet.time_base is not None:
+            self._end = max(self._end, float((moment + (packet.duration or 0)) * packet.time_base))
+
+    def _pick(self, pictures: dict[int, VideoStream], rows: dict[int, list]) -> VideoStream:
+        """The one picture of the file: covers, and single images beside a moving picture, do not count."""
+        streams = [s for s in pictures.values() if not s.disposition & Disposition.attached_pic] or [*pictures.values()]
+        candidates = [s for s in streams if len(rows[s.index]) > 1] or streams
+        preferred = [s for s in candidates if s.disposition & Disposition.default]
+        if len(candidates) == 1 or len(preferred) == 1:
+            return (preferred or candidates)[0]
+        named = " and ".join(
+            f"stream {s.index} ({s.codec_context.name}, {s.codec_context.width}x{s.codec_context.height}, "
+            f"{len(rows[s.index])} frames)"
+            for s in candidates[:2]
+        )
+        raise MediaError(
+            self.path,
+            f"it holds {len(candidates)} pictures of equal standing: {named}",
+            f"Keep one of them: ffmpeg -i IN -map 0:{candidates[0].index} -map 0:a? -c copy OUT.",
+        )
+
+    def _check_whole(self) -> None:
+        there = len(self._rows)
+        # The index of an mp4, cut to what is shown, has a packet for each of its entries.
+        mp4 = self._container.format.name.startswith("mov")
+        claimed = len(self.stream.index_entries) if mp4 else self.stream.frames
+        whole = there - self._torn
+        if whole < max(claimed, there):
+            claim = f"it claims {claimed} frames, and " if claimed else ""
+            raise MediaError(self.path, f"cut short: {claim}{whole} are there whole", REPLACE)
+        if not there:
+            raise MediaError(self.path, "it holds no frames that can be decoded", REENCODE)
+        stated = (self._container.duration or 0) / 1e6
+        if self._container.format.name.startswith(_STATES_LENGTH) and stated - self._end > max(
+            _CUT_SHORT * stated, 0.5
+        ):
+            cause = f"cut short: it claims {stated:.2f} s, and {self._end:.2f} s are there"
+            raise MediaError(self.path, cause, REPLACE)
+
+    @property
+    def tell(self) -> bool:
+        """Whether the packets alone say which frames are presented: the proof, for all frames but damaged ones."""
+        format_, codec = self._container.format.name, self.stream.codec_context.name
+        shown = [pts for pts, _, _, there, _ in self._rows if there]
+        if not format_.startswith(_TIMED) or codec not in _ONE_FRAME_A_PACKET or not shown or None in shown:
+            return False
+        first, _, key, *_ = self._rows[0]
+        # Pictures shown before the first key frame may lean on a frame that is not in the file.
+        return len(set(shown)) == len(shown) and key and first is not None and first <= min(shown)
+
+    def timeline(self, *, without: Collection[int] = (), **known: object) -> Timeline:
+        """As the packets have it."""
+        shown = {pts for pts, _, _, shown, _ in self._rows if shown} - set(without)
+        stamps = np.array(sorted(shown), dtype=np.int64)
+        return self._build(stamps, self._seconds(stamps), **known)
+
+    @property
+    def keys(self) -> list[tuple[int, bool]]:
+        closed = self._closed[self.stream.index]
+        return sorted((pts, pts in closed) for pts, _, key, *_ in self._rows if key and pts is not None)
+
+    def _seconds(self, stamps: np.ndarray) -> np.ndarray:
+        return stamps.astype(np.float64) * float(self.stream.time_base) - self._zero
+
+    def _build(self, stamps: np.ndarray, starts: np.ndarray, **known: object) -> Timeline:
+        step = float(np.median(np.diff(starts))) if len(starts) > 1 else 1 / float(self.stream.average_rate or 25)
+        return Timeline(stamps, starts, step, rateless=self._container.format.name in _RATELESS, **known)
+
+    def decode(self, frames: Iterable[av.VideoFrame | None]) -> Timeline:
+        """As a sequential read of the whole file has it.
+
+        Args:
+            frames: every frame in the order in which it comes, None for a packet that cannot be decoded.
+
+        Raises:
+            MediaError: nothing can be decoded.
+        """
+        seen: list[int | None] = []
+        faults = 0
+        for frame in frames:
+            if frame is not None:
+                seen.append(frame.pts)
+            elif seen:  # before the first frame: the file begins within a group of pictures
+                faults += 1
+        if not seen:
+            cause = f"none of its frames can be decoded (it claims {len(self._rows)}): the data are damaged"
+            raise MediaError(self.path, cause, REENCODE)
+        if self.tell and set(seen) <= set(self.timeline().stamps.tolist()):
+            missing = set(self.timeline().stamps.tolist()) - set(seen)
+            # What comes before the first frame leans on one that is not in the file; a packet of a few bytes says
+            # that the frame before it stays. Neither is shown, and neither is damage.
+            hidden = {pts for pts, *_, size in self._rows if pts in missing and (size <= _NOTHING or pts < min(seen))}
+            return self.timeline(without=hidden, lost=tuple(sorted(missing - hidden)), faults=faults)
+        if self._container.format.name.startswith(_UNTIMED):
+            times = sorted(dts for _, dts, *_ in self._rows if dts is not None)[: len(seen)]
+        else:
+            times = [moment for moment in seen if moment is not None]
+        starts = self._seconds(np.array(times, dtype=np.int64))
+        if len(starts) < len(seen) or (np.diff(starts) <= 0).any():
+            # Times that are missing or go back: frames follow each other at the file's rate.
+            rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
+            starts = (starts[0] if len(starts) else 0.0) + np.arange(len(seen)) / rate
+        return self._build(np.arange(len(seen), dtype=np.int64), starts, in_order=True, faults=faults)
+
+
+def _is_closed(packet: av.Packet, stream: VideoStream) -> bool:
+    """Whether frames shown after a key frame need nothing from before it: of H.264 only an IDR picture promises that.
+
+    Units stand behind their lengths (mp4, mkv) or behind start codes (ITU-T H.264, 7.3.1 and Annex B).
+    """
+    if stream.codec_context.name != "h264":
+        return True
+    data, extradata = bytes(packet), stream.codec_context.extradata
+    if not extradata or extradata[0] != 1:
+        return any(data[at + 3 : at + 4] and data[at + 3] & 31 == _IDR for at in _start_codes(data))
+    size, at = (extradata[4] & 3) + 1, 0
+    while at + size < len(data):
+        if data[at + size] & 31 == _IDR:
+            return True
+        at += size + int.from_bytes(data[at : at + size], "big")
+    return False
+
+
+def _start_codes(data: bytes) -> Iterator[int]:
+    at = data.find(b"\0\0\1")
+    while at >= 0:
+        yield at
+        at = data.find(b"\0\0\1", at + 3)
+
+
+def decoded_frames(path: Path, stream: VideoStream, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame | None]:
+    """Every frame of these packets in the order of presentation; None for a packet that cannot be decoded.
+
+    One thread decodes: clips are the parallelism, and every error belongs to its packet.
+
+    Raises:
+        MediaError: the decoder stalls.
+    """
+    deadline = Deadline(path)
+    decoder = stream.codec_context
+    ended = False
+    while not ended:
+        try:
+            packet = next(packets, None)
+        except (av.FFmpegError, ValueError):
+            packet = None
+            yield None
+        ended = packet is None
+        if packet is not None and not packet.size:
+            continue
+        try:
+            yield from decoder.decode(packet)
+        except av.EOFError:
+            return
+        except (av.FFmpegError, ValueError):
+            yield None
+        deadline.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,7 +67,11 @@ def _examples(*lines: str) -> str:
 
 @contextmanager
 def _outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
-    """Errors become one message and an exit code: 1 the user's to mend, 3 too many rejected clips."""
+    """Errors become one message and an exit code: 1 the user's to mend, 3 too many rejected clips.
+
+    A scheduler's SIGTERM is answered like Ctrl-C, so that helper processes and shared memory go too.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except MbcdError as error:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+if TYPE_CHECKING:  # the processes that decode media need no torch: seconds of start and 280 MB each
+    import torch
 
 SPLITS = ("train", "test")
 # Fusion concatenates in this order (method.md section 3); other modalities follow in the order given.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import decoders
 import h5py
 import helpers
 import numpy as np
@@ -296,15 +298,8 @@ def test_two_writers_do_not_share_a_folder(tmp_path):
         pass
 
 
-def crashing_decode(index, clip, views, job):
-    """Stands in for a decoder that kills its process on some files."""
-    if clip.id in ("c2", "c5"):
-        os._exit(1)
-    return decoding.Decoded(index, views, [(np.full(3, index, np.float32),)])
-
-
 def test_a_crashing_decoder_costs_only_its_own_clips(monkeypatch):
-    monkeypatch.setattr(decoding, "decode", crashing_decode)
+    monkeypatch.setattr(decoding, "decode", decoders.crash)
     clips = [Clip(f"c{i}", "d", "train", 0, "", {"m": Media(Path(f"f{i}"))}) for i in range(9)]
     job = decoding.DecodeJob("m", None, None, 0)
     with decoding.Decoder(workers=2, job=job) as decoder:
@@ -312,6 +307,48 @@ def test_a_crashing_decoder_costs_only_its_own_clips(monkeypatch):
     assert [r.index for r in results] == list(range(9))
     assert {clips[r.index].id for r in results if r.rejected} == {"c2", "c5"}
     assert all("crashed" in r.rejected.cause for r in results if r.rejected)
+
+
+def test_a_stalled_decoder_costs_only_its_own_clip(monkeypatch):
+    monkeypatch.setattr(decoding, "decode", decoders.stall)
+    monkeypatch.setattr(decoding, "patience", lambda clip, name: 0.5 if clip.id == "c1" else 300.0)
+    clips = [Clip(f"c{i}", "d", "train", 0, "", {"m": Media(Path(f"f{i}"))}) for i in range(4)]
+    job = decoding.DecodeJob("m", None, None, 0)
+    with decoding.Decoder(workers=2, job=job) as decoder:
+        results = list(decoder.run([(i, clip, [0]) for i, clip in enumerate(clips)]))
+    assert [clips[r.index].id for r in results if r.rejected] == ["c1"]
+    assert "did not finish within" in results[1].rejected.cause
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_or_shared_block_outlives_a_killed_prepare(root, tmp_path, how):
+    """Decoding workers, the fork server and their blocks of shared memory go with the command, however it ends."""
+    command = [sys.executable, "-m", "mbcd_cli", "prepare", "manifest", "--root", str(root), "--workers", "2"]
+    command += ["--cache-dir", str(tmp_path / "cache"), *(f"--set={one}" for one in helpers.SMALL[:-2])]
+    command += ["--set=cache.shard_clips=1", "--set=cache.views=400"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    session = process.pid
+    while not list(tmp_path.rglob("shard-00001.h5")) and process.poll() is None:
+        time.sleep(0.01)
+    assert len(members(session)) >= 4  # the command, the fork server and two workers
+    process.send_signal(how)
+    process.wait()
+    for _ in range(1000):
+        if not members(session):
+            return
+        time.sleep(0.01)
+    assert not members(session)
+
+
+def members(session: int) -> list[str]:
+    """Command lines of the live processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state != "Z":
+                found.append(stat.with_name("cmdline").read_text())
+    return found
 
 
 def test_shards_follow_count_and_bytes(monkeypatch):

@@ -6,6 +6,10 @@ Letters: V views of one clip.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,15 +18,25 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Any
 
+import cv2
 import numpy as np
 
+from mbcd_cli.allocator import keep_freed_memory
+from mbcd_cli.data.media.checks import allowed_seconds
 from mbcd_cli.data.media.sharing import Blocks, share
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.errors import MbcdError, MediaError
 from mbcd_cli.settings import DatasetSettings, Modality
 
-TIMEOUT = 300.0
-"""Seconds after which one clip's decoding is given up (a hanging decoder or file system)."""
+
+def patience(clip: Clip, name: str) -> float:
+    """Seconds after which a worker that decodes a clip is given up.
+
+    The decoder itself stops after `allowed_seconds`; twice that is for one that no longer answers (a file system that
+    hangs).
+    """
+    media = clip.media[name]
+    return 2 * allowed_seconds(media.path, media.path_v, media.clock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +60,20 @@ class Decoded:
     notes: list[str] = field(default_factory=list)
 
 
-def _quiet_worker() -> None:
+def _begin_worker() -> None:
     """One thread per worker: the workers are the parallelism. Ctrl-C is the parent's to handle."""
-    import signal
-
-    import cv2
-
-    from mbcd_cli.allocator import keep_freed_memory
-
     cv2.setNumThreads(1)
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed ends; the fork server and the blocks of shared memory go with the last one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def rejection(clip: Clip, name: str, cause: str) -> Rejected:
@@ -113,7 +130,9 @@ class Decoder:
         # forkserver: no fork of a process that already runs torch's threads, and the imports are paid once.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["mbcd_cli.data.views"])
-        return ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
+        pool.submit(int).result()  # what a worker takes to start is no file's fault
+        return pool
 
     def _stop(self) -> None:
         if self._pool is not None:
@@ -146,7 +165,8 @@ class Decoder:
                         block = self._blocks.lend()
                         flight.append((todo[0], self._pool.submit(decode_shared, block, decode, *todo[0]), block))
                         todo.popleft()
-                    result = flight[0][1].result(timeout=TIMEOUT)
+                    _, clip, _, job = flight[0][0]
+                    result = flight[0][1].result(timeout=patience(clip, job.name))
                 except (BrokenProcessPool, FutureTimeout):
                     # One of the clips in flight killed or hung its worker: find it by decoding them one at a time.
                     suspects = [item for item, _, _ in flight]
@@ -170,12 +190,13 @@ class Decoder:
     def _alone(self, item: Item) -> Decoded:
         index, clip, views, job = item
         self._pool = self._start(1)
+        limit = patience(clip, job.name)
         try:
-            return self._pool.submit(decode, index, clip, views, job).result(timeout=TIMEOUT)
+            return self._pool.submit(decode, index, clip, views, job).result(timeout=limit)
         except BrokenProcessPool:
             cause = "the decoder crashed on this file"
         except FutureTimeout:
-            cause = f"the decoder did not finish within {TIMEOUT:.0f} s"
+            cause = f"the decoder did not finish within {limit:.0f} s"
         finally:
             self._stop()
         return Decoded(index, views, [], rejection(clip, job.name, cause))

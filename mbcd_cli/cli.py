@@ -91,9 +91,10 @@ def _outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
 
 
 def _fail(text: str, message: str, remedy: str, *, as_json: bool) -> None:
-    rank = int(os.environ.get("RANK", "0"))  # of torchrun
-    console.say(f"error{f' in process {rank}' if rank else ''}: {text}")
-    if as_json and not rank:
+    rank = os.environ.get("RANK", "0")  # as it stands there: it may be what the error is about
+    other = rank.isdecimal() and int(rank) > 0
+    console.say(f"error{f' in process {rank}' if other else ''}: {text}")
+    if as_json and not other:
         console.emit_json({"error": message, "remedy": remedy})
 
 

@@ -25,6 +25,8 @@ HEIGHT = {
     "runtime": 2,
     "layers": 2,
     "settings": 1,
+    "processes": 1,
+    "files": 1,
     "plotting": 1,
     "errors": 0,
     "allocator": 0,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mbcd_cli import console
-from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of, written_aside
+from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of
 from mbcd_cli.data.decoding import Decoded, Decoder
 from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
 from mbcd_cli.data.records import Clip
@@ -26,6 +26,7 @@ from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
 from mbcd_cli.encoders.staged import TOGETHER, Trunk
 from mbcd_cli.errors import CacheError
+from mbcd_cli.files import written
 from mbcd_cli.settings import Modality, Settings
 
 Shapes = list[tuple[tuple[int, ...], np.dtype]]
@@ -231,12 +232,12 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
     """A state dict, written aside and renamed.
 
     Raises:
-        CacheError: a full disk.
+        FileError: a full disk.
     """
     # In memory first: torch reports a full disk as an error of its own format.
     image = io.BytesIO()
     torch.save({key: value.cpu() for key, value in weights.items()}, image)
-    with written_aside(path) as aside:
+    with written(path, place="--cache-dir") as aside:
         aside.write_bytes(image.getbuffer())
 
 

@@ -23,9 +23,9 @@ def run_curvature(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
     }
     path = study.file("curvature")
     if study.overwrite or not path.exists():
-        if study.share.rank == 0:
+        if study.group.main:
             save_arrays(path, _curvature(study), identity=identity, about=about_of(study, centre))
-        study.barrier()
+        study.group.barrier()
     arrays, _ = load_arrays(path, identity=identity)
     values = arrays["eigenvalues"]
     return {

@@ -17,9 +17,9 @@ from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation import plots
 from mbcd_cli.evaluation.compare import Run, averages, compare, load_run, marked, order_methods
 from mbcd_cli.evaluation.history import accuracy_history
-from mbcd_cli.evaluation.results import read_records
 from mbcd_cli.evaluation.tables import Cell as Figure
 from mbcd_cli.evaluation.tables import Table
+from mbcd_cli.files import read_records
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import read_failure, state
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mbcd_cli.errors import RunError
+from mbcd_cli.files import write_text
 from mbcd_cli.layers import ENV_PREFIX, to_toml
+from mbcd_cli.processes import LAUNCH_VARIABLES
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
 
@@ -90,17 +91,10 @@ def write_settings(cell: Cell) -> Path:
     """Write the settings that the cell's process reads, whole or not at all.
 
     Raises:
-        RunError: the folder cannot be written to.
+        FileError: the folder cannot be written to.
     """
     path = beside(cell.folder, "toml")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(to_toml(cell.settings), encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error}", "Name another folder with --runs-dir.") from error
-    return path
+    return write_text(path, to_toml(cell.settings), place="--runs-dir")
 
 
 def command(cell: Cell, *, threads: int) -> list[str]:
@@ -109,8 +103,9 @@ def command(cell: Cell, *, threads: int) -> list[str]:
 
 
 def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
-    """The environment of a cell's process: its settings are resolved already, and it sees one GPU at most."""
+    """The environment of a cell's process: settled settings, alone in its training, and one GPU at most."""
     found = {key: value for key, value in os.environ.items() if not key.upper().startswith(ENV_PREFIX)}
+    found = {key: value for key, value in found.items() if key not in LAUNCH_VARIABLES}
     found |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if gpu is not None:
         found["CUDA_VISIBLE_DEVICES"] = gpu

@@ -12,7 +12,8 @@ from mbcd_cli.commands.evaluate import evaluate, show
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
 from mbcd_cli.evaluation.evaluator import build_models, clip_sets
 from mbcd_cli.evaluation.history import accuracy_history
-from mbcd_cli.evaluation.results import read_json, read_records
+from mbcd_cli.evaluation.results import read_json
+from mbcd_cli.files import read_records
 from mbcd_cli.model import build_model
 
 CPU = torch.device("cpu")

@@ -27,7 +27,7 @@ HEIGHT = {
     "settings": 1,
     "processes": 1,
     "files": 1,
-    "plotting": 1,
+    "plotting": 2,
     "errors": 0,
     "allocator": 0,
     "console": 0,

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,6 @@ def unwritable(
     """The one answer to a full disk, a read-only file system and missing rights.
 
     Args:
-        path: what could not be written.
-        error: as the system told it.
         place: the flag that names another folder.
         then: what to do once there is room.
     """
@@ -141,31 +140,8 @@ def remove_partial(folder: Path, *, of: str = "", ours: Callable[[Path], bool] =
             path.unlink(missing_ok=True)
 
 
-class Lock:
-    """A file that this process holds until `close`, or until it ends, however it ends.
-
-    Attributes:
-        handle: the file's descriptor, open for reading and appending; None once closed.
-    """
-
-    def __init__(self, handle: int) -> None:
-        self.handle: int | None = handle
-
-    def close(self) -> None:
-        """Let go of the file."""
-        if self.handle is not None:
-            os.close(self.handle)
-            self.handle = None
-
-    def __enter__(self) -> Lock:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-def lock(path: Path, *, shared: bool = False, **where: str) -> Lock | None:
-    """Hold the file `path`, which is made where it is missing; None where another process holds it.
+def lock(path: Path, *, shared: bool = False, **where: str) -> FileIO | None:
+    """Hold the file `path`, made where it is missing, until it is closed or this process ends, however it ends.
 
     On a file system without locks it warns (`NoLocksWarning`) and goes on.
 
@@ -173,20 +149,23 @@ def lock(path: Path, *, shared: bool = False, **where: str) -> Lock | None:
         shared: together with others that ask for a shared lock, but with none that wants it alone.
         where: `place` and `then` of `unwritable`.
 
+    Returns:
+        The file, open for reading and appending; None where another process holds it.
+
     Raises:
         FileError: the file cannot be made.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            if not _locked(handle, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
-                os.close(handle)
+            file = path.open("a+b", buffering=0)
+            if not _locked(file, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+                file.close()
                 return None
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), path.stat()):
-                    return Lock(handle)
-            os.close(handle)  # who held it before has removed the file: this lock would keep nobody out
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            file.close()  # who held it before has removed it: this lock would keep nobody out
     except OSError as error:
         raise unwritable(path, error, **where) from error
 
@@ -194,18 +173,15 @@ def lock(path: Path, *, shared: bool = False, **where: str) -> Lock | None:
 def held(path: Path) -> bool:
     """Whether another process holds the file `path` now."""
     try:
-        handle = os.open(path, os.O_RDONLY)
+        with path.open("rb", buffering=0) as file:
+            return not _locked(file, path, fcntl.LOCK_SH)
     except OSError:
         return False
-    try:
-        return not _locked(handle, path, fcntl.LOCK_SH)
-    finally:
-        os.close(handle)
 
 
-def _locked(handle: int, path: Path, kind: int) -> bool:
+def _locked(file: FileIO, path: Path, kind: int) -> bool:
     try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -230,6 +206,13 @@ def open_hdf5(path: Path, mode: str = "r", **options: Any) -> h5py.File:
     import h5py  # what only locks or reads lines starts without it
 
     return h5py.File(path, mode, locking=False, **options)
+
+
+@contextmanager
+def written_hdf5(path: Path, *, libver: str | None = None, **where: str) -> Iterator[h5py.File]:
+    """`written`, for an HDF5 file that is open inside the block."""
+    with written(path, **where) as aside, open_hdf5(aside, "w", libver=libver) as file:
+        yield file
 
 
 def append_record(path: Path, record: Mapping[str, Any], **where: str) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -80,16 +81,23 @@ def this_process(environ: Mapping[str, str] = os.environ) -> Place:
     return place
 
 
-def wait_for(missing: Callable[[], Sequence[T]], *, tell: Callable[[Sequence[T]], None], patience: float) -> list[T]:
+def wait_for(
+    missing: Callable[[], Sequence[T]],
+    *,
+    named: Callable[[Sequence[T]], str],
+    say: Callable[[str], None],
+    patience: float,
+    remedy: str,
+) -> None:
     """Wait until nothing is missing. Signals are answered meanwhile.
 
     Args:
-        missing: what others have not done yet.
-        tell: called with it when the wait is long.
+        missing: what others have not done yet; `named` puts that into words, and `say` tells them when it takes long.
         patience: seconds without progress to endure.
+        remedy: what to do when they are over.
 
-    Returns:
-        What was still missing when patience ended; [] where all came.
+    Raises:
+        RunError: they are over.
     """
     left = missing()
     progress = told = time.monotonic()
@@ -101,11 +109,10 @@ def wait_for(missing: Callable[[], Sequence[T]], *, tell: Callable[[Sequence[T]]
         if len(left) < before:
             progress = now
         if left and now - progress > patience:
-            break
+            raise RunError(f"Waited {patience:.0f} s for {named(left)} in vain.", remedy)
         if left and now - told > silence:
             told, silence = now, 2 * silence
-            tell(left)
-    return list(left)
+            say(f"Waiting for {named(left)}.")
 
 
 @dataclass(frozen=True)
@@ -264,8 +271,8 @@ def joined(device: torch.device, *, say: Callable[[str], None], patience: float 
     """The group that a launcher started this process in, connected while the block runs; else `ALONE`.
 
     Args:
-        device: this process' device; NCCL connects GPUs, gloo CPUs.
-        say: tells a person, after some seconds, which processes are missing.
+        device: this process'; NCCL connects GPUs, gloo CPUs.
+        say: tells a person which processes are missing.
         patience: seconds that the others wait for a process (rank 0 draws plots, a slow disk takes a checkpoint).
 
     Raises:
@@ -317,23 +324,18 @@ def _meet(place: Place, say: Callable[[str], None], patience: float) -> dist.Sto
             return [0]
         return []
 
-    def wait(missing: Callable[[], list[int]], *, aloud: bool) -> None:
-        def tell(ranks: Sequence[int]) -> None:
-            if aloud:
-                say(f"Waiting for process {', '.join(map(str, ranks))} of {place.world} at {host}:{port}.")
+    def named(ranks: Sequence[int]) -> str:
+        return f"process {', '.join(map(str, ranks))} of {place.world} at {host}:{port}"
 
-        if left := wait_for(missing, tell=tell, patience=patience):
-            who = ", ".join(map(str, left))
-            raise RunError(f"Process {who} of {place.world} did not come to {host}:{port}.", _UNSET)
-
+    wait = partial(wait_for, named=named, patience=patience, remedy=_UNSET)
     # torchrun keeps a store of its own there; without it rank 0 does.
     serves = place.main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not serves:
-        wait(unreachable, aloud=True)
+        wait(unreachable, say=say)
     timeout = timedelta(seconds=patience)
     served = dist.TCPStore(host, int(port), place.world, serves, timeout=timeout, wait_for_workers=False)
     # torchrun may start processes again that have met before.
     store = dist.PrefixStore(f"mbcd-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", served)
     store.set(f"process-{place.rank}", "here")
-    wait(absent, aloud=place.main)
+    wait(absent, say=say if place.main else lambda text: None)  # one of them says it
     return store

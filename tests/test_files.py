@@ -184,8 +184,7 @@ def test_a_lock_goes_with_its_process(tmp_path):
     with files.lock(path) as held:
         other = run(_HOLDS, path, "shared")
         assert other.communicate("")[0] == "nothing\n"
-    assert held.handle is None
-    held.close()
+    assert held.closed
 
 
 def test_shared_locks(tmp_path):
@@ -209,7 +208,7 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_on_the_new_one(tmp
 
     monkeypatch.setattr(files.fcntl, "flock", removed)
     with files.lock(path) as held:
-        assert os.path.samestat(os.fstat(held.handle), path.stat())
+        assert os.path.samestat(os.fstat(held.fileno()), path.stat())
         assert files.held(path)
 
 

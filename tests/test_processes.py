@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mbcd_cli import processes
-from mbcd_cli.errors import SettingsError
+from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.processes import ALONE, Place, this_process, wait_for
 
 ROOT = Path(__file__).parents[1]
@@ -85,15 +85,16 @@ def test_waiting_goes_on_while_others_get_on(monkeypatch):
     def missing():
         return list(range(int(clock.now // 9), 6))  # one is done every 9 s
 
-    assert wait_for(missing, tell=lambda left: told.append((round(clock.now), list(left))), patience=10) == []
-    assert [at for at, _ in told] == [10, 30]
-    assert told[0][1] == [1, 2, 3, 4, 5]
+    wait_for(missing, named=str, say=lambda text: told.append((round(clock.now), text)), patience=10, remedy="")
+    assert told == [(10, "Waiting for [1, 2, 3, 4, 5]."), (30, "Waiting for [3, 4, 5].")]
     assert 53 < clock.now < 56
 
 
 def test_waiting_ends_when_they_do_not(monkeypatch):
     clock = Clock(monkeypatch)
-    assert wait_for(lambda: [2, 5], tell=lambda left: None, patience=3) == [2, 5]
+    with pytest.raises(RunError, match=r"Waited 3 s for \[2, 5\] in vain") as caught:
+        wait_for(lambda: [2, 5], named=str, say=pytest.fail, patience=3, remedy="Begin again.")
+    assert caught.value.remedy == "Begin again."
     assert 3 < clock.now < 4
 
 
@@ -194,7 +195,7 @@ def test_only_those_who_are_missing_are_named():
 def test_patience_ends_in_one_error():
     code = _MEETS.replace("say=say", "say=say, patience=0.5")
     _, trouble = start(code, 0, 2, free_port()).communicate(timeout=60)
-    assert "RunError: Process 1 of 2 did not come to 127.0.0.1" in trouble
+    assert "RunError: Waited 0 s for process 1 of 2 at 127.0.0.1" in trouble
 
 
 def test_no_address_is_one_error():

@@ -6,7 +6,6 @@ Letters: R rows (clip x view), N clips.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -229,16 +228,9 @@ class Filler:
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """A state dict, written aside and renamed.
-
-    Raises:
-        FileError: a full disk.
-    """
-    # In memory first: torch reports a full disk as an error of its own format.
-    image = io.BytesIO()
-    torch.save({key: value.cpu() for key, value in weights.items()}, image)
-    with written(path, place="--cache-dir") as aside:
-        aside.write_bytes(image.getbuffer())
+    """Write a state dict, whole or not at all (`files.written`)."""
+    with written(path, place="--cache-dir") as aside, aside.open("wb") as file:
+        torch.save({key: value.cpu() for key, value in weights.items()}, file)
 
 
 def weights_bytes(settings: Settings, name: str, modality: Modality) -> int:

@@ -22,6 +22,7 @@ from mbcd_cli.commands.filling import (
     save_weights,
     weights_bytes,
 )
+from mbcd_cli.data import ranks
 from mbcd_cli.data.cache import (
     GROUPS,
     CacheWriter,
@@ -33,13 +34,13 @@ from mbcd_cli.data.cache import (
 )
 from mbcd_cli.data.decoding import DecodeJob, Decoder
 from mbcd_cli.data.online import describe_media
-from mbcd_cli.data.ranks import free_bytes, locked, wait_for_shards
+from mbcd_cli.data.ranks import free_bytes, locked
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.data.views import resolve
 from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.errors import CacheError, CheckpointError
-from mbcd_cli.processes import this_process
+from mbcd_cli.processes import this_process, wait_for
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Modality, Settings, default_modality
 
@@ -204,7 +205,13 @@ def _prepare_modality(
             Filler(writer, decoder, clips, views, trunk, plan.shapes, device).run(pending, ticker)
         if not place.main:
             return {}
-        wait_for_shards(writer.pending, place, tell=console.say)
+        wait_for(
+            writer.pending,
+            named=lambda left: f"{len(left)} shards of process {sorted({shard % place.world for shard in left})}",
+            say=console.say,
+            patience=ranks.PATIENCE,
+            remedy="Run the same command again; it goes on with what is missing.",
+        )
         for file, weights in frozen.weights.items():
             save_weights(folder / file, weights)
         finished = writer.finish(listing.rejected)

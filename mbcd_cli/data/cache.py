@@ -21,8 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +34,7 @@ from mbcd_cli import __version__
 from mbcd_cli.data.ranks import partial_is_ours
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Clip, Rejected
 from mbcd_cli.errors import CacheError
-from mbcd_cli.files import open_hdf5, remove_partial, written
+from mbcd_cli.files import open_hdf5, remove_partial, written_hdf5
 from mbcd_cli.processes import ALONE, Place
 from mbcd_cli.settings import Modality, Settings
 
@@ -266,18 +265,13 @@ class CacheWriter:
         except (OSError, KeyError):
             return False
 
-    @contextmanager
-    def _file(self, path: Path) -> Iterator[h5py.File]:
-        with written(path, place="--cache-dir") as aside, open_hdf5(aside, "w", libver="latest") as file:
-            yield file
-
     def write_shard(self, number: int, shard: Shard) -> None:
         """Store one shard; it exists whole or not at all.
 
         Raises:
             FileError: full disk or missing rights; what was written before stays.
         """
-        with self._file(self.shard_path(number)) as file:
+        with written_hdf5(self.shard_path(number), libver="latest", place="--cache-dir") as file:
             file.attrs["format"] = FORMAT
             file.attrs["first"], file.attrs["stop"] = self.shards[number].start, self.shards[number].stop
             file.attrs["modality"] = self.recipe["modality"]
@@ -328,7 +322,7 @@ class CacheWriter:
                 raise CacheError(
                     f"Shard {self.shard_path(number)} cannot be read: {error}.", "Delete it and prepare again."
                 ) from error
-        with self._file(self.folder / "index.h5") as file:
+        with written_hdf5(self.folder / "index.h5", libver="latest", place="--cache-dir") as file:
             file.attrs["format"] = FORMAT
             file.attrs["recipe"] = json.dumps(self.recipe, sort_keys=True)
             file.attrs["modality_settings"] = self.modality.model_dump_json()

@@ -1,4 +1,4 @@
-"""Several processes that fill one cache: who may write, and waiting for the others' shards.
+"""Several processes that fill one cache: who may write what.
 
 `torchrun mbcd prepare ...` (or RANK and WORLD_SIZE set by hand, on machines that share the cache's file system) splits
 the shards; processes meet through the files alone, so that they need no network between them.
@@ -7,13 +7,13 @@ the shards; processes meet through the files alone, so that they need no network
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import lock
-from mbcd_cli.processes import ALONE, Place, wait_for
+from mbcd_cli.processes import ALONE, Place
 
 PATIENCE = 3600.0
 """Seconds without a new shard after which rank 0 no longer waits for the other processes."""
@@ -40,28 +40,6 @@ def locked(folder: Path, place: Place = ALONE) -> Iterator[None]:
                 )
             stack.enter_context(held)
         yield
-
-
-def wait_for_shards(missing: Callable[[], list[int]], place: Place, *, tell: Callable[[str], None]) -> None:
-    """Wait until the other processes' shards are there.
-
-    Args:
-        missing: shards that are not there yet.
-        tell: prints one line to a person.
-
-    Raises:
-        CacheError: no new shard for too long.
-    """
-
-    def say(shards: list[int]) -> None:
-        ranks = ", ".join(map(str, sorted({number % place.world for number in shards})))
-        tell(f"Waiting for {len(shards)} shards of process {ranks}.")
-
-    if left := wait_for(missing, tell=say, patience=PATIENCE):
-        raise CacheError(
-            f"The other processes have written no shard for {PATIENCE:.0f} s; {len(left)} are missing.",
-            "Run the same command again; it goes on with what is missing.",
-        )
 
 
 def partial_is_ours(path: Path, place: Place) -> bool:

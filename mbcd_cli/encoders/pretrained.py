@@ -102,11 +102,8 @@ class Report:
 
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(_READ):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def another_file(file: Path, digest: str, expected: str | None) -> CheckpointError | None:

@@ -10,11 +10,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from mbcd_cli.errors import RunError, SettingsError
-from mbcd_cli.files import Lock, append_record, flatten, is_partial, lock, remove_partial, sync, write_json, write_text
+from mbcd_cli.files import append_record, flatten, is_partial, lock, remove_partial, sync, write_json, write_text
 from mbcd_cli.layers import load_settings, to_toml
 from mbcd_cli.settings import Settings
 
@@ -49,7 +50,7 @@ class RunFolder:
         writes: false in the processes that only follow rank 0; they read checkpoints and write nothing.
     """
 
-    def __init__(self, path: Path, *, lock: Lock | None, resumed: bool) -> None:
+    def __init__(self, path: Path, *, lock: FileIO | None, resumed: bool) -> None:
         self.path = path
         self.resumed = resumed
         self.writes = lock is not None

@@ -16,7 +16,7 @@ import numpy as np
 from mbcd_cli.evaluation.metrics import predicted
 from mbcd_cli.evaluation.predict import Predictions
 from mbcd_cli.evaluation.trust import probabilities
-from mbcd_cli.files import open_hdf5, written
+from mbcd_cli.files import written, written_hdf5
 
 
 def prediction_rows(
@@ -68,7 +68,7 @@ def write_hdf5(
     domain_names: Sequence[str],
 ) -> Path:
     """Write ids, labels, domains, logits/<head> [N, C] and features/<modality> [N, D_k] as HDF5."""
-    with written(path) as aside, open_hdf5(aside, "w") as file:
+    with written_hdf5(path) as file:
         text = h5py.string_dtype()
         file.create_dataset("id", data=np.array([ids[i] for i in predictions.clips.tolist()], object), dtype=text)
         file.create_dataset("label", data=predictions.labels.numpy())

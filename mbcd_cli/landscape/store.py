@@ -14,7 +14,6 @@ summary figures).
 from __future__ import annotations
 
 import json
-import os
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from mbcd_cli.errors import MbcdError
-from mbcd_cli.files import Lock, flatten, lock, open_hdf5, remove, remove_partial, written
+from mbcd_cli.files import flatten, lock, open_hdf5, remove, remove_partial, written_hdf5
 
 FORMAT = "mbcd-surface-1"
 ARRAYS_FORMAT = "mbcd-arrays-1"
@@ -233,7 +232,7 @@ class GridStore:
             raise StoreError(
                 f"{self.path} is being filled by another process.", "Wait for it, or choose another --output."
             )
-        self._journal: Lock = journal
+        self._journal = journal
         try:
             if existing:
                 self._points = _by_key(list(map(tuple, read_grid(self.path).points)))
@@ -274,7 +273,7 @@ class GridStore:
         x, y = float(self.x[column]), float(self.y[row])
         loss, accuracy = float(loss), float(accuracy)
         self._points[_key(x, y)] = (loss, accuracy)
-        os.write(self._journal.handle, _line(" ".join(v.hex() for v in (x, y, loss, accuracy))))
+        self._journal.write(_line(" ".join(v.hex() for v in (x, y, loss, accuracy))))
         if self._rank == 0 and time.monotonic() - self._last_fold > self._fold_seconds:
             self.fold()
 
@@ -288,7 +287,7 @@ class GridStore:
         for journal in others:
             self._points.update(_by_key(_replay(journal, self._identity)))
         loss, accuracy, computed = _arrange(self.x, self.y, self._points)
-        with written(self.path) as aside, open_hdf5(aside, "w") as file:
+        with written_hdf5(self.path) as file:
             file.attrs["format"] = FORMAT
             file.attrs["identity"] = json.dumps(self._identity, sort_keys=True)
             file.attrs["about"] = json.dumps(self.about, sort_keys=True)
@@ -302,12 +301,12 @@ class GridStore:
         self._last_fold = time.monotonic()
 
     def _reset_journal(self) -> None:
-        os.ftruncate(self._journal.handle, 0)
-        os.write(self._journal.handle, _line(json.dumps(self._identity, sort_keys=True)))
+        self._journal.truncate(0)
+        self._journal.write(_line(json.dumps(self._identity, sort_keys=True)))
 
     def close(self) -> None:
         """Fold (rank 0) and remove the journal; other ranks leave theirs for rank 0 to fold."""
-        if self._journal.handle is None:
+        if self._journal.closed:
             return
         try:
             if self._rank == 0:
@@ -321,7 +320,7 @@ def save_arrays(
     path: Path, arrays: Mapping[str, np.ndarray], *, identity: Mapping[str, Any], about: Mapping[str, Any]
 ) -> Path:
     """Write one finished analysis (named arrays) to `path`, whole or not at all."""
-    with written(path) as aside, open_hdf5(aside, "w") as file:
+    with written_hdf5(path) as file:
         file.attrs["format"] = ARRAYS_FORMAT
         file.attrs["identity"] = json.dumps(identity, sort_keys=True)
         file.attrs["about"] = json.dumps(about, sort_keys=True)

@@ -41,7 +41,7 @@ def load(cells: Sequence[Cell]) -> tuple[list[Pair], list[str]]:
                     "again: it evaluates that run once more."
                 )
         elif now == "failed":
-            error = (read_failure(cell.folder) or {}).get("error", "unknown").splitlines()[0]
+            error = (read_failure(cell.folder) or "unknown").splitlines()[0]
             notes.append(f"{cell.name} failed: {error}")
         else:
             open_cells += 1
@@ -232,7 +232,7 @@ def links(cells: Sequence[Cell], output: Path) -> str:
             text = f'<a href="{escape(quote(relpath(there, output)))}{slash}">{text}</a>'
         now = states[cell.key]
         if now == "failed":
-            now += f": {(read_failure(cell.folder) or {}).get('error', 'unknown')}"
+            now += f": {read_failure(cell.folder) or 'unknown'}"
         return f"<li>{text}{'' if now == 'done' else f' ({escape(now)})'}</li>"
 
     done = sum(now == "done" for now in states.values())

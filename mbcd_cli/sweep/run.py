@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,7 +156,7 @@ def execute(
     wanted, failed = to_run(cells, retry_failed=retry_failed)
     keys = {cell.key for cell in [*wanted, *failed]}
     board = Board(cells, done=[cell for cell in cells if cell.key not in keys], waiting=deque(wanted))
-    board.failed = {cell.key: (read_failure(cell.folder) or {}).get("error", "unknown") for cell in failed}
+    board.failed = {cell.key: read_failure(cell.folder) or "unknown" for cell in failed}
     kills: dict[str, int] = {}
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -201,7 +201,7 @@ def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
     elif code == BUSY_CODE:
         board.elsewhere.append(cell)
     elif code == FAILED_CODE:
-        board.failed[cell.key] = (read_failure(cell.folder) or last_line(cell.folder))["error"]
+        board.failed[cell.key] = read_failure(cell.folder) or last_line(cell.folder)
     else:
         kills[cell.key] = kills.get(cell.key, 0) + 1
         if kills[cell.key] <= KILLS:
@@ -211,13 +211,13 @@ def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
         board.failed[cell.key] = f"{how}, {kills[cell.key]} times (out of memory?); {beside(cell.folder, 'log')}"
 
 
-def last_line(folder: Path) -> Mapping[str, str]:
+def last_line(folder: Path) -> str:
     """The end of the log, for a process that failed before it could say why."""
     try:
         lines = beside(folder, "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    return {"error": lines[-1] if lines else "no output"}
+    return lines[-1] if lines else "no output"
 
 
 def _look_again(board: Board, cell: Cell) -> None:
@@ -226,7 +226,7 @@ def _look_again(board: Board, cell: Cell) -> None:
     if now == "done":
         board.done.append(cell)
     elif now == "failed":
-        board.failed[cell.key] = (read_failure(cell.folder) or {}).get("error", "unknown")
+        board.failed[cell.key] = read_failure(cell.folder) or "unknown"
     elif now == "running":
         board.elsewhere.append(cell)
     else:

@@ -104,7 +104,7 @@ def submit(
     wanted, failed = to_run(cells, retry_failed=retry_failed)
     keys = {cell.key for cell in [*wanted, *failed]}
     board = Board(cells, done=[cell for cell in cells if cell.key not in keys])
-    board.failed = {cell.key: (read_failure(cell.folder) or {}).get("error", "unknown") for cell in failed}
+    board.failed = {cell.key: read_failure(cell.folder) or "unknown" for cell in failed}
     watch(board)
     if not wanted:
         return board
@@ -149,4 +149,4 @@ def _settle(board: Board, cell: Cell, job: Any) -> None:
     elif error is not None:
         board.failed[cell.key] = str(error).strip().splitlines()[-1]
     else:
-        board.failed[cell.key] = (read_failure(cell.folder) or last_line(cell.folder))["error"]
+        board.failed[cell.key] = read_failure(cell.folder) or last_line(cell.folder)

@@ -34,18 +34,13 @@ def state(folder: Path) -> State:
     """
     if (folder / DONE).is_file() and (folder / "results.json").is_file():
         return "done"
-    if held(lock_of(folder)):
+    if held(beside(folder, "lock")):
         return "running"
     if beside(folder, "failed").is_file():
         return "failed"
     if (folder / DONE).is_file():
         return "trained"
     return "interrupted" if (folder / SETTINGS).is_file() else "waiting"
-
-
-def lock_of(folder: Path) -> Path:
-    """The file that the process working on this cell holds."""
-    return beside(folder, "lock")
 
 
 def write_failure(folder: Path, error: Exception) -> None:
@@ -57,15 +52,12 @@ def write_failure(folder: Path, error: Exception) -> None:
     write_json(beside(folder, "failed"), failure, place="--runs-dir")
 
 
-def read_failure(folder: Path) -> dict[str, str] | None:
-    """What `write_failure` recorded, or None."""
+def read_failure(folder: Path) -> str:
+    """The error that `write_failure` recorded; empty where there is none that can be read."""
     try:
-        found = json.loads(beside(folder, "failed").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        found = None
-    return found if isinstance(found, dict) else {"error": "unknown", "remedy": ""}
+        return str(json.loads(beside(folder, "failed").read_text(encoding="utf-8"))["error"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

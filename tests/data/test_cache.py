@@ -233,10 +233,11 @@ def test_full_disk_while_weights_are_written(root, tmp_path, monkeypatch):
     sets = ("model.modalities=video", "cache.random_weights=true", "modalities.video.cut=layer3")
     settings = settings_for(root, tmp_path, *sets)
 
-    def full(self, data):
+    def full(state, file):
+        file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(FileError, match="The disk is full"):
         prepare(settings)
     assert not list(tmp_path.glob("tiny/*/*.partial"))

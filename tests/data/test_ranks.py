@@ -14,7 +14,7 @@ from test_cache import contents, same, settings_for
 
 from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.data.ranks import locked, partial_is_ours
-from mbcd_cli.errors import CacheError
+from mbcd_cli.errors import CacheError, RunError
 from mbcd_cli.processes import ALONE, Place
 
 SETS = [part for assignment in [*helpers.SMALL, "cache.shard_clips=1"] for part in ("--set", assignment)]
@@ -51,7 +51,7 @@ def test_rank_0_ends_when_the_others_have_died(tmp_path, monkeypatch):
     monkeypatch.setattr("mbcd_cli.data.ranks.PATIENCE", 0.5)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CacheError, match="3 are missing"):
+    with pytest.raises(RunError, match=r"3 shards of process \[1\]"):
         prepare(settings)
     assert not list((tmp_path / "cache").rglob("index.h5"))
     monkeypatch.setenv("RANK", "1")

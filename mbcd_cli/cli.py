@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,7 +69,10 @@ def _examples(*lines: str) -> str:
 def _outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
     """Errors become one message and an exit code: 1 the user's to mend, 3 too many rejected clips."""
     try:
-        yield
+        with warnings.catch_warnings():
+            if not debug:  # one line each, as all that is said
+                warnings.showwarning = lambda message, *_, **__: console.warn(str(message))
+            yield
     except MbcdError as error:
         if debug:
             raise

@@ -73,18 +73,19 @@ def threads_per_job(jobs: int, asked: int) -> int:
     return asked or max(cores // jobs, 1)
 
 
-def to_run(cells: Sequence[Cell], *, retry_failed: bool) -> tuple[list[Cell], list[Cell]]:
-    """(cells to run, failed cells left alone). Marks of failure are removed from those to be tried again."""
-    wanted, failed = [], []
+def begin(cells: Sequence[Cell], *, retry_failed: bool) -> Board:
+    """What is done, failed and waiting at the start; marks of failure are removed from those to be tried again."""
+    board = Board(cells)
     for cell in cells:
         now = state(cell.folder)
         if now == "failed" and not retry_failed:
-            failed.append(cell)
-        elif now != "done":
-            if now == "failed":
-                beside(cell.folder, "failed").unlink(missing_ok=True)
-            wanted.append(cell)
-    return wanted, failed
+            board.failed[cell.key] = read_failure(cell.folder) or "unknown"
+        elif now == "done":
+            board.done.append(cell)
+        else:
+            beside(cell.folder, "failed").unlink(missing_ok=True)
+            board.waiting.append(cell)
+    return board
 
 
 def write_settings(cell: Cell) -> Path:
@@ -153,10 +154,7 @@ def execute(
     Raises:
         KeyboardInterrupt: after the processes have stopped.
     """
-    wanted, failed = to_run(cells, retry_failed=retry_failed)
-    keys = {cell.key for cell in [*wanted, *failed]}
-    board = Board(cells, done=[cell for cell in cells if cell.key not in keys], waiting=deque(wanted))
-    board.failed = {cell.key: read_failure(cell.folder) or "unknown" for cell in failed}
+    board = begin(cells, retry_failed=retry_failed)
     kills: dict[str, int] = {}
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, _interrupt)

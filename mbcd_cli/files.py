@@ -39,8 +39,7 @@ def unwritable(
     """The one answer to a full disk, a read-only file system and missing rights.
 
     Args:
-        place: the flag that names another folder.
-        then: what to do once there is room.
+        place, then: the flag that names another folder; what to do once there is room.
     """
     if error.errno in _FULL or "No space left" in str(error):
         return FileError(

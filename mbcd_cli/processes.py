@@ -28,10 +28,8 @@ from mbcd_cli.errors import MbcdError, RunError, SettingsError
 T = TypeVar("T")
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _UNSET = "Start the processes with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK to run alone."
-_LOOK = 0.2
-"""Seconds between two looks at what others have done."""
-_TELL = 10.0
-"""Seconds of waiting after which a person is told for what; then after twice as long, and so on."""
+_LOOK = 0.2  # seconds between two looks at what others have done
+_TELL = 10.0  # seconds of waiting after which a person is told for what; then after twice as long, and so on
 
 
 @dataclass(frozen=True)

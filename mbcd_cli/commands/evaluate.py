@@ -226,14 +226,5 @@ def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, chec
     oracle = history.oracle(figures["headline"]["model"])
     if oracle is not None:
         figures["oracle"] = oracle
-    best = figures["epochs"].get("best")
-    analysis.files["accuracy per epoch"] = plots.plot_lines(
-        history.epochs,
-        {f"{model}, {where}": line for (where, model), line in history.lines.items()},
-        analysis.plot("accuracy-per-epoch.png"),
-        title="Fused accuracy per epoch",
-        xlabel="epoch",
-        ylabel="accuracy",
-        marks={best: "best"} if best is not None else None,
-        whole=True,
-    )
+    if run is not None and (drawn := run / "plots" / "accuracy.png").is_file():  # by the training
+        analysis.files["accuracy per epoch"] = drawn

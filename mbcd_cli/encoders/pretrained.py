@@ -17,8 +17,6 @@ import torch
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.errors import CheckpointError
 
-_READ = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class PublicWeights:

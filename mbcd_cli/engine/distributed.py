@@ -3,8 +3,6 @@
 Whatever depends on the whole batch (s_k, DSU's spread, masks, gradients) is exchanged or drawn alike, so that W
 processes with B / W clips each do what one process does with B. The one exception is tracked batch norm: each process
 normalises with the statistics of its own rows, and the running statistics are averaged.
-
-Letters: B clips of the global batch, W processes, b = B / W clips of one process.
 """
 
 from __future__ import annotations

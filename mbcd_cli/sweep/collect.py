@@ -209,7 +209,7 @@ def curves(pairs: Sequence[Pair], output: Path) -> dict[str, Path]:
         title = f"{dataset}, {'+'.join(modalities)}, {setting}: {where} accuracy per epoch"
         path = output / f"{dataset}-{'-'.join(modalities)}-{setting}-{where}-epochs.png"
         files[title] = plots.plot_lines(
-            epochs, means, path, title=title, xlabel="epoch", ylabel="accuracy, mean over runs", whole=True
+            epochs, means, path, title=title, xlabel="epoch", ylabel="accuracy, mean over runs"
         )
     return files
 

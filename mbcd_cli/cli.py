@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,10 @@ def _outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        with warnings.catch_warnings():
+            if not debug:  # one line each, as all that is said
+                warnings.showwarning = lambda message, *_, **__: console.warn(str(message))
+            yield
     except MbcdError as error:
         if debug:
             raise
@@ -96,9 +100,10 @@ def _outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
 
 
 def _fail(text: str, message: str, remedy: str, *, as_json: bool) -> None:
-    rank = int(os.environ.get("RANK", "0"))  # of torchrun
-    console.say(f"error{f' in process {rank}' if rank else ''}: {text}")
-    if as_json and not rank:
+    rank = os.environ.get("RANK", "0")  # as it stands there: it may be what the error is about
+    other = rank.isdecimal() and int(rank) > 0
+    console.say(f"error{f' in process {rank}' if other else ''}: {text}")
+    if as_json and not other:
         console.emit_json({"error": message, "remedy": remedy})
 
 

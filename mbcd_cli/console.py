@@ -99,6 +99,18 @@ def progress(label: str, total: int | None = None) -> Iterator[Ticker]:
         yield Ticker(label, total, bar)
 
 
+@contextmanager
+def silent(wanted: bool = True) -> Iterator[None]:
+    """Nothing is printed inside the block, where that is `wanted`."""
+    before = err.quiet, out.quiet
+    try:
+        if wanted:
+            err.quiet = out.quiet = True
+        yield
+    finally:
+        err.quiet, out.quiet = before
+
+
 def say(message: str) -> None:
     """One line for a person, on stderr, without interpreting brackets as markup."""
     err.print(message, markup=False)

@@ -63,7 +63,5 @@ class RunError(MbcdError):
     """A run folder is in the way, missing or incomplete, or training had to stop."""
 
 
-class RejectedClipsError(MbcdError):
-    """Work finished, but more clips were rejected than `--max-bad` allows; exit code 3."""
-
-    exit_code = 3
+class FileError(MbcdError):
+    """A file or folder cannot be written (a full disk, missing rights), or a log is damaged."""

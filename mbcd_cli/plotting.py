@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from mbcd_cli.errors import RunError
+from mbcd_cli.files import written
 
 # Okabe and Ito's palette without its yellow, which is too light for lines on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -45,19 +43,11 @@ def save(fig: Figure, path: Path, *, dpi: int = 130) -> Path:
     """Write `fig` tightly cropped (the format follows the suffix) aside, then rename it to `path`.
 
     Raises:
-        RunError: it cannot be written.
+        FileError: it cannot be written.
     """
     path = Path(path)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     # Without software version and date the same figure gives the same bytes.
     metadata = {".png": {"Software": None}, ".svg": {"Date": None}}.get(path.suffix)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fig.savefig(aside, dpi=dpi, bbox_inches="tight", metadata=metadata)
-        aside.replace(path)
-    except OSError as error:
-        raise RunError(f"Plot {path} cannot be written: {error}", "Name another folder with --output.") from error
-    finally:
-        with suppress(OSError):  # the first error is the one to tell
-            aside.unlink(missing_ok=True)
+    with written(path) as aside:
+        fig.savefig(aside, format=path.suffix[1:], dpi=dpi, bbox_inches="tight", metadata=metadata)
     return path

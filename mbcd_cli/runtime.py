@@ -8,6 +8,7 @@ import torch
 
 from mbcd_cli.allocator import keep_freed_memory
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.processes import this_process
 from mbcd_cli.settings import RuntimeSettings
 
 
@@ -24,8 +25,8 @@ def pick_device(settings: RuntimeSettings) -> torch.device:
         if not torch.cuda.is_available():
             return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
         name = "cuda"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda" and (local := this_process().local) is not None:
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

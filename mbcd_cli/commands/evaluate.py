@@ -18,13 +18,13 @@ from mbcd_cli.evaluation import plots
 from mbcd_cli.evaluation.analyses import Analysis, analyse, clear
 from mbcd_cli.evaluation.compare import Run, compare, distinct, find_runs, load_run, main_tables
 from mbcd_cli.evaluation.evaluator import TARGET, deployed, evaluate_models
-from mbcd_cli.evaluation.export import written_aside
 from mbcd_cli.evaluation.history import accuracy_history
 from mbcd_cli.evaluation.html import runs_html, write_comparison, write_report
 from mbcd_cli.evaluation.report import print_comparison, print_results
-from mbcd_cli.evaluation.results import collect, describe, provenance, read_records, warnings, write_json
+from mbcd_cli.evaluation.results import collect, describe, provenance, warnings
 from mbcd_cli.evaluation.robustness import subset_variants
 from mbcd_cli.evaluation.tables import Table, as_values, comma_separated, from_values, latex, markdown
+from mbcd_cli.files import read_records, write_json, write_text
 from mbcd_cli.layers import to_toml
 from mbcd_cli.settings import DatasetSettings, EvaluationSettings, Settings
 
@@ -84,7 +84,7 @@ def evaluate(
     analyse(analysis, ood=ood)
     figures |= analysis.figures
     figures["provenance"] = provenance(dataset, checkpoints, device)
-    files = {"results": write_json(figures, output / "results.json"), **analysis.files}
+    files = {"results": write_json(output / "results.json", figures), **analysis.files}
     if settings.evaluation.report:
         path = output / "report.html"
         text = to_toml(settings)
@@ -176,15 +176,13 @@ def write_comparison_files(
     for table in tables:
         text |= {f"{table.name}.csv": comma_separated(table), f"{table.name}.tex": latex(table)}
     for name, content in text.items():
-        with written_aside(output / name) as aside:
-            aside.write_text(content, encoding="utf-8")
-        files[name] = output / name
+        files[name] = write_text(output / name, content)
     found = {
         "runs": [str(run.path) for run in runs],
         "warnings": list(notes),
         "tables": [as_values(table) for table in tables],
     }
-    files["results"] = write_json(found, output / "comparison.json")
+    files["results"] = write_json(output / "comparison.json", found)
     return {**found, "files": {name: str(path) for name, path in files.items()}}
 
 
@@ -228,14 +226,5 @@ def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, chec
     oracle = history.oracle(figures["headline"]["model"])
     if oracle is not None:
         figures["oracle"] = oracle
-    best = figures["epochs"].get("best")
-    analysis.files["accuracy per epoch"] = plots.plot_lines(
-        history.epochs,
-        {f"{model}, {where}": line for (where, model), line in history.lines.items()},
-        analysis.plot("accuracy-per-epoch.png"),
-        title="Fused accuracy per epoch",
-        xlabel="epoch",
-        ylabel="accuracy",
-        marks={best: "best"} if best is not None else None,
-        whole=True,
-    )
+    if run is not None and (drawn := run / "plots" / "accuracy.png").is_file():  # by the training
+        analysis.files["accuracy per epoch"] = drawn

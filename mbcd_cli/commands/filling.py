@@ -6,7 +6,6 @@ Letters: R rows (clip x view), N clips.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 
 from mbcd_cli import console
-from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of, written_aside
+from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of
 from mbcd_cli.data.media.decoding import Decoded, Decoder
 from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
 from mbcd_cli.data.records import Clip
@@ -26,6 +25,7 @@ from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
 from mbcd_cli.encoders.staged import TOGETHER, Trunk
 from mbcd_cli.errors import CacheError
+from mbcd_cli.files import written
 from mbcd_cli.settings import Modality, Settings
 
 Shapes = list[tuple[tuple[int, ...], np.dtype]]
@@ -228,16 +228,9 @@ class Filler:
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """A state dict, written aside and renamed.
-
-    Raises:
-        CacheError: a full disk.
-    """
-    # In memory first: torch reports a full disk as an error of its own format.
-    image = io.BytesIO()
-    torch.save({key: value.cpu() for key, value in weights.items()}, image)
-    with written_aside(path) as aside:
-        aside.write_bytes(image.getbuffer())
+    """Write a state dict, whole or not at all (`files.written`)."""
+    with written(path, place="--cache-dir") as aside, aside.open("wb") as file:
+        torch.save({key: value.cpu() for key, value in weights.items()}, file)
 
 
 def weights_bytes(settings: Settings, name: str, modality: Modality) -> int:

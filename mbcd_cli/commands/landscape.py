@@ -24,8 +24,9 @@ from mbcd_cli.landscape.directions import moving_names
 from mbcd_cli.landscape.objective import ModelObjective
 from mbcd_cli.landscape.paths import buffers_of, vector_of
 from mbcd_cli.landscape.store import load_arrays, read_grid
-from mbcd_cli.landscape.surface import Advance, Share, sharing
+from mbcd_cli.landscape.surface import Advance
 from mbcd_cli.model import MultiModalModel
+from mbcd_cli.processes import Group, joined
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Settings
 
@@ -75,11 +76,12 @@ def landscape(
         StoreError: a file under `output` was measured on something else, or is damaged.
     """
     output = Path(output)
-    with sharing() as (share, barrier):
-        bench = _Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite, share, barrier)
+    # Processes exchange nothing but barriers, so gloo serves those with GPUs too; all wait while rank 0 computes alone.
+    with joined(torch.device("cpu"), say=console.say, patience=86400.0) as group:
+        bench = _Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite, group)
         result, files = _measure(bench, checkpoints, towards, epochs)
-        drawn = _draw(files, output) if share.rank == 0 else {}
-    return {**result, "files": drawn, "rank": share.rank}
+        drawn = _draw(files, output) if group.main else {}
+    return {**result, "files": drawn, "rank": group.rank}
 
 
 def redraw(output: Path) -> dict[str, Any]:
@@ -167,10 +169,9 @@ class _Bench:
         output: Path,
         device: torch.device,
         overwrite: bool,
-        share: Share,
-        barrier: Callable[[], None],
+        group: Group,
     ) -> None:
-        self.share, self.barrier = share, barrier
+        self.group = group
         self.settings, self.dataset, self.output = settings, dataset, output
         self.device, self.overwrite = device, overwrite
         self.clips = _clips(settings, dataset)
@@ -249,8 +250,7 @@ class _Bench:
             watch=_watch,
             curvature_loss=(lambda: self.loss(model, names=names, dtype=torch.float64)) if double else None,
             overwrite=self.overwrite,
-            share=self.share,
-            barrier=self.barrier,
+            group=self.group,
         )
 
     def ends(self, model: MultiModalModel, others: Mapping[str, MultiModalModel]) -> Ends:

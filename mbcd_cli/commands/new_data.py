@@ -19,7 +19,8 @@ from mbcd_cli.evaluation.evaluator import build_models, deployed
 from mbcd_cli.evaluation.export import vote_rows, write_csv
 from mbcd_cli.evaluation.metrics import summaries
 from mbcd_cli.evaluation.predict import predict
-from mbcd_cli.evaluation.results import provenance, write_json
+from mbcd_cli.evaluation.results import provenance
+from mbcd_cli.files import write_json
 from mbcd_cli.settings import Settings
 
 
@@ -89,7 +90,7 @@ def predict_new(
     else:
         (folder / "rejected.csv").unlink(missing_ok=True)  # of an earlier time
     figures |= {"clips": prepared["clips"], "rejected": prepared["rejected"], "data_root": str(root)}
-    files["results"] = write_json(figures, folder / "predict.json")
+    files["results"] = write_json(folder / "predict.json", figures)
     return {
         **figures,
         "files": {name: str(path) for name, path in files.items()},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from mbcd_cli.commands.filling import (
     save_weights,
     weights_bytes,
 )
+from mbcd_cli.data import ranks
 from mbcd_cli.data.cache import (
     GROUPS,
     CacheWriter,
@@ -34,12 +34,13 @@ from mbcd_cli.data.cache import (
 )
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.online import describe_media
-from mbcd_cli.data.ranks import free_bytes, locked, ranks_of, wait_for
+from mbcd_cli.data.ranks import free_bytes, locked
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.data.views import resolve
 from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.errors import CacheError, CheckpointError
+from mbcd_cli.processes import this_process, wait_for
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Modality, Settings, default_modality
 
@@ -76,8 +77,8 @@ def prepare(settings: Settings) -> dict[str, Any]:
 
 def prepare_listing(settings: Settings, listing: Listing) -> dict[str, Any]:
     """`prepare`, for clips that are listed already: every modality of `listing` in the cache."""
-    ranks = ranks_of(os.environ)
-    if not ranks.main:
+    place = this_process()
+    if not place.main:
         device = pick_device(settings.runtime)
         for name, modality in listing.modalities.items():
             _prepare_modality(settings, listing, name, modality, device, [])
@@ -162,13 +163,13 @@ def _prepare_modality(
     rejected: list[Rejected],
 ) -> dict[str, Any]:
     started = time.monotonic()
-    ranks = ranks_of(os.environ)
+    place = this_process()
     frozen = build_trunk(settings, name, modality)
     trunk, sha = frozen.trunk, frozen.sha256
     plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
     root, clips, views, folder = settings.dataset.root or Path(), listing.clips, plan.views, plan.folder
     online = describe_media(settings, clips, name) if settings.cache.views == 0 else None
-    with locked(folder, ranks):
+    with locked(folder, place):
         writer = CacheWriter(
             folder,
             recipe=plan.recipe,
@@ -187,24 +188,30 @@ def _prepare_modality(
                 "torch_version": str(torch.__version__),
             },
             compression=settings.cache.compression,
-            ranks=ranks,
+            place=place,
             online=online,
         )
         missing = writer.pending()
-        pending = [number for number in missing if ranks.owns(number)]
-        if ranks.main:
+        pending = [number for number in missing if place.owns(number)]
+        if place.main:
             _check_disk(folder, sum(plan.sizes[i] for n in missing for i in plan.shards[n]))
         job = DecodeJob(name, modality, settings.dataset, settings.cache.seed)
         trunk.to(device)
         total = sum(len(plan.shards[n]) for n in pending)
         with (
             Decoder(workers=settings.cache.workers, job=job) as decoder,
-            console.progress(name if ranks.world == 1 else f"{name} (rank {ranks.rank})", total) as ticker,
+            console.progress(name if place.world == 1 else f"{name} (rank {place.rank})", total) as ticker,
         ):
             Filler(writer, decoder, clips, views, trunk, plan.shapes, device).run(pending, ticker)
-        if not ranks.main:
+        if not place.main:
             return {}
-        wait_for(writer.pending, tell=console.say)
+        wait_for(
+            writer.pending,
+            named=lambda left: f"{len(left)} shards of process {sorted({shard % place.world for shard in left})}",
+            say=console.say,
+            patience=ranks.PATIENCE,
+            remedy="Run the same command again; it goes on with what is missing.",
+        )
         for file, weights in frozen.weights.items():
             save_weights(folder / file, weights)
         finished = writer.finish(listing.rejected)

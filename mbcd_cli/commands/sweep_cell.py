@@ -12,16 +12,18 @@ from pathlib import Path
 from mbcd_cli.commands import common, evaluate, train
 from mbcd_cli.engine.run_folder import DONE, SETTINGS
 from mbcd_cli.errors import MbcdError
+from mbcd_cli.files import lock
 from mbcd_cli.layers import load_settings
 from mbcd_cli.runtime import configure
-from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, hold, state, write_failure
+from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
 
 
 def run_cell(folder: Path, *, threads: int) -> int:
     """Train and evaluate the cell of this run folder, whatever of it is done already; the exit code."""
-    with hold(folder) as ours:
-        if not ours:
-            return BUSY_CODE
+    held = lock(beside(folder, "lock"), place="--runs-dir")
+    if held is None:
+        return BUSY_CODE
+    with held:
         if state(folder) == "done":
             return DONE_CODE
         try:

@@ -19,7 +19,7 @@ from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.data.loading import keep_on_device
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.engine.distributed import ALONE, Group, joined, share_dropout
+from mbcd_cli.engine.distributed import share_dropout
 from mbcd_cli.engine.feed import Feed
 from mbcd_cli.engine.layout import weights_channels_last
 from mbcd_cli.engine.optimizer import build_optimizer
@@ -34,6 +34,7 @@ from mbcd_cli.engine.trainer import Trainer
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation.evaluator import clip_sets
 from mbcd_cli.model import MultiModalModel, build_model
+from mbcd_cli.processes import ALONE, Group, joined
 from mbcd_cli.runtime import configure, use_channels_last
 from mbcd_cli.settings import Settings
 
@@ -48,7 +49,7 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
         resume: go on with the run that is there; a finished one is left as it is.
         overwrite: replace the run that is there.
 
-    Started by torchrun, all processes train together (`engine.distributed`); rank 0 alone writes and prints.
+    Started by torchrun, all processes train together (`processes`); rank 0 alone writes and prints.
 
     Returns:
         What `done` holds: run, epochs, accuracies of best and last, seconds, steps per second, peak memory;
@@ -62,7 +63,11 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
     training = settings.training
     clips = dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips)
     device = configure(settings.runtime)
-    with joined(device) as group, _run_folder(run, settings, resume=resume, overwrite=overwrite, group=group) as folder:
+    with (
+        joined(device, say=console.say) as group,
+        console.silent(not group.main),
+        _run_folder(run, settings, resume=resume, overwrite=overwrite, group=group) as folder,
+    ):
         if folder.resumed and folder.summary is not None:
             console.say(f"{run} is complete; nothing to resume.")
             return folder.summary if group.main else {}

@@ -18,12 +18,10 @@ Letters: N clips, R rows (clip x view), V views.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,9 +32,11 @@ import numpy as np
 
 from mbcd_cli import __version__
 from mbcd_cli.data.media.timeline import DECODER
-from mbcd_cli.data.ranks import Ranks, partial_is_ours
+from mbcd_cli.data.ranks import partial_is_ours
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Clip, Rejected
 from mbcd_cli.errors import CacheError
+from mbcd_cli.files import open_hdf5, remove_partial, written_hdf5
+from mbcd_cli.processes import ALONE, Place
 from mbcd_cli.settings import Modality, Settings
 
 FORMAT = 1
@@ -78,17 +78,6 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
         recipe["width"] = modality.width
         recipe["weights"] = weights_sha256 or "random"
     return recipe
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"view": {"crop": 56}} -> {"view.crop": 56}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _digest(value: Any) -> str:
@@ -140,37 +129,6 @@ def shard_ranges(sizes: Sequence[int], *, limit: int) -> list[range]:
     if len(sizes) > start:
         ranges.append(range(start, len(sizes)))
     return ranges
-
-
-@contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Where to write a file that appears under its name only when it is complete and on disk.
-
-    Raises:
-        CacheError: a full disk, or a folder that cannot be written to; nothing is left behind.
-    """
-    aside = path.with_name(path.name + ".partial")
-    try:
-        yield aside
-        with aside.open("rb") as handle:
-            os.fsync(handle.fileno())
-        aside.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise CacheError(
-                f"The disk is full: {path.parent} cannot take another file.",
-                "Free some space (or use --cache-dir elsewhere) and run the same command again; it resumes.",
-            ) from error
-        raise CacheError(f"{path} cannot be written: {error}.", "Check the folder's rights and the disk.") from error
 
 
 def _write_strings(group: h5py.Group, name: str, values: Sequence[str]) -> None:
@@ -261,7 +219,7 @@ class CacheWriter:
         shards: runs of clips.
         provenance: reader, dataset, root, weights and the like, as readable attributes.
         compression: "none", "gzip" or "lzf".
-        ranks: this process' place among those that fill the cache together.
+        place: this process' place among those that fill the cache together.
         online: JSON-able: what `train` needs to decode training views by itself; None where they are stored.
     """
 
@@ -277,11 +235,10 @@ class CacheWriter:
         label_names: Sequence[str],
         provenance: Mapping[str, str],
         compression: str,
-        ranks: Ranks | None = None,
+        place: Place = ALONE,
         online: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = folder
-        self.ranks = ranks or Ranks()
         self.online = online
         self.recipe = recipe
         self.modality = modality
@@ -291,9 +248,7 @@ class CacheWriter:
         self.label_names = label_names
         self.provenance = provenance
         self.compression = None if compression == "none" else compression
-        for leftover in folder.glob("*.partial"):
-            if partial_is_ours(leftover, self.ranks):
-                leftover.unlink()
+        remove_partial(folder, ours=lambda path: partial_is_ours(path, place))
 
     def shard_path(self, number: int) -> Path:
         """Path of shard `number`."""
@@ -305,7 +260,7 @@ class CacheWriter:
 
     def _sound(self, number: int) -> bool:
         try:
-            with h5py.File(self.shard_path(number), "r") as file:
+            with open_hdf5(self.shard_path(number)) as file:
                 return (
                     file.attrs["first"] == self.shards[number].start and file.attrs["stop"] == self.shards[number].stop
                 )
@@ -316,9 +271,9 @@ class CacheWriter:
         """Store one shard; it exists whole or not at all.
 
         Raises:
-            CacheError: full disk or missing rights; what was written before stays.
+            FileError: full disk or missing rights; what was written before stays.
         """
-        with written_aside(self.shard_path(number)) as aside, h5py.File(aside, "w", libver="latest") as file:
+        with written_hdf5(self.shard_path(number), libver="latest", place="--cache-dir") as file:
             file.attrs["format"] = FORMAT
             file.attrs["first"], file.attrs["stop"] = self.shards[number].start, self.shards[number].stop
             file.attrs["modality"] = self.recipe["modality"]
@@ -346,6 +301,7 @@ class CacheWriter:
 
         Raises:
             CacheError: a shard is missing or unreadable.
+            FileError: full disk or missing rights.
         """
         columns: dict[str, list[np.ndarray]] = {"clip": [], "view": [], "shard": [], "row": []}
         rejected: list[Rejected] = []
@@ -353,7 +309,7 @@ class CacheWriter:
         errors = np.zeros(2)
         for number in range(len(self.shards)):
             try:
-                with h5py.File(self.shard_path(number), "r") as file:
+                with open_hdf5(self.shard_path(number)) as file:
                     for name in GROUPS:
                         count = len(file[f"{name}/clip"])
                         columns["clip"].append(file[f"{name}/clip"][()])
@@ -368,7 +324,7 @@ class CacheWriter:
                 raise CacheError(
                     f"Shard {self.shard_path(number)} cannot be read: {error}.", "Delete it and prepare again."
                 ) from error
-        with written_aside(self.folder / "index.h5") as aside, h5py.File(aside, "w", libver="latest") as file:
+        with written_hdf5(self.folder / "index.h5", libver="latest", place="--cache-dir") as file:
             file.attrs["format"] = FORMAT
             file.attrs["recipe"] = json.dumps(self.recipe, sort_keys=True)
             file.attrs["modality_settings"] = self.modality.model_dump_json()

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbcd_cli.data.cache import flatten, recipe_of
+from mbcd_cli.data.cache import recipe_of
 from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError, load_weights
 from mbcd_cli.data.online import OnlineViews
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
+from mbcd_cli.files import flatten
 from mbcd_cli.settings import CacheSettings, Modality, Settings
 
 PREPARED = ("views", "trunk_batch_norm", "dtype", "seed")

@@ -18,6 +18,7 @@ from mbcd_cli.data.cache import FORMAT, group_of, read_rejected
 from mbcd_cli.data.quantise import restore
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import CacheError
+from mbcd_cli.files import open_hdf5
 from mbcd_cli.settings import Modality
 
 _MODALITY = TypeAdapter(Modality)
@@ -98,7 +99,7 @@ class ModalityCache:
         self.fingerprint = folder.name.rsplit("-", 1)[-1]
         version = "unknown"
         try:
-            with h5py.File(folder / "index.h5", "r") as file:
+            with open_hdf5(folder / "index.h5") as file:
                 version = str(file.attrs.get("mbcd_version", "unknown"))
                 if file.attrs["format"] != FORMAT:
                     raise OtherVersionError(folder, version, f"format {file.attrs['format']} instead of {FORMAT}")
@@ -163,7 +164,7 @@ class ModalityCache:
         if (number, group) not in self._maps:
             path = self.folder / f"shard-{number:05d}.h5"
             try:
-                file = h5py.File(path, "r")
+                file = open_hdf5(path)
                 parts: list[_Part] = []
                 for index in range(int(file[group].attrs["parts"])):
                     data = file[f"{group}/part{index}"]

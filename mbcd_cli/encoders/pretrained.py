@@ -17,8 +17,6 @@ import torch
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.errors import CheckpointError
 
-_READ = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class PublicWeights:
@@ -102,11 +100,8 @@ class Report:
 
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while block := stream.read(_READ):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def another_file(file: Path, digest: str, expected: str | None) -> CheckpointError | None:

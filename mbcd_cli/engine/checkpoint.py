@@ -6,8 +6,6 @@ file is refused, nothing in it is executed.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import warnings as python_warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +15,8 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from mbcd_cli.errors import CheckpointError, RunError
+from mbcd_cli.errors import CheckpointError
+from mbcd_cli.files import written
 from mbcd_cli.settings import Modality, Settings
 
 FORMAT = "mbcd-checkpoint"
@@ -81,7 +80,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `path` so that at any moment `path` is the old file or the complete new one.
 
     Raises:
-        RunError: it cannot be written (a full disk, no permission); the previous file is untouched.
+        FileError: it cannot be written (a full disk, no permission); the previous file is untouched.
     """
     payload = {
         "format": FORMAT,
@@ -97,41 +96,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         else {key: value.detach() for key, value in checkpoint.teacher.items()},
     }
     payload |= {key: getattr(checkpoint, key) for key in _PLAIN}
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        raise RunError(
-            f"Checkpoint {path} cannot be written: {error}",
-            "Free disk space (the previous checkpoint is kept), then go on with --resume.",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+    kept = "go on with --resume (the previous checkpoint is kept)"
+    with written(path, place="--run", then=kept) as aside, aside.open("wb") as file:
+        torch.save(payload, file)
 
 
 _PLAIN = ("dataset", "epoch", "epoch_step", "step", "history", "best", "warnings", "training")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a process killed while saving left in `folder`; only the run's owner may call this."""
-    for aside in folder.glob(".*.tmp"):
-        aside.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from mbcd_cli.encoders.staged import Parts
-from mbcd_cli.engine.distributed import ALONE, Group
 from mbcd_cli.engine.objective import full_precision
 from mbcd_cli.engine.randomness import Randomness
+from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.settings import FeatureNoiseSettings
 
 EPS = 1e-6

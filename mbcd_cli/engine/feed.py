@@ -15,7 +15,7 @@ import torch
 
 from mbcd_cli.data.loading import read_ahead
 from mbcd_cli.data.records import Batch
-from mbcd_cli.engine.distributed import ALONE, Group
+from mbcd_cli.processes import ALONE, Group
 
 Read = Callable[[str, np.ndarray, np.ndarray], tuple[torch.Tensor, ...]]
 

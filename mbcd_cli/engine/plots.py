@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mbcd_cli import plotting
+from mbcd_cli.files import read_records
 
 Records = Sequence[Mapping[str, Any]]
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Records of a jsonl file; a last line cut short by a kill is left out, a missing file is empty."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-    return records
-
-
 def plot_run(run: Path) -> list[Path]:
     """Write plots/losses.png, accuracy.png and balance.png of a run folder; returns those that there is data for."""
-    steps, epochs = read_log(run / "steps.jsonl"), read_log(run / "metrics.jsonl")
+    steps, epochs = read_records(run / "steps.jsonl"), read_records(run / "metrics.jsonl")
     written = []
     if steps:
         written.append(_losses(steps, run / "plots" / "losses.png"))

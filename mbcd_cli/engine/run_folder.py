@@ -6,23 +6,23 @@ checkpoints/{last,best}.pt, plots/, done.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from mbcd_cli.engine.checkpoint import remove_leftovers, sync_folder
 from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.files import append_record, flatten, is_partial, lock, remove_partial, sync, write_json, write_text
 from mbcd_cli.layers import load_settings, to_toml
 from mbcd_cli.settings import Settings
 
 SETTINGS = "settings.toml"
 DONE = "done"
 LOGS = ("metrics.jsonl", "steps.jsonl", "timing.jsonl")
-_OWN = (".lock", f".{SETTINGS}.tmp")
+_LOCK = ".lock"
 FREE = (
     "evaluation.",
     "landscape.",
@@ -50,7 +50,7 @@ class RunFolder:
         writes: false in the processes that only follow rank 0; they read checkpoints and write nothing.
     """
 
-    def __init__(self, path: Path, *, lock: IO[str] | None, resumed: bool) -> None:
+    def __init__(self, path: Path, *, lock: FileIO | None, resumed: bool) -> None:
         self.path = path
         self.resumed = resumed
         self.writes = lock is not None
@@ -73,10 +73,8 @@ class RunFolder:
 
     def append(self, log: str, record: Mapping[str, Any]) -> None:
         """Add one JSON line to `log`."""
-        if not self.writes:
-            return
-        with (self.path / log).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        if self.writes:
+            append_record(self.path / log, record, place="--run", then="go on with --resume")
 
     def sync(self) -> dict[str, int]:
         """Bring the logs to the disk; their sizes in bytes, for `cut`."""
@@ -84,8 +82,7 @@ class RunFolder:
         for name in LOGS:
             path = self.path / name
             if path.exists():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+                sync(path)
                 sizes[name] = path.stat().st_size
         return sizes
 
@@ -100,10 +97,7 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `done`, the mark of a complete run."""
-        aside = self.path / ".done.tmp"
-        aside.write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        aside.replace(self.path / DONE)
-        sync_folder(self.path)
+        write_json(self.path / DONE, summary, place="--run", then="go on with --resume")
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -136,9 +130,10 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
 
     Raises:
         RunError: the folder is in the way, in use, not a run, or its run has other settings (they are named).
+        FileError: it cannot be written to.
     """
     path = Path(path)
-    exists = path.is_dir() and any(p.name not in _OWN for p in path.iterdir())
+    exists = path.is_dir() and not all(entry.name == _LOCK or is_partial(entry) for entry in path.iterdir())
     is_run = (path / SETTINGS).is_file()
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file.", "Name another run folder with --run.")
@@ -148,41 +143,32 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
         raise RunError(f"{path} exists and is no run folder (no {SETTINGS}).", "Name another one with --run.")
     if exists and not (resume or overwrite):
         raise RunError(f"{path} already holds a run.", "Go on with --resume, or replace it with --overwrite.")
+    held = lock(path / _LOCK, place="--run")
+    if held is None:
+        raise RunError(f"Another process is training in {path}.", "Wait for it, or name another --run.")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a")
-    except OSError as error:
-        raise RunError(f"Run folder {path} cannot be made: {error}", "Name another one with --run.") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"Another process is training in {path}.", "Wait for it, or name another --run.") from error
         if resume:
             _compare(path, settings)
-            if (path / "checkpoints").is_dir():
-                remove_leftovers(path / "checkpoints")
+            remove_partial(path)
+            remove_partial(path / "checkpoints")
         else:
             # The old settings.toml stays until it is replaced: a half-deleted run can still be overwritten.
             for entry in path.iterdir():
-                if entry.name not in (*_OWN, SETTINGS):
+                if entry.name not in (_LOCK, SETTINGS):
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            aside = path / f".{SETTINGS}.tmp"
-            aside.write_text(to_toml(settings), encoding="utf-8")
-            aside.replace(path / SETTINGS)
-            sync_folder(path)
+            write_text(path / SETTINGS, to_toml(settings), place="--run")
     except BaseException:
-        lock.close()
+        held.close()
         raise
-    return RunFolder(path, lock=lock, resumed=resume)
+    return RunFolder(path, lock=held, resumed=resume)
 
 
 def _compare(path: Path, settings: Settings) -> None:
     try:
-        saved = _flat(load_settings(path / SETTINGS).model_dump(mode="json"))
+        saved = flatten(load_settings(path / SETTINGS).model_dump(mode="json"))
     except SettingsError as error:
         raise RunError(f"{path / SETTINGS} cannot be read: {error.message}", "Start anew with --overwrite.") from error
-    now = _flat(settings.model_dump(mode="json"))
+    now = flatten(settings.model_dump(mode="json"))
     changed = [
         f"  {key}: was {saved.get(key)}, now {now.get(key)}"
         for key in dict.fromkeys([*saved, *now])
@@ -193,10 +179,3 @@ def _compare(path: Path, settings: Settings) -> None:
             f"The run in {path} has other settings:\n" + "\n".join(changed),
             "Resume with the settings of the run, or start another one with --run.",
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat

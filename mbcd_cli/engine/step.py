@@ -16,7 +16,6 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders.staged import Parts
 from mbcd_cli.engine import gradient_consistency as gcc
 from mbcd_cli.engine import modality_dropout as amd
-from mbcd_cli.engine.distributed import ALONE, Group
 from mbcd_cli.engine.feature_noise import FeatureNoise
 from mbcd_cli.engine.layout import channels_last, match_layout
 from mbcd_cli.engine.objective import (
@@ -29,6 +28,7 @@ from mbcd_cli.engine.objective import (
 from mbcd_cli.engine.randomness import Randomness
 from mbcd_cli.engine.teacher import Teacher
 from mbcd_cli.model import MultiModalModel
+from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.settings import ObjectiveSettings
 
 _SCALARS = ("total", "ce_fused", "kl_fused", "accuracy_fused")

@@ -20,7 +20,6 @@ from mbcd_cli import console
 from mbcd_cli.data.records import Batch
 from mbcd_cli.engine import watch
 from mbcd_cli.engine.checkpoint import Checkpoint, save_checkpoint
-from mbcd_cli.engine.distributed import ALONE, Group
 from mbcd_cli.engine.events import Events
 from mbcd_cli.engine.feed import Feed
 from mbcd_cli.engine.interrupts import Interrupts
@@ -31,6 +30,7 @@ from mbcd_cli.engine.step import TrainStep, unpack
 from mbcd_cli.engine.validation import validate
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation.evaluator import SOURCE, TARGET, ClipSet
+from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.settings import Settings
 
 

@@ -35,7 +35,7 @@ from mbcd_cli.settings import DatasetSettings, Settings
 
 _OWN = (
     *(f"plots/{kind}-*.png" for kind in ("confusion", "classes", "missing", "reliability", "risk-coverage", "tsne")),
-    *(f"plots/{name}.png" for name in ("shift", "corruptions", "accuracy-per-epoch")),
+    *(f"plots/{name}.png" for name in ("shift", "corruptions")),
     *("evaluation/predictions-*.csv", "evaluation/embeddings-*.h5", "evaluation/tsne.csv", "report.html"),
 )
 

@@ -6,38 +6,17 @@ Letters: N clips, C classes, D_k features of modality k.
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.metrics import predicted
 from mbcd_cli.evaluation.predict import Predictions
 from mbcd_cli.evaluation.trust import probabilities
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes `path` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        aside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error}", "Name another folder with --output.") from error
-    finally:
-        with suppress(OSError):  # the first error is the one to tell
-            aside.unlink(missing_ok=True)
+from mbcd_cli.files import written, written_hdf5
 
 
 def prediction_rows(
@@ -70,7 +49,7 @@ def prediction_rows(
 
 def write_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
     """Write `rows` (all with the first one's columns) as CSV."""
-    with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+    with written(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         writer = None
         for row in rows:
             if writer is None:
@@ -89,7 +68,7 @@ def write_hdf5(
     domain_names: Sequence[str],
 ) -> Path:
     """Write ids, labels, domains, logits/<head> [N, C] and features/<modality> [N, D_k] as HDF5."""
-    with written_aside(path) as aside, h5py.File(aside, "w") as file:
+    with written_hdf5(path) as file:
         text = h5py.string_dtype()
         file.create_dataset("id", data=np.array([ids[i] for i in predictions.clips.tolist()], object), dtype=text)
         file.create_dataset("label", data=predictions.labels.numpy())

@@ -14,8 +14,8 @@ from typing import Any
 
 from mbcd_cli.evaluation import sections
 from mbcd_cli.evaluation.compare import Run
-from mbcd_cli.evaluation.export import written_aside
 from mbcd_cli.evaluation.tables import Cell, Table, plain
+from mbcd_cli.files import write_text
 
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 LONG = 48
@@ -94,12 +94,6 @@ def page(title: str, parts: Mapping[str, str], *, lead: str = "") -> str:
     )
 
 
-def _write(text: str, path: Path) -> Path:
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-    return path
-
-
 def _lead(results: Mapping[str, Any]) -> str:
     headline = results["headline"]
     boxes = "".join(
@@ -167,7 +161,7 @@ def write_report(
         "Settings": f"<details><summary>settings.toml</summary><pre>{escape(settings)}</pre></details>",
         "Provenance": _pairs(results.get("provenance", {})) if results.get("provenance") else "",
     }
-    return _write(page(sections.title(results), parts, lead=_lead(results)), path)
+    return write_text(path, page(sections.title(results), parts, lead=_lead(results)))
 
 
 def runs_html(runs: Sequence[Run]) -> str:
@@ -214,4 +208,4 @@ def write_comparison(
     )
     lead += "".join(f'<div class="warning">{escape(w)}</div>' for w in warnings)
     parts = {"Tables": "".join(map(table_html, tables)), "Plots": gallery((files or {}).items()), **(sections or {})}
-    return _write(page(title, parts, lead=lead), path)
+    return write_text(path, page(title, parts, lead=lead))

@@ -125,32 +125,16 @@ def plot_lines(
     title: str,
     xlabel: str,
     ylabel: str,
-    percent: bool = True,
-    marks: Mapping[float, str] | None = None,
-    whole: bool = False,
 ) -> Path:
-    """Curves over a common axis; `percent` scales 0..1 to percent, `marks` are labelled vertical lines."""
+    """Curves of shares (0..1) in percent, over a common axis of whole numbers."""
     fig, ax = figure(size=(7.2, 4.2))
-    scale = 100.0 if percent else 1.0
     for index, (name, values) in enumerate(lines.items()):
-        heights = [np.nan if value is None else scale * value for value in values]
+        heights = [np.nan if value is None else 100 * value for value in values]
         marker = _MARKERS[index % len(_MARKERS)] if len(x) <= 40 else None
         ax.plot(x, heights, label=name, color=colour(index), marker=marker, markersize=4, linewidth=1.8)
-    for at, label in (marks or {}).items():
-        ax.axvline(at, color="#555555", linestyle="--", linewidth=1)
-        ax.annotate(
-            label,
-            (at, 1.0),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, -10),
-            textcoords="offset points",
-            fontsize=8,
-        )
     ax.set(xlabel=xlabel, ylabel=ylabel, title=fill(title, 64, break_long_words=False, break_on_hyphens=False))
-    if percent:
-        ax.yaxis.set_major_formatter(PercentFormatter())
-    if whole:
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter(PercentFormatter())
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return save(fig, path)
 

@@ -15,7 +15,6 @@ import torch
 import mbcd_cli
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.evaluator import TARGET, Evaluated, Prepared, source_domains
-from mbcd_cli.evaluation.export import written_aside
 from mbcd_cli.settings import Settings
 
 FORMAT = 1
@@ -93,13 +92,6 @@ def collect(about: Mapping[str, Any], results: Iterable[Evaluated], chosen: tupl
     }
 
 
-def write_json(value: Any, path: Path) -> Path:
-    """Write `value` aside and rename, so that a reader never sees half a file."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    return path
-
-
 def read_json(path: Path) -> Any:
     """The value in a JSON file.
 
@@ -112,24 +104,6 @@ def read_json(path: Path) -> Any:
         raise RunError(f"There is no {path}.", "Run `mbcd evaluate --run RUN` first.") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {error}", "Evaluate that run again.") from error
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file (none where it is missing); a last line cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise RunError(f"{path}, line {number}: not JSON ({error})", "Remove that line.") from error
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def warnings(figures: Mapping[str, Any], checkpoints: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from mbcd_cli.landscape.directions import Sphere
 from mbcd_cli.landscape.objective import LossFunction
 from mbcd_cli.landscape.sharpness import flatness_curve, worst_case
 from mbcd_cli.landscape.store import Grid, GridStore, axis, read_grid
-from mbcd_cli.landscape.surface import Advance, Share, fill_grid, fill_radii
+from mbcd_cli.landscape.surface import Advance, fill_grid, fill_radii
+from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.settings import LandscapeSettings
 
 Watch = Callable[[str, int | None], AbstractContextManager[Advance]]
@@ -35,9 +36,8 @@ class Study:
         subject: what moves and on what it is measured, for titles.
         watch: (label, units of work or None) -> context manager of a progress callback.
         curvature_loss: builds the loss in the type that curvature asks for; default: `loss` itself.
-        share: part of every grid that this process measures.
+        group: the processes that share every grid.
         overwrite: start anew instead of resuming.
-        barrier: waits for the processes that share the grids.
     """
 
     settings: LandscapeSettings
@@ -48,9 +48,8 @@ class Study:
     subject: str
     watch: Watch
     curvature_loss: Callable[[], LossFunction] | None = None
-    share: Share = field(default_factory=Share)
+    group: Group = ALONE
     overwrite: bool = False
-    barrier: Callable[[], None] = lambda: None
 
     @property
     def sphere(self) -> Sphere:
@@ -95,18 +94,18 @@ def run_grid(
     path = study.file(analysis)
     settings = {"x": x, "y": y, "identity": {**study.identity, **identity}, "about": about, "marks": marks}
     # Rank 0 owns the file, so it opens first; it folds the others' journals in when all are done.
-    if study.share.rank != 0:
-        study.barrier()
-    with GridStore(path, **settings, rank=study.share.rank, overwrite=study.overwrite) as store:
-        if study.share.rank == 0:
-            study.barrier()
-        study.barrier()  # no process records before all have read the same file: they share what it lacks
-        with study.watch(f"{analysis} {study.label}", len(study.share.of(store.missing()))) as advance:
+    if not study.group.main:
+        study.group.barrier()
+    with GridStore(path, **settings, rank=study.group.rank, overwrite=study.overwrite) as store:
+        if study.group.main:
+            study.group.barrier()
+        study.group.barrier()  # no process records before all have read the same file: they share what it lacks
+        with study.watch(f"{analysis} {study.label}", len(study.group.share(store.missing()))) as advance:
             fill(store, advance)
-        study.barrier()
-        if study.share.rank == 0 and study.share.world > 1:
+        study.group.barrier()
+        if study.group.main and study.group.world > 1:
             store.fold(ranks=True)
-    study.barrier()
+    study.group.barrier()
     return read_grid(path)
 
 
@@ -133,7 +132,7 @@ def run_surface(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         identity=directions_identity(study, "surface"),
         about=about_of(study, centre, x=_axis_name(study, 1), y=_axis_name(study, 2)),
         marks={study.label: (0.0, 0.0)},
-        fill=lambda store, advance: fill_grid(store, study.loss, directions, share=study.share, advance=advance),
+        fill=lambda store, advance: fill_grid(store, study.loss, directions, place=study.group, advance=advance),
     )
     return grid_summary(grid, centre)
 
@@ -150,7 +149,7 @@ def run_curve(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         identity=directions_identity(study, "curve"),
         about=about_of(study, centre, x=_axis_name(study, 1)),
         marks={study.label: (0.0, 0.0)},
-        fill=lambda store, advance: fill_grid(store, study.loss, [direction], share=study.share, advance=advance),
+        fill=lambda store, advance: fill_grid(store, study.loss, [direction], place=study.group, advance=advance),
     )
     return grid_summary(grid, centre)
 
@@ -179,7 +178,7 @@ def run_flatness(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         identity=directions_identity(study, "flatness"),
         about=about_of(study, centre),
         fill=lambda store, advance: fill_radii(
-            store, study.loss, study.sphere, seed=s.seed, share=study.share, advance=advance
+            store, study.loss, study.sphere, seed=s.seed, place=study.group, advance=advance
         ),
     )
     curve = flatness_curve(grid, centre=centre[0])
@@ -199,7 +198,7 @@ def run_worst_case(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
     s = study.settings
 
     def fill(store: GridStore, advance: Advance) -> int:
-        todo = study.share.of(store.missing())
+        todo = study.group.share(store.missing())
         for row, column in todo:
             loss, accuracy = worst_case(
                 study.loss, study.sphere, radius=float(store.x[column]), steps=s.ascent_steps, seed=s.seed

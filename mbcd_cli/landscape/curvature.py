@@ -22,10 +22,9 @@ def run_curvature(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         **{key: getattr(s, key) for key in (*keys, "curvature_dtype", "exact_limit")},
     }
     path = study.file("curvature")
-    if study.overwrite or not path.exists():
-        if study.share.rank == 0:
-            save_arrays(path, _curvature(study), identity=identity, about=about_of(study, centre))
-        study.barrier()
+    if study.group.main and (study.overwrite or not path.exists()):
+        save_arrays(path, _curvature(study), identity=identity, about=about_of(study, centre))
+    study.group.barrier()
     arrays, _ = load_arrays(path, identity=identity)
     values = arrays["eigenvalues"]
     return {

@@ -42,7 +42,6 @@ class Hessian:
         self.n = sum(self._sizes)
         self.products = 0
         self._kept: list[list[torch.Tensor | None]] = []
-        self._budget = graph_bytes
         if self._terms and graph_bytes > 0:
             first, size = self._measured_gradient(self._terms[0])
             if size * len(self._terms) <= graph_bytes:

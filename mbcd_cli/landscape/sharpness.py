@@ -102,19 +102,3 @@ def worst_case(
             length = 0.5 * (1 - step / steps)
             away = sphere.project(move(away, [uphill], [length]))
     return best
-
-
-def worst_case_curve(
-    loss: LossFunction,
-    sphere: Sphere,
-    *,
-    radii: Sequence[float],
-    steps: int = 10,
-    seed: int = 0,
-    advance: Callable[[int], None] = lambda steps: None,
-) -> np.ndarray:
-    """[R, 2]: worst loss found and its accuracy at every radius."""
-    return np.array(
-        [worst_case(loss, sphere, radius=r, steps=steps, seed=seed, advance=advance) for r in radii],
-        dtype=float,
-    )

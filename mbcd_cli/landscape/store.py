@@ -13,10 +13,7 @@ summary figures).
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import json
-import os
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,10 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from mbcd_cli.errors import MbcdError
+from mbcd_cli.files import flatten, lock, open_hdf5, remove, remove_partial, written_hdf5
 
 FORMAT = "mbcd-surface-1"
 ARRAYS_FORMAT = "mbcd-arrays-1"
@@ -102,15 +99,9 @@ def _replay(path: Path, identity: Mapping[str, Any]) -> list[tuple[float, float,
     return points
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}".lstrip(".")).items()}
-
-
 def _same_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Refuse a file that belongs to something else, naming what differs."""
-    old, new = _flat(stored), _flat(json.loads(json.dumps(wanted)))
+    old, new = flatten(stored), flatten(json.loads(json.dumps(wanted)))
     different = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
     if different:
         lines = [f"  {key}: {old.get(key)!r} in the file, {new.get(key)!r} now" for key in different]
@@ -126,7 +117,7 @@ def _damaged(path: Path, why: object) -> StoreError:
 
 def _load(path: Path) -> Grid:
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             if file.attrs.get("format") != FORMAT:
                 raise _damaged(path, f"its format is {file.attrs.get('format')!r}, not {FORMAT!r}")
             marks = file["marks"]
@@ -210,6 +201,7 @@ class GridStore:
 
     Raises:
         StoreError: damaged, of another identity, or being filled by another process.
+        FileError: the folder cannot be written to.
     """
 
     def __init__(
@@ -231,46 +223,34 @@ class GridStore:
         self._identity = json.loads(json.dumps(identity))
         self._rank, self._fold_seconds = rank, fold_seconds
         self._points: dict[tuple[float, float], tuple[float, float]] = {}
-        self._journal: int | None = None
         self._journal_path = self.path.with_name(f"{self.path.name}.journal-{rank}")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         existing = self.path.exists() and (rank > 0 or not overwrite)
         if existing:
             _same_identity(self.path, _load(self.path).identity, self._identity)
-        self._open_journal()
+        journal = lock(self._journal_path)
+        if journal is None:
+            raise StoreError(
+                f"{self.path} is being filled by another process.", "Wait for it, or choose another --output."
+            )
+        self._journal = journal
         try:
             if existing:
                 self._points = _by_key(list(map(tuple, read_grid(self.path).points)))
             elif rank == 0:
                 # Without their file (removed, or to be overwritten) journals mean nothing.
-                for journal in _journals(self.path):
-                    if journal != self._journal_path:
-                        journal.unlink()
+                remove(*self._other_journals())
             self._last_fold = time.monotonic()
             if rank == 0:
-                for aside in self.path.parent.glob(f".{glob.escape(self.path.name)}.*"):
-                    aside.unlink()  # left by a process that was killed while it folded
+                remove_partial(self.path.parent, of=self.path.name)
                 self.fold(ranks=existing)
             else:
                 self._reset_journal()
         except BaseException:
-            self._close_journal()
+            self._journal.close()
             raise
 
-    def _open_journal(self) -> None:
-        self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._close_journal()
-            raise StoreError(
-                f"{self.path} is being filled by another process.", "Wait for it, or choose another --output."
-            ) from error
-
-    def _close_journal(self) -> None:
-        if self._journal is not None:
-            os.close(self._journal)
-            self._journal = None
+    def _other_journals(self) -> list[Path]:
+        return [path for path in _journals(self.path) if path != self._journal_path]
 
     def __enter__(self) -> GridStore:
         return self
@@ -293,7 +273,7 @@ class GridStore:
         x, y = float(self.x[column]), float(self.y[row])
         loss, accuracy = float(loss), float(accuracy)
         self._points[_key(x, y)] = (loss, accuracy)
-        os.write(self._journal, _line(" ".join(v.hex() for v in (x, y, loss, accuracy))))
+        self._journal.write(_line(" ".join(v.hex() for v in (x, y, loss, accuracy))))
         if self._rank == 0 and time.monotonic() - self._last_fold > self._fold_seconds:
             self.fold()
 
@@ -303,63 +283,49 @@ class GridStore:
         The rename comes before the journal is emptied: a kill in between folds the same points twice, which
         is harmless.
         """
-        others = [p for p in _journals(self.path) if p != self._journal_path] if ranks else []
+        others = self._other_journals() if ranks else []
         for journal in others:
             self._points.update(_by_key(_replay(journal, self._identity)))
         loss, accuracy, computed = _arrange(self.x, self.y, self._points)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            with h5py.File(aside, "w") as file:
-                file.attrs["format"] = FORMAT
-                file.attrs["identity"] = json.dumps(self._identity, sort_keys=True)
-                file.attrs["about"] = json.dumps(self.about, sort_keys=True)
-                arrays = {"x": self.x, "y": self.y, "loss": loss, "accuracy": accuracy, "computed": computed}
-                for name, array in {**arrays, "points": _table(self._points)}.items():
-                    file[name] = array
-                file["marks"] = np.array(list(self.marks.values()), dtype=float).reshape(-1, 2)
-                file["marks"].attrs["labels"] = json.dumps(list(self.marks))
-            with aside.open("rb") as written:
-                os.fsync(written.fileno())
-            aside.replace(self.path)
-        finally:
-            aside.unlink(missing_ok=True)
-        for journal in others:
-            journal.unlink()
+        with written_hdf5(self.path) as file:
+            file.attrs["format"] = FORMAT
+            file.attrs["identity"] = json.dumps(self._identity, sort_keys=True)
+            file.attrs["about"] = json.dumps(self.about, sort_keys=True)
+            arrays = {"x": self.x, "y": self.y, "loss": loss, "accuracy": accuracy, "computed": computed}
+            for name, array in {**arrays, "points": _table(self._points)}.items():
+                file[name] = array
+            file["marks"] = np.array(list(self.marks.values()), dtype=float).reshape(-1, 2)
+            file["marks"].attrs["labels"] = json.dumps(list(self.marks))
+        remove(*others)
         self._reset_journal()
         self._last_fold = time.monotonic()
 
     def _reset_journal(self) -> None:
-        os.ftruncate(self._journal, 0)
-        os.write(self._journal, _line(json.dumps(self._identity, sort_keys=True)))
+        self._journal.truncate(0)
+        self._journal.write(_line(json.dumps(self._identity, sort_keys=True)))
 
     def close(self) -> None:
         """Fold (rank 0) and remove the journal; other ranks leave theirs for rank 0 to fold."""
-        if self._journal is None:
+        if self._journal.closed:
             return
         try:
             if self._rank == 0:
                 self.fold()
-                self._journal_path.unlink()
+                remove(self._journal_path)
         finally:
-            self._close_journal()
+            self._journal.close()
 
 
 def save_arrays(
     path: Path, arrays: Mapping[str, np.ndarray], *, identity: Mapping[str, Any], about: Mapping[str, Any]
 ) -> Path:
-    """Write one finished analysis (named arrays) aside, then rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with h5py.File(aside, "w") as file:
-            file.attrs["format"] = ARRAYS_FORMAT
-            file.attrs["identity"] = json.dumps(identity, sort_keys=True)
-            file.attrs["about"] = json.dumps(about, sort_keys=True)
-            for name, array in arrays.items():
-                file[name] = array
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write one finished analysis (named arrays) to `path`, whole or not at all."""
+    with written_hdf5(path) as file:
+        file.attrs["format"] = ARRAYS_FORMAT
+        file.attrs["identity"] = json.dumps(identity, sort_keys=True)
+        file.attrs["about"] = json.dumps(about, sort_keys=True)
+        for name, array in arrays.items():
+            file[name] = array
     return path
 
 
@@ -372,7 +338,7 @@ def load_arrays(
         StoreError: damaged, or of another identity.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             if file.attrs.get("format") != ARRAYS_FORMAT:
                 raise _damaged(path, f"its format is {file.attrs.get('format')!r}, not {ARRAYS_FORMAT!r}")
             if identity is not None:

@@ -17,9 +17,9 @@ from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation import plots
 from mbcd_cli.evaluation.compare import Run, averages, compare, load_run, marked, order_methods
 from mbcd_cli.evaluation.history import accuracy_history
-from mbcd_cli.evaluation.results import read_records
 from mbcd_cli.evaluation.tables import Cell as Figure
 from mbcd_cli.evaluation.tables import Table
+from mbcd_cli.files import read_records
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import read_failure, state
 
@@ -41,7 +41,7 @@ def load(cells: Sequence[Cell]) -> tuple[list[Pair], list[str]]:
                     "again: it evaluates that run once more."
                 )
         elif now == "failed":
-            error = (read_failure(cell.folder) or {}).get("error", "unknown").splitlines()[0]
+            error = (read_failure(cell.folder) or "unknown").splitlines()[0]
             notes.append(f"{cell.name} failed: {error}")
         else:
             open_cells += 1
@@ -209,7 +209,7 @@ def curves(pairs: Sequence[Pair], output: Path) -> dict[str, Path]:
         title = f"{dataset}, {'+'.join(modalities)}, {setting}: {where} accuracy per epoch"
         path = output / f"{dataset}-{'-'.join(modalities)}-{setting}-{where}-epochs.png"
         files[title] = plots.plot_lines(
-            epochs, means, path, title=title, xlabel="epoch", ylabel="accuracy, mean over runs", whole=True
+            epochs, means, path, title=title, xlabel="epoch", ylabel="accuracy, mean over runs"
         )
     return files
 
@@ -232,7 +232,7 @@ def links(cells: Sequence[Cell], output: Path) -> str:
             text = f'<a href="{escape(quote(relpath(there, output)))}{slash}">{text}</a>'
         now = states[cell.key]
         if now == "failed":
-            now += f": {(read_failure(cell.folder) or {}).get('error', 'unknown')}"
+            now += f": {read_failure(cell.folder) or 'unknown'}"
         return f"<li>{text}{'' if now == 'done' else f' ({escape(now)})'}</li>"
 
     done = sum(now == "done" for now in states.values())

@@ -17,6 +17,7 @@ from mbcd_cli.data.records import MODALITY_ORDER, modality_order
 from mbcd_cli.engine.run_folder import FREE
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.evaluation.compare import PAPER_DATASETS, paper
+from mbcd_cli.files import flatten
 from mbcd_cli.layers import parse_value
 from mbcd_cli.settings import Settings
 
@@ -118,13 +119,7 @@ def settings_key(settings: Settings) -> str:
     known = {name: {**tree["modalities"][name], "kind": one.kind} for name, one in settings.modalities.items()}
     tree["modalities"] = {name: known.get(name) for name in settings.model.modalities}
 
-    def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key, value in node.items():
-            values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-        return values
-
-    kept = {key: value for key, value in flat(tree).items() if not key.startswith(FREE)}
+    kept = {key: value for key, value in flatten(tree).items() if not key.startswith(FREE)}
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mbcd_cli.errors import RunError
+from mbcd_cli.files import write_text
 from mbcd_cli.layers import ENV_PREFIX, to_toml
+from mbcd_cli.processes import LAUNCH_VARIABLES
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
 
@@ -72,35 +73,29 @@ def threads_per_job(jobs: int, asked: int) -> int:
     return asked or max(cores // jobs, 1)
 
 
-def to_run(cells: Sequence[Cell], *, retry_failed: bool) -> tuple[list[Cell], list[Cell]]:
-    """(cells to run, failed cells left alone). Marks of failure are removed from those to be tried again."""
-    wanted, failed = [], []
+def begin(cells: Sequence[Cell], *, retry_failed: bool) -> Board:
+    """What is done, failed and waiting at the start; marks of failure are removed from those to be tried again."""
+    board = Board(cells)
     for cell in cells:
         now = state(cell.folder)
         if now == "failed" and not retry_failed:
-            failed.append(cell)
-        elif now != "done":
-            if now == "failed":
-                beside(cell.folder, "failed").unlink(missing_ok=True)
-            wanted.append(cell)
-    return wanted, failed
+            board.failed[cell.key] = read_failure(cell.folder) or "unknown"
+        elif now == "done":
+            board.done.append(cell)
+        else:
+            beside(cell.folder, "failed").unlink(missing_ok=True)
+            board.waiting.append(cell)
+    return board
 
 
 def write_settings(cell: Cell) -> Path:
     """Write the settings that the cell's process reads, whole or not at all.
 
     Raises:
-        RunError: the folder cannot be written to.
+        FileError: the folder cannot be written to.
     """
     path = beside(cell.folder, "toml")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(to_toml(cell.settings), encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error}", "Name another folder with --runs-dir.") from error
-    return path
+    return write_text(path, to_toml(cell.settings), place="--runs-dir")
 
 
 def command(cell: Cell, *, threads: int) -> list[str]:
@@ -109,8 +104,9 @@ def command(cell: Cell, *, threads: int) -> list[str]:
 
 
 def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
-    """The environment of a cell's process: its settings are resolved already, and it sees one GPU at most."""
+    """The environment of a cell's process: settled settings, alone in its training, and one GPU at most."""
     found = {key: value for key, value in os.environ.items() if not key.upper().startswith(ENV_PREFIX)}
+    found = {key: value for key, value in found.items() if key not in LAUNCH_VARIABLES}
     found |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if gpu is not None:
         found["CUDA_VISIBLE_DEVICES"] = gpu
@@ -158,10 +154,7 @@ def execute(
     Raises:
         KeyboardInterrupt: after the processes have stopped.
     """
-    wanted, failed = to_run(cells, retry_failed=retry_failed)
-    keys = {cell.key for cell in [*wanted, *failed]}
-    board = Board(cells, done=[cell for cell in cells if cell.key not in keys], waiting=deque(wanted))
-    board.failed = {cell.key: (read_failure(cell.folder) or {}).get("error", "unknown") for cell in failed}
+    board = begin(cells, retry_failed=retry_failed)
     kills: dict[str, int] = {}
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -206,7 +199,7 @@ def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
     elif code == BUSY_CODE:
         board.elsewhere.append(cell)
     elif code == FAILED_CODE:
-        board.failed[cell.key] = (read_failure(cell.folder) or last_line(cell.folder))["error"]
+        board.failed[cell.key] = read_failure(cell.folder) or last_line(cell.folder)
     else:
         kills[cell.key] = kills.get(cell.key, 0) + 1
         if kills[cell.key] <= KILLS:
@@ -216,13 +209,13 @@ def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
         board.failed[cell.key] = f"{how}, {kills[cell.key]} times (out of memory?); {beside(cell.folder, 'log')}"
 
 
-def last_line(folder: Path) -> Mapping[str, str]:
+def last_line(folder: Path) -> str:
     """The end of the log, for a process that failed before it could say why."""
     try:
         lines = beside(folder, "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except OSError:
         lines = []
-    return {"error": lines[-1] if lines else "no output"}
+    return lines[-1] if lines else "no output"
 
 
 def _look_again(board: Board, cell: Cell) -> None:
@@ -231,7 +224,7 @@ def _look_again(board: Board, cell: Cell) -> None:
     if now == "done":
         board.done.append(cell)
     elif now == "failed":
-        board.failed[cell.key] = (read_failure(cell.folder) or {}).get("error", "unknown")
+        board.failed[cell.key] = read_failure(cell.folder) or "unknown"
     elif now == "running":
         board.elsewhere.append(cell)
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from mbcd_cli.errors import RunError
 from mbcd_cli.layers import parse_value
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.run import Board, command, environment, last_line, to_run, write_settings
+from mbcd_cli.sweep.run import Board, begin, command, environment, last_line, write_settings
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, read_failure, state
 
 DEFAULTS: dict[str, Any] = {"timeout_min": 720, "cpus_per_task": 4}
@@ -101,10 +100,8 @@ def submit(
             "--launcher slurm needs submitit, which is not installed.", "Install it: uv sync --group slurm."
         ) from error
     asked = DEFAULTS | parse_options(options)
-    wanted, failed = to_run(cells, retry_failed=retry_failed)
-    keys = {cell.key for cell in [*wanted, *failed]}
-    board = Board(cells, done=[cell for cell in cells if cell.key not in keys])
-    board.failed = {cell.key: (read_failure(cell.folder) or {}).get("error", "unknown") for cell in failed}
+    board = begin(cells, retry_failed=retry_failed)
+    wanted = list(board.waiting)
     watch(board)
     if not wanted:
         return board
@@ -125,7 +122,6 @@ def submit(
             executor.submit(Task(os.fspath(cell.folder.absolute()), tuple(command(cell, threads=each)), each))
             for cell in wanted
         ]
-    board.waiting = deque(wanted)
     pending = dict(zip((cell.key for cell in wanted), zip(wanted, jobs, strict=True), strict=True))
     while pending:
         for key, (cell, job) in list(pending.items()):
@@ -149,4 +145,4 @@ def _settle(board: Board, cell: Cell, job: Any) -> None:
     elif error is not None:
         board.failed[cell.key] = str(error).strip().splitlines()[-1]
     else:
-        board.failed[cell.key] = (read_failure(cell.folder) or last_line(cell.folder))["error"]
+        board.failed[cell.key] = read_failure(cell.folder) or last_line(cell.folder)

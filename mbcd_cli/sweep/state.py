@@ -6,17 +6,14 @@ Beside the run folder `X` lie, while needed, `X.toml` (the settings its process 
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mbcd_cli.engine.run_folder import DONE, SETTINGS
-from mbcd_cli.errors import RunError
-from mbcd_cli.evaluation.results import read_records
+from mbcd_cli.errors import FileError
+from mbcd_cli.files import held, read_records, write_json
 
 State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
 
@@ -37,7 +34,7 @@ def state(folder: Path) -> State:
     """
     if (folder / DONE).is_file() and (folder / "results.json").is_file():
         return "done"
-    if held(folder):
+    if held(beside(folder, "lock")):
         return "running"
     if beside(folder, "failed").is_file():
         return "failed"
@@ -46,58 +43,21 @@ def state(folder: Path) -> State:
     return "interrupted" if (folder / SETTINGS).is_file() else "waiting"
 
 
-def held(folder: Path) -> bool:
-    """Whether some process works on this cell now."""
-    try:
-        with beside(folder, "lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
-@contextmanager
-def hold(folder: Path) -> Iterator[bool]:
-    """Hold the cell for this process; yields False where another one does. The lock goes with the process.
-
-    Raises:
-        RunError: the folder cannot be written to.
-    """
-    lock = beside(folder, "lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a")
-    except OSError as error:
-        raise RunError(f"{lock} cannot be made: {error}", "Name another folder with --runs-dir.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-
-
 def write_failure(folder: Path, error: Exception) -> None:
     """Record why a cell failed, as `{"error": ..., "remedy": ...}`."""
     failure = {
         "error": getattr(error, "message", f"{type(error).__name__}: {error}"),
         "remedy": getattr(error, "remedy", "The log beside it says more."),
     }
-    beside(folder, "failed").write_text(json.dumps(failure, indent=2) + "\n", encoding="utf-8")
+    write_json(beside(folder, "failed"), failure, place="--runs-dir")
 
 
-def read_failure(folder: Path) -> dict[str, str] | None:
-    """What `write_failure` recorded, or None."""
+def read_failure(folder: Path) -> str:
+    """The error that `write_failure` recorded; empty where there is none that can be read."""
     try:
-        found = json.loads(beside(folder, "failed").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        found = None
-    return found if isinstance(found, dict) else {"error": "unknown", "remedy": ""}
+        return str(json.loads(beside(folder, "failed").read_text(encoding="utf-8"))["error"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +73,7 @@ def progress(folder: Path) -> Progress:
     """The last record of the run's metrics.jsonl; the deployed model is the teacher where there is one."""
     try:
         records = read_records(folder / "metrics.jsonl")
-    except RunError:  # being written
+    except FileError:  # being written
         return Progress(0)
     if not records:
         return Progress(0)

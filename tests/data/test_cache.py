@@ -30,7 +30,7 @@ from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.errors import CacheError, CheckpointError
+from mbcd_cli.errors import CacheError, CheckpointError, FileError
 from mbcd_cli.layers import resolve
 
 
@@ -141,7 +141,7 @@ def test_killed_prepare_resumes_to_the_same_cache(root, prepared, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(tmp_path.glob("tiny/audio-*/index.h5"))
-    leftover = next(tmp_path.glob("tiny/*/shard-*.h5")).with_name("shard-00007.h5.partial")
+    leftover = next(tmp_path.glob("tiny/*/shard-*.h5")).with_name(".shard-00007.h5.1.partial")
     leftover.write_bytes(b"torn")
     done = prepare(settings_for(root, tmp_path, "cache.shard_clips=1"))
     assert done["modalities"]["video"]["shards_reused"] >= 2
@@ -235,11 +235,12 @@ def test_full_disk_while_weights_are_written(root, tmp_path, monkeypatch):
     sets = ("model.modalities=video", "cache.random_weights=true", "modalities.video.cut=layer3")
     settings = settings_for(root, tmp_path, *sets)
 
-    def full(self, data):
+    def full(state, file):
+        file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(CacheError, match="The disk is full"):
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(FileError, match="The disk is full"):
         prepare(settings)
     assert not list(tmp_path.glob("tiny/*/*.partial"))
     monkeypatch.undo()
@@ -270,7 +271,7 @@ def test_full_disk_is_one_message_and_keeps_what_is_there(root, tmp_path, monkey
 
     real = h5py.File
     monkeypatch.setattr(cache_room.h5py, "File", lambda p, m="r", **k: full(p, m, **k) if m == "w" else real(p, m, **k))
-    with pytest.raises(CacheError, match="The disk is full"):
+    with pytest.raises(FileError, match="The disk is full"):
         prepare(settings)
     monkeypatch.undo()
     assert len(list(tmp_path.glob("tiny/*/shard-*.h5"))) == 1

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import helpers
@@ -14,8 +13,9 @@ import pytest
 from test_cache import contents, same, settings_for
 
 from mbcd_cli.commands.prepare import prepare
-from mbcd_cli.data.ranks import Ranks, locked, partial_is_ours, ranks_of, wait_for
-from mbcd_cli.errors import CacheError, SettingsError
+from mbcd_cli.data.ranks import locked, partial_is_ours
+from mbcd_cli.errors import CacheError, RunError
+from mbcd_cli.processes import ALONE, Place
 
 SETS = [part for assignment in [*helpers.SMALL, "cache.shard_clips=1"] for part in ("--set", assignment)]
 
@@ -51,7 +51,7 @@ def test_rank_0_ends_when_the_others_have_died(tmp_path, monkeypatch):
     monkeypatch.setattr("mbcd_cli.data.ranks.PATIENCE", 0.5)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CacheError, match="3 are missing"):
+    with pytest.raises(RunError, match=r"3 shards of process \[1\]"):
         prepare(settings)
     assert not list((tmp_path / "cache").rglob("index.h5"))
     monkeypatch.setenv("RANK", "1")
@@ -61,33 +61,17 @@ def test_rank_0_ends_when_the_others_have_died(tmp_path, monkeypatch):
     assert prepare(settings)["modalities"]["audio"]["shards_reused"] == 6
 
 
-def test_waiting_goes_on_while_shards_come():
-    left = [5, 4, 4, 3, 2, 1, 0]
-    said: list[str] = []
-    begun = time.monotonic()
-    wait_for(lambda: list(range(left.pop(0))), tell=said.append, patience=0.5)
-    assert left == []
-    assert time.monotonic() - begun > 1.0
-
-
 def test_locks_of_ranks(tmp_path):
-    with locked(tmp_path, Ranks(0, 2)), locked(tmp_path, Ranks(1, 2)):
-        for other in (Ranks(), Ranks(1, 2), Ranks(0, 4)):
+    with locked(tmp_path, Place(0, 2)), locked(tmp_path, Place(1, 2)):
+        for other in (ALONE, Place(1, 2), Place(0, 4)):
             with pytest.raises(CacheError, match="Another mbcd process"), locked(tmp_path, other):
                 pass
-    with locked(tmp_path), pytest.raises(CacheError), locked(tmp_path, Ranks(0, 2)):
+    with locked(tmp_path), pytest.raises(CacheError), locked(tmp_path, Place(0, 2)):
         pass
 
 
-def test_places():
-    assert ranks_of({}) == Ranks(0, 1)
-    assert ranks_of({"RANK": "3", "WORLD_SIZE": "4"}) == Ranks(3, 4)
-    for wrong in ({"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "1"}, {"RANK": "x", "WORLD_SIZE": "2"}):
-        with pytest.raises(SettingsError):
-            ranks_of(wrong)
-    owners = [[n for n in range(7) if Ranks(rank, 3).owns(n)] for rank in range(3)]
-    assert owners == [[0, 3, 6], [1, 4], [2, 5]]
-    assert partial_is_ours(Path("shard-00004.h5.partial"), Ranks(1, 3))
-    assert not partial_is_ours(Path("shard-00003.h5.partial"), Ranks(1, 3))
-    assert not partial_is_ours(Path("index.h5.partial"), Ranks(1, 3))
-    assert partial_is_ours(Path("index.h5.partial"), Ranks(0, 3))
+def test_who_removes_what_was_left_half_written():
+    assert partial_is_ours(Path(".shard-00004.h5.7.partial"), Place(1, 3))
+    assert not partial_is_ours(Path(".shard-00003.h5.7.partial"), Place(1, 3))
+    assert not partial_is_ours(Path(".index.h5.7.partial"), Place(1, 3))
+    assert partial_is_ours(Path(".index.h5.7.partial"), Place(0, 3))

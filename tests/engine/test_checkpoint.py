@@ -14,7 +14,7 @@ from mbcd_cli.commands import train as command
 from mbcd_cli.engine import checkpoint as module
 from mbcd_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from mbcd_cli.engine.run_folder import open_run
-from mbcd_cli.errors import CheckpointError, RunError
+from mbcd_cli.errors import CheckpointError, FileError, RunError
 from mbcd_cli.evaluation.evaluator import build_models
 
 
@@ -137,7 +137,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(trained, tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.torch, "save", full)
-    with pytest.raises(RunError, match="No space left"):
+    with pytest.raises(FileError, match="The disk is full"):
         save_checkpoint(path, load_checkpoint(path))
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]

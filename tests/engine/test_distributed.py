@@ -16,8 +16,8 @@ from fakes import MemoryDataset, memory_settings
 from mbcd_cli import console
 from mbcd_cli.commands import train as command
 from mbcd_cli.engine.checkpoint import load_checkpoint
-from mbcd_cli.engine.plots import read_log
 from mbcd_cli.errors import MbcdError
+from mbcd_cli.files import read_records
 
 
 def train(run: Path, world: int, *, resume=False, codes=None, dataset=MemoryDataset, **changes) -> list[str]:
@@ -85,7 +85,7 @@ def test_two_processes_equal_one(tmp_path, order):
     assert torch.equal(alone.training["global"]["torch"], shared.training["global"]["torch"])
     assert torch.equal(alone.training["randomness"], shared.training["randomness"])
     for log in ("steps.jsonl", "metrics.jsonl"):
-        for mine, theirs in zip(*(read_log(tmp_path / name / log) for name in ("one", "two")), strict=True):
+        for mine, theirs in zip(*(read_records(tmp_path / name / log) for name in ("one", "two")), strict=True):
             close(mine, theirs)
     assert json.loads((tmp_path / "two/done").read_text())["processes"] == 2
 

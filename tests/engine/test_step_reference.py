@@ -9,10 +9,10 @@ import torch
 from reference import KINDS, ReferenceStep
 from small import Recorder, small_batch, small_model
 
-from mbcd_cli.engine.distributed import Group
 from mbcd_cli.engine.optimizer import build_optimizer
 from mbcd_cli.engine.step import TrainStep
 from mbcd_cli.engine.teacher import Teacher
+from mbcd_cli.processes import Group
 from mbcd_cli.settings import ObjectiveSettings, OptimizerSettings
 
 CLOSE = {"rtol": 0, "atol": 1e-10}

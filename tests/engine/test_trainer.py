@@ -12,10 +12,10 @@ from fakes import MemoryDataset, memory_settings
 from mbcd_cli.commands import train as command
 from mbcd_cli.engine import watch
 from mbcd_cli.engine.checkpoint import load_checkpoint
-from mbcd_cli.engine.plots import read_log
 from mbcd_cli.engine.trainer import better
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation.evaluator import build_models
+from mbcd_cli.files import read_records
 from mbcd_cli.settings import METHODS
 
 
@@ -55,7 +55,7 @@ def test_training_learns_and_the_record_is_true(tmp_path, method, no_plots):
     model = models[summary["deployed"]]
     assert accuracy(model, dataset, validation) == pytest.approx(summary["best"]["validation"])
     assert accuracy(model, dataset, target) == pytest.approx(summary["best"]["target"])
-    history = read_log(tmp_path / "run/metrics.jsonl")
+    history = read_records(tmp_path / "run/metrics.jsonl")
     scores = [r["validation"][summary["deployed"]]["fused"] for r in history]
     expected = max(range(8), key=lambda i: (scores[i]["accuracy"], -scores[i]["loss"], -i)) + 1
     assert best.epoch == summary["best"]["epoch"] == expected
@@ -90,11 +90,11 @@ def test_the_target_never_influences_training(tmp_path, no_plots):
 def test_step_records_are_means_and_epoch_means_weigh_all_steps(tmp_path, no_plots):
     run_training(tmp_path / "one", memory_settings(training={"log_steps": 1}))
     run_training(tmp_path / "three", memory_settings(training={"log_steps": 3}))
-    single, triple = (read_log(tmp_path / n / "steps.jsonl") for n in ("one", "three"))
+    single, triple = (read_records(tmp_path / n / "steps.jsonl") for n in ("one", "three"))
     # 4 steps per epoch: records after steps 3 and 4, then (an epoch's end also ends a record) 6 and 8.
     assert [(r["step"], r["steps"]) for r in triple] == [(3, 3), (4, 1), (6, 2), (8, 2)]
     assert triple[0]["total"] == pytest.approx(np.mean([r["total"] for r in single[:3]]), abs=1e-12)
-    epochs = [read_log(tmp_path / n / "metrics.jsonl") for n in ("one", "three")]
+    epochs = [read_records(tmp_path / n / "metrics.jsonl") for n in ("one", "three")]
     for r, s in zip(*epochs, strict=True):
         expected = np.mean([q["total"] for q in single if q["epoch"] == r["epoch"]])
         assert r["train"]["total"] == pytest.approx(expected, abs=1e-12)
@@ -192,7 +192,7 @@ def test_a_warning_is_given_once_and_recorded(tmp_path, no_plots, capsys):
     summary = run_training(tmp_path / "run", settings)
     assert len([w for w in summary["warnings"] if "collapse" in w]) == 2
     assert capsys.readouterr().err.count("modality left was dropped") == 1
-    assert "collapse left" in read_log(tmp_path / "run/metrics.jsonl")[0]["warnings"]
+    assert "collapse left" in read_records(tmp_path / "run/metrics.jsonl")[0]["warnings"]
 
 
 def test_plots_and_events_are_written(tmp_path):
@@ -205,15 +205,9 @@ def test_plots_and_events_are_written(tmp_path):
     events = EventAccumulator(str(tmp_path / "run/events")).Reload()
     scalars = {(e.step, round(e.value, 5)) for e in events.Scalars("step/total")}
     assert scalars == {
-        (r["step"], round(float(np.float32(r["total"])), 5)) for r in read_log(tmp_path / "run/steps.jsonl")
+        (r["step"], round(float(np.float32(r["total"])), 5)) for r in read_records(tmp_path / "run/steps.jsonl")
     }
     assert "epoch/validation/teacher/fused/accuracy" in events.Tags()["scalars"]
-
-
-def test_a_log_cut_short_is_read_up_to_the_cut(tmp_path):
-    (tmp_path / "log").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_log(tmp_path / "log") == [{"step": 1}, {"step": 2}]
-    assert read_log(tmp_path / "none") == []
 
 
 def test_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):

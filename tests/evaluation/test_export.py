@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import silhouette_score
 
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import FileError
 from mbcd_cli.evaluation.embedding import embeddings, spread, tsne
 from mbcd_cli.evaluation.export import hardest, prediction_rows, vote_rows, write_csv, write_hdf5
 from mbcd_cli.evaluation.predict import Predictions, predict
@@ -90,7 +90,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot be written"):
+    with pytest.raises(FileError, match="cannot be written"):
         write_csv([{"a": 1}], tmp_path / "file" / "a.csv")
 
 

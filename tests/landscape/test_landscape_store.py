@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import torch
 from landscape_cases import Quadratic, symmetric
 
 from mbcd_cli.landscape.store import GridStore, StoreError, axis, read_grid
-from mbcd_cli.landscape.surface import Share, fill_grid
+from mbcd_cli.landscape.surface import fill_grid
+from mbcd_cli.processes import Place
 
 IDENTITY = {"weights": "abc", "directions": {"seed": 0}}
 
@@ -148,7 +148,7 @@ def test_a_torn_journal_line_is_dropped(tmp_path):
     store.record(0, 1, 2.5, 0.5)
     journal = tmp_path / "s.h5.journal-0"
     journal.write_bytes(journal.read_bytes()[:-3])
-    os.close(store._journal)  # as a kill would
+    store._journal.close()  # as a kill would
     assert read_grid(path).loss[0].tolist()[:1] == [1.25]
     assert read_grid(path).missing == 2
     with GridStore(path, x=axis(1, 3), identity=IDENTITY) as again:
@@ -199,8 +199,8 @@ def test_processes_share_a_grid_through_their_journals(tmp_path):
     options = {"x": axis(1, 5), "y": axis(1, 5), "identity": IDENTITY}
     with GridStore(path, **options) as first:
         with GridStore(path, **options, rank=1) as second:
-            fill_grid(first, quadratic(), plane(), share=Share(0, 2))
-            fill_grid(second, quadratic(), plane(), share=Share(1, 2))
+            fill_grid(first, quadratic(), plane(), place=Place(0, 2))
+            fill_grid(second, quadratic(), plane(), place=Place(1, 2))
         assert read_grid(path).missing == 0
         first.fold(ranks=True)
     assert read_grid(path).missing == 0
@@ -210,8 +210,8 @@ def test_processes_share_a_grid_through_their_journals(tmp_path):
     # a rank that was killed left its journal: the next run takes it over
     lone = GridStore(path, **{**options, "x": axis(1, 9)})
     killed = GridStore(path, **{**options, "x": axis(1, 9)}, rank=1)
-    fill_grid(killed, quadratic(), plane(), share=Share(1, 2))
-    os.close(killed._journal)
+    fill_grid(killed, quadratic(), plane(), place=Place(1, 2))
+    killed._journal.close()
     lone.close()
     assert fill_count(path, {**options, "x": axis(1, 9)}) == 10
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from sweep_cases import plan_of
 
+from mbcd_cli.files import held
 from mbcd_cli.sweep import run as running
-from mbcd_cli.sweep.state import beside, held, state
+from mbcd_cli.sweep.state import beside, state
 
 HERE = Path(__file__).parent
 
@@ -104,7 +105,7 @@ def test_two_sweeps_share_cells(cells):
         boards.append(running_quietly(cells[:2]))
 
     started = running.start(cells[0], threads=1, gpu=None, slot=0)  # the first sweep's process
-    while not held(cells[0].folder):
+    while not held(beside(cells[0].folder, "lock")):
         time.sleep(0.01)
     thread = threading.Thread(target=second)
     thread.start()

@@ -17,11 +17,11 @@ from mbcd_cli.commands import common, train
 from mbcd_cli.commands.sweep import dry_run
 from mbcd_cli.commands.sweep_cell import run_cell
 from mbcd_cli.errors import RunError
-from mbcd_cli.evaluation.results import read_records
+from mbcd_cli.files import lock, read_records
 from mbcd_cli.layers import to_toml
 from mbcd_cli.runtime import configure
 from mbcd_cli.sweep import run as running
-from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, hold, read_failure, state
+from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
 
 # Short trainings: what is tested is how they are run.
 SETS = (
@@ -166,16 +166,16 @@ def test_a_dataset_that_only_its_files_know_is_planned_after_it_is_prepared(tmp_
 def test_a_cell_that_fails_says_why_and_one_that_is_held_is_left_alone(cache, tmp_path):
     (cell,) = cells_of(cache, tmp_path / "runs", methods="erm", grid=("training.batch_size=4096",))
     running.write_settings(cell)
-    with hold(cell.folder):
+    with lock(beside(cell.folder, "lock")):
         assert run_cell(cell.folder, threads=1) == BUSY_CODE
     assert state(cell.folder) == "waiting"
     assert run_cell(cell.folder, threads=1) == FAILED_CODE
     assert state(cell.folder) == "failed"
-    assert "batch_size" in read_failure(cell.folder)["error"]
+    assert "batch_size" in read_failure(cell.folder)
     # Mended (here: by other settings under the same name), it is done, and the mark of the failure goes.
     (cell.folder / "settings.toml").unlink()
     (good,) = cells_of(cache, tmp_path / "runs", methods="erm", grid=("training.epochs=1",))
     beside(cell.folder, "toml").write_text(to_toml(good.settings))
     assert run_cell(cell.folder, threads=1) == DONE_CODE
-    assert (state(cell.folder), read_failure(cell.folder)) == ("done", None)
+    assert (state(cell.folder), read_failure(cell.folder)) == ("done", "")
     assert run_cell(cell.folder, threads=1) == DONE_CODE

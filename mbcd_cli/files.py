@@ -1,0 +1,255 @@
+"""Files that a kill, a full disk or a second process leaves whole: written aside, locked, JSON by the line."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mbcd_cli.errors import FileError
+
+if TYPE_CHECKING:
+    import h5py
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = {
+    errno.EROFS: "the file system can only be read",
+    errno.EACCES: "this user may not",
+    errno.EPERM: "this user may not",
+}
+# What NFS, Lustre and the like answer where locks are off; EWOULDBLOCK alone says that another process holds one.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+class NoLocksWarning(UserWarning):
+    """A folder lies on a file system without locks."""
+
+
+def unwritable(
+    path: Path, error: OSError, *, place: str = "--output", then: str = "run the same command again"
+) -> FileError:
+    """The one answer to a full disk, a read-only file system and missing rights.
+
+    Args:
+        place, then: the flag that names another folder; what to do once there is room.
+    """
+    if error.errno in _FULL or "No space left" in str(error):
+        return FileError(
+            f"The disk is full: {path} cannot be written.",
+            f"Free some space, or name another folder with {place}; then {then}.",
+        )
+    why = _FORBIDDEN.get(error.errno or 0) or (os.strerror(error.errno) if error.errno else error)
+    return FileError(f"{path} cannot be written: {why}.", f"Name another folder with {place}, or mend this one.")
+
+
+@contextmanager
+def written(path: Path, **where: str) -> Iterator[Path]:
+    """Where to write a file that appears under its name only when it is complete and on disk.
+
+    Until then `path` is what it was before; when the block raises nothing is left behind. Folders are made. What a
+    kill leaves lies beside it as `.NAME.PID.partial` (see `remove_partial`).
+
+    Args:
+        where: `place` and `then` of `unwritable`.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield aside
+        sync(aside)
+        aside.replace(path)
+        sync(path.parent)
+    except (OSError, RuntimeError) as error:
+        if (cause := _cause(aside, error)) is None:
+            raise
+        raise unwritable(path, cause, **where) from error
+    finally:
+        with suppress(OSError):  # the first error is the one to tell
+            aside.unlink(missing_ok=True)
+
+
+def _cause(aside: Path, error: OSError | RuntimeError) -> OSError | None:
+    """What the system said: HDF5 and torch tell a full disk as an error of their own, so it is asked once more."""
+    if isinstance(error, OSError) and error.errno:
+        return error
+    try:
+        with aside.open("ab") as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as told:
+        return told
+    return error if isinstance(error, OSError) else None
+
+
+def write_text(path: Path, text: str, **where: str) -> Path:
+    """`written`, for a text file; returns `path`."""
+    with written(path, **where) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_json(path: Path, value: Any, **where: str) -> Path:
+    """`written`, for one JSON value, indented and with sorted keys; returns `path`."""
+    return write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", **where)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk, so that a power cut does not undo them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(*paths: Path) -> None:
+    """Delete files, whether or not they are there, and bring that to the disk."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+    for folder in {path.parent for path in paths}:
+        sync(folder)
+
+
+def is_partial(path: Path, of: str = "") -> bool:
+    """Whether this is what a killed process left half written (of the file named `of`)."""
+    return re.fullmatch(rf"\.{re.escape(of) or '.+'}\.\d+\.partial", path.name) is not None
+
+
+def remove_partial(folder: Path, *, of: str = "", ours: Callable[[Path], bool] = lambda path: True) -> None:
+    """Delete what killed processes left half written in `folder`; only who holds the folder's lock may call this.
+
+    Args:
+        of: name of one file; all files' where empty.
+        ours: which of them are this process' to delete.
+    """
+    for path in folder.glob(".*.partial"):
+        if is_partial(path, of) and ours(path):
+            path.unlink(missing_ok=True)
+
+
+def lock(path: Path, *, shared: bool = False, **where: str) -> FileIO | None:
+    """Hold the file `path`, made where it is missing, until it is closed or this process ends, however it ends.
+
+    On a file system without locks it warns (`NoLocksWarning`) and goes on.
+
+    Args:
+        shared: together with others that ask for a shared lock, but with none that wants it alone.
+        where: `place` and `then` of `unwritable`.
+
+    Returns:
+        The file, open for reading and appending; None where another process holds it.
+
+    Raises:
+        FileError: the file cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = path.open("a+b", buffering=0)
+            if not _locked(file, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+                file.close()
+                return None
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            file.close()  # who held it before has removed it: this lock would keep nobody out
+    except OSError as error:
+        raise unwritable(path, error, **where) from error
+
+
+def held(path: Path) -> bool:
+    """Whether another process holds the file `path` now."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            return not _locked(file, path, fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _locked(file: FileIO, path: Path, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(
+            f"{path.parent} is on a file system without locks: see to it that only one process writes there.",
+            NoLocksWarning,
+            stacklevel=3,
+        )
+    return True
+
+
+def open_hdf5(path: Path, mode: str = "r", **options: Any) -> h5py.File:
+    """An HDF5 file, opened without HDF5's own lock, which fails where there are no locks.
+
+    Nobody needs it: a file is written aside, by one process, and what has its name is complete and never changed.
+
+    Raises:
+        OSError: it is missing or damaged.
+    """
+    import h5py  # what only locks or reads lines starts without it
+
+    return h5py.File(path, mode, locking=False, **options)
+
+
+@contextmanager
+def written_hdf5(path: Path, *, libver: str | None = None, **where: str) -> Iterator[h5py.File]:
+    """`written`, for an HDF5 file that is open inside the block."""
+    with written(path, **where) as aside, open_hdf5(aside, "w", libver=libver) as file:
+        yield file
+
+
+def append_record(path: Path, record: Mapping[str, Any], **where: str) -> None:
+    """Add `record` to a .jsonl file, as one line.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+    except OSError as error:
+        raise unwritable(path, error, **where) from error
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file, none where it is missing; a last line cut off by a kill is left out.
+
+    Raises:
+        FileError: another line is no JSON.
+    """
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise FileError(f"{path}, line {number}: not JSON ({error}).", "Remove that line.") from error
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"view": {"crop": 56}} -> {"view.crop": 56}; empty mappings leave nothing."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,306 @@
+"""Files that a kill, a full disk, a second process or a file system without locks leaves whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from mbcd_cli import files
+from mbcd_cli.errors import FileError
+
+
+def run(code: str, *arguments: object, **environ: str) -> subprocess.Popen:
+    """A process that runs `code`, its stdin and stdout piped."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environ}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+# ---- written aside
+
+
+def test_a_file_appears_whole_and_only_at_the_end(tmp_path):
+    path = tmp_path / "new" / "file.txt"
+    with files.written(path) as aside:
+        aside.write_text("one")
+        assert not path.exists()
+        assert files.is_partial(aside)
+        assert files.is_partial(aside, "file.txt")
+        assert not files.is_partial(aside, "file")
+    assert path.read_text() == "one"
+    files.write_text(path, "two")
+    assert (path.read_text(), list(path.parent.iterdir())) == ("two", [path])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, RuntimeError])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = files.write_text(tmp_path / "file", "old")
+
+    def fail(aside):
+        aside.write_text("new")
+        raise error
+
+    with pytest.raises(error), files.written(path) as aside:
+        fail(aside)
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("old", [path])
+
+
+def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(str(Path(f"/proc/self/fd/{handle}").readlink())))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: done.append("rename") or replace(self, to))
+    files.write_text(tmp_path / "file", "x")
+    files.remove(tmp_path / "file", tmp_path / "none")
+    assert done == [str(tmp_path / f".file.{os.getpid()}.partial"), "rename", str(tmp_path), str(tmp_path)]
+    assert not list(tmp_path.iterdir())
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from mbcd_cli import files
+with files.written(Path(sys.argv[1])) as aside:
+    aside.write_text("half")
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_kill_9_leaves_the_old_file_and_a_rest_that_its_owner_removes(tmp_path):
+    path = files.write_text(tmp_path / "file", "old")
+    process = run(_KILLED, path)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert path.read_text() == "old"
+    (rest,) = [one for one in tmp_path.iterdir() if files.is_partial(one, "file")]
+    files.remove_partial(tmp_path, of="other")
+    files.remove_partial(tmp_path, ours=lambda one: one != rest)
+    assert rest.exists()
+    files.remove_partial(tmp_path, of="file")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# A limit on the size of files stands for the full disk: HDF5 and torch tell both by errors of their own.
+_FULL = """
+import resource, signal, sys
+from pathlib import Path
+import numpy, torch
+from mbcd_cli import files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+path, how = Path(sys.argv[1]), sys.argv[2]
+try:
+    if how == "hdf5":
+        with files.written(path) as aside, files.open_hdf5(aside, "w") as file:
+            file["x"] = numpy.zeros(1_000_000)
+    else:
+        with files.written(path) as aside:
+            torch.save(torch.zeros(1_000_000), aside)
+except files.FileError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["hdf5", "torch"])
+def test_a_file_that_does_not_fit_is_one_message_whoever_writes_it(tmp_path, how):
+    path = files.write_text(tmp_path / "file", "old")
+    said, trouble = run(_FULL, path, how).communicate(timeout=60)
+    assert said.startswith(f"{path} cannot be written: {os.strerror(errno.EFBIG)}."), trouble
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("old", [path])
+
+
+@pytest.mark.parametrize(
+    ("number", "message", "remedy"),
+    [
+        (errno.ENOSPC, "The disk is full: {} cannot be written.", "Free some space"),
+        (errno.EDQUOT, "The disk is full: {} cannot be written.", "Free some space"),
+        (errno.EROFS, "{} cannot be written: the file system can only be read.", "Name another folder"),
+        (errno.EACCES, "{} cannot be written: this user may not.", "Name another folder"),
+        (errno.EIO, "{} cannot be written: Input/output error.", "Name another folder"),
+    ],
+)
+def test_what_is_wrong_and_what_to_do(tmp_path, number, message, remedy):
+    path = tmp_path / "file"
+    with pytest.raises(FileError) as caught, files.written(path, place="--run", then="resume"):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.message == message.format(path)
+    assert caught.value.remedy.startswith(remedy)
+    assert "--run" in caught.value.remedy
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_rights(tmp_path):
+    tmp_path.chmod(0o500)
+    for action in (files.write_text, files.lock):
+        with pytest.raises(FileError, match="this user may not"):
+            action(tmp_path / "file", *["x"] * (action is files.write_text))
+    tmp_path.chmod(0o700)
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for action in (lambda path: files.write_text(path, "x"), files.lock):
+        with pytest.raises(FileError, match="cannot be written"):
+            action(tmp_path / "file" / "inside")
+
+
+# ---- locks
+
+_HOLDS = """
+import sys
+from pathlib import Path
+from mbcd_cli import files
+held = files.lock(Path(sys.argv[1]), shared=sys.argv[2] == "shared")
+print("nothing" if held is None else "held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lock_goes_with_its_process(tmp_path):
+    path = tmp_path / "folder" / ".lock"
+    assert not files.held(path)
+    process = run(_HOLDS, path, "alone")
+    assert process.stdout.readline() == "held\n"
+    assert files.held(path)
+    assert files.lock(path) is None
+    assert files.lock(path, shared=True) is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not files.held(path)
+    with files.lock(path) as held:
+        other = run(_HOLDS, path, "shared")
+        assert other.communicate("")[0] == "nothing\n"
+    assert held.closed
+
+
+def test_shared_locks(tmp_path):
+    with files.lock(tmp_path / ".lock", shared=True):
+        process = run(_HOLDS, tmp_path / ".lock", "shared")
+        assert process.stdout.readline() == "held\n"
+        assert files.lock(tmp_path / ".lock") is None
+        process.communicate("")
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_on_the_new_one(tmp_path, monkeypatch):
+    """Who held it before removes the file between our opening and our locking it."""
+    path = tmp_path / "journal"
+    path.touch()
+    flock = files.fcntl.flock
+
+    def removed(handle, kind):
+        monkeypatch.setattr(files.fcntl, "flock", flock)
+        path.unlink()
+        flock(handle, kind)
+
+    monkeypatch.setattr(files.fcntl, "flock", removed)
+    with files.lock(path) as held:
+        assert os.path.samestat(os.fstat(held.fileno()), path.stat())
+        assert files.held(path)
+
+
+# A stand-in for NFS or Lustre without locks: flock answers what they answer.
+_SHIM = """
+#include <errno.h>
+#include <stdlib.h>
+int flock(int handle, int kind) { errno = atoi(getenv("FLOCK_ERRNO")); return -1; }
+"""
+_WITHOUT = """
+import sys, warnings
+from pathlib import Path
+from mbcd_cli import files
+folder = Path(sys.argv[1])
+with files.lock(folder / ".lock") as held, files.lock(folder / ".lock"):
+    print(files.held(folder / ".lock"))
+    with files.written(folder / "x.h5") as aside, files.open_hdf5(aside, "w") as file:
+        file["x"] = 3
+    with files.open_hdf5(folder / "x.h5") as file:
+        print(file["x"][()])
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, number):
+    (tmp_path / "shim.c").write_text(_SHIM)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "shim.so", tmp_path / "shim.c"], check=True)
+    shim = {"LD_PRELOAD": str(tmp_path / "shim.so"), "FLOCK_ERRNO": str(number)}
+    said, warned = run(_WITHOUT, tmp_path / "folder", **shim).communicate(timeout=60)
+    assert said.split() == ["False", "3"], warned
+    assert f"{tmp_path / 'folder'} is on a file system without locks" in warned
+    assert "only one process writes there" in warned
+
+
+def test_other_answers_to_flock_are_errors(tmp_path, monkeypatch):
+    def broken(handle, kind):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.fcntl, "flock", broken)
+    with pytest.raises(FileError, match="Input/output error"):
+        files.lock(tmp_path / ".lock")
+
+
+def test_the_warning_of_a_folder_comes_once(tmp_path, monkeypatch):
+    def without(handle, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", without)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            files.lock(tmp_path / ".lock").close()
+    assert [warning.category for warning in caught] == [files.NoLocksWarning]
+
+
+# ---- lines of JSON, nested settings
+
+
+def test_records(tmp_path):
+    log = tmp_path / "log.jsonl"
+    assert files.read_records(log) == []
+    for step in (1, 2):
+        files.append_record(log, {"step": step, "name": "\u2028é"})
+    with log.open("a") as file:
+        file.write('{"st')  # a kill
+    assert [record["step"] for record in files.read_records(log)] == [1, 2]
+    log.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(FileError, match="line 2"):
+        files.read_records(log)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.append_record(log, {"loss": float("nan")})
+    with pytest.raises(FileError, match="cannot be written"):
+        files.append_record(tmp_path, {"step": 1})
+
+
+def test_json_is_the_same_text_for_the_same_value(tmp_path):
+    one = files.write_json(tmp_path / "one", {"x": 1, "y": 2})
+    two = files.write_json(tmp_path / "two", {"y": 2, "x": 1})
+    assert one.read_bytes() == two.read_bytes()
+    assert json.loads(one.read_text()) == {"x": 1, "y": 2}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.write_json(one, float("nan"))
+    assert json.loads(one.read_text()) == {"x": 1, "y": 2}
+
+
+def test_flatten():
+    assert files.flatten({"a": {"b": {"c": 1}, "d": {}}, "e": [{"f": 2}]}) == {"a.b.c": 1, "e": [{"f": 2}]}
+
+
+def test_hdf5_files_are_those_that_h5py_writes(tmp_path):
+    for path, opened in ((tmp_path / "ours", files.open_hdf5), (tmp_path / "theirs", h5py.File)):
+        with opened(path, "w", libver="latest") as file:
+            file["x"] = np.arange(1000.0)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

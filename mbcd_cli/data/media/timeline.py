@@ -178,6 +178,7 @@ class Packets:
         if not pictures:
             raise MediaError(path, "its picture is of a codec that cannot be decoded", REENCODE)
         self._zero = beginning(container)
+        self._indexed = {index: len(stream.index_entries) for index, stream in pictures.items()}
         self._end, self._torn, size = 0.0, 0, 0
         self._closed: dict[int, set[int | None]] = {index: set() for index in pictures}
         rows: dict[int, list[_Row]] = {index: [] for index in pictures}
@@ -235,17 +236,18 @@ class Packets:
 
     def _check_whole(self) -> None:
         there = len(self._rows)
-        # The index of an mp4, cut to what is shown, has a packet for each of its entries.
-        mp4 = self._container.format.name.startswith("mov")
-        claimed = len(self.stream.index_entries) if mp4 else self.stream.frames
-        whole = there - self._torn
+        format_, claimed, whole = self._container.format.name, self.stream.frames, there - self._torn
+        if format_.startswith("mov"):  # the index, cut to what is shown, has a packet for each of its entries
+            claimed = len(self.stream.index_entries)
+        elif format_.startswith(_UNTIMED) and self._indexed[self.stream.index]:
+            claimed = self._indexed[self.stream.index]  # the header counts what was dropped while recording as well
         if whole < max(claimed, there):
             claim = f"it claims {claimed} frames, and " if claimed else ""
             raise MediaError(self.path, f"cut short: {claim}{whole} are there whole", REPLACE)
         if not there:
             raise MediaError(self.path, "it holds no frames that can be decoded", REENCODE)
         stated = (self._container.duration or 0) / 1e6
-        if self._container.format.name.startswith(_STATES_LENGTH) and stated - self._end > max(
+        if format_.startswith(_STATES_LENGTH) and stated - self._end > max(
             _CUT_SHORT * stated, 0.5
         ):
             cause = f"cut short: it claims {stated:.2f} s, and {self._end:.2f} s are there"

@@ -38,7 +38,7 @@ _ONE_FRAME_A_PACKET = (
     *("h264", "hevc", "vp8", "vp9", "av1", "vvc", "mpeg4", "mpeg2video", "mpeg1video", "h263", "svq3", "cinepak"),
     *("mjpeg", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png", "qtrle", "jpeg2000"),
 )
-_UNTIMED = ("avi",)  # its packets have a time of decoding only, and its frames follow each other in that rhythm
+_UNTIMED = ("avi", "asf")  # packets have one time only, that of decoding, and frames follow each other in that rhythm
 _RATELESS = ("h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu", "vc1", "h263", "cavsvideo")  # bare streams
 _STATES_LENGTH = ("matroska", "avi", "flv", "asf")  # of others the length is estimated from what is there
 _CUT_SHORT = 0.04  # share of the stated length that may be lacking: streams end at different times
@@ -236,20 +236,18 @@ class Packets:
 
     def _check_whole(self) -> None:
         there = len(self._rows)
-        format_, claimed, whole = self._container.format.name, self.stream.frames, there - self._torn
+        format_, claimed, whole = self._container.format.name, 0, there - self._torn
         if format_.startswith("mov"):  # the index, cut to what is shown, has a packet for each of its entries
             claimed = len(self.stream.index_entries)
-        elif format_.startswith(_UNTIMED) and self._indexed[self.stream.index]:
-            claimed = self._indexed[self.stream.index]  # the header counts what was dropped while recording as well
+        elif format_ == "avi":  # the header counts what was dropped while recording as well, its index does not
+            claimed = self._indexed[self.stream.index] or self.stream.frames
         if whole < max(claimed, there):
             claim = f"it claims {claimed} frames, and " if claimed else ""
             raise MediaError(self.path, f"cut short: {claim}{whole} are there whole", REPLACE)
         if not there:
             raise MediaError(self.path, "it holds no frames that can be decoded", REENCODE)
         stated = (self._container.duration or 0) / 1e6
-        if format_.startswith(_STATES_LENGTH) and stated - self._end > max(
-            _CUT_SHORT * stated, 0.5
-        ):
+        if format_.startswith(_STATES_LENGTH) and stated - self._end > max(_CUT_SHORT * stated, 0.5):
             cause = f"cut short: it claims {stated:.2f} s, and {self._end:.2f} s are there"
             raise MediaError(self.path, cause, REPLACE)
 
@@ -308,7 +306,7 @@ class Packets:
             hidden = {pts for pts, *_, size in self._rows if pts in missing and (size <= _NOTHING or pts < min(seen))}
             return self.timeline(without=hidden, lost=tuple(sorted(missing - hidden)), faults=faults)
         if self._container.format.name.startswith(_UNTIMED):
-            times = sorted(dts for _, dts, *_ in self._rows if dts is not None)[: len(seen)]
+            times = sorted(dts for _, dts, _, shown, _ in self._rows if shown and dts is not None)[: len(seen)]
         else:
             times = [moment for moment in seen if moment is not None]
         starts = self._seconds(np.array(times, dtype=np.int64))

@@ -185,7 +185,7 @@ class Packets:
         held: dict[int, list[av.Packet]] | None = {index: [] for index in pictures}
         deadline = Deadline(path)
         try:
-            for packet in container.demux([*pictures.values(), *container.streams.audio]):
+            for packet in container.demux():  # subtitles as well: the file may be as long as they are
                 deadline.check()
                 self._note_end(packet)
                 index = packet.stream_index
@@ -239,15 +239,16 @@ class Packets:
         format_, claimed, whole = self._container.format.name, 0, there - self._torn
         if format_.startswith("mov"):  # the index, cut to what is shown, has a packet for each of its entries
             claimed = len(self.stream.index_entries)
-        elif format_ == "avi":  # the header counts what was dropped while recording as well, its index does not
-            claimed = self._indexed[self.stream.index] or self.stream.frames
+        indexed = self._indexed[self.stream.index] if format_ == "avi" else 0
+        if format_ == "avi":  # its header counts what was dropped while recording as well; a live one's is made up
+            claimed = indexed or self.stream.frames
         if whole < max(claimed, there):
             claim = f"it claims {claimed} frames, and " if claimed else ""
             raise MediaError(self.path, f"cut short: {claim}{whole} are there whole", REPLACE)
         if not there:
             raise MediaError(self.path, "it holds no frames that can be decoded", REENCODE)
         stated = (self._container.duration or 0) / 1e6
-        if format_.startswith(_STATES_LENGTH) and stated - self._end > max(_CUT_SHORT * stated, 0.5):
+        if not indexed and format_.startswith(_STATES_LENGTH) and stated - self._end > max(_CUT_SHORT * stated, 0.5):
             cause = f"cut short: it claims {stated:.2f} s, and {self._end:.2f} s are there"
             raise MediaError(self.path, cause, REPLACE)
 

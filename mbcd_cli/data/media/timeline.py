@@ -242,7 +242,7 @@ class Packets:
         indexed = self._indexed[self.stream.index] if format_ == "avi" else 0
         if format_ == "avi":  # its header counts what was dropped while recording as well; a live one's is made up
             claimed = indexed or self.stream.frames
-        if whole < max(claimed, there):
+        if whole < max(claimed, 0 if format_ == "mpegts" else there):  # there a joint of two recordings looks torn
             claim = f"it claims {claimed} frames, and " if claimed else ""
             raise MediaError(self.path, f"cut short: {claim}{whole} are there whole", REPLACE)
         if not there:
@@ -297,6 +297,7 @@ class Packets:
                 seen.append(frame.pts)
             elif seen:  # before the first frame: the file begins within a group of pictures
                 faults += 1
+        faults = max(faults, self._torn)
         if not seen:
             cause = f"none of its frames can be decoded (it claims {len(self._rows)}): the data are damaged"
             raise MediaError(self.path, cause, REENCODE)

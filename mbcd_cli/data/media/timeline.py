@@ -171,16 +171,16 @@ class Packets:
     """
 
     def __init__(self, path: Path, container: InputContainer) -> None:
-        self.path, self._container = path, container
+        self.path, self._format = path, container.format.name
         pictures = {s.index: s for s in container.streams.video if s.codec_context is not None}
         if not container.streams.video:
             raise MediaError(path, "it has no video stream", "Name a file with a picture, or leave the clip out.")
         if not pictures:
             raise MediaError(path, "its picture is of a codec that cannot be decoded", REENCODE)
         self._zero = beginning(container)
-        self._indexed = {index: len(stream.index_entries) for index, stream in pictures.items()}
+        indexed = {index: len(stream.index_entries) for index, stream in pictures.items()}
         self._end, self._torn, size = 0.0, 0, 0
-        self._closed: dict[int, set[int | None]] = {index: set() for index in pictures}
+        closed: dict[int, set[int | None]] = {index: set() for index in pictures}
         rows: dict[int, list[_Row]] = {index: [] for index in pictures}
         held: dict[int, list[av.Packet]] | None = {index: [] for index in pictures}
         deadline = Deadline(path)
@@ -197,7 +197,7 @@ class Packets:
                     shown = shown and bool(memoryview(packet)[0] & _HIDDEN_VP8)
                 rows[index].append((packet.pts, packet.dts, packet.is_keyframe, shown, packet.size))
                 if packet.is_keyframe and _is_closed(packet, pictures[index]):
-                    self._closed[index].add(packet.pts)
+                    closed[index].add(packet.pts)
                 if len(rows[index]) > _MOST_FRAMES:
                     raise MediaError(path, "it claims more frames than a file can hold", REPLACE)
                 size += packet.size
@@ -207,9 +207,13 @@ class Packets:
         except (av.FFmpegError, ValueError) as error:
             raise MediaError(path, f"its data cannot be read ({error})", REPLACE) from None
         self.stream = self._pick(pictures, rows)
-        self._rows = rows[self.stream.index]
+        # Kept by value: the file may be opened anew, and what belongs to a closed one must not be touched.
+        self._codec, self._unit = self.stream.codec_context.name, float(self.stream.time_base)
+        self._rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
+        self._rows, promised = rows[self.stream.index], closed[self.stream.index]
+        self.keys = sorted((pts, pts in promised) for pts, _, key, *_ in self._rows if key and pts is not None)
         self.held = held[self.stream.index] if held is not None else None
-        self._check_whole()
+        self._check_whole((container.duration or 0) / 1e6, indexed[self.stream.index])
 
     def _note_end(self, packet: av.Packet) -> None:
         moment = packet.pts if packet.pts is not None else packet.dts
@@ -234,30 +238,35 @@ class Packets:
             f"Keep one of them: ffmpeg -i IN -map 0:{candidates[0].index} -map 0:a? -c copy OUT.",
         )
 
-    def _check_whole(self) -> None:
+    def _check_whole(self, stated: float, indexed: int) -> None:
+        """Nothing is lacking of the `stated` seconds, nor of the frames that the header or index claims.
+
+        Args:
+            stated: seconds.
+            indexed: frames that the index had when the file was opened.
+        """
         there = len(self._rows)
-        format_, claimed, whole = self._container.format.name, 0, there - self._torn
-        if format_.startswith("mov"):  # the index, cut to what is shown, has a packet for each of its entries
+        claimed, whole = 0, there - self._torn
+        if self._format.startswith("mov"):  # the index, cut to what is shown, has a packet for each of its entries
             claimed = len(self.stream.index_entries)
-        indexed = self._indexed[self.stream.index] if format_ == "avi" else 0
-        if format_ == "avi":  # its header counts what was dropped while recording as well; a live one's is made up
+        if self._format == "avi":  # its header counts what was dropped while recording as well; a live one's is made up
             claimed = indexed or self.stream.frames
-        if whole < max(claimed, 0 if format_ == "mpegts" else there):  # there a joint of two recordings looks torn
+        if whole < max(claimed, 0 if self._format == "mpegts" else there):  # there a joint of two recordings looks torn
             claim = f"it claims {claimed} frames, and " if claimed else ""
             raise MediaError(self.path, f"cut short: {claim}{whole} are there whole", REPLACE)
         if not there:
             raise MediaError(self.path, "it holds no frames that can be decoded", REENCODE)
-        stated = (self._container.duration or 0) / 1e6
-        if not indexed and format_.startswith(_STATES_LENGTH) and stated - self._end > max(_CUT_SHORT * stated, 0.5):
+        lacking = stated - self._end > max(_CUT_SHORT * stated, 0.5)
+        index_at_end = self._format == "avi" and indexed
+        if lacking and self._format.startswith(_STATES_LENGTH) and not index_at_end:
             cause = f"cut short: it claims {stated:.2f} s, and {self._end:.2f} s are there"
             raise MediaError(self.path, cause, REPLACE)
 
     @property
     def tell(self) -> bool:
         """Whether the packets alone say which frames are presented: the proof, for all frames but damaged ones."""
-        format_, codec = self._container.format.name, self.stream.codec_context.name
         shown = [pts for pts, _, _, there, _ in self._rows if there]
-        if not format_.startswith(_TIMED) or codec not in _ONE_FRAME_A_PACKET or not shown or None in shown:
+        if not self._format.startswith(_TIMED) or self._codec not in _ONE_FRAME_A_PACKET or not shown or None in shown:
             return False
         first, _, key, *_ = self._rows[0]
         # Pictures shown before the first key frame may lean on a frame that is not in the file.
@@ -269,17 +278,12 @@ class Packets:
         stamps = np.array(sorted(shown), dtype=np.int64)
         return self._build(stamps, self._seconds(stamps), **known)
 
-    @property
-    def keys(self) -> list[tuple[int, bool]]:
-        closed = self._closed[self.stream.index]
-        return sorted((pts, pts in closed) for pts, _, key, *_ in self._rows if key and pts is not None)
-
     def _seconds(self, stamps: np.ndarray) -> np.ndarray:
-        return stamps.astype(np.float64) * float(self.stream.time_base) - self._zero
+        return stamps.astype(np.float64) * self._unit - self._zero
 
     def _build(self, stamps: np.ndarray, starts: np.ndarray, **known: object) -> Timeline:
-        step = float(np.median(np.diff(starts))) if len(starts) > 1 else 1 / float(self.stream.average_rate or 25)
-        return Timeline(stamps, starts, step, rateless=self._container.format.name in _RATELESS, **known)
+        step = float(np.median(np.diff(starts))) if len(starts) > 1 else 1 / self._rate
+        return Timeline(stamps, starts, step, rateless=self._format in _RATELESS, **known)
 
     def decode(self, frames: Iterable[av.VideoFrame | None]) -> Timeline:
         """As a sequential read of the whole file has it.
@@ -307,15 +311,14 @@ class Packets:
             # that the frame before it stays. Neither is shown, and neither is damage.
             hidden = {pts for pts, *_, size in self._rows if pts in missing and (size <= _NOTHING or pts < min(seen))}
             return self.timeline(without=hidden, lost=tuple(sorted(missing - hidden)), faults=faults)
-        if self._container.format.name.startswith(_UNTIMED):
+        if self._format in _UNTIMED:
             times = sorted(dts for _, dts, _, shown, _ in self._rows if shown and dts is not None)[: len(seen)]
         else:
             times = [moment for moment in seen if moment is not None]
         starts = self._seconds(np.array(times, dtype=np.int64))
         if len(starts) < len(seen) or (np.diff(starts) <= 0).any():
             # Times that are missing or go back: frames follow each other at the file's rate.
-            rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
-            starts = (starts[0] if len(starts) else 0.0) + np.arange(len(seen)) / rate
+            starts = (starts[0] if len(starts) else 0.0) + np.arange(len(seen)) / self._rate
         return self._build(np.arange(len(seen), dtype=np.int64), starts, in_order=True, faults=faults)
 
 

@@ -19,7 +19,7 @@ KINDS = [
     *[("h264", suffix) for suffix in (".mp4", ".mkv", ".avi", ".flv", ".ts", ".h264")],
     *[("h264 open", suffix) for suffix in (".mp4", ".mkv")],
     *[("h264 field", ".mp4"), ("h264 field", ".ts"), ("h264 refresh", ".mkv"), ("h264 uneven", ".mov")],
-    *[("hevc", ".mp4"), ("hevc open", ".mkv"), ("hevc closed", ".ts"), ("vp8 hidden", ".webm"), ("vp9 hidden", ".webm")],
+    *[("hevc", ".mp4"), ("hevc open", ".mkv"), ("hevc closed", ".ts"), ("vp8 hidden", ".webm"), ("vp9 hidden", ".mkv")],
     *[("mpeg4 b", ".mp4"), ("mpeg4 b", ".avi"), ("mpeg2 b", ".mpg"), ("mpeg2 field", ".ts"), ("mpeg1", ".mpg")],
     *[("wmv2", ".wmv"), ("mjpeg", ".mov"), ("ffv1", ".mkv"), ("theora", ".ogv"), ("gif", ".gif"), ("flv1", ".flv")],
 ]
@@ -85,7 +85,8 @@ def coloured(number: int, width: int, height: int) -> np.ndarray:
 
 @pytest.mark.parametrize("pixels", ["yuv420p", "yuv422p", "yuv444p"])
 def test_levels_are_those_of_a_plain_read(tmp_path, pixels):
-    path = encode(tmp_path / "a.mp4", Coding("libx264", {"bf": 2}, pixels=pixels, frames=8, size=(66, 50), draw=coloured))
+    coding = Coding("libx264", {"bf": 2}, pixels=pixels, frames=8, size=(66, 50), draw=coloured)
+    path = encode(tmp_path / "a.mp4", coding)
     got = read_frames(Media(path), every, dataset=STRICT)
     np.testing.assert_array_equal(got, conformance.shown_by_pyav(path, rgb=True).pictures)
 

@@ -38,7 +38,7 @@ _ONE_FRAME_A_PACKET = (
     *("h264", "hevc", "vp8", "vp9", "av1", "vvc", "mpeg4", "mpeg2video", "mpeg1video", "h263", "svq3", "cinepak"),
     *("mjpeg", "prores", "dnxhd", "ffv1", "huffyuv", "ffvhuff", "utvideo", "rawvideo", "png", "qtrle", "jpeg2000"),
 )
-_UNTIMED = ("avi",)  # its packets have a time of decoding only, and its frames follow each other in that rhythm
+_UNTIMED = ("avi", "asf")  # packets have one time only, that of decoding, and frames follow each other in that rhythm
 _RATELESS = ("h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu", "vc1", "h263", "cavsvideo")  # bare streams
 _STATES_LENGTH = ("matroska", "avi", "flv", "asf")  # of others the length is estimated from what is there
 _CUT_SHORT = 0.04  # share of the stated length that may be lacking: streams end at different times
@@ -171,20 +171,21 @@ class Packets:
     """
 
     def __init__(self, path: Path, container: InputContainer) -> None:
-        self.path, self._container = path, container
+        self.path, self._format = path, container.format.name
         pictures = {s.index: s for s in container.streams.video if s.codec_context is not None}
         if not container.streams.video:
             raise MediaError(path, "it has no video stream", "Name a file with a picture, or leave the clip out.")
         if not pictures:
             raise MediaError(path, "its picture is of a codec that cannot be decoded", REENCODE)
         self._zero = beginning(container)
+        indexed = {index: len(stream.index_entries) for index, stream in pictures.items()}
         self._end, self._torn, size = 0.0, 0, 0
-        self._closed: dict[int, set[int | None]] = {index: set() for index in pictures}
+        closed: dict[int, set[int | None]] = {index: set() for index in pictures}
         rows: dict[int, list[_Row]] = {index: [] for index in pictures}
         held: dict[int, list[av.Packet]] | None = {index: [] for index in pictures}
         deadline = Deadline(path)
         try:
-            for packet in container.demux([*pictures.values(), *container.streams.audio]):
+            for packet in container.demux():  # subtitles as well: the file may be as long as they are
                 deadline.check()
                 self._note_end(packet)
                 index = packet.stream_index
@@ -196,7 +197,7 @@ class Packets:
                     shown = shown and bool(memoryview(packet)[0] & _HIDDEN_VP8)
                 rows[index].append((packet.pts, packet.dts, packet.is_keyframe, shown, packet.size))
                 if packet.is_keyframe and _is_closed(packet, pictures[index]):
-                    self._closed[index].add(packet.pts)
+                    closed[index].add(packet.pts)
                 if len(rows[index]) > _MOST_FRAMES:
                     raise MediaError(path, "it claims more frames than a file can hold", REPLACE)
                 size += packet.size
@@ -206,9 +207,13 @@ class Packets:
         except (av.FFmpegError, ValueError) as error:
             raise MediaError(path, f"its data cannot be read ({error})", REPLACE) from None
         self.stream = self._pick(pictures, rows)
-        self._rows = rows[self.stream.index]
+        # Kept by value: the file may be opened anew, and what belongs to a closed one must not be touched.
+        self._codec, self._unit = self.stream.codec_context.name, float(self.stream.time_base)
+        self._rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
+        self._rows, promised = rows[self.stream.index], closed[self.stream.index]
+        self.keys = sorted((pts, pts in promised) for pts, _, key, *_ in self._rows if key and pts is not None)
         self.held = held[self.stream.index] if held is not None else None
-        self._check_whole()
+        self._check_whole((container.duration or 0) / 1e6, indexed[self.stream.index])
 
     def _note_end(self, packet: av.Packet) -> None:
         moment = packet.pts if packet.pts is not None else packet.dts
@@ -233,30 +238,35 @@ class Packets:
             f"Keep one of them: ffmpeg -i IN -map 0:{candidates[0].index} -map 0:a? -c copy OUT.",
         )
 
-    def _check_whole(self) -> None:
+    def _check_whole(self, stated: float, indexed: int) -> None:
+        """Nothing is lacking of the `stated` seconds, nor of the frames that the header or index claims.
+
+        Args:
+            stated: seconds.
+            indexed: frames that the index had when the file was opened.
+        """
         there = len(self._rows)
-        # The index of an mp4, cut to what is shown, has a packet for each of its entries.
-        mp4 = self._container.format.name.startswith("mov")
-        claimed = len(self.stream.index_entries) if mp4 else self.stream.frames
-        whole = there - self._torn
-        if whole < max(claimed, there):
+        claimed, whole = 0, there - self._torn
+        if self._format.startswith("mov"):  # the index, cut to what is shown, has a packet for each of its entries
+            claimed = len(self.stream.index_entries)
+        if self._format == "avi":  # its header counts what was dropped while recording as well; a live one's is made up
+            claimed = indexed or self.stream.frames
+        if whole < max(claimed, 0 if self._format == "mpegts" else there):  # there a joint of two recordings looks torn
             claim = f"it claims {claimed} frames, and " if claimed else ""
             raise MediaError(self.path, f"cut short: {claim}{whole} are there whole", REPLACE)
         if not there:
             raise MediaError(self.path, "it holds no frames that can be decoded", REENCODE)
-        stated = (self._container.duration or 0) / 1e6
-        if self._container.format.name.startswith(_STATES_LENGTH) and stated - self._end > max(
-            _CUT_SHORT * stated, 0.5
-        ):
+        lacking = stated - self._end > max(_CUT_SHORT * stated, 0.5)
+        index_at_end = self._format == "avi" and indexed
+        if lacking and self._format.startswith(_STATES_LENGTH) and not index_at_end:
             cause = f"cut short: it claims {stated:.2f} s, and {self._end:.2f} s are there"
             raise MediaError(self.path, cause, REPLACE)
 
     @property
     def tell(self) -> bool:
         """Whether the packets alone say which frames are presented: the proof, for all frames but damaged ones."""
-        format_, codec = self._container.format.name, self.stream.codec_context.name
         shown = [pts for pts, _, _, there, _ in self._rows if there]
-        if not format_.startswith(_TIMED) or codec not in _ONE_FRAME_A_PACKET or not shown or None in shown:
+        if not self._format.startswith(_TIMED) or self._codec not in _ONE_FRAME_A_PACKET or not shown or None in shown:
             return False
         first, _, key, *_ = self._rows[0]
         # Pictures shown before the first key frame may lean on a frame that is not in the file.
@@ -268,17 +278,12 @@ class Packets:
         stamps = np.array(sorted(shown), dtype=np.int64)
         return self._build(stamps, self._seconds(stamps), **known)
 
-    @property
-    def keys(self) -> list[tuple[int, bool]]:
-        closed = self._closed[self.stream.index]
-        return sorted((pts, pts in closed) for pts, _, key, *_ in self._rows if key and pts is not None)
-
     def _seconds(self, stamps: np.ndarray) -> np.ndarray:
-        return stamps.astype(np.float64) * float(self.stream.time_base) - self._zero
+        return stamps.astype(np.float64) * self._unit - self._zero
 
     def _build(self, stamps: np.ndarray, starts: np.ndarray, **known: object) -> Timeline:
-        step = float(np.median(np.diff(starts))) if len(starts) > 1 else 1 / float(self.stream.average_rate or 25)
-        return Timeline(stamps, starts, step, rateless=self._container.format.name in _RATELESS, **known)
+        step = float(np.median(np.diff(starts))) if len(starts) > 1 else 1 / self._rate
+        return Timeline(stamps, starts, step, rateless=self._format in _RATELESS, **known)
 
     def decode(self, frames: Iterable[av.VideoFrame | None]) -> Timeline:
         """As a sequential read of the whole file has it.
@@ -296,6 +301,7 @@ class Packets:
                 seen.append(frame.pts)
             elif seen:  # before the first frame: the file begins within a group of pictures
                 faults += 1
+        faults = max(faults, self._torn)
         if not seen:
             cause = f"none of its frames can be decoded (it claims {len(self._rows)}): the data are damaged"
             raise MediaError(self.path, cause, REENCODE)
@@ -305,15 +311,14 @@ class Packets:
             # that the frame before it stays. Neither is shown, and neither is damage.
             hidden = {pts for pts, *_, size in self._rows if pts in missing and (size <= _NOTHING or pts < min(seen))}
             return self.timeline(without=hidden, lost=tuple(sorted(missing - hidden)), faults=faults)
-        if self._container.format.name.startswith(_UNTIMED):
-            times = sorted(dts for _, dts, *_ in self._rows if dts is not None)[: len(seen)]
+        if self._format in _UNTIMED:
+            times = sorted(dts for _, dts, _, shown, _ in self._rows if shown and dts is not None)[: len(seen)]
         else:
             times = [moment for moment in seen if moment is not None]
         starts = self._seconds(np.array(times, dtype=np.int64))
         if len(starts) < len(seen) or (np.diff(starts) <= 0).any():
             # Times that are missing or go back: frames follow each other at the file's rate.
-            rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
-            starts = (starts[0] if len(starts) else 0.0) + np.arange(len(seen)) / rate
+            starts = (starts[0] if len(starts) else 0.0) + np.arange(len(seen)) / self._rate
         return self._build(np.arange(len(seen), dtype=np.int64), starts, in_order=True, faults=faults)
 
 

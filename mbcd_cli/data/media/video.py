@@ -67,6 +67,7 @@ class Video:
         try:
             self._packets = Packets(path, self._container)
             self._stream = self._packets.stream
+            self._index = self._stream.index
             self.timeline = self._packets.timeline() if self._packets.tell else self._packets.decode(self._all())
         except BaseException:
             self.close()
@@ -157,7 +158,7 @@ class Video:
             return decoded_frames(self.path, self._stream, iter(self._packets.held))
         self._container.close()  # not every format can be sought back to its first packet
         self._open()
-        self._stream = next(s for s in self._container.streams.video if s.index == self._stream.index)
+        self._stream = next(s for s in self._container.streams.video if s.index == self._index)
         return decoded_frames(self.path, self._stream, self._container.demux(self._stream))
 
     def _told_by_time(self) -> Iterator[tuple[int, av.VideoFrame]]:

@@ -9,11 +9,13 @@ Letters: S samples.
 
 from __future__ import annotations
 
+import mmap
 import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +60,7 @@ def read_audio(
         MediaError: missing, empty, not sound, cut short, without samples, or with samples that are not finite.
     """
     path = media.path
-    check_length(path)
-    with _sound(media) as sound:
+    with _sound(media, check_length(path)) as sound:
         rate = sound.rate
         # One second more than needed, so that the resampling filter sees what follows.
         most = np.inf if limit is None else -(-limit * rate // (sample_rate or rate)) + rate
@@ -87,16 +88,8 @@ class _Plain:
 
     begins, pauses, faults = 0, (), ()
 
-    def __init__(self, path: Path) -> None:
-        self._file = soundfile.SoundFile(str(path))
-        self._path, self.rate = path, self._file.samplerate
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the header tells the length: not that of a compressed stream, or of one written to a pipe."""
-        # ffmpeg's IMA decoder rounds as the standard says, libsndfile's does not.
-        compressed = self._file.format in ("MP3", "OGG") or self._file.subtype.startswith(("MPEG", "IMA"))
-        return not compressed and self._file.frames < _ENDLESS
+    def __init__(self, path: Path, file: soundfile.SoundFile) -> None:
+        self._path, self._file, self.rate = path, file, file.samplerate
 
     def close(self) -> None:
         self._file.close()
@@ -122,10 +115,10 @@ _kept = threading.local()
 
 
 @contextmanager
-def _sound(media: Media) -> Iterator[_Plain | Soundtrack]:
+def _sound(media: Media, head: bytes) -> Iterator[_Plain | Soundtrack]:
     """The clip's file, open. What was decoded of a long recording is kept for the next span of it."""
     path = media.path
-    sound = _plain(path)
+    sound = _plain(path, head)
     if sound is not None or (media.start is None and media.stop is None):
         sound = sound or Soundtrack(path)
         try:
@@ -147,22 +140,34 @@ def _sound(media: Media) -> Iterator[_Plain | Soundtrack]:
     _kept.sound = (version, sound)
 
 
-def _plain(path: Path) -> _Plain | None:
+def _plain(path: Path, head: bytes) -> _Plain | None:
     """None where a decoder has to tell the length, or where soundfile does not know the format."""
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head[:3] == b"ID3" or head == b"OggS" or (head[0] == 0xFF and head[1:2] >= b"\xe0"):
+    if head.startswith((b"ID3", b"OggS")) or (head[0] == 0xFF and head[1:2] >= b"\xe0"):
         return None  # MPEG frames begin with eleven bits set
     try:
-        sound = _Plain(path)
+        file = soundfile.SoundFile(str(path))
     except (soundfile.LibsndfileError, TypeError):  # TypeError: named .raw, and nothing says how to read it
         return None
-    if not sound.trusted:
-        sound.close()
+    # ffmpeg's IMA decoder rounds as the standard says, libsndfile's does not; a FLAC from a pipe states no length.
+    if file.format in ("MP3", "OGG") or file.subtype.startswith(("MPEG", "IMA")) or file.frames >= _ENDLESS:
+        file.close()
         return None
-    if not 0 < sound.rate <= _HIGHEST_RATE:
-        raise MediaError(path, f"its header claims {sound.rate} samples per second", REPLACE)
-    return sound
+    cause = ""
+    if not 0 < file.samplerate <= _HIGHEST_RATE:
+        cause = f"its header claims {file.samplerate} samples per second"
+    elif file.format == "FLAC" and _joins_flac(file_version(path)):
+        cause = "two FLAC files are joined in it, and its header tells of the first only"
+    if cause:
+        file.close()
+        raise MediaError(path, cause, REPLACE)
+    return _Plain(path, file)
+
+
+@lru_cache(maxsize=256)
+def _joins_flac(version: tuple[Path, int, int, int]) -> bool:
+    """Whether a second stream (its marker and the head of its STREAMINFO) begins within a FLAC file."""
+    with version[0].open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"fLaC\0\0\0\x22", 4) >= 0
 
 
 def _span(
@@ -229,8 +234,11 @@ _SAMPLES = (b"data", b"SSND")
 _NO_CLAIM = 0xFFFF0000  # recorders that write to a pipe leave a length of 0xFFFFFFFF or close to it
 
 
-def check_length(path: Path) -> None:
-    """A file of samples (wav, RF64, aiff, w64, caf) that is as long as its header claims; others pass unseen.
+def check_length(path: Path) -> bytes:
+    """A file of samples (wav, RF64, aiff, w64, caf, au) that is as long as its header claims; others pass unseen.
+
+    Returns:
+        The file's first bytes.
 
     Raises:
         MediaError: missing, empty, shorter than claimed, or so long that the header cannot say it.
@@ -239,9 +247,12 @@ def check_length(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(12)
+        if head.startswith(b".snd"):
+            at, claimed = struct.unpack(">II", head[4:])
+            _compare(path, claimed, size - at, 1, head[:4])
         form, at, name, packed, counts_head, padding = _CHUNKED.get(head[:4], (b"-", 0, 0, "", False, 1))
         if not head[8:].startswith(form):
-            return
+            return head
         ahead, block, stated = name + struct.calcsize(packed), 1, None
         while at + ahead <= size:
             file.seek(at)
@@ -253,21 +264,22 @@ def check_length(path: Path) -> None:
                 block = max(struct.unpack("<HHIIHH", file.read(16))[4], 1)
             if kind in _SAMPLES:
                 _compare(path, stated if stated is not None else length, size - at - ahead, block, head[:4])
-                return
+                break
             at += ahead + max(length, 0)
             at += -at % padding
+    return head
 
 
 def _compare(path: Path, claimed: int, there: int, block: int, kind: bytes) -> None:
     """Bytes of samples that a header claims, and those that there are after it; `block` bytes a sample."""
     unit = "samples" if block > 1 else "bytes of sound"
-    if kind in (b"RIFF", b"FORM"):
-        if claimed >= _NO_CLAIM:
-            return
-        if there - claimed >= 2**32:  # lengths of 32 bits
+    if kind in (b"RIFF", b"FORM", b".snd"):
+        if there >= 2**32:  # lengths of 32 bits: wrapped, or none
             cause = f"its header claims {claimed / 1e9:.1f} GB of sound, and {there / 1e9:.1f} GB are there: a length "
             cause += "over 4 GB does not fit into it"
             raise MediaError(path, cause, "Rewrite it: ffmpeg -ignore_length 1 -i IN -c copy -rf64 auto OUT.wav.")
+        if claimed >= _NO_CLAIM:
+            return
     elif claimed >= 2**63:  # -1: unknown
         return
     if there // block < claimed // block:

@@ -26,7 +26,7 @@ from mbcd_cli.errors import MediaError
 
 # Containers whose time stamps are a recorder's, not a count of what was read.
 _CLOCKED = ("mov", "matroska", "mpegts", "mpeg", "flv", "asf", "nut", "mxf", "ogg")
-_STATES_LENGTH = ("matroska", "avi", "flv", "asf")
+_STATES_LENGTH = ("matroska", "flv", "asf")
 _JITTER = 0.1  # seconds that time stamps may run ahead of the samples; more is a pause, as in ffmpeg's aresample
 _LONGEST_PAUSE = 600.0  # seconds; a longer jump of the time stamps is taken for damage
 _CUT_SHORT = 0.04  # share of the stated length that may be lacking: streams end at different times
@@ -163,10 +163,15 @@ class Soundtrack:
                 except av.EOFError:
                     return
                 except (av.FFmpegError, ValueError):
-                    if began:  # before the first frame: the file begins within what the codec needs
+                    # Before the first frame: the file begins within what the codec needs. Tags between joined mp3
+                    # files come as packets too; those of sound begin with eleven bits set.
+                    if began and (not decoder.name.startswith("mp3") or memoryview(packet)[0] == 0xFF):
                         yield None
         except (av.FFmpegError, ValueError) as error:
-            raise MediaError(self.path, f"its data cannot be read ({error})", REPLACE) from None
+            cause = f"its data cannot be read after {self._there / self.rate if began else 0:.2f} s ({error.strerror})"
+            if self._container.format.name == "ogg":
+                cause += "; streams that differ may be joined in it"
+            raise MediaError(self.path, cause, "Decode it into a wav with another tool, or replace it.") from None
 
     def _note_end(self, packet: av.Packet) -> None:
         moment = packet.pts if packet.pts is not None else packet.dts
@@ -189,6 +194,8 @@ class Soundtrack:
             if self._packets < claimed:
                 cause = f"cut short: it claims {claimed} packets of sound, and {self._packets} are there whole"
                 raise MediaError(self.path, cause, REPLACE)
+        elif kind == "avi":  # whose duration is that of what is there
+            stated = float(self._stream.frames * self._stream.time_base)
         elif kind.startswith(_STATES_LENGTH):
             stated = (self._container.duration or 0) / 1e6
         elif kind == "mp3" and _counts_frames(self.path):

@@ -45,6 +45,17 @@ def check_present(path: Path) -> None:
         raise MediaError(path, "a list of other files, not a media file", "Name the media themselves.")
 
 
+def file_version(path: Path) -> tuple[Path, int, int, int]:
+    """What changes when a file is replaced.
+
+    Raises:
+        MediaError: it is missing or empty.
+    """
+    check_present(path)
+    stat = path.stat()
+    return path, stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
 def allowed_seconds(*paths: Path | None) -> float:
     """Seconds after which decoding has stalled: half a minute, and one second for every megabyte of the files."""
     size = 0

@@ -1,24 +1,36 @@
-"""Sound of files (soundfile) as one channel of samples.
+"""Sound of files as one channel of samples.
+
+soundfile reads what has its samples lie where a header says (wav, flac, aiff, w64, caf, ...), and seeks in it. All else
+(sound inside video files, mp3, Ogg, aac, ...) is decoded from its beginning (`soundtrack`). The second 0 of a span is
+the beginning of the file: of its picture or its sound, whichever comes first.
 
 Letters: S samples.
 """
 
 from __future__ import annotations
 
+import mmap
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from mbcd_cli.data.media.checks import REENCODE, REPLACE, Notes, check_present, tolerate
+from mbcd_cli.data.media.checks import REPLACE, Notes, check_present, file_version, tolerate
+from mbcd_cli.data.media.soundtrack import Soundtrack
 from mbcd_cli.data.media.video import frame_times
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
 
 _HIGHEST_RATE = 1_000_000  # a damaged header may claim billions, and resampling would take as long
+_ENDLESS = 2**48  # samples: what a FLAC without a length claims
+_ROUNDING = 0.1  # seconds
 
 
 def read_audio(
@@ -48,33 +60,20 @@ def read_audio(
         MediaError: missing, empty, not sound, cut short, without samples, or with samples that are not finite.
     """
     path = media.path
-    check_wav(path)
-    try:
-        with soundfile.SoundFile(str(path)) as file:
-            rate, total = file.samplerate, file.frames
-            if not 0 < rate <= _HIGHEST_RATE:
-                raise MediaError(path, f"its header claims {rate} samples per second", REPLACE)
-            if silent_end and media.start is not None and 0 < total <= round(media.start * rate):
-                tolerate(path, _late(media.start, total, rate), dataset, notes, used="silence")
-                return np.zeros(1, np.float32), sample_rate or rate
-            first, last = _sound_span(media, total, rate, dataset=dataset, notes=notes)
-            count = last - first
-            if limit is not None:
-                # One second more than needed, so that the resampling filter sees what follows.
-                count = min(count, -(-limit * rate // (sample_rate or rate)) + rate)
-            file.seek(first)
-            samples = file.read(count, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise MediaError(
-            path, f"not a sound file that can be read ({error.error_string.rstrip('.')})", REENCODE
-        ) from None
-    if len(samples) < count:
-        cause = f"cut short: it claims {total} samples, and {first + len(samples)} can be read"
-        raise MediaError(path, cause, REPLACE)
-    bad = int((~np.isfinite(samples)).any(axis=1).sum())
+    with _sound(media, check_length(path)) as sound:
+        rate = sound.rate
+        # One second more than needed, so that the resampling filter sees what follows.
+        most = np.inf if limit is None else -(-limit * rate // (sample_rate or rate)) + rate
+        span = _span(media, sound, most, dataset=dataset, notes=notes, silent=silent_end)
+        if span is None:
+            return np.zeros(1, np.float32), sample_rate or rate
+        first, last = span
+        count = int(min(last - first, most))
+        mono = sound.read(first, count)
+        _tell_gaps(path, sound, first, first + count, dataset=dataset, notes=notes)
+    bad = int((~np.isfinite(mono)).sum())
     if bad:
-        raise MediaError(path, f"{bad} of {len(samples)} samples are not finite (NaN or infinity)", REPLACE)
-    mono = samples.mean(axis=1)
+        raise MediaError(path, f"{bad} of {len(mono)} samples are not finite (NaN or infinity)", REPLACE)
     if sample_rate is not None and sample_rate != rate:
         from scipy.signal import resample_poly
 
@@ -84,53 +83,205 @@ def read_audio(
     return np.ascontiguousarray(mono[:limit], dtype=np.float32), rate
 
 
-def _sound_span(media: Media, total: int, rate: int, *, dataset: DatasetSettings, notes: Notes) -> tuple[int, int]:
-    if total <= 0:
-        raise MediaError(media.path, "it has a header but no samples", REPLACE)
-    start, stop = media.start, media.stop
-    if media.unit == "frame":
-        start, stop = frame_times(media)
+class _Plain:
+    """A file of which soundfile knows where every sample lies; as a `Soundtrack`."""
+
+    begins, pauses, faults = 0, (), ()
+
+    def __init__(self, path: Path, file: soundfile.SoundFile) -> None:
+        self._path, self._file, self.rate = path, file, file.samplerate
+
+    def close(self) -> None:
+        self._file.close()
+
+    def reach(self, _: float) -> int:
+        return self._file.frames
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        try:
+            self._file.seek(first)
+            samples = self._file.read(count, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            cause = f"its data are damaged, or cut short ({error.error_string.rstrip('.')})"
+            raise MediaError(self._path, cause, REPLACE) from None
+        if len(samples) < count:
+            cause = f"cut short: it claims {self._file.frames} samples, and {first + len(samples)} can be read"
+            raise MediaError(self._path, cause, REPLACE)
+        return samples.mean(axis=1)
+
+
+_kept = threading.local()
+"""`sound`: (file version, Soundtrack) that a thread's latest span was cut from."""
+
+
+@contextmanager
+def _sound(media: Media, head: bytes) -> Iterator[_Plain | Soundtrack]:
+    """The clip's file, open. What was decoded of a long recording is kept for the next span of it."""
+    path = media.path
+    sound = _plain(path, head)
+    if sound is not None or (media.start is None and media.stop is None):
+        sound = sound or Soundtrack(path)
+        try:
+            yield sound
+        finally:
+            sound.close()
+        return
+    version = file_version(path)
+    known, sound = _kept.__dict__.pop("sound", (None, None))
+    if known != version:
+        if sound is not None:
+            sound.close()
+        sound = Soundtrack(path)
+    try:
+        yield sound
+    except BaseException:
+        sound.close()  # what a file that failed gives next is nobody's promise
+        raise
+    _kept.sound = (version, sound)
+
+
+def _plain(path: Path, head: bytes) -> _Plain | None:
+    """None where a decoder has to tell the length, or where soundfile does not know the format."""
+    if head.startswith((b"ID3", b"OggS")) or (head[0] == 0xFF and head[1:2] >= b"\xe0"):
+        return None  # MPEG frames begin with eleven bits set
+    try:
+        file = soundfile.SoundFile(str(path))
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: named .raw, and nothing says how to read it
+        return None
+    # ffmpeg's IMA decoder rounds as the standard says, libsndfile's does not; a FLAC from a pipe states no length.
+    if file.format in ("MP3", "OGG") or file.subtype.startswith(("MPEG", "IMA")) or file.frames >= _ENDLESS:
+        file.close()
+        return None
+    cause = ""
+    if not 0 < file.samplerate <= _HIGHEST_RATE:
+        cause = f"its header claims {file.samplerate} samples per second"
+    elif file.format == "FLAC" and _joins_flac(file_version(path)):
+        cause = "two FLAC files are joined in it, and its header tells of the first only"
+    if cause:
+        file.close()
+        raise MediaError(path, cause, REPLACE)
+    return _Plain(path, file)
+
+
+@lru_cache(maxsize=256)
+def _joins_flac(version: tuple[Path, int, int, int]) -> bool:
+    """Whether a second stream (its marker and the head of its STREAMINFO) begins within a FLAC file."""
+    with version[0].open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"fLaC\0\0\0\x22", 4) >= 0
+
+
+def _span(
+    media: Media, sound: _Plain | Soundtrack, most: float, *, dataset: DatasetSettings, notes: Notes, silent: bool
+) -> tuple[int, int] | None:
+    """First sample and end (exclusive) of a clip's span in its file; None where it is silent as far as it may be."""
+    path, rate, begins = media.path, sound.rate, sound.begins
+    start, stop = frame_times(media) if media.unit == "frame" else (media.start, media.stop)
     first = 0 if start is None else round(start * rate)
+    wanted = first + most if stop is None else round(stop * rate)
+    total = sound.reach(max(wanted, first + 1))
     last = total if stop is None else round(stop * rate)
+    if total <= 0:
+        raise MediaError(path, "it has a header but no samples", REPLACE)
+    cause = ""
     if first >= total:
-        raise MediaError(media.path, _late(start, total, rate), "Correct the clip's start, or complete the file.")
-    if last > total:
-        # A time stamp may round to a few samples past the end; a tenth of a second is no longer rounding.
-        if last - total > 0.1 * rate:
-            cause = f"{(last - total) / rate:.2f} of {(last - first) / rate:.2f} s lie after the end of the sound"
-            tolerate(media.path, cause, dataset, notes, used="the sound that is there")
-        last = total
+        cause = f"the clip begins at {start:g} s, after the end of the sound ({total / rate:.2f} s)"
+    elif stop is not None and last <= begins:
+        cause = f"the clip ends at {stop:g} s, before the beginning of the sound ({begins / rate:.2f} s)"
+    if cause and silent:
+        tolerate(path, cause, dataset, notes, used="silence")
+        return None
+    if cause:
+        raise MediaError(path, cause, "Correct the clip's start and stop, or complete the file.")
+    # A time stamp may round to a few samples past the end; a tenth of a second is no longer rounding.
+    length = f"{(last - first) / rate:.2f} s"
+    if start is not None and begins - first > _ROUNDING * rate:
+        cause = f"{(begins - first) / rate:.2f} of {length} lie before the beginning of the sound"
+        tolerate(path, cause, dataset, notes, used="silence")
+    if last - total > _ROUNDING * rate:
+        cause = f"{(last - total) / rate:.2f} of {length} lie after the end of the sound"
+        tolerate(path, cause, dataset, notes, used="the sound that is there")
+    last = min(last, total)
     if last <= first:
-        raise MediaError(media.path, "the clip's span holds no samples", "Correct the clip's start and stop.")
+        raise MediaError(path, "the clip's span holds no samples", "Correct the clip's start and stop.")
     return first, last
 
 
-def _late(start: float, total: int, rate: int) -> str:
-    return f"the clip begins at {start:g} s, after the end of the sound ({total / rate:.2f} s)"
+def _tell_gaps(
+    path: Path, sound: _Plain | Soundtrack, first: int, last: int, *, dataset: DatasetSettings, notes: Notes
+) -> None:
+    """Notes what of a span is silence because the file has nothing there."""
+    inside = [(at, count) for at, count in sound.pauses if at < last and at + count > first]
+    if inside and notes is not None:
+        seconds = sum(min(at + count, last) - max(at, first) for at, count in inside) / sound.rate
+        where = f"its sound pauses at {inside[0][0] / sound.rate:.2f} s"
+        notes.append(f"{path}: {where}; {seconds:.2f} s of the clip are silence")
+    lost = sum(first <= at < last for at in sound.faults)
+    if lost:
+        cause = f"{lost} packet{'' if lost == 1 else 's'} of its sound cannot be decoded: the data are damaged"
+        tolerate(path, cause, dataset, notes, used="what can be decoded")
 
 
-def check_wav(path: Path) -> None:
-    """A wav whose data chunk is as long as its header claims; other formats pass unseen.
+# Of formats that state the length of their samples: the first bytes, those at 8, where the first chunk begins; the
+# bytes of a chunk's name, how its length is packed, whether that counts the chunk's head, to what chunks are padded.
+_CHUNKED = {
+    b"RIFF": (b"WAVE", 12, 4, "<I", False, 2),
+    b"RF64": (b"WAVE", 12, 4, "<I", False, 2),
+    b"FORM": (b"AIF", 12, 4, ">I", False, 2),
+    b"riff": (b"", 40, 16, "<Q", True, 8),  # Sony Wave64
+    b"caff": (b"", 8, 4, ">Q", False, 1),
+}
+_SAMPLES = (b"data", b"SSND")
+_NO_CLAIM = 0xFFFF0000  # recorders that write to a pipe leave a length of 0xFFFFFFFF or close to it
+
+
+def check_length(path: Path) -> bytes:
+    """A file of samples (wav, RF64, aiff, w64, caf, au) that is as long as its header claims; others pass unseen.
+
+    Returns:
+        The file's first bytes.
 
     Raises:
-        MediaError: missing, empty, or shorter than claimed.
+        MediaError: missing, empty, shorter than claimed, or so long that the header cannot say it.
     """
     check_present(path)
     size = path.stat().st_size
     with path.open("rb") as file:
-        if file.read(4) != b"RIFF" or file.seek(8) != 8 or file.read(4) != b"WAVE":
-            return
-        at, block = 12, 1
-        while at + 8 <= size:
+        head = file.read(12)
+        if head.startswith(b".snd"):
+            at, claimed = struct.unpack(">II", head[4:])
+            _compare(path, claimed, size - at, 1, head[:4])
+        form, at, name, packed, counts_head, padding = _CHUNKED.get(head[:4], (b"-", 0, 0, "", False, 1))
+        if not head[8:].startswith(form):
+            return head
+        ahead, block, stated = name + struct.calcsize(packed), 1, None
+        while at + ahead <= size:
             file.seek(at)
-            kind, length = struct.unpack("<4sI", file.read(8))
-            if kind == b"fmt " and length >= 16 and at + 24 <= size:
+            kind, (length,) = file.read(name)[:4], struct.unpack(packed, file.read(ahead - name))
+            length -= ahead if counts_head else 0
+            if kind == b"ds64" and at + ahead + 16 <= size:
+                _, stated = struct.unpack("<QQ", file.read(16))
+            if kind == b"fmt " and length >= 16 and at + ahead + 16 <= size:
                 block = max(struct.unpack("<HHIIHH", file.read(16))[4], 1)
-            if kind == b"data":
-                # Recorders that write to a pipe leave a length of 0xFFFFFFFF or close to it: no claim.
-                claimed, there = length // block, (size - at - 8) // block
-                if length < 0xFFFF0000 and there < claimed:
-                    cause = f"cut short: its header claims {claimed} samples, and {there} are there"
-                    raise MediaError(path, cause, REPLACE)
-                return
-            at += 8 + length + length % 2
+            if kind in _SAMPLES:
+                _compare(path, stated if stated is not None else length, size - at - ahead, block, head[:4])
+                break
+            at += ahead + max(length, 0)
+            at += -at % padding
+    return head
+
+
+def _compare(path: Path, claimed: int, there: int, block: int, kind: bytes) -> None:
+    """Bytes of samples that a header claims, and those that there are after it; `block` bytes a sample."""
+    unit = "samples" if block > 1 else "bytes of sound"
+    if kind in (b"RIFF", b"FORM", b".snd"):
+        if there >= 2**32:  # lengths of 32 bits: wrapped, or none
+            cause = f"its header claims {claimed / 1e9:.1f} GB of sound, and {there / 1e9:.1f} GB are there: a length "
+            cause += "over 4 GB does not fit into it"
+            raise MediaError(path, cause, "Rewrite it: ffmpeg -ignore_length 1 -i IN -c copy -rf64 auto OUT.wav.")
+        if claimed >= _NO_CLAIM:
+            return
+    elif claimed >= 2**63:  # -1: unknown
+        return
+    if there // block < claimed // block:
+        cause = f"cut short: its header claims {claimed // block} {unit}, and {there // block} are there"
+        raise MediaError(path, cause, REPLACE)

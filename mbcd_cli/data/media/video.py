@@ -24,8 +24,8 @@ from mbcd_cli.data.media.checks import (
     Choose,
     Notes,
     check_enough,
-    check_present,
     chosen_indices,
+    file_version,
     span_in_frames,
     tolerate,
 )
@@ -233,7 +233,7 @@ def _video(media: Media) -> Iterator[Video]:
         finally:
             video.close()
         return
-    key = _version(media.path)
+    key = file_version(media.path)
     kept: list[tuple[tuple, Video]] = _kept.__dict__.setdefault("videos", [])
     entry = next((entry for entry in kept if entry[0] == key), None)
     if entry is None:
@@ -248,12 +248,6 @@ def _video(media: Media) -> Iterator[Video]:
         entry[1].close()  # what a file that failed gives next is nobody's promise
         raise
     kept.append(entry)
-
-
-def _version(path: Path) -> tuple:
-    check_present(path)
-    stat = path.stat()
-    return path, stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def read_frames(
@@ -352,7 +346,7 @@ def timeline_of(path: Path) -> Timeline:
     Raises:
         MediaError: missing, not a video, cut short, damaged.
     """
-    return _timeline(_version(path))
+    return _timeline(file_version(path))
 
 
 def frame_times(media: Media) -> tuple[float | None, float | None]:

@@ -39,7 +39,7 @@ from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.data.views import resolve
 from mbcd_cli.encoders.pretrained import checked_weights
-from mbcd_cli.errors import CacheError, CheckpointError
+from mbcd_cli.errors import CacheError, CheckpointError, ManifestError
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Modality, Settings, default_modality
 
@@ -49,12 +49,18 @@ def read_listing(settings: Settings) -> Listing:
 
     Raises:
         SettingsError: no such reader.
-        ManifestError: the dataset's tables are wrong.
+        ManifestError: the dataset's tables are wrong, or a modality asked for by name is not there.
     """
     wanted = dict(settings.modalities)
     if settings.model.modalities:
         wanted = {name: wanted.get(name) or default_modality(name) for name in settings.model.modalities}
     listing = read_dataset(settings.dataset, wanted)
+    if absent := [name for name in settings.model.modalities if name not in listing.modalities]:
+        reasons = [line for line in listing.warnings if line.startswith(tuple(f"{name}:" for name in absent))]
+        raise ManifestError(
+            "\n".join([f"{', '.join(absent)}: asked for, and not in the dataset.", *(f"  {line}" for line in reasons)]),
+            "Complete the dataset, or leave it out of --modalities.",
+        )
     listing.modalities = {
         name: resolve(modality, [clip.media[name] for clip in listing.clips if name in clip.media])
         for name, modality in listing.modalities.items()

@@ -92,9 +92,8 @@ def _modality(
 ) -> dict[str, Any]:
     weights, sha = _weights(settings, modality)
     plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
-    written = [n for n in range(len(plan.shards)) if (plan.folder / f"shard-{n:05d}.h5").is_file()]
-    done = sum(plan.sizes[i] for n in written for i in plan.shards[n])
-    left = [i for n in range(len(plan.shards)) if n not in set(written) for i in plan.shards[n]]
+    to_do = plan.to_do(listing.clips)
+    left = [i for n in to_do for i in plan.shards[n]]
     decoding, timed, unusable = _decode_seconds(settings, listing, name, modality, presence)
     gflop = {group: _gflop(settings, name, modality, group) for group in ("train", "test")}
     work = sum(gflop[group_of(view)] for i in left for view in plan.views[i]) * 1e9
@@ -118,10 +117,10 @@ def _modality(
         "views": _views(plan),
         "bytes_per_view": {group: row_bytes(plan.shapes[group]) for group in ("train", "test")},
         "bytes": sum(plan.sizes),
-        "bytes_to_write": sum(plan.sizes) - done,
+        "bytes_to_write": sum(plan.sizes[i] for i in left),
         "weights_to_write": 0 if (plan.folder / "tail.pt").is_file() else weights_bytes(settings, name, modality),
         "shards": len(plan.shards),
-        "shards_there": len(written),
+        "shards_there": len(plan.shards) - len(to_do),
         "trunk_gflop": {group: round(value, 2) for group, value in gflop.items()},
         "decode_seconds_per_clip": round(decoding, 4),
         "decode_timed_clips": timed,

@@ -36,8 +36,15 @@ class Disk:
             except OSError as error:
                 self._names[folder] = frozenset()
                 if isinstance(error, PermissionError):
-                    self.denied.append(folder)
+                    self._deny(folder)
         return self._names[folder]
+
+    def _deny(self, folder: str) -> None:
+        at = Path(folder)
+        while at.parent != at and not os.access(at.parent, os.X_OK):  # the one at fault lies above
+            at = at.parent
+        if str(at) not in self.denied:
+            self.denied.append(str(at))
 
     def has(self, path: str) -> bool:
         """Whether a file or folder is there, from its folder's listing."""

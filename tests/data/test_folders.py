@@ -20,7 +20,6 @@ from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
 
 DATASET = DatasetSettings()
-CORNER = (0, 0, 255)
 
 
 def every(count: int) -> np.ndarray:
@@ -176,6 +175,19 @@ def test_a_folder_that_may_not_be_read_is_the_clips_own_fault(tmp_path, monkeypa
     monkeypatch.setattr(*((os, "scandir", denied(scandir)) if fault == "the folder" else (os, "stat", denied(stat))))
     assert cause(folder) == "Permission denied"
     assert (counts_from(folder), names_digest(folder)) == (1, "")
+
+
+def test_flow_as_denseflow_writes_it(tmp_path):
+    names = [f"flow_{direction}_{number:05d}.jpg" for direction in "xy" for number in range(4)]
+    folder = images(tmp_path / "clip", *names)
+    media = Media(folder / "u", folder / "v")
+    with pytest.raises(MediaError, match="both directions lie in one folder"):
+        read_flow(media, every, dataset=DATASET)
+    for direction, name in (("x", "u"), ("y", "v")):  # the remedy
+        (folder / name).mkdir()
+        for path in folder.glob(f"flow_{direction}_*"):
+            path.rename(folder / name / path.name)
+    assert read_flow(media, every, dataset=DATASET).shape == (4, 48, 64, 2)
 
 
 # --- spans in seconds ----------------------------------------------------------------------------------------------

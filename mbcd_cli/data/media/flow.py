@@ -13,7 +13,7 @@ import numpy as np
 
 from mbcd_cli.data.media.arrays import load_npy
 from mbcd_cli.data.media.checks import REPLACE, Choose, Notes, chosen_indices, is_folder, span_in_frames, tolerate
-from mbcd_cli.data.media.folders import counts_from, folder_span, frames_of, read_folder
+from mbcd_cli.data.media.folders import beginnings, counts_from, folder_span, frames_of, read_folder
 from mbcd_cli.data.media.video import read_frames, resize_short_side, timeline_of
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
@@ -62,6 +62,12 @@ def read_flow(
         twin = Media(media.path_v, start=first - base, stop=last - base, unit="frame")
         v = read_folder(twin, choose, second=media.path, **grey)
     else:
+        if not media.path.exists() and {"flow_x_", "flow_y_"} <= beginnings(media.path.parent):  # as denseflow writes
+            raise MediaError(
+                media.path.parent,
+                "both directions lie in one folder (flow_x_..., flow_y_...)",
+                "Move flow_x_* into u/ and flow_y_* into v/ inside it.",
+            )
         u, v = _read_pair(_told_by_video(media), choose, dataset=dataset, notes=notes)
     if u.shape != v.shape:
         cause = f"its frames are {v.shape[2]}x{v.shape[1]}, those of {media.path.name} {u.shape[2]}x{u.shape[1]}"

@@ -94,6 +94,14 @@ def names_digest(folder: Path) -> str:
         return ""
 
 
+def beginnings(folder: Path) -> set[str]:
+    """What the names of a folder's images begin with, before their numbers; none where it cannot be read."""
+    try:
+        return set(_images(folder))
+    except MediaError:
+        return set()
+
+
 def _changed(folder: Path) -> int:
     try:
         return folder.stat().st_mtime_ns

@@ -441,7 +441,21 @@ def wrappings(folder: Path, source: Path, seconds: float) -> dict[str, Path]:
         put(f"no edit list{suffix}", *picture, *copy, "-use_editlist", 0)
         put(f"scale 600{suffix}", *picture, *copy, "-video_track_timescale", 600)
         put(f"timecode{suffix}", *picture, *copy, "-timecode", "01:00:00:00")
-    for suffix in ".mp4 .mov .mkv .webm .avi .flv .ts .m2ts .mpg .vob .nut .wmv .ogv".split():
+    for suffix in [
+        ".mp4",
+        ".mov",
+        ".mkv",
+        ".webm",
+        ".avi",
+        ".flv",
+        ".ts",
+        ".m2ts",
+        ".mpg",
+        ".vob",
+        ".nut",
+        ".wmv",
+        ".ogv",
+    ]:
         put(f"far{suffix}", *picture, *copy, "-output_ts_offset", 1000)
         put(f"sound{suffix}", *picture, *tone(seconds), *both)
         put(f"short sound{suffix}", *picture, *tone(seconds / 2), *both)

@@ -6,7 +6,6 @@ Reads the tables and folder listings; opens at most a few clips, to time their d
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from mbcd_cli.commands.filling import meta_inputs, meta_trunk, needs_weights, ro
 from mbcd_cli.commands.prepare import Plan, make_plan, read_listing, stored_views
 from mbcd_cli.data.cache import group_of
 from mbcd_cli.data.media.decoding import DecodeJob, decode
+from mbcd_cli.data.media.folders import MOST_MISSING
 from mbcd_cli.data.ranks import free_bytes
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media
@@ -92,9 +92,8 @@ def _modality(
 ) -> dict[str, Any]:
     weights, sha = _weights(settings, modality)
     plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
-    written = [n for n in range(len(plan.shards)) if (plan.folder / f"shard-{n:05d}.h5").is_file()]
-    done = sum(plan.sizes[i] for n in written for i in plan.shards[n])
-    left = [i for n in range(len(plan.shards)) if n not in set(written) for i in plan.shards[n]]
+    to_do = plan.to_do(listing.clips)
+    left = [i for n in to_do for i in plan.shards[n]]
     decoding, timed, unusable = _decode_seconds(settings, listing, name, modality, presence)
     gflop = {group: _gflop(settings, name, modality, group) for group in ("train", "test")}
     work = sum(gflop[group_of(view)] for i in left for view in plan.views[i]) * 1e9
@@ -108,8 +107,8 @@ def _modality(
         "files": presence.files,
         "files_missing": presence.files_missing,
         "gaps": [
-            {"clip": gap.clip, "missing": gap.missing, "expected": gap.expected, "first": gap.first}
-            for gap in presence.gaps
+            {"clip": g.clip, "missing": g.missing, "expected": g.expected, "first": g.first, "cause": g.cause}
+            for g in presence.gaps
         ],
         "unusable": [{"clip": bad.clip, "file": bad.file, "cause": bad.cause} for bad in unusable],
         "encoder": modality.encoder,
@@ -118,10 +117,10 @@ def _modality(
         "views": _views(plan),
         "bytes_per_view": {group: row_bytes(plan.shapes[group]) for group in ("train", "test")},
         "bytes": sum(plan.sizes),
-        "bytes_to_write": sum(plan.sizes) - done,
+        "bytes_to_write": sum(plan.sizes[i] for i in left),
         "weights_to_write": 0 if (plan.folder / "tail.pt").is_file() else weights_bytes(settings, name, modality),
         "shards": len(plan.shards),
-        "shards_there": len(written),
+        "shards_there": len(plan.shards) - len(to_do),
         "trunk_gflop": {group: round(value, 2) for group, value in gflop.items()},
         "decode_seconds_per_clip": round(decoding, 4),
         "decode_timed_clips": timed,
@@ -139,11 +138,9 @@ def _views(plan: Plan) -> dict[str, int]:
 
 def _mendable(settings: Settings, modality: Modality, gap: Gap) -> bool:
     """Whether `prepare` will take neighbouring frames instead of what is missing."""
-    if settings.dataset.missing_frames != "nearest" or gap.missing >= gap.expected:
+    if settings.dataset.missing_frames != "nearest" or modality.kind not in ("video", "flow"):
         return False
-    first = Path(gap.first)
-    in_folder = modality.kind in ("video", "flow") and first.suffix.lower() in (".jpg", ".jpeg", ".png")
-    return in_folder and gap.expected > 2 and first.parent.is_dir()
+    return gap.share <= MOST_MISSING and gap.expected - gap.missing >= settings.dataset.min_frames
 
 
 def _weights(settings: Settings, modality: Modality) -> tuple[dict[str, Any] | None, str | None]:
@@ -197,19 +194,19 @@ def _decode_seconds(
     unusable: list[Rejected] = []
     for index in whole[:: max(len(whole) // _TIMED_CLIPS, 1)][:_TIMED_CLIPS]:
         clip = listing.clips[index]
-        path = clip.media[name].path
-        size = path.stat().st_size if path.is_file() else 1
-        if not 0 < size < _LONG_FILE:
+        if clip.media[name].path.stat().st_size >= _LONG_FILE:
             continue
         started = time.perf_counter()
         decoded = decode(index, clip, views[index] or [0], job)
-        if decoded.rejected is None:
-            spent.append(time.perf_counter() - started)
-        else:
+        if decoded.rejected is not None:
             unusable.append(decoded.rejected)
+            continue
+        if not spent:
+            started = time.perf_counter()  # the first time also paid for imports
+            decode(index, clip, views[index] or [0], job)
+        spent.append(time.perf_counter() - started)
         if sum(spent) > _TIMED_SECONDS:
             break
-    # The first clip also pays for imports: the quickest of several tells better than the mean of few.
     seconds = sorted(spent)[len(spent) // 2] if spent else _STATED[modality.kind]
     return seconds, len(spent), unusable
 
@@ -239,7 +236,8 @@ def show(report: dict[str, Any]) -> None:
     )
     for name, one in report["modalities"].items():
         for gap in one["gaps"][:_SHOWN]:
-            console.say(f"{name}: {gap['clip']} lacks {gap['missing']} of {gap['expected']}, first {gap['first']}")
+            lacks = f"lacks {gap['missing']} of {gap['expected']}, first {gap['first']}"
+            console.say(f"{name}: {gap['clip']} {lacks}{': ' if gap['cause'] else ''}{gap['cause']}")
         for bad in one["unusable"]:
             console.say(f"{name}: {bad['clip']}, which was tried, cannot be used: {bad['file']}: {bad['cause']}")
         if len(one["gaps"]) > _SHOWN:

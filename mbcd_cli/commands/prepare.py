@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from mbcd_cli.data.cache import (
     CacheWriter,
     fingerprint,
     group_of,
+    is_done,
     recipe_of,
     shard_ranges,
     views_of,
@@ -39,10 +42,12 @@ from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.data.views import resolve
 from mbcd_cli.encoders.pretrained import checked_weights
-from mbcd_cli.errors import CacheError, CheckpointError
+from mbcd_cli.errors import CacheError, CheckpointError, ManifestError
 from mbcd_cli.processes import this_process, wait_for
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Modality, Settings, default_modality
+
+_SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 
 
 def read_listing(settings: Settings) -> Listing:
@@ -50,12 +55,18 @@ def read_listing(settings: Settings) -> Listing:
 
     Raises:
         SettingsError: no such reader.
-        ManifestError: the dataset's tables are wrong.
+        ManifestError: the dataset's tables are wrong, or a modality asked for by name is not there.
     """
     wanted = dict(settings.modalities)
     if settings.model.modalities:
         wanted = {name: wanted.get(name) or default_modality(name) for name in settings.model.modalities}
     listing = read_dataset(settings.dataset, wanted)
+    if absent := [name for name in settings.model.modalities if name not in listing.modalities]:
+        reasons = [line for line in listing.warnings if line.startswith(tuple(f"{name}:" for name in absent))]
+        raise ManifestError(
+            "\n".join([f"{', '.join(absent)}: asked for, and not in the dataset.", *(f"  {line}" for line in reasons)]),
+            "Complete the dataset, or leave it out of --modalities.",
+        )
     listing.modalities = {
         name: resolve(modality, [clip.media[name] for clip in listing.clips if name in clip.media])
         for name, modality in listing.modalities.items()
@@ -99,7 +110,7 @@ def prepare_listing(settings: Settings, listing: Listing) -> dict[str, Any]:
         console.table(
             f"{len(bad)} of {total} clips rejected",
             ("clip", "modality", "file", "cause", "remedy"),
-            [(r.clip, r.modality, _short(r.file, settings), r.cause, r.remedy) for r in rejected],
+            _rejected_rows(rejected, settings),
             to_stderr=True,
         )
     if len(bad) == total:
@@ -138,7 +149,7 @@ def check_beforehand(settings: Settings, listing: Listing) -> None:
                 problems.append(error)
                 continue
         plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
-        left = [n for n in range(len(plan.shards)) if not (plan.folder / f"shard-{n:05d}.h5").is_file()]
+        left = plan.to_do(listing.clips)
         needed += sum(plan.sizes[i] for n in left for i in plan.shards[n])
         if not (plan.folder / "tail.pt").is_file():
             needed += weights_bytes(settings, name, modality)
@@ -147,6 +158,19 @@ def check_beforehand(settings: Settings, listing: Listing) -> None:
     if problems:
         raise problems[0]
     _check_disk(settings.cache.dir / listing.name, needed)
+
+
+def _rejected_rows(rejected: Sequence[Rejected], settings: Settings) -> list[tuple[str, ...]]:
+    """Rows of the table of rejected clips: the first of every kind of cause, and how many more there are."""
+    kinds: dict[tuple[str, str], list[Rejected]] = {}
+    for bad in rejected:
+        kinds.setdefault((bad.modality, re.sub(r"\d+", "#", bad.cause)), []).append(bad)
+    rows: list[tuple[str, ...]] = []
+    for (modality, _), alike in kinds.items():
+        rows += [(r.clip, modality, _short(r.file, settings), r.cause, r.remedy) for r in alike[:_SHOWN]]
+        if len(alike) > _SHOWN:
+            rows.append((f"... and {len(alike) - _SHOWN} more", modality, "", "of the same kind", "--json lists them"))
+    return rows
 
 
 def _short(file: str, settings: Settings) -> str:
@@ -215,18 +239,22 @@ def _prepare_modality(
         for file, weights in frozen.weights.items():
             save_weights(folder / file, weights)
         finished = writer.finish(listing.rejected)
+        if len(finished.rejected) == len(clips):  # nothing that anybody could use, and in the way of a right one
+            shutil.rmtree(folder)
     found, mended = finished.rejected, finished.mended
     rejected.extend(found)
     if mended:
         console.warn(
             f"{name}: {len(mended)} clips were mended while decoding, the first {mended[0][0]}: {mended[0][1]}"
         )
+    gone = {r.clip for r in found}
+    kept = sum(len(wanted) for clip, wanted in zip(clips, views, strict=True) if clip.id not in gone)
     state = "reused" if not missing else "prepared"
     seconds = time.monotonic() - started
     nbytes = sum(path.stat().st_size for path in folder.glob("shard-*.h5"))
     error = f", int8 adds {100 * finished.error:.2f} % error" if finished.error is not None else ""
     console.say(
-        f"{name}: {state} {len(clips) - len(found)} clips, {sum(map(len, views))} views, {nbytes / 1e6:.1f} MB{error} "
+        f"{name}: {state} {len(clips) - len(found)} clips, {kept} views, {nbytes / 1e6:.1f} MB{error} "
         f"in {seconds:.1f} s -> {folder}"
     )
     return {
@@ -259,6 +287,11 @@ class Plan:
     shards: list[range]
     sizes: list[int]
     shapes: dict[str, Shapes]
+
+    def to_do(self, clips: Sequence[Clip]) -> list[int]:
+        """Shards that are still to be written."""
+        name = self.recipe["modality"]
+        return [n for n, span in enumerate(self.shards) if not is_done(self.folder, n, span, clips, name)]
 
 
 def make_plan(

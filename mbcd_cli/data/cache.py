@@ -31,6 +31,7 @@ import h5py
 import numpy as np
 
 from mbcd_cli import __version__
+from mbcd_cli.data.media.condition import condition, files_of, holding
 from mbcd_cli.data.media.timeline import DECODER
 from mbcd_cli.data.ranks import partial_is_ours
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Clip, Rejected
@@ -90,19 +91,19 @@ def listing_digest(clips: Sequence[Clip]) -> str:
 
 
 def fingerprint(recipe: Mapping[str, Any], clips: Sequence[Clip], *, name: str, root: Path) -> str:
-    """Twelve hex digits over the recipe, the clips and the size of their media files.
+    """Twelve hex digits over the recipe, the clips, the size of their media files and the names in folders of frames.
 
     Paths are taken relative to `root`, so that a dataset that moves keeps its cache.
     """
     rows = []
     for clip in clips:
         media = clip.media[name]
-        files = [path for path in (media.path, media.path_v, media.clock) if path is not None]
+        files = files_of(media)
         rows.append(
             [
                 [os.path.relpath(path, root) for path in files],
-                [path.stat().st_size if path.is_file() else -1 for path in files],
-                [media.start, media.stop, media.unit, media.computed, media.rate],
+                [holding(path) for path in files],
+                [media.start, media.stop, media.unit, media.computed, media.rate, media.frames],
             ]
         )
     return _digest([recipe, listing_digest(clips), rows])[:12]
@@ -161,6 +162,30 @@ def read_rejected(file: h5py.File) -> list[Rejected]:
     group = file["rejected"]
     columns = [_strings(group[field]) for field in ("clip", "modality", "file", "cause", "remedy")]
     return [Rejected(*row) for row in zip(*columns, strict=True)]
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Path of shard `number`."""
+    return folder / f"shard-{number:05d}.h5"
+
+
+def is_done(folder: Path, number: int, span: range, clips: Sequence[Clip], name: str) -> bool:
+    """Whether a shard is there, readable, of these clips, and the media of those that were not whole are unchanged."""
+    try:
+        with open_hdf5(shard_path(folder, number)) as file:
+            if (file.attrs["first"], file.attrs["stop"]) != (span.start, span.stop):
+                return False
+            known = json.loads(file.attrs["conditions"])
+            return known == _conditions([clips[i] for i in span], name, read_rejected(file), read_mended(file))
+    except (OSError, KeyError, ValueError):
+        return False
+
+
+def _conditions(
+    clips: Sequence[Clip], name: str, rejected: Sequence[Rejected], mended: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    doubtful = {bad.clip for bad in rejected} | {clip for clip, _ in mended}
+    return {clip.id: condition(clip.media[name]) for clip in clips if clip.id in doubtful}
 
 
 GROUPS = ("train", "test")
@@ -252,20 +277,12 @@ class CacheWriter:
 
     def shard_path(self, number: int) -> Path:
         """Path of shard `number`."""
-        return self.folder / f"shard-{number:05d}.h5"
+        return shard_path(self.folder, number)
 
     def pending(self) -> list[int]:
-        """Shards that are not there yet, or not readable; the latter are written anew."""
-        return [n for n in range(len(self.shards)) if not self._sound(n)]
-
-    def _sound(self, number: int) -> bool:
-        try:
-            with open_hdf5(self.shard_path(number)) as file:
-                return (
-                    file.attrs["first"] == self.shards[number].start and file.attrs["stop"] == self.shards[number].stop
-                )
-        except (OSError, KeyError):
-            return False
+        """Shards that are not there yet, or not to be used again (`is_done`); the latter are written anew."""
+        name = self.recipe["modality"]
+        return [n for n, span in enumerate(self.shards) if not is_done(self.folder, n, span, self.clips, name)]
 
     def write_shard(self, number: int, shard: Shard) -> None:
         """Store one shard; it exists whole or not at all.
@@ -290,6 +307,9 @@ class CacheWriter:
                 group.create_dataset("clip", data=rows.clips.astype(np.int32))
                 group.create_dataset("view", data=rows.views.astype(np.int16))
             file.attrs["errors"] = np.asarray(shard.errors, np.float64)
+            clips = [self.clips[i] for i in self.shards[number]]
+            conditions = _conditions(clips, self.recipe["modality"], shard.rejected, shard.mended)
+            file.attrs["conditions"] = json.dumps(conditions)
             _write_rejected(file, shard.rejected)
             _write_mended(file, shard.mended)
 

@@ -284,6 +284,8 @@ def _resolved(wanted: Modality, prepared: Modality) -> Modality:
 
 def _differences(settings: Settings, name: str, wanted: Modality, cache: ModalityCache) -> list[str]:
     """What makes `cache` unfit for `settings`, in words."""
+    if cache.modality.kind != wanted.kind:
+        return [f"kind: cache has {cache.modality.kind}, settings say {wanted.kind}"]
     expected = flatten(recipe_of(settings, name, _resolved(wanted, cache.modality), weights_sha256=None))
     # A setting that came later has the meaning of its default in caches that do not know it.
     fields = {f"view.{key}": field.default for key, field in type(wanted).model_fields.items()}
@@ -305,7 +307,8 @@ def _matching(settings: Settings, name: str, wanted: Modality, caches: Sequence[
     for cache, difference in zip(caches, differences, strict=True):
         if not difference:
             return cache
-    closest = min(range(len(caches)), key=lambda index: len(differences[index]))
+    same_kind = [index for index, cache in enumerate(caches) if cache.modality.kind == wanted.kind]
+    closest = min(same_kind or range(len(caches)), key=lambda index: len(differences[index]))
     only = f" (--modalities {','.join(settings.model.modalities)})" if settings.model.modalities else ""
     raise CacheError(
         f"The cache of {name} is stale ({caches[closest].folder}):\n"

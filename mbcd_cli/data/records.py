@@ -37,9 +37,12 @@ class Media:
         unit: "s" (seconds) or "frame" (zero-based native frames, stop exclusive).
         computed: for flow that is computed from the RGB video `path`, the frames from one picture of a pair to the
             other; 0 where flow is stored. For sound, the same of `clock`.
-        rate: for a video with a span in seconds, the frames per second on which views sample, whatever its own are.
+        rate: frames per second: for a video file with a span in seconds those on which views sample, whatever its own
+            are; for a folder of frames, and sound whose `clock` is one, the folder's own, which no file tells.
         clock: for sound with a span in frames, the video whose frame times those frames have; for sound that follows
-            the frames of another modality's views, that modality's file.
+            the frames of another modality's views, that modality's file; for stored flow, the video that it was made
+            of, where that tells how many frames it should have.
+        frames: for a file that holds one clip, how many frames it should have by the annotation.
     """
 
     path: Path
@@ -50,6 +53,7 @@ class Media:
     computed: int = 0
     clock: Path | None = None
     rate: float | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,6 +231,70 @@ def test_videos_as_epic_kitchens_55_comes(tmp_path):
     assert sum("12 of 12 clips found" in note for note in listing.notes) == 2
 
 
+@pytest.mark.parametrize(
+    ("rgb", "flow"),
+    [
+        ("{kitchen}/rgb_frames/{video}", "{kitchen}/flow_frames/{video}"),
+        ("frames_rgb_flow/rgb/train/{kitchen}/{video}", "frames_rgb_flow/flow/train/{kitchen}/{video}"),
+        ("rgb/train/{kitchen}/{video}", "flow/train/{kitchen}/{video}"),
+    ],
+)
+def test_frames_as_epic_kitchens_is_downloaded(tmp_path, rgb, flow):
+    made, root = frame_folders(tmp_path / "made"), tmp_path / "EPIC"
+    write_tables(tmp_path / "made" / "splits")
+    write_tables(root / "splits")
+    for domain, split, video in recordings():
+        for kind, pattern in (("rgb", rgb), ("flow", flow)):
+            target = root / pattern.format(kitchen=video[:3], video=video)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(made / kind / split / domain / video, target)
+    asked = {"video": VIDEO, "flow": FLOW}
+    ours, theirs = (read_dataset(settings(place), asked) for place in (made, root))
+    assert sum("frame folders" in note and "12 of 12" in note for note in theirs.notes) == 2
+    for one, other in zip(ours.clips, theirs.clips, strict=True):
+        for name, modality in asked.items():
+            views = [
+                load_views(clip, name, modality, views=[TEST_VIEW, 0], seed=0, dataset=settings(root))
+                for clip in (one, other)
+            ]
+            assert all(np.array_equal(a[0], b[0]) for a, b in zip(*views, strict=True))
+
+
+def test_frame_numbers_written_as_floats_and_others(tmp_path):
+    rows = table_rows()
+    rows["D1", "train"][0] |= {"start_frame": "1.0", "stop_frame": "13.0", "verb_class": "3.0"}
+    root = frame_folders(tmp_path)
+    write_tables(root / "splits", rows)
+    clip = read_dataset(settings(root), {"video": VIDEO}).clips[0]
+    assert (clip.media["video"].start, clip.media["video"].stop, clip.label) == (0, 12, 3)
+    rows["D1", "train"][0] |= {"stop_frame": "13.5"}
+    rows["D1", "train"][1] |= {"start_frame": "soon"}
+    write_tables(root / "splits", rows)
+    with pytest.raises(ManifestError) as caught:
+        read_dataset(settings(root), {"video": VIDEO})
+    assert "row 1: stop_frame '13.5' is not a frame number" in str(caught.value)
+    assert "row 2: start_frame 'soon' is not a frame number" in str(caught.value)
+
+
+@needs_tables
+def test_two_tables_of_one_split_that_differ(tmp_path):
+    (tmp_path / "rgb" / "train" / "D1" / "P08_01").mkdir(parents=True)
+    for table in REAL.glob("D1_*"):
+        shutil.copy(table, tmp_path)
+    d1 = settings(tmp_path, domains=("D1",))
+    assert not any("taken" in line for line in read_dataset(d1, {"video": VIDEO}).warnings)
+    table = tmp_path / "D1_train.csv"
+    with table.open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    lines[3]["stop_frame"] = int(lines[3]["stop_frame"]) + 5
+    with table.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, lines[0])
+        writer.writeheader()
+        writer.writerows(lines[:-1])
+    (line,) = [line for line in read_dataset(d1, {"video": VIDEO}).warnings if "taken" in line]
+    assert line.startswith("D1_train.csv is taken, and D1_train.pkl beside it differs in 2 clips, the first P08_")
+
+
 def test_root_may_be_the_split_folder(tmp_path):
     clip_files(tmp_path / "MM-SADA_Domain_Adaptation_Splits" / "EPIC-mp4")
     splits = write_tables(tmp_path / "MM-SADA_Domain_Adaptation_Splits")

@@ -104,6 +104,16 @@ def test_what_is_missing_is_said(tmp_path):
     assert computed.clips[0].media["flow"].path == computed.clips[0].media["video"].path
 
 
+def test_one_file_with_two_labels_is_said(tmp_path):
+    splits = write_splits(tmp_path / "HAC_Splits")
+    write_media(tmp_path)
+    for split, label in (("train", 1), ("test", 4)):
+        with (splits / f"HAC_{split}_only_human.csv").open("a") as stream:
+            stream.write(f"both.mp4,{label}\nsame.mp4,2\n,\n")
+    warnings = read_dataset(settings(tmp_path), {}).warnings
+    assert "human: 1 files have two labels, the first both.mp4 (in train and in test)" in warnings
+
+
 def test_bad_rows_are_listed(tmp_path):
     splits = write_splits(tmp_path / "HAC_Splits")
     write_media(tmp_path)

@@ -6,8 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import AV_DIGITS, needs_av_digits, tone, write_dataset, write_manifest, write_video, write_wav
+from helpers import (
+    AV_DIGITS,
+    frame_numbers,
+    needs_av_digits,
+    numbered_frames,
+    tone,
+    write_dataset,
+    write_frames,
+    write_manifest,
+    write_video,
+    write_wav,
+)
 
+from mbcd_cli.data.media.video import read_frames
 from mbcd_cli.data.readers import READERS, Listing, read_dataset
 from mbcd_cli.data.readers.manifest import read
 from mbcd_cli.data.records import Clip, Media
@@ -269,8 +281,10 @@ def test_headers(tmp_path):
 
 
 def test_splits_that_are_missing(tmp_path):
-    untrained = problems(tmp_path, [row(0), row(1), row(3)])
-    assert "domain 'b' has no clips of the train split" in untrained
+    # A domain that is only ever tested is the most natural one of domain generalization.
+    assert listing(tmp_path, [row(0), row(1), row(3)]).warnings == [
+        "domain b has no clips of the train split: it cannot be a source",
+    ]
     got = listing(tmp_path, [row(0), row(1), row(2)])
     assert got.warnings == [
         "domain b has no clips of the test split: it can be neither validated on nor a target",
@@ -366,3 +380,109 @@ def test_bad_media_of_av_digits():
         22: "cut short before its index (moov), or its index is damaged",
         23: "the file is empty (0 bytes)",
     }
+
+
+# --- tables as programs write them -----------------------------------------------------------------------------------
+
+
+HEADER = b"id,domain,split,label,label_name,video\n"
+LINES = [b"c0,a,train,0,one,v0.mp4", b"c1,a,test,0,one,v1.mp4", b"c2,a,train,1,two,v2.mp4"]
+
+
+def parsed(tmp_path: Path, text: bytes):
+    (tmp_path / "manifest.csv").write_bytes(text)
+    return read(DatasetSettings(root=tmp_path), {})
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+def test_line_ends(tmp_path, end):
+    got = parsed(tmp_path, end.join([HEADER.strip(), *LINES, b""]))
+    assert [clip.id for clip in got.clips] == ["c0", "c1", "c2"]
+
+
+def test_lines_of_empty_cells_are_blank_lines(tmp_path):
+    got = parsed(tmp_path, HEADER + b"\n".join([LINES[0], b",,,,,", LINES[1], b" , ,,,, ", LINES[2], b",,,,,", b""]))
+    assert [clip.id for clip in got.clips] == ["c0", "c1", "c2"]
+
+
+def test_a_quoted_cell_may_hold_line_ends(tmp_path):
+    row = b'c9,a,train,0,"one\r\nof ""many""",v9.mp4'
+    got = parsed(tmp_path, HEADER + b"\n".join([row, LINES[1].replace(b"one", b'"one of ""many"""'), LINES[2]]))
+    assert got.clips[0].label_name == 'one of "many"'
+    # Lines go on being counted in the file; a quote that is left open spoils its own line only.
+    bad = HEADER + b"\n".join([row, b'c1,a,train,x,"one,v1.mp4', LINES[2], b"c3,a,train,9x,two,v.mp4", b""])
+    message = problems(tmp_path, text=bad)
+    assert bad_lines(message) == [4, 6]
+    assert "line 4: a quote is not closed" in message
+
+
+def test_one_name_in_two_spellings_of_unicode_is_one_domain(tmp_path):
+    composed, split_up = "caf\u00e9", "cafe\u0301"
+    rows = [row(0, domain=composed), row(1, domain=split_up), row(2, domain="b"), row(3, domain="b")]
+    assert listing(tmp_path, rows).domains == (composed, "b")
+    assert listing(tmp_path, rows, domains=(split_up,)).domains == (composed,)
+    again = problems(tmp_path, [row(0, id=composed), row(1, id=split_up)])
+    assert "is already on line 2" in again
+
+
+# --- files decide before names ---------------------------------------------------------------------------------------
+
+
+KINDS = {
+    "video_feat": ("{}.npy", "array"),
+    "audio_emb": ("{}.NPY", "array"),
+    "rgb": ("{}.wav", "audio"),
+    "features": ("{}.mp4", "video"),
+    "left": ("{}.mkv", "video"),
+    "voice": ("{}.flac", "audio"),
+    "video": ("clips/{}", "video"),
+    "flow": ("{}_flow_x.mp4", "flow"),
+    "audio": ("{}.mp4", "audio"),
+}
+
+
+def bare(number: int) -> dict[str, object]:
+    """A row that names no media yet."""
+    return {key: value for key, value in row(number).items() if key not in ("video", "audio")}
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_a_columns_files_are_decides_its_kind(tmp_path, name, by_name):
+    pattern, kind = KINDS[name]
+    rows = [bare(n) | {name: pattern.format(n)} for n in range(4)]
+    asked = {name: default_modality(name)} if by_name else None
+    assert listing(tmp_path, rows, modalities=asked).modalities[name].kind == kind
+
+
+def test_flow_arrays_are_told_from_features_by_their_shape(tmp_path):
+    rows = [bare(n) | {"flow": f"{n}.npy"} for n in range(4)]
+    assert listing(tmp_path, rows).modalities["flow"].kind == "flow"  # nothing is there yet: as the name says
+    np.save(tmp_path / "1.npy", np.zeros((3, 8, 8, 2), np.float32))
+    assert listing(tmp_path, rows).modalities["flow"].kind == "flow"
+    np.save(tmp_path / "0.npy", np.zeros(8, np.float32))
+    assert listing(tmp_path, rows).modalities["flow"].kind == "array"
+
+
+# --- frames per second -----------------------------------------------------------------------------------------------
+
+
+def test_spans_in_seconds_of_folders_take_their_rate_from_the_table(tmp_path):
+    for n in range(4):
+        write_frames(tmp_path / f"clips/{n}", numbered_frames(20))
+    rows = [row(n, video=f"clips/{n}") | {"start": 0.5, "stop": 1.0, "fps": "10"} for n in range(4)]
+    got = listing(tmp_path, rows)
+    media = got.clips[0].media["video"]
+    assert (media.rate, media.unit, media.start, media.stop) == (10.0, "s", 0.5, 1.0)
+    frames = read_frames(media, np.arange, dataset=DatasetSettings())
+    assert frame_numbers(frames) == [5, 6, 7, 8, 9]
+    rows = [row(n, video=f"clips/{n}") | {"fps": value} for n, value in enumerate(("0", "-3", "fast", "nan"))]
+    message = problems(tmp_path, rows)
+    assert bad_lines(message) == [2, 3, 4, 5]
+    assert "fps 'fast' is not a number of frames per second" in message
+
+
+def test_files_keep_their_own_times(tmp_path):
+    message = problems(tmp_path, [row(0) | {"fps": "25"}, row(1) | {"fps": ""}])
+    assert bad_lines(message) == [2]
+    assert "names no folder of frames: files have their own times" in message

@@ -38,9 +38,7 @@ def check_present(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(16).lstrip(b"\xef\xbb\xbf \r\n\t")
     except OSError as error:
-        cause = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-        remedy = "Give yourself the right to read it." if isinstance(error, PermissionError) else ""
-        raise MediaError(path, cause, remedy or "Correct the path, or download the file.") from None
+        raise unreadable(path, error) from None
     if head.startswith(_PLAYLISTS):
         raise MediaError(path, "a list of other files, not a media file", "Name the media themselves.")
 
@@ -54,6 +52,25 @@ def file_version(path: Path) -> tuple[Path, int, int, int]:
     check_present(path)
     stat = path.stat()
     return path, stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def unreadable(path: Path, error: OSError) -> MediaError:
+    """What the system says against reading a file or folder, with a remedy."""
+    cause = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+    remedy = "Give yourself the right to read it." if isinstance(error, PermissionError) else ""
+    return MediaError(path, cause, remedy or "Correct the path, or download the file.")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder of that name.
+
+    Raises:
+        MediaError: nobody lets us look.
+    """
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def allowed_seconds(*paths: Path | None) -> float:

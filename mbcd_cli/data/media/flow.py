@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 
 from mbcd_cli.data.media.arrays import load_npy
-from mbcd_cli.data.media.checks import REPLACE, Choose, Notes, chosen_indices, span_in_frames, tolerate
-from mbcd_cli.data.media.folders import folder_span, numbered, read_folder
-from mbcd_cli.data.media.video import read_frames, resize_short_side
+from mbcd_cli.data.media.checks import REPLACE, Choose, Notes, chosen_indices, is_folder, span_in_frames, tolerate
+from mbcd_cli.data.media.folders import beginnings, counts_from, folder_span, frames_of, read_folder
+from mbcd_cli.data.media.video import read_frames, resize_short_side, timeline_of
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
@@ -51,22 +51,38 @@ def read_flow(
         return _computed_flow(media, choose, dataset=dataset, bound=bound, short_side=short_side, notes=notes)
     if media.path_v is None:
         return _flow_array(media, choose, dataset=dataset, bound=bound, notes=notes)
-    if media.path.is_dir():
+    if is_folder(media.path):
         grey = {"dataset": dataset, "notes": notes, "grey": True}
-        if not media.path_v.is_dir():
+        if not is_folder(media.path_v):
             raise MediaError(media.path_v, "the second direction of the flow is missing", "Complete the download.")
         u = read_folder(media, choose, second=media.path_v, **grey)
         # The span is u's even where v's own folder ends elsewhere, so both are asked for the same numbers.
-        first, last = folder_span(media, media.path)
-        base = 0 if numbered(media.path_v)[0][:1].tolist() == [0] else 1
+        first, last = folder_span(media, frames_of(media.path))
+        base = counts_from(media.path_v)
         twin = Media(media.path_v, start=first - base, stop=last - base, unit="frame")
         v = read_folder(twin, choose, second=media.path, **grey)
     else:
-        u, v = _read_pair(media, choose, dataset=dataset, notes=notes)
+        if not media.path.exists() and {"flow_x_", "flow_y_"} <= beginnings(media.path.parent):  # as denseflow writes
+            raise MediaError(
+                media.path.parent,
+                "both directions lie in one folder (flow_x_..., flow_y_...)",
+                "Move flow_x_* into u/ and flow_y_* into v/ inside it.",
+            )
+        u, v = _read_pair(_told_by_video(media), choose, dataset=dataset, notes=notes)
     if u.shape != v.shape:
         cause = f"its frames are {v.shape[2]}x{v.shape[1]}, those of {media.path.name} {u.shape[2]}x{u.shape[1]}"
         raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
     return np.stack([u, v], axis=-1)
+
+
+def _told_by_video(media: Media) -> Media:
+    """Flow with as many `frames` as there are between those of the video that it was made of."""
+    if media.clock is None:
+        return media
+    try:
+        return replace(media, frames=len(timeline_of(media.clock)) - 1)
+    except MediaError:  # the video's own affair
+        return media
 
 
 def _read_pair(media: Media, choose: Choose, *, dataset: DatasetSettings, notes: Notes) -> list[np.ndarray]:

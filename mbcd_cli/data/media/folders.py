@@ -1,57 +1,198 @@
 """Folders of frames: one image a frame, its number in its name.
 
-Letters: N frames chosen, H W pixels.
+A frame is a jpg or png whose name ends in a number. Names that begin with a dot, `thumb...` beside other images, and a
+single image of another name beside a sequence (`cover_0.jpg`) are nothing that a camera wrote. What is left must be one
+sequence: one beginning of the name, every number once.
+
+Letters: N frames chosen or in a folder, H W pixels.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import re
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from mbcd_cli.data.media.checks import REPLACE, Choose, Notes, check_enough, chosen_indices, tolerate
+from mbcd_cli.data.media.checks import REPLACE, Choose, Notes, check_enough, chosen_indices, tolerate, unreadable
+from mbcd_cli.data.media.timeline import HALF_MILLISECOND
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
 
+MOST_MISSING = 0.5
+"""Share of a clip's frames that may be missing and replaced by others under `dataset.missing_frames=nearest`."""
+_COMPLETE = "Complete the download, or correct the clip's span."
+_IMAGE = re.compile(r"(.*?)(\d+)\.(?:jpe?g|png)", re.IGNORECASE | re.DOTALL)
+_TIME = re.compile(r"\d+\.")  # before the last digits of a name that is a decimal number
 
-def numbered(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """Numbers and names of a folder's frames, ascending by number."""
-    return _list_frames(folder, folder.stat().st_mtime_ns)
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """The frames of one folder.
+
+    Attributes:
+        folder: that holds them.
+        numbers: [N] int64, ascending; at least one.
+        names: their file names.
+    """
+
+    folder: Path
+    numbers: np.ndarray
+    names: list[str]
+
+    @property
+    def base(self) -> int:
+        """The number of the recording's first frame, which spans count as 0: 0 where there is one, else 1."""
+        return min(int(self.numbers[0]), 1)
+
+    def name(self, number: int) -> str:
+        """What the frame `number` is called, there or not."""
+        like = self.names[min(1, len(self.names) - 1)]  # some write frame 0 with fewer digits than the others
+        return re.sub(r"\d+(?=\.\w+$)", lambda match: str(number).zfill(len(match[0])), like)
+
+    def present(self, first: int, last: int) -> np.ndarray:
+        """Numbers in [first, last) that are there, ascending."""
+        lo, hi = np.searchsorted(self.numbers, [first, last])
+        return self.numbers[lo:hi]
+
+    def within(self, first: int, last: int) -> list[str]:
+        """Names of those frames whose numbers lie in [first, last)."""
+        lo, hi = np.searchsorted(self.numbers, [first, last])
+        return self.names[lo:hi]
+
+
+def frames_of(folder: Path) -> Frames:
+    """The frames of a folder.
+
+    Raises:
+        MediaError: missing, not to be read, without frames, or with more than one sequence of names.
+    """
+    return _frames(folder, _changed(folder))
+
+
+def counts_from(folder: Path) -> int:
+    """`Frames.base` of a folder; 1 where its frames cannot be told, which is said when it is decoded."""
+    try:
+        return _summary(folder, _changed(folder))[0]
+    except MediaError:
+        return 1
+
+
+def names_digest(folder: Path) -> str:
+    """Digest of the names of a folder's images, whatever they are; that of none where it cannot be read."""
+    try:
+        return _summary(folder, _changed(folder))[1]
+    except MediaError:
+        return ""
+
+
+def beginnings(folder: Path) -> set[str]:
+    """What the names of a folder's images begin with, before their numbers; none where it cannot be read."""
+    try:
+        return set(_images(folder))
+    except MediaError:
+        return set()
+
+
+def _changed(folder: Path) -> int:
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError as error:
+        raise unreadable(folder, error) from None
+
+
+def _images(folder: Path) -> dict[str, dict[str, str]]:
+    """Beginning of a name -> {name: digits after it}, for all images that a camera may have written."""
+    found: dict[str, dict[str, str]] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                match = _IMAGE.fullmatch(entry.name)
+                if match and not entry.name.startswith("."):
+                    found.setdefault(match[1], {})[entry.name] = match[2]
+    except OSError as error:
+        raise unreadable(folder, error) from None
+    return found
+
+
+@lru_cache(maxsize=4096)  # a few words for every folder of a dataset
+def _summary(folder: Path, changed: int) -> tuple[int, str]:
+    images = _images(folder)
+    digest = hashlib.sha256("/".join(sorted(name for names in images.values() for name in names)).encode()).hexdigest()
+    try:
+        return _frames(folder, changed).base, digest
+    except MediaError:
+        return 1, digest
 
 
 @lru_cache(maxsize=8)  # the clips of one recording share its folder, which may hold 100,000 files
-def _list_frames(folder: Path, _mtime: int) -> tuple[np.ndarray, list[str]]:
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            match = re.search(r"(\d+)\.(?:jpe?g|png)$", entry.name, re.IGNORECASE)
-            if match:
-                found.append((int(match[1]), entry.name))
-    found.sort()
-    return np.array([number for number, _ in found], dtype=np.int64), [name for _, name in found]
-
-
-def folder_span(media: Media, folder: Path) -> tuple[int, int]:
-    """First number and end (exclusive) of a clip's frames in a folder."""
-    numbers, _ = numbered(folder)
-    if not len(numbers):
+def _frames(folder: Path, _changed: int) -> Frames:
+    images = _images(folder)
+    if len(images) > 1:
+        images = {begin: names for begin, names in images.items() if not begin.lower().startswith("thumb")} or images
+    if any(len(names) > 1 for names in images.values()):
+        images = {begin: names for begin, names in images.items() if len(names) > 1}
+    if not images:
         raise MediaError(folder, "the folder holds no numbered jpg or png frames", "Correct the path.")
-    if media.unit == "s" and not (media.start is None and media.stop is None):
+    if times := sorted(min(names) for begin, names in images.items() if _TIME.fullmatch(begin)):
         raise MediaError(
             folder,
-            "a folder of frames has no times, and the clip's span is in seconds",
-            "Give the span in frames.",
+            f"its frames are named after times ({times[0]}), which do not number them",
+            "Number the frames in their order, from 1.",
         )
-    if media.start is None and media.stop is None:
-        return int(numbers[0]), int(numbers[-1]) + 1
-    base = 0 if numbers[0] == 0 else 1  # frames are counted from 0 in spans, and usually from 1 in file names
-    first = base + int(media.start or 0)
-    return first, int(numbers[-1]) + 1 if media.stop is None else base + int(media.stop)
+    if len(images) > 1:
+        first, second, *_ = (f"{min(names)}, ... ({len(names)})" for _, names in sorted(images.items()))
+        raise MediaError(
+            folder,
+            f"it holds {len(images)} sequences of frames: {first} and {second}",
+            "Keep one, or give each a folder of its own (flow: u/ and v/).",
+        )
+    (names,) = images.values()
+    ordered = sorted((int(digits), name) for name, digits in names.items())
+    for (number, name), (after, other) in pairwise(ordered):
+        if number == after:
+            raise MediaError(folder, f"frame {number} is there twice: {name} and {other}", "Keep one of them.")
+    return Frames(folder, np.array([n for n, _ in ordered], dtype=np.int64), [name for _, name in ordered])
+
+
+def folder_span(media: Media, frames: Frames) -> tuple[int, int]:
+    """First number and end (exclusive) of a clip's frames in a folder.
+
+    Raises:
+        MediaError: the span is in seconds, and nothing says how many frames there are in one.
+    """
+    start, stop, base = media.start, media.stop, frames.base
+    if start is None and stop is None:
+        return int(frames.numbers[0]), int(frames.numbers[-1]) + 1
+    if media.unit == "s":
+        if media.rate is None:
+            raise MediaError(
+                media.path,
+                "a folder of frames has no times, and the clip's span is in seconds",
+                "Give the frames per second in a column `fps`, or the span in frames.",
+            )
+        start, stop = _in_frames(start, stop, media.rate)
+    end = int(frames.numbers[-1]) + 1 if stop is None else base + int(stop)
+    return base + int(start or 0), end
+
+
+def _in_frames(start: float | None, stop: float | None, rate: float) -> tuple[int | None, int | None]:
+    """A span in seconds as frames, of which the k-th is shown from k / rate on: as `Timeline.within` has it."""
+    first, last = (
+        None if at is None else max(math.ceil((at - HALF_MILLISECOND) * rate - 0.5), 0) for at in (start, stop)
+    )
+    if first is not None and last is not None and last <= first:
+        first = int((start + HALF_MILLISECOND) * rate)
+        last = first + 1
+    return first, last
 
 
 def read_folder(
@@ -63,53 +204,68 @@ def read_folder(
     grey: bool = False,
     second: Path | None = None,
 ) -> np.ndarray:
-    """Chosen frames [N, H, W, 3] (or [N, H, W] when grey); with `second`, only frames that both folders hold."""
-    folder = media.path
-    first, last = folder_span(media, folder)
-    numbers, names = numbered(folder)
-    lo, hi = np.searchsorted(numbers, [first, last])
-    present = numbers[lo:hi]
-    if second is not None:
-        present = np.intersect1d(present, numbered(second)[0])
+    """Chosen frames [N, H, W, 3] (or [N, H, W] when grey); with `second`, only frames that both folders hold.
+
+    Raises:
+        MediaError: no frames, two sequences of them, more missing or damaged than may be, or frames of several sizes.
+    """
+    frames, twin = frames_of(media.path), None if second is None else frames_of(second)
+    first, last = folder_span(media, frames)
     count = last - first
+    own = present = frames.present(first, last)
+    lacking = frames
+    if twin is not None:
+        present = np.intersect1d(own, twin.present(first, last))
+        lacking = frames if len(own) < count else twin
     if not len(present):
-        cause = f"all {count} frames are missing, the first is {_frame_name(names[0], first)}"
-        raise MediaError(folder, cause, "Complete the download, or correct the clip's span.")
+        cause = f"all {count} frames are missing, the first is {lacking.name(first)}"
+        raise MediaError(lacking.folder, cause, _COMPLETE)
     check_enough(media, min(count, len(present)), dataset)
     if len(present) < count:
         gap = int(np.setdiff1d(np.arange(first, last), present)[0])
-        missing = count - len(present)
-        cause = f"{missing} of {count} frames are missing, the first is {_frame_name(names[0], gap)}"
-        tolerate(folder, cause, dataset, notes)
-    file = dict(zip(numbers[lo:hi].tolist(), names[lo:hi], strict=True))
+        cause = f"{count - len(present)} of {count} frames are missing, the first is {lacking.name(gap)}"
+        if too_few(len(present), count):
+            raise MediaError(lacking.folder, cause, _COMPLETE)
+        tolerate(lacking.folder, cause, dataset, notes)
+    names = dict(zip(own.tolist(), frames.within(first, last), strict=True))
     read: dict[int, np.ndarray] = {}
     chosen: list[np.ndarray] = []
     indices = chosen_indices(choose, count)
     for number in (first + indices.ravel()).tolist():
         while True:
             nearest = int(present[np.abs(present - number).argmin()])
-            image = read[nearest] if nearest in read else _read_image(folder / file[nearest], grey)
-            if image is not None:
+            if nearest in read:
                 break
-            tolerate(folder, f"{file[nearest]} is damaged or cut short", dataset, notes)
+            image = _read_image(frames.folder / names[nearest], grey)
+            if not isinstance(image, str):
+                read[nearest] = image
+                break
+            cause = f"{names[nearest]} {image}"
             present = present[present != nearest]
-            if not len(present):
-                raise MediaError(folder, "none of its frames can be decoded", REPLACE)
-        read[nearest] = image
-        chosen.append(image)
+            if too_few(len(present), count):
+                lost = count - len(present)
+                raise MediaError(frames.folder, f"{lost} of {count} frames are missing or damaged: {cause}", REPLACE)
+            tolerate(frames.folder, cause, dataset, notes)
+        chosen.append(read[nearest])
     if len({image.shape for image in chosen}) > 1:
-        raise MediaError(folder, "its frames differ in size", "Extract the frames again.")
+        raise MediaError(frames.folder, "its frames differ in size", "Extract the frames again.")
     return np.stack(chosen).reshape(*indices.shape, *chosen[0].shape)
 
 
-def _frame_name(like: str, number: int) -> str:
-    return re.sub(r"\d+(?=\.\w+$)", lambda match: str(number).zfill(len(match[0])), like)
+def too_few(present: int, count: int) -> bool:
+    """Whether more of a clip's `count` frames are missing than others may replace."""
+    return count - present > MOST_MISSING * count
 
 
-def _read_image(path: Path, grey: bool) -> np.ndarray | None:
-    """One image, or None when it is damaged; OpenCV itself fills the rest of a jpg that is cut short with grey."""
-    data = path.read_bytes()
-    if not data or (data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")):
-        return None
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
-    return image if image is None or grey else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+def _read_image(path: Path, grey: bool) -> np.ndarray | str:
+    """One image, or what is wrong with it; OpenCV itself fills the rest of a jpg that is cut short with grey."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    image = None
+    if data and not (data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")):
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
+    if image is None:
+        return "is damaged or cut short"
+    return image if grey else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

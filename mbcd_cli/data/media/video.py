@@ -26,6 +26,7 @@ from mbcd_cli.data.media.checks import (
     check_enough,
     chosen_indices,
     file_version,
+    is_folder,
     span_in_frames,
     tolerate,
 )
@@ -37,6 +38,7 @@ from mbcd_cli.settings import DatasetSettings
 
 # Share of a video's frames that may be replaced by a neighbour under `dataset.missing_frames=nearest`.
 _TOLERATED = 0.1
+_FEWER = 3  # frames by which cutting a clip out of a recording may miss the annotation
 Pick = Callable[[Timeline], tuple[np.ndarray, int]]
 """A file's timeline -> (numbers of the frames wanted, number of the last frame that has to be there)."""
 _KEPT = 2  # recordings that a thread keeps open: both directions of a flow
@@ -268,7 +270,7 @@ def read_frames(
     Raises:
         MediaError: missing, empty, not a video, cut short, damaged, too few frames.
     """
-    if media.path.is_dir():
+    if is_folder(media.path):
         return read_folder(media, choose, dataset=dataset, notes=notes)
     mended: list[str] = []
 
@@ -300,6 +302,9 @@ def _at_rate(media: Media, rate: float, choose: Choose, timeline: Timeline) -> n
 def _span(media: Media, timeline: Timeline, *, dataset: DatasetSettings, notes: Notes, slack: int) -> tuple[int, int]:
     """First frame and end (exclusive) of a clip's span in its file."""
     total, start, stop = len(timeline), media.start, media.stop
+    if media.frames is not None and total < media.frames - _FEWER:
+        cause = f"{total} frames where the annotation gives {media.frames}"
+        tolerate(media.path, cause, dataset, notes, used="the frames that are there")
     if media.unit == "frame" or (start is None and stop is None):
         return span_in_frames(media, total, dataset=dataset, notes=notes, slack=slack)
     if timeline.rateless:
@@ -351,11 +356,14 @@ def timeline_of(path: Path) -> Timeline:
 
 def frame_times(media: Media) -> tuple[float | None, float | None]:
     """A clip's span in seconds, told by the frame times of the video `media.clock`."""
-    if media.clock is None or media.clock.is_dir():
+    if media.clock is not None and media.rate is not None and is_folder(media.clock):
+        start, stop = (None if frame is None else frame / media.rate for frame in (media.start, media.stop))
+        return start, stop
+    if media.clock is None or is_folder(media.clock):
         raise MediaError(
             media.path,
             "its span is in frames, and no video tells their times",
-            "Give start and stop in seconds, or a video file beside the sound.",
+            "Give start and stop in seconds, a video file beside the sound, or the rate of its frames (column `fps`).",
         )
     timeline = timeline_of(media.clock)
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mbcd_cli.data.media.folders import counts_from
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.places import (
     Disk,
@@ -26,6 +27,7 @@ from mbcd_cli.data.readers.places import (
     pick_domains,
     root_of,
     split_folder,
+    whole_number,
 )
 from mbcd_cli.data.readers.tables import read_table
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
@@ -70,14 +72,25 @@ _WHOLE_FOLDERS = (
     "{participant}/videos/",
     "{participant}/",
 )
+# As EPIC-Kitchens itself is downloaded: 55 (its training videos hold both of our splits), and 100.
+_OFFICIAL = ("{kind}/train/{participant}/{video}", "frames_rgb_flow/{kind}/train/{participant}/{video}")
 VIDEO = (
     Place(FRAMES, "rgb/{split}/{domain}/{video}"),
+    *(Place(FRAMES, pattern.replace("{kind}", "rgb")) for pattern in _OFFICIAL),
+    Place(FRAMES, "{participant}/rgb_frames/{video}"),
     Place(CLIP_FILES, f"video/{_CLIP}"),
     Place(CLIP_FILES, f"rgb/{_CLIP}"),
     *(Place(WHOLE, f"{folder}{{video}}.{suffix}") for folder in _WHOLE_FOLDERS for suffix in ("MP4", "mp4")),
 )
 FLOW = (
-    Place(FRAMES, "flow/{split}/{domain}/{video}/u", "flow/{split}/{domain}/{video}/v"),
+    *(
+        Place(FRAMES, f"{folder}/u", f"{folder}/v")
+        for folder in (
+            "flow/{split}/{domain}/{video}",
+            *(pattern.replace("{kind}", "flow") for pattern in _OFFICIAL),
+            "{participant}/flow_frames/{video}",
+        )
+    ),
     Place(CLIP_FILES, f"{_FLOW_CLIP}_u.mp4", f"{_FLOW_CLIP}_v.mp4"),
     # The same, named after the frames of the video.
     Place(CLIP_FILES, f"flow/{_CLIP_STEM}_u.mp4", f"flow/{_CLIP_STEM}_v.mp4"),
@@ -123,30 +136,32 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     rows, warnings = _read_splits(splits, domains)
     disk, bases = Disk(), _bases(root, splits)
     notes = [f"split tables: {splits}"]
-    found: dict[str, Found] = {}
-    for kind, (name, _) in asked.items():
-        places = locate(rows, PLACES[kind], bases, disk)
-        if places.hits:
-            found[kind] = places
-            notes.append(describe(name, places, len(rows)))
-            if places.missing:
-                warnings.append(f"{name}: nothing is on disk for {places.missing} of {len(rows)} clips")
+    looked = {kind: locate(rows, PLACES[kind], bases, disk) for kind in asked}
+    found = {kind: places for kind, places in looked.items() if places.hits}
+    for kind, places in found.items():
+        name = asked[kind][0]
+        notes.append(describe(name, places, len(rows)))
+        if places.missing:
+            cause = places.why_missing
+            warnings.append(f"{name}: nothing is on disk for {places.missing} of {len(rows)} clips{cause}")
     used = {kind: pair for kind, pair in asked.items() if kind in found}
     for kind, (name, settings) in asked.items():
         if kind == "flow" and kind not in found and dataset.compute_flow and "video" in found:
             used[kind] = (name, settings)
             notes.append(f"{name}: computed from {used['video'][0]}")
         elif kind not in found:
-            warnings.append(f"{name}: there is none under {root}, so it is left out{_ABSENT_REMEDY[kind]}")
+            remedy = looked[kind].why_missing or _ABSENT_REMEDY[kind]
+            warnings.append(f"{name}: there is none under {root}, so it is left out{remedy}")
     if not used:
-        looked = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind][:2])
+        patterns = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind][:2])
+        known = "".join(f"\n  {asked[kind][0]}{p.why_missing}" for kind, p in looked.items() if p.why_missing)
         raise ManifestError(
-            f"{root}: no media of the clips in {splits} are there. Looked for, among others:\n{looked}",
+            f"{root}: no media of the clips in {splits} are there. Looked for, among others:\n{patterns}{known}",
             "Name the folder that holds rgb/ (or video/), flow/ and audio/ with --root.",
         )
     clips = []
     for index, row in enumerate(rows):
-        media = {name: _media(kind, found, index, row, disk) for kind, (name, _) in used.items()}
+        media = {name: _media(kind, found, index, row) for kind, (name, _) in used.items()}
         label = row["label"]
         clips.append(Clip(row["id"], row["domain"], row["split"], label, VERBS[label], media))
     settings_of = dict(used.values())
@@ -168,7 +183,7 @@ def _bases(root: Path, splits: Path) -> list[Path]:
     return list(dict.fromkeys(near))
 
 
-def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, Any], disk: Disk) -> Media:
+def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, Any]) -> Media:
     # Published flow has half the frame rate of the annotations: it is told by every second frame.
     computed = 2 if kind == "flow" and kind not in found else 0
     place = found["video" if computed else kind].places[index]
@@ -179,9 +194,10 @@ def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, 
         rate = None if kind == "audio" else RATE
         return Media(path, second, row["start_s"], row["stop_s"], "s", computed, rate=rate)
     if place[1].layout == CLIP_FILES:
-        return Media(path, second, computed=computed)
+        frames = row["flow_stop"] - row["flow_start"] if second else row["stop"] - row["start"]
+        return Media(path, second, computed=computed, frames=frames)
     # File names carry the annotation's numbers; spans count from the folder's first number, 0 or 1.
-    base = 0 if disk.exists(f"{path}/frame_{0:010d}.jpg") else 1
+    base = counts_from(path)
     first, last = (row["flow_start"], row["flow_stop"]) if second else (row["start"], row["stop"])
     start = max(first - base, 0)
     return Media(path, second, start, start + last - first, "frame", computed)
@@ -208,8 +224,10 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str,
     problems: list[str] = []
     for domain in domains:
         for split in SPLITS:
-            path = next(p for end in ("csv", "pkl") if (p := folder / f"{domain}_{split}.{end}").is_file())
+            path, *others = [p for end in ("csv", "pkl") if (p := folder / f"{domain}_{split}.{end}").is_file()]
             found = _rows(path, domain, split, problems)
+            if others and not problems and (differing := _differing(found, others[0], domain, split)):
+                warnings.append(f"{path.name} is taken, and {others[0].name} beside it {differing}")
             rows += found
             expected = CLIPS[domain, split]
             if len(found) != expected and not problems:
@@ -225,6 +243,21 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str,
         more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
         raise ManifestError(f"{folder}: the split tables are wrong.\n{shown}{more}", "Get the tables again.")
     return rows, warnings
+
+
+def _differing(rows: list[dict[str, Any]], path: Path, domain: str, split: str) -> str:
+    """How another table of the same clips differs, or an empty string."""
+    problems: list[str] = []
+    try:
+        others = _rows(path, domain, split, problems)
+    except ManifestError:
+        return "cannot be read"
+    if problems:
+        return f"is wrong ({problems[0]})"
+    by_id = {row["id"]: row for row in others}
+    differing = [row["id"] for row in rows if by_id.get(row["id"]) != row]
+    differing += sorted(by_id.keys() - {row["id"] for row in rows})
+    return f"differs in {len(differing)} clips, the first {differing[0]}" if differing else ""
 
 
 def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[dict[str, Any]]:
@@ -251,7 +284,10 @@ def _row(uid: str, cells: list[str], domain: str, split: str) -> dict[str, Any]:
     label = check_label(verb, len(VERBS))
     if label is None:
         raise ValueError(f"verb_class {verb!r} is not one of 0 to {len(VERBS) - 1}")
-    first, last = int(start), int(stop)
+    first, last = whole_number(start), whole_number(stop)
+    for what, value, number in (("start_frame", start, first), ("stop_frame", stop, last)):
+        if number is None:
+            raise ValueError(f"{what} {value!r} is not a frame number")
     begin, end = seconds(start_at), seconds(stop_at)
     if not 0 <= first < last:
         raise ValueError(f"frames {first} to {last} are no span")

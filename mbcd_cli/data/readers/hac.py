@@ -82,15 +82,17 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
             used[kind] = (name, settings)
             notes.append(describe(name, found[kind], len(rows)))
             if found[kind].missing:
-                warnings.append(f"{name}: nothing is on disk for {found[kind].missing} of {len(rows)} clips")
+                cause = found[kind].why_missing
+                warnings.append(f"{name}: nothing is on disk for {found[kind].missing} of {len(rows)} clips{cause}")
         elif kind == "flow" and dataset.compute_flow and videos.hits:
             used[kind] = (name, settings)
             notes.append(f"{name}: computed from the videos")
         else:
-            remedy = "; --compute-flow makes it from the video" if kind == "flow" else ""
+            remedy = found[kind].why_missing or ("; --compute-flow makes it from the video" if kind == "flow" else "")
             warnings.append(f"{name}: there is none under {root}, so it is left out{remedy}")
     if not used:
         looked = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind])
+        looked += "".join(f"\n  {asked[kind][0]}{p.why_missing}" for kind, p in found.items() if p.why_missing)
         raise ManifestError(
             f"{root}: no media of the clips in {splits} are there. Looked for:\n{looked}",
             "Name the folder that holds human/, animal/ and cartoon/ with --root.",
@@ -134,7 +136,7 @@ def _media(
     place = found[kind].places[index]
     path = Path(path_of(place, row))
     if kind == "flow":
-        return Media(path, Path(path_of(place, row, second=True)))
+        return Media(path, Path(path_of(place, row, second=True)), clock=video if videos.hits else None)
     if kind == "audio" and follows_flow:
         computed = int(not found["flow"].hits)
         return Media(
@@ -163,6 +165,11 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str,
                 f"{domain}: {shared} files are both in the train and in the test split (as published): "
                 "validation on this domain is a little too good"
             )
+        labels: dict[str, set[int]] = {}
+        for row in (row for row in rows if row["domain"] == domain):
+            labels.setdefault(row["file"], set()).add(row["label"])
+        if odd := [file for file, several in labels.items() if len(several) > 1]:
+            warnings.append(f"{domain}: {len(odd)} files have two labels, the first {odd[0]} (in train and in test)")
     problems += [f"clip {id_} is there twice" for id_, n in Counter(row["id"] for row in rows).items() if n > 1]
     if problems:
         shown = "\n".join(f"  {text}" for text in problems[:50])
@@ -174,7 +181,7 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str,
 def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[dict[str, Any]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            table = [(line, row) for line, row in enumerate(csv.reader(stream), start=1) if row]
+            table = [(line, row) for line, row in enumerate(csv.reader(stream), start=1) if any(row)]
     except OSError as error:
         problems.append(f"{path.name}: cannot be read ({error.strerror})")
         return []

@@ -2,21 +2,24 @@
 
 Columns: id, domain, split (train or test), label (0, 1, ...), optionally label_name, then one column per modality with
 paths relative to the dataset's root. Optional spans inside the files: start, stop (or start_s, stop_s) in seconds, or
-start_frame, stop_frame (zero-based, stop exclusive) in native frames. Lines count from 1, the header.
+start_frame, stop_frame (zero-based, stop exclusive) in native frames; fps, the frames per second of folders of frames.
+Lines count from 1, the header.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from mbcd_cli.data.media.arrays import load_npy
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.table import Table, inside, lines_error, name_faults, path_fault, read_bytes
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
-from mbcd_cli.errors import ManifestError
+from mbcd_cli.errors import ManifestError, MediaError
 from mbcd_cli.settings import DatasetSettings, Modality, default_modality, infer_kind
 
 REQUIRED = ("id", "domain", "split", "label")
@@ -27,6 +30,28 @@ SPANS = {
     "stop": ("stop", "s"),
     "stop_s": ("stop", "s"),
     "stop_frame": ("stop", "frame"),
+}
+RATE = "fps"
+"""Column with the frames per second of a row's folders of frames; files have times of their own."""
+# What a column holds by its files' names, where they say it.
+_SUFFIXES: dict[str, tuple[str, ...]] = {
+    "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".mts", ".vob"),
+    "audio": (
+        ".wav",
+        ".flac",
+        ".mp3",
+        ".ogg",
+        ".oga",
+        ".opus",
+        ".aiff",
+        ".aif",
+        ".m4a",
+        ".wma",
+        ".aac",
+        ".caf",
+        ".w64",
+    ),
+    "array": (".npy",),
 }
 # How the second direction of a flow pair is named from the first, on the whole path.
 _PAIRS = (
@@ -51,7 +76,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     found = parse(Table(read_bytes(path)), dataset, modalities, root=root, path=path)
     domains = _domains(found.clips, dataset, path)
     clips = [clip for clip in found.clips if clip.domain in domains]
-    warnings = _check_splits(clips, domains, path)
+    warnings = _lacking_splits(clips, domains)
     labels, without = _label_names(clips, found.names, dataset)
     return Listing(
         name=dataset.name or default_name(root, path),
@@ -82,7 +107,7 @@ def parse(
     Raises:
         ManifestError: the header is wrong, there is no row, or rows are wrong; all bad lines are listed together.
     """
-    columns = _columns(table, dataset, modalities, path)
+    columns = _columns(table, dataset, modalities, root=root, path=path)
     reader = _Rows(columns, dataset, root)
     clips = [clip for line, cells in table.rows if (clip := reader.clip(line, cells)) is not None]
     problems = sorted(table.problems + reader.problems)
@@ -128,11 +153,38 @@ class _Columns:
     spans: list[tuple[str, int, str]]
     modalities: dict[str, Modality]
     clock: int | None
+    rate: int | None
     flow_from: dict[str, int]
     notes: list[str] = field(default_factory=list)
 
 
-def _columns(table: Table, dataset: DatasetSettings, asked: Mapping[str, Modality], path: Path) -> _Columns:
+def _kind_of(name: str, cells: list[str], root: Path) -> str | None:
+    """Kind of a column: its files' names decide, where all say the same, before its own name does."""
+    named = infer_kind(name)
+    suffixes = {PurePosixPath(cell.split("|")[0]).suffix.lower() for cell in cells}
+    told = next((kind for kind, known in _SUFFIXES.items() if suffixes and suffixes <= set(known)), None)
+    if told == "video" and named in ("flow", "audio"):
+        return named  # flow is stored as video, and video files hold sound
+    if told == "array" and named == "flow":
+        return "flow" if _dimensions(cells, root) in (None, 4) else "array"
+    return told or named
+
+
+def _dimensions(cells: list[str], root: Path) -> int | None:
+    """Dimensions of the first array that can be read."""
+    for cell in cells:
+        path = inside(root, cell)
+        if path is not None:
+            try:
+                return load_npy(path).ndim
+            except MediaError:
+                continue
+    return None
+
+
+def _columns(
+    table: Table, dataset: DatasetSettings, asked: Mapping[str, Modality], *, root: Path, path: Path
+) -> _Columns:
     header = table.header
     bad_header = [text for line, text in table.problems if line == 1]
     if bad_header:
@@ -155,11 +207,13 @@ def _columns(table: Table, dataset: DatasetSettings, asked: Mapping[str, Modalit
         problems.append("start or stop is given twice")
     kinds: dict[str, str] = {}
     for name in header:
-        if name in ("", "label_name", *REQUIRED) or name in SPANS or name in kinds:
+        if name in ("", "label_name", RATE, *REQUIRED) or name in SPANS or name in kinds:
             continue
-        values = [cells[at[name]] for _, cells in table.rows if len(cells) > at[name] and cells[at[name]]]
-        arrays = bool(values) and all(value.lower().endswith(".npy") for value in values)
-        kind = asked[name].kind if name in asked else infer_kind(name) or ("array" if arrays else None)
+        if name in asked and asked[name] != default_modality(name):
+            kind = asked[name].kind
+        else:  # nobody said more than its name
+            values = [cells[at[name]] for _, cells in table.rows if len(cells) > at[name] and cells[at[name]]]
+            kind = _kind_of(name, values, root) or (asked[name].kind if name in asked else None)
         if kind is None:
             problems.append(
                 f"unknown column {name!r}: if it is a modality, say of which kind "
@@ -167,7 +221,10 @@ def _columns(table: Table, dataset: DatasetSettings, asked: Mapping[str, Modalit
             )
         else:
             kinds[name] = kind
-    modalities = dict(asked) or {name: default_modality(name, kind) for name, kind in kinds.items()}
+    modalities = {
+        name: default_modality(name, kinds[name]) if kinds.get(name, settings.kind) != settings.kind else settings
+        for name, settings in asked.items()
+    } or {name: default_modality(name, kind) for name, kind in kinds.items()}
     video = next((n for n in kinds if kinds[n] == "video" and n in modalities), None) or next(
         (n for n in kinds if kinds[n] == "video"), None
     )
@@ -199,6 +256,7 @@ def _columns(table: Table, dataset: DatasetSettings, asked: Mapping[str, Modalit
         spans=[(SPANS[name][0], at[name], SPANS[name][1]) for name in header if name in SPANS],
         modalities=modalities,
         clock=at[video] if video is not None else None,
+        rate=at.get(RATE),
         flow_from=flow_from,
         notes=notes,
     )
@@ -227,7 +285,9 @@ class _Rows:
             return None
         at = self.columns.at
         found: list[str] = []
-        identity, domain, split = cells[at["id"]], cells[at["domain"]], cells[at["split"]]
+        # One name has several spellings in Unicode, which look the same.
+        identity, domain = (unicodedata.normalize("NFC", cells[at[name]]) for name in ("id", "domain"))
+        split = cells[at["split"]]
         found += name_faults("id", identity)
         found += name_faults("domain", domain)
         if "," in domain:
@@ -237,9 +297,9 @@ class _Rows:
         if split not in SPLITS:
             found.append(f"split {split!r} is neither train nor test")
         label = self._label(cells[at["label"]], found)
-        named = cells[at["label_name"]] if "label_name" in at else ""
+        named = unicodedata.normalize("NFC", cells[at["label_name"]]) if "label_name" in at else ""
         span = self._span(cells, found)
-        media = self._media(cells, span, found)
+        media = self._rated(cells, self._media(cells, span, found), found)
         if not found and label is not None and named:
             self._check_name(label, named, line, found)
         if identity:
@@ -327,6 +387,34 @@ class _Rows:
                 media[name] = replace(media[name], clock=guide.path, computed=guide.computed)
         return media
 
+    def _rated(self, cells: list[str], media: dict[str, Media], found: list[str]) -> dict[str, Media]:
+        """The media of a row, with the rate of those that are folders of frames."""
+        cell = "" if self.columns.rate is None else cells[self.columns.rate]
+        if not cell:
+            return media
+        try:
+            rate = float(cell)
+        except ValueError:
+            rate = math.nan
+        if not (math.isfinite(rate) and rate > 0):
+            found.append(f"{RATE} {cell!r} is not a number of frames per second")
+            return media
+        timed = {
+            name: replace(one, rate=rate)
+            for name, one in media.items()
+            if _is_folder(one.path) or (one.clock is not None and _is_folder(one.clock))
+        }
+        if media and not timed:
+            found.append(f"{RATE} {cell} is given, and the row names no folder of frames: files have their own times")
+        return media | timed
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir() or not (path.suffix or path.exists())
+    except OSError:  # said when the clip is decoded
+        return True
+
 
 def _flow_files(cell: str) -> list[str]:
     """The files of a flow cell: `u|v`, one .npy, the first of a pair named by a rule, or a folder with u and v."""
@@ -347,27 +435,24 @@ def _flow_files(cell: str) -> list[str]:
 
 def _domains(clips: list[Clip], dataset: DatasetSettings, path: Path) -> tuple[str, ...]:
     known = tuple(dict.fromkeys(clip.domain for clip in clips))
-    unknown = [name for name in dataset.domains if name not in known]
+    asked = tuple(dict.fromkeys(unicodedata.normalize("NFC", name) for name in dataset.domains))
+    unknown = [name for name in asked if name not in known]
     if unknown:
         raise ManifestError(
             f"{path}: there is no domain {', '.join(map(repr, unknown))}.", f"It has: {', '.join(known)}."
         )
-    return tuple(dict.fromkeys(dataset.domains)) or known
+    return asked or known
 
 
-def _check_splits(clips: list[Clip], domains: tuple[str, ...], path: Path) -> list[str]:
-    """A domain without training clips is an error; one without test clips can still be a source, which is said."""
+def _lacking_splits(clips: list[Clip], domains: tuple[str, ...]) -> list[str]:
+    """Domains with clips of one split only: what they can still be used for is said."""
     present = {(clip.domain, clip.split) for clip in clips}
-    untrained = [domain for domain in domains if (domain, "train") not in present]
-    if untrained:
-        lines = "\n".join(f"  domain {domain!r} has no clips of the train split" for domain in untrained)
-        raise ManifestError(
-            f"{path}: a split is missing.\n{lines}", "Add such rows, or choose domains with --set dataset.domains=..."
-        )
+    lacking = {"train": "it cannot be a source", "test": "it can be neither validated on nor a target"}
     return [
-        f"domain {domain} has no clips of the test split: it can be neither validated on nor a target"
+        f"domain {domain} has no clips of the {split} split: {consequence}"
+        for split, consequence in lacking.items()
         for domain in domains
-        if (domain, "test") not in present
+        if (domain, split) not in present
     ]
 
 

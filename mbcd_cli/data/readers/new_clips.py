@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from mbcd_cli.data.readers import Listing
-from mbcd_cli.data.readers.manifest import REQUIRED, SPANS, default_name, locate, parse
+from mbcd_cli.data.readers.manifest import RATE, REQUIRED, SPANS, default_name, locate, parse
 from mbcd_cli.data.readers.table import Table, name_faults, read_bytes
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings, Modality, infer_kind
@@ -106,7 +106,7 @@ def _completed(
 
 def _is_known(name: str, modalities: Mapping[str, Modality]) -> bool:
     return (
-        name in (*REQUIRED, "label_name")
+        name in (*REQUIRED, "label_name", RATE)
         or name in SPANS
         or name in modalities
         or (bool(name) and infer_kind(name) is not None)

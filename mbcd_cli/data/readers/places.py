@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,19 @@ from typing import Any
 from mbcd_cli.errors import ManifestError, SettingsError
 from mbcd_cli.settings import DatasetSettings, Modality, default_modality
 
+_ARCHIVES = (".tar", ".tar.gz", ".zip")
+
 
 class Disk:
-    """Answers "is it there" from directory listings, each read once: 10,000 clips share a few folders."""
+    """Answers "is it there" from directory listings, each read once: 10,000 clips share a few folders.
+
+    Attributes:
+        denied: folders asked for that may not be read.
+    """
 
     def __init__(self) -> None:
         self._names: dict[str, frozenset[str]] = {}
-        self._exists: dict[str, bool] = {}
+        self.denied: list[str] = []
 
     def names(self, folder: str) -> frozenset[str]:
         """Names in a folder; none when there is no such folder."""
@@ -26,15 +33,18 @@ class Disk:
             try:
                 with os.scandir(folder) as entries:
                     self._names[folder] = frozenset(entry.name for entry in entries)
-            except OSError:
+            except OSError as error:
                 self._names[folder] = frozenset()
+                if isinstance(error, PermissionError):
+                    self._deny(folder)
         return self._names[folder]
 
-    def exists(self, path: str) -> bool:
-        """Whether a file is there, without listing its folder (which may hold 100,000 frames)."""
-        if path not in self._exists:
-            self._exists[path] = Path(path).exists()
-        return self._exists[path]
+    def _deny(self, folder: str) -> None:
+        at = Path(folder)
+        while at.parent != at and not os.access(at.parent, os.X_OK):  # the one at fault lies above
+            at = at.parent
+        if str(at) not in self.denied:
+            self.denied.append(str(at))
 
     def has(self, path: str) -> bool:
         """Whether a file or folder is there, from its folder's listing."""
@@ -65,11 +75,24 @@ class Found:
         places: per row (base folder, place); the likeliest one where nothing was found.
         hits: (base folder, place) -> clips found there, most first.
         missing: rows for which nothing was found.
+        archives: files beside the places of those rows that are still to be unpacked.
+        denied: folders looked into that may not be read.
     """
 
     places: list[tuple[str, Place]] = field(default_factory=list)
     hits: Counter[tuple[str, Place]] = field(default_factory=Counter)
     missing: int = 0
+    archives: list[str] = field(default_factory=list)
+    denied: list[str] = field(default_factory=list)
+
+    @property
+    def why_missing(self) -> str:
+        """What stands against the missing rows' media, and the remedy; empty where nothing is known."""
+        causes = []
+        for texts, what in ((self.denied, "give yourself the right to read"), (self.archives, "unpack")):
+            if texts:
+                causes.append(f"; {what} {texts[0]}" + (f" and {len(texts) - 1} more" if len(texts) > 1 else ""))
+        return "".join(causes)
 
 
 def locate(rows: Sequence[Mapping[str, Any]], places: Sequence[Place], bases: Sequence[Path], disk: Disk) -> Found:
@@ -92,6 +115,11 @@ def locate(rows: Sequence[Mapping[str, Any]], places: Sequence[Place], bases: Se
     likeliest = found.hits.most_common(1)[0][0] if found.hits else (str(bases[0]), places[0])
     found.places = [pick or likeliest for pick in picks]
     found.missing = sum(pick is None for pick in picks)
+    if found.missing:
+        lacking = [row for row, pick in zip(rows, picks, strict=True) if pick is None]
+        paths = dict.fromkeys(path_of(c, row).removesuffix("/u") for c in candidates for row in lacking)
+        found.archives = [path + end for path in paths for end in _ARCHIVES if disk.has(path + end)]
+        found.denied = list(disk.denied)
     return found
 
 
@@ -188,8 +216,11 @@ def by_kind(modalities: Mapping[str, Modality]) -> dict[str, tuple[str, Modality
 
 def check_label(value: str, classes: int) -> int | None:
     """A label from 0 to classes - 1, or None."""
-    try:
-        label = int(value)
-    except ValueError:
-        return None
-    return label if 0 <= label < classes else None
+    label = whole_number(value)
+    return label if label is not None and 0 <= label < classes else None
+
+
+def whole_number(cell: str) -> int | None:
+    """Of a cell: "122", and "122.0" as tables are written that were columns of floats; None of anything else."""
+    match = re.fullmatch(r"\s*([+-]?\d{1,15})(?:\.0*)?\s*", cell)
+    return int(match[1]) if match else None

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
+from stat import S_ISDIR
 
+import numpy as np
+
+from mbcd_cli.data.media.checks import unreadable
+from mbcd_cli.data.media.folders import folder_span, frames_of
 from mbcd_cli.data.readers import Listing
-from mbcd_cli.data.readers.places import Disk
 from mbcd_cli.data.records import Media
-
-_NUMBERED = re.compile(r"(.*?)(\d+)(\.(?:jpe?g|png))$", re.IGNORECASE)
+from mbcd_cli.errors import MediaError
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """A clip of which something is missing: its id, how many of how many files, and the first of them."""
+    """A clip of which something is missing.
+
+    Attributes:
+        clip: its id.
+        missing, expected: how many of how many files.
+        first: path of the first of them.
+        cause: why that cannot be used, where it is there.
+        share: the largest share of one of its folders (or files) that is missing.
+    """
 
     clip: str
     missing: int
     expected: int
     first: str
+    cause: str = ""
+    share: float = 1.0
 
 
 @dataclass(slots=True)
@@ -52,66 +62,56 @@ def check_media(listing: Listing) -> dict[str, Presence]:
     Returns:
         Modality -> `Presence`.
     """
-    disk, result = Disk(), {}
+    result = {}
     for name in listing.modalities:
         presence = result[name] = Presence()
         # Clips of one folder follow each other, so that few listings (a recording may have 100,000 frames) are held.
         for clip in sorted((c for c in listing.clips if name in c.media), key=lambda c: str(c.media[name].path)):
-            expected, missing, first = _missing(clip.media[name], disk)
+            gap = _gap(clip.id, clip.media[name])
             presence.clips += 1
-            presence.files += expected
-            presence.files_missing += missing
-            presence.complete += not missing
-            presence.absent += missing == expected
-            if missing:
-                presence.gaps.append(Gap(clip.id, missing, expected, first))
+            presence.files += gap.expected
+            presence.files_missing += gap.missing
+            presence.complete += not gap.missing
+            presence.absent += gap.missing == gap.expected
+            if gap.missing:
+                presence.gaps.append(gap)
     return result
 
 
-def _missing(media: Media, disk: Disk) -> tuple[int, int, str]:
-    """(files expected, files missing, the first missing one)."""
-    total, absent, first = 0, 0, ""
+def _gap(clip: str, media: Media) -> Gap:
+    """What of one clip is missing; nothing where `missing` is 0."""
+    expected, missing, first, why, share = 0, 0, "", "", 0.0
     for path in (media.path, media.path_v):
         if path is None:
             continue
-        if disk.has(str(path)) and not path.suffix and path.is_dir():
-            expected, missing, name = _frames(path, media)
-        else:
-            # In a folder that is not there all frames are missing.
-            inside = int(media.stop) - int(media.start or 0) if media.unit == "frame" and media.stop is not None else 1
-            there = disk.has(str(path)) and _size(path) > 0
-            expected, missing, name = (1, 0, "") if there else (inside, inside, "")
-        total += expected
-        absent += missing
-        if missing and not first:
-            first = str(path / name)
-    return total, absent, first
+        wanted, lacking, name, cause = _files(path, media)
+        expected += wanted
+        missing += lacking
+        share = max(share, lacking / wanted)
+        if lacking and not first:
+            first, why = name, cause
+    return Gap(clip, missing, expected, first, why, share)
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file (a download that was cut off at once leaves none); a folder counts as one."""
+def _files(path: Path, media: Media) -> tuple[int, int, str, str]:
+    """(files expected, files missing, the first missing one, why it cannot be used where it is not merely missing)."""
+    # In a folder that is not there, or of which the frames cannot be told, all frames are missing.
+    inside = int(media.stop) - int(media.start or 0) if media.unit == "frame" and media.stop is not None else 1
     try:
         found = path.stat()
-    except OSError:
-        return 0
-    return found.st_size or int(path.is_dir())
-
-
-@lru_cache(maxsize=4)
-def _listing(folder: Path) -> tuple[frozenset[str], str, int, str]:
-    """Names in a folder of frames, and their prefix, number of digits and suffix."""
-    with os.scandir(folder) as entries:
-        names = frozenset(entry.name for entry in entries)
-    match = next((m for m in map(_NUMBERED.match, names) if m), None)
-    return (names, match[1], len(match[2]), match[3]) if match else (names, "frame_", 10, ".jpg")
-
-
-def _frames(folder: Path, media: Media) -> tuple[int, int, str]:
-    """(frames expected, frames missing, name of the first missing one)."""
-    names, prefix, digits, suffix = _listing(folder)
-    if media.unit != "frame" or media.stop is None:
-        return 1, int(not names), ""
-    base = 0 if f"{prefix}{0:0{digits}d}{suffix}" in names else 1  # as the decoder counts (data.media.folder_span)
-    span = range(base + int(media.start or 0), base + int(media.stop))
-    missing = [name for n in span if (name := f"{prefix}{n:0{digits}d}{suffix}") not in names]
-    return len(span), len(missing), missing[0] if missing else ""
+        if not S_ISDIR(found.st_mode):
+            there = found.st_size > 0  # a download that was cut off at once leaves none
+            return (1, 0, "", "") if there else (inside, inside, str(path), "")
+        frames = frames_of(path)
+        first, last = folder_span(media, frames)
+    except (FileNotFoundError, NotADirectoryError):
+        return inside, inside, str(path), ""
+    except OSError as error:
+        return inside, inside, str(path), unreadable(path, error).cause
+    except MediaError as error:
+        return inside, inside, error.file, error.cause
+    count, present = last - first, frames.present(first, last)
+    if len(present) == count:
+        return count, 0, "", ""
+    gap = int(np.setdiff1d(np.arange(first, last), present)[0])
+    return count, count - len(present), str(path / frames.name(gap)), ""

@@ -6,12 +6,16 @@ import csv
 import posixpath
 import re
 import unicodedata
+from io import StringIO
 from pathlib import Path
 
 from mbcd_cli.errors import ManifestError
 
 _LISTED = 200
 _REMEDY = "Correct these lines (they count from 1, the header); nothing was written."
+
+
+_LINES_OF_ROW = 100
 
 
 class Table:
@@ -27,27 +31,53 @@ class Table:
         self.problems: list[tuple[int, str]] = []
         self.rows: list[tuple[int, list[str]]] = []
         self.header: list[str] = []
-        lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        for number, raw in enumerate(lines, start=1):
-            cells = self._cells(number, raw.rstrip(b"\r"))
+        lines = re.split(rb"\r\n|\n|\r", data.removeprefix(b"\xef\xbb\xbf"))
+        at = 0
+        while at < len(lines):
+            number, joined = at + 1, self._joined(lines, at)
+            cells = self._cells(number, b"\n".join(lines[at : at + joined]))
+            at += joined
             if number == 1:
                 self.header = cells or []
-            elif cells:
+            elif cells and any(cells):  # spreadsheets leave lines of empty cells
                 self.rows.append((number, cells))
+
+    def _joined(self, lines: list[bytes], at: int) -> int:
+        """How many lines a row takes: a quoted cell may hold line ends. A quote left open spoils its own line only."""
+        quotes = 0
+        for count, line in enumerate(lines[at : at + _LINES_OF_ROW], start=1):
+            quotes += line.count(b'"')
+            if quotes % 2 == 0:
+                if count > 1 and len(_split(b"\n".join(lines[at : at + count])) or ()) != len(self.header):
+                    break
+                return count
+        return 1
 
     def _cells(self, number: int, raw: bytes) -> list[str] | None:
         if not raw.strip():
             return None
         try:
-            (cells,) = csv.reader([raw.decode("utf-8")], strict=True)
+            cells = _split(raw, strict=True)
         except UnicodeDecodeError as error:
             byte = raw[error.start]
             self.problems.append((number, f"not UTF-8 (byte 0x{byte:02X} at column {error.start + 1})"))
             return None
         except (csv.Error, ValueError) as error:
-            self.problems.append((number, f"not CSV ({error})"))
+            cause = "a quote is not closed" if "unexpected end of data" in str(error) else f"not CSV ({error})"
+            self.problems.append((number, cause))
             return None
-        return [cell.strip() for cell in cells]
+        return cells
+
+
+def _split(raw: bytes, *, strict: bool = False) -> list[str] | None:
+    """Cells of one row; None where it is none, or with `strict` the error that it raises."""
+    try:
+        (cells,) = csv.reader(StringIO(raw.decode("utf-8"), newline=""), strict=True)
+    except (csv.Error, ValueError):
+        if strict:
+            raise
+        return None
+    return [re.sub(r"\s*[\r\n]+\s*", " ", cell.strip()) for cell in cells]
 
 
 def read_bytes(path: Path) -> bytes:

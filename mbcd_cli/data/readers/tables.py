@@ -40,7 +40,7 @@ def read_csv(path: Path) -> Table:
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = [row for row in csv.reader(stream, strict=True) if row]
+            rows = [row for row in csv.reader(stream, strict=True) if any(cell.strip() for cell in row)]
     except OSError as error:
         raise ManifestError(f"{path}: cannot be read ({error.strerror}).", "Check its permissions.") from None
     except (UnicodeDecodeError, csv.Error) as error:

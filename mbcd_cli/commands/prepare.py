@@ -37,7 +37,7 @@ from mbcd_cli.data.online import describe_media
 from mbcd_cli.data.ranks import free_bytes, locked, ranks_of, wait_for
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
-from mbcd_cli.data.views import resolve
+from mbcd_cli.data.survey import survey
 from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.errors import CacheError, CheckpointError
 from mbcd_cli.runtime import pick_device
@@ -55,10 +55,7 @@ def read_listing(settings: Settings) -> Listing:
     if settings.model.modalities:
         wanted = {name: wanted.get(name) or default_modality(name) for name in settings.model.modalities}
     listing = read_dataset(settings.dataset, wanted)
-    listing.modalities = {
-        name: resolve(modality, [clip.media[name] for clip in listing.clips if name in clip.media])
-        for name, modality in listing.modalities.items()
-    }
+    survey(listing)
     return listing
 
 
@@ -201,19 +198,23 @@ def _prepare_modality(
             Decoder(workers=settings.cache.workers, job=job) as decoder,
             console.progress(name if ranks.world == 1 else f"{name} (rank {ranks.rank})", total) as ticker,
         ):
-            Filler(writer, decoder, clips, views, trunk, plan.shapes, device).run(pending, ticker)
+            filler = Filler(writer, decoder, clips, views, trunk, plan.shapes, device)
+            filler.run(pending, ticker)
         if not ranks.main:
             return {}
         wait_for(writer.pending, tell=console.say)
         for file, weights in frozen.weights.items():
             save_weights(folder / file, weights)
-        finished = writer.finish(listing.rejected)
+        lost = "; ".join(filter(None, map(str, filler.roundings.values())))
+        finished = writer.finish(listing.rejected, lost=lost)
     found, mended = finished.rejected, finished.mended
     rejected.extend(found)
     if mended:
         console.warn(
             f"{name}: {len(mended)} clips were mended while decoding, the first {mended[0][0]}: {mended[0][1]}"
         )
+    if finished.lost:
+        console.warn(f"{name}: {finished.lost}. --set cache.dtype=float32 keeps them as they are.")
     state = "reused" if not missing else "prepared"
     seconds = time.monotonic() - started
     nbytes = sum(path.stat().st_size for path in folder.glob("shard-*.h5"))
@@ -229,6 +230,7 @@ def _prepare_modality(
         "bytes": nbytes,
         "bytes_per_view": row_bytes(plan.shapes["train"]),
         "int8_error": finished.error,
+        "float16_loss": finished.lost,
         "mended": [{"clip": clip, "note": note} for clip, note in mended],
         "shards": len(writer.shards),
         "shards_reused": len(writer.shards) - len(missing),

@@ -231,7 +231,9 @@ class ArrayModality(ModalityBase):
     encoder: str = "array-mlp"
     """Encoder that reads this modality; `mbcd list encoders` shows them."""
     length: Count | None = None
-    """Steps of a sequence: longer ones are cut, shorter ones padded with zeros; none means vectors."""
+    """Steps of every sequence; default: those of the longest file. Vectors have none."""
+    fit: Literal["pad", "sample"] = "pad"
+    """How a sequence gets to `length`: cut or padded with zeros at its end, or sampled at `length` even moments."""
     dimension: Count | None = None
     """Values per vector or step; default: read from the first file."""
     noise: NonNegative = 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -20,13 +20,14 @@ from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of
 from mbcd_cli.data.media.decoding import Decoded, Decoder
 from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
 from mbcd_cli.data.records import Clip
+from mbcd_cli.data.rounding import Rounding
 from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
 from mbcd_cli.encoders.staged import TOGETHER, Trunk
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import written
-from mbcd_cli.settings import Modality, Settings
+from mbcd_cli.settings import ArrayModality, Modality, Settings
 
 Shapes = list[tuple[tuple[int, ...], np.dtype]]
 
@@ -120,6 +121,7 @@ class Filler:
         clips, views: all clips of the dataset, and the views stored of each (none: only tried).
         trunk: the frozen stages, on `device`.
         shapes: of a row, per group.
+        roundings: what float16 takes from arrays and trunk outputs, per part.
     """
 
     writer: CacheWriter
@@ -129,6 +131,7 @@ class Filler:
     trunk: Trunk
     shapes: dict[str, Shapes]
     device: torch.device
+    roundings: dict[int, Rounding] = field(default_factory=dict)
 
     def run(self, numbers: Sequence[int], ticker: console.Ticker) -> None:
         """Fill the shards `numbers`.
@@ -218,6 +221,8 @@ class Filler:
                 with np.errstate(over="ignore"):
                     target[at] = source
                 finite = target.dtype.kind != "f" or np.isfinite(target[at]).all()
+                if finite and target.dtype == np.float16:
+                    self._note_rounding(number, source, target[at])
             if not finite:
                 names = ", ".join(dict.fromkeys(self.clips[index].id for index, _, _ in found))
                 raise CacheError(
@@ -225,6 +230,15 @@ class Filler:
                 )
         rows.clips[at] = [index for index, _, _ in found]
         rows.views[at] = [view for _, view, _ in found]
+
+    def _note_rounding(self, number: int, source: np.ndarray, stored: np.ndarray) -> None:
+        """Collects what float16 takes from part `number`; spectrograms are standardised, and have nothing to lose."""
+        if self.trunk.names:  # the columns are channels; one row of those that went through together tells enough
+            source, stored = (np.moveaxis(rows[:1], 1, -1) for rows in (source, stored))
+        elif not isinstance(self.writer.modality, ArrayModality):
+            return
+        columns = source.shape[-1]
+        self.roundings.setdefault(number, Rounding()).add(source.reshape(-1, columns), stored.reshape(-1, columns))
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:

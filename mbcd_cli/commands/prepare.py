@@ -40,7 +40,7 @@ from mbcd_cli.data.online import describe_media
 from mbcd_cli.data.ranks import free_bytes, locked
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
-from mbcd_cli.data.views import resolve
+from mbcd_cli.data.survey import survey
 from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.errors import CacheError, CheckpointError, ManifestError
 from mbcd_cli.processes import this_process, wait_for
@@ -67,10 +67,7 @@ def read_listing(settings: Settings) -> Listing:
             "\n".join([f"{', '.join(absent)}: asked for, and not in the dataset.", *(f"  {line}" for line in reasons)]),
             "Complete the dataset, or leave it out of --modalities.",
         )
-    listing.modalities = {
-        name: resolve(modality, [clip.media[name] for clip in listing.clips if name in clip.media])
-        for name, modality in listing.modalities.items()
-    }
+    survey(listing)
     return listing
 
 
@@ -226,7 +223,8 @@ def _prepare_modality(
             Decoder(workers=settings.cache.workers, job=job) as decoder,
             console.progress(name if place.world == 1 else f"{name} (rank {place.rank})", total) as ticker,
         ):
-            Filler(writer, decoder, clips, views, trunk, plan.shapes, device).run(pending, ticker)
+            filler = Filler(writer, decoder, clips, views, trunk, plan.shapes, device)
+            filler.run(pending, ticker)
         if not place.main:
             return {}
         wait_for(
@@ -238,7 +236,8 @@ def _prepare_modality(
         )
         for file, weights in frozen.weights.items():
             save_weights(folder / file, weights)
-        finished = writer.finish(listing.rejected)
+        lost = "; ".join(filter(None, map(str, filler.roundings.values())))
+        finished = writer.finish(listing.rejected, lost=lost)
         if len(finished.rejected) == len(clips):  # nothing that anybody could use, and in the way of a right one
             shutil.rmtree(folder)
     found, mended = finished.rejected, finished.mended
@@ -247,6 +246,8 @@ def _prepare_modality(
         console.warn(
             f"{name}: {len(mended)} clips were mended while decoding, the first {mended[0][0]}: {mended[0][1]}"
         )
+    if finished.lost:
+        console.warn(f"{name}: {finished.lost}. --set cache.dtype=float32 keeps them as they are.")
     gone = {r.clip for r in found}
     kept = sum(len(wanted) for clip, wanted in zip(clips, views, strict=True) if clip.id not in gone)
     state = "reused" if not missing else "prepared"
@@ -264,6 +265,7 @@ def _prepare_modality(
         "bytes": nbytes,
         "bytes_per_view": row_bytes(plan.shapes["train"]),
         "int8_error": finished.error,
+        "float16_loss": finished.lost,
         "mended": [{"clip": clip, "note": note} for clip, note in mended],
         "shards": len(writer.shards),
         "shards_reused": len(writer.shards) - len(missing),

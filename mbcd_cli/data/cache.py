@@ -226,11 +226,13 @@ class Finished:
     Attributes:
         rejected, mended: as in `Shard`.
         error: root of the mean squared int8 error relative to that of the values; None where nothing is int8.
+        lost: what float16 took from the values, in words; empty where that is next to nothing.
     """
 
     rejected: list[Rejected]
     mended: list[tuple[str, str]]
     error: float | None
+    lost: str = ""
 
 
 class CacheWriter:
@@ -313,11 +315,12 @@ class CacheWriter:
             _write_rejected(file, shard.rejected)
             _write_mended(file, shard.mended)
 
-    def finish(self, unlisted: Sequence[Rejected] = ()) -> Finished:
+    def finish(self, unlisted: Sequence[Rejected] = (), *, lost: str = "") -> Finished:
         """Write the index over all shards; return what they report.
 
         Args:
             unlisted: clips that the reader already rejected; recorded beside the others.
+            lost: what float16 takes from the rows that this process wrote; what an earlier one found is kept.
 
         Raises:
             CacheError: a shard is missing or unreadable.
@@ -344,6 +347,7 @@ class CacheWriter:
                 raise CacheError(
                     f"Shard {self.shard_path(number)} cannot be read: {error}.", "Delete it and prepare again."
                 ) from error
+        lost = lost or self._lost_before()
         with written_hdf5(self.folder / "index.h5", libver="latest", place="--cache-dir") as file:
             file.attrs["format"] = FORMAT
             file.attrs["recipe"] = json.dumps(self.recipe, sort_keys=True)
@@ -351,6 +355,7 @@ class CacheWriter:
             file.attrs["listing"] = listing_digest(self.clips)
             file.attrs["prepared_at"] = datetime.now(UTC).isoformat()
             file.attrs["mbcd_version"] = __version__
+            file.attrs["float16_loss"] = lost
             for key, value in self.provenance.items():
                 file.attrs[key] = str(value)
             if self.online is not None:
@@ -368,4 +373,11 @@ class CacheWriter:
                 rows.create_dataset(key, data=np.concatenate(values))
             _write_rejected(file, [*unlisted, *rejected])
             _write_mended(file, mended)
-        return Finished(rejected, mended, float(np.sqrt(errors[0] / errors[1])) if errors[1] else None)
+        return Finished(rejected, mended, float(np.sqrt(errors[0] / errors[1])) if errors[1] else None, lost)
+
+    def _lost_before(self) -> str:
+        try:
+            with h5py.File(self.folder / "index.h5", "r") as file:
+                return str(file.attrs.get("float16_loss", ""))
+        except OSError:
+            return ""

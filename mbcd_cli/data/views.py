@@ -9,7 +9,7 @@ Letters: T frames, H W pixels, F frequency bins, S spectrogram columns, D values
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import cv2
@@ -93,8 +93,10 @@ def load_views(
             (audio_view(*sounds[span], settings, rng, shared[span]),)
             for span, rng in zip(spans, generators, strict=True)
         ]
-    array = _fit(read_array(media), settings, media)
-    return [(_noisy(array, settings, rng),) for rng in generators]
+    array = _shaped(read_array(media, notes), settings, media)
+    if settings.length is not None and settings.fit == "pad" and len(array) > settings.length and notes is not None:
+        notes.append(f"{media.path}: {len(array)} steps, cut to the first {settings.length}")
+    return [(_noisy(_fit(array, settings, rng), settings, rng),) for rng in generators]
 
 
 def view_generator(seed: int, clip: str, name: str, view: int) -> np.random.Generator:
@@ -107,7 +109,7 @@ def part_shapes(settings: Modality, *, test: bool = False) -> list[tuple[tuple[i
     """Shape and dtype of each part of a view, known without media.
 
     Args:
-        settings: resolved settings (`resolve`).
+        settings: resolved settings (`survey.resolve`).
         test: of the test view, which differs from a training view where `test_crop` is set.
 
     Raises:
@@ -127,29 +129,6 @@ def part_shapes(settings: Modality, *, test: bool = False) -> list[tuple[tuple[i
     return [((*steps, settings.dimension), np.dtype(np.float32))]
 
 
-def resolve(settings: Modality, media: Iterable[Media]) -> Modality:
-    """Settings with what only the files tell: the dimension and length of arrays, from the first readable file.
-
-    Raises:
-        MediaError: none of the files can be read; the error is the first one's.
-    """
-    if not isinstance(settings, ArrayModality) or settings.dimension is not None:
-        return settings
-    first: MediaError | None = None
-    for item in media:
-        try:
-            array = read_array(item)
-        except MediaError as error:
-            first = first or error
-            continue
-        if array.ndim == 1:
-            return settings.model_copy(update={"dimension": 1 if settings.length else len(array)})
-        return settings.model_copy(update={"dimension": array.shape[1], "length": settings.length or array.shape[0]})
-    if first is not None:
-        raise first
-    return settings
-
-
 # --- frames --------------------------------------------------------------------------------------------------------
 
 
@@ -163,8 +142,7 @@ def sample_indices(count: int, settings: FrameGeometry, rng: np.random.Generator
     """
     wanted, interval = settings.frames, settings.interval
     if interval == 0:
-        offsets = np.full(wanted, 0.5) if rng is None else rng.random(wanted)
-        return np.minimum(((np.arange(wanted) + offsets) * count / wanted).astype(np.int64), count - 1)
+        return _spread(count, wanted, rng)
     reference = settings.sampling == "reference"
     room = count - (wanted * interval if reference else (wanted - 1) * interval + 1)
     if room <= 0:
@@ -174,6 +152,12 @@ def sample_indices(count: int, settings: FrameGeometry, rng: np.random.Generator
     else:
         start = int(rng.integers(room + 1))
     return (start + interval * np.arange(wanted)) % count
+
+
+def _spread(count: int, wanted: int, rng: np.random.Generator | None) -> np.ndarray:
+    """The middle of each of `wanted` equal segments of `count` places, or a random place of it: [wanted] ascending."""
+    offsets = np.full(wanted, 0.5) if rng is None else rng.random(wanted)
+    return np.minimum(((np.arange(wanted) + offsets) * count / wanted).astype(np.int64), count - 1)
 
 
 def _frames_to_sample(count: int, settings: FrameGeometry, media: Media) -> int:
@@ -384,8 +368,8 @@ def _noisy_spectrogram(view: np.ndarray, settings: AudioModality, rng: np.random
 # --- arrays --------------------------------------------------------------------------------------------------------
 
 
-def _fit(array: np.ndarray, settings: ArrayModality, media: Media) -> np.ndarray:
-    """An array in the shape that the settings promise: [D], or [length, D] cut or padded with zeros."""
+def _shaped(array: np.ndarray, settings: ArrayModality, media: Media) -> np.ndarray:
+    """An array of the shape that the settings promise, but for its length: [D] or [T, D]."""
     wanted = f"[{settings.dimension}]" if settings.length is None else f"[T, {settings.dimension}]"
     if settings.length is not None and array.ndim == 1 and settings.dimension == 1:
         array = array[:, None]
@@ -396,8 +380,15 @@ def _fit(array: np.ndarray, settings: ArrayModality, media: Media) -> np.ndarray
             f"shape {list(array.shape)} where {wanted} is expected",
             "Store all files of a modality alike, or set modalities.NAME.dimension and .length.",
         )
+    return array
+
+
+def _fit(array: np.ndarray, settings: ArrayModality, rng: np.random.Generator | None) -> np.ndarray:
+    """[T, D] -> [`length`, D], as `fit` says; a vector [D] as it is."""
     if settings.length is None:
         return array
+    if settings.fit == "sample":
+        return array[_spread(len(array), settings.length, rng)]
     return np.pad(array[: settings.length], ((0, max(settings.length - len(array), 0)), (0, 0)))
 
 

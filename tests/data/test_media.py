@@ -9,7 +9,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import soundfile
 from helpers import (
     AV_DIGITS,
     frame_numbers,
@@ -25,7 +24,6 @@ from helpers import (
     write_video,
     write_wav,
 )
-from scipy.signal import resample_poly
 
 from mbcd_cli.data.media import video
 from mbcd_cli.data.media.arrays import read_array
@@ -466,141 +464,6 @@ def test_quantised_flow_range():
     values = np.array([-99.0, -20.0, -10.0, 0.0, 10.0, 20.0, 99.0])
     expected = [1, 1, round(128 - 63.5), 128, round(128 + 63.5), 255, 255]
     np.testing.assert_array_equal(quantise_flow(values, 20.0), expected)
-
-
-# --- sound ---------------------------------------------------------------------------------------------------------
-
-
-def test_sound_is_mixed_down(tmp_path):
-    left, right = tone(hertz=300), tone(hertz=700)
-    path = write_wav(tmp_path / "a.wav", np.stack([left, right], 1), subtype="FLOAT")
-    got, rate = read_audio(Media(path), dataset=DATASET)
-    assert rate == 8000
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, (left + right) / 2, atol=1e-6)
-
-
-def test_sound_spans(tmp_path):
-    samples = np.arange(8000) / 8000 - 0.5
-    path = write_wav(tmp_path / "a.wav", samples, subtype="FLOAT")
-    got, _ = read_audio(Media(path, start=0.25, stop=0.5), dataset=DATASET)
-    np.testing.assert_allclose(got, samples[2000:4000], atol=1e-6)
-    tail, _ = read_audio(Media(path, start=0.75, stop=1.05), dataset=REJECT)  # a rounded time stamp
-    assert len(tail) == 2000
-    long = Media(path, start=0.75, stop=2.0)
-    assert len(read_audio(long, dataset=DATASET)[0]) == 2000
-    assert "1.00 of 1.25 s lie after the end" in cause(lambda: read_audio(long, dataset=REJECT))
-    assert "after the end of the sound" in cause(lambda: read_audio(Media(path, start=1.5), dataset=DATASET))
-
-
-def test_sound_span_in_frames_follows_the_video(tmp_path):
-    samples = np.arange(16000) / 16000 - 0.5
-    wav = write_wav(tmp_path / "a.wav", samples, subtype="FLOAT")
-    video = write_video(tmp_path / "a.mp4", numbered_frames(24), fps=16)
-    media = Media(wav, start=4, stop=12, unit="frame", clock=video)
-    np.testing.assert_allclose(read_audio(media, dataset=DATASET)[0], samples[2000:6000], atol=1e-6)
-    whole = Media(wav, start=20, stop=24, unit="frame", clock=video)
-    np.testing.assert_allclose(read_audio(whole, dataset=DATASET)[0], samples[10000:12000], atol=1e-6)
-    lost = Media(wav, start=4, stop=12, unit="frame")
-    assert "in frames" in cause(lambda: read_audio(lost, dataset=DATASET))
-
-
-@pytest.mark.parametrize(("stored", "wanted"), [(44100, 16000), (8000, 16000), (16000, 8000)])
-def test_resampling(tmp_path, stored, wanted):
-    samples = tone(0.5, rate=stored, hertz=500)
-    path = write_wav(tmp_path / "a.wav", samples, rate=stored, subtype="DOUBLE")
-    got, rate = read_audio(Media(path), sample_rate=wanted, dataset=DATASET)
-    assert rate == wanted
-    assert len(got) == wanted // 2
-    inner = slice(400, -400)
-    np.testing.assert_allclose(got[inner], tone(0.5, rate=wanted, hertz=500)[inner], atol=5e-3)
-    common = np.gcd(stored, wanted)
-    np.testing.assert_allclose(got, resample_poly(samples, wanted // common, stored // common), atol=1e-5)
-
-
-def test_limited_reading_equals_reading_all(tmp_path):
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 40000)
-    path = write_wav(tmp_path / "a.wav", samples, rate=8000, subtype="FLOAT")
-    for rate in (None, 16000, 5000):
-        whole, _ = read_audio(Media(path), sample_rate=rate, dataset=DATASET)
-        some, _ = read_audio(Media(path), sample_rate=rate, limit=3000, dataset=DATASET)
-        np.testing.assert_allclose(some, whole[:3000], atol=1e-6)
-
-
-def test_bad_sound(tmp_path):
-    path = write_wav(tmp_path / "a.wav", tone(0.25))
-    data = path.read_bytes()
-    path.write_bytes(data[: 44 + 1001])
-    assert cause(lambda: read_audio(Media(path), dataset=DATASET)) == (
-        "cut short: its header claims 2000 samples, and 500 are there"
-    )
-    path.write_bytes(data[:44].replace(struct.pack("<I", 4000), struct.pack("<I", 0)))
-    assert "no samples" in cause(lambda: read_audio(Media(path), dataset=DATASET))
-    path.write_bytes(b"")
-    assert "empty" in cause(lambda: read_audio(Media(path), dataset=DATASET))
-    path.write_bytes(b"RIFF and then nothing of the kind")
-    assert "not a sound file" in cause(lambda: read_audio(Media(path), dataset=DATASET))
-    for value in (np.nan, np.inf):
-        samples = tone(0.25)
-        samples[7] = value
-        write_wav(path, samples, subtype="FLOAT")
-        assert cause(lambda: read_audio(Media(path), dataset=DATASET)).startswith("1 of 2000 samples are not finite")
-
-
-def test_streamed_wav_without_a_length_is_read(tmp_path):
-    path = write_wav(tmp_path / "a.wav", tone(0.25))
-    data = bytearray(path.read_bytes())
-    struct.pack_into("<I", data, 4, 0xFFFFFFFF)
-    struct.pack_into("<I", data, 40, 0xFFFFFFFF)
-    path.write_bytes(data)
-    assert len(read_audio(Media(path), dataset=DATASET)[0]) == 2000
-
-
-def test_truncated_flac(tmp_path):
-    path = tmp_path / "a.flac"
-    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 40000), 8000)
-    assert len(read_audio(Media(path), dataset=DATASET)[0]) == 40000
-    path.write_bytes(path.read_bytes()[:20000])
-    assert cause(lambda: read_audio(Media(path), dataset=DATASET))
-
-
-# --- arrays --------------------------------------------------------------------------------------------------------
-
-
-class Hostile:
-    def __reduce__(self):
-        return (pytest.fail, ("a pickle was executed",))
-
-
-def test_arrays(tmp_path):
-    values = np.random.default_rng(0).normal(size=(5, 3))
-    got = read_array(Media(write_array(tmp_path / "a.npy", values)))
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got, values, rtol=1e-6)
-    assert read_array(Media(write_array(tmp_path / "i.npy", np.arange(4, dtype=np.int16)))).tolist() == [0, 1, 2, 3]
-
-
-def test_bad_arrays(tmp_path):
-    def why(values: np.ndarray) -> str:
-        return cause(lambda: read_array(Media(write_array(tmp_path / "a.npy", values))))
-
-    assert "1 of 4 values are not finite" in why(np.array([0, np.nan, 1, 2]))
-    assert "shape" in why(np.zeros((2, 2, 2)))
-    assert "shape" in why(np.float64(3.0))
-    assert "no values" in why(np.zeros((0, 4)))
-    assert "real numbers" in why(np.array(["a", "b"]))
-    assert "real numbers" in why(np.array([1j]))
-    assert "not finite" in why(np.array([1e300]))  # does not fit float32
-    np.save(tmp_path / "p.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
-    assert "pickled" in cause(lambda: read_array(Media(tmp_path / "p.npy")))
-    (tmp_path / "q.npy").write_bytes(pickle.dumps(Hostile()))
-    assert cause(lambda: read_array(Media(tmp_path / "q.npy")))
-    data = write_array(tmp_path / "t.npy", np.zeros(100)).read_bytes()
-    (tmp_path / "t.npy").write_bytes(data[:300])
-    assert "cut short" in cause(lambda: read_array(Media(tmp_path / "t.npy")))
-    np.savez(tmp_path / "z.npz", a=np.zeros(3))
-    assert cause(lambda: read_array(Media(tmp_path / "z.npz")))
-    assert cause(lambda: read_array(Media(tmp_path / "none.npy"))) == "no such file"
 
 
 # --- the rest ------------------------------------------------------------------------------------------------------

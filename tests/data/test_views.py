@@ -29,7 +29,6 @@ from mbcd_cli.data.views import (
     fit_samples,
     load_views,
     part_shapes,
-    resolve,
     sample_indices,
     view_generator,
 )
@@ -391,51 +390,6 @@ def test_resampled_sound_gives_the_same_picture(tmp_path):
     assert a.shape == b.shape
     peak = a[0].mean(1).argmax()
     assert peak == b[0].mean(1).argmax() == round(440 / 8000 * 256)
-
-
-# --- arrays --------------------------------------------------------------------------------------------------------
-
-
-def test_vectors_and_sequences(tmp_path):
-    rng = np.random.default_rng(0)
-    vector, long, short = rng.normal(size=5), rng.normal(size=(9, 3)), rng.normal(size=(4, 3))
-    (got,) = load(clip_of("x", write_array(tmp_path / "v.npy", vector)), ArrayModality(dimension=5), [TEST_VIEW])
-    np.testing.assert_allclose(got, vector, rtol=1e-6)
-    settings = ArrayModality(dimension=3, length=6)
-    (cut,) = load(clip_of("x", write_array(tmp_path / "l.npy", long)), settings, [TEST_VIEW])
-    np.testing.assert_allclose(cut, long[:6], rtol=1e-6)
-    (padded,) = load(clip_of("x", write_array(tmp_path / "s.npy", short)), settings, [TEST_VIEW])
-    np.testing.assert_allclose(padded, np.concatenate([short, np.zeros((2, 3))]), rtol=1e-6)
-    with pytest.raises(MediaError, match=r"shape \[4, 3\] where \[5\]"):
-        load(clip_of("x", tmp_path / "s.npy"), ArrayModality(dimension=5), [TEST_VIEW])
-    with pytest.raises(MediaError, match=r"shape \[5\] where \[T, 3\]"):
-        load(clip_of("x", tmp_path / "v.npy"), settings, [TEST_VIEW])
-    one = ArrayModality(dimension=1, length=5)
-    assert load(clip_of("x", tmp_path / "v.npy"), one, [TEST_VIEW])[0].shape == (5, 1)
-
-
-def test_array_noise(tmp_path):
-    clip = clip_of("x", write_array(tmp_path / "v.npy", np.zeros(20000)))
-    settings = ArrayModality(dimension=20000, noise=0.3)
-    train, test = load(clip, settings, [0, TEST_VIEW])
-    assert train.std() == pytest.approx(0.3, rel=0.03)
-    assert train.dtype == np.float32
-    assert not test.any()
-
-
-def test_resolving_array_shapes(tmp_path):
-    vector = Media(write_array(tmp_path / "v.npy", np.zeros(7)))
-    sequence = Media(write_array(tmp_path / "s.npy", np.zeros((4, 3))))
-    lost = Media(tmp_path / "none.npy")
-    assert resolve(ArrayModality(), [lost, vector]) == ArrayModality(dimension=7)
-    assert resolve(ArrayModality(), [sequence]) == ArrayModality(dimension=3, length=4)
-    assert resolve(ArrayModality(length=9), [sequence]) == ArrayModality(dimension=3, length=9)
-    assert resolve(ArrayModality(length=9), [vector]) == ArrayModality(dimension=1, length=9)
-    fixed = ArrayModality(dimension=2)
-    assert resolve(fixed, [lost]) is fixed
-    assert resolve(VIDEO, [lost]) is VIDEO
-    with pytest.raises(MediaError, match="no such file"):
-        resolve(ArrayModality(), [lost])
 
 
 # --- shapes --------------------------------------------------------------------------------------------------------

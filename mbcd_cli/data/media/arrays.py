@@ -5,17 +5,25 @@ Letters: T steps, D values.
 
 from __future__ import annotations
 
+import io
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from mbcd_cli.data.media.checks import REPLACE, check_present
+from mbcd_cli.data.media.checks import REPLACE, Notes, check_present
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 
+_HEADER = 1024  # bytes; numpy's own headers of plain arrays take 128
 
-def read_array(media: Media) -> np.ndarray:
+
+def read_array(media: Media, notes: Notes = None) -> np.ndarray:
     """A plain tensor, [D] or [T, D], as float32. Spans are not applied: a file holds one clip.
+
+    Args:
+        media: the file.
+        notes: told of whole numbers that float32 cannot hold, if given.
 
     Raises:
         MediaError: missing, empty, not a .npy of numbers, of another shape, or with values that are not finite.
@@ -32,7 +40,28 @@ def read_array(media: Media) -> np.ndarray:
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
         raise MediaError(media.path, f"{bad} of {values.size} values are not finite (NaN or infinity)", REPLACE)
+    if notes is not None and array.dtype.kind in "iu" and (values != array).any():
+        notes.append(f"{media.path}: whole numbers over 16777216 are rounded to float32's steps")
     return values
+
+
+def stored_shape(path: Path) -> tuple[int, ...] | None:
+    """The shape that a .npy file's header states; None where it cannot be told. No values are read."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER)
+        ends = 10 + int.from_bytes(head[8:10], "little") if head[6:7] == b"\1" else _HEADER
+        return _shape(head[:ends])
+    except (OSError, ValueError):
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _shape(header: bytes) -> tuple[int, ...]:
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    return read(file)[0]
 
 
 def load_npy(path: Path) -> np.ndarray:

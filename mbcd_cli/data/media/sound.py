@@ -23,6 +23,7 @@ import soundfile
 
 from mbcd_cli.data.media.checks import REPLACE, Notes, check_present, file_version, tolerate
 from mbcd_cli.data.media.soundtrack import Soundtrack
+from mbcd_cli.data.media.timeline import open_container
 from mbcd_cli.data.media.video import frame_times
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
@@ -83,6 +84,26 @@ def read_audio(
     return np.ascontiguousarray(mono[:limit], dtype=np.float32), rate
 
 
+def stored_rate(path: Path) -> int | None:
+    """Samples per second that a file's header states; None where it cannot be told."""
+    try:
+        check_present(path)
+        with path.open("rb") as file:
+            head = file.read(4)
+        if not _is_compressed(head):
+            with soundfile.SoundFile(str(path)) as file:
+                return file.samplerate
+    except (MediaError, OSError):
+        return None
+    except (soundfile.LibsndfileError, TypeError):  # none of soundfile's formats
+        pass
+    try:
+        with open_container(path) as container:
+            return next((stream.codec_context.sample_rate for stream in container.streams.audio), None)
+    except (MediaError, AttributeError):  # AttributeError: no decoder for its codec
+        return None
+
+
 class _Plain:
     """A file of which soundfile knows where every sample lies; as a `Soundtrack`."""
 
@@ -140,10 +161,15 @@ def _sound(media: Media, head: bytes) -> Iterator[_Plain | Soundtrack]:
     _kept.sound = (version, sound)
 
 
+def _is_compressed(head: bytes) -> bool:
+    """Whether a file begins as Ogg does, or as mp3 and other MPEG sound: with a tag, or with eleven bits set."""
+    return head.startswith((b"ID3", b"OggS")) or (head[0] == 0xFF and head[1:2] >= b"\xe0")
+
+
 def _plain(path: Path, head: bytes) -> _Plain | None:
     """None where a decoder has to tell the length, or where soundfile does not know the format."""
-    if head.startswith((b"ID3", b"OggS")) or (head[0] == 0xFF and head[1:2] >= b"\xe0"):
-        return None  # MPEG frames begin with eleven bits set
+    if _is_compressed(head):
+        return None
     try:
         file = soundfile.SoundFile(str(path))
     except (soundfile.LibsndfileError, TypeError):  # TypeError: named .raw, and nothing says how to read it

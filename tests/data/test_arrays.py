@@ -1,0 +1,263 @@
+"""Arrays: their values, lengths that differ, and what float16 takes from them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import helpers
+import numpy as np
+import pytest
+from helpers import write_array
+
+from mbcd_cli.commands.check import check
+from mbcd_cli.commands.prepare import prepare
+from mbcd_cli.data.dataset import open_dataset
+from mbcd_cli.data.media.arrays import read_array, stored_shape
+from mbcd_cli.data.records import TEST_VIEW, Clip, Media
+from mbcd_cli.data.rounding import Rounding
+from mbcd_cli.data.survey import resolve
+from mbcd_cli.data.views import load_views
+from mbcd_cli.errors import MediaError
+from mbcd_cli.layers import resolve as resolve_settings
+from mbcd_cli.settings import ArrayModality, DatasetSettings, VideoModality
+
+DATASET = DatasetSettings()
+
+
+def cause(reading) -> str:
+    with pytest.raises(MediaError) as caught:
+        reading()
+    assert caught.value.remedy
+    return caught.value.cause
+
+
+def clip_of(path: Path) -> Clip:
+    return Clip("c0", "a", "train", 0, "0", {"x": Media(path)})
+
+
+def load(path: Path, settings, views=(TEST_VIEW,), notes: list[str] | None = None) -> list[np.ndarray]:
+    loaded = load_views(clip_of(path), "x", settings, views=views, seed=0, dataset=DATASET, notes=notes)
+    return [array for (array,) in loaded]
+
+
+class Hostile:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+def test_arrays(tmp_path):
+    values = np.random.default_rng(0).normal(size=(5, 3))
+    got = read_array(Media(write_array(tmp_path / "a.npy", values)))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, values, rtol=1e-6)
+    assert read_array(Media(write_array(tmp_path / "i.npy", np.arange(4, dtype=np.int16)))).tolist() == [0, 1, 2, 3]
+
+
+def test_bad_arrays(tmp_path):
+    def why(values: np.ndarray) -> str:
+        return cause(lambda: read_array(Media(write_array(tmp_path / "a.npy", values))))
+
+    assert "1 of 4 values are not finite" in why(np.array([0, np.nan, 1, 2]))
+    assert "shape" in why(np.zeros((2, 2, 2)))
+    assert "shape" in why(np.float64(3.0))
+    assert "no values" in why(np.zeros((0, 4)))
+    assert "real numbers" in why(np.array(["a", "b"]))
+    assert "real numbers" in why(np.array([1j]))
+    assert "not finite" in why(np.array([1e300]))  # does not fit float32
+    np.save(tmp_path / "p.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
+    assert "pickled" in cause(lambda: read_array(Media(tmp_path / "p.npy")))
+    (tmp_path / "q.npy").write_bytes(pickle.dumps(Hostile()))
+    assert cause(lambda: read_array(Media(tmp_path / "q.npy")))
+    data = write_array(tmp_path / "t.npy", np.zeros(100)).read_bytes()
+    (tmp_path / "t.npy").write_bytes(data[:300])
+    assert "cut short" in cause(lambda: read_array(Media(tmp_path / "t.npy")))
+    np.savez(tmp_path / "z.npz", a=np.zeros(3))
+    assert cause(lambda: read_array(Media(tmp_path / "z.npz")))
+    assert cause(lambda: read_array(Media(tmp_path / "none.npy"))) == "no such file"
+
+
+def test_vectors_and_sequences(tmp_path):
+    rng = np.random.default_rng(0)
+    vector, long, short = rng.normal(size=5), rng.normal(size=(9, 3)), rng.normal(size=(4, 3))
+    (got,) = load(write_array(tmp_path / "v.npy", vector), ArrayModality(dimension=5))
+    np.testing.assert_allclose(got, vector, rtol=1e-6)
+    settings = ArrayModality(dimension=3, length=6)
+    (cut,) = load(write_array(tmp_path / "l.npy", long), settings)
+    np.testing.assert_allclose(cut, long[:6], rtol=1e-6)
+    (padded,) = load(write_array(tmp_path / "s.npy", short), settings)
+    np.testing.assert_allclose(padded, np.concatenate([short, np.zeros((2, 3))]), rtol=1e-6)
+    with pytest.raises(MediaError, match=r"shape \[4, 3\] where \[5\]"):
+        load(tmp_path / "s.npy", ArrayModality(dimension=5))
+    with pytest.raises(MediaError, match=r"shape \[5\] where \[T, 3\]"):
+        load(tmp_path / "v.npy", settings)
+    one = ArrayModality(dimension=1, length=5)
+    assert load(tmp_path / "v.npy", one)[0].shape == (5, 1)
+
+
+def test_array_noise(tmp_path):
+    path = write_array(tmp_path / "v.npy", np.zeros(20000))
+    settings = ArrayModality(dimension=20000, noise=0.3)
+    train, test = load(path, settings, [0, TEST_VIEW])
+    assert train.std() == pytest.approx(0.3, rel=0.03)
+    assert train.dtype == np.float32
+    assert not test.any()
+
+
+def test_headers_tell_shapes_without_values(tmp_path):
+    for values in (np.zeros(7), np.zeros((4, 3), np.int16), np.asfortranarray(np.zeros((40, 5), ">f4"))):
+        assert stored_shape(write_array(tmp_path / "a.npy", values)) == values.shape
+    with (tmp_path / "b.npy").open("wb") as file:
+        np.lib.format.write_array(file, np.zeros((6, 2)), version=(2, 0))
+    assert stored_shape(tmp_path / "b.npy") == (6, 2)
+    (tmp_path / "c.npy").write_bytes(b"\x93NUMPY\x01\x00garbage")
+    assert stored_shape(tmp_path / "c.npy") is None
+    assert stored_shape(tmp_path / "none.npy") is None
+
+
+def test_resolving_array_shapes(tmp_path):
+    vector = Media(write_array(tmp_path / "v.npy", np.zeros(7)))
+    sequence = Media(write_array(tmp_path / "s.npy", np.zeros((4, 3))))
+    lost = Media(tmp_path / "none.npy")
+    assert resolve(ArrayModality(), [lost, vector]) == ArrayModality(dimension=7)
+    assert resolve(ArrayModality(), [sequence]) == ArrayModality(dimension=3, length=4)
+    assert resolve(ArrayModality(length=9), [sequence]) == ArrayModality(dimension=3, length=9)
+    assert resolve(ArrayModality(length=9), [vector]) == ArrayModality(dimension=1, length=9)
+    assert resolve(ArrayModality(dimension=3), [sequence]) == ArrayModality(dimension=3, length=4)
+    fixed = ArrayModality(dimension=2)
+    assert resolve(fixed, [lost]) is fixed
+    video = VideoModality()
+    assert resolve(video, [lost]) is video
+    with pytest.raises(MediaError, match="no such file"):
+        resolve(ArrayModality(), [lost])
+
+
+# --- lengths that differ -------------------------------------------------------------------------------------------
+
+
+def test_the_longest_file_fixes_the_length(tmp_path):
+    media = [Media(write_array(tmp_path / f"{n}.npy", np.zeros((n, 2)))) for n in (3, 40, 55, 12)]
+    media.append(Media(write_array(tmp_path / "odd.npy", np.zeros((90, 3)))))  # will be rejected: not of this shape
+    notes: list[str] = []
+    assert resolve(ArrayModality(), media, name="pose", notes=notes) == ArrayModality(dimension=2, length=55)
+    (note,) = notes
+    assert "pose: sequences of 3 to 55 steps, padded with zeros to 55" in note
+    assert "modalities.pose.length" in note
+    notes.clear()
+    assert resolve(ArrayModality(), media[:1] * 2, notes=notes).length == 3
+    assert resolve(ArrayModality(length=8), media, notes=notes).length == 8
+    assert not notes
+    resolve(ArrayModality(fit="sample"), media, name="pose", notes=notes)
+    assert "each spread over 55" in notes[0]
+
+
+def test_padded_cut_and_sampled(tmp_path):
+    rising = np.repeat(np.arange(1.0, 13.0)[:, None], 2, axis=1)
+    path = write_array(tmp_path / "a.npy", rising)
+    notes: list[str] = []
+    assert load(path, ArrayModality(dimension=2, length=15), notes=notes)[0][:, 0].tolist() == [*range(1, 13), 0, 0, 0]
+    assert not notes
+    assert load(path, ArrayModality(dimension=2, length=5), [TEST_VIEW, 0], notes)[1][:, 1].tolist() == [1, 2, 3, 4, 5]
+    assert notes == [f"{path}: 12 steps, cut to the first 5"]
+    sampled = ArrayModality(dimension=2, length=4, fit="sample")
+    notes.clear()
+    assert load(path, sampled, notes=notes)[0][:, 0].tolist() == [2, 5, 8, 11]
+    assert load(path, ArrayModality(dimension=2, length=24, fit="sample"))[0][::2, 0].tolist() == list(range(1, 13))
+    drawn = np.stack(load(path, sampled, range(200)))[:, :, 0].astype(int)
+    for segment in range(4):  # every step of each quarter, and none of another
+        assert sorted(set(drawn[:, segment].tolist())) == list(range(3 * segment + 1, 3 * segment + 4))
+    assert not notes
+
+
+def sequences(root: Path, make) -> Path:
+    """A dataset whose vectors are replaced by `make(number)`."""
+    helpers.write_dataset(root)
+    for number, path in enumerate(sorted((root / "pose").glob("*.npy"))):
+        write_array(path, make(number))
+    return root
+
+
+def tree(root: Path, cache: Path, *sets: str):
+    sets = ["model.modalities=pose", "modalities.pose.kind=array", *sets]
+    return resolve_settings(sets=[*helpers.SMALL, *sets], flags={"dataset.root": root, "cache.dir": cache})
+
+
+def rows_of(settings) -> list[np.ndarray]:
+    cache = open_dataset(settings, name="tiny", modalities=["pose"]).caches["pose"]
+    clips = np.flatnonzero(cache.stored(TEST_VIEW))
+    (rows,) = cache.read(clips, np.full(len(clips), TEST_VIEW))
+    return rows.numpy()
+
+
+def test_sequences_of_different_lengths_end_to_end(tmp_path, capfd):
+    lengths = [3 + 4 * n for n in range(12)]
+    root = sequences(tmp_path / "tiny", lambda n: np.full((lengths[n], 2), n + 1.0))
+    padded = tree(root, tmp_path / "cache")
+    expected = "pose: sequences of 3 to 47 steps, padded with zeros to 47"
+    assert any(expected in line for line in check(padded)["layout"])
+    prepare(padded)
+    assert expected in " ".join("".join(capfd.readouterr()).split())
+    rows = rows_of(padded)
+    assert rows.shape[1:] == (47, 2)
+    for row in rows:
+        number = int(row[0, 0]) - 1
+        assert (row[: lengths[number]] == number + 1).all()
+        assert not row[lengths[number] :].any()
+    sampled = tree(root, tmp_path / "cache", "modalities.pose.length=6", "modalities.pose.fit=sample")
+    prepare(sampled)
+    assert rows_of(sampled).shape[1:] == (6, 2)
+    assert rows_of(sampled).all()  # nothing is padded
+    assert rows_of(padded).shape[1:] == (47, 2)  # another recipe, another cache
+
+
+# --- what is rounded away ------------------------------------------------------------------------------------------
+
+
+def test_rounding_against_its_definition():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(500, 4)) * [1, 1e-8, 0.3, 0] + [0, 0, 1013, 5000.5]
+    with np.errstate(under="ignore"):
+        stored = values.astype(np.float16)
+    rounding = Rounding()
+    for at in range(0, 500, 7):
+        rounding.add(values[at : at + 7], stored[at : at + 7])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.sqrt(((stored - values) ** 2).mean(0)) / values.std(0)
+    np.testing.assert_allclose(rounding.shares[:3], share[:3], rtol=1e-4)
+    assert rounding.shares[3] == 0  # a column that says nothing has nothing to lose
+    assert "the spread of 2 of 4 columns" in str(rounding)
+    assert not rounding.whole
+    assert not str(Rounding())
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset", "told"), [(1.0, 0.0, ""), (0.3, 1013.0, "3 of 3 columns"), (1e-8, 0.0, "3 of 3 columns")]
+)
+def test_what_float16_loses_is_told(tmp_path, capfd, scale, offset, told):
+    root = sequences(tmp_path / "tiny", lambda n: offset + scale * np.random.default_rng(n).normal(size=3))
+    for _ in range(2):  # the second time from the index: all is reused
+        done = prepare(tree(root, tmp_path / "cache"))["modalities"]["pose"]
+        out = " ".join("".join(capfd.readouterr()).split())
+        assert told in done["float16_loss"]
+        assert bool(told) == bool(done["float16_loss"])
+        assert ("--set cache.dtype=float32" in out) == bool(told)
+    assert not prepare(tree(root, tmp_path / "cache", "cache.dtype=float32"))["modalities"]["pose"]["float16_loss"]
+
+
+def test_whole_numbers_are_kept_or_told(tmp_path):
+    root = sequences(tmp_path / "tiny", lambda n: np.array([n, 2048 - n, -n]))
+    done = prepare(tree(root, tmp_path / "cache"))["modalities"]["pose"]
+    assert not done["float16_loss"]
+    assert sorted(rows_of(tree(root, tmp_path / "cache"))[:, 1] + rows_of(tree(root, tmp_path / "cache"))[:, 0]) == (
+        [2048] * 4
+    )
+    root = sequences(tmp_path / "large" / "tiny", lambda n: np.array([30001 + 2 * n, 5]))
+    done = prepare(tree(root, tmp_path / "cache2"))["modalities"]["pose"]
+    assert "whole numbers" in done["float16_loss"] or "columns" in done["float16_loss"]
+    notes: list[str] = []
+    path = write_array(tmp_path / "big.npy", np.array([2**24 + 1, 3]))
+    read_array(Media(path), notes)
+    assert "whole numbers over 16777216" in notes[0]
+    notes.clear()
+    read_array(Media(write_array(path, np.array([2**24, 2**30]))), notes)
+    assert not notes

@@ -87,7 +87,7 @@ def counts_from(folder: Path) -> int:
 
 
 def names_digest(folder: Path) -> str:
-    """Digest of the names of a folder's images, whatever they are; that of none where it cannot be read."""
+    """Digest of the names of a folder's frames (of all images, where those cannot be told); "" where it is closed."""
     try:
         return _summary(folder, _changed(folder))[1]
     except MediaError:
@@ -125,12 +125,12 @@ def _images(folder: Path) -> dict[str, dict[str, str]]:
 
 @lru_cache(maxsize=4096)  # a few words for every folder of a dataset
 def _summary(folder: Path, changed: int) -> tuple[int, str]:
-    images = _images(folder)
-    digest = hashlib.sha256("/".join(sorted(name for names in images.values() for name in names)).encode()).hexdigest()
     try:
-        return _frames(folder, changed).base, digest
+        frames = _frames(folder, changed)
+        base, names = frames.base, frames.names
     except MediaError:
-        return 1, digest
+        base, names = 1, sorted(name for alike in _images(folder).values() for name in alike)
+    return base, hashlib.sha256("/".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
 @lru_cache(maxsize=8)  # the clips of one recording share its folder, which may hold 100,000 files

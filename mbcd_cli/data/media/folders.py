@@ -30,7 +30,7 @@ from mbcd_cli.settings import DatasetSettings
 MOST_MISSING = 0.5
 """Share of a clip's frames that may be missing and replaced by others under `dataset.missing_frames=nearest`."""
 _COMPLETE = "Complete the download, or correct the clip's span."
-_IMAGE = re.compile(r"(.*?)(\d+)\.(?:jpe?g|png)", re.IGNORECASE | re.DOTALL)
+_SUFFIXES = ("jpg", "jpeg", "png")
 _TIME = re.compile(r"\d+\.")  # before the last digits of a name that is a decimal number
 
 
@@ -115,9 +115,10 @@ def _images(folder: Path) -> dict[str, dict[str, str]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                match = _IMAGE.fullmatch(entry.name)
-                if match and not entry.name.startswith("."):
-                    found.setdefault(match[1], {})[entry.name] = match[2]
+                stem, _, suffix = entry.name.rpartition(".")
+                begin = stem.rstrip("0123456789")
+                if suffix.lower() in _SUFFIXES and begin != stem and not stem.startswith("."):
+                    found.setdefault(begin, {})[entry.name] = stem[len(begin) :]
     except OSError as error:
         raise unreadable(folder, error) from None
     return found

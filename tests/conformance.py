@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -190,11 +190,11 @@ class Shown:
     """Frames in the order of a sequential read.
 
     Attributes:
-        pictures: [N, H, W] uint8, grey, or [N, H, W, 3] RGB.
+        pictures: N of [H, W] uint8, grey, or [H, W, 3] RGB.
         times: [N] seconds at which each begins, from the file's own beginning; NaN where it has none.
     """
 
-    pictures: np.ndarray
+    pictures: Sequence[np.ndarray]
     times: np.ndarray
 
     @property
@@ -225,7 +225,7 @@ def shown_by_command(path: Path, stream: int = 0, rgb: bool = False) -> Shown | 
     width, height = map(int, lines[0][1:])
     pictures = np.frombuffer(done.stdout, np.uint8).reshape(-1, height, width, *([3] if rgb else []))
     times = np.array([float("nan") if time == "NOPTS" else float(time) for time, *_ in lines])
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="replace") as container:
         return Shown(pictures, times[: len(pictures)] - _beginning(container))
 
 
@@ -239,7 +239,7 @@ def _beginning(container: av.container.InputContainer) -> float:
 def shown_by_pyav(path: Path, stream: int = 0, rgb: bool = False) -> Shown | None:
     """As a plain sequential read with PyAV has it: the same libraries that `mbcd` uses, another road."""
     pictures, times = [], []
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="replace") as container:
         zero = _beginning(container)
         picture = container.streams.video[stream]
         picture.thread_count = 1
@@ -252,7 +252,7 @@ def shown_by_pyav(path: Path, stream: int = 0, rgb: bool = False) -> Shown | Non
                 image = frame.to_ndarray(format="rgb24" if rgb else "gray")
                 pictures.append(np.rot90(image, frame.rotation // 90))
                 times.append(float("nan") if frame.pts is None else float(frame.pts * frame.time_base) - zero)
-    return Shown(np.stack(pictures), np.array(times)) if pictures else None
+    return Shown(pictures, np.array(times)) if pictures else None
 
 
 # --- kinds of files --------------------------------------------------------------------------------------------------
@@ -441,21 +441,7 @@ def wrappings(folder: Path, source: Path, seconds: float) -> dict[str, Path]:
         put(f"no edit list{suffix}", *picture, *copy, "-use_editlist", 0)
         put(f"scale 600{suffix}", *picture, *copy, "-video_track_timescale", 600)
         put(f"timecode{suffix}", *picture, *copy, "-timecode", "01:00:00:00")
-    for suffix in [
-        ".mp4",
-        ".mov",
-        ".mkv",
-        ".webm",
-        ".avi",
-        ".flv",
-        ".ts",
-        ".m2ts",
-        ".mpg",
-        ".vob",
-        ".nut",
-        ".wmv",
-        ".ogv",
-    ]:
+    for suffix in (*SUFFIXES[:4], ".avi", ".flv", ".ts", ".m2ts", ".mpg", ".vob", ".nut", ".wmv", ".ogv"):
         put(f"far{suffix}", *picture, *copy, "-output_ts_offset", 1000)
         put(f"sound{suffix}", *picture, *tone(seconds), *both)
         put(f"short sound{suffix}", *picture, *tone(seconds / 2), *both)

@@ -377,7 +377,7 @@ class CacheWriter:
 
     def _lost_before(self) -> str:
         try:
-            with h5py.File(self.folder / "index.h5", "r") as file:
+            with open_hdf5(self.folder / "index.h5") as file:
                 return str(file.attrs.get("float16_loss", ""))
         except OSError:
             return ""

@@ -40,7 +40,7 @@ _ONE_FRAME_A_PACKET = (
 )
 _UNTIMED = ("avi", "asf")  # packets have one time only, that of decoding, and frames follow each other in that rhythm
 _RATELESS = ("h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu", "vc1", "h263", "cavsvideo")  # bare streams
-_STATES_LENGTH = ("matroska", "avi", "flv", "asf")  # of others the length is estimated from what is there
+_STATES_LENGTH = ("matroska", "flv", "asf")  # of others the length is estimated from what is there
 _CUT_SHORT = 0.04  # share of the stated length that may be lacking: streams end at different times
 _MOST_FRAMES = 50_000_000  # nine days at 60 frames per second; a damaged index may claim billions
 _HELD_BYTES = 64 * 2**20
@@ -178,7 +178,6 @@ class Packets:
         if not pictures:
             raise MediaError(path, "its picture is of a codec that cannot be decoded", REENCODE)
         self._zero = beginning(container)
-        indexed = {index: len(stream.index_entries) for index, stream in pictures.items()}
         self._end, self._torn, size = 0.0, 0, 0
         closed: dict[int, set[int | None]] = {index: set() for index in pictures}
         rows: dict[int, list[_Row]] = {index: [] for index in pictures}
@@ -213,7 +212,7 @@ class Packets:
         self._rows, promised = rows[self.stream.index], closed[self.stream.index]
         self.keys = sorted((pts, pts in promised) for pts, _, key, *_ in self._rows if key and pts is not None)
         self.held = held[self.stream.index] if held is not None else None
-        self._check_whole((container.duration or 0) / 1e6, indexed[self.stream.index])
+        self._check_whole((container.duration or 0) / 1e6)
 
     def _note_end(self, packet: av.Packet) -> None:
         moment = packet.pts if packet.pts is not None else packet.dts
@@ -238,27 +237,23 @@ class Packets:
             f"Keep one of them: ffmpeg -i IN -map 0:{candidates[0].index} -map 0:a? -c copy OUT.",
         )
 
-    def _check_whole(self, stated: float, indexed: int) -> None:
-        """Nothing is lacking of the `stated` seconds, nor of the frames that the header or index claims.
-
-        Args:
-            stated: seconds.
-            indexed: frames that the index had when the file was opened.
-        """
-        there = len(self._rows)
-        claimed, whole = 0, there - self._torn
-        if self._format.startswith("mov"):  # the index, cut to what is shown, has a packet for each of its entries
-            claimed = len(self.stream.index_entries)
-        if self._format == "avi":  # its header counts what was dropped while recording as well; a live one's is made up
-            claimed = indexed or self.stream.frames
-        if whole < max(claimed, 0 if self._format == "mpegts" else there):  # there a joint of two recordings looks torn
+    def _check_whole(self, stated: float) -> None:
+        """Nothing is lacking of what the file claims to hold: frames of an index, bytes, or `stated` seconds."""
+        there, torn = len(self._rows), self._torn
+        # The index of an mp4, cut to what is shown, has a packet for each of its entries.
+        claimed = len(self.stream.index_entries) if self._format.startswith("mov") else 0
+        if self._format == "mpegts":
+            torn = 0  # where two recordings meet a packet looks torn as well: told by decoding
+        if there - torn < max(claimed, there):
             claim = f"it claims {claimed} frames, and " if claimed else ""
-            raise MediaError(self.path, f"cut short: {claim}{whole} are there whole", REPLACE)
+            raise MediaError(self.path, f"cut short: {claim}{there - torn} are there whole", REPLACE)
         if not there:
             raise MediaError(self.path, "it holds no frames that can be decoded", REENCODE)
-        lacking = stated - self._end > max(_CUT_SHORT * stated, 0.5)
-        index_at_end = self._format == "avi" and indexed
-        if lacking and self._format.startswith(_STATES_LENGTH) and not index_at_end:
+        if self._format == "avi":  # frames and seconds of its header count what was dropped while recording as well
+            lacking = _riff_lacks(self.path)
+        else:
+            lacking = self._format.startswith(_STATES_LENGTH) and stated - self._end > max(_CUT_SHORT * stated, 0.5)
+        if lacking:
             cause = f"cut short: it claims {stated:.2f} s, and {self._end:.2f} s are there"
             raise MediaError(self.path, cause, REPLACE)
 
@@ -295,17 +290,18 @@ class Packets:
             MediaError: nothing can be decoded.
         """
         seen: list[int | None] = []
-        faults = 0
+        faults, begun = 0, self._rows[0][2]
         for frame in frames:
+            clean = frame is not None and not frame.is_corrupt
+            faults += not clean and begun  # what comes before, of a file that begins within a group, is no damage
+            begun = begun or clean
             if frame is not None:
                 seen.append(frame.pts)
-            elif seen:  # before the first frame: the file begins within a group of pictures
-                faults += 1
         faults = max(faults, self._torn)
         if not seen:
             cause = f"none of its frames can be decoded (it claims {len(self._rows)}): the data are damaged"
             raise MediaError(self.path, cause, REENCODE)
-        if self.tell and set(seen) <= set(self.timeline().stamps.tolist()):
+        if self.tell and None not in seen and seen == sorted(set(seen) & set(self.timeline().stamps.tolist())):
             missing = set(self.timeline().stamps.tolist()) - set(seen)
             # What comes before the first frame leans on one that is not in the file; a packet of a few bytes says
             # that the frame before it stays. Neither is shown, and neither is damage.
@@ -320,6 +316,13 @@ class Packets:
             # Times that are missing or go back: frames follow each other at the file's rate.
             starts = (starts[0] if len(starts) else 0.0) + np.arange(len(seen)) / self._rate
         return self._build(np.arange(len(seen), dtype=np.int64), starts, in_order=True, faults=faults)
+
+
+def _riff_lacks(path: Path) -> bool:
+    """Whether an AVI is shorter than its first bytes say; a live one says nothing, a long one goes on behind them."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8)[4:], "little")
+        return size < 2**32 - 1 and file.seek(0, 2) < size
 
 
 def _is_closed(packet: av.Packet, stream: VideoStream) -> bool:

@@ -136,7 +136,7 @@ class Video:
             if not proven and frame.is_corrupt:
                 raise _UnprovenError
             size = {} if out is None else {"width": out.shape[2], "height": out.shape[1]}
-            image = reformatter.reformat(frame, format="rgb24", threads=1, **size)
+            image = reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1, **size)
             if out is None:
                 out, turn = np.empty((numbers.size, image.height, image.width, 3), np.uint8), frame.rotation
             plane = image.planes[0]

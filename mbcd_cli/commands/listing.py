@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.layers import preset_folder, preset_names
-from mbcd_cli.settings import METHODS
+from mbcd_cli.methods import summaries
 
 KINDS = ("presets", "datasets", "encoders", "methods")
 
@@ -26,21 +26,13 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], list[tuple[str, ..
 
         return ("encoder", "reads", "what"), [(name, e.kind, e.summary) for name, e in ENCODERS.items()]
     if what == "methods":
-        return ("method", "switches"), [(name, _switches(values)) for name, values in METHODS.items()]
+        return ("method", "what"), summaries()
     raise SettingsError(f"There is nothing called {what!r} to list.", f"Use one of {', '.join(KINDS)}.")
 
 
 def _purpose(name: str) -> str:
     first = (preset_folder() / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
     return first.lstrip("# ").strip()
-
-
-def _switches(values: dict) -> str:
-    parts = []
-    for key, value in values.items():
-        inner = ", ".join(str(v).lower() for v in value.values()) if isinstance(value, dict) else value
-        parts.append(f"{key}: {inner}")
-    return "; ".join(parts)
 
 
 def _datasets(cache: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

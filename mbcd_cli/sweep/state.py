@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mbcd_cli.engine.run_folder import DONE, SETTINGS
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.results import read_records
+from mbcd_cli.training.run_folder import DONE, SETTINGS
 
 State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
 

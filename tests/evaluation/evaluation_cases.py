@@ -9,6 +9,7 @@ import pytest
 import torch
 from memory import MemoryDataset
 
+from mbcd_cli.layers import validate
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import Settings
 
@@ -16,7 +17,7 @@ from mbcd_cli.settings import Settings
 def make_settings(**training) -> Settings:
     """Two array modalities, small heads; the target is `street`."""
     array = {"kind": "array", "dimension": 6, "width": 2}
-    return Settings.model_validate(
+    return validate(
         {
             "modalities": {"video": array, "audio": array},
             "model": {"hidden": 8},

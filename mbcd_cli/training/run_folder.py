@@ -1,0 +1,202 @@
+"""The run folder: created once, locked while trained in, its logs cut back to the checkpoint on resume.
+
+settings.toml, metrics.jsonl (one record per epoch), steps.jsonl, timing.jsonl, events/ (TensorBoard),
+checkpoints/{last,best}.pt, plots/, done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.layers import load_settings, to_toml
+from mbcd_cli.settings import Settings
+from mbcd_cli.training.checkpoint import remove_leftovers, sync_folder
+
+SETTINGS = "settings.toml"
+DONE = "done"
+LOGS = ("metrics.jsonl", "steps.jsonl", "timing.jsonl")
+_OWN = (".lock", f".{SETTINGS}.tmp")
+FREE = (
+    "evaluation.",
+    "landscape.",
+    "runtime.device",
+    "runtime.threads",
+    "runtime.prefetch",
+    "runtime.cache_device",
+    "cache.dir",
+    "cache.workers",
+    "cache.weights_dir",
+    "dataset.root",
+    "dataset.max_bad",
+    "training.checkpoint_minutes",
+    "training.keep_checkpoints",
+)
+"""Beginnings of the settings that may differ on resume, because no weight depends on them."""
+
+
+class RunFolder:
+    """A run folder that this process holds.
+
+    Attributes:
+        path: the folder.
+        resumed: whether it held a run that is to go on.
+        writes: false in the processes that only follow rank 0; they read checkpoints and write nothing.
+    """
+
+    def __init__(self, path: Path, *, lock: IO[str] | None, resumed: bool) -> None:
+        self.path = path
+        self.resumed = resumed
+        self.writes = lock is not None
+        self._lock = lock
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint to resume from."""
+        return self.checkpoints / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        """The selected epoch's weights."""
+        return self.checkpoints / "best.pt"
+
+    def append(self, log: str, record: Mapping[str, Any]) -> None:
+        """Add one JSON line to `log`."""
+        if not self.writes:
+            return
+        with (self.path / log).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def sync(self) -> dict[str, int]:
+        """Bring the logs to the disk; their sizes in bytes, for `cut`."""
+        sizes = {}
+        for name in LOGS:
+            path = self.path / name
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                sizes[name] = path.stat().st_size
+        return sizes
+
+    def cut(self, sizes: Mapping[str, int]) -> None:
+        """Cut the logs back to `sizes`: what was written after the checkpoint is going to be written again."""
+        if not self.writes:
+            return
+        for name in LOGS:
+            path = self.path / name
+            if path.exists():
+                os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `done`, the mark of a complete run."""
+        aside = self.path / ".done.tmp"
+        aside.write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        aside.replace(self.path / DONE)
+        sync_folder(self.path)
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None while the run is not complete."""
+        try:
+            return json.loads((self.path / DONE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def close(self) -> None:
+        """Release the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -> RunFolder:
+    """Create the run folder, or take over the one that is there.
+
+    Args:
+        path: the folder.
+        settings: the resolved tree; saved in a new folder, compared with the saved one on resume.
+        resume: go on with the run that is there.
+        overwrite: delete the run that is there first; only a folder with settings.toml is ever deleted.
+
+    Raises:
+        RunError: the folder is in the way, in use, not a run, or its run has other settings (they are named).
+    """
+    path = Path(path)
+    exists = path.is_dir() and any(p.name not in _OWN for p in path.iterdir())
+    is_run = (path / SETTINGS).is_file()
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file.", "Name another run folder with --run.")
+    if resume and not is_run:
+        raise RunError(f"There is no run to resume in {path}.", "Start it without --resume, or check --run.")
+    if exists and not is_run:
+        raise RunError(f"{path} exists and is no run folder (no {SETTINGS}).", "Name another one with --run.")
+    if exists and not (resume or overwrite):
+        raise RunError(f"{path} already holds a run.", "Go on with --resume, or replace it with --overwrite.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / ".lock").open("a")
+    except OSError as error:
+        raise RunError(f"Run folder {path} cannot be made: {error}", "Name another one with --run.") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"Another process is training in {path}.", "Wait for it, or name another --run.") from error
+        if resume:
+            _compare(path, settings)
+            if (path / "checkpoints").is_dir():
+                remove_leftovers(path / "checkpoints")
+        else:
+            # The old settings.toml stays until it is replaced: a half-deleted run can still be overwritten.
+            for entry in path.iterdir():
+                if entry.name not in (*_OWN, SETTINGS):
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            aside = path / f".{SETTINGS}.tmp"
+            aside.write_text(to_toml(settings), encoding="utf-8")
+            aside.replace(path / SETTINGS)
+            sync_folder(path)
+    except BaseException:
+        lock.close()
+        raise
+    return RunFolder(path, lock=lock, resumed=resume)
+
+
+def _compare(path: Path, settings: Settings) -> None:
+    try:
+        saved = _flat(load_settings(path / SETTINGS).model_dump(mode="json"))
+    except SettingsError as error:
+        raise RunError(f"{path / SETTINGS} cannot be read: {error.message}", "Start anew with --overwrite.") from error
+    now = _flat(settings.model_dump(mode="json"))
+    changed = [
+        f"  {key}: was {saved.get(key)}, now {now.get(key)}"
+        for key in dict.fromkeys([*saved, *now])
+        if saved.get(key) != now.get(key) and not key.startswith(FREE)
+    ]
+    if changed:
+        raise RunError(
+            f"The run in {path} has other settings:\n" + "\n".join(changed),
+            "Resume with the settings of the run, or start another one with --run.",
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

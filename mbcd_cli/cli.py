@@ -252,7 +252,9 @@ def train(
     source_domains: Annotated[
         str | None, typer.Option("--source-domains", help="Domains to train on, e.g. D1,D3.")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="erm, ema, mbcd (default), ... or FILE.py:Class.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="erm, ema, mbcd (default), ..., FILE.py:Class.")
+    ] = None,
     modalities: Modalities = None,
     dataset: Annotated[
         str | None, typer.Option("--dataset", help="Name of a prepared dataset (default: the preset's).")

@@ -193,7 +193,7 @@ class Method(nn.Module):
 
     Attributes:
         Settings: the method's own settings group.
-        views: views of a clip per batch; with 2, rows i and B/2 + i are two views of one clip.
+        views: views of a clip per batch; with 2, rows 2i and 2i + 1 are two views of one clip.
         capturable: whether a CUDA graph may hold the step.
         average: kind of the weight average unless `average.kind` says otherwise.
         ticker: figures beside the loss that the progress line shows.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,9 @@ def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: G
     """Student, average, method, optimizer and step, on `device`; the model draws from torch's global generator.
 
     Raises:
-        SettingsError: a CUDA graph is required where there can be none.
+        SettingsError: there is no such method, it reads views that the cache does not have, or a CUDA graph is required
+            where there can be none.
     """
-    training, runtime = settings.training, settings.runtime
     tail_weights: Mapping[str, Mapping[str, torch.Tensor]] = dataset.tail_weights
     model = build_model(
         settings.modalities,
@@ -48,7 +48,32 @@ def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: G
         live_trunks=settings.cache.live_trunks,
         tail_weights=tail_weights,
         trunk_weights=dataset.trunk_weights if settings.cache.live_trunks else None,
-    ).to(device)
+    )
+    kind = method_class(settings.method.name)
+    if kind.views > 1 and settings.cache.views < 2:
+        raise SettingsError(
+            f"Method {settings.method.name} reads {kind.views} stored views of a clip per batch, and "
+            f"cache.views = {settings.cache.views}.",
+            "Prepare with --views 2 or more.",
+        )
+    sources = [dataset.domains.index(domain) for domain in settings.training.source_domains]
+    return train_with(kind, model.to(device), settings, sources=sources, group=group)
+
+
+def train_with(
+    kind: type[Method], model: MultiModalModel, settings: Settings, *, sources: Sequence[int], group: Group = ALONE
+) -> Training:
+    """The training of `model` (where it is, as it is) with a method.
+
+    Args:
+        kind: the method's class; `settings.method` are its settings.
+        sources: indices of the source domains in the dataset's list.
+
+    Raises:
+        SettingsError: a CUDA graph is required where there can be none.
+    """
+    training, runtime = settings.training, settings.runtime
+    device = next(model.parameters()).device
     last = use_channels_last(runtime, device)
     if last:
         weights_channels_last(model)
@@ -58,28 +83,19 @@ def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: G
         for one in (model, *([average.model] if average is not None else [])):
             compile_tails(one)
     randomness = Randomness(seed=training.seed, device=device)
-    kind = method_class(settings.method.name)
     context = Context.of(
-        model,
-        randomness=randomness,
-        average=average,
-        precision=runtime.precision,
-        group=group,
-        sources=[dataset.domains.index(domain) for domain in training.source_domains],
+        model, randomness=randomness, average=average, precision=runtime.precision, group=group, sources=sources
     )
     method = build_method(kind, settings, context)
     graph = _graph(settings, method, device, group)
+    optimizer = build_optimizer(
+        [*model.parameters(), *method.parameters()],
+        settings.optimizer,
+        groups=method.parameter_groups(),
+        capturable=graph,
+    )
     step = TrainStep(
-        method=method,
-        optimizer=build_optimizer(
-            [*model.parameters(), *method.parameters()],
-            settings.optimizer,
-            groups=method.parameter_groups(),
-            capturable=graph,
-        ),
-        average=average,
-        batch_norm=training.batch_norm,
-        channels_last=last,
+        method=method, optimizer=optimizer, average=average, batch_norm=training.batch_norm, channels_last=last
     )
     run_step = None
     if graph:
@@ -88,14 +104,15 @@ def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: G
 
 
 def build_method(kind: type[Method], settings: Settings, context: Context) -> Method:
-    """The method with its own modules on the model's device.
+    """The method with its own modules on the model's device and of its type.
 
     They are initialised from a stream of their own: what the model draws is the same whatever the method.
     """
-    device = context.step.device
+    like = next(context.model.parameters())
+    device = like.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.training.seed + 1)
-        method = kind(settings.method, context).to(device)
+        method = kind(settings.method, context).to(device=device, dtype=like.dtype)
     _agree(method, context.group)
     return method
 

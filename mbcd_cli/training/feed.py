@@ -57,7 +57,7 @@ class Feed:
         Args:
             batch_size: clips of the global batch.
             start: batches to skip.
-            views: views of every clip per batch; with 2, rows i and B + i of what is yielded are two views of one clip.
+            views: views of every clip per batch; with 2, rows 2i and 2i + 1 of a batch are two views of one clip.
         """
         options = dict(self._options)
         if self._group.world > 1:
@@ -83,12 +83,15 @@ class Feed:
 
 
 def _together(views: Sequence[Batch]) -> Batch:
-    """Batches of the same clips as one, their rows after one another."""
+    """Batches of the same clips as one: every clip's views after one another."""
+
+    def woven(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(list(rows), dim=1).flatten(0, 1)
+
+    parts = {name: zip(*(view.inputs[name] for view in views), strict=True) for name in views[0].inputs}
     return Batch(
-        inputs={
-            name: tuple(map(torch.cat, zip(*(v.inputs[name] for v in views), strict=True))) for name in views[0].inputs
-        },
-        labels=torch.cat([view.labels for view in views]),
-        domains=torch.cat([view.domains for view in views]),
-        clips=torch.cat([view.clips for view in views]),
+        inputs={name: tuple(map(woven, paths)) for name, paths in parts.items()},
+        labels=woven([view.labels for view in views]),
+        domains=woven([view.domains for view in views]),
+        clips=woven([view.clips for view in views]),
     )

@@ -45,11 +45,12 @@ class MemoryDataset:
         )
         return rows[:limit]
 
-    def batches(self, clips, *, batch_size, training, seed=0, epoch=0, drop_last=False, start=0, share=(0, 1)):
+    def batches(self, clips, *, batch_size, training, seed=0, epoch=0, drop_last=False, start=0, share=(0, 1), draw=0):
         order, views = np.asarray(clips), np.zeros(len(clips), np.int64)
         if training:
             generator = np.random.default_rng([seed, epoch])
             order = order[generator.permutation(len(order))]
+            generator = np.random.default_rng([seed, epoch, draw]) if draw else generator
             views = 1 + generator.integers(2, size=len(order))
         stop = len(order) - len(order) % batch_size if drop_last else len(order)
         for first in range(start * batch_size, stop, batch_size):

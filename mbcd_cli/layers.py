@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.methods import DEFAULT, method_class, over_defaults
+from mbcd_cli.methods import DEFAULT, method_class, over_defaults, short_name
 from mbcd_cli.settings import AudioModality, FrameGeometry, Settings
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -333,6 +333,25 @@ def _source(loc: Sequence[str], layers: Sequence[Layer]) -> str | None:
         else:
             return layer.source
     return None
+
+
+def method_label(settings: Settings) -> str:
+    """The method's name, marked `-custom` when its switches (settings that are no numbers) were changed one by one."""
+    name = settings.method.name
+    plain = validate(over_defaults(name))
+    same = _switches(settings.method) == _switches(plain.method) and settings.average.kind == plain.average.kind
+    return short_name(name) + ("" if same else "-custom")
+
+
+def _switches(group: BaseModel) -> dict[str, str | bool]:
+    found: dict[str, str | bool] = {}
+    for key in type(group).model_fields:
+        value = getattr(group, key)
+        if isinstance(value, BaseModel):
+            found |= {f"{key}.{inner}": one for inner, one in _switches(value).items()}
+        elif isinstance(value, str | bool):
+            found[key] = value
+    return found
 
 
 def to_toml(settings: Settings) -> str:

@@ -7,13 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from mbcd_cli.data.dataset import PREPARED, CachedDataset, as_prepared, open_dataset
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import CacheError, CheckpointError, RunError, SettingsError
-from mbcd_cli.layers import Layer, load_settings, resolve, validate
-from mbcd_cli.methods import method_label, over_defaults
+from mbcd_cli.layers import Layer, load_settings, method_label, resolve
 from mbcd_cli.settings import CacheSettings, Settings
 from mbcd_cli.training.checkpoint import Checkpoint, load_checkpoint
 
@@ -86,26 +83,7 @@ def run_name(settings: Settings) -> str:
     names = settings.model.modalities
     short = "".join(name[0] for name in names) if set(names) <= {"video", "audio", "flow"} else "+".join(names)
     target = settings.training.target_domain or "in-domain"
-    return f"{_label(settings)}-{short}-{target}-s{settings.training.seed}"
-
-
-def _label(settings: Settings) -> str:
-    """The method's name, marked `-custom` when its switches (settings that are no numbers) were changed one by one."""
-    name = settings.method.name
-    plain = validate(over_defaults(name))
-    same = _switches(settings.method) == _switches(plain.method) and settings.average.kind == plain.average.kind
-    return method_label(name) + ("" if same else "-custom")
-
-
-def _switches(group: BaseModel) -> dict[str, str | bool]:
-    found: dict[str, str | bool] = {}
-    for key in type(group).model_fields:
-        value = getattr(group, key)
-        if isinstance(value, BaseModel):
-            found |= {f"{key}.{inner}": one for inner, one in _switches(value).items()}
-        elif isinstance(value, str | bool):
-            found[key] = value
-    return found
+    return f"{method_label(settings)}-{short}-{target}-s{settings.training.seed}"
 
 
 def check_unchanged(saved: Settings, now: Settings) -> None:

@@ -309,7 +309,8 @@ def show_dry_run(plan: Mapping[str, Any]) -> None:
     )
     cache = f"{plan['cache_bytes'] / 1e6:.0f} MB" if plan["cache_bytes"] is not None else "unknown"
     for line in (
-        f"heads: {parameters['unimodal_heads']} uni-modal, {parameters['fused_head']} fused parameters",
+        f"heads: {parameters['unimodal_heads']} uni-modal, {parameters['fused_head']} fused parameters; "
+        f"the method's own: {parameters['method']}",
         f"trained {parameters['trained']}, frozen {parameters['frozen']} parameters; cache {cache}",
         f"{plan['steps']} steps of {plan['batch_size']} clips on {plan['device']}, {plan['step_seconds']:.3f} s each: "
         f"about {plan['estimated_training_seconds']:.0f} s without validation",

@@ -68,7 +68,7 @@ def method_names() -> list[str]:
     return [*METHODS, *(name for name in plugins(GROUP) if name not in METHODS)]
 
 
-def method_label(name: str) -> str:
+def short_name(name: str) -> str:
     """How a method is called in tables and run folders: a class in a file by its own name."""
     return name.rpartition(":")[2]
 

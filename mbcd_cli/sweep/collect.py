@@ -19,6 +19,7 @@ from mbcd_cli.evaluation.history import accuracy_history
 from mbcd_cli.evaluation.results import read_records
 from mbcd_cli.evaluation.tables import Cell as Figure
 from mbcd_cli.evaluation.tables import Table
+from mbcd_cli.layers import method_label
 from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Panel
 from mbcd_cli.sweep.plan import Cell
@@ -56,7 +57,7 @@ def _load(cell: Cell) -> Run:
     training = cell.settings.training
     if (run.dataset, run.method, run.target, run.seed) != (
         cell.settings.dataset.name,
-        cell.settings.method.name,
+        method_label(cell.settings),
         training.target_domain,
         training.seed,
     ):

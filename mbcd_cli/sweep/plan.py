@@ -17,7 +17,7 @@ from mbcd_cli.data.records import MODALITY_ORDER, modality_order
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.evaluation.compare import PAPER_DATASETS, paper
 from mbcd_cli.layers import parse_value
-from mbcd_cli.methods import method_label
+from mbcd_cli.methods import short_name
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.run_folder import FREE
 
@@ -260,6 +260,6 @@ def plan(
             key = settings_key(settings)
             folder = runs / str(settings.dataset.name) / f"{name(settings)}-{key}"
             cells.setdefault(
-                key, Cell(settings, key, folder, method_label(method), tuple(zip(axes, values, strict=True)))
+                key, Cell(settings, key, folder, short_name(method), tuple(zip(axes, values, strict=True)))
             )
     return list(cells.values())

@@ -8,15 +8,16 @@ import torch
 from fakes import MemoryDataset, memory_settings
 from scipy.special import log_softmax, rel_entr, softmax
 from scipy.stats import binom
-from small import KINDS_ALL, make_step, small_batch, small_model
+from small import KINDS_ALL, make_step, small_batch, small_model, tail
 
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Method
 from mbcd_cli.methods.feature_noise import FeatureNoise, FeatureNoiseSettings
 from mbcd_cli.methods.modality_dropout import DropoutSettings
 from mbcd_cli.methods.parts import cross_entropy, distillation, teacher_probabilities
+from mbcd_cli.model import MultiModalModel
 from mbcd_cli.randomness import Randomness
-from mbcd_cli.settings import AverageSettings
+from mbcd_cli.settings import AverageSettings, ModelSettings
 from mbcd_cli.training.average import Average
 
 
@@ -87,6 +88,28 @@ def test_dropped_modalities_are_zeroed_without_rescaling():
     columns[1][2] = 0
     expected = model.fused_head(torch.cat(columns, dim=1))
     torch.testing.assert_close(model.fuse(features, keep), expected, rtol=0, atol=0)
+
+
+def test_the_chassis_may_have_no_norm_linear_heads_and_dropout_on_some_features():
+    def built(**settings):
+        torch.manual_seed(0)
+        tails = {name: tail("vector") for name in ("video", "audio")}
+        return MultiModalModel(tails, settings=ModelSettings(hidden=6, **settings), classes=3).double()
+
+    batch = small_batch(2, ("vector", "vector"))
+    plain = built(norm="none", unimodal_head="linear")
+    pooled = plain.pooled(batch.inputs)
+    assert all(torch.equal(h, pooled[name]) for name, h in plain.normalised(pooled).items())
+    assert [tuple(head.weight.shape) for head in plain.heads.values()] == [(3, 4), (3, 4)]
+    dropped = built(feature_dropout=0.5, feature_dropout_on=("audio",))
+    assert dropped.state_dict().keys() == built().state_dict().keys()
+    for mode in (True, False):
+        dropped.train(mode)
+        values = dropped.pooled(batch.inputs)
+        assert torch.equal(dropped.pooled(batch.inputs)["video"], values["video"])
+        assert torch.equal(dropped.pooled(batch.inputs)["audio"], values["audio"]) != mode
+    with pytest.raises(ValueError, match="flow is not among the modalities"):
+        ModelSettings(modalities=("video", "audio"), feature_dropout=0.5, feature_dropout_on=("flow",))
 
 
 def test_noise_gives_the_statistics_that_it_should():

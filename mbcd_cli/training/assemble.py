@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 
@@ -33,20 +33,33 @@ class Training:
     run_step: StaticStep | None = None
 
 
-def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: Group = ALONE) -> Training:
+class TrainedOn(Protocol):
+    """The part of a prepared dataset that a training is assembled from.
+
+    Attributes:
+        domains: their names. classes: C.
+        tail_weights, trunk_weights: modality -> initial state dict; trunks' only where they are live.
+    """
+
+    domains: Sequence[str]
+    classes: int
+    tail_weights: Mapping[str, Mapping[str, torch.Tensor]]
+    trunk_weights: Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def assemble(settings: Settings, dataset: TrainedOn, *, device: torch.device, group: Group = ALONE) -> Training:
     """Student, average, method, optimizer and step, on `device`; the model draws from torch's global generator.
 
     Raises:
         SettingsError: there is no such method, it reads views that the cache does not have, or a CUDA graph is required
             where there can be none.
     """
-    tail_weights: Mapping[str, Mapping[str, torch.Tensor]] = dataset.tail_weights
     model = build_model(
         settings.modalities,
         settings=settings.model,
         classes=dataset.classes,
         live_trunks=settings.cache.live_trunks,
-        tail_weights=tail_weights,
+        tail_weights=dataset.tail_weights,
         trunk_weights=dataset.trunk_weights if settings.cache.live_trunks else None,
     )
     kind = method_class(settings.method.name)
@@ -56,7 +69,7 @@ def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: G
             f"cache.views = {settings.cache.views}.",
             "Prepare with --views 2 or more.",
         )
-    sources = [dataset.domains.index(domain) for domain in settings.training.source_domains]
+    sources = [list(dataset.domains).index(domain) for domain in settings.training.source_domains]
     return train_with(kind, model.to(device), settings, sources=sources, group=group)
 
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from mbcd_cli.methods import DEFAULT
+
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/generate.py; change the code, then run it again. -->"
 
@@ -68,15 +70,15 @@ def _rows(model: type[BaseModel], prefix: str) -> list[str]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             nested += _rows(annotation, f"{prefix}{name}.")
             continue
-        rows.append(
-            f"| `{prefix}{name}` | {_type_name(annotation)} | {_default(field.default)} | {field.description} |"
-        )
+        default = DEFAULT if f"{prefix}{name}" == "method.name" else field.default
+        rows.append(f"| `{prefix}{name}` | {_type_name(annotation)} | {_default(default)} | {field.description} |")
     return rows + nested
 
 
 def settings_page() -> str:
     """Every field of the tree: path, type, default, meaning."""
     from mbcd_cli import settings
+    from mbcd_cli.methods import METHODS, method_class
 
     pages = [NOTE, "# Settings", ""]
     pages += [
@@ -95,6 +97,14 @@ def settings_page() -> str:
             ):
                 pages += [f"## modalities.NAME, kind {kind.model_fields['kind'].default}", "", kind.__doc__ or "", ""]
                 pages += [*header, *_rows(kind, "modalities.NAME."), ""]
+            continue
+        if name == "method":
+            kinds: dict[type[BaseModel], list[str]] = {}
+            for method in METHODS:
+                kinds.setdefault(method_class(method).Settings, []).append(method)
+            for kind, methods in kinds.items():
+                pages += [f"## method, of {', '.join(methods)}", "", kind.__doc__ or "", "", *header]
+                pages += [*_rows(kind, "method."), ""]
             continue
         pages += [
             f"## {name}",

@@ -262,7 +262,9 @@ def train(
     source_domains: Annotated[
         str | None, typer.Option("--source-domains", help="Domains to train on, e.g. D1,D3.")
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", help="erm, ema, mbcd (default) or an ablation.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="erm, ema, mbcd (default), ..., FILE.py:Class.")
+    ] = None,
     modalities: Modalities = None,
     dataset: Annotated[
         str | None, typer.Option("--dataset", help="Name of a prepared dataset (default: the preset's).")
@@ -590,7 +592,7 @@ def demo(
     epilog=_examples(
         "mbcd sweep --preset av-digits --targets all --methods erm,mbcd --seeds 3",
         "mbcd sweep --preset epic-kitchens --table 1 --dry-run",
-        "mbcd sweep --preset av-digits --grid objective.teacher.beta=0.9,0.99",
+        "mbcd sweep --preset av-digits --grid average.beta=0.9,0.99",
     )
 )
 def sweep(

@@ -1,7 +1,8 @@
 """Merging preset, config file, environment, `--set` and flags into one validated `Settings` tree.
 
-Precedence: flag > --set a.b=v > MBCD_A__B > --config > --preset > default. `--method` is a named set of switches and
-sits just below `--set`, so that single switches can be changed on top of it.
+Precedence: flag > --set a.b=v > MBCD_A__B > --config > --preset > default. `--method` sits just below `--set`. A layer
+that names a method drops the `method` settings of the layers below where those are another class's, and what the name
+stands for (a variant's settings, the kind of average) lies right below that layer.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.settings import METHODS, AudioModality, FrameGeometry, Settings
+from mbcd_cli.methods import DEFAULT, method_class, over_defaults, short_name
+from mbcd_cli.settings import AudioModality, FrameGeometry, Settings
 
 _PACKAGE = Path(__file__).resolve().parent
 ENV_PREFIX = "MBCD_"
@@ -40,7 +42,8 @@ class _Environment(BaseSettings):
     modalities: dict[str, Any] = {}
     cache: dict[str, Any] = {}
     model: dict[str, Any] = {}
-    objective: dict[str, Any] = {}
+    method: dict[str, Any] = {}
+    average: dict[str, Any] = {}
     optimizer: dict[str, Any] = {}
     training: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
@@ -159,27 +162,30 @@ def set_layers(assignments: Sequence[str]) -> list[Layer]:
     return layers
 
 
-def method_layer(method: str) -> Layer:
-    """The switches `--method` stands for.
+def _named(values: Mapping[str, Any]) -> str | None:
+    """The method that a layer names, or None."""
+    group = values.get("method")
+    name = group.get("name") if isinstance(group, Mapping) else None
+    return name if isinstance(name, str) else None
+
+
+def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All layers over each other, the first being the lowest.
 
     Raises:
-        SettingsError: no such method.
+        SettingsError: there is no such method.
     """
-    if method not in METHODS:
-        raise SettingsError(
-            f"There is no method {method!r}.",
-            f"Use one of {', '.join(METHODS)}, and --set objective... for single switches.",
-        )
-    return Layer(f"--method {method}", {"training": {"method": method}, "objective": METHODS[method]})
-
-
-def _with_method(layer: Layer) -> Layer:
-    """A layer that names a known method also carries that method's switches, below its own."""
-    training = layer.values.get("training")
-    method = training.get("method") if isinstance(training, Mapping) else None
-    if method not in METHODS:
-        return layer
-    return Layer(layer.source, merge({"objective": METHODS[method]}, layer.values))
+    chosen, below, over = DEFAULT, {}, over_defaults(DEFAULT)
+    above: dict[str, Any] = {}
+    for values in layers:
+        name = _named(values)
+        if name is not None:
+            below = merge(below, above)
+            if method_class(name) is not method_class(chosen):
+                below = {part: group for part, group in below.items() if part != "method"}
+            chosen, over, above = name, over_defaults(name), {}
+        above = merge(above, values)
+    return merge(merge(below, over), above)
 
 
 def resolve(
@@ -207,15 +213,12 @@ def resolve(
     if environ is not None:
         layers.append(environment_layer(environ))
     if method is not None:
-        layers.append(method_layer(method))
+        layers.append(Layer(f"--method {method}", {"method": {"name": method}}))
     layers.extend(set_layers(sets))
     for path, value in (flags or {}).items():
         if value is not None:
             layers.append(Layer(f"--{path.rsplit('.', 1)[-1].replace('_', '-')}", nest(path, value)))
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        merged = merge(merged, (layer if layer is base else _with_method(layer)).values)
-    return _with_followed_frames(validate(merged, layers))
+    return _with_followed_frames(validate(_merged([layer.values for layer in layers]), layers))
 
 
 def _with_followed_frames(settings: Settings) -> Settings:
@@ -242,18 +245,20 @@ def _with_followed_frames(settings: Settings) -> Settings:
 
 
 def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Settings:
-    """Validated settings.
+    """Validated settings, with the settings class of the method that they name (else of the default one).
 
     Raises:
-        SettingsError: all problems together.
+        SettingsError: all problems together; or there is no such method.
     """
     problems: list[Mapping[str, Any]] = []
-    left: dict[str, Any] = merge({}, values)
+    left = _merged([values])
+    kind = method_class(_named(left) or DEFAULT).Settings
+    tree = Settings[kind]
     first: ValidationError | None = None
     # Checks across fields wait until the fields are valid: take the bad values out and look again.
     while True:
         try:
-            settings = Settings.model_validate(left)
+            settings = tree.model_validate(left)
             break
         except ValidationError as error:
             first = first or error
@@ -263,7 +268,7 @@ def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Setting
                 break
     if not problems:
         return settings
-    lines = list(dict.fromkeys(_describe(problem, layers) for problem in problems))
+    lines = list(dict.fromkeys(_describe(problem, layers, tree) for problem in problems))
     noun = "problem" if len(lines) == 1 else "problems"
     raise SettingsError(
         "\n".join([f"The settings have {len(lines)} {noun}:", *(f"  {line}" for line in lines)]),
@@ -293,12 +298,12 @@ def _drop(values: dict[str, Any], path: Sequence[str]) -> bool:
     return False
 
 
-def _describe(problem: Mapping[str, Any], layers: Sequence[Layer]) -> str:
+def _describe(problem: Mapping[str, Any], layers: Sequence[Layer], tree: type[Settings]) -> str:
     loc = _path(problem)
     path = ".".join(loc)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        message = "no such setting" + _nearest(loc)
+        message = "no such setting" + _nearest(loc, tree)
         given = ""
     else:
         value = problem.get("input")
@@ -307,8 +312,8 @@ def _describe(problem: Mapping[str, Any], layers: Sequence[Layer]) -> str:
     return f"{path}: {message}{given}{f' [from {source}]' if source else ''}"
 
 
-def _nearest(loc: Sequence[str]) -> str:
-    node: Any = Settings
+def _nearest(loc: Sequence[str], tree: type[Settings]) -> str:
+    node: Any = tree
     for key in loc[:-1]:
         field = getattr(node, "model_fields", {}).get(key)
         node = field.annotation if field is not None else None
@@ -328,6 +333,25 @@ def _source(loc: Sequence[str], layers: Sequence[Layer]) -> str | None:
         else:
             return layer.source
     return None
+
+
+def method_label(settings: Settings) -> str:
+    """The method's name, marked `-custom` when its switches (settings that are no numbers) were changed one by one."""
+    name = settings.method.name
+    plain = validate(over_defaults(name))
+    same = _switches(settings.method) == _switches(plain.method) and settings.average.kind == plain.average.kind
+    return short_name(name) + ("" if same else "-custom")
+
+
+def _switches(group: BaseModel) -> dict[str, str | bool]:
+    found: dict[str, str | bool] = {}
+    for key in type(group).model_fields:
+        value = getattr(group, key)
+        if isinstance(value, BaseModel):
+            found |= {f"{key}.{inner}": one for inner, one in _switches(value).items()}
+        elif isinstance(value, str | bool):
+            found[key] = value
+    return found
 
 
 def to_toml(settings: Settings) -> str:

@@ -1,4 +1,4 @@
-"""The multi-modal model: (live trunks,) tails, LayerNorm on pooled features, uni-modal heads and the fused head.
+"""The multi-modal model: (live trunks,) tails, norm on pooled features, uni-modal heads and the fused head.
 
 Letters: B clips, M modalities, C classes, D_k features of modality k.
 """
@@ -9,10 +9,14 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import Noise, Parts, Tail, Trunk
 from mbcd_cli.settings import Modality, ModelSettings
+
+TailWeights = Mapping[str, Mapping[str, torch.Tensor]]
+"""Modality -> name of a tail's parameter -> tensor."""
 
 
 def head(inside: int, *, settings: ModelSettings, classes: int) -> nn.Sequential:
@@ -30,7 +34,7 @@ class MultiModalModel(nn.Module):
 
     Args:
         tails: modality -> tail, in fusion order.
-        settings: width and dropout of the heads.
+        settings: norm, dropout and heads.
         classes: C.
         trunks: modality -> live trunk, where the frozen stages run with the model (`at_cut`) because their batch norms
             follow the training; none where the model's inputs come from a cache of trunk outputs.
@@ -51,8 +55,24 @@ class MultiModalModel(nn.Module):
         self.trunks = nn.ModuleDict(trunks or {})
         self.tails = nn.ModuleDict(tails)
         # The affine parameters of the LayerNorm are never optimised in the reference: identity, so there are none.
-        self.norms = nn.ModuleDict({n: nn.LayerNorm(d, elementwise_affine=False) for n, d in self.dims.items()})
-        self.heads = nn.ModuleDict({n: head(d, settings=settings, classes=classes) for n, d in self.dims.items()})
+        layer_norm = settings.norm == "layer"
+        self.norms = nn.ModuleDict(
+            {
+                n: nn.LayerNorm(d, elementwise_affine=False) if layer_norm else nn.Identity()
+                for n, d in self.dims.items()
+            }
+        )
+        dropped = (settings.feature_dropout_on or self.modalities) if settings.feature_dropout else ()
+        self.feature_dropouts = nn.ModuleDict(
+            {n: nn.Dropout(settings.feature_dropout) for n in self.modalities if n in dropped}
+        )
+        linear = settings.unimodal_head == "linear"
+        self.heads = nn.ModuleDict(
+            {
+                n: nn.Linear(d, classes) if linear else head(d, settings=settings, classes=classes)
+                for n, d in self.dims.items()
+            }
+        )
         self.fused_head = head(sum(self.dims.values()), settings=settings, classes=classes)
 
     def at_cut(self, inputs: Mapping[str, Parts]) -> dict[str, Parts]:
@@ -61,13 +81,40 @@ class MultiModalModel(nn.Module):
             name: self.trunks[name](inputs[name]) if name in self.trunks else inputs[name] for name in self.modalities
         }
 
-    def encode(self, name: str, parts: Parts, noise: Noise | None = None) -> torch.Tensor:
-        """Parts of modality `name` at the cut -> normalised pooled features h_k, [B, D_k]."""
-        return self.norms[name](self.tails[name](parts, noise))
+    def pool(self, name: str, parts: Parts, noise: Noise | None = None) -> torch.Tensor:
+        """Parts of modality `name` at the cut -> pooled features before the norm, [B, D_k]."""
+        return self._dropped(name, self.tails[name](parts, noise))
 
-    def features(self, inputs: Mapping[str, Parts], noise: Noise | None = None) -> dict[str, torch.Tensor]:
+    def pooled(
+        self, inputs: Mapping[str, Parts], *, noise: Noise | None = None, theta: TailWeights | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Parts at the cut -> pooled features of every modality before the norm, each [B, D_k].
+
+        Args:
+            theta: parameters to use instead of the tails' own; buffers stay the model's, so that batch norm updates
+                its running statistics as in any other pass.
+        """
+        if theta is None:
+            return {name: self.pool(name, inputs[name], noise) for name in self.modalities}
+        return {
+            name: self._dropped(name, functional_call(self.tails[name], dict(theta[name]), (inputs[name], noise)))
+            for name in self.modalities
+        }
+
+    def _dropped(self, name: str, pooled: torch.Tensor) -> torch.Tensor:
+        return self.feature_dropouts[name](pooled) if name in self.feature_dropouts else pooled
+
+    def normalised(self, pooled: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Pooled features -> normalised ones h_k, each [B, D_k]."""
+        return {name: self.norms[name](pooled[name]) for name in self.modalities}
+
+    def encode(self, name: str, parts: Parts) -> torch.Tensor:
+        """Parts of modality `name` at the cut -> normalised pooled features h_k, [B, D_k]."""
+        return self.norms[name](self.pool(name, parts))
+
+    def features(self, inputs: Mapping[str, Parts]) -> dict[str, torch.Tensor]:
         """Parts at the cut -> normalised pooled features of every modality, each [B, D_k]."""
-        return {name: self.encode(name, inputs[name], noise) for name in self.modalities}
+        return {name: self.encode(name, inputs[name]) for name in self.modalities}
 
     def unimodal(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Uni-modal logits, each [B, C]."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Kind = Literal["video", "flow", "audio", "array"]
 KINDS: tuple[Kind, ...] = ("video", "flow", "audio", "array")
@@ -288,6 +288,14 @@ class ModelSettings(Slice):
     """Width of the hidden layer of every head."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Dropout inside the heads."""
+    unimodal_head: Literal["mlp", "linear"] = "mlp"
+    """Uni-modal heads: one hidden layer as in the fused head, or a single linear layer."""
+    norm: Literal["layer", "none"] = "layer"
+    """LayerNorm on the pooled features of every modality, or none."""
+    feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on pooled features, before the norm: everything after it sees the dropped vector."""
+    feature_dropout_on: Names = ()
+    """Modalities whose pooled features are dropped out; empty means all."""
 
     @field_validator("modalities")
     @classmethod
@@ -296,80 +304,37 @@ class ModelSettings(Slice):
             raise ValueError("a modality is named twice")
         return value
 
-
-class DropoutSettings(Slice):
-    """Modality dropout before fusion (AMD, Eq. 2-4)."""
-
-    strategy: Literal["none", "fixed", "adaptive"] = "adaptive"
-    """No modality dropout, one fixed rate, or the adaptive rate of Eq. 3-4."""
-    rate: Fraction = 0.5
-    """Rate of the fixed strategy."""
-    score: Literal["confidence", "true_class"] = "confidence"
-    """What s_k sums: the largest class probability (the paper), or the true class's (a label-aware variant)."""
-
-
-class ConsistencySettings(Slice):
-    """Gradient consistency (GCC, Eq. 5-6)."""
-
-    order: Literal["off", "first", "second"] = "first"
-    """No inner step, one whose gradient is a constant (the reference), or one that is differentiated through."""
-    alpha: NonNegative = 1e-4
-    """Learning rate of the inner step."""
-
-
-class TeacherSettings(Slice):
-    """The exponential moving average of the student (Eq. 7)."""
-
-    enabled: bool = True
-    """Keep a teacher; it is then the deployed model."""
-    beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay: Theta_EMA <- beta Theta_EMA + (1 - beta) Theta after every step."""
-
-
-class DistillationSettings(Slice):
-    """Collaborative distillation from the teacher (Eq. 8)."""
-
-    enabled: bool = True
-    """Add lambda * L_dis to the objective."""
-    weight: NonNegative = 1.0
-    """lambda of Eq. 9."""
-
-
-class FeatureNoiseSettings(Slice):
-    """Feature augmentation by noise on feature statistics (DSU), in the first student pass only."""
-
-    enabled: bool = True
-    """Apply DSU."""
-    probability: Fraction = 0.5
-    """Probability that one call applies the noise."""
-
-
-class ObjectiveSettings(Slice):
-    """The training objective (Eq. 9) and its switches; `--method erm|ema|mbcd` sets them together."""
-
-    unimodal: Literal["joint", "probe"] = "joint"
-    """Uni-modal heads train with their encoders (Eq. 9), or only probe detached features, to be reported."""
-    dropout: DropoutSettings = DropoutSettings()
-    """Modality dropout."""
-    consistency: ConsistencySettings = ConsistencySettings()
-    """Gradient consistency."""
-    teacher: TeacherSettings = TeacherSettings()
-    """Teacher."""
-    distillation: DistillationSettings = DistillationSettings()
-    """Distillation."""
-    feature_noise: FeatureNoiseSettings = FeatureNoiseSettings()
-    """Feature noise."""
-
     @model_validator(mode="after")
-    def _coherent(self):
-        problems = []
-        if self.distillation.enabled and not self.teacher.enabled:
-            problems.append("distillation needs a teacher: set objective.teacher.enabled=true")
-        if self.consistency.order != "off" and self.unimodal != "joint":
-            problems.append("gradient consistency steps along uni-modal gradients: set objective.unimodal=joint")
-        if problems:
-            raise ValueError("; ".join(problems))
+    def _known(self):
+        unknown = [name for name in self.feature_dropout_on if self.modalities and name not in self.modalities]
+        if unknown:
+            raise ValueError(f"feature_dropout_on: {', '.join(unknown)} is not among the modalities")
         return self
+
+
+class MethodSettings(Slice):
+    """What trains: a method by name, with the settings of its class; these are ERM's, which every method has."""
+
+    name: str = "erm"
+    """Name of the method (`mbcd list methods`), or a class of your own: my_method.py:MyMethod."""
+    unimodal: Literal["joint", "probe"] = "probe"
+    """Uni-modal heads train with their encoders, or only probe detached features, to be reported."""
+
+    @property
+    def needs_average(self) -> bool:
+        """Whether training itself reads the weight average (to distil from it, say)."""
+        return False
+
+
+class AverageSettings(Slice):
+    """The average of the student's weights (the teacher); where there is one, it is the deployed model."""
+
+    kind: Literal["none", "ema", "sma"] = "none"
+    """No average, an exponential moving one, or the simple mean of all steps; the default is the method's own."""
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """ema: Theta_EMA <- beta Theta_EMA + (1 - beta) Theta after every step."""
+    start: Annotated[int, Field(ge=0)] = 0
+    """Step from which weights are averaged; until then the average is a copy of the student."""
 
 
 class OptimizerSettings(Slice):
@@ -388,8 +353,6 @@ class OptimizerSettings(Slice):
 class TrainingSettings(Slice):
     """Domains, length and seed of a training."""
 
-    method: str = "mbcd"
-    """Name of the method, for run folders and tables; `--method` sets it with the objective's switches."""
     target_domain: str | None = None
     """Unseen domain, only used to report; none trains and reports in-domain."""
     source_domains: Names = ()
@@ -535,8 +498,11 @@ class RuntimeSettings(Slice):
     """Batches that a background thread reads ahead; 0 reads each when it is needed."""
 
 
-class Settings(Slice):
-    """The whole tree."""
+AnyMethodSettings = TypeVar("AnyMethodSettings", bound=MethodSettings)
+
+
+class Settings(Slice, Generic[AnyMethodSettings]):
+    """The whole tree; `layers.validate` gives it the settings class of the method that it names."""
 
     dataset: DatasetSettings = DatasetSettings()
     """Dataset."""
@@ -546,8 +512,10 @@ class Settings(Slice):
     """Cache."""
     model: ModelSettings = ModelSettings()
     """Model."""
-    objective: ObjectiveSettings = ObjectiveSettings()
-    """Objective."""
+    method: AnyMethodSettings = Field(default_factory=dict)  # validated as the method's own class
+    """Method, with the settings that its class has."""
+    average: AverageSettings = AverageSettings()
+    """Average."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Optimizer."""
     training: TrainingSettings = TrainingSettings()
@@ -558,6 +526,14 @@ class Settings(Slice):
     """Landscape."""
     runtime: RuntimeSettings = RuntimeSettings()
     """Runtime."""
+
+    @field_validator("average")
+    @classmethod
+    def _there_where_it_is_needed(cls, value: AverageSettings, info: ValidationInfo) -> AverageSettings:
+        method = info.data.get("method")
+        if method is not None and method.needs_average and value.kind == "none":
+            raise ValueError("the method distils from the weight average: set average.kind to ema or sma")
+        return value
 
     @field_validator("modalities", mode="before")
     @classmethod
@@ -584,53 +560,3 @@ def default_modality(name: str, kind: str | None = None) -> Modality:
     """The default settings of a modality called `name`."""
     kinds = {"video": VideoModality, "flow": FlowModality, "audio": AudioModality, "array": ArrayModality}
     return kinds[kind or infer_kind(name) or "array"]()
-
-
-METHODS: dict[str, dict[str, Any]] = {
-    # Joint training of the fused head; uni-modal heads only probe, so that they can be reported beside it.
-    "erm": {
-        "unimodal": "probe",
-        "dropout": {"strategy": "none"},
-        "consistency": {"order": "off"},
-        "teacher": {"enabled": False},
-        "distillation": {"enabled": False},
-        "feature_noise": {"enabled": False},
-    },
-    # ERM whose deployed model is the weight average.
-    "ema": {
-        "unimodal": "probe",
-        "dropout": {"strategy": "none"},
-        "consistency": {"order": "off"},
-        "teacher": {"enabled": True},
-        "distillation": {"enabled": False},
-        "feature_noise": {"enabled": False},
-    },
-    "mbcd": {
-        "unimodal": "joint",
-        "dropout": {"strategy": "adaptive"},
-        "consistency": {"order": "first"},
-        "teacher": {"enabled": True},
-        "distillation": {"enabled": True},
-        "feature_noise": {"enabled": True},
-    },
-}
-"""Named switch sets of the objective for `--method`; single switches may be changed on top with `--set`."""
-
-
-def _without(*parts: str, **changed: Any) -> dict[str, Any]:
-    """MBCD's switches with some parts off (dropout, consistency, distillation) or replaced."""
-    off = {"dropout": {"strategy": "none"}, "consistency": {"order": "off"}, "distillation": {"enabled": False}}
-    return METHODS["mbcd"] | {part: off[part] for part in parts} | changed
-
-
-METHODS |= {
-    # The paper's ablation: MBCD with only one of its three parts beside the weight average.
-    "ema+amd": _without("consistency", "distillation"),
-    "ema+gcc": _without("dropout", "distillation"),
-    "ema+dl": _without("dropout", "consistency"),
-    # The paper's comparison of dropout strategies.
-    "mbcd-no-dropout": _without("dropout"),
-    "mbcd-fixed-dropout": _without(dropout={"strategy": "fixed"}),
-    # Beyond the paper: s_k from the true class's probability.
-    "mbcd-true-class": _without(dropout={"strategy": "adaptive", "score": "true_class"}),
-}

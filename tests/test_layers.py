@@ -8,7 +8,8 @@ import pytest
 
 from mbcd_cli import layers
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.settings import METHODS, Settings
+from mbcd_cli.methods import METHODS, method_class
+from mbcd_cli.settings import MethodSettings, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -61,24 +62,46 @@ def test_checks_across_fields_are_not_hidden_by_bad_fields_beside_them():
 
 
 def test_method_is_a_set_of_switches_below_set():
-    settings = layers.resolve(method="erm", sets=["objective.teacher.enabled=true"])
-    assert settings.training.method == "erm"
-    assert settings.objective.unimodal == "probe"
-    assert settings.objective.consistency.order == "off"
-    assert settings.objective.teacher.enabled
-    assert not settings.objective.distillation.enabled
+    settings = layers.resolve(method="ema+gcc", sets=["method.dropout.strategy=fixed"])
+    assert settings.method.name == "ema+gcc"
+    assert settings.average.kind == "ema"
+    assert settings.method.dropout.strategy == "fixed"
+    assert settings.method.consistency.order == "first"
+    assert not settings.method.distillation.enabled
+    assert layers.resolve(method="erm", sets=["average.kind=sma"]).average.kind == "sma"
 
 
 def test_method_in_a_preset_brings_its_switches(tmp_path):
-    preset = write(tmp_path / "p.toml", "[training]\nmethod='ema'\n[objective.teacher]\nbeta=0.5\n")
+    preset = write(tmp_path / "p.toml", "[method]\nname='ema'\n[average]\nbeta=0.5\n")
     settings = layers.resolve(preset=str(preset))
-    assert settings.objective.dropout.strategy == "none"
-    assert settings.objective.teacher.beta == 0.5
+    assert type(settings.method) is MethodSettings
+    assert (settings.average.kind, settings.average.beta) == ("ema", 0.5)
+
+
+def test_another_class_begins_anew_and_a_variant_keeps_what_was_set(tmp_path):
+    text = "[method]\nname='ema+amd'\n[method.consistency]\nalpha=0.5\n[average]\nkind='sma'\nbeta=0.5\n"
+    preset = str(write(tmp_path / "p.toml", text))
+    erm = layers.resolve(preset=preset, method="erm")
+    assert (erm.average.kind, erm.average.beta) == ("none", 0.5)
+    gcc = layers.resolve(preset=preset, method="ema+gcc")
+    assert (gcc.method.consistency.order, gcc.method.consistency.alpha) == ("first", 0.5)
+    assert gcc.method.dropout.strategy == "none"
+    assert layers.resolve(preset=preset, method="mbcd").method.distillation.enabled
+    assert layers.resolve(preset=preset).average.kind == "sma"
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_validates(method):
-    assert layers.resolve(method=method).training.method == method
+    assert layers.resolve(method=method).method.name == method
+
+
+def test_a_setting_that_the_method_lacks_is_refused_with_the_nearest():
+    with pytest.raises(SettingsError) as caught:
+        layers.resolve(method="erm", sets=["method.unimdal=joint", "method.dropout.strategy=none"])
+    assert "method.unimdal: no such setting; did you mean method.unimodal?" in caught.value.message
+    assert "method.dropout: no such setting" in caught.value.message
+    with pytest.raises(SettingsError, match="objective: no such setting"):
+        layers.resolve(sets=["objective.teacher.beta=0.9"])
 
 
 def test_all_problems_in_one_message_with_their_source():
@@ -87,7 +110,7 @@ def test_all_problems_in_one_message_with_their_source():
             sets=[
                 "landscape.point=3",
                 "evaluation.batch_size=x",
-                "objective.teacher.enabled=false",
+                "average.kind=none",
                 "modalities.audio.noverlap=600",
                 "modalities.video.frames=-1",
                 "training.source_domains=a,b",
@@ -98,7 +121,7 @@ def test_all_problems_in_one_message_with_their_source():
     assert "6 problems" in message
     assert "landscape.point: no such setting; did you mean landscape.points?" in message
     assert "[from --set evaluation.batch_size=x]" in message
-    assert "distillation needs a teacher" in message
+    assert "distils from the weight average" in message
     assert "noverlap (600) must be smaller than nperseg (512)" in message
     assert "modalities.video.frames:" in message
     assert "target domain 'a' is also a source domain" in message
@@ -154,5 +177,7 @@ def test_every_field_has_a_docstring():
     walk(Settings)
     from mbcd_cli import settings
 
+    for method in METHODS:
+        walk(method_class(method).Settings)
     for kind in (settings.VideoModality, settings.FlowModality, settings.AudioModality, settings.ArrayModality):
         walk(kind)

@@ -21,12 +21,12 @@ from mbcd_cli.data.online import mixed_seed
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.engine.checkpoint import load_checkpoint
 from mbcd_cli.errors import CacheError, MediaError, SettingsError
 from mbcd_cli.evaluation.evaluator import build_models
 from mbcd_cli.evaluation.predict import predict
 from mbcd_cli.evaluation.robustness import disturbed_accuracy, gaussian_shift
 from mbcd_cli.layers import resolve
+from mbcd_cli.training.checkpoint import load_checkpoint
 
 ONLINE = [*helpers.SMALL, "cache.views=0", "cache.random_weights=true", "modalities.video.cut=layer3"]
 CPU = torch.device("cpu")

@@ -126,7 +126,7 @@ def test_cached_training_equals_uncached_training(root, tmp_path, cut, tolerance
             for batch in batches:
                 step(batch)
         weights.append(
-            {**step.model.state_dict(), **{f"ema.{k}": v for k, v in step.teacher.model.state_dict().items()}}
+            {**step.model.state_dict(), **{f"ema.{k}": v for k, v in step.average.model.state_dict().items()}}
         )
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=tolerance, atol=tolerance, msg=key)

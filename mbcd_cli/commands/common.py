@@ -9,10 +9,10 @@ from typing import Any
 
 from mbcd_cli.data.dataset import PREPARED, CachedDataset, as_prepared, open_dataset
 from mbcd_cli.data.records import SPLITS
-from mbcd_cli.engine.checkpoint import Checkpoint, load_checkpoint
 from mbcd_cli.errors import CacheError, CheckpointError, RunError, SettingsError
-from mbcd_cli.layers import Layer, load_settings, resolve
-from mbcd_cli.settings import METHODS, CacheSettings, Settings
+from mbcd_cli.layers import Layer, load_settings, method_label, resolve
+from mbcd_cli.settings import CacheSettings, Settings
+from mbcd_cli.training.checkpoint import Checkpoint, load_checkpoint
 
 # Slices that a finished run leaves open; everything else is what the weights were trained with.
 _FREE = ("evaluation", "landscape", "runtime")
@@ -84,21 +84,6 @@ def run_name(settings: Settings) -> str:
     short = "".join(name[0] for name in names) if set(names) <= {"video", "audio", "flow"} else "+".join(names)
     target = settings.training.target_domain or "in-domain"
     return f"{method_label(settings)}-{short}-{target}-s{settings.training.seed}"
-
-
-def method_label(settings: Settings) -> str:
-    """The method's name, marked `-custom` when its switches were changed one by one."""
-    method = settings.training.method
-    if method not in METHODS:
-        return method
-    have = settings.objective.model_dump()
-    same = have["unimodal"] == METHODS[method]["unimodal"] and all(
-        have[part][key] == value
-        for part, switches in METHODS[method].items()
-        if isinstance(switches, dict)
-        for key, value in switches.items()
-    )
-    return method if same else f"{method}-custom"
 
 
 def check_unchanged(saved: Settings, now: Settings) -> None:

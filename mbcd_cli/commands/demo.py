@@ -9,11 +9,11 @@ from typing import Any
 
 from mbcd_cli import console
 from mbcd_cli.commands import common, evaluate, landscape, prepare, train
-from mbcd_cli.engine.run_folder import DONE, SETTINGS
 from mbcd_cli.errors import RunError
 from mbcd_cli.layers import load_settings, resolve
 from mbcd_cli.runtime import configure
 from mbcd_cli.settings import Settings
+from mbcd_cli.training.run_folder import DONE, SETTINGS
 
 METHODS = ("erm", "mbcd")
 PICTURES = ("report", "accuracy per epoch", "confusion on target")
@@ -110,7 +110,7 @@ def _train(settings: Settings, dataset: Any, run: Path) -> None:
         saved = load_settings(run / SETTINGS)
         same = all(
             getattr(saved, part) == getattr(settings, part)
-            for part in ("modalities", "model", "objective", "optimizer", "training", "dataset")
+            for part in ("modalities", "model", "method", "average", "optimizer", "training", "dataset")
         )
     if same and (run / DONE).is_file():
         console.say(f"  {run} is trained already; delete it to train again.")

@@ -9,7 +9,6 @@ from typing import Any, get_args
 import torch
 
 from mbcd_cli import console
-from mbcd_cli.commands.common import method_label
 from mbcd_cli.commands.prepare import read_listing
 from mbcd_cli.data.cache import listing_digest
 from mbcd_cli.data.records import Batch, Clip
@@ -25,7 +24,7 @@ from mbcd_cli.evaluation.results import collect, describe, provenance, warnings
 from mbcd_cli.evaluation.robustness import subset_variants
 from mbcd_cli.evaluation.tables import Table, as_values, comma_separated, from_values, latex, markdown
 from mbcd_cli.files import read_records, write_json, write_text
-from mbcd_cli.layers import to_toml
+from mbcd_cli.layers import method_label, to_toml
 from mbcd_cli.settings import DatasetSettings, EvaluationSettings, Settings
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.layers import preset_folder, preset_names
-from mbcd_cli.settings import METHODS
+from mbcd_cli.methods import summaries
+from mbcd_cli.plugins import summaries_of
 
 KINDS = ("presets", "datasets", "encoders", "methods")
 
@@ -22,11 +23,13 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], list[tuple[str, ..
     if what == "datasets":
         return _datasets(cache)
     if what == "encoders":
-        from mbcd_cli.encoders import ENCODERS
+        from mbcd_cli.encoders import ENCODERS, GROUP, EncoderEntry
 
-        return ("encoder", "reads", "what"), [(name, e.kind, e.summary) for name, e in ENCODERS.items()]
+        entries = summaries_of(GROUP, ENCODERS, EncoderEntry)
+        rows = [(name, "", e) if isinstance(e, str) else (name, e.kind, e.summary) for name, e in entries]
+        return ("encoder", "reads", "what"), rows
     if what == "methods":
-        return ("method", "switches"), [(name, _switches(values)) for name, values in METHODS.items()]
+        return ("method", "what"), summaries()
     raise SettingsError(f"There is nothing called {what!r} to list.", f"Use one of {', '.join(KINDS)}.")
 
 
@@ -35,19 +38,12 @@ def _purpose(name: str) -> str:
     return first.lstrip("# ").strip()
 
 
-def _switches(values: dict) -> str:
-    parts = []
-    for key, value in values.items():
-        inner = ", ".join(str(v).lower() for v in value.values()) if isinstance(value, dict) else value
-        parts.append(f"{key}: {inner}")
-    return "; ".join(parts)
-
-
 def _datasets(cache: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     from mbcd_cli.data.dataset import ModalityCache, prepared_datasets
-    from mbcd_cli.data.readers import READERS
+    from mbcd_cli.data.readers import GROUP, READERS, ReaderEntry
 
-    rows = [(name, "reader", entry.summary) for name, entry in READERS.items()]
+    entries = summaries_of(GROUP, READERS, ReaderEntry)
+    rows = [(name, "reader", e if isinstance(e, str) else e.summary) for name, e in entries]
     for name in prepared_datasets(cache):
         caches = [ModalityCache(path.parent) for path in sorted((cache / name).glob("*/index.h5"))]
         kinds = ", ".join(dict.fromkeys(c.recipe["modality"] for c in caches))

@@ -24,8 +24,9 @@ from mbcd_cli.evaluation.plots import plot_methods
 from mbcd_cli.evaluation.report import print_comparison
 from mbcd_cli.evaluation.tables import from_values
 from mbcd_cli.layers import resolve
+from mbcd_cli.methods import method_class
 from mbcd_cli.runtime import configure
-from mbcd_cli.settings import METHODS, Settings
+from mbcd_cli.settings import Settings
 from mbcd_cli.sweep import collect as collecting
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.estimate import Estimate, counts, estimate
@@ -100,11 +101,8 @@ def make_plan(
         if text is not None and not _names(text):
             raise SettingsError(f"{flag} {text!r} names nothing.", "Write names separated by commas, or leave it out.")
     methods = _names(request.methods) or (table.methods if table else ("erm", "mbcd"))
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise SettingsError(
-            f"--methods: there is no method {', '.join(map(repr, unknown))}.", f"Use some of {', '.join(METHODS)}."
-        )
+    for method in methods:
+        method_class(method)
     first = {key: values[0] for key, values in grid.items()}
     base = build(methods[0], first, {})
     domains = _domains(base)

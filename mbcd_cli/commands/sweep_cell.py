@@ -10,12 +10,12 @@ import traceback
 from pathlib import Path
 
 from mbcd_cli.commands import common, evaluate, train
-from mbcd_cli.engine.run_folder import DONE, SETTINGS
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.files import lock
 from mbcd_cli.layers import load_settings
 from mbcd_cli.runtime import configure
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
+from mbcd_cli.training.run_folder import DONE, SETTINGS
 
 
 def run_cell(folder: Path, *, threads: int) -> int:

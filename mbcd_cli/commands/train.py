@@ -6,7 +6,6 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,20 @@ from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.data.loading import keep_on_device
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.engine.distributed import share_dropout
-from mbcd_cli.engine.feed import Feed
-from mbcd_cli.engine.layout import weights_channels_last
-from mbcd_cli.engine.optimizer import build_optimizer
-from mbcd_cli.engine.plots import plot_run
-from mbcd_cli.engine.randomness import Randomness, seed_everything
-from mbcd_cli.engine.resume import Progress
-from mbcd_cli.engine.run_folder import RunFolder, open_run
-from mbcd_cli.engine.static_step import StaticStep
-from mbcd_cli.engine.step import TrainStep
-from mbcd_cli.engine.teacher import Teacher
-from mbcd_cli.engine.trainer import Trainer
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation.evaluator import clip_sets
-from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.processes import ALONE, Group, joined
-from mbcd_cli.runtime import configure, use_channels_last
+from mbcd_cli.randomness import seed_everything
+from mbcd_cli.runtime import configure
 from mbcd_cli.settings import Settings
+from mbcd_cli.training.assemble import Training
+from mbcd_cli.training.assemble import assemble as build_training
+from mbcd_cli.training.feed import Feed
+from mbcd_cli.training.plots import plot_run
+from mbcd_cli.training.resume import Progress
+from mbcd_cli.training.run_folder import RunFolder, open_run
+from mbcd_cli.training.step import TrainStep
+from mbcd_cli.training.trainer import Trainer
 
 
 def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
@@ -112,7 +107,9 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
             summary["processes"] = group.world
 
         def finish() -> dict[str, Any]:
-            summary["plots"] = [str(path.relative_to(run)) for path in plot_run(run)]
+            summary["plots"] = [
+                str(path.relative_to(run)) for path in plot_run(run, parts.step.method.panels(settings.method))
+            ]
             folder.finish(summary)
             return summary
 
@@ -142,78 +139,16 @@ def _feed(
     return Feed(dataset, device=device, ahead=settings.runtime.prefetch, read=read, group=group)
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What a training consists of: `step` (with student, optimizer and teacher), its `randomness`, and `run_step`,
-    the way steps are run where that is not the plain one."""
-
-    step: TrainStep
-    randomness: Randomness
-    run_step: StaticStep | None = None
-
-
-def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: Group = ALONE) -> Parts:
-    """Student, teacher, optimizer and step, all seeded by training.seed, on `device`."""
-    training, runtime = settings.training, settings.runtime
-    seed_everything(training.seed)
+def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: Group = ALONE) -> Training:
+    """What the training consists of, all seeded by training.seed, on `device`."""
+    seed_everything(settings.training.seed)
     attach_trunks(settings, dataset, device=device)
-    tail_weights: Mapping[str, Mapping[str, torch.Tensor]] = dataset.tail_weights
-    model = build_model(
-        settings.modalities,
-        settings=settings.model,
-        classes=dataset.classes,
-        live_trunks=settings.cache.live_trunks,
-        tail_weights=tail_weights,
-        trunk_weights=dataset.trunk_weights if settings.cache.live_trunks else None,
-    ).to(device)
-    last = use_channels_last(runtime, device)
-    if last:
-        weights_channels_last(model)
-    group.average_([tensor for tensor in model.state_dict().values() if tensor.is_floating_point()])
-    share_dropout(model, group)
-    teacher_settings = settings.objective.teacher
-    teacher = Teacher(model, beta=teacher_settings.beta) if teacher_settings.enabled else None
-    if runtime.compile:
-        for one in (model, *([teacher.model] if teacher is not None else [])):
-            compile_tails(one)
-    # Collectives stay out of graphs: several processes run kernel by kernel.
-    graph = runtime.cuda_graph != "off" and device.type == "cuda" and group.world == 1
-    if runtime.cuda_graph == "on" and not graph:
-        raise SettingsError(
-            f"runtime.cuda_graph=on: there is no capture on {device}"
-            + (f" with {group.world} processes." if group.world > 1 else "."),
-            "Use auto or off.",
-        )
-    randomness = Randomness(seed=training.seed, device=device)
-    step = TrainStep(
-        model=model,
-        settings=settings.objective,
-        optimizer=build_optimizer(model.parameters(), settings.optimizer, capturable=graph),
-        teacher=teacher,
-        randomness=randomness,
-        batch_norm=training.batch_norm,
-        precision=runtime.precision,
-        channels_last=last,
-        group=group,
-    )
-    run_step = None
-    if graph:
-        run_step = StaticStep(step, randomness=randomness, device=device, required=runtime.cuda_graph == "on")
-    return Parts(step=step, randomness=randomness, run_step=run_step)
-
-
-def compile_tails(model: MultiModalModel) -> None:
-    """torch.compile every stage of every tail, in place; noise between the stages stays outside."""
-    for tail in model.tails.values():
-        for name in tail.names:
-            stage = getattr(tail, name)
-            if any(True for _ in stage.parameters()):
-                stage.compile()
+    return build_training(settings, dataset, device=device, group=group)
 
 
 def summarise(progress: Progress, *, settings: Settings, run: Path) -> dict[str, Any]:
     """Accuracies of the best and the last epoch, and (labelled) of the epoch that happened to suit the target."""
-    deployed = "teacher" if settings.objective.teacher.enabled else "student"
+    deployed = "student" if settings.average.kind == "none" else "teacher"
     history = progress.history
 
     def epoch(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +163,7 @@ def summarise(progress: Progress, *, settings: Settings, run: Path) -> dict[str,
     best = next(record for record in history if record["epoch"] == progress.best["epoch"])
     summary = {
         "run": str(run),
-        "method": settings.training.method,
+        "method": settings.method.name,
         "target_domain": settings.training.target_domain,
         "source_domains": list(settings.training.source_domains),
         "seed": settings.training.seed,
@@ -285,7 +220,7 @@ def dry_run(settings: Settings, dataset: Any) -> dict[str, Any]:
         "device": str(device),
         "batch_size": training.batch_size,
         "shapes": {name: [list(part.shape[1:]) for part in parts] for name, parts in batches[0].inputs.items()},
-        "parameters": _parameters(step.model, settings),
+        "parameters": _parameters(step, settings),
         "cache_bytes": getattr(dataset, "nbytes", None),
         "step_seconds": round(seconds, 4),
         "steps": steps,
@@ -310,8 +245,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _parameters(model: MultiModalModel, settings: Settings) -> dict[str, Any]:
-    """Parameters by part: trained (tails and heads) and frozen (trunks)."""
+def _parameters(step: TrainStep, settings: Settings) -> dict[str, Any]:
+    """Parameters by part: trained (tails, heads and the method's own) and frozen (trunks)."""
+    model, own = step.model, step.method
 
     def count(module: torch.nn.Module, *, trained: bool = False) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
@@ -322,12 +258,13 @@ def _parameters(model: MultiModalModel, settings: Settings) -> dict[str, Any]:
     }
     tails = {name: count(model.tails[name]) for name in model.modalities}
     return {
-        "trained": count(model, trained=True),
+        "trained": count(model, trained=True) + count(own, trained=True),
         "frozen": sum(frozen.values()),
         "tails": tails,
         "trunks": frozen,
         "unimodal_heads": count(model.heads),
         "fused_head": count(model.fused_head),
+        "method": count(own, trained=True),
     }
 
 
@@ -376,7 +313,8 @@ def show_dry_run(plan: Mapping[str, Any]) -> None:
     )
     cache = f"{plan['cache_bytes'] / 1e6:.0f} MB" if plan["cache_bytes"] is not None else "unknown"
     for line in (
-        f"heads: {parameters['unimodal_heads']} uni-modal, {parameters['fused_head']} fused parameters",
+        f"heads: {parameters['unimodal_heads']} uni-modal, {parameters['fused_head']} fused parameters; "
+        f"the method's own: {parameters['method']}",
         f"trained {parameters['trained']}, frozen {parameters['frozen']} parameters; cache {cache}",
         f"{plan['steps']} steps of {plan['batch_size']} clips on {plan['device']}, {plan['step_seconds']:.3f} s each: "
         f"about {plan['estimated_training_seconds']:.0f} s without validation",

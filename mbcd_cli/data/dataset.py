@@ -134,6 +134,7 @@ class CachedDataset:
         drop_last: bool = False,
         start: int = 0,
         share: tuple[int, int] = (0, 1),
+        draw: int = 0,
         read: Callable[[str, np.ndarray, np.ndarray], tuple[torch.Tensor, ...]] | None = None,
     ) -> Iterator[Batch]:
         """Batches over `clips`.
@@ -143,6 +144,7 @@ class CachedDataset:
                 fresh one where none are stored; else table order and the test view.
             drop_last: leave out a short last batch.
             start: skip this many batches (to resume inside an epoch).
+            draw: number of the draw of stored training views; the order of the clips is that of draw 0.
             share: (rank, world): of every batch the rank-th of `world` equal runs of rows.
             read: (modality, clips [B], views [B]) -> parts, instead of reading the caches.
         """
@@ -159,6 +161,8 @@ class CachedDataset:
         if training:
             generator = np.random.default_rng([seed, epoch])
             order = order[generator.permutation(len(order))]
+            if draw:
+                generator = np.random.default_rng([seed, epoch, draw])
             # Views are drawn per modality: V views of M modalities give V^M combinations.
             views = {name: generator.integers(self.caches[name].views, size=len(order)) for name in stored}
             for name in stored:

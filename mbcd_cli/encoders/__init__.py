@@ -11,7 +11,10 @@ from torch import nn
 from mbcd_cli.encoders import arrays, audio_resnet, resnet3d, small
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.plugins import entry_of
 from mbcd_cli.settings import Kind, Modality
+
+GROUP = "mbcd.encoders"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ def build_encoder(name: str, settings: Modality) -> StagedEncoder:
     Raises:
         SettingsError: no such encoder, an encoder of another kind, or no such stage to cut at.
     """
-    entry = ENCODERS.get(settings.encoder)
+    entry = entry_of(settings.encoder, GROUP, ENCODERS, EncoderEntry)
     if entry is None:
         raise SettingsError(
             f"modalities.{name}.encoder: there is no encoder {settings.encoder!r}.",

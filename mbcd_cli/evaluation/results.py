@@ -28,7 +28,7 @@ def describe(settings: Settings, dataset: Prepared, checkpoints: Mapping[str, An
         "format": FORMAT,
         "dataset": getattr(dataset, "name", None) or settings.dataset.name,
         "fingerprints": dict(getattr(dataset, "fingerprints", {})),
-        "method": training.method,
+        "method": settings.method.name,
         "modalities": list(settings.model.modalities or dataset.modalities),
         "target_domain": training.target_domain,
         "target_split": settings.dataset.target_split,

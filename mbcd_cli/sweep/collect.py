@@ -7,7 +7,6 @@ from dataclasses import replace
 from html import escape
 from os.path import relpath
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -20,6 +19,9 @@ from mbcd_cli.evaluation.history import accuracy_history
 from mbcd_cli.evaluation.tables import Cell as Figure
 from mbcd_cli.evaluation.tables import Table
 from mbcd_cli.files import read_records
+from mbcd_cli.layers import method_label
+from mbcd_cli.methods import method_class
+from mbcd_cli.methods.base import Panel
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import read_failure, state
 
@@ -55,7 +57,7 @@ def _load(cell: Cell) -> Run:
     training = cell.settings.training
     if (run.dataset, run.method, run.target, run.seed) != (
         cell.settings.dataset.name,
-        training.method,
+        method_label(cell.settings),
         training.target_domain,
         training.seed,
     ):
@@ -83,8 +85,8 @@ def _caches(pairs: Sequence[Pair]) -> list[str]:
 
 
 def tables(pairs: Sequence[Pair]) -> list[Table]:
-    """Every table: one per axis of the grid first, then those of any comparison, then the balance of modalities."""
-    return [*axis_tables(pairs), *compare([run for _, run in pairs]), *balance_tables(pairs)]
+    """Every table: one per axis of the grid first, then those of any comparison, then what the methods show."""
+    return [*axis_tables(pairs), *compare([run for _, run in pairs]), *panel_tables(pairs)]
 
 
 def _axes(pairs: Iterable[Pair]) -> dict[str, list[str]]:
@@ -129,60 +131,62 @@ def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
     return out
 
 
-def balance_tables(pairs: Sequence[Pair]) -> list[Table]:
-    """Per dataset: r_k and p_k of Eq. 3-4 in training, per row and modality; mean over all its runs.
+def panel_tables(pairs: Sequence[Pair]) -> list[Table]:
+    """Per dataset and panel that a method shows: its figures in training, per row and modality, mean over all its runs.
 
     Several sets of modalities are blocks of one table, so that it tells how both behave as M grows.
     """
-    groups: dict[str, dict[tuple[str, ...], dict[str, list[dict[str, Any]]]]] = {}
+    groups: dict[tuple[str, str], dict[tuple[str, ...], dict[str, list[dict[str, dict[str, float]]]]]] = {}
+    panels: dict[str, Panel] = {}
     for cell, run in pairs:
-        if cell.settings.objective.dropout.strategy == "none":
-            continue
-        found = balance(run.path)
-        if found:
-            by_set = groups.setdefault(run.dataset, {})
-            by_set.setdefault(run.modalities, {}).setdefault(run.method, []).append(found)
+        method = cell.settings.method
+        for panel in method_class(method.name).panels(method):
+            found = training_means(run.path, [name for name, shown in panel.figures.items() if shown.row])
+            if found:
+                panels.setdefault(panel.name, panel)
+                by_set = groups.setdefault((run.dataset, panel.name), {})
+                by_set.setdefault(run.modalities, {}).setdefault(run.method, []).append(found)
     out = []
-    for dataset, by_set in sorted(groups.items()):
-        several = len(by_set) > 1
+    for (dataset, key), by_set in sorted(groups.items()):
+        panel, several = panels[key], len(by_set) > 1
         names = modality_order(dict.fromkeys(name for modalities in by_set for name in modalities))
         rows: list[list[str | Figure]] = []
         for modalities, by_label in by_set.items():
             block = ["+".join(modalities)] if several else []
             for label in order_methods(by_label):
-                for what, scale in (("r", 1.0), ("p", 100.0)):
-                    cells = [
-                        Figure.over([scale * found[m][what] for found in by_label[label] if m in found]) for m in names
-                    ]
-                    rows.append([*block, f"{label}: {'r_k' if what == 'r' else 'drop rate (%)'}", *cells])
+                for figure, shown in panel.figures.items():
+                    if shown.row:
+                        cells = [
+                            Figure.over([shown.scale * found[m][figure] for found in by_label[label] if m in found])
+                            for m in names
+                        ]
+                        rows.append([*block, f"{label}: {shown.row}", *cells])
         where = dataset if several else f"{dataset}, {'+'.join(names)}"
         out.append(
             Table(
-                f"{where.replace(', ', '-').replace('+', '-')}-balance",
-                f"{where}: dominance r_k and drop rate p_k over training",
+                f"{where.replace(', ', '-').replace('+', '-')}-{panel.name}",
+                f"{where}: {panel.title}",
                 [*(["modalities"] if several else []), "method", *names],
                 rows,
-                "r_k over 1: more confident than the others on average (Eq. 3), dropped at the rate p_k (Eq. 4). "
-                "Mean over all steps; spread over targets and seeds.",
+                f"{panel.note} Mean over all steps; spread over targets and seeds.".strip(),
                 blocks=several,
             )
         )
     return out
 
 
-def balance(folder: Path) -> dict[str, dict[str, float]]:
-    """modality -> mean r and p over a run's training, from steps.jsonl weighted by steps; {} without records."""
+def training_means(folder: Path, figures: Sequence[str]) -> dict[str, dict[str, float]]:
+    """modality -> means of `figures` over a run's training, from steps.jsonl weighted by steps; {} without them."""
     records = read_records(folder / "steps.jsonl")
-    if not records:
+    if not records or any(name not in row for row in records[0]["modalities"].values() for name in figures):
         return {}
     weights = np.array([record["steps"] for record in records], float)
-    names = list(records[0]["modalities"])
     return {
-        name: {
-            what: float(np.average([record["modalities"][name][what] for record in records], weights=weights))
-            for what in ("r", "p")
+        modality: {
+            name: float(np.average([record["modalities"][modality][name] for record in records], weights=weights))
+            for name in figures
         }
-        for name in names
+        for modality in records[0]["modalities"]
     }
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from mbcd_cli.data.dataset import open_dataset
-from mbcd_cli.engine.run_folder import DONE
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.model import build_model
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import state
+from mbcd_cli.training.run_folder import DONE
 
 _FLOAT = 4  # bytes of a float32
 
@@ -123,7 +123,7 @@ def checkpoint_bytes(cell: Cell) -> int | None:
     weights = sum(value.numel() for value in model.state_dict().values())
     trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
     moments = {"adam": 2, "adamw": 2, "sgd": 1}[settings.optimizer.name]
-    models = 2 if settings.objective.teacher.enabled else 1
+    models = 1 if settings.average.kind == "none" else 2
     return _FLOAT * (2 * models * weights + moments * trained)
 
 

@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.data.records import MODALITY_ORDER, modality_order
-from mbcd_cli.engine.run_folder import FREE
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.evaluation.compare import PAPER_DATASETS, paper
 from mbcd_cli.files import flatten
 from mbcd_cli.layers import parse_value
+from mbcd_cli.methods import short_name
 from mbcd_cli.settings import Settings
+from mbcd_cli.training.run_folder import FREE
 
 PROTOCOLS = ("multi-source", "single-source", "in-domain")
 # Settings that have a flag of their own, and the flag.
 _FLAGS = {
-    "training.method": "--methods",
+    "method.name": "--methods",
     "training.seed": "--seeds",
     "training.target_domain": "--targets",
     "training.source_domains": "--protocol",
@@ -253,5 +254,7 @@ def plan(
                 settings = settings.model_copy(update={"training": in_domain})
             key = settings_key(settings)
             folder = runs / str(settings.dataset.name) / f"{name(settings)}-{key}"
-            cells.setdefault(key, Cell(settings, key, folder, method, tuple(zip(axes, values, strict=True))))
+            cells.setdefault(
+                key, Cell(settings, key, folder, short_name(method), tuple(zip(axes, values, strict=True)))
+            )
     return list(cells.values())

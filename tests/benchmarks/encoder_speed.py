@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.settings import Settings
+from mbcd_cli.layers import validate
 
 PRESET = Path(__file__).resolve().parents[2] / "presets" / "epic-kitchens.toml"
 
@@ -48,7 +48,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    tree = Settings.model_validate(tomllib.loads(PRESET.read_text(encoding="utf-8")))
+    tree = validate(tomllib.loads(PRESET.read_text(encoding="utf-8")))
     results = {}
     for name, modality in tree.modalities.items():
         torch.manual_seed(0)

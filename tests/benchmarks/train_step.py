@@ -29,15 +29,18 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.convolution import Conv3d
-from mbcd_cli.engine.layout import channels_last, weights_channels_last
-from mbcd_cli.engine.optimizer import build_optimizer
-from mbcd_cli.engine.randomness import Randomness
-from mbcd_cli.engine.static_step import StaticStep
-from mbcd_cli.engine.step import TrainStep
-from mbcd_cli.engine.teacher import Teacher
+from mbcd_cli.encoders.layout import channels_last, weights_channels_last
+from mbcd_cli.layers import validate
+from mbcd_cli.methods import method_class
+from mbcd_cli.methods.base import Context
 from mbcd_cli.model import MultiModalModel
+from mbcd_cli.randomness import Randomness
 from mbcd_cli.runtime import configure
 from mbcd_cli.settings import RuntimeSettings, Settings
+from mbcd_cli.training.average import Average
+from mbcd_cli.training.optimizer import build_optimizer
+from mbcd_cli.training.static_step import StaticStep
+from mbcd_cli.training.step import TrainStep
 
 PRESET = Path(__file__).resolve().parents[2] / "presets" / "epic-kitchens.toml"
 CLASSES = 8
@@ -68,7 +71,7 @@ class NaiveStep:
     """The step as one would write it down: see the module's docstring."""
 
     def __init__(self, trunks, model, tree: Settings) -> None:
-        self.trunks, self.model, self.objective = trunks, model, tree.objective
+        self.trunks, self.model, self.settings = trunks, model, tree.method
         for module in (*trunks.modules(), *model.modules()):
             if isinstance(module, Conv3d):
                 module.__class__ = torch.nn.Conv3d  # as published: torch's own
@@ -97,7 +100,7 @@ class NaiveStep:
         return tuple(map(self.noise, parts)) if torch.rand(1).item() < 0.5 else parts
 
     def __call__(self, inputs, labels) -> float:
-        model, alpha, weight = self.model, self.objective.consistency.alpha, self.objective.distillation.weight
+        model, alpha, weight = self.model, self.settings.consistency.alpha, self.settings.distillation.weight
         names = model.modalities
         with torch.no_grad():
             cut = self.at_cut(self.teacher_trunks, inputs)
@@ -143,24 +146,21 @@ class NaiveStep:
 
 
 def ours(tree: Settings, device: torch.device, *, precision: str, last: bool, live: bool = False):
-    """The engine's step as `mbcd train` assembles it, captured in a CUDA graph on a GPU."""
+    """The step as `mbcd train` assembles it, captured in a CUDA graph on a GPU."""
     _, model = build(tree, device, live=live)
     if last:
         weights_channels_last(model)
     randomness = Randomness(seed=0, device=device)
     graph = device.type == "cuda"
+    average = Average(model, tree.average)
+    context = Context.of(model, randomness=randomness, average=average, precision=precision)
     step = TrainStep(
-        model=model,
-        settings=tree.objective,
+        method=method_class(tree.method.name)(tree.method, context),
         optimizer=build_optimizer(model.parameters(), tree.optimizer, capturable=graph),
-        teacher=Teacher(model, beta=tree.objective.teacher.beta),
-        randomness=randomness,
-        precision=precision,
+        average=average,
         channels_last=last,
     )
-    if graph:
-        return StaticStep(step, randomness=randomness, device=device, required=True)
-    return lambda batch: step(batch).vector()
+    return StaticStep(step, randomness=randomness, device=device, required=True) if graph else step
 
 
 def floor(tree: Settings, device: torch.device, batch: Batch, *, precision: str, last: bool):
@@ -193,7 +193,7 @@ def main() -> None:
     options = parser.parse_args()
     configure(RuntimeSettings(device=options.device, threads=options.threads, deterministic=False))
     device = torch.device(options.device)
-    tree = Settings.model_validate(tomllib.loads(PRESET.read_text(encoding="utf-8")))
+    tree = validate(tomllib.loads(PRESET.read_text(encoding="utf-8")))
     inputs = raw_batch(tree, options.batch, device)
     labels = torch.arange(options.batch, device=device) % CLASSES
     trunks, model = build(tree, device)

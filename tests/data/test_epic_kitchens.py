@@ -18,7 +18,8 @@ from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.data.views import load_views
 from mbcd_cli.errors import ManifestError, MediaError, SettingsError
-from mbcd_cli.settings import ArrayModality, AudioModality, DatasetSettings, FlowModality, Settings, VideoModality
+from mbcd_cli.layers import validate
+from mbcd_cli.settings import ArrayModality, AudioModality, DatasetSettings, FlowModality, VideoModality
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "mm-sada-splits"
 needs_tables = pytest.mark.skipif(not REAL.is_dir(), reason="the MM-SADA split tables are not beside the clone")
@@ -471,7 +472,7 @@ def test_pickled_tables_give_the_same_clips(tmp_path):
 
 def test_preset_holds_the_papers_values():
     text = (Path(__file__).resolve().parents[2] / "presets" / "epic-kitchens.toml").read_text()
-    tree = Settings.model_validate(tomllib.loads(text))
+    tree = validate(tomllib.loads(text))
     assert tree.dataset.reader == "epic-kitchens"
     assert (tree.dataset.classes, tree.dataset.target_split) == (8, "test")
     cuts = {name: (m.encoder, m.cut) for name, m in tree.modalities.items()}
@@ -485,5 +486,5 @@ def test_preset_holds_the_papers_values():
     assert (flow.frames, flow.interval, flow.mean, flow.std) == (8, 4, 128, 128)
     assert (audio.samples, audio.nperseg, audio.noverlap, audio.mask_bins) == (160_000, 512, 353, 9)
     assert (tree.optimizer.lr, tree.optimizer.weight_decay) == (1e-4, 1e-4)
-    assert (tree.training.batch_size, tree.training.epochs, tree.objective.teacher.beta) == (16, 20, 0.999)
+    assert (tree.training.batch_size, tree.training.epochs, tree.average.beta) == (16, 20, 0.999)
     assert epic_kitchens.VERBS[tree.dataset.classes - 1] == "pour"

@@ -22,8 +22,8 @@ from mbcd_cli.data.records import TEST_VIEW, Media
 from mbcd_cli.data.views import followed_spans, load_views, view_generator
 from mbcd_cli.errors import ManifestError, MediaError
 from mbcd_cli.evaluation.waveform import corrupted_sounds
-from mbcd_cli.layers import resolve
-from mbcd_cli.settings import AudioModality, DatasetSettings, FlowModality, Settings, VideoModality
+from mbcd_cli.layers import resolve, validate
+from mbcd_cli.settings import AudioModality, DatasetSettings, FlowModality, VideoModality
 from mbcd_cli.sweep import run as running
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "hac-splits"
@@ -394,9 +394,7 @@ def test_stored_sound_is_drawn_with_the_frames_it_follows(tmp_path):
 
 def test_preset_holds_the_papers_values():
     presets = Path(__file__).resolve().parents[2] / "presets"
-    hac, epic = (
-        Settings.model_validate(tomllib.loads((presets / f"{n}.toml").read_text())) for n in ("hac", "epic-kitchens")
-    )
+    hac, epic = (validate(tomllib.loads((presets / f"{n}.toml").read_text())) for n in ("hac", "epic-kitchens"))
     assert (hac.dataset.reader, hac.dataset.classes, hac.dataset.target_split) == ("hac", 7, "all")
     assert hac.modalities["video"] == epic.modalities["video"]
     assert hac.modalities["flow"] == epic.modalities["flow"]

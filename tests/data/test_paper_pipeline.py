@@ -21,9 +21,9 @@ from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import PUBLIC, load_pretrained
-from mbcd_cli.engine.checkpoint import load_checkpoint
-from mbcd_cli.layers import load_settings
-from mbcd_cli.settings import DatasetSettings, Settings
+from mbcd_cli.layers import load_settings, validate
+from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.stress
 PRESETS = Path(__file__).resolve().parents[2] / "presets"
@@ -67,7 +67,7 @@ def public_name(encoder: str, key: str) -> str:
 def weights(tmp_path_factory) -> Path:
     """Random weights under the published files' names and in their formats."""
     folder = tmp_path_factory.mktemp("weights")
-    tree = Settings.model_validate(tomllib.loads((PRESETS / "epic-kitchens.toml").read_text()))
+    tree = validate(tomllib.loads((PRESETS / "epic-kitchens.toml").read_text()))
     for seed, (name, modality) in enumerate(tree.modalities.items()):
         torch.manual_seed(seed)
         public = PUBLIC[modality.encoder]
@@ -139,7 +139,7 @@ def test_prepare_train_evaluate(tmp_path, weights, layout):
     if layout != "frame folders":
         return
     # The cache holds the published trunk's output for the reader's test view; the tail starts from its weights.
-    tree = Settings.model_validate(tomllib.loads((PRESETS / "epic-kitchens.toml").read_text()))
+    tree = validate(tomllib.loads((PRESETS / "epic-kitchens.toml").read_text()))
     settings = DatasetSettings(reader="epic-kitchens", root=root)
     changes = {
         "video": {"short_side": 64, "crop": 64},

@@ -9,17 +9,19 @@ import pytest
 import torch
 from memory import MemoryDataset
 
+from mbcd_cli.layers import validate
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import Settings
 
 
-def make_settings(**training) -> Settings:
+def make_settings(method: str = "mbcd", **training) -> Settings:
     """Two array modalities, small heads; the target is `street`."""
     array = {"kind": "array", "dimension": 6, "width": 2}
-    return Settings.model_validate(
+    return validate(
         {
             "modalities": {"video": array, "audio": array},
             "model": {"hidden": 8},
+            "method": {"name": method},
             "training": {"target_domain": "street", **training},
             "evaluation": {"batch_size": 7, "top_k": 2, "analyses": (), "export": (), "report": False},
         }

@@ -19,11 +19,11 @@ from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
 from mbcd_cli.data.views import resolve as resolve_modality
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.engine.checkpoint import Checkpoint, save_checkpoint
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.layers import resolve, to_toml
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import DatasetSettings, default_modality
+from mbcd_cli.training.checkpoint import Checkpoint, save_checkpoint
 
 # The video's trunk is frozen and has weights of its own; sound and vectors are cut at the input.
 SMALL = [

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from memory import MemoryDataset
 
+from mbcd_cli.layers import validate
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import Settings
 
@@ -48,7 +49,7 @@ def symmetric(eigenvalues, seed: int = 0) -> np.ndarray:
 
 def make_settings(**landscape) -> Settings:
     array = {"kind": "array", "dimension": 6, "width": 1}
-    return Settings.model_validate(
+    return validate(
         {
             "modalities": {"video": array, "audio": array},
             "model": {"hidden": 7},

@@ -23,7 +23,7 @@ def finish(cell, *, top1: float, heads: dict[str, float] | None = None, records=
         "format": 1,
         "dataset": cell.settings.dataset.name,
         "modalities": list(names),
-        "method": training.method,
+        "method": cell.settings.method.name,
         "target_domain": training.target_domain,
         "source_domains": list(training.source_domains),
         "seed": training.seed,

@@ -10,7 +10,7 @@ from sweep_cases import finish, plan_of
 
 from mbcd_cli.commands.sweep import collect, report_failures, show
 from mbcd_cli.errors import RunError
-from mbcd_cli.sweep.collect import axis_tables, balance, balance_tables, links, load
+from mbcd_cli.sweep.collect import axis_tables, links, load, panel_tables, training_means
 from mbcd_cli.sweep.state import beside
 
 BETAS = ("0.9", "0.99", "0.999")
@@ -25,7 +25,7 @@ def grid(tmp_path):
         targets="all",
         seeds="2",
         modality_sets="af",
-        grid=(f"objective.teacher.beta={','.join(BETAS)}",),
+        grid=(f"average.beta={','.join(BETAS)}",),
     )
     for cell in cells:
         finish(cell, top1=top1(cell), records=[epoch(1, 0.3), epoch(2, 0.4)], steps=[step(10, 1.2), step(30, 1.6)])
@@ -35,8 +35,8 @@ def grid(tmp_path):
 def top1(cell) -> float:
     training = cell.settings.training
     place = ("human", "animal", "cartoon").index(training.target_domain)
-    beta = BETAS.index(dict(cell.values)["objective.teacher.beta"])
-    return 0.5 + 0.1 * (training.method == "mbcd") + 0.02 * place + 0.03 * beta + 0.01 * training.seed
+    beta = BETAS.index(dict(cell.values)["average.beta"])
+    return 0.5 + 0.1 * (cell.settings.method.name == "mbcd") + 0.02 * place + 0.03 * beta + 0.01 * training.seed
 
 
 def epoch(number, accuracy):
@@ -86,7 +86,7 @@ def test_collect_writes_every_form_and_the_papers_figures(grid, tmp_path):
 
 
 def test_drop_rates_are_weighted_by_steps(grid):
-    found = balance(grid[0].folder)
+    found = training_means(grid[0].folder, ["r", "p"])
     assert found["audio"]["r"] == pytest.approx((10 * 1.2 + 30 * 1.6) / 40)
     assert found["audio"]["p"] == pytest.approx((10 * 0.2 + 30 * 0.6) / 40)
     assert found["flow"]["r"] == 1.0
@@ -132,7 +132,7 @@ def test_dominance_over_sets_of_modalities_is_one_table(tmp_path):
         finish(cell, top1=0.5, steps=[{"steps": 1, "modalities": figures}])
     pairs, _ = load(cells)
     assert axis_tables(pairs)[0].columns[1:] == ["m1+m2", "m1+m2+m3+m4"]
-    (table,) = balance_tables(pairs)
+    (table,) = panel_tables(pairs)
     assert list(table.columns) == ["modalities", "method", "m1", "m2", "m3", "m4"]
     rows = [[*row[:2], *(cell.value for cell in row[2:])] for row in table.rows]
     assert rows == [

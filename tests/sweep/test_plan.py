@@ -9,7 +9,7 @@ from sweep_cases import finish, plan_of
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.layers import resolve
-from mbcd_cli.settings import METHODS
+from mbcd_cli.methods import METHODS
 from mbcd_cli.sweep.estimate import checkpoint_bytes, estimate
 from mbcd_cli.sweep.plan import parse_grid, parse_modality_set, settings_key, splits
 
@@ -60,20 +60,25 @@ def test_table_3_trains_and_tests_in_each_domain():
     assert {c.settings.training.source_domains for c in cells} == {("D1",), ("D2",), ("D3",)}
 
 
+def switch(cell, part, field):
+    """A switch of MBCD, or None where the cell's method has none."""
+    return getattr(getattr(cell.settings.method, part, None), field, None)
+
+
 def test_table_4_switches_one_part_on_at_a_time():
     cells = plan_of("epic-kitchens", table=4, seeds="1", targets="D1")
     switches = {
         c.method: (
-            c.settings.objective.teacher.enabled,
-            c.settings.objective.dropout.strategy,
-            c.settings.objective.consistency.order,
-            c.settings.objective.distillation.enabled,
+            c.settings.average.kind == "ema",
+            switch(c, "dropout", "strategy"),
+            switch(c, "consistency", "order"),
+            switch(c, "distillation", "enabled"),
         )
         for c in cells
     }
     assert switches == {
-        "erm": (False, "none", "off", False),
-        "ema": (True, "none", "off", False),
+        "erm": (False, None, None, None),
+        "ema": (True, None, None, None),
         "ema+amd": (True, "adaptive", "off", False),
         "ema+gcc": (True, "none", "first", False),
         "ema+dl": (True, "none", "off", True),
@@ -85,11 +90,11 @@ def test_table_4_switches_one_part_on_at_a_time():
 
 def test_table_5_varies_the_dropout_only():
     cells = plan_of("hac", table=5, seeds="1", targets="human")
-    strategies = {c.method: c.settings.objective.dropout.strategy for c in cells}
+    strategies = {c.method: c.settings.method.dropout.strategy for c in cells}
     assert strategies == {"mbcd-no-dropout": "none", "mbcd-fixed-dropout": "fixed", "mbcd": "adaptive"}
-    rest = [c.settings.objective.model_dump(exclude={"dropout"}) for c in cells]
+    rest = [c.settings.method.model_dump(exclude={"dropout", "name"}) for c in cells]
     assert rest[0] == rest[1] == rest[2]
-    assert {c.settings.objective.dropout.rate for c in cells} == {0.5}
+    assert {c.settings.method.dropout.rate for c in cells} == {0.5}
     assert len(plan_of("hac", table=5)) == 27
 
 
@@ -101,10 +106,10 @@ def test_tables_share_runs():
 
 def test_a_grid_value_equal_to_the_default_is_the_same_run():
     plain = plan_of("hac", targets="human", methods="mbcd", seeds="1")
-    grid = plan_of("hac", targets="human", methods="mbcd", seeds="1", grid=("objective.teacher.beta=0.99,0.999",))
+    grid = plan_of("hac", targets="human", methods="mbcd", seeds="1", grid=("average.beta=0.99,0.999",))
     assert [c.label() for c in grid] == ["mbcd, beta=0.99", "mbcd, beta=0.999"]
     assert grid[1].key == plain[0].key != grid[0].key
-    assert grid[0].settings.objective.teacher.beta == 0.99
+    assert grid[0].settings.average.beta == 0.99
 
 
 def test_keys_follow_what_weights_depend_on():
@@ -159,8 +164,8 @@ def test_a_grid_over_modalities_replaces_their_sets():
         ({"methods": ","}, "names nothing"),
         ({"targets": ""}, "names nothing"),
         ({"modality_sets": " "}, "names nothing"),
-        ({"grid": ("objective.teacher.bta=1",)}, "no such setting"),
-        ({"grid": ("objective.teacher.beta=0.9,high",)}, "objective.teacher.beta"),
+        ({"grid": ("average.bta=1",)}, "no such setting"),
+        ({"grid": ("average.beta=0.9,high",)}, "average.beta"),
         ({"grid": ("runtime.threads=1,2",)}, "no weight depends on runtime.threads"),
         ({"grid": ('model.modalities=["video,smell"]',)}, "not a set of this dataset's modalities"),
     ],

@@ -8,7 +8,10 @@ from importlib import import_module
 
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.plugins import entry_of, plugins
 from mbcd_cli.settings import DatasetSettings, Modality
+
+GROUP = "mbcd.readers"
 
 
 @dataclass(slots=True)
@@ -72,9 +75,10 @@ def read_dataset(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -
         SettingsError: there is no such reader.
         ManifestError: the dataset's tables are wrong.
     """
-    entry = READERS.get(dataset.reader)
+    entry = entry_of(dataset.reader, GROUP, READERS, ReaderEntry)
     if entry is None:
         raise SettingsError(
-            f"dataset.reader: there is no reader {dataset.reader!r}.", f"Choose one of: {', '.join(READERS)}."
+            f"dataset.reader: there is no reader {dataset.reader!r}.",
+            f"Choose one of: {', '.join(dict.fromkeys([*READERS, *plugins(GROUP)]))}.",
         )
     return entry.read(dataset, modalities)

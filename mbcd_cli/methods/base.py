@@ -1,0 +1,305 @@
+"""What a method is: how a batch becomes gradients. ERM is the class as it is.
+
+Letters: B clips (of this process, where several share the batch), M modalities, C classes, D_k features of modality k,
+S source domains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from mbcd_cli.data.records import Batch
+from mbcd_cli.encoders.staged import Noise
+from mbcd_cli.methods.parts import cross_entropy, full_precision
+from mbcd_cli.model import MultiModalModel, TailWeights
+from mbcd_cli.processes import ALONE, Group
+from mbcd_cli.randomness import Randomness
+from mbcd_cli.settings import MethodSettings
+
+Figures = dict[str, torch.Tensor]
+"""What one step computed, by name: tensors on the device without a graph, [] or (one value per modality) [M]."""
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """One forward pass of the student.
+
+    Attributes:
+        pooled: modality -> pooled features before the norm, [B, D_k].
+        features: modality -> after it, [B, D_k]; what the heads read.
+        unimodal: modality -> logits of its own head, [B, C].
+        fused: logits of the fused head, [B, C].
+    """
+
+    pooled: Mapping[str, torch.Tensor]
+    features: Mapping[str, torch.Tensor]
+    unimodal: Mapping[str, torch.Tensor]
+    fused: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One term of the loss: its value, [] or [M], and what it is multiplied with (a tensor [], where it changes)."""
+
+    value: torch.Tensor
+    weight: float | torch.Tensor = 1.0
+
+
+def total(terms: Mapping[str, Term]) -> torch.Tensor:
+    """The sum of all terms (of all their modalities) times their weights, []."""
+    loss: torch.Tensor | None = None
+    for term in terms.values():
+        value = term.value.sum() if term.value.dim() else term.value
+        if isinstance(term.weight, torch.Tensor) or term.weight != 1:
+            value = term.weight * value
+        loss = value if loss is None else loss + value
+    assert loss is not None, "a method has at least one term"
+    return loss
+
+
+class WeightAverage(Protocol):
+    """What a method may ask of the average of the student's weights."""
+
+    model: MultiModalModel
+    """The averaged model, in eval mode; its uni-modal heads are not averaged."""
+
+    def follow(self, module: AnyModule) -> AnyModule:
+        """A copy of one of the method's own modules, to be kept by the method, that is averaged like the model."""
+
+
+@dataclass(slots=True)
+class Context:
+    """What a method works on. It is lent: nothing in it belongs to the method's own modules.
+
+    Attributes:
+        model: the student.
+        randomness: source of every draw but nn.Dropout's.
+        average: the weight average, where there is one.
+        precision: float32, or bfloat16 (autocast; weights and losses stay float32).
+        group: the processes that share the batch; a statistic of the batch is one of all of them together.
+        sources: index of each source domain in the dataset's list, [S].
+        epoch: epochs finished, [] on the device, so that a captured step reads it anew.
+        step: the step that is being done, the first being 1, [] on the device.
+    """
+
+    model: MultiModalModel
+    randomness: Randomness
+    average: WeightAverage | None
+    precision: str
+    group: Group
+    sources: torch.Tensor
+    epoch: torch.Tensor
+    step: torch.Tensor
+
+    @staticmethod
+    def of(
+        model: MultiModalModel,
+        *,
+        randomness: Randomness,
+        average: WeightAverage | None = None,
+        precision: str = "float32",
+        group: Group = ALONE,
+        sources: Sequence[int] = (0,),
+    ) -> Context:
+        """The context of a training that begins, with counters on the model's device."""
+        device = next(model.parameters()).device
+        zeros = [torch.zeros((), dtype=torch.int64, device=device) for _ in range(2)]
+        return Context(
+            model=model,
+            randomness=randomness,
+            average=average,
+            precision=precision,
+            group=group,
+            sources=torch.tensor(list(sources), device=device),
+            epoch=zeros[0],
+            step=zeros[1],
+        )
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of forward passes: bfloat16 where `precision` says so."""
+        return torch.autocast(self.step.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
+
+    def source_domains(self, batch: Batch) -> torch.Tensor:
+        """Each clip's domain as a number from 0 to S - 1, [B]."""
+        return (batch.domains[:, None] == self.sources[None, :]).to(torch.int64).argmax(dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterGroup:
+    """Own parameters that the optimizer treats otherwise; None leaves what `optimizer.*` says."""
+
+    parameters: Sequence[nn.Parameter]
+    weight_decay: float | None = None
+    lr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One figure of a `Panel`: its label, the axes it is drawn in (their labels), and its row in a sweep's table."""
+
+    label: str
+    axis: str
+    marker: str = "-"
+    row: str | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Figures, one value per modality each, that are drawn together, apart from the losses.
+
+    Attributes:
+        name: of the picture `plots/NAME.png`, and of a sweep's table.
+        title: of both; note: below the table.
+        figures: name of a figure -> how it is shown.
+    """
+
+    name: str
+    title: str
+    figures: Mapping[str, Shown]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """A figure of an epoch at which the user is warned, once (per modality, where it has one value for each).
+
+    Attributes:
+        figure: its name; key: what `metrics.jsonl` calls the warning.
+        least: the value from which it is given.
+        text: what it says, of {modality}, {value} and {percent}.
+    """
+
+    figure: str
+    key: str
+    least: float
+    text: str
+
+
+class Method(nn.Module):
+    """ERM: joint training of the fused head; uni-modal heads only probe, unless they are set to train too.
+
+    A method overrides `losses`, or `gradients` where it takes more than one pass or changes gradients on their way.
+    Modules and parameters that it owns are trained by the same optimizer, averaged over the processes and saved with
+    the training; they are never part of the deployed model. A step may neither branch on data nor wait for the device:
+    `torch.where` instead of `if`, `context.step` instead of a Python number, no `.item()`.
+
+    Attributes:
+        Settings: the method's own settings group.
+        views: views of a clip per batch; with 2, rows 2i and 2i + 1 are two views of one clip.
+        capturable: whether a CUDA graph may hold the step.
+        average: kind of the weight average unless `average.kind` says otherwise.
+        ticker: figures beside the loss that the progress line shows.
+        alarms: figures to warn about.
+        neutral: settings with which it trains ERM's very weights; None: zero weights of all terms that ERM lacks.
+
+    Args:
+        settings: an instance of `Settings`.
+        context: what it works on.
+    """
+
+    Settings: ClassVar[type[MethodSettings]] = MethodSettings
+    views: ClassVar[int] = 1
+    capturable: ClassVar[bool] = True
+    average: ClassVar[Literal["none", "ema", "sma"]] = "none"
+    ticker: ClassVar[tuple[str, ...]] = ("ce_fused",)
+    alarms: ClassVar[tuple[Alarm, ...]] = ()
+    neutral: ClassVar[Mapping[str, object] | None] = None
+
+    def __init__(self, settings: MethodSettings, context: Context) -> None:
+        super().__init__()
+        self.settings = settings
+        self.context = context
+
+    @classmethod
+    def panels(cls, settings: MethodSettings) -> tuple[Panel, ...]:
+        """Figures that are not drawn with the losses, with these settings."""
+        return ()
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the student per step, in train mode."""
+        return 1
+
+    # ---- what a method says
+
+    def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
+        """The terms of the loss by name, from the student's outputs on `batch`."""
+        ce = torch.stack([cross_entropy(logits, batch.labels) for logits in out.unimodal.values()])
+        return {"ce_fused": Term(cross_entropy(out.fused, batch.labels)), "ce": Term(ce)}
+
+    def gradients(self, batch: Batch) -> Figures:
+        """Leave the gradient of the loss in `.grad` of everything that trains; the figures of the step.
+
+        Args:
+            batch: as the dataset gives it, on the device, floating inputs in the weights' type.
+        """
+        batch = self.at_cut(batch)
+        out = self(batch)
+        terms = self.losses(batch, out)
+        loss = total(terms)
+        loss.backward()
+        return self.figures(batch, out, loss, terms)
+
+    def after_update(self) -> None:
+        """Called after the optimizer and the weight average."""
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Own parameters with other optimizer settings; all others are trained like the model's."""
+        return []
+
+    # ---- their parts
+
+    def at_cut(self, batch: Batch) -> Batch:
+        """Through the student's live trunks, where there are any; once for all passes: their weights are fixed."""
+        model = self.context.model
+        if not model.trunks:
+            return batch
+        with self.context.autocast():
+            inputs = model.at_cut(batch.inputs)
+        return replace(batch, inputs=inputs)
+
+    def forward(self, batch: Batch, *, noise: Noise | None = None, theta: TailWeights | None = None) -> Outputs:
+        """One pass of the student.
+
+        Args:
+            batch: at the cut.
+            noise: applied between the stages of the tails.
+            theta: the tails' parameters to use instead of the model's.
+        """
+        model = self.context.model
+        with self.context.autocast():
+            pooled = model.pooled(batch.inputs, noise=noise, theta=theta)
+            features = model.normalised(pooled)
+            unimodal = model.unimodal(self.seen_by_heads(features))
+            return Outputs(pooled, features, unimodal, model.fuse(features))
+
+    def seen_by_heads(self, features: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Features for the uni-modal heads: detached where the heads only probe."""
+        if self.settings.unimodal == "joint":
+            return features
+        return {name: value.detach() for name, value in features.items()}
+
+    @torch.no_grad()
+    def figures(
+        self, batch: Batch, out: Outputs, loss: torch.Tensor, terms: Mapping[str, Term], **more: torch.Tensor
+    ) -> Figures:
+        """The loss, its terms, `more`, and the accuracies of the pass `out` (in train mode)."""
+
+        def accuracy(logits: torch.Tensor) -> torch.Tensor:
+            return (full_precision(logits).argmax(dim=1) == batch.labels).sum() / len(batch)
+
+        return {
+            "total": loss.detach(),
+            **{name: term.value.detach() for name, term in terms.items()},
+            **more,
+            "accuracy_fused": accuracy(out.fused),
+            "accuracy": torch.stack([accuracy(logits) for logits in out.unimodal.values()]),
+        }

@@ -1,0 +1,156 @@
+"""What a training consists of, made from its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from mbcd_cli.encoders.layout import weights_channels_last
+from mbcd_cli.errors import SettingsError
+from mbcd_cli.methods import method_class
+from mbcd_cli.methods.base import Context, Method
+from mbcd_cli.model import MultiModalModel, build_model
+from mbcd_cli.processes import ALONE, Group
+from mbcd_cli.randomness import Randomness
+from mbcd_cli.runtime import use_channels_last
+from mbcd_cli.settings import Settings
+from mbcd_cli.training.average import Average
+from mbcd_cli.training.optimizer import build_optimizer
+from mbcd_cli.training.shared_dropout import share_dropout
+from mbcd_cli.training.static_step import StaticStep
+from mbcd_cli.training.step import TrainStep
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """`step` (with student, method, optimizer and average), its `randomness`, and `run_step`, the way steps are run
+    where that is not the plain one."""
+
+    step: TrainStep
+    randomness: Randomness
+    run_step: StaticStep | None = None
+
+
+class TrainedOn(Protocol):
+    """The part of a prepared dataset that a training is assembled from.
+
+    Attributes:
+        domains: their names. classes: C.
+        tail_weights, trunk_weights: modality -> initial state dict; trunks' only where they are live.
+    """
+
+    domains: Sequence[str]
+    classes: int
+    tail_weights: Mapping[str, Mapping[str, torch.Tensor]]
+    trunk_weights: Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def assemble(settings: Settings, dataset: TrainedOn, *, device: torch.device, group: Group = ALONE) -> Training:
+    """Student, average, method, optimizer and step, on `device`; the model draws from torch's global generator.
+
+    Raises:
+        SettingsError: there is no such method, it reads views that the cache does not have, or a CUDA graph is required
+            where there can be none.
+    """
+    model = build_model(
+        settings.modalities,
+        settings=settings.model,
+        classes=dataset.classes,
+        live_trunks=settings.cache.live_trunks,
+        tail_weights=dataset.tail_weights,
+        trunk_weights=dataset.trunk_weights if settings.cache.live_trunks else None,
+    )
+    kind = method_class(settings.method.name)
+    if kind.views > 1 and settings.cache.views < 2:
+        raise SettingsError(
+            f"Method {settings.method.name} reads {kind.views} stored views of a clip per batch, and "
+            f"cache.views = {settings.cache.views}.",
+            "Prepare with --views 2 or more.",
+        )
+    sources = [list(dataset.domains).index(domain) for domain in settings.training.source_domains]
+    return train_with(kind, model.to(device), settings, sources=sources, group=group)
+
+
+def train_with(
+    kind: type[Method], model: MultiModalModel, settings: Settings, *, sources: Sequence[int], group: Group = ALONE
+) -> Training:
+    """The training of `model` (where it is, as it is) with a method.
+
+    Args:
+        kind: the method's class; `settings.method` are its settings.
+        sources: indices of the source domains in the dataset's list.
+
+    Raises:
+        SettingsError: a CUDA graph is required where there can be none.
+    """
+    training, runtime = settings.training, settings.runtime
+    device = next(model.parameters()).device
+    last = use_channels_last(runtime, device)
+    if last:
+        weights_channels_last(model)
+    _agree(model, group)
+    average = Average(model, settings.average) if settings.average.kind != "none" else None
+    if runtime.compile:
+        for one in (model, *([average.model] if average is not None else [])):
+            compile_tails(one)
+    randomness = Randomness(seed=training.seed, device=device)
+    context = Context.of(
+        model, randomness=randomness, average=average, precision=runtime.precision, group=group, sources=sources
+    )
+    method = build_method(kind, settings, context)
+    graph = _graph(settings, method, device, group)
+    optimizer = build_optimizer(
+        [*model.parameters(), *method.parameters()],
+        settings.optimizer,
+        groups=method.parameter_groups(),
+        capturable=graph,
+    )
+    step = TrainStep(
+        method=method, optimizer=optimizer, average=average, batch_norm=training.batch_norm, channels_last=last
+    )
+    run_step = None
+    if graph:
+        run_step = StaticStep(step, randomness=randomness, device=device, required=runtime.cuda_graph == "on")
+    return Training(step=step, randomness=randomness, run_step=run_step)
+
+
+def build_method(kind: type[Method], settings: Settings, context: Context) -> Method:
+    """The method with its own modules on the model's device and of its type.
+
+    They are initialised from a stream of their own: what the model draws is the same whatever the method.
+    """
+    like = next(context.model.parameters())
+    device = like.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.training.seed + 1)
+        method = kind(settings.method, context).to(device=device, dtype=like.dtype)
+    _agree(method, context.group)
+    return method
+
+
+def _agree(module: torch.nn.Module, group: Group) -> None:
+    """The same initial weights, and masks drawn for the global batch, in all processes."""
+    group.average_([tensor for tensor in module.state_dict().values() if tensor.is_floating_point()])
+    share_dropout(module, group)
+
+
+def _graph(settings: Settings, method: Method, device: torch.device, group: Group) -> bool:
+    """Whether the step is captured; collectives stay out of graphs: several processes run kernel by kernel."""
+    graph = settings.runtime.cuda_graph != "off" and device.type == "cuda" and group.world == 1 and method.capturable
+    if settings.runtime.cuda_graph == "on" and not graph:
+        why = f" with {group.world} processes" if group.world > 1 else ""
+        why += "" if method.capturable else f" of method {settings.method.name}"
+        raise SettingsError(f"runtime.cuda_graph=on: there is no capture on {device}{why}.", "Use auto or off.")
+    return graph
+
+
+def compile_tails(model: MultiModalModel) -> None:
+    """torch.compile every stage of every tail, in place; noise between the stages stays outside."""
+    for tail in model.tails.values():
+        for name in tail.names:
+            stage = getattr(tail, name)
+            if any(True for _ in stage.parameters()):
+                stage.compile()

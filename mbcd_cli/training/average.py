@@ -1,0 +1,105 @@
+"""The average of the student's weights: exponential (Eq. 7), or the simple mean from a step on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mbcd_cli.methods.base import AnyModule
+from mbcd_cli.model import MultiModalModel
+from mbcd_cli.settings import AverageSettings
+
+_AVERAGED = ("trunks.", "tails.", "norms.", "fused_head.")
+
+
+class Average:
+    """Average of the encoders and the fused head (the teacher), beginning as a copy of the student.
+
+    Floating buffers (batch-norm statistics, of live trunks too) are averaged as well, counters are copied. Uni-modal
+    heads have no average: `model_for_evaluation` carries the student's current ones, so that uni-modal accuracy can be
+    reported.
+
+    Attributes:
+        model: the averaged model. followed: averaged copies of modules of the method.
+
+    Args:
+        student: the model that is averaged; its tensors are referred to, so it must be updated in place.
+        settings: its kind (not none), beta and first step.
+    """
+
+    def __init__(self, student: MultiModalModel, settings: AverageSettings) -> None:
+        self.student = student
+        self.settings = settings
+        self.model = copy.deepcopy(student).requires_grad_(False).eval()
+        self.followed: list[nn.Module] = []
+        self._modules: list[tuple[nn.Module, nn.Module, tuple[str, ...]]] = [(self.model, student, _AVERAGED)]
+        self._tensors: _Tensors | None = None
+
+    def follow(self, module: AnyModule) -> AnyModule:
+        """A frozen copy of one of the method's own modules, averaged like the model; the method keeps and saves it."""
+        copied = copy.deepcopy(module).requires_grad_(False).eval()
+        self._modules.append((copied, module, ("",)))
+        self.followed.append(copied)
+        return copied
+
+    @torch.no_grad()
+    def update(self, step: torch.Tensor) -> None:
+        """One averaging step; call it after every optimizer step.
+
+        Args:
+            step: how many optimizer steps were done, [] on the device (a captured step reads it anew).
+        """
+        if self._tensors is None:  # not before: modules may move to the device after they are followed
+            self._tensors = _Tensors.of(self._modules)
+        mine, theirs = self._tensors.mine, self._tensors.theirs
+        kind, start = self.settings.kind, self.settings.start
+        if kind == "ema" and start == 0:
+            if mine:
+                torch._foreach_lerp_(mine, theirs, 1 - self.settings.beta)
+        else:
+            # A copy until `start`; then the mean of the weights after steps start to step, or the exponential one.
+            after = (step - start).clamp(min=0)
+            weight = 1 / (after + 1) if kind == "sma" else torch.where(after > 0, 1 - self.settings.beta, 1.0)
+            difference = torch._foreach_sub(theirs, mine)
+            torch._foreach_mul_(difference, weight)
+            torch._foreach_add_(mine, difference)
+        for own, counter in self._tensors.counters:
+            own.copy_(counter)
+
+    @torch.no_grad()
+    def model_for_evaluation(self) -> MultiModalModel:
+        """The averaged model with the student's current uni-modal heads, in eval mode."""
+        self.model.heads.load_state_dict(self.student.heads.state_dict())
+        return self.model.eval()
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """What is averaged: the average's floating tensors and the student's, and pairs of integer ones."""
+
+    mine: list[torch.Tensor]
+    theirs: list[torch.Tensor]
+    counters: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def of(cls, modules: Sequence[tuple[nn.Module, nn.Module, tuple[str, ...]]]) -> _Tensors:
+        """All pairs of (average, student, beginnings of the names that are averaged)."""
+        found = cls([], [], [])
+        for copied, module, beginnings in modules:
+            mine, theirs = copied.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
+            # Frozen weights are the student's for good.
+            frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+            for key in mine:
+                if not key.startswith(beginnings) or key in frozen:
+                    continue
+                own, other = mine[key].detach(), theirs[key].detach()
+                if own.is_floating_point():
+                    found.mine.append(own)
+                    found.theirs.append(other)
+                else:
+                    found.counters.append((own, other))
+        return found

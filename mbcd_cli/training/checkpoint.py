@@ -1,0 +1,178 @@
+"""Checkpoints: atomic saving of everything a training needs to go on, and safe loading.
+
+A checkpoint holds tensors and primitives only, so that it loads with `torch.load(weights_only=True)`: a hostile
+file is refused, nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import warnings as python_warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from mbcd_cli.errors import CheckpointError, SettingsError
+from mbcd_cli.files import written
+from mbcd_cli.layers import validate
+from mbcd_cli.settings import Modality, Settings
+
+FORMAT = "mbcd-checkpoint"
+VERSION = 2
+_MODALITIES = TypeAdapter(dict[str, Modality])
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A training at one moment.
+
+    Attributes:
+        settings: the resolved tree it was trained with.
+        modalities: resolved settings of every modality, in fusion order.
+        dataset: name of the dataset.
+        label_names: names of the C classes.
+        domains: the dataset's domains.
+        fingerprints: modality -> fingerprint of the cache it was trained on.
+        student: state dict of the whole student.
+        teacher: state dict of the averaged model with the student's uni-modal heads, or None.
+        epoch: epochs finished (1 after the first).
+        epoch_step: steps done in the epoch after that.
+        step: steps done in all.
+        history: one record per finished epoch, as in metrics.jsonl.
+        best: epoch and validation figures of the selected epoch so far, or None.
+        warnings: texts of the warnings so far.
+        training: the method's own modules, optimizer, random states and log positions, or None in a checkpoint that
+            only holds weights (`best.pt`, `epoch-NNN.pt`).
+    """
+
+    settings: Settings
+    modalities: dict[str, Modality]
+    dataset: str
+    label_names: tuple[str, ...]
+    domains: tuple[str, ...]
+    fingerprints: dict[str, str]
+    student: State
+    teacher: State | None
+    epoch: int
+    epoch_step: int
+    step: int
+    history: list[dict[str, Any]]
+    best: dict[str, Any] | None
+    warnings: list[str]
+    training: dict[str, Any] | None = None
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return len(self.label_names)
+
+    @property
+    def deployed(self) -> State:
+        """State dict of the deployed model: the teacher where there is one, else the student."""
+        return self.student if self.teacher is None else self.teacher
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` to `path` so that at any moment `path` is the old file or the complete new one.
+
+    Raises:
+        FileError: it cannot be written (a full disk, no permission); the previous file is untouched.
+    """
+    payload = {
+        "format": FORMAT,
+        "version": VERSION,
+        "settings": checkpoint.settings.model_dump(mode="json"),
+        "modalities": {name: m.model_dump(mode="json") for name, m in checkpoint.modalities.items()},
+        "label_names": list(checkpoint.label_names),
+        "domains": list(checkpoint.domains),
+        "fingerprints": dict(checkpoint.fingerprints),
+        "student": {key: value.detach() for key, value in checkpoint.student.items()},
+        "teacher": None
+        if checkpoint.teacher is None
+        else {key: value.detach() for key, value in checkpoint.teacher.items()},
+    }
+    payload |= {key: getattr(checkpoint, key) for key in _PLAIN}
+    kept = "go on with --resume (the previous checkpoint is kept)"
+    with written(path, place="--run", then=kept) as aside, aside.open("wb") as file:
+        torch.save(payload, file)
+
+
+_PLAIN = ("dataset", "epoch", "epoch_step", "step", "history", "best", "warnings", "training")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: missing, truncated, hostile (nothing in it is executed), foreign, or of another version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is no checkpoint {path}.", "Name a .pt file under the checkpoints/ folder of a run."
+        )
+    try:
+        with python_warnings.catch_warnings():  # about a strange file's pickle protocol: the error says enough
+            python_warnings.simplefilter("ignore")
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file provokes in the reader
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{path} is no readable checkpoint ({type(error).__name__}: {reason[0][:200] if reason else ''}).",
+            "It is truncated, or holds more than tensors and plain values (nothing in it was executed); "
+            "use another checkpoint.",
+        ) from error
+    if not isinstance(payload, Mapping) or payload.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} was not written by mbcd train.", "Encoder weights are set with modalities.NAME.weights."
+        )
+    if payload.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {payload.get('version')}, this mbcd reads {VERSION}.",
+            "Use the mbcd that wrote it, or train again.",
+        )
+    try:
+        return _parse(payload)
+    except (SettingsError, ValidationError) as error:
+        raise CheckpointError(
+            f"{path} was written by another version of mbcd, or with a method that is not installed here: its settings "
+            f"do not fit. {error}",
+            "Use the version that wrote it, or train again.",
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {str(error).splitlines()[0]}", "Use another checkpoint, or train again."
+        ) from error
+
+
+def _parse(payload: Mapping[str, Any]) -> Checkpoint:
+    """Everything a later stage relies on is checked here."""
+    for key in ("epoch", "epoch_step", "step"):
+        if not isinstance(payload[key], int):
+            raise TypeError(f"{key} is no whole number")
+    for key, kind in (("history", list), ("warnings", list), ("label_names", list), ("fingerprints", dict)):
+        if not isinstance(payload[key], kind):
+            raise TypeError(f"{key} is no {kind.__name__}")
+    return Checkpoint(
+        settings=validate(payload["settings"]),
+        modalities=_MODALITIES.validate_python(payload["modalities"]),
+        label_names=tuple(str(name) for name in payload["label_names"]),
+        domains=tuple(str(name) for name in payload["domains"]),
+        fingerprints={str(k): str(v) for k, v in payload["fingerprints"].items()},
+        student=_state(payload["student"], "student"),
+        teacher=None if payload["teacher"] is None else _state(payload["teacher"], "teacher"),
+        **{key: payload[key] for key in _PLAIN},
+    )
+
+
+def _state(value: Any, what: str) -> State:
+    if not isinstance(value, Mapping) or not all(isinstance(t, torch.Tensor) for t in value.values()):
+        raise TypeError(f"{what} is no state dict")
+    return dict(value)

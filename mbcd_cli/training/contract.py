@@ -1,0 +1,324 @@
+"""What every method must do, as checks that any class can be put through: `check_method(MyMethod)`.
+
+They train tiny models in memory for a few steps; tests/methods runs them on every method of the registry.
+
+Letters: B clips, M modalities, S source domains.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mbcd_cli.data.records import Batch
+from mbcd_cli.errors import MbcdError
+from mbcd_cli.layers import merge
+from mbcd_cli.methods import checked, method_class, over_defaults
+from mbcd_cli.methods.base import Method, Outputs, Term
+from mbcd_cli.model import MultiModalModel, build_model
+from mbcd_cli.processes import ALONE, Group
+from mbcd_cli.randomness import global_states, load_global_states, seed_everything
+from mbcd_cli.settings import ArrayModality, Settings
+from mbcd_cli.training.assemble import Training, train_with
+from mbcd_cli.training.static_step import StaticStep
+from mbcd_cli.training.step import TrainStep
+
+CLASSES, DIMENSION, CLIPS = 3, 6, 12
+ERM_TERMS = ("ce_fused", "ce")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A method to be checked: its class, and what is laid over the defaults of the tree's `method` and `average`."""
+
+    kind: type[Method]
+    method: Mapping[str, object] = field(default_factory=dict)
+    average: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, method: str | type[Method], settings: Mapping[str, object] | None = None) -> Subject:
+        """A method by its name in the registry, or a class; with `settings` over its defaults."""
+        if isinstance(method, str):
+            chosen = over_defaults(method)
+            return cls(method_class(method), merge(chosen["method"], settings or {}), chosen["average"])
+        return cls(method, settings or {}, {"kind": checked(method, method.__name__).average})
+
+    def training(
+        self,
+        *,
+        modalities: int = 2,
+        sources: int = 2,
+        dropout: float = 0.5,
+        group: Group = ALONE,
+        kind: type[Method] | None = None,
+        **training: object,
+    ) -> Training:
+        """A training of a tiny float64 model."""
+        names = [f"m{k}" for k in range(modalities)]
+        array = {"kind": "array", "dimension": DIMENSION, "width": 2}
+        tree = {
+            "modalities": dict.fromkeys(names, array),
+            "model": {"hidden": 8, "dropout": dropout, "modalities": names},
+            "method": self.method,
+            "average": {"beta": 0.9, **self.average},
+            "optimizer": {"lr": 1e-2},
+            "training": training,
+            "runtime": {"device": "cpu", "precision": "float32", "channels_last": "off"},
+        }
+        settings = Settings[self.kind.Settings].model_validate(tree)
+        seed_everything(settings.training.seed)
+        arrays = {name: ArrayModality.model_validate(array) for name in names}
+        model = build_model(arrays, settings=settings.model, classes=CLASSES).double()
+        return train_with(kind or self.kind, model, settings, sources=range(sources), group=group)
+
+    def batch(self, seed: int, *, modalities: int = 2, labels: torch.Tensor | None = None, sources: int = 2) -> Batch:
+        """B clips whose class shows in every modality; of methods with two views, both views of B / 2 clips."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = CLIPS // self.kind.views
+        chosen = torch.arange(rows) % CLASSES if labels is None else labels[:rows]
+        centres = torch.randn(modalities, CLASSES, DIMENSION, generator=torch.Generator().manual_seed(7))
+        views: list[list[torch.Tensor]] = [
+            [
+                (centres[k][chosen] + torch.randn(rows, DIMENSION, generator=generator)).double()
+                for _ in range(self.kind.views)
+            ]
+            for k in range(modalities)
+        ]
+        repeated = torch.arange(rows).repeat_interleave(self.kind.views)
+        return Batch(
+            inputs={f"m{k}": (torch.stack(view, dim=1).flatten(0, 1),) for k, view in enumerate(views)},
+            labels=chosen[repeated],
+            domains=repeated % sources,
+            clips=repeated,
+        )
+
+
+def weights(step: TrainStep) -> dict[str, torch.Tensor]:
+    """Copies of everything that a training changes: student, average and own modules."""
+    found = {f"student.{name}": value for name, value in step.model.state_dict().items()}
+    found |= {f"method.{name}": value for name, value in step.method.state_dict().items()}
+    if step.average is not None:
+        found |= {f"average.{name}": value for name, value in step.average.model_for_evaluation().state_dict().items()}
+    return {name: value.clone() for name, value in found.items()}
+
+
+def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], what: str) -> None:
+    assert one.keys() == other.keys(), f"{what}: other tensors ({sorted(one.keys() ^ other.keys())})"
+    differing = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not differing, f"{what}: {', '.join(differing[:4])} differ"
+
+
+def check_figures(subject: Subject) -> None:
+    """Any number of modalities and of source domains gives finite figures, or is refused with an `MbcdError`."""
+    for modalities in (1, 2, 3, 4):
+        for sources in (1, 2):
+            try:
+                step = subject.training(modalities=modalities, sources=sources).step
+            except MbcdError:
+                continue
+            for seed in range(3):
+                vector = step(subject.batch(seed, modalities=modalities, sources=sources))
+                assert torch.isfinite(vector).all(), f"figures of step {seed + 1} with M = {modalities}, S = {sources}"
+            assert step.layout is not None
+            assert step.layout.scalars[0] == "total", "the first figure is the total"
+
+
+def check_neutral(subject: Subject) -> None:
+    """With zero weights of what it adds (or its `neutral` settings) it trains ERM's very weights."""
+    quiet, kind = subject, subject.kind
+    if subject.kind.neutral is not None:
+        quiet = replace(subject, method=merge(subject.method, subject.kind.neutral))
+    else:
+        kind = _silenced(subject.kind)
+    erm = replace(subject, kind=Method, method={"unimodal": _unimodal(quiet)})
+    one = quiet.training(dropout=0.0, kind=kind).step
+    other = erm.training(dropout=0.0).step
+    for seed in range(4):
+        one(subject.batch(seed))
+        other(subject.batch(seed))
+    own = [name for name in weights(one) if name.startswith("method.")]
+    _equal({k: v for k, v in weights(one).items() if k not in own}, weights(other), "neutral against ERM")
+
+
+def _unimodal(subject: Subject) -> str:
+    return subject.kind.Settings.model_validate(dict(subject.method)).unimodal
+
+
+def _silenced(kind: type[Method]) -> type[Method]:
+    class Silenced(kind):
+        def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
+            terms = super().losses(batch, out)
+            return {n: t if n in ERM_TERMS else replace(t, weight=0.0) for n, t in terms.items()}
+
+    return Silenced
+
+
+def check_learning(subject: Subject) -> None:
+    """The fused head's cross-entropy falls on one batch."""
+    step = subject.training(dropout=0.0).step
+    batch = subject.batch(0)
+    vectors = [step(batch) for _ in range(40)]
+    assert step.layout is not None
+    losses = [step.layout.unpack(vector.tolist())["ce_fused"] for vector in vectors]
+    assert losses[-1] < 0.7 * losses[0], f"the fused cross-entropy went from {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+def check_resume(subject: Subject) -> None:
+    """Stopped, saved, loaded and gone on with, it ends in the same bits."""
+    whole = subject.training()
+    for seed in range(3):
+        whole.step(subject.batch(seed))
+    file = io.BytesIO()
+    torch.save(
+        {
+            "weights": weights(whole.step),
+            "optimizer": whole.step.optimizer.state_dict(),
+            "randomness": whole.randomness.state(),
+            "global": global_states(),
+        },
+        file,
+    )
+    file.seek(0)
+    for seed in range(3, 6):
+        whole.step(subject.batch(seed))
+    again = subject.training(seed=5)
+    state = torch.load(file, weights_only=True)  # tensors and plain values only
+    parts = {"student": again.step.model, "method": again.step.method}
+    if again.step.average is not None:
+        parts["average"] = again.step.average.model
+    for part, module in parts.items():
+        mine = {k.removeprefix(f"{part}."): v for k, v in state["weights"].items() if k.startswith(f"{part}.")}
+        module.load_state_dict(mine)
+    again.step.optimizer.load_state_dict(state["optimizer"])
+    again.randomness.load(state["randomness"])
+    load_global_states(state["global"])
+    again.step.context.step.fill_(3)
+    for seed in range(3, 6):
+        again.step(subject.batch(seed))
+    _equal(weights(again.step), weights(whole.step), "resumed against whole")
+
+
+def check_deployed(subject: Subject) -> None:
+    """The deployed model is ERM's, tensor for tensor; own parameters are in the optimizer, once."""
+    step = subject.training().step
+    erm = replace(subject, kind=Method, method={}).training().step
+
+    def shapes(model: MultiModalModel) -> dict[str, torch.Size]:
+        return {name: value.shape for name, value in model.state_dict().items()}
+
+    assert shapes(step.model) == shapes(erm.model), "the student holds other tensors than ERM's"
+    if step.average is not None:
+        assert shapes(step.average.model) == shapes(erm.model), "the average holds other tensors than ERM's"
+    optimized = [id(p) for group in step.optimizer.param_groups for p in group["params"]]
+    own = {name: p for name, p in step.method.named_parameters() if p.requires_grad}
+    left_out = [name for name, p in own.items() if optimized.count(id(p)) != 1]
+    assert not left_out, f"not in the optimizer exactly once: {', '.join(left_out)}"
+    inside = {id(p) for p in step.model.parameters()}
+    assert not [name for name, p in own.items() if id(p) in inside], "the student is among the method's own modules"
+
+
+def check_edges(subject: Subject) -> None:
+    """Batches of one class, with one clip of a class, and of one domain give finite figures and weights."""
+    one, lone = torch.zeros(CLIPS, dtype=torch.int64), torch.arange(CLIPS) % CLASSES
+    lone[lone == 2] = 1
+    lone[0] = 2
+    step = subject.training().step
+    for labels, sources in ((one, 2), (lone, 2), (None, 1), (one, 1)):
+        vector = step(subject.batch(3, labels=labels, sources=sources))
+        assert torch.isfinite(vector).all(), f"figures with labels {labels} of {sources} domains"
+    values = [value for value in weights(step).values() if value.is_floating_point()]
+    assert all(torch.isfinite(value).all() for value in values), "weights after batches on the edge"
+
+
+def check_static(subject: Subject) -> None:
+    """Run on static buffers, as a CUDA graph runs it, it gives the same bits."""
+    if not subject.kind.capturable:
+        return
+    plain, buffered = subject.training(), subject.training()
+    static = StaticStep(buffered.step, randomness=buffered.randomness, device=torch.device("cpu"), required=True)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        expected = plain.step(subject.batch(seed))
+        torch.manual_seed(seed)
+        assert torch.equal(static(subject.batch(seed)), expected), f"figures of step {seed + 1}"
+    _equal(weights(buffered.step), weights(plain.step), "static against plain")
+
+
+def check_processes(subject: Subject) -> None:
+    """Two processes with half of each batch do what one does with all of it (batch norm frozen)."""
+    with tempfile.TemporaryDirectory() as folder:
+        children = [_forked(subject, Path(folder), rank) for rank in range(2)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        assert codes == [0, 0], f"the processes ended with {codes}"
+        shared = torch.load(Path(folder) / "0.pt", weights_only=True)
+    alone = _share(subject, ALONE)
+    assert alone.keys() == shared.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(shared[name], value, rtol=0, atol=1e-8, msg=f"{name}: two processes against one")
+
+
+def _share(subject: Subject, group: Group) -> dict[str, torch.Tensor]:
+    step = subject.training(group=group, batch_norm="frozen").step
+    for seed in range(3):
+        batch = subject.batch(seed)
+        rows = group.own(torch.arange(len(batch)))
+        step(
+            Batch(
+                inputs={name: tuple(part[rows] for part in parts) for name, parts in batch.inputs.items()},
+                labels=batch.labels[rows],
+                domains=batch.domains[rows],
+                clips=batch.clips[rows],
+            )
+        )
+    return weights(step)
+
+
+def _forked(subject: Subject, folder: Path, rank: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+        torch.save(_share(subject, Group(rank=rank, world=2)), folder / f"{rank}.pt")
+        dist.destroy_process_group()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+CHECKS: dict[str, Callable[[Subject], None]] = {
+    name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")
+}
+
+
+def method_checks(
+    method: str | type[Method], settings: Mapping[str, object] | None = None
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, check) of every check of a method, to parametrise a test with."""
+    subject = Subject.of(method, settings)
+    for name, check in CHECKS.items():
+        yield name, lambda check=check: check(subject)
+
+
+def check_method(method: str | type[Method], settings: Mapping[str, object] | None = None) -> None:
+    """Put a method through all checks.
+
+    Args:
+        method: a class, or a name that `--method` takes.
+        settings: what is laid over the defaults of its settings.
+
+    Raises:
+        AssertionError: it fails one; says which tensors or figures.
+        SettingsError: it lacks a part.
+    """
+    for _, check in method_checks(method, settings):
+        check()

@@ -1,0 +1,97 @@
+"""What the training loop draws from: batches on the device, this process' rows of them, and the time spent waiting.
+
+Letters: N clips.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+
+from mbcd_cli.data.loading import read_ahead
+from mbcd_cli.data.records import Batch
+from mbcd_cli.processes import ALONE, Group
+
+Read = Callable[[str, np.ndarray, np.ndarray], tuple[torch.Tensor, ...]]
+
+
+class Feed:
+    """Batches of a dataset, read ahead and brought to the device.
+
+    Attributes:
+        waited: seconds the loop has waited for batches since `reset`.
+
+    Args:
+        dataset: what `open_dataset` returns (its `batches` is used).
+        device: where batches go; they are copied without waiting, from page-locked memory, on CUDA.
+        ahead: training batches read ahead by a thread.
+        read: rows that lie on the device already (`data.loading.ResidentRows.read`), or None.
+        group: the processes that share every batch.
+    """
+
+    def __init__(
+        self, dataset: Any, *, device: torch.device, ahead: int = 0, read: Read | None = None, group: Group = ALONE
+    ) -> None:
+        self._dataset = dataset
+        self._device = device
+        self._ahead = 0 if read is not None else ahead
+        self._pin = device.type == "cuda" and read is None
+        self._options: dict[str, Any] = {} if read is None else {"read": read}
+        self._group = group
+        self.waited = 0.0
+
+    def reset(self) -> None:
+        """Begin to count the waiting anew."""
+        self.waited = 0.0
+
+    def training(
+        self, clips: np.ndarray, *, batch_size: int, seed: int, epoch: int, start: int, views: int = 1
+    ) -> Iterator[tuple[torch.Tensor, Batch]]:
+        """(clip indices on the CPU, batch on the device), in the order that (seed, epoch) fixes.
+
+        Args:
+            batch_size: clips of the global batch.
+            start: batches to skip.
+            views: views of every clip per batch; with 2, rows 2i and 2i + 1 of a batch are two views of one clip.
+        """
+        options = dict(self._options)
+        if self._group.world > 1:
+            options["share"] = (self._group.rank, self._group.world)
+        options |= {"batch_size": batch_size, "training": True, "seed": seed, "epoch": epoch, "start": start}
+        batches = self._dataset.batches(clips, drop_last=True, **options)
+        if views > 1:
+            again = [self._dataset.batches(clips, drop_last=True, draw=view, **options) for view in range(1, views)]
+            batches = map(_together, zip(batches, *again, strict=True))
+        with closing(read_ahead(batches, depth=self._ahead, pin=self._pin)) as ready:
+            while True:
+                asked = time.monotonic()
+                batch = next(ready, None)
+                if batch is None:
+                    return
+                on_device = batch.to(self._device, non_blocking=True)
+                self.waited += time.monotonic() - asked
+                yield batch.clips, on_device
+
+    def testing(self, clips: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
+        """The test view of `clips`, in table order."""
+        yield from self._dataset.batches(clips, batch_size=batch_size, training=False, **self._options)
+
+
+def _together(views: Sequence[Batch]) -> Batch:
+    """Batches of the same clips as one: every clip's views after one another."""
+
+    def woven(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(list(rows), dim=1).flatten(0, 1)
+
+    parts = {name: zip(*(view.inputs[name] for view in views), strict=True) for name in views[0].inputs}
+    return Batch(
+        inputs={name: tuple(map(woven, paths)) for name, paths in parts.items()},
+        labels=woven([view.labels for view in views]),
+        domains=woven([view.domains for view in views]),
+        clips=woven([view.clips for view in views]),
+    )

@@ -1,0 +1,107 @@
+"""Plots of a run, from its jsonl files only: losses, what the method shows apart from them, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from mbcd_cli import plotting
+from mbcd_cli.files import read_records
+from mbcd_cli.methods.base import Panel
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def plot_run(run: Path, panels: Sequence[Panel] = ()) -> list[Path]:
+    """Write plots/losses.png, a picture per panel and accuracy.png of a run folder; returns those there is data for.
+
+    What no panel shows, and is no accuracy, is taken for a loss.
+    """
+    steps, epochs = read_records(run / "steps.jsonl"), read_records(run / "metrics.jsonl")
+    written = []
+    if steps:
+        apart = {name for panel in panels for name in panel.figures}
+        written.append(_losses(steps, apart, run / "plots" / "losses.png"))
+        written += [_panel(steps, panel, run / "plots" / f"{panel.name}.png") for panel in panels]
+    if epochs:
+        written.append(_accuracy(epochs, run / "plots" / "accuracy.png"))
+    return written
+
+
+_COUNTS = ("step", "epoch", "steps", "modalities")
+
+
+def _losses(steps: Records, apart: Container[str], path: Path) -> Path:
+    """The total in black; the other terms in one line style per kind (`ce`, `ce_fused`), one colour per head."""
+    fig, axes = plotting.figure(size=(8.4, 4.2))
+    x = [record["step"] for record in steps]
+    axes.plot(x, [r["total"] for r in steps], label="total", color="black", linewidth=1)
+    heads = ["fused", *steps[0]["modalities"]]
+    colours = dict(zip(heads, cycle(plotting.PALETTE), strict=False))
+    styles: dict[str, str] = {}
+    lines = {(n, "fused"): [r[n] for r in steps] for n in steps[0] if n not in (*_COUNTS, "total")}
+    for modality, row in steps[0]["modalities"].items():
+        lines |= {(name, modality): _modality(steps, modality, name) for name in row}
+    for (name, head), values in lines.items():
+        kind = name.removesuffix("_fused")
+        if name in apart or kind == "accuracy" or not any(values):
+            continue
+        style = styles.setdefault(kind, ("-", ":", "--", "-.")[len(styles) % 4])
+        axes.plot(x, values, style, label=f"{kind} {head}", color=colours[head])
+    axes.set(xlabel="step", ylabel="loss (nats)", title="Loss terms")
+    if min(min(values) for values in lines.values()) >= 0:
+        axes.set_ylim(bottom=0)
+    fig.legend(loc="outside right upper")
+    return plotting.save(fig, path)
+
+
+def _panel(steps: Records, panel: Panel, path: Path) -> Path:
+    """Axes below each other, one for every kind of axis that the panel's figures have; a colour per modality."""
+    kinds = list(dict.fromkeys(shown.axis for shown in panel.figures.values()))
+    fig, grid = plotting.figure(len(kinds), 1, size=(8.4, 3.0 * len(kinds)), sharex=True, squeeze=False)
+    axes = dict(zip(kinds, grid[:, 0], strict=True))
+    x = [record["step"] for record in steps]
+    for modality, colour in zip(steps[0]["modalities"], cycle(plotting.PALETTE), strict=False):
+        for name, shown in panel.figures.items():
+            label = f"{modality}: {shown.label}"
+            values = _modality(steps, modality, name)
+            axes[shown.axis].plot(x, values, shown.marker, color=colour, label=label, markersize=3)
+    for kind, one in axes.items():
+        one.set(ylabel=kind)
+    grid[0, 0].set(title=panel.title)
+    grid[-1, 0].set(xlabel="step")
+    fig.legend(loc="outside right upper")
+    return plotting.save(fig, path)
+
+
+def _accuracy(epochs: Records, path: Path) -> Path:
+    fig, axes = plotting.figure(size=(8.4, 4.2))
+    x = [record["epoch"] for record in epochs]
+    lines: list[tuple[str, Callable[[Mapping[str, Any]], float | None]]] = []
+    for where in ("validation", "target"):
+        for model in ("teacher", "student"):
+            if model in epochs[0].get(where, {}):
+                lines.append(
+                    (
+                        f"{where}, {model}",
+                        lambda r, w=where, m=model: r.get(w, {}).get(m, {}).get("fused", {}).get("accuracy"),
+                    )
+                )
+    lines.append(("training, student", lambda r: r["train"]["accuracy_fused"]))
+    for label, value in lines:
+        ys = [value(record) for record in epochs]
+        axes.plot(x, [None if y is None else 100 * y for y in ys], label=label, marker=".")
+    best = epochs[-1].get("best_epoch")
+    if best is not None:
+        axes.axvline(best, color="#999999", linewidth=0.8)
+        axes.annotate(" best", (best, 2), color="#666666")
+    axes.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 102), title="Fused accuracy per epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    fig.legend(loc="outside right upper")
+    return plotting.save(fig, path)
+
+
+def _modality(steps: Records, name: str, key: str) -> list[float]:
+    return [record["modalities"][name][key] for record in steps]

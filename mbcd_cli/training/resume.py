@@ -1,0 +1,99 @@
+"""Where a training stands, and how it goes on from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mbcd_cli.errors import CheckpointError
+from mbcd_cli.randomness import Randomness, global_states, load_global_states
+from mbcd_cli.training.checkpoint import load_checkpoint
+from mbcd_cli.training.figures import Layout
+from mbcd_cli.training.run_folder import RunFolder
+from mbcd_cli.training.step import TrainStep
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a training stands; all of it goes into checkpoints.
+
+    Attributes:
+        epoch: epochs finished. epoch_step: steps done in the one after. step: steps in all.
+        pending: figures of the steps since the last record of steps.jsonl, as (clips [B], vector) pairs.
+        sums: sums over the epoch's steps of their vectors times their clips, float64, and `clips` how many.
+        history: records of metrics.jsonl. best: the selected epoch's. warnings: key -> text.
+    """
+
+    epoch: int = 0
+    epoch_step: int = 0
+    step: int = 0
+    pending: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    sums: torch.Tensor | None = None
+    clips: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    warnings: dict[str, str] = field(default_factory=dict)
+
+
+def training_state(progress: Progress, step: TrainStep, randomness: Randomness, run: RunFolder) -> dict[str, Any]:
+    """What a checkpoint holds beside the model: own modules, optimizer, random states, figures, log positions."""
+    return {
+        "optimizer": step.optimizer.state_dict(),
+        "method": step.method.state_dict(),
+        "randomness": randomness.state(),
+        "global": global_states(),
+        "pending": [[clips, vector] for clips, vector in progress.pending],
+        "sums": progress.sums,
+        "layout": None if step.layout is None else [list(step.layout.scalars), list(step.layout.rows)],
+        "clips": progress.clips,
+        "logs": run.sync(),
+        "warning_keys": dict(progress.warnings),
+    }
+
+
+def resume(
+    progress: Progress, step: TrainStep, randomness: Randomness, run: RunFolder, fingerprints: Mapping[str, str]
+) -> bool:
+    """Bring everything to where `last.pt` left it; False when the run was killed before its first checkpoint.
+
+    Raises:
+        CheckpointError: it holds weights only, belongs to another cache, or does not fit the model.
+    """
+    if not run.last.exists():
+        run.cut({})
+        return False
+    saved = load_checkpoint(run.last)
+    if saved.training is None:
+        raise CheckpointError(f"{run.last} holds weights only.", "Start anew with --overwrite.")
+    if saved.fingerprints != fingerprints:
+        changed = [n for n, f in fingerprints.items() if saved.fingerprints.get(n) != f]
+        raise CheckpointError(
+            f"The cache of {', '.join(changed) or 'some modality'} changed since this run began.",
+            "Prepare with the settings of the run again, or start another run.",
+        )
+    state = saved.training
+    try:
+        step.model.load_state_dict(saved.student)
+        if step.average is not None:
+            step.average.model.load_state_dict(saved.teacher or {})
+        step.method.load_state_dict(state["method"])
+        step.optimizer.load_state_dict(state["optimizer"])
+        progress.epoch, progress.epoch_step, progress.step = saved.epoch, saved.epoch_step, saved.step
+        progress.pending = [(clips, vector) for clips, vector in state["pending"]]
+        progress.sums, progress.clips = state["sums"], state["clips"]
+        if state["layout"] is not None:
+            scalars, rows = state["layout"]
+            step.layout = Layout(tuple(scalars), tuple(rows), step.model.modalities)
+        progress.history, progress.best = saved.history, saved.best
+        progress.warnings = state["warning_keys"]
+        run.cut(state["logs"])
+        randomness.load(state["randomness"])
+        load_global_states(state["global"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{run.last} does not fit this run: {str(error).splitlines()[0]}", "Start anew with --overwrite."
+        ) from error
+    return True

@@ -1,0 +1,124 @@
+"""The whole step on static buffers, captured once in a CUDA graph and replayed.
+
+Letters: B clips.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mbcd_cli import console
+from mbcd_cli.data.records import Batch
+from mbcd_cli.errors import RunError
+from mbcd_cli.randomness import Randomness
+from mbcd_cli.training.step import TrainStep
+
+WARM_UP = 3
+"""Steps run kernel by kernel first: optimizer states and workspaces must exist before a capture."""
+
+
+class StaticStep:
+    """`step(batch)` with every batch copied to the same buffers.
+
+    On CUDA the step is captured after `WARM_UP` ordinary ones and replayed from then on: masks, noise, gradients,
+    optimizer and average included. On other devices (and as the twin that tests compare with) the step runs as
+    usual, on the buffers. A batch of another size runs as usual too.
+
+    Args:
+        step: its optimizer must be capturable on CUDA.
+        randomness: the step's; its generator is registered with the graph.
+        device: where the step runs.
+        required: raise when a capture fails, rather than warn and go on without.
+    """
+
+    def __init__(self, step: TrainStep, *, randomness: Randomness, device: torch.device, required: bool) -> None:
+        self.step = step
+        self._randomness = randomness
+        self._device = device
+        self._required = required
+        self._static: Batch | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._vector: torch.Tensor | None = None
+        self._done = 0
+        self._given_up = False
+
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed from a graph."""
+        return self._graph is not None
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """One step on `batch` (on the device); its figures, a tensor of its own.
+
+        Raises:
+            RunError: the capture failed and is required.
+        """
+        self._done += 1
+        if self._given_up or (self._static is not None and not self._fits(batch)):
+            return self.step(batch)
+        if self._device.type != "cuda":
+            return self.step(self._filled(batch)).clone()
+        if self._done <= WARM_UP:
+            return self._on_side_stream(batch)
+        static = self._filled(batch)
+        if self._graph is None and not self._capture(static):
+            return self.step(batch)
+        self._graph.replay()
+        return self._vector.clone()
+
+    def _fits(self, batch: Batch) -> bool:
+        return [(t.shape, t.dtype) for t in _tensors(batch)] == [(t.shape, t.dtype) for t in _tensors(self._static)]
+
+    def _filled(self, batch: Batch) -> Batch:
+        """The static buffers, holding `batch`."""
+        if self._static is None:
+            self._static = Batch(
+                inputs={name: tuple(map(torch.empty_like, parts)) for name, parts in batch.inputs.items()},
+                labels=torch.empty_like(batch.labels),
+                domains=torch.empty_like(batch.domains),
+                clips=torch.empty_like(batch.clips),
+            )
+        for mine, theirs in zip(_tensors(self._static), _tensors(batch), strict=True):
+            mine.copy_(theirs, non_blocking=True)
+        return self._static
+
+    def _on_side_stream(self, batch: Batch) -> torch.Tensor:
+        """An ordinary step where captures happen, so that its workspaces are the ones the graph finds."""
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            vector = self.step(batch)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        vector.record_stream(torch.cuda.current_stream(self._device))
+        return vector
+
+    def _capture(self, static: Batch) -> bool:
+        """Record the step; nothing is computed. A failure leaves the training as it was."""
+        states = torch.cuda.get_rng_state(self._device), self._randomness.state()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            graph.register_generator_state(self._randomness.generator)
+            torch.cuda.synchronize(self._device)
+            # Other threads may read ahead meanwhile: page-locked copies, and the trunks of views that are not stored.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._vector = self.step(static)
+        except (RuntimeError, NotImplementedError) as error:
+            torch.cuda.synchronize(self._device)
+            self.step.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.set_rng_state(states[0], self._device)
+            self._randomness.load(states[1])
+            self._given_up, self._static, self._vector = True, None, None
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if self._required:
+                raise RunError(
+                    f"The step cannot be captured in a CUDA graph: {reason}", "Set runtime.cuda_graph=off."
+                ) from error
+            console.warn(f"no CUDA graph ({reason}); the step runs kernel by kernel.")
+            return False
+        self._graph = graph
+        return True
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    parts = [part for name in batch.inputs for part in batch.inputs[name]]
+    return [*parts, batch.labels, batch.domains, batch.clips]

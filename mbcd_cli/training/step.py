@@ -1,0 +1,94 @@
+"""One optimisation step, of whatever method.
+
+Letters: B clips (of this process, where torchrun started several), M modalities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from mbcd_cli.data.records import Batch
+from mbcd_cli.encoders.layout import channels_last, match_layout
+from mbcd_cli.methods.base import Method
+from mbcd_cli.training.average import Average
+from mbcd_cli.training.figures import Layout
+
+
+class TrainStep:
+    """`step(batch)`: the method's gradients, one optimizer step, one update of the weight average.
+
+    There is no branch on data and no wait for the device. Live trunks run once for all passes of the student, and their
+    running statistics move as if they had run in each; the average's run in eval mode with the statistics it has
+    averaged.
+
+    Attributes:
+        layout: of the vector of figures; the first step fixes it, None before.
+
+    Args:
+        method: with its context; the student and the method's own modules are already on the device.
+        optimizer: over the trained parameters of both.
+        average: the weight average (the method's context holds the same), or None.
+        batch_norm: "tracked" (train mode; every student pass updates the running statistics) or "frozen"
+            (running statistics are used and kept; affine parameters still train).
+        channels_last: hand inputs to the tails in the channels-last layout (their weights have it already).
+    """
+
+    def __init__(
+        self,
+        *,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        average: Average | None = None,
+        batch_norm: str = "tracked",
+        channels_last: bool = False,
+    ) -> None:
+        self.method = method
+        self.context = method.context
+        self.model = method.context.model
+        self.optimizer = optimizer
+        self.average = average
+        self.layout: Layout | None = None
+        self._channels_last = channels_last
+        self._group = self.context.group
+        frozen = batch_norm == "frozen"
+        still = [*self.model.tails.modules(), *method.modules()] if frozen else []
+        self._frozen = [m for m in still if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._dtype = next(self.model.parameters()).dtype
+        self._trained = [p for module in (self.model, method) for p in module.parameters() if p.requires_grad]
+        moving = [self.model.trunks] if frozen else [self.model, method]
+        self._statistics = [b for module in moving for b in module.buffers() if b.is_floating_point()]
+        for trunk in self.model.trunks.values():
+            trunk.update_as_if(method.passes)
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """One step on `batch` (already on the device), updating everything in place; its figures as one vector."""
+        self.model.train()
+        self.method.train()
+        for module in (*self._frozen, *(self.average.followed if self.average is not None else ())):
+            module.eval()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.context.step += 1
+        figures = self.method.gradients(self._prepared(batch))
+        self._group.average_([p.grad for p in self._trained if p.grad is not None])
+        for parameter in self._trained:
+            match_layout(parameter)
+        self.optimizer.step()
+        self._group.average_(self._statistics)
+        if self.average is not None:
+            self.average.update(self.context.step)
+        self.method.after_update()
+        if self.layout is None:
+            self.layout = Layout.of(figures, self.model.modalities)
+        return self.layout.pack(figures)
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """Inputs in the weights' type and layout: converted once, not in every pass."""
+
+        def prepared(part: torch.Tensor) -> torch.Tensor:
+            part = part.to(self._dtype)
+            return channels_last(part) if self._channels_last else part
+
+        return replace(batch, inputs={name: tuple(map(prepared, parts)) for name, parts in batch.inputs.items()})

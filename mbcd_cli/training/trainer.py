@@ -1,0 +1,376 @@
+"""The training loop: epochs of steps, validation, model selection, logs, checkpoints, resume.
+
+Letters: N clips, M modalities.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mbcd_cli import console
+from mbcd_cli.data.records import Batch
+from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.evaluation.evaluator import SOURCE, TARGET, ClipSet
+from mbcd_cli.processes import ALONE, Group
+from mbcd_cli.randomness import Randomness
+from mbcd_cli.settings import Settings
+from mbcd_cli.training import watch
+from mbcd_cli.training.checkpoint import Checkpoint, save_checkpoint
+from mbcd_cli.training.events import Events
+from mbcd_cli.training.feed import Feed
+from mbcd_cli.training.figures import Layout, Record
+from mbcd_cli.training.interrupts import Interrupts
+from mbcd_cli.training.resume import Progress, resume, training_state
+from mbcd_cli.training.run_folder import RunFolder
+from mbcd_cli.training.step import TrainStep
+from mbcd_cli.training.validation import validate
+
+
+def better(figures: Mapping[str, float], best: Mapping[str, float]) -> bool:
+    """Selection: a higher validation accuracy; of equal ones the lower validation loss, then the earlier epoch."""
+    return (figures["accuracy"], -figures["loss"]) > (best["accuracy"], -best["loss"])
+
+
+class Trainer:
+    """Trains `step`'s student and leaves everything in `run`.
+
+    The epoch that is selected is that whose deployed model (the teacher, where weights are averaged) is the best
+    (`better`) on the source domains' test split. The target's accuracy is recorded every epoch and never used.
+
+    Args:
+        settings: the resolved tree.
+        dataset: what `open_dataset` returns (its `batches`, names and fingerprints are used).
+        step: the optimisation step, with its student, method, optimizer and average.
+        run_step: batch -> its figures, where the step is to be run another way (`StaticStep`).
+        randomness: the step's.
+        clips: training clips [N], indices into the clip table.
+        held_out: clip sets by name; SOURCE selects, TARGET is only reported.
+        run: the open run folder.
+        device: where the student is.
+        feed: where batches come from; by default read when needed.
+        group: the processes that train together.
+
+    Raises:
+        SettingsError: a batch that the processes cannot share evenly, fewer training clips than one batch.
+        CheckpointError: on resume, a checkpoint that does not fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        dataset: Any,
+        step: TrainStep,
+        randomness: Randomness,
+        clips: np.ndarray,
+        held_out: list[ClipSet],
+        run: RunFolder,
+        device: torch.device,
+        feed: Feed | None = None,
+        run_step: Callable[[Batch], torch.Tensor] | None = None,
+        group: Group = ALONE,
+    ) -> None:
+        self.settings, self.dataset, self.step, self.run, self.device = settings, dataset, step, run, device
+        self.randomness, self.clips, self.group = randomness, clips, group
+        self.feed = feed or Feed(dataset, device=device, group=group)
+        self.run_step = run_step or step
+        self.held_out = {one.name: one for one in held_out}
+        training = settings.training
+        self.steps_per_epoch = len(clips) // training.batch_size
+        if self.steps_per_epoch == 0:
+            raise SettingsError(
+                f"training.batch_size: there are {len(clips)} training clips, fewer than one batch of "
+                f"{training.batch_size}.",
+                "Lower it with --set training.batch_size=N.",
+            )
+        if training.batch_size % group.world:
+            raise SettingsError(
+                f"training.batch_size: {training.batch_size} clips do not divide among {group.world} processes.",
+                "Choose a multiple: it is the batch of all processes together.",
+            )
+        if SOURCE not in self.held_out:
+            raise SettingsError(
+                "The source domains have no test split to select the model on.",
+                "Give some of their clips the split `test` and prepare again.",
+            )
+        planned = self.steps_per_epoch * training.epochs
+        self.total_steps = min(planned, training.max_steps or planned)
+        self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
+        self._fingerprints = {name: dataset.fingerprints[name] for name in settings.modalities}
+        self.progress = Progress()
+        if run.resumed and resume(self.progress, step, randomness, run, self._fingerprints):
+            console.say(f"resumed {run.path} at step {self.progress.step} of {self.total_steps}")
+        step.context.step.fill_(self.progress.step)
+        self._events = Events(run.path / "events", purge_after=self.progress.step) if group.main else None
+
+    def fit(self) -> Progress:
+        """Train to the end.
+
+        Raises:
+            RunError: a non-finite loss, a full disk, or a signal (after a checkpoint; says how to resume).
+        """
+        progress = self.progress
+        self._saved_at = time.monotonic()
+        left = self.total_steps - progress.step
+        try:
+            with Interrupts() as interrupts, console.progress("training", left) as ticker:
+                self._interrupts, self._ticker = interrupts, ticker
+                while progress.step < self.total_steps or progress.epoch_step > 0:
+                    self._epoch()
+        finally:
+            if self._events is not None:
+                self._events.close()
+        return progress
+
+    def _epoch(self) -> None:
+        progress, training = self.progress, self.settings.training
+        started, first_step = time.monotonic(), progress.step
+        self.feed.reset()
+        self.step.context.epoch.fill_(progress.epoch)
+        if progress.step < self.total_steps:
+            batches = self.feed.training(
+                self.clips,
+                batch_size=training.batch_size,
+                seed=training.seed,
+                epoch=progress.epoch,
+                start=progress.epoch_step,
+                views=self.step.method.views,
+            )
+            with closing(batches):
+                for clips, batch in batches:
+                    self._one(clips, batch)
+                    if progress.step >= self.total_steps:
+                        break
+        seconds = time.monotonic() - started
+        self._flush()
+        record = self._evaluate()
+        self._finish_epoch(record)
+        self.run.append(
+            "timing.jsonl",
+            {
+                "epoch": record["epoch"],
+                "train_seconds": seconds,
+                "data_wait_share": round(self.feed.waited / max(seconds, 1e-9), 4),
+                "steps_per_second": (progress.step - first_step) / max(seconds, 1e-9),
+                "validation_seconds": time.monotonic() - started - seconds,
+            },
+        )
+
+    def _one(self, clips: torch.Tensor, batch: Batch) -> None:
+        progress, training = self.progress, self.settings.training
+        vector = self.run_step(batch)
+        self.group.average_([vector])
+        progress.step += 1
+        progress.epoch_step += 1
+        progress.pending.append((clips, vector))
+        self._ticker.advance()
+        if progress.step % training.log_steps == 0:
+            self._flush()
+        waited = (time.monotonic() - self._saved_at) / 60
+        due = self.group.main and bool(training.checkpoint_minutes) and waited >= training.checkpoint_minutes
+        # All processes leave, or save, after the same step.
+        came, due = self.group.largest(int(self._interrupts.signal or 0), int(due))
+        if came:
+            self._stop(signal.Signals(came))
+        if due:
+            self._settle()
+            self._save()
+
+    # ---- figures
+
+    def _settle(self) -> None:
+        """Bring the pending figures to the CPU (the only wait for the device) and stop if one is not finite."""
+        progress = self.progress
+        if not progress.pending:
+            return
+        progress.pending = [(clips, vector.to("cpu")) for clips, vector in progress.pending]
+        vectors = torch.stack([vector for _, vector in progress.pending])
+        finite = torch.isfinite(vectors).all(dim=1)
+        if not finite.all():
+            bad = int((~finite).nonzero()[0])
+            step = progress.step - len(progress.pending) + bad + 1
+            self._non_finite(f"The loss of step {step} is not finite", progress.pending[bad][0])
+
+    def _non_finite(self, what: str, clips: torch.Tensor | None = None) -> None:
+        names = ""
+        if clips is not None:
+            everyones = [int(i) for part in self.group.gathered(clips.tolist()) for i in part]
+            names = " Its clips: " + ", ".join(str(self.dataset.clips.ids[i]) for i in everyones) + "."
+        kept = (
+            f"{self.run.last} is the last good checkpoint."
+            if self.run.last.exists()
+            else "No checkpoint was written yet."
+        )
+        error = RunError(
+            f"{what} (epoch {self.progress.epoch + 1}); training stopped.{names}",
+            f"{kept} Lower optimizer.lr, or look at these clips.",
+        )
+        self.run.append("warnings.jsonl", {"step": self.progress.step, "warning": error.message})
+        self.group.leave(error)
+
+    def _flush(self) -> None:
+        """Write the pending steps as one record of steps.jsonl and add them to the epoch's sums."""
+        self._settle()
+        progress = self.progress
+        if not progress.pending:
+            return
+        weights = torch.tensor([float(len(clips)) for clips, _ in progress.pending], dtype=torch.float64)
+        total = (torch.stack([v for _, v in progress.pending]).double() * weights[:, None]).sum(dim=0)
+        progress.sums = total if progress.sums is None else progress.sums + total
+        progress.clips += int(weights.sum())
+        figures = self._layout.unpack((total / weights.sum()).tolist())
+        record = {
+            "step": progress.step,
+            "epoch": progress.epoch + 1,
+            "steps": len(progress.pending),
+            **figures,
+        }
+        progress.pending = []
+        self.run.append("steps.jsonl", record)
+        if self._events is not None:
+            self._events.scalars("step", figures, progress.step)
+        shown = [self._ticked(name, figures) for name in self.step.method.ticker]
+        self._ticker.describe(
+            f"epoch {progress.epoch + 1}/{self.epochs} loss {figures['total']:.3f} {' '.join(filter(None, shown))}"
+        )
+
+    @property
+    def _layout(self) -> Layout:
+        assert self.step.layout is not None, "figures come from steps"
+        return self.step.layout
+
+    @staticmethod
+    def _ticked(name: str, figures: Record) -> str:
+        """A figure for the progress line: `name 0.12`, or one value per modality; nothing where there is none."""
+        if name in figures:
+            return f"{name} {figures[name]:.3f}"
+        rows = {modality: row[name] for modality, row in figures["modalities"].items() if name in row}
+        return f"{name} {', '.join(f'{modality} {value:.2f}' for modality, value in rows.items())}" if rows else ""
+
+    def _evaluate(self) -> dict[str, Any]:
+        """The epoch's record: training means, validation and target figures."""
+        progress = self.progress
+        models = {"student": self.step.model}
+        if self.step.average is not None:
+            models = {"teacher": self.step.average.model_for_evaluation(), **models}
+        record: dict[str, Any] = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "train": self._layout.unpack((progress.sums / progress.clips).tolist()),
+        }
+        for key, name in (("validation", SOURCE), ("target", TARGET)):
+            if name in self.held_out:
+                clips, group = self.held_out[name].clips, ALONE
+                if len(clips) >= self.group.world:
+                    clips, group = np.array_split(clips, self.group.world)[self.group.rank], self.group
+                record[key] = validate(
+                    models,
+                    lambda clips=clips: self._watched(clips),
+                    device=self.device,
+                    precision=self.settings.runtime.precision,
+                    group=group,
+                )
+        if any(record["validation"][model]["fused"]["loss"] is None for model in models):
+            self._non_finite("The validation loss is not finite")
+        return record
+
+    def _watched(self, clips: np.ndarray) -> Iterator[Batch]:
+        for batch in self.feed.testing(clips, batch_size=self.settings.evaluation.batch_size):
+            # Several processes leave together only: after the next step.
+            if self.group.world == 1 and self._interrupts.signal is not None:
+                self._stop(self._interrupts.signal)
+            yield batch
+
+    # ---- the end of an epoch
+
+    def _finish_epoch(self, record: dict[str, Any]) -> None:
+        progress = self.progress
+        deployed = "student" if self.step.average is None else "teacher"
+        fused = record["validation"][deployed]["fused"]
+        improved = progress.best is None or better(fused, progress.best)
+        if improved:
+            progress.best = {"epoch": record["epoch"], "accuracy": fused["accuracy"], "loss": fused["loss"]}
+        record["best_epoch"] = progress.best["epoch"]
+        progress.history.append(record)
+        for key, text in watch.warnings(progress.history, epochs=self.epochs, alarms=self.step.method.alarms).items():
+            if key not in progress.warnings:
+                progress.warnings[key] = text
+                console.warn(text)
+        record["warnings"] = sorted(progress.warnings)
+        progress.epoch += 1
+        progress.epoch_step, progress.sums, progress.clips = 0, None, 0
+        self.run.append("metrics.jsonl", record)
+        if self._events is not None:
+            self._events.scalars(
+                "epoch", {k: record[k] for k in ("train", "validation", "target") if k in record}, progress.step
+            )
+        if self.settings.training.keep_checkpoints:
+            self._write(self.run.checkpoints / f"epoch-{progress.epoch:03d}.pt", whole=False)
+        if improved:
+            self._write(self.run.best, whole=False)
+        self._save()
+        target = record.get("target", {}).get(deployed, {}).get("fused", {}).get("accuracy")
+        console.say(
+            f"epoch {record['epoch']}/{self.epochs}: loss {record['train']['total']:.3f}, "
+            f"validation {100 * fused['accuracy']:.1f} %"
+            + (f", target {100 * target:.1f} %" if target is not None else "")
+            + (" (best)" if improved else "")
+        )
+
+    # ---- checkpoints
+
+    def _check_weights(self) -> None:
+        """A finite loss may still give infinite weights: those never get into a checkpoint."""
+        states = (self.step.model.state_dict(), self.step.method.state_dict())
+        tensors = [t for state in states for t in state.values() if t.is_floating_point() and t.numel()]
+        if not torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().all():
+            self._non_finite("The weights are not finite any more")
+
+    def _checkpoint(self, *, whole: bool) -> Checkpoint:
+        progress, average = self.progress, self.step.average
+        training = training_state(progress, self.step, self.randomness, self.run) if whole else None
+        return Checkpoint(
+            settings=self.settings,
+            modalities=dict(self.settings.modalities),
+            dataset=self.dataset.name,
+            label_names=tuple(self.dataset.label_names),
+            domains=tuple(self.dataset.domains),
+            fingerprints=self._fingerprints,
+            student=self.step.model.state_dict(),
+            teacher=None if average is None else average.model_for_evaluation().state_dict(),
+            epoch=progress.epoch,
+            epoch_step=progress.epoch_step,
+            step=progress.step,
+            history=progress.history,
+            best=progress.best,
+            warnings=list(progress.warnings.values()),
+            training=training,
+        )
+
+    def _write(self, path: Path, *, whole: bool) -> None:
+        self._check_weights()
+        self.group.on_main(lambda: save_checkpoint(path, self._checkpoint(whole=whole)))
+
+    def _save(self) -> None:
+        self._write(self.run.last, whole=True)
+        self._saved_at = time.monotonic()
+
+    def _stop(self, came: signal.Signals) -> None:
+        """A signal came: checkpoint, then leave."""
+        self._settle()
+        self._save()
+        error = RunError(
+            f"Stopped by {came.name} after step {self.progress.step} of {self.total_steps}; "
+            f"{self.run.last} is up to date.",
+            "Go on with the same command and --resume.",
+        )
+        self.group.leave(error)

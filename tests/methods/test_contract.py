@@ -1,0 +1,201 @@
+"""Every method of the registry, and some that use what the interface offers, through the same checks as anyone's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mbcd_cli.errors import SettingsError
+from mbcd_cli.methods import METHODS, checked, method_class
+from mbcd_cli.methods.base import Method, ParameterGroup, Term, total
+from mbcd_cli.methods.parts import cross_entropy
+from mbcd_cli.settings import MethodSettings
+from mbcd_cli.training.contract import CHECKS, Subject, check_method
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_of_the_registry(method, check):
+    CHECKS[check](Subject.of(method))
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("average", ["none", "ema", "sma"])
+def test_every_method_may_be_averaged(average, check):
+    CHECKS[check](Subject(Method, {}, {"kind": average, "start": 2}))
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+class Adversary(Method):
+    """A domain adversary on every modality, with an optimizer group of its own and a statistic of the whole batch."""
+
+    def __init__(self, settings, context):
+        super().__init__(settings, context)
+        domains = max(len(context.sources), 2)
+        self.judges = nn.ModuleDict({n: nn.Linear(d, domains) for n, d in context.model.dims.items()})
+
+    def parameter_groups(self):
+        return [ParameterGroup([judge.bias for judge in self.judges.values()], weight_decay=0.0, lr=1e-3)]
+
+    def losses(self, batch, out):
+        domains = self.context.source_domains(batch)
+        judged = [self.judges[n](Reversed.apply(h)) for n, h in out.features.items()]
+        norms = torch.stack(self.context.group.average([h.norm(dim=1).mean() for h in out.pooled.values()]))
+        return super().losses(batch, out) | {
+            "adversary": Term(torch.stack([cross_entropy(logits, domains) for logits in judged]), 0.1),
+            "norms": Term(norms.var(correction=0), 0.01),
+        }
+
+
+class TwoViews(Method):
+    """Agreement of two views, from the second step on, with an averaged projection as its target."""
+
+    views = 2
+    average = "sma"
+
+    def __init__(self, settings, context):
+        super().__init__(settings, context)
+        self.project = nn.ModuleDict({n: nn.Linear(d, 4) for n, d in context.model.dims.items()})
+        self.target = context.average.follow(self.project)
+
+    def losses(self, batch, out):
+        gate = (self.context.step > 1).to(out.fused.dtype)
+        apart = []
+        for name, h in out.features.items():
+            first, second = h[0::2], h[1::2]
+            apart.append((self.project[name](first) - self.target[name](second).detach()).square().mean())
+        return super().losses(batch, out) | {"views": Term(torch.stack(apart), 0.1 * gate)}
+
+
+class Sharp(Method):
+    """SAM: the gradient at the point up the slope."""
+
+    capturable = False
+
+    @property
+    def passes(self):
+        return 2
+
+    def gradients(self, batch):
+        batch = self.at_cut(batch)
+        trained = [p for p in self.context.model.parameters() if p.requires_grad]
+        total(self.losses(batch, self(batch))).backward()
+        held = [p for p in trained if p.grad is not None]
+        self.context.group.average_([p.grad for p in held])
+        scale = 0.05 / torch.stack([p.grad.norm() for p in held]).norm()
+        steps = [p.grad * scale for p in held]
+        with torch.no_grad():
+            torch._foreach_add_(held, steps)
+        for p in held:
+            p.grad = None
+        out = self(batch)
+        terms = self.losses(batch, out)
+        loss = total(terms)
+        loss.backward()
+        with torch.no_grad():
+            torch._foreach_sub_(held, steps)
+        return self.figures(batch, out, loss, terms)
+
+
+class Modulated(Method):
+    """Gradients of the tails are scaled by how much their modality dominates, and noised."""
+
+    neutral = None
+
+    def gradients(self, batch):
+        figures = super().gradients(batch)
+        names = self.context.model.modalities
+        share = self.context.group.average([figures["accuracy"]])[0] + 0.1
+        factor = torch.where(share > share.mean(), 0.5, 1.0)
+        for k, name in enumerate(names):
+            for parameter in self.context.model.tails[name].parameters():
+                if parameter.grad is not None:
+                    noise = self.context.randomness.normal(*parameter.shape, dtype=parameter.dtype)
+                    parameter.grad = parameter.grad * factor[k] + 1e-3 * noise
+        return figures | {"factor": factor}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("kind", [Adversary, TwoViews, Sharp, Modulated])
+def test_what_other_methods_need(kind, check):
+    if check == "neutral" and kind in (Sharp, Modulated):
+        pytest.skip("it adds no term")
+    CHECKS[check](Subject.of(kind))
+
+
+class Careless(Method):
+    """A statistic of its own rows."""
+
+    def losses(self, batch, out):
+        spread = torch.stack([h.mean(dim=0).square().mean() for h in out.pooled.values()])
+        return super().losses(batch, out) | {"spread": Term(spread)}
+
+
+class Noisy(Method):
+    """Draws that no checkpoint holds."""
+
+    generator = torch.Generator().manual_seed(0)
+
+    def losses(self, batch, out):
+        noise = torch.randn(out.fused.shape, generator=self.generator, dtype=out.fused.dtype)
+        return super().losses(batch, out) | {"noise": Term((noise * out.fused).mean())}
+
+
+@pytest.mark.parametrize(
+    ("kind", "check", "words"),
+    [(Careless, "processes", "two processes against one"), (Noisy, "resume", "resumed against whole")],
+)
+def test_the_checks_find_what_is_wrong(kind, check, words):
+    with pytest.raises(AssertionError, match=words):
+        CHECKS[check](Subject.of(kind))
+
+
+def test_a_class_that_lacks_a_part_is_refused_by_name():
+    class NoSettings(Method):
+        Settings = dict
+
+    class NoDefault(Method):
+        class Settings(MethodSettings):
+            weight: float
+            """Weight."""
+
+    class Averaged(Method):
+        average = "mean"
+
+    for found, words in (
+        (nn.Linear, "no subclass"),
+        (NoSettings, "Settings"),
+        (NoDefault, "setting weight has no default"),
+        (Averaged, "average is 'mean'"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            checked(found, "mine")
+    with pytest.raises(SettingsError, match="no subclass"):
+        check_method(nn.Linear)
+
+
+def test_a_class_in_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from mbcd_cli.methods.base import Method\nclass Mine(Method):\n    '''Mine.'''\n")
+    assert issubclass(method_class(f"{path}:Mine"), Method)
+    for name, words in ((f"{path}:Yours", "no class 'Yours'"), (f"{tmp_path}/none.py:Mine", "no file")):
+        with pytest.raises(SettingsError, match=words):
+            method_class(name)
+    path.write_text("import nowhere_to_be_found")
+    with pytest.raises(SettingsError, match="No module named 'nowhere_to_be_found'"):
+        method_class(f"{path}:Others")

@@ -1,0 +1,188 @@
+"""Killed at any moment and resumed, a training ends in the same bits as an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import MemoryDataset, memory_settings
+
+from mbcd_cli.commands import train as command
+from mbcd_cli.errors import CheckpointError, RunError
+from mbcd_cli.training import checkpoint, run_folder, trainer
+from mbcd_cli.training.checkpoint import load_checkpoint
+
+# Heads with dropout, DSU, masks and distillation: every source of randomness is in use. A checkpoint after every step.
+SETTINGS = memory_settings(training={"epochs": 3, "checkpoint_minutes": 1e-9, "keep_checkpoints": True})
+SILENT = memory_settings(training={"epochs": 3, "keep_checkpoints": True})
+
+
+def run_training(run: Path, *, settings=SETTINGS, resume=False, dataset=None):
+    return command.train(settings, dataset or MemoryDataset(), run=run, resume=resume, overwrite=False)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    monkeypatch.setattr(command, "plot_run", lambda *args: [])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run, without checkpoints inside epochs."""
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "plot_run", lambda *args: [])
+        run_training(run, settings=SILENT)
+    return run
+
+
+def assert_same(run: Path, other: Path) -> None:
+    for log in ("metrics.jsonl", "steps.jsonl"):
+        assert (run / log).read_bytes() == (other / log).read_bytes(), log
+    names = sorted(p.name for p in (run / "checkpoints").glob("*.pt"))
+    assert names == sorted(p.name for p in (other / "checkpoints").glob("*.pt"))
+    assert not list((run / "checkpoints").glob(".*"))
+    for name in names:
+        one, two = (load_checkpoint(r / "checkpoints" / name) for r in (run, other))
+        assert (one.epoch, one.step, one.history, one.best) == (two.epoch, two.step, two.history, two.best)
+        for state in ("student", "teacher"):
+            for key, value in getattr(one, state).items():
+                assert torch.equal(value, getattr(two, state)[key]), (name, state, key)
+    one, two = (load_checkpoint(r / "checkpoints/last.pt").training for r in (run, other))
+    for key, entry in one["optimizer"]["state"].items():
+        assert all(torch.equal(entry[k], two["optimizer"]["state"][key][k]) for k in entry)
+    assert torch.equal(one["randomness"], two["randomness"])
+    assert torch.equal(one["global"]["torch"], two["global"]["torch"])
+    one, two = (json.loads((r / "done").read_text()) for r in (run, other))
+    timed = ("run", "seconds", "steps_per_second", "peak_memory_mb")
+    assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+
+
+def in_child(action) -> int:
+    """Run `action` in a forked child; its exit status as `os.waitpid` gives it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def killed_at(event: int, run: Path, *, resume: bool) -> bool:
+    """Train in a child that gets SIGKILL at its event-th write, rename, sync or step; False if it ended before."""
+
+    def action():
+        seen = 0
+
+        def counted(function):
+            def wrapper(*args, **kwargs):
+                nonlocal seen
+                seen += 1
+                if seen >= event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return wrapper
+
+        Path.replace = counted(Path.replace)
+        os.fsync = counted(os.fsync)
+        checkpoint.torch.save = counted(torch.save)
+        run_folder.RunFolder.append = counted(run_folder.RunFolder.append)
+        trainer.TrainStep.__call__ = counted(trainer.TrainStep.__call__)
+        run_training(run, resume=resume)
+
+    status = in_child(action)
+    assert os.WIFSIGNALED(status) or status == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize("event", [3, 9, 10, 11, 29, 57, 61, 64, 120])
+def test_killed_at_any_write_and_resumed(whole, tmp_path, event):
+    run = tmp_path / "run"
+    assert killed_at(event, run, resume=False)
+    if not (run / "settings.toml").exists():
+        run_training(run)
+    else:
+        killed_at(event + 7, run, resume=True)  # and once more
+        run_training(run, resume=True)
+    assert_same(run, whole)
+
+
+@pytest.mark.stress
+def test_killed_at_random_instants_fifty_times(whole, tmp_path):
+    rng = random.Random(1)
+    begun = time.monotonic()
+    run_training(tmp_path / "timed")
+    longest = time.monotonic() - begun
+    for number in range(50):
+        run = tmp_path / f"run{number}"
+        while not (run / "done").exists():
+            resume = (run / "settings.toml").exists()
+            child = os.fork()
+            if child == 0:
+                try:
+                    run_training(run, resume=resume)
+                finally:
+                    os._exit(0)
+            time.sleep(rng.uniform(0, longest))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert_same(run, whole)
+
+
+class Signalling(MemoryDataset):
+    """Sends this process a signal before its n-th batch."""
+
+    def __init__(self, number: int, one: signal.Signals) -> None:
+        super().__init__()
+        self.left, self.one = number, one
+
+    def batches(self, *args, **kwargs):
+        for batch in super().batches(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), self.one)
+            yield batch
+
+
+# Batches 1-4 of an epoch train, 5 and 6 validate teacher and student, 7 and 8 report the target.
+@pytest.mark.parametrize(
+    ("number", "one"),
+    [(2, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGTERM), (8, signal.SIGTERM), (15, signal.SIGTERM)],
+)
+def test_signals_checkpoint_and_leave_cleanly(whole, tmp_path, number, one):
+    run = tmp_path / "run"
+    before = signal.getsignal(one)
+    with pytest.raises(RunError) as caught:
+        run_training(run, settings=SILENT, dataset=Signalling(number, one))
+    assert one.name in caught.value.message
+    assert "--resume" in caught.value.remedy
+    assert signal.getsignal(one) is before
+    assert not (run / "done").exists()
+    run_training(run, settings=SILENT, resume=True)
+    assert_same(run, whole)
+
+
+def test_a_complete_run_is_left_as_it_is(whole, tmp_path):
+    stamp = (whole / "checkpoints/last.pt").stat().st_mtime_ns
+    assert run_training(whole, settings=SILENT, resume=True) == json.loads((whole / "done").read_text())
+    assert (whole / "checkpoints/last.pt").stat().st_mtime_ns == stamp
+
+
+def test_resume_refuses_another_cache(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(RunError):
+        run_training(run, dataset=Signalling(3, signal.SIGTERM))
+    dataset = MemoryDataset()
+    dataset.fingerprints["left"] = "changed"
+    with pytest.raises(CheckpointError, match="left changed"):
+        run_training(run, resume=True, dataset=dataset)

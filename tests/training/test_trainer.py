@@ -1,0 +1,223 @@
+"""The loop: selection, averages, limits, warnings, non-finite losses, plots and the dry run."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from fakes import MemoryDataset, memory_settings
+
+from mbcd_cli.commands import train as command
+from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.evaluation.evaluator import build_models
+from mbcd_cli.files import read_records
+from mbcd_cli.methods.mbcd import MBCD
+from mbcd_cli.training import watch
+from mbcd_cli.training.checkpoint import load_checkpoint
+from mbcd_cli.training.trainer import better
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    monkeypatch.setattr(command, "plot_run", lambda *args: [])
+
+
+def run_training(run, settings, dataset=None):
+    return command.train(settings, dataset or MemoryDataset(), run=run, resume=False, overwrite=False)
+
+
+def accuracy(model, dataset, clips):
+    """Fused accuracy by a plain loop over single clips."""
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for batch in dataset.batches(clips, batch_size=1, training=False):
+            logits, _ = model(batch.inputs)
+            right += int(logits[0].argmax() == batch.labels[0])
+    return right / len(clips)
+
+
+@pytest.mark.parametrize("method", ["erm", "ema", "mbcd"])
+def test_training_learns_and_the_record_is_true(tmp_path, method, no_plots):
+    settings = memory_settings(training={"epochs": 8}, method={"name": method}, average={"beta": 0.7})
+    dataset = MemoryDataset()
+    summary = run_training(tmp_path / "run", settings, dataset)
+    assert summary["deployed"] == ("student" if method == "erm" else "teacher")
+    assert summary["best"]["validation"] >= 0.9
+    assert summary["oracle"]["target"] >= summary["best"]["target"]
+    best = load_checkpoint(tmp_path / "run/checkpoints/best.pt")
+    models = build_models(settings, dataset, best, device=torch.device("cpu"))
+    validation = dataset.select(domains=("a", "b"), splits=("test",))
+    target = dataset.select(domains=("c",), splits=("test",))
+    model = models[summary["deployed"]]
+    assert accuracy(model, dataset, validation) == pytest.approx(summary["best"]["validation"])
+    assert accuracy(model, dataset, target) == pytest.approx(summary["best"]["target"])
+    history = read_records(tmp_path / "run/metrics.jsonl")
+    scores = [r["validation"][summary["deployed"]]["fused"] for r in history]
+    expected = max(range(8), key=lambda i: (scores[i]["accuracy"], -scores[i]["loss"], -i)) + 1
+    assert best.epoch == summary["best"]["epoch"] == expected
+
+
+def test_selection_breaks_ties_by_loss_then_by_the_earlier_epoch():
+    best = {"accuracy": 0.9, "loss": 0.4}
+    assert better({"accuracy": 0.91, "loss": 0.8}, best)
+    assert better({"accuracy": 0.9, "loss": 0.3}, best)
+    assert not better({"accuracy": 0.9, "loss": 0.4}, best)
+    assert not better({"accuracy": 0.9, "loss": 0.5}, best)
+    assert not better({"accuracy": 0.89, "loss": 0.1}, best)
+
+
+def test_the_target_never_influences_training(tmp_path, no_plots):
+    def weights(name, spoil):
+        dataset = MemoryDataset()
+        if spoil:
+            rows = np.flatnonzero(dataset.clips.domains == 2)
+            for values in dataset.values.values():
+                values[rows] = 100
+            dataset.clips.labels = dataset.clips.labels.copy()
+            dataset.clips.labels[rows] = 0
+        run_training(tmp_path / name, memory_settings(), dataset)
+        return load_checkpoint(tmp_path / name / "checkpoints/best.pt")
+
+    one, two = weights("one", False), weights("two", True)
+    assert one.epoch == two.epoch
+    assert all(torch.equal(one.student[k], two.student[k]) for k in one.student)
+
+
+def test_step_records_are_means_and_epoch_means_weigh_all_steps(tmp_path, no_plots):
+    run_training(tmp_path / "one", memory_settings(training={"log_steps": 1}))
+    run_training(tmp_path / "three", memory_settings(training={"log_steps": 3}))
+    single, triple = (read_records(tmp_path / n / "steps.jsonl") for n in ("one", "three"))
+    # 4 steps per epoch: records after steps 3 and 4, then (an epoch's end also ends a record) 6 and 8.
+    assert [(r["step"], r["steps"]) for r in triple] == [(3, 3), (4, 1), (6, 2), (8, 2)]
+    assert triple[0]["total"] == pytest.approx(np.mean([r["total"] for r in single[:3]]), abs=1e-12)
+    epochs = [read_records(tmp_path / n / "metrics.jsonl") for n in ("one", "three")]
+    for r, s in zip(*epochs, strict=True):
+        expected = np.mean([q["total"] for q in single if q["epoch"] == r["epoch"]])
+        assert r["train"]["total"] == pytest.approx(expected, abs=1e-12)
+        assert s["train"]["total"] == pytest.approx(expected, abs=1e-12)
+        assert r["validation"] == s["validation"]
+
+
+def test_same_seed_same_bits_other_seed_other_weights(tmp_path, no_plots):
+    def weights(name, seed):
+        run_training(tmp_path / name, memory_settings(training={"seed": seed}))
+        return load_checkpoint(tmp_path / name / "checkpoints/last.pt").student
+
+    one, same, other = weights("one", 1), weights("same", 1), weights("other", 2)
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    assert not torch.equal(one["fused_head.0.weight"], other["fused_head.0.weight"])
+
+
+def test_limits(tmp_path, no_plots):
+    summary = run_training(tmp_path / "steps", memory_settings(training={"max_steps": 6, "epochs": 9}))
+    assert (summary["steps"], summary["epochs"]) == (6, 2)
+    summary = run_training(tmp_path / "clips", memory_settings(training={"limit_clips": 17}))
+    assert summary["steps"] == 2 * (17 // 8)
+    with pytest.raises(SettingsError, match="fewer than one batch"):
+        run_training(tmp_path / "few", memory_settings(training={"limit_clips": 5}))
+    with pytest.raises(SettingsError, match="batch of one clip"):
+        run_training(tmp_path / "one", memory_settings(training={"batch_size": 1}))
+
+
+def test_no_target_trains_in_domain(tmp_path, no_plots):
+    settings = memory_settings(training={"target_domain": None, "source_domains": ("a", "b", "c")})
+    summary = run_training(tmp_path / "run", settings)
+    assert "oracle" not in summary
+    assert "target" not in summary["best"]
+
+
+class Poisoned(MemoryDataset):
+    """One training clip holds NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values["left"][self.bad] = np.nan
+
+    bad = 3
+
+
+def test_a_non_finite_loss_stops_names_the_clips_and_keeps_the_last_good_checkpoint(tmp_path, no_plots):
+    run = tmp_path / "run"
+    settings = memory_settings(training={"checkpoint_minutes": 1e-9})
+    with pytest.raises(RunError) as caught:
+        run_training(run, settings, Poisoned())
+    assert "not finite" in caught.value.message
+    assert "clip003" in caught.value.message
+    assert "optimizer.lr" in caught.value.remedy
+    assert not (run / "done").exists()
+    assert json.loads((run / "warnings.jsonl").read_text())["warning"] == caught.value.message
+    if (run / "checkpoints/last.pt").exists():
+        good = load_checkpoint(run / "checkpoints/last.pt")
+        assert all(torch.isfinite(v).all() for v in good.student.values())
+
+
+def test_infinite_weights_never_reach_a_checkpoint(tmp_path, no_plots):
+    """The loss of the first step is finite, its update is not, and a checkpoint is due after it."""
+    settings = memory_settings(
+        optimizer={"name": "sgd", "lr": 1e38, "weight_decay": 1e4}, training={"checkpoint_minutes": 1e-9}
+    )
+    with pytest.raises(RunError, match="not finite"):
+        run_training(tmp_path / "run", settings)
+    assert not list((tmp_path / "run/checkpoints").glob("*.pt"))
+
+
+def record(epoch, *, dropped=0.0, teacher=0.9, student=0.9, divergence=0.1):
+    return {
+        "epoch": epoch,
+        "train": {"modalities": {"video": {"dropped": dropped}, "audio": {"dropped": 0.0}}},
+        "validation": {
+            "teacher": {"fused": {"accuracy": teacher}},
+            "student": {"fused": {"accuracy": student}},
+            "divergence": divergence,
+        },
+    }
+
+
+def test_warnings():
+    assert watch.warnings([record(1)], epochs=4) == {}
+    assert "video" in watch.warnings([record(1, dropped=0.95)], epochs=4, alarms=MBCD.alarms)["collapse video"]
+    assert watch.warnings([record(1, teacher=0.2)], epochs=4) == {}  # a young teacher is always behind
+    assert "beta" in watch.warnings([record(3, teacher=0.2)], epochs=4)["lag"]
+    drifting = [record(e, divergence=d) for e, d in enumerate((0.5, 0.9, 1.5, 2.5), start=1)]
+    assert "drift" in watch.warnings(drifting, epochs=20)["divergence"]
+    assert watch.warnings(drifting[::-1], epochs=20) == {}
+
+
+def test_a_warning_is_given_once_and_recorded(tmp_path, no_plots, capsys):
+    settings = memory_settings(training={"epochs": 3}, method={"dropout": {"strategy": "fixed", "rate": 1.0}})
+    summary = run_training(tmp_path / "run", settings)
+    assert len([w for w in summary["warnings"] if "collapse" in w]) == 2
+    assert capsys.readouterr().err.count("modality left was dropped") == 1
+    assert "collapse left" in read_records(tmp_path / "run/metrics.jsonl")[0]["warnings"]
+
+
+def test_plots_and_events_are_written(tmp_path):
+    summary = run_training(tmp_path / "run", memory_settings())
+    assert summary["plots"] == ["plots/losses.png", "plots/balance.png", "plots/accuracy.png"]
+    for name in summary["plots"]:
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/events")).Reload()
+    scalars = {(e.step, round(e.value, 5)) for e in events.Scalars("step/total")}
+    assert scalars == {
+        (r["step"], round(float(np.float32(r["total"])), 5)) for r in read_records(tmp_path / "run/steps.jsonl")
+    }
+    assert "epoch/validation/teacher/fused/accuracy" in events.Tags()["scalars"]
+
+
+def test_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report = command.dry_run(memory_settings(), MemoryDataset())
+    # Tail: (6+1)*16 + 2*16 + (16+1)*16 + 2*16 = 448; head: (16+1)*8 + (8+1)*4 = 172; fused: (32+1)*8 + (8+1)*4 = 300.
+    assert report["parameters"]["tails"] == {"left": 448, "right": 448}
+    assert report["parameters"]["unimodal_heads"] == 344
+    assert report["parameters"]["fused_head"] == 300
+    assert report["parameters"]["trained"] == 2 * 448 + 344 + 300
+    assert report["shapes"] == {"left": [[6]], "right": [[6]]}
+    assert report["steps"] == 8
+    assert report["step_seconds"] > 0
+    assert not list(tmp_path.iterdir())

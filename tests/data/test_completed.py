@@ -115,7 +115,7 @@ def test_frames_added_to_whole_folders_make_another_cache(tmp_path):
             {"id": n, "domain": "ab"[n // 2], "split": ("train", "test")[n % 2], "label": 0, "video": f"clips/{n}"}
         )
     helpers.write_manifest(root / "manifest.csv", rows)
-    settings = checking.tree(root, tmp_path / "cache")
+    settings = checking.tree(root, tmp_path / "cache", "model.modalities=video")
     first = preparing.prepare(settings)["modalities"]["video"]
     assert preparing.prepare(settings)["modalities"]["video"]["shards_reused"] == first["shards"]
     shutil.copy(root / "clips/0/frame_0000000001.jpg", root / "clips/0/frame_0000000009.jpg")

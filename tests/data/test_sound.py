@@ -57,6 +57,7 @@ def encode(
     pause: tuple[float, float] | None = None,
     picture: float | None = None,
     tracks: int = 1,
+    **options: str,
 ) -> Path:
     """Samples [S] -> a file written by PyAV's own encoders, or libsndfile's (vorbis).
 
@@ -69,7 +70,7 @@ def encode(
     if codec == "vorbis":
         soundfile.write(path, samples, rate, format="OGG", subtype="VORBIS")
         return path
-    with av.open(str(path), "w") as out:
+    with av.open(str(path), "w", options=options) as out:
         if picture is not None:
             video = out.add_stream("mpeg4", rate=25)
             video.width = video.height = 32
@@ -316,8 +317,16 @@ def test_pauses_are_silence_and_are_told(tmp_path):
     np.testing.assert_array_equal(whole, expected)
     assert "pauses at 1.00 s; 0.75 s of the clip are silence" in notes[0]
     notes.clear()
+    heard(path, REJECT, notes, start=2.0, stop=2.5)
     heard(path, REJECT, notes, start=0.0, stop=0.9)
     assert not notes
+    # In the second of two files that are joined the time stamps begin anew; its pause is one all the same.
+    one = encode(tmp_path / "one.ts", noise(rate=48000), "mp2", rate=48000)
+    two = encode(tmp_path / "two.ts", noise(rate=48000), "mp2", rate=48000, pause=(1.0, 0.75))
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(one.read_bytes() + two.read_bytes())
+    assert len(heard(joined)) == len(heard(one)) + len(heard(two))
+    assert len(heard(two)) == pytest.approx(len(heard(one)) + 0.75 * 48000, abs=1200)
     jump = encode(tmp_path / "b.mkv", noise(), "pcm_s16le", pause=(1.0, 5000.0))
     assert "time stamps jump by 5000 s at 1.00 s" in cause(lambda: heard(jump))
 
@@ -335,6 +344,9 @@ def test_no_sound_two_sounds_and_half_a_file(tmp_path):
         data = path.read_bytes()
         path.write_bytes(data[: len(data) * 6 // 10])
         assert "cut short" in cause(lambda path=path: heard(path)), suffix
+    path = encode(tmp_path / "cut.mp4", noise(4.0), "aac", movflags="faststart")
+    path.write_bytes(path.read_bytes()[:-4000])
+    assert "packets of sound" in cause(lambda: heard(path))
     path.write_bytes(b"\0" * 3000)
     assert "not a video or sound file that can be opened" in cause(lambda: heard(path))
 

@@ -305,7 +305,7 @@ CODINGS: dict[str, Coding] = {
     "hevc": _x265("keyint=60", preset="fast"),
     "hevc intra": _x265("keyint=1"),
     "hevc closed": _x265("open-gop=0:keyint=12:bframes=4"),
-    "hevc open": _x265("open-gop=1:keyint=12:min-keyint=12:bframes=8:b-adapt=0:scenecut=0:radl=0"),
+    "hevc open": _x265("open-gop=1:keyint=12:min-keyint=12:bframes=8:b-adapt=0:scenecut=0:rc-lookahead=20"),
     "hevc radl": _x265("open-gop=0:keyint=12:min-keyint=12:bframes=4:b-adapt=0:radl=2"),
     "hevc no b": _x265("bframes=0:keyint=12"),
     "hevc refresh": _x265("intra-refresh=1:keyint=12:bframes=0"),

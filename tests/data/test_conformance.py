@@ -72,7 +72,9 @@ def test_lossless_cuts(tmp_path, name):
     source = made(tmp_path, name, ".mp4")
     paths = conformance.cuts(tmp_path / "cuts", source, 1.92, [".mp4"])
     assert len(paths) > 8
-    assert [line for path in paths.values() for line in differences(path, shown(path))] == []
+    # Which frames at a cut's ends can be decoded differs between FFmpeg's versions: PyAV's own decides.
+    truth = {path: conformance.shown_by_pyav(path) for path in paths.values()}
+    assert [line for path in truth for line in differences(path, truth[path])] == []
 
 
 def coloured(number: int, width: int, height: int) -> np.ndarray:

@@ -65,6 +65,7 @@ class Video:
         self.path = path
         self._frames: Iterator[av.VideoFrame | None] | None = None
         self._next = 0
+        self._fresh = True  # its decoder has seen nothing yet
         self._open()
         try:
             self._packets = Packets(path, self._container)
@@ -155,10 +156,13 @@ class Video:
     def _all(self) -> Iterator[av.VideoFrame | None]:
         """Every frame, from the file's beginning."""
         self._frames = None
-        if self._packets.held is not None:
-            self._stream.codec_context.flush_buffers()
+        if self._fresh and self._packets.held is not None:
+            self._fresh = False
             return decoded_frames(self.path, self._stream, iter(self._packets.held))
-        self._container.close()  # not every format can be sought back to its first packet
+        # Opened anew: not every format can be sought back to its first packet, and a decoder that was flushed still
+        # knows how far pictures are reordered, and may give one more or less than it did at first.
+        self._container.close()
+        self._packets.held = None
         self._open()
         self._stream = next(s for s in self._container.streams.video if s.index == self._index)
         return decoded_frames(self.path, self._stream, self._container.demux(self._stream))
@@ -207,6 +211,7 @@ class Video:
         if place > 0 and not keys[place][1]:
             place -= 1  # a picture that pictures before it may still lean on: one group more has them all
         key = keys[max(place, 0)][0]
+        self._fresh = False
         self._stream.codec_context.flush_buffers()
         held = self._packets.held
         if held is not None:

@@ -104,6 +104,10 @@ def stored_rate(path: Path) -> int | None:
         return None
 
 
+_PROVEN = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU", "CAF")
+"""Of these libsndfile gives what FFmpeg decodes, sample for sample (tests/stress/test_every_sample.py)."""
+
+
 class _Plain:
     """A file of which soundfile knows where every sample lies; as a `Soundtrack`."""
 
@@ -174,8 +178,9 @@ def _plain(path: Path, head: bytes) -> _Plain | None:
         file = soundfile.SoundFile(str(path))
     except (soundfile.LibsndfileError, TypeError):  # TypeError: named .raw, and nothing says how to read it
         return None
-    # ffmpeg's IMA decoder rounds as the standard says, libsndfile's does not; a FLAC from a pipe states no length.
-    if file.format in ("MP3", "OGG") or file.subtype.startswith(("MPEG", "IMA")) or file.frames >= _ENDLESS:
+    # ffmpeg's IMA decoder rounds as the standard says, libsndfile's does not; libsndfile takes the floats of a w64 for
+    # integers; a FLAC from a pipe states no length.
+    if file.format not in _PROVEN or file.subtype.startswith(("MPEG", "IMA")) or file.frames >= _ENDLESS:
         file.close()
         return None
     cause = ""

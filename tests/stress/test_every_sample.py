@@ -58,9 +58,10 @@ WITH_PICTURE = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts", ".flv", ".mpg", 
 
 
 def ffmpeg(*arguments: object, data: bytes | None = None) -> bytes | None:
+    """What it writes; None where it fails or complains."""
     command = [FFMPEG, "-hide_banner", "-v", "error", "-y", *map(str, arguments)]
     result = subprocess.run(command, input=data, capture_output=True, check=False)
-    return result.stdout if result.returncode == 0 else None
+    return result.stdout if result.returncode == 0 and not result.stderr else None
 
 
 def decoded(path: Path) -> np.ndarray | None:

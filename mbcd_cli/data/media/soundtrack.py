@@ -188,7 +188,7 @@ class Soundtrack:
             cause = f"{len(self.faults)} of its {self._packets} packets cannot be decoded: the data are damaged"
             raise MediaError(self.path, cause, REENCODE)
         kind = self._container.format.name
-        stated, end = 0.0, self._end
+        stated, end = 0.0, max(self._end, there / self.rate)  # packets need not say how long they are
         if kind.startswith("mov"):
             claimed = len(self._stream.index_entries)
             if self._packets < claimed:

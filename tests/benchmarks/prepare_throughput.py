@@ -1,4 +1,4 @@
-"""`prepare` against what bounds it: raw decoding of the same clips (PyAV, no checks), and the trunk alone on the same device.
+"""`prepare` against what bounds it: raw decoding of the same clips (PyAV), and the trunk alone on the same device.
 
     python tests/benchmarks/prepare_throughput.py --workers 2
     python tests/benchmarks/prepare_throughput.py --encoder slowfast-r101 --clips 8 --device cuda

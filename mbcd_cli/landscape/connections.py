@@ -45,7 +45,7 @@ def run_path(study: Study, ends: Ends, label: str) -> dict[str, Any]:
         identity={"analysis": "path", "to": ends.digests[label]},
         about={"label": name, "subject": study.subject},
         marks={study.label: (0.0, 0.0), label: (1.0, 0.0)},
-        fill=lambda store, advance: fill_grid(store, study.loss, [direction], share=study.share, advance=advance),
+        fill=lambda store, advance: fill_grid(store, study.loss, [direction], place=study.group, advance=advance),
     )
     found = barrier(grid)
     return {
@@ -109,6 +109,6 @@ def _run_plane(
         identity=identity,
         about=about_of(study, centre, **about),
         marks=through.places,
-        fill=lambda store, advance: fill_grid(store, study.loss, directions, share=study.share, advance=advance),
+        fill=lambda store, advance: fill_grid(store, study.loss, directions, place=study.group, advance=advance),
     )
     return grid_summary(grid, centre)

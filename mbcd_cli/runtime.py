@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 
 import torch
 
@@ -70,3 +72,11 @@ def use_channels_last(settings: RuntimeSettings, device: torch.device) -> bool:
     if settings.channels_last == "auto":
         return device.type == "cuda" or settings.precision == "bfloat16"
     return settings.channels_last == "on"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory used so far: of the GPU on CUDA, else of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)

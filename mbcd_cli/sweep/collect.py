@@ -13,11 +13,11 @@ import numpy as np
 
 from mbcd_cli.data.records import modality_order
 from mbcd_cli.errors import RunError
-from mbcd_cli.evaluation import plots
-from mbcd_cli.evaluation.compare import Run, averages, compare, load_run, marked, order_methods
-from mbcd_cli.evaluation.history import accuracy_history
-from mbcd_cli.evaluation.tables import Cell as Figure
-from mbcd_cli.evaluation.tables import Table
+from mbcd_cli.evaluation.report import plots
+from mbcd_cli.evaluation.report.compare import Run, averages, compare, load_run, marked, order_methods
+from mbcd_cli.evaluation.report.history import accuracy_history
+from mbcd_cli.evaluation.report.tables import Cell as Figure
+from mbcd_cli.evaluation.report.tables import Table
 from mbcd_cli.files import read_records
 from mbcd_cli.layers import method_label
 from mbcd_cli.methods import method_class

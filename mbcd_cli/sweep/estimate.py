@@ -12,9 +12,9 @@ import torch
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.model import build_model
+from mbcd_cli.runs.folder import DONE
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import state
-from mbcd_cli.training.run_folder import DONE
 
 _FLOAT = 4  # bytes of a float32
 

@@ -15,12 +15,11 @@ from typing import Any
 
 from mbcd_cli.data.records import MODALITY_ORDER, modality_order
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.evaluation.compare import PAPER_DATASETS, paper
 from mbcd_cli.files import flatten
 from mbcd_cli.layers import parse_value
 from mbcd_cli.methods import short_name
+from mbcd_cli.runs.folder import FREE
 from mbcd_cli.settings import Settings
-from mbcd_cli.training.run_folder import FREE
 
 PROTOCOLS = ("multi-source", "single-source", "in-domain")
 # Settings that have a flag of their own, and the flag.
@@ -36,45 +35,6 @@ _GROUPED = ("dataset.name", "dataset.root", "model.modalities")
 
 Build = Callable[[str, Mapping[str, str], Mapping[str, Any]], Settings]
 """(method, grid values as text, flags by dotted path) -> the resolved settings of one cell."""
-
-
-@dataclass(frozen=True, slots=True)
-class PaperTable:
-    """One table of the paper: what it varies, and on which datasets the paper shows it."""
-
-    title: str
-    protocol: str
-    methods: tuple[str, ...]
-    modality_sets: tuple[tuple[str, ...], ...]
-    datasets: tuple[str, ...] = PAPER_DATASETS
-
-
-_V, _A, _F = MODALITY_ORDER
-TABLES: dict[int, PaperTable] = {
-    1: PaperTable(
-        "multi-source domain generalization",
-        "multi-source",
-        ("erm", "mbcd"),
-        ((_V, _A), (_V, _F), (_A, _F), (_V, _A, _F)),
-    ),
-    2: PaperTable("single-source domain generalization", "single-source", ("erm", "mbcd"), ((_V, _A, _F),)),
-    3: PaperTable("in-domain accuracy", "in-domain", ("erm", "mbcd"), ((_V, _A, _F),), ("epic-kitchens",)),
-    4: PaperTable(
-        "ablation of the three parts",
-        "multi-source",
-        ("erm", "ema", "ema+amd", "ema+gcc", "ema+dl", "mbcd"),
-        ((_A, _F),),
-        ("epic-kitchens",),
-    ),
-    5: PaperTable(
-        "modality dropout",
-        "multi-source",
-        ("mbcd-no-dropout", "mbcd-fixed-dropout", "mbcd"),
-        ((_A, _F),),
-        ("hac",),
-    ),
-}
-"""The paper's tables, with those of its methods that this tool trains (CMRF is another paper's)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,13 +162,6 @@ def parse_modality_set(text: str, known: Sequence[str], *, flag: str = "--modali
         )
     ordered = [name for name in known if name in names]
     return tuple(modality_order(ordered))
-
-
-def paper_domains(settings: Settings) -> tuple[str, ...]:
-    """The domains of a dataset of the paper in the tables' order, () for other datasets."""
-    name = settings.dataset.name if settings.dataset.name in PAPER_DATASETS else settings.dataset.reader
-    figures = paper()["multi_source"][0].get(name, {})
-    return tuple(domain for domain in figures if domain != "average")
 
 
 def plan(

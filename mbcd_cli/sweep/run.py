@@ -20,7 +20,7 @@ from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read
 
 KILLS = 2
 """Times that a cell whose process was killed is begun again by one sweep."""
-WORKER = "mbcd_cli.commands.sweep_cell"
+WORKER = "mbcd_cli.sweep.cell"
 """Module that trains and evaluates one cell: `python -m WORKER RUN_FOLDER THREADS`."""
 
 

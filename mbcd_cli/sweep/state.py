@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mbcd_cli.errors import FileError
 from mbcd_cli.files import held, read_records, write_json
-from mbcd_cli.training.run_folder import DONE, SETTINGS
+from mbcd_cli.runs.folder import DONE, SETTINGS
 
 State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
 

@@ -14,7 +14,8 @@ from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Context, Method
 from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.processes import ALONE, Group
-from mbcd_cli.randomness import Randomness
+from mbcd_cli.randomness import Randomness, seed_everything
+from mbcd_cli.runs.trunks import attach_trunks
 from mbcd_cli.runtime import use_channels_last
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.average import Average
@@ -49,12 +50,16 @@ class TrainedOn(Protocol):
 
 
 def assemble(settings: Settings, dataset: TrainedOn, *, device: torch.device, group: Group = ALONE) -> Training:
-    """Student, average, method, optimizer and step, on `device`; the model draws from torch's global generator.
+    """Student, average, method, optimizer and step, all seeded by training.seed, on `device`.
+
+    The model draws from torch's global generator; trunks of views that are not stored are attached to the dataset.
 
     Raises:
         SettingsError: there is no such method, it reads views that the cache does not have, or a CUDA graph is required
             where there can be none.
     """
+    seed_everything(settings.training.seed)
+    attach_trunks(settings, dataset, device=device)
     model = build_model(
         settings.modalities,
         settings=settings.model,

@@ -10,9 +10,9 @@ import torch
 
 from mbcd_cli.errors import CheckpointError
 from mbcd_cli.randomness import Randomness, global_states, load_global_states
-from mbcd_cli.training.checkpoint import load_checkpoint
+from mbcd_cli.runs.checkpoint import load_checkpoint
+from mbcd_cli.runs.folder import RunFolder
 from mbcd_cli.training.figures import Layout
-from mbcd_cli.training.run_folder import RunFolder
 from mbcd_cli.training.step import TrainStep
 
 

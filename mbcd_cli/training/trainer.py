@@ -19,18 +19,18 @@ import torch
 from mbcd_cli import console
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError, SettingsError
-from mbcd_cli.evaluation.evaluator import SOURCE, TARGET, ClipSet
 from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import Randomness
+from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
+from mbcd_cli.runs.events import Events
+from mbcd_cli.runs.folder import RunFolder
+from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet
 from mbcd_cli.settings import Settings
 from mbcd_cli.training import watch
-from mbcd_cli.training.checkpoint import Checkpoint, save_checkpoint
-from mbcd_cli.training.events import Events
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.figures import Layout, Record
 from mbcd_cli.training.interrupts import Interrupts
 from mbcd_cli.training.resume import Progress, resume, training_state
-from mbcd_cli.training.run_folder import RunFolder
 from mbcd_cli.training.step import TrainStep
 from mbcd_cli.training.validation import validate
 

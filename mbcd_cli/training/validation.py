@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from mbcd_cli.data.records import Batch
-from mbcd_cli.evaluation.metrics import cross_entropy, finite, top1
-from mbcd_cli.evaluation.predict import Predictions, predict
 from mbcd_cli.methods.parts import distillation, teacher_probabilities
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import ALONE, Group
+from mbcd_cli.scoring.metrics import cross_entropy, finite, top1
+from mbcd_cli.scoring.predictions import Predictions, predict
 
 
 def figures(predictions: Predictions) -> dict[str, Any]:

@@ -28,13 +28,14 @@ import numpy as np
 import torch
 
 from mbcd_cli import console
-from mbcd_cli.commands.filling import Filler, cached_shapes
 from mbcd_cli.data.cache import GROUPS, CacheWriter, shard_ranges
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.records import Clip, Media
 from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import TOGETHER
+from mbcd_cli.preparation.filler import Filler
+from mbcd_cli.preparation.trunk import cached_shapes
 from mbcd_cli.runtime import configure
 from mbcd_cli.settings import CacheSettings, DatasetSettings, RuntimeSettings, Settings, VideoModality
 

@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from mbcd_cli.commands.train import peak_memory_mb
 from mbcd_cli.data.records import Batch
 from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
@@ -35,7 +34,7 @@ from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Context
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.randomness import Randomness
-from mbcd_cli.runtime import configure
+from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.settings import RuntimeSettings, Settings
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.optimizer import build_optimizer

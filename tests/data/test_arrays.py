@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from helpers import write_array
 
-from mbcd_cli.commands.check import check
-from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.media.arrays import read_array, stored_shape
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
@@ -20,6 +18,8 @@ from mbcd_cli.data.survey import resolve
 from mbcd_cli.data.views import load_views
 from mbcd_cli.errors import MediaError
 from mbcd_cli.layers import resolve as resolve_settings
+from mbcd_cli.preparation.check import check
+from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.settings import ArrayModality, DatasetSettings, VideoModality
 
 DATASET = DatasetSettings()

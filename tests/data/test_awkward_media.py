@@ -10,9 +10,9 @@ import pytest
 import test_epic_kitchens as epic
 import test_hac as hac
 
-from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.layers import resolve
+from mbcd_cli.preparation.prepare import prepare
 
 SMALL = [*helpers.SMALL, "modalities.flow.frames=4", "modalities.flow.short_side=24", "modalities.flow.crop=20"]
 

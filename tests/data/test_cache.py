@@ -18,10 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-from mbcd_cli.commands import prepare as preparing
-from mbcd_cli.commands.check import check
-from mbcd_cli.commands.filling import weights_bytes
-from mbcd_cli.commands.prepare import prepare, read_listing
 from mbcd_cli.data import cache as cache_room
 from mbcd_cli.data.cache import listing_digest, shard_ranges, views_of
 from mbcd_cli.data.dataset import ModalityCache, open_dataset, prepared_datasets
@@ -32,6 +28,11 @@ from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError, CheckpointError, FileError
 from mbcd_cli.layers import resolve
+from mbcd_cli.preparation import prepare as preparing
+from mbcd_cli.preparation.cache_plan import read_listing
+from mbcd_cli.preparation.check import check
+from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.preparation.trunk import weights_bytes
 
 
 def settings_for(root: Path, cache: Path, *sets: str):
@@ -288,7 +289,7 @@ def test_weights_and_room_for_all_modalities_are_checked_before_anything_is_writ
     needed = check(both)
     # Enough for either of the two, but not for both.
     room = max(one["bytes"] for one in needed["modalities"].values()) + 1000
-    monkeypatch.setattr("mbcd_cli.commands.prepare.free_bytes", lambda folder: room)
+    monkeypatch.setattr("mbcd_cli.preparation.prepare.free_bytes", lambda folder: room)
     with pytest.raises(CacheError, match="The cache needs"):
         prepare(both)
     assert not (tmp_path / "cache").exists()

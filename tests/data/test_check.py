@@ -16,9 +16,9 @@ import test_hac as hac
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
-from mbcd_cli.commands.check import check
-from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.layers import resolve
+from mbcd_cli.preparation.check import check
+from mbcd_cli.preparation.prepare import prepare
 
 SETS = [part for assignment in helpers.SMALL for part in ("--set", assignment)]
 
@@ -148,7 +148,7 @@ def test_weights_and_room_are_checked_beforehand(root, tmp_path, monkeypatch):
     shown = run(*common, *own, "--weights-dir", tmp_path, code=1).stderr
     assert "own.pth: its SHA-256 begins with" in shown
     assert "get it again" in shown
-    monkeypatch.setattr("mbcd_cli.commands.check.free_bytes", lambda folder: 10)
+    monkeypatch.setattr("mbcd_cli.preparation.check.free_bytes", lambda folder: 10)
     report = check(tree(root, tmp_path, "model.modalities=video"))
     assert (report["fits"], report["exit_code"]) == (False, 1)
     shown = run(*common[:-1], "--random-weights", "--check", code=1).stderr

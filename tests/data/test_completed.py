@@ -17,12 +17,12 @@ import test_epic_kitchens as epic
 import test_hac as hac
 from test_awkward_media import prepared
 
-from mbcd_cli.commands import prepare as preparing
-from mbcd_cli.commands.check import check
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.errors import CacheError, ManifestError
+from mbcd_cli.preparation import prepare as preparing
+from mbcd_cli.preparation.check import check
 
 SETS = ("modalities.video.frames=12", "dataset.max_bad=99", "cache.shard_clips=2")
 FRAME = "rgb/train/D1/P08_01/frame_0000000005.jpg"

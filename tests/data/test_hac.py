@@ -12,8 +12,6 @@ from helpers import numbered_frames, tone, write_video, write_wav
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
-from mbcd_cli.commands.common import open_for_training
-from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.new_clips import read_new
@@ -21,8 +19,10 @@ from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW, Media
 from mbcd_cli.data.views import followed_spans, load_views, view_generator
 from mbcd_cli.errors import ManifestError, MediaError
-from mbcd_cli.evaluation.waveform import corrupted_sounds
+from mbcd_cli.evaluation.analyses.waveform import corrupted_sounds
 from mbcd_cli.layers import resolve, validate
+from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.settings import AudioModality, DatasetSettings, FlowModality, VideoModality
 from mbcd_cli.sweep import run as running
 

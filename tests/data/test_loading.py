@@ -11,10 +11,10 @@ import pytest
 import torch
 from helpers import write_dataset
 
-from mbcd_cli.commands import prepare as command
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.loading import ResidentRows, keep_on_device, read_ahead, resident_bytes
 from mbcd_cli.errors import CacheError, SettingsError
+from mbcd_cli.preparation import prepare as command
 from mbcd_cli.settings import Settings
 
 

@@ -22,8 +22,8 @@ from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import PUBLIC, load_pretrained
 from mbcd_cli.layers import load_settings, validate
+from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.settings import DatasetSettings
-from mbcd_cli.training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.stress
 PRESETS = Path(__file__).resolve().parents[2] / "presets"

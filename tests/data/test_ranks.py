@@ -12,9 +12,9 @@ import helpers
 import pytest
 from test_cache import contents, same, settings_for
 
-from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.data.ranks import locked, partial_is_ours
 from mbcd_cli.errors import CacheError, RunError
+from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.processes import ALONE, Place
 
 SETS = [part for assignment in [*helpers.SMALL, "cache.shard_clips=1"] for part in ("--set", assignment)]

@@ -15,14 +15,14 @@ import soundfile
 from helpers import numbered_frames, tone, write_video, write_wav
 from scipy.signal import resample_poly
 
-from mbcd_cli.commands.check import check
-from mbcd_cli.commands.prepare import read_listing
 from mbcd_cli.data.media import sound as module
 from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.media.soundtrack import Soundtrack
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.layers import resolve
+from mbcd_cli.preparation.cache_plan import read_listing
+from mbcd_cli.preparation.check import check
 from mbcd_cli.settings import DatasetSettings
 
 DATASET = DatasetSettings()

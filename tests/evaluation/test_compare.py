@@ -11,10 +11,12 @@ import pytest
 from scipy.stats import permutation_test, ttest_rel
 
 from mbcd_cli import console
-from mbcd_cli.commands.evaluate import compare_runs, show_comparison
 from mbcd_cli.errors import RunError
-from mbcd_cli.evaluation import compare as c
-from mbcd_cli.evaluation import tables as t
+from mbcd_cli.evaluation.evaluate import show_comparison
+from mbcd_cli.evaluation.report import compare as c
+from mbcd_cli.evaluation.report import tables as t
+from mbcd_cli.evaluation.report.comparison import compare_runs
+from mbcd_cli.paper.published import PAPER_DATASETS, paper
 
 METHODS = {"erm": 50.0, "mbcd": 60.0}
 
@@ -137,8 +139,8 @@ def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):
 
 def test_the_papers_averages_are_those_of_its_figures():
     """Transcription check: each average in paper.toml is the mean of its targets (the paper rounds to 0.01)."""
-    for entry in c.paper()["multi_source"]:
-        for dataset in c.PAPER_DATASETS:
+    for entry in paper()["multi_source"]:
+        for dataset in PAPER_DATASETS:
             values = [v for k, v in entry[dataset].items() if k != "average"]
             assert len(values) == 3
             assert np.mean(values) == pytest.approx(entry[dataset]["average"], abs=0.012), entry

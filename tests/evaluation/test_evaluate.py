@@ -8,13 +8,14 @@ import torch
 from evaluation_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli import console
-from mbcd_cli.commands.evaluate import evaluate, show
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
-from mbcd_cli.evaluation.evaluator import build_models, clip_sets
-from mbcd_cli.evaluation.history import accuracy_history
-from mbcd_cli.evaluation.results import read_json
+from mbcd_cli.evaluation.evaluate import evaluate, show
+from mbcd_cli.evaluation.report.history import accuracy_history
+from mbcd_cli.evaluation.report.results import read_json
 from mbcd_cli.files import read_records
 from mbcd_cli.model import build_model
+from mbcd_cli.scoring.clip_sets import clip_sets
+from mbcd_cli.scoring.deployed import build_models
 
 CPU = torch.device("cpu")
 

@@ -9,10 +9,10 @@ import torch
 from sklearn.metrics import silhouette_score
 
 from mbcd_cli.errors import FileError
-from mbcd_cli.evaluation.embedding import embeddings, spread, tsne
-from mbcd_cli.evaluation.export import hardest, prediction_rows, vote_rows, write_csv, write_hdf5
-from mbcd_cli.evaluation.predict import Predictions, predict
+from mbcd_cli.evaluation.analyses.embedding import embeddings, spread, tsne
+from mbcd_cli.evaluation.report.export import hardest, prediction_rows, vote_rows, write_csv, write_hdf5
 from mbcd_cli.model import build_model
+from mbcd_cli.scoring.predictions import Predictions, predict
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 from evaluation_cases import make_checkpoint, make_dataset, make_settings
 
-from mbcd_cli.commands.evaluate import evaluate
-from mbcd_cli.evaluation.html import table_html, write_comparison
-from mbcd_cli.evaluation.tables import Cell, Table
+from mbcd_cli.evaluation.evaluate import evaluate
+from mbcd_cli.evaluation.report.html import table_html, write_comparison
+from mbcd_cli.evaluation.report.tables import Cell, Table
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 EVERYTHING = ("missing", "shift", "corruptions", "trust", "insight")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from mbcd_cli.evaluation import metrics as m
+from mbcd_cli.scoring import metrics as m
 
 
 def random_case(seed: int, clips: int = 200, classes: int = 7):

@@ -14,16 +14,16 @@ import torch
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
-from mbcd_cli.commands.common import open_for_training
-from mbcd_cli.commands.prepare import prepare
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
-from mbcd_cli.data.views import resolve as resolve_modality
+from mbcd_cli.data.survey import resolve as resolve_modality
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.layers import resolve, to_toml
 from mbcd_cli.model import build_model
+from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
+from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.settings import DatasetSettings, default_modality
-from mbcd_cli.training.checkpoint import Checkpoint, save_checkpoint
 
 # The video's trunk is frozen and has weights of its own; sound and vectors are cut at the input.
 SMALL = [

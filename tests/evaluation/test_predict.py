@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mbcd_cli.errors import MbcdError
-from mbcd_cli.evaluation.predict import predict
 from mbcd_cli.model import build_model
+from mbcd_cli.scoring.predictions import predict
 
 
 @pytest.fixture

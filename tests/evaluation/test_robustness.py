@@ -8,10 +8,10 @@ import torch
 from evaluation_cases import make_dataset, make_settings
 
 from mbcd_cli.errors import MbcdError
-from mbcd_cli.evaluation import robustness as r
-from mbcd_cli.evaluation.corruptions import CORRUPTIONS, corruptions
-from mbcd_cli.evaluation.predict import predict
+from mbcd_cli.evaluation.analyses import robustness as r
+from mbcd_cli.evaluation.analyses.corruptions import CORRUPTIONS, corruptions
 from mbcd_cli.model import build_model
+from mbcd_cli.scoring.predictions import predict
 from mbcd_cli.settings import default_modality
 
 

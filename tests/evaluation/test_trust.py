@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import brier_score_loss
 
-from mbcd_cli.evaluation import trust as t
-from mbcd_cli.evaluation.predict import Predictions
+from mbcd_cli.evaluation.analyses import trust as t
+from mbcd_cli.scoring.predictions import Predictions
 
 
 def predictions(logits, labels):

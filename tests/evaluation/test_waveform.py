@@ -11,11 +11,18 @@ import pytest
 import soundfile
 import torch
 
-from mbcd_cli.commands.evaluate import evaluate
-from mbcd_cli.commands.prepare import prepare, read_listing
 from mbcd_cli.data.dataset import open_dataset
-from mbcd_cli.evaluation.waveform import CLIPPED_AT, NOISE_SNR, add_noise, clip_peaks, sound_corruptions
+from mbcd_cli.evaluation.analyses.waveform import (
+    CLIPPED_AT,
+    NOISE_SNR,
+    add_noise,
+    clip_peaks,
+    sound_corruptions,
+)
+from mbcd_cli.evaluation.evaluate import evaluate
 from mbcd_cli.layers import resolve
+from mbcd_cli.preparation.cache_plan import read_listing
+from mbcd_cli.preparation.prepare import prepare
 
 SMALL = [
     *("modalities.audio.kind=audio", "modalities.audio.samples=4000", "modalities.audio.nperseg=128"),

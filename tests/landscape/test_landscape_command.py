@@ -8,9 +8,9 @@ import pytest
 import torch
 from landscape_cases import make_checkpoint, make_dataset, make_settings
 
-from mbcd_cli.commands import landscape as command
 from mbcd_cli.errors import MbcdError, SettingsError
-from mbcd_cli.landscape import plots
+from mbcd_cli.landscape import drawing
+from mbcd_cli.landscape import measure as command
 from mbcd_cli.landscape.store import GridStore, StoreError, axis, read_grid
 
 EVERYTHING = ("surface", "curve", "flatness", "worst_case")
@@ -142,13 +142,13 @@ def test_holes_are_drawn_and_counted(tmp_path):
             if row < 6:
                 store.record(row, column, np.nan if (row, column) == (2, 3) else value, 0.5)
     titles = []
-    original = plots.plotting.save
-    plots.plotting.save = lambda fig, path, **_: titles.extend(a.get_title() for a in fig.axes) or original(fig, path)
+    original = drawing.plotting.save
+    drawing.plotting.save = lambda fig, path, **_: titles.extend(a.get_title() for a in fig.axes) or original(fig, path)
     try:
-        plots.plot_surfaces({"best": path}, tmp_path / "s.png")
-        plots.plot_surfaces_3d({"best": path}, tmp_path / "t.png")
+        drawing.plot_surfaces({"best": path}, tmp_path / "s.png")
+        drawing.plot_surfaces_3d({"best": path}, tmp_path / "t.png")
     finally:
-        plots.plotting.save = original
+        drawing.plotting.save = original
     wanted = "best\n(1 points without a finite loss, 27 not computed)"
     assert titles.count(wanted) == 2
 
@@ -158,10 +158,10 @@ def test_a_surface_with_no_finite_value_is_still_drawn(tmp_path):
     with GridStore(path, x=axis(1, 3), y=axis(1, 3), identity={}, about={"centre_loss": 1.0}) as store:
         for row, column in store.missing():
             store.record(row, column, np.inf, 0.5)
-    plots.plot_surfaces({"best": path}, tmp_path / "s.png")
-    plots.plot_surfaces_3d({"best": path}, tmp_path / "t.png")
-    plots.plot_curves({"best": path}, tmp_path / "c.png")
-    plots.plot_flatness({"best": path}, tmp_path / "f.png")
+    drawing.plot_surfaces({"best": path}, tmp_path / "s.png")
+    drawing.plot_surfaces_3d({"best": path}, tmp_path / "t.png")
+    drawing.plot_curves({"best": path}, tmp_path / "c.png")
+    drawing.plot_flatness({"best": path}, tmp_path / "f.png")
 
 
 def test_weights_that_overflow_leave_holes_not_errors(tmp_path, undrawn):

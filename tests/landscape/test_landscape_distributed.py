@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from landscape_cases import make_checkpoint, make_dataset, make_settings
 
-from mbcd_cli.commands import landscape as command
+from mbcd_cli.landscape import measure as command
 from mbcd_cli.landscape.store import read_grid
 
 _RANK = """

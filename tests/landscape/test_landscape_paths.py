@@ -5,8 +5,8 @@ import pytest
 import torch
 from landscape_cases import Quadratic, make_checkpoint, make_dataset, make_model, make_settings, symmetric
 
-from mbcd_cli.commands import landscape as command
 from mbcd_cli.errors import CheckpointError, SettingsError
+from mbcd_cli.landscape import measure as command
 from mbcd_cli.landscape.directions import move, moving_names
 from mbcd_cli.landscape.paths import barrier, buffers_of, line, plane, trajectory_plane, vector_of
 from mbcd_cli.landscape.store import GridStore, read_grid

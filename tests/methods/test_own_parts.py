@@ -13,9 +13,10 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 from fakes import MemoryDataset, memory_settings
 
-from mbcd_cli.commands import train as command
 from mbcd_cli.errors import RunError, SettingsError
-from mbcd_cli.training.checkpoint import load_checkpoint
+from mbcd_cli.runs.checkpoint import load_checkpoint
+from mbcd_cli.training import train as command
+from mbcd_cli.training.assemble import assemble
 
 SOURCE = '''
 import torch
@@ -116,7 +117,7 @@ def test_own_modules_are_trained_saved_and_resumed_but_never_deployed(tmp_path, 
     best = load_checkpoint(tmp_path / "whole/checkpoints/best.pt")
     assert best.training is None
     erm = memory_settings(method={"name": "erm"})
-    assert best.deployed.keys() == command.assemble(erm, MemoryDataset(), device="cpu").step.model.state_dict().keys()
+    assert best.deployed.keys() == assemble(erm, MemoryDataset(), device="cpu").step.model.state_dict().keys()
     moved = whole.training["method"]
     assert not torch.equal(moved["project.left.0.weight"], moved["target.left.0.weight"])
 
@@ -124,4 +125,4 @@ def test_own_modules_are_trained_saved_and_resumed_but_never_deployed(tmp_path, 
 def test_two_views_need_two_stored_ones(settings):
     cache = settings.cache.model_copy(update={"views": 1})
     with pytest.raises(SettingsError, match="reads 2 stored views of a clip per batch"):
-        command.assemble(settings.model_copy(update={"cache": cache}), MemoryDataset(), device=torch.device("cpu"))
+        assemble(settings.model_copy(update={"cache": cache}), MemoryDataset(), device=torch.device("cpu"))

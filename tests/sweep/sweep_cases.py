@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from mbcd_cli.commands.sweep import Request, make_plan
+from mbcd_cli.sweep.request import Request, make_plan
 
 
 def plan_of(preset: str, runs: Path = Path("runs"), sets=(), flags=None, **request):

@@ -13,15 +13,16 @@ from sweep_cases import plan_of
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
-from mbcd_cli.commands import common, train
-from mbcd_cli.commands.sweep import dry_run
-from mbcd_cli.commands.sweep_cell import run_cell
 from mbcd_cli.errors import RunError
 from mbcd_cli.files import lock, read_records
 from mbcd_cli.layers import to_toml
+from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.sweep import run as running
+from mbcd_cli.sweep.cell import run_cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
+from mbcd_cli.sweep.sweep import dry_run
+from mbcd_cli.training import train
 
 # Short trainings: what is tested is how they are run.
 SETS = (
@@ -74,7 +75,7 @@ def test_a_killed_child_resumes_to_the_numbers_of_an_uninterrupted_run(cache, tm
     assert board.failed == {}
     assert len(board.done) == 1
 
-    settings, data = common.open_for_training(cell.settings)
+    settings, data = open_for_training(cell.settings)
     configure(settings.runtime.model_copy(update={"threads": 1}))
     train.train(settings, data, run=tmp_path / "straight", resume=False, overwrite=False)
     kept = read_records(cell.folder / "metrics.jsonl")
@@ -143,7 +144,7 @@ def test_with_a_root_the_dataset_is_prepared_first(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
     done = invoke(*arguments, *sets)
     assert "No run of this sweep is finished" in done.output  # `execute` only said so
-    assert len(started) == len(common.open_for_training(started[0].settings)[1].domains)
+    assert len(started) == len(open_for_training(started[0].settings)[1].domains)
 
 
 def test_a_dataset_that_only_its_files_know_is_planned_after_it_is_prepared(tmp_path, monkeypatch):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from fakes import MemoryDataset, memory_settings
 
-from mbcd_cli.commands import train as command
 from mbcd_cli.errors import CheckpointError, FileError, RunError
-from mbcd_cli.evaluation.evaluator import build_models
-from mbcd_cli.training import checkpoint as module
-from mbcd_cli.training.checkpoint import load_checkpoint, save_checkpoint
-from mbcd_cli.training.run_folder import open_run
+from mbcd_cli.runs import checkpoint as module
+from mbcd_cli.runs.checkpoint import load_checkpoint, save_checkpoint
+from mbcd_cli.runs.folder import open_run
+from mbcd_cli.scoring.deployed import build_models
+from mbcd_cli.training import train as command
 
 
 @pytest.fixture(scope="module")

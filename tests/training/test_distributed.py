@@ -14,10 +14,10 @@ import torch
 from fakes import MemoryDataset, memory_settings
 
 from mbcd_cli import console
-from mbcd_cli.commands import train as command
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.files import read_records
-from mbcd_cli.training.checkpoint import load_checkpoint
+from mbcd_cli.runs.checkpoint import load_checkpoint
+from mbcd_cli.training import train as command
 
 
 def train(run: Path, world: int, *, resume=False, codes=None, dataset=MemoryDataset, **changes) -> list[str]:

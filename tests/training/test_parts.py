@@ -193,7 +193,7 @@ def test_an_exponential_average_may_start_later():
 
 def test_bfloat16_keeps_weights_in_float32_and_learns():
     dataset, settings = MemoryDataset(), memory_settings()
-    from mbcd_cli.commands.train import assemble
+    from mbcd_cli.training.assemble import assemble
 
     settings = settings.model_copy(update={"runtime": settings.runtime.model_copy(update={"precision": "bfloat16"})})
     step = assemble(settings, dataset, device=torch.device("cpu")).step

@@ -13,10 +13,11 @@ import pytest
 import torch
 from fakes import MemoryDataset, memory_settings
 
-from mbcd_cli.commands import train as command
 from mbcd_cli.errors import CheckpointError, RunError
-from mbcd_cli.training import checkpoint, run_folder, trainer
-from mbcd_cli.training.checkpoint import load_checkpoint
+from mbcd_cli.runs import checkpoint, folder
+from mbcd_cli.runs.checkpoint import load_checkpoint
+from mbcd_cli.training import train as command
+from mbcd_cli.training import trainer
 
 # Heads with dropout, DSU, masks and distillation: every source of randomness is in use. A checkpoint after every step.
 SETTINGS = memory_settings(training={"epochs": 3, "checkpoint_minutes": 1e-9, "keep_checkpoints": True})
@@ -96,7 +97,7 @@ def killed_at(event: int, run: Path, *, resume: bool) -> bool:
         Path.replace = counted(Path.replace)
         os.fsync = counted(os.fsync)
         checkpoint.torch.save = counted(torch.save)
-        run_folder.RunFolder.append = counted(run_folder.RunFolder.append)
+        folder.RunFolder.append = counted(folder.RunFolder.append)
         trainer.TrainStep.__call__ = counted(trainer.TrainStep.__call__)
         run_training(run, resume=resume)
 

@@ -9,14 +9,14 @@ import torch
 from fakes import MemoryDataset, memory_settings
 from small import KINDS_ALL, make_step, small_batch, small_model
 
-from mbcd_cli.commands import train as command
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.layout import channels_last, laid_out_like, match_layout, weights_channels_last
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.settings import AudioModality, ModelSettings, OptimizerSettings, VideoModality
-from mbcd_cli.training.assemble import compile_tails
+from mbcd_cli.training import train as command
+from mbcd_cli.training.assemble import assemble, compile_tails
 from mbcd_cli.training.optimizer import build_optimizer
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
@@ -127,7 +127,7 @@ def test_laid_out_like_keeps_values_and_gradients(last):
 def test_graphs_are_refused_where_there_is_no_gpu():
     settings = memory_settings(runtime={"cuda_graph": "on", "device": "cpu"})
     with pytest.raises(SettingsError, match="cuda_graph"):
-        command.assemble(settings, MemoryDataset(), device=torch.device("cpu"))
+        assemble(settings, MemoryDataset(), device=torch.device("cpu"))
 
 
 def test_compiled_tails_give_the_same_numbers(monkeypatch):

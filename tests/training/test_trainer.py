@@ -9,13 +9,14 @@ import pytest
 import torch
 from fakes import MemoryDataset, memory_settings
 
-from mbcd_cli.commands import train as command
 from mbcd_cli.errors import RunError, SettingsError
-from mbcd_cli.evaluation.evaluator import build_models
 from mbcd_cli.files import read_records
 from mbcd_cli.methods.mbcd import MBCD
+from mbcd_cli.runs.checkpoint import load_checkpoint
+from mbcd_cli.scoring.deployed import build_models
+from mbcd_cli.training import train as command
 from mbcd_cli.training import watch
-from mbcd_cli.training.checkpoint import load_checkpoint
+from mbcd_cli.training.dry_run import dry_run
 from mbcd_cli.training.trainer import better
 
 
@@ -211,7 +212,7 @@ def test_plots_and_events_are_written(tmp_path):
 
 def test_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    report = command.dry_run(memory_settings(), MemoryDataset())
+    report = dry_run(memory_settings(), MemoryDataset())
     # Tail: (6+1)*16 + 2*16 + (16+1)*16 + 2*16 = 448; head: (16+1)*8 + (8+1)*4 = 172; fused: (32+1)*8 + (8+1)*4 = 300.
     assert report["parameters"]["tails"] == {"left": 448, "right": 448}
     assert report["parameters"]["unimodal_heads"] == 344

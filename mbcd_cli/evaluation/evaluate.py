@@ -1,0 +1,172 @@
+"""`mbcd evaluate`: measure a run's checkpoints on a prepared dataset, write results.json, plots and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from mbcd_cli import console
+from mbcd_cli.data.cache import listing_digest
+from mbcd_cli.data.records import Batch, Clip
+from mbcd_cli.errors import MbcdError
+from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, clear
+from mbcd_cli.evaluation.analyses.robustness import subset_variants
+from mbcd_cli.evaluation.evaluator import evaluate_models
+from mbcd_cli.evaluation.report import plots
+from mbcd_cli.evaluation.report.history import accuracy_history
+from mbcd_cli.evaluation.report.html import write_report
+from mbcd_cli.evaluation.report.printing import print_comparison, print_results
+from mbcd_cli.evaluation.report.results import collect, describe, provenance, warnings
+from mbcd_cli.evaluation.report.tables import from_values
+from mbcd_cli.files import read_records, write_json
+from mbcd_cli.layers import method_label, to_toml
+from mbcd_cli.preparation.cache_plan import read_listing
+from mbcd_cli.scoring.clip_sets import TARGET
+from mbcd_cli.scoring.deployed import deployed
+from mbcd_cli.settings import DatasetSettings, EvaluationSettings, Settings
+
+
+def evaluate(
+    settings: Settings,
+    dataset: Any,
+    checkpoints: Mapping[str, Any],
+    *,
+    device: torch.device,
+    run: Path | None,
+    output: Path,
+    ood: Any = None,
+) -> dict[str, Any]:
+    """Evaluate `checkpoints` (best / last -> checkpoint) and write everything under `output`.
+
+    Args:
+        settings: the run's, with the evaluation slice to use now.
+        dataset: prepared, matching `settings`.
+        checkpoints: those of `settings.evaluation.checkpoints` that exist.
+        device: where to compute.
+        run: the run folder, for its accuracy per epoch; None takes what the checkpoint remembers.
+        output: folder for results.json, report.html, plots/ and evaluation/ (usually the run folder).
+        ood: another prepared dataset, for out-of-distribution detection.
+
+    Returns:
+        What results.json holds, and `files`: name -> path of everything written.
+    """
+    results, model = evaluate_models(
+        settings,
+        dataset,
+        checkpoints,
+        device=device,
+        watch=_watch,
+        variants=subset_variants if "missing" in settings.evaluation.analyses else lambda model: {},
+    )
+    chosen = deployed(checkpoints)
+    about = {**describe(settings, dataset, checkpoints), "method": method_label(settings)}
+    figures = collect(about, results, chosen)
+    figures["warnings"] = warnings(figures, checkpoints)
+    of_chosen = [one for one in results if (one.checkpoint, one.model) == chosen]
+    clips, missing = _media(settings, dataset) if "corruptions" in settings.evaluation.analyses else (None, "")
+    analysis = Analysis(
+        settings=settings,
+        dataset=dataset,
+        clips=clips,
+        clips_missing=missing,
+        model=model,
+        results=sorted(of_chosen, key=lambda one: one.clip_set.name != TARGET),
+        device=device,
+        output=output,
+        watch=_watch,
+    )
+    clear(output)
+    _accuracy_plots(analysis)
+    _history(figures, analysis, run, checkpoints[chosen[0]])
+    analyse(analysis, ood=ood)
+    figures |= analysis.figures
+    figures["provenance"] = provenance(dataset, checkpoints, device)
+    files = {"results": write_json(output / "results.json", figures), **analysis.files}
+    if settings.evaluation.report:
+        path = output / "report.html"
+        text = to_toml(settings)
+        files["report"] = write_report(path, figures, files=analysis.files, settings=text, run=run)
+    return {**figures, "files": {name: str(path) for name, path in files.items()}}
+
+
+def _media(settings: Settings, dataset: Any) -> tuple[tuple[list[Clip], DatasetSettings] | None, str]:
+    """The clips of the dataset with their files, in the order of its clip table; or None, and why."""
+    cache = next(iter(getattr(dataset, "caches", {}).values()), None)
+    if cache is None:
+        return None, "the dataset has no media"
+    root = settings.dataset.root or Path(cache.provenance.get("root", ""))
+    if not root.is_dir():
+        return None, f"the media are not at {root} (--set dataset.root=DIR says where they are)"
+    there = settings.dataset.model_copy(update={"root": root, "reader": cache.provenance["reader"]})
+    try:
+        listing = read_listing(settings.model_copy(update={"dataset": there}))
+    except MbcdError as error:
+        return None, error.message.splitlines()[0].rstrip(".")
+    if listing_digest(listing.clips) != cache.listing:
+        return None, f"{root} holds other clips than the cache (--set dataset.root=DIR says where they are)"
+    return (listing.clips, there), ""
+
+
+def flags(analyses: str | None, export: str | None) -> dict[str, Any]:
+    """The settings that `--analyses` and `--export` stand for; `all` is every analysis."""
+
+    def names(text: str | None) -> tuple[str, ...] | None:
+        return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+    wanted = get_args(get_args(EvaluationSettings.model_fields["analyses"].annotation)[0])
+    return {
+        "evaluation.analyses": wanted if analyses == "all" else names(analyses),
+        "evaluation.export": names(export),
+    }
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    """Print what `evaluate` returned: tables and paths on stdout, warnings on stderr."""
+    print_results(figures, {name: Path(path) for name, path in figures["files"].items()})
+
+
+def show_comparison(found: Mapping[str, Any]) -> None:
+    """Print what `compare_runs` returned."""
+    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
+    print_comparison([from_values(table) for table in found["tables"]], files, found["warnings"])
+
+
+def _watch(batches: Iterable[Batch], label: str = "evaluating") -> Iterator[Batch]:
+    with console.progress(f"{label}, batches") as ticker:
+        for batch in batches:
+            yield batch
+            ticker.advance()
+
+
+def _accuracy_plots(analysis: Analysis) -> None:
+    names = list(analysis.dataset.label_names)
+    for one in analysis.results:
+        key, where = one.clip_set.name, analysis.name(one)
+        fused = one.figures["fused"]
+        analysis.files[f"confusion on {key}"] = plots.plot_confusion(
+            fused["confusion"],
+            names,
+            analysis.plot(f"confusion-{key}.png"),
+            title=f"{where}: {100 * fused['top1']:.1f} % right",
+        )
+        analysis.files[f"classes on {key}"] = plots.plot_per_class(
+            {head: [c["accuracy"] for c in f["per_class"].values()] for head, f in one.figures.items()},
+            names,
+            analysis.plot(f"classes-{key}.png"),
+            title=f"Accuracy per class on {where}",
+        )
+
+
+def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, checkpoint: Any) -> None:
+    records = read_records(run / "metrics.jsonl") if run is not None else []
+    history = accuracy_history(records or list(getattr(checkpoint, "history", [])))
+    if history is None:
+        return
+    oracle = history.oracle(figures["headline"]["model"])
+    if oracle is not None:
+        figures["oracle"] = oracle
+    if run is not None and (drawn := run / "plots" / "accuracy.png").is_file():  # by the training
+        analysis.files["accuracy per epoch"] = drawn

@@ -1,0 +1,1 @@
+"""Figures as tables, plots, text, HTML and files; runs compared."""

@@ -1,0 +1,414 @@
+"""Several runs: grouped by dataset, modalities, sources and method; mean and spread over seeds; paired significance.
+
+All figures in tables are top-1 in percent, of each run's deployed model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from glob import glob
+from itertools import combinations, permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import ttest_rel
+
+from mbcd_cli.errors import RunError
+from mbcd_cli.evaluation.report.results import FORMAT, read_json
+from mbcd_cli.evaluation.report.tables import Cell, Table
+from mbcd_cli.paper.published import paper
+
+EXACT_PAIRS = 15
+"""Up to this many pairs every sign pattern is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One evaluated run.
+
+    Attributes:
+        target: unseen domain, or None (trained and tested in-domain).
+        sources: domains seen in training.
+        domains: all domains of the run, sources and target.
+        heads: head -> top-1 (%) on the target, or in-domain without one.
+        in_domain: fused top-1 (%) on the sources' test split, None when not measured.
+        provenance: versions, weights and caches behind the figures: what -> value.
+    """
+
+    path: Path
+    dataset: str
+    modalities: tuple[str, ...]
+    method: str
+    target: str | None
+    sources: tuple[str, ...]
+    seed: int
+    heads: Mapping[str, float]
+    in_domain: float | None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def setting(self) -> str:
+        """multi-source, single-source or in-domain."""
+        if self.target is None:
+            return "in-domain"
+        return "single-source" if len(self.sources) == 1 else "multi-source"
+
+    @property
+    def column(self) -> str:
+        """Where it belongs in a table: the target, or `source -> target`."""
+        if self.target is None:
+            return "+".join(self.sources)
+        return f"{self.sources[0]} to {self.target}" if self.setting == "single-source" else self.target
+
+
+def find_runs(patterns: Iterable[str]) -> tuple[list[Path], list[Path]]:
+    """Run folders under the patterns (`runs/**` and the like): those with results.json, and those without.
+
+    Raises:
+        RunError: no run at all.
+    """
+    patterns = list(patterns)
+    folders = sorted({Path(name) for pattern in patterns for name in glob(pattern, recursive=True)})  # noqa: PTH207
+    folders = [f.parent if f.name in ("results.json", "settings.toml") else f for f in folders]
+    folders = sorted(set(folders))
+    done = [f for f in folders if (f / "results.json").is_file()]
+    waiting = [f for f in folders if f not in done and (f / "settings.toml").is_file()]
+    if not done and not waiting:
+        raise RunError(
+            f"There is no run at {', '.join(patterns)}.", "Name run folders, or quote a pattern: --runs 'runs/**'."
+        )
+    return done, waiting
+
+
+def load_run(folder: Path) -> Run:
+    """The run whose results.json lies in `folder`.
+
+    Raises:
+        RunError: it cannot be read, or comes from another version.
+    """
+    results = read_json(folder / "results.json")
+    try:
+        if results["format"] != FORMAT:
+            raise RunError(
+                f"{folder / 'results.json'} has format {results['format']}, this mbcd reads {FORMAT}.",
+                "Evaluate that run again.",
+            )
+        headline = results["headline"]
+        source = results["models"][headline["checkpoint"]][headline["model"]].get("source")
+        return Run(
+            path=folder,
+            dataset=str(results["dataset"]),
+            modalities=tuple(results["modalities"]),
+            method=str(results["method"]),
+            target=results["target_domain"],
+            sources=tuple(results["source_domains"]),
+            seed=int(results["seed"]),
+            heads={head: 100 * float(value) for head, value in headline["top1"].items()},
+            in_domain=None if source is None else 100 * float(source["fused"]["top1"]),
+            provenance=dict(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise RunError(
+            f"{folder / 'results.json'} is no evaluation of ours ({type(error).__name__}: {error}).",
+            "Evaluate that run again.",
+        ) from error
+
+
+def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """`runs` without those that repeat another's dataset, modalities, method, domains and seed; and warnings."""
+    seen: dict[tuple, Run] = {}
+    warnings = []
+    for run in runs:
+        key = (run.dataset, run.modalities, run.method, run.target, tuple(sorted(run.sources)), run.seed)
+        if key in seen:
+            warnings.append(f"{run.path} repeats {seen[key].path} (same method, domains and seed): left out.")
+        else:
+            seen[key] = run
+    return list(seen.values()), warnings
+
+
+def order_methods(methods: Iterable[str]) -> list[str]:
+    """ERM first, then the weight average, then the others by name, MBCD last."""
+    first, last = {"erm": 0, "ema": 1}, {"mbcd": 1}
+    return sorted(set(methods), key=lambda m: (last.get(m, 0), first.get(m, 2), m))
+
+
+def averages(runs: Sequence[Run], columns: Sequence[str], value: str = "fused") -> Cell:
+    """Mean over targets, and its spread over the seeds that have every target; empty where a target is missing."""
+    by_seed: dict[int, dict[str, float]] = {}
+    for run in runs:
+        by_seed.setdefault(run.seed, {})[run.column] = _value(run, value)
+    if {c for found in by_seed.values() for c in found} != set(columns):
+        return Cell(None)
+    means = [np.mean([by_column[c] for by_column in by_seed.values() if c in by_column]) for c in columns]
+    whole = [float(np.mean([found[c] for c in columns])) for found in by_seed.values() if len(found) == len(columns)]
+    return replace(Cell.over(whole), value=float(np.mean(means)))
+
+
+def _value(run: Run, value: str) -> float:
+    if value == "in-domain":
+        return float("nan") if run.in_domain is None else run.in_domain
+    return run.heads[value]
+
+
+def marked(rows: Sequence[Sequence[str | Cell]]) -> list[list[str | Cell]]:
+    """`rows` with the largest figure of every column marked best (all of them where several are equal)."""
+    out = [list(row) for row in rows]
+    for column in range(1, max((len(row) for row in out), default=0)):
+        cells = [row[column] for row in out if isinstance(row[column], Cell) and row[column].value is not None]
+        if len(cells) < 2:
+            continue
+        top = max(round(cell.value, 2) for cell in cells)
+        for row in out:
+            cell = row[column]
+            if isinstance(cell, Cell) and cell.value is not None and round(cell.value, 2) == top:
+                row[column] = replace(cell, best=True)
+    return out
+
+
+def paper_rows(table: str, dataset: str, modalities: Sequence[str], columns: Sequence[str]) -> list[list[str | Cell]]:
+    """The paper's rows for the same dataset and modalities; none where the setting does not match.
+
+    Its averages are over all domains (or ordered pairs): they are left out where `columns` are fewer or others.
+    """
+    rows: list[list[str | Cell]] = []
+    whole = set(columns) == _paper_columns(table, dataset)
+    for entry in paper().get(table, []):
+        if dataset in entry and set(entry["modalities"]) == set(modalities):
+            figures = entry[dataset]
+            cells = [Cell(figures.get(column)) for column in (*columns, *(["average"] if whole else []))]
+            if any(cell.value is not None for cell in cells):
+                rows.append([f"{entry['method']} (paper)", *cells, *([] if whole else [Cell(None)])])
+    return rows
+
+
+def _paper_columns(table: str, dataset: str) -> set[str]:
+    """What the paper's average in one of its tables is over."""
+    domains = [name for name in paper()["multi_source"][0].get(dataset, {}) if name != "average"]
+    if table == "single_source":
+        return {f"{source} to {target}" for source, target in permutations(domains, 2)}
+    return set(domains)
+
+
+def _comparable(dataset: str, columns: Sequence[str]) -> bool:
+    """Whether the targets are those of the paper."""
+    names = {column for entry in paper()["multi_source"] for column in entry.get(dataset, {})} - {"average"}
+    return bool(names) and set(columns) <= names
+
+
+def _columns(runs: Sequence[Run], dataset: str) -> list[str]:
+    """The targets (or source-target pairs) of a dataset's runs, in the paper's order where it has them."""
+    columns = sorted({run.column for run in runs if run.dataset == dataset})
+    known = [c for c in paper()["multi_source"][0].get(dataset, {}) if c in columns]
+    return known + [c for c in columns if c not in known]
+
+
+_PAPER_TABLES = {"multi-source": "multi_source", "single-source": "single_source", "in-domain": "in_domain"}
+
+
+def joint_tables(runs: Sequence[Run]) -> list[Table]:
+    """The paper's layout: per setting one table, datasets side by side, a block of methods per set of modalities.
+
+    Only for settings with several datasets or sets of modalities; with one of each the main table says it all.
+    """
+    tables = []
+    paper_sets = [set(entry["modalities"]) for entry in paper()["multi_source"]]
+    for setting, group in _grouped(runs, lambda r: r.setting):
+        datasets = sorted({run.dataset for run in group})
+        if len(datasets) > 2:
+            # Too wide to read: a table each, where a dataset has several sets of modalities.
+            for dataset in datasets:
+                own = joint_tables([run for run in group if run.dataset == dataset])
+                tables += [replace(table, name=f"{dataset}-{table.name}") for table in own]
+            continue
+        sets = sorted({run.modalities for run in group}, key=lambda m: (len(m), m))
+        sets.sort(key=lambda m: paper_sets.index(set(m)) if set(m) in paper_sets else len(paper_sets))
+        if len(datasets) == len(sets) == 1:
+            continue
+        columns = {dataset: _columns(group, dataset) for dataset in datasets}
+        rows: list[list[str | Cell]] = []
+        for modalities in sets:
+            mine = [run for run in group if run.modalities == modalities]
+            block: list[list[str | Cell]] = []
+            for method in order_methods(run.method for run in mine):
+                cells: list[Cell] = []
+                for dataset in datasets:
+                    here = [run for run in mine if (run.dataset, run.method) == (dataset, method)]
+                    cells += [
+                        Cell.over([r.heads["fused"] for r in here if r.column == column]) for column in columns[dataset]
+                    ]
+                    cells.append(averages(here, columns[dataset]))
+                block.append([method, *cells])
+            block = marked(block)
+            theirs: dict[str, dict[str, list[str | Cell]]] = {}
+            for dataset in datasets:
+                if setting != "multi-source" or _comparable(dataset, columns[dataset]):
+                    for row in paper_rows(_PAPER_TABLES[setting], dataset, modalities, columns[dataset]):
+                        theirs.setdefault(str(row[0]), {})[dataset] = row[1:]
+            for name, found in theirs.items():
+                parts = [found.get(d, [Cell(None)] * (len(columns[d]) + 1)) for d in datasets]
+                block.append([name, *(cell for part in parts for cell in part)])
+            rows += [["+".join(modalities), *row] for row in block]
+        header = [f"{d}: {c}" if len(datasets) > 1 else c for d in datasets for c in [*columns[d], "average"]]
+        title = f"{' and '.join(datasets)}, {setting}: top-1 accuracy (%) by modalities"
+        names = ["modalities", "method", *header]
+        tables.append(Table(f"all-{setting}", title, names, rows, _seeds(group), blocks=True))
+    return tables
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    counts = Counter((run.dataset, run.modalities, run.method, run.column) for run in runs).values()
+    low, high = min(counts), max(counts)
+    count = str(low) if low == high else f"{low} to {high}"
+    return "One seed." if high == 1 else f"Mean and standard deviation over {count} seeds."
+
+
+def main_tables(runs: Sequence[Run]) -> list[Table]:
+    """One table per dataset, modalities and setting: methods down, targets across, the average last."""
+    tables = []
+    for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
+        columns = _columns(group, dataset)
+        rows: list[list[str | Cell]] = []
+        for method in order_methods(r.method for r in group):
+            mine = [r for r in group if r.method == method]
+            cells = [Cell.over([r.heads["fused"] for r in mine if r.column == column]) for column in columns]
+            rows.append([method, *cells, averages(mine, columns)])
+        rows = marked(rows)
+        if setting == "multi-source" and _comparable(dataset, columns):
+            rows += paper_rows("multi_source", dataset, modalities, columns)
+            if dataset == "epic-kitchens" and set(modalities) == {"audio", "flow"}:
+                rows += [
+                    [f"ablation: {row[0]}", *row[1:]] for row in paper_rows("ablation", dataset, modalities, columns)
+                ]
+            rows += paper_rows("dropout", dataset, modalities, columns)
+        elif setting == "single-source":
+            rows += paper_rows("single_source", dataset, modalities, columns)
+        elif setting == "in-domain":
+            rows += paper_rows("in_domain", dataset, modalities, columns)
+        tables.append(
+            Table(
+                f"{dataset}-{'-'.join(modalities)}-{setting}",
+                f"{dataset}, {'+'.join(modalities)}, {setting}: top-1 accuracy (%)",
+                ["method", *columns, "average"],
+                rows,
+                _seeds(group),
+            )
+        )
+    return tables
+
+
+def modality_tables(runs: Sequence[Run]) -> list[Table]:
+    """One table per dataset, modalities and setting: fused, each modality's own head and in-domain, over targets."""
+    tables = []
+    for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
+        columns = sorted({run.column for run in group})
+        rows: list[list[str | Cell]] = []
+        for method in order_methods(r.method for r in group):
+            mine = [r for r in group if r.method == method]
+            tested = [r for r in mine if r.in_domain is not None]
+            rows.append(
+                [
+                    method,
+                    *(averages(mine, columns, head) for head in ("fused", *modalities)),
+                    averages(tested, columns, "in-domain"),
+                ]
+            )
+        tables.append(
+            Table(
+                f"{dataset}-{'-'.join(modalities)}-{setting}-modalities",
+                f"{dataset}, {'+'.join(modalities)}, {setting}: by head, average over targets (%)",
+                ["method", "fused", *modalities, "in-domain"],
+                marked(rows),
+                "In-domain is the fused accuracy on the source domains' test split.",
+            )
+        )
+    return tables
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float | int | None]:
+    """Is the mean of `second` - `first` (paired) different from zero?
+
+    Returns:
+        pairs; difference (its mean); p_permutation, exact two-sided sign-flip test (every sign pattern up to 15 pairs,
+        20000 random ones beyond); p_t, paired t-test. None where there are too few pairs or no spread.
+    """
+    a, b = np.asarray(first, float), np.asarray(second, float)
+    difference = b - a
+    result: dict[str, float | int | None] = {
+        "pairs": len(a),
+        "difference": float(difference.mean()) if len(a) else None,
+        "p_permutation": None,
+        "p_t": None,
+    }
+    if len(a) < 2:
+        return result
+    count = len(difference)
+    if count <= EXACT_PAIRS:
+        signs = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
+    else:
+        signs = np.random.default_rng(0).choice((-1, 1), size=(20_000, count))
+        signs[0] = 1  # the observed pattern is one of them
+    flipped = np.abs((signs * difference).mean(axis=1))
+    result["p_permutation"] = float((flipped >= abs(difference.mean()) - 1e-9).mean())
+    if np.ptp(difference) > 1e-9:
+        result["p_t"] = float(ttest_rel(b, a).pvalue)
+    return result
+
+
+def _p_text(p: float | int | None) -> str:
+    if p is None:
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def significance_tables(runs: Sequence[Run]) -> list[Table]:
+    """Every two methods on the (target, seed) pairs that both have."""
+    tables = []
+    for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
+        rows: list[list[str | Cell]] = []
+        for one, other in combinations(order_methods(r.method for r in group), 2):
+            by_key = {
+                method: {(r.column, r.seed): r.heads["fused"] for r in group if r.method == method}
+                for method in (one, other)
+            }
+            common = sorted(set(by_key[one]) & set(by_key[other]))
+            found = paired([by_key[one][key] for key in common], [by_key[other][key] for key in common])
+            if not found["pairs"]:
+                continue
+            p = [found["p_permutation"], found["p_t"]]
+            rows.append(
+                [
+                    f"{other} - {one}",
+                    str(found["pairs"]),
+                    f"{found['difference']:+.2f}",
+                    *map(_p_text, p),
+                ]
+            )
+        if rows:
+            tables.append(
+                Table(
+                    f"{dataset}-{'-'.join(modalities)}-{setting}-significance",
+                    f"{dataset}, {'+'.join(modalities)}, {setting}: significance, paired over targets and seeds",
+                    ["methods", "pairs", "difference (points)", "p (sign flips)", "p (t-test)"],
+                    rows,
+                    "Difference of top-1, the first minus the second. p: chance of one at least as large if both were "
+                    "equal and all pairs independent, not corrected for the number of rows. With n pairs the sign-flip "
+                    "test cannot give less than 2 / 2^n.",
+                )
+            )
+    return tables
+
+
+def _grouped(runs: Sequence[Run], key: Any) -> list[tuple[Any, list[Run]]]:
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return sorted(groups.items())
+
+
+def compare(runs: Sequence[Run]) -> list[Table]:
+    """Every table that `runs` give."""
+    return [*joint_tables(runs), *main_tables(runs), *modality_tables(runs), *significance_tables(runs)]

@@ -1,0 +1,72 @@
+"""Evaluated runs compared: tables, bars and a page in every form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mbcd_cli.errors import RunError
+from mbcd_cli.evaluation.report import plots
+from mbcd_cli.evaluation.report.compare import Run, compare, distinct, find_runs, load_run, main_tables
+from mbcd_cli.evaluation.report.html import runs_html, write_comparison
+from mbcd_cli.evaluation.report.tables import Table, as_values, comma_separated, latex, markdown
+from mbcd_cli.files import write_json, write_text
+
+
+def compare_runs(patterns: Sequence[str], *, output: Path) -> dict[str, Any]:
+    """Compare evaluated runs: tables of mean and spread over seeds, beside the paper's figures.
+
+    Args:
+        patterns: run folders, or patterns such as `runs/**`.
+        output: folder for comparison.{md,html,json} and one .csv and .tex per table, plots.
+
+    Returns:
+        runs (their paths), warnings, tables (as plain values) and files.
+
+    Raises:
+        RunError: no evaluated run.
+    """
+    done, waiting = find_runs(patterns)
+    notes = [f"{folder} is not evaluated: left out. Run `mbcd evaluate --run {folder}`." for folder in waiting]
+    if not done:
+        raise RunError(notes[0], "Evaluate the runs first.")
+    runs, repeats = distinct([load_run(folder) for folder in done])
+    return write_comparison_files(runs, compare(runs), notes=[*notes, *repeats], output=output, title="Runs compared")
+
+
+def write_comparison_files(
+    runs: Sequence[Run],
+    tables: Sequence[Table],
+    *,
+    notes: Sequence[str],
+    output: Path,
+    title: str,
+    pictures: Mapping[str, Path] | None = None,
+    sections: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Write `tables` of `runs` in every form, with bars of the main ones; what `compare_runs` returns.
+
+    Args:
+        notes: warnings to show.
+        pictures: more plots, caption -> file.
+        sections: more of the page, heading -> HTML.
+    """
+    bars = {t.title: plots.plot_methods(t, output / f"{t.name}.png") for t in main_tables(runs)}
+    bars |= pictures or {}
+    report = output / "comparison.html"
+    more = {**(sections or {}), "Provenance": runs_html(runs)}
+    page = write_comparison(report, tables, title=title, files=bars, warnings=notes, sections=more)
+    files = {"report": page} | {path.name: path for path in bars.values()}
+    text = {"comparison.md": "\n".join(map(markdown, tables))}
+    for table in tables:
+        text |= {f"{table.name}.csv": comma_separated(table), f"{table.name}.tex": latex(table)}
+    for name, content in text.items():
+        files[name] = write_text(output / name, content)
+    found = {
+        "runs": [str(run.path) for run in runs],
+        "warnings": list(notes),
+        "tables": [as_values(table) for table in tables],
+    }
+    files["results"] = write_json(output / "comparison.json", found)
+    return {**found, "files": {name: str(path) for name, path in files.items()}}

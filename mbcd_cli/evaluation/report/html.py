@@ -1,0 +1,211 @@
+"""One self-contained HTML file per evaluation or comparison: no network, no scripts, images inside.
+
+Readable on a phone and in print, light and dark.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mbcd_cli.evaluation.report import sections
+from mbcd_cli.evaluation.report.compare import Run
+from mbcd_cli.evaluation.report.tables import Cell, Table, plain
+from mbcd_cli.files import write_text
+
+_TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
+LONG = 48
+"""Characters from which a cell is broken into lines."""
+
+
+def table_html(table: Table) -> str:
+    """A table with its title and note."""
+
+    def style(column: int, text: str) -> str:
+        rules = ["text-align: left"] if table.blocks and column == 1 else []
+        rules += ["white-space: normal; min-width: 20rem"] if len(text) > LONG else []
+        joined = "; ".join(rules)
+        return f' style="{joined}"' if rules else ""
+
+    def cell(value: str | Cell, column: int) -> str:
+        text = escape(plain(value))
+        if isinstance(value, Cell) and value.best:
+            text = f"<strong>{text}</strong>"
+        return f"<td{style(column, plain(value))}>{text}</td>"
+
+    def line(index: int, row: Sequence[str | Cell]) -> str:
+        cells = "".join(cell(value, column) for column, value in enumerate(row))
+        rule = ' style="border-top: 2px solid var(--rule)"' if table.starts(index) else ""
+        return f"<tr{rule}>{cells}</tr>\n"
+
+    head = "".join(f'<th scope="col"{style(i, column)}>{escape(column)}</th>' for i, column in enumerate(table.columns))
+    rows = "".join(line(index, row) for index, row in enumerate(table.shown()))
+    note = f'<p class="soft">{escape(table.note)}</p>' if table.note else ""
+    return (
+        f"<h3>{escape(table.title)}</h3>\n"
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>{note}\n'
+    )
+
+
+def figure_html(path: Path, caption: str) -> str:
+    """An image as a data URI, with its caption."""
+    image = path.read_bytes()
+    data = base64.b64encode(image).decode("ascii")
+    text = escape(caption)
+    # A PNG's width and height stand at bytes 16 to 24; panels side by side need the page's whole width.
+    width, height = int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
+    wide = path.suffix == ".png" and (width > 1.7 * height or width > 1150)
+    # Not larger than drawn: a wide title would blow up a small plot.
+    size = f' style="max-width: {width}px; margin: 0 auto"' if path.suffix == ".png" else ""
+    return (
+        f"<figure{' class=wide' if wide else ''}>"
+        f'<img{size} alt="{text}" src="data:{_TYPES[path.suffix]};base64,{data}">'
+        f"<figcaption>{text}</figcaption></figure>\n"
+    )
+
+
+def gallery(files: Iterable[tuple[str, Path]]) -> str:
+    """The images that exist, side by side where there is room; empty without any."""
+    images = [figure_html(path, caption) for caption, path in files if path.suffix in _TYPES and path.is_file()]
+    return f'<div class="plots">{"".join(images)}</div>\n' if images else ""
+
+
+def page(title: str, parts: Mapping[str, str], *, lead: str = "") -> str:
+    """The whole document: `parts` are headed sections (empty ones are left out) with links to them on top."""
+    css = resources.files("mbcd_cli.evaluation.report").joinpath("report.css").read_text(encoding="utf-8")
+    shown = {name: body for name, body in parts.items() if body}
+    links = "".join(f'<a href="#part{i}">{escape(name)}</a>' for i, name in enumerate(shown))
+    body = "".join(
+        f'<section id="part{i}"><h2>{escape(name)}</h2>\n{text}</section>\n'
+        for i, (name, text) in enumerate(shown.items())
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # Nothing may be fetched, whatever a clip or class is called.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        "style-src 'unsafe-inline'\">\n"
+        f"<title>{escape(title)}</title>\n<style>\n{css}</style></head>\n<body>\n"
+        f"<h1>{escape(title)}</h1>\n{lead}<nav>{links}</nav>\n{body}</body></html>\n"
+    )
+
+
+def _lead(results: Mapping[str, Any]) -> str:
+    headline = results["headline"]
+    boxes = "".join(
+        f"<div>{escape(head)}<b>{sections.percent(value)} %</b></div>" for head, value in headline["top1"].items()
+    )
+    where = escape(sections.clips_name(results, headline["clips"]))
+    epoch = results["epochs"].get(headline["checkpoint"])
+    warnings = "".join(f'<div class="warning">{escape(w)}</div>' for w in results.get("warnings", ()))
+    return (
+        f"<p>Top-1 accuracy on {where} of the deployed model: the {escape(headline['model'])} of checkpoint "
+        f'{escape(headline["checkpoint"])} (epoch {epoch}).</p>\n<div class="figures">{boxes}</div>\n{warnings}'
+    )
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    rows = [[str(key), str(value)] for key, value in values.items()]
+    return table_html(Table("pairs", "Where these figures come from", ["what", "value"], rows))
+
+
+def write_report(
+    path: Path,
+    results: Mapping[str, Any],
+    *,
+    files: Mapping[str, Path],
+    settings: str,
+    run: Path | None = None,
+) -> Path:
+    """Write the report of one evaluation.
+
+    Args:
+        results: what results.json holds.
+        files: caption -> plot, as `evaluate` made them.
+        settings: the resolved settings as TOML.
+        run: the run folder; its training and landscape plots are shown too.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+
+    def plots(*words: str) -> str:
+        return gallery((name, file) for name, file in files.items() if name.startswith(words))
+
+    def tables(*found: Table | None) -> str:
+        return "".join(table_html(table) for table in found if table is not None)
+
+    def folder(name: str, skip: Iterable[Path] = ()) -> str:
+        if run is None:
+            return ""
+        paths = [p for p in sorted((run / name).glob("*.png")) if p.resolve() not in {s.resolve() for s in skip}]
+        return gallery((p.stem.replace("-", " "), p) for p in paths)
+
+    hardest = sections.hardest(results)
+    parts = {
+        "Accuracy": tables(sections.accuracy(results), sections.per_domain(results))
+        + plots("confusion", "classes", "accuracy per epoch")
+        + tables(sections.per_class(results)),
+        "Missing modalities": tables(*sections.missing(results)) + plots("missing"),
+        "Shift and corruptions": tables(sections.shift(results), sections.corruptions(results))
+        + plots("shift", "corruptions"),
+        "Trust": tables(sections.trust(results), sections.ood(results)) + plots("reliability", "risk"),
+        "Embeddings": plots("t-SNE"),
+        "Hardest clips": tables(hardest),
+        "Loss landscape": folder("landscape"),
+        "Training": folder("plots", skip=files.values()),
+        "Settings": f"<details><summary>settings.toml</summary><pre>{escape(settings)}</pre></details>",
+        "Provenance": _pairs(results.get("provenance", {})) if results.get("provenance") else "",
+    }
+    return write_text(path, page(sections.title(results), parts, lead=_lead(results)))
+
+
+def runs_html(runs: Sequence[Run]) -> str:
+    """Where the figures of several runs come from: a row per run, and the versions they share or not."""
+
+    def short(run: Run, ending: str) -> str:
+        found = [value for key, value in run.provenance.items() if key.endswith(ending)]
+        return ", ".join(value[:12] for value in found) or "-"
+
+    rows = [
+        [
+            str(run.path),
+            run.method,
+            run.column,
+            str(run.seed),
+            f"{run.heads['fused']:.2f}",
+            short(run, f"{run.provenance.get('checkpoint')} weights, sha256"),
+            short(run, " cache"),
+            f"{run.provenance.get('mbcd', '-')} / {run.provenance.get('torch', '-')}",
+        ]
+        for run in sorted(runs, key=lambda run: (run.dataset, run.modalities, run.method, run.column, run.seed))
+    ]
+    columns = ["run", "method", "target", "seed", "fused (%)", "weights, sha256", "caches", "mbcd / torch"]
+    return table_html(Table("runs", "Where these figures come from", columns, rows))
+
+
+def write_comparison(
+    path: Path,
+    tables: Sequence[Table],
+    *,
+    title: str,
+    files: Mapping[str, Path] | None = None,
+    warnings: Sequence[str] = (),
+    sections: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the tables of several runs, plots of them (caption -> file) and `sections` (heading -> HTML) as one page.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    lead = (
+        "<p>Top-1 accuracy of every run's deployed model on its target, in percent. "
+        "± is the standard deviation over seeds, bold the best of ours in a column.</p>\n"
+    )
+    lead += "".join(f'<div class="warning">{escape(w)}</div>' for w in warnings)
+    parts = {"Tables": "".join(map(table_html, tables)), "Plots": gallery((files or {}).items()), **(sections or {})}
+    return write_text(path, page(title, parts, lead=lead))

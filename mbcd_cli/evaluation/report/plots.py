@@ -1,0 +1,264 @@
+"""Plots of an evaluation; each function writes one file and returns its path.
+
+Letters: C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from mbcd_cli.evaluation.report.tables import Cell, Table
+from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, save
+
+_MARKERS = "osD^vPX*"
+
+
+def colour(index: int) -> str:
+    """The palette's colour for the index-th line or group, repeating after the last."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def plot_confusion(counts: Any, label_names: Sequence[str], path: Path, *, title: str) -> Path:
+    """Confusion matrix [C, C] in percent of each row (a label's clips); figures in cells up to 20 classes."""
+    counts = np.asarray(counts, dtype=np.float64)
+    totals = counts.sum(axis=1, keepdims=True)
+    share = 100 * np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
+    classes = len(label_names)
+    side = float(np.clip(2.2 + 0.42 * classes, 4.2, 16))
+    fig, ax = figure(size=(side + 0.8, side))
+    image = ax.imshow(share, cmap=SEQUENTIAL, vmin=0, vmax=100)
+    ax.set_facecolor("#d9d9d9")  # a class without clips
+    ax.grid(False)
+    if classes <= 60:
+        ax.set_xticks(range(classes), label_names, rotation=45, ha="right", rotation_mode="anchor")
+        ax.set_yticks(range(classes), [f"{name} ({int(n)})" for name, n in zip(label_names, totals[:, 0], strict=True)])
+    if classes <= 20:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            value = share[row, column]
+            text = f"{value:.0f}" if value >= 0.5 else "<1"
+            tint = "black" if value > 55 else "white"
+            ax.text(column, row, text, ha="center", va="center", fontsize=8, color=tint)
+    ax.set(xlabel="predicted class", ylabel="class (clips)", title=title)
+    fig.colorbar(image, ax=ax, fraction=0.046, pad=0.03, format=PercentFormatter(), label="of the class's clips")
+    return save(fig, path)
+
+
+def plot_per_class(
+    figures: Mapping[str, Sequence[float | None]], label_names: Sequence[str], path: Path, *, title: str
+) -> Path:
+    """Accuracy per class as grouped bars; `figures`: head -> C accuracies in 0..1 (None: no clips)."""
+    classes, groups = len(label_names), len(figures)
+    fig, ax = figure(size=(float(np.clip(2.5 + 0.28 * classes * groups, 6.4, 24)), 4.0))
+    width = 0.84 / max(groups, 1)
+    for index, (head, values) in enumerate(figures.items()):
+        heights = [np.nan if value is None else 100 * value for value in values]
+        at = np.arange(classes) + (index - (groups - 1) / 2) * width
+        ax.bar(at, heights, width * 0.92, label=head, color=colour(index))
+    ax.set_xticks(
+        range(classes),
+        label_names,
+        rotation=45 if classes > 8 else 0,
+        ha="right" if classes > 8 else "center",
+    )
+    ax.grid(axis="x", visible=False)
+    ax.set(ylim=(0, 100), ylabel="accuracy", title=title)
+    ax.yaxis.set_major_formatter(PercentFormatter())
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(fig, path)
+
+
+def _whole(row: Sequence[str | Cell]) -> bool:
+    return all(isinstance(cell, Cell) and cell.value is not None for cell in row[1:])
+
+
+def plot_methods(table: Table, path: Path) -> Path:
+    """A table of methods (rows) by targets (columns) as grouped bars in percent, spread over seeds as error bars.
+
+    The paper's rows are hatched; those of which only the average is known are left out.
+    """
+    rows = [row for row in table.rows if "(paper)" not in str(row[0]) or _whole(row)]
+    groups, columns = len(rows), list(table.columns[1:])
+    fig, ax = figure(size=(float(np.clip(3 + 0.3 * groups * len(columns), 6.4, 18)), 4.0))
+    width = 0.84 / max(groups, 1)
+    for index, row in enumerate(rows):
+        cells = [cell if isinstance(cell, Cell) else Cell(None) for cell in row[1:]]
+        at = np.arange(len(columns)) + (index - (groups - 1) / 2) * width
+        heights = [np.nan if c.value is None else c.value for c in cells]
+        spread = [np.nan if c.std is None else c.std for c in cells]  # no bar where there is one seed
+        ax.bar(
+            at,
+            heights,
+            width * 0.92,
+            yerr=spread if np.isfinite(spread).any() else None,
+            capsize=2,
+            error_kw={"elinewidth": 1},
+            label=str(row[0]),
+            color=colour(index),
+            hatch="///" if "(paper)" in str(row[0]) else None,
+            edgecolor="white",
+            linewidth=0,
+        )
+    ax.set_xticks(range(len(columns)), columns)
+    ax.grid(axis="x", visible=False)
+    ax.set(
+        ylim=(0, 100),
+        ylabel="top-1 accuracy",
+        title=fill(table.title, 64, break_long_words=False, break_on_hyphens=False),
+    )
+    ax.yaxis.set_major_formatter(PercentFormatter())
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(fig, path)
+
+
+def plot_lines(
+    x: Sequence[float],
+    lines: Mapping[str, Sequence[float | None]],
+    path: Path,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> Path:
+    """Curves of shares (0..1) in percent, over a common axis of whole numbers."""
+    fig, ax = figure(size=(7.2, 4.2))
+    for index, (name, values) in enumerate(lines.items()):
+        heights = [np.nan if value is None else 100 * value for value in values]
+        marker = _MARKERS[index % len(_MARKERS)] if len(x) <= 40 else None
+        ax.plot(x, heights, label=name, color=colour(index), marker=marker, markersize=4, linewidth=1.8)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=fill(title, 64, break_long_words=False, break_on_hyphens=False))
+    ax.yaxis.set_major_formatter(PercentFormatter())
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(fig, path)
+
+
+def plot_subsets(values: Mapping[str, float], shares: Mapping[str, float], path: Path, *, title: str) -> Path:
+    """Fused accuracy with each subset of modalities present (bars) and each modality's Shapley value (beside)."""
+    order = sorted(values, key=lambda name: (name != "none", name.count("+"), values[name]))
+    tall = max(3.0, 1.2 + 0.36 * len(order))
+    fig, (left, right) = figure(1, 2, size=(9.6, tall), width_ratios=(2.2, 1))
+    bars = left.barh(range(len(order)), [100 * values[name] for name in order], color=PALETTE[0])
+    left.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    left.set_yticks(range(len(order)), [name if name != "none" else "(nothing)" for name in order])
+    left.set(xlim=(0, 108), xlabel="fused accuracy with these modalities present", title=title)
+    left.xaxis.set_major_formatter(PercentFormatter())
+    left.grid(axis="y", visible=False)
+    names = list(shares)
+    points = [100 * shares[n] for n in names]
+    right.barh(range(len(names)), points, color=PALETTE[1])
+    for row, value in enumerate(points):
+        text = f"{value:+.1f}" if abs(value) >= 0.05 else "0.0"
+        right.annotate(text, (max(value, 0), row), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+    right.set_yticks(range(len(names)), names)
+    right.axvline(0, color="#333333", linewidth=0.8)
+    low, high = min(0.0, *points), max(0.0, *points)
+    right.set_xlim(low - 0.05 * (high - low or 1), high + 0.3 * (high - low or 1))
+    right.set(xlabel="points of accuracy", title="Shapley value")
+    right.grid(axis="y", visible=False)
+    return save(fig, path)
+
+
+def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str) -> Path:
+    """Reliability diagrams side by side: accuracy per confidence bin, its gap to the diagonal, clips per bin."""
+    fig, axes = figure(
+        2, len(tables), size=(3.4 * len(tables), 4.6), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1)
+    )
+    for column, (name, rows) in enumerate(tables.items()):
+        top, bottom = axes[:, column]
+        used = [row for row in rows if row["clips"]]
+        centre = [(row["low"] + row["high"]) / 2 for row in used]
+        width = 1 / len(rows)
+        accuracy = [row["accuracy"] for row in used]
+        top.bar(centre, accuracy, width * 0.94, color=PALETTE[0], label="accuracy")
+        gap = [row["confidence"] - row["accuracy"] for row in used]
+        top.bar(
+            centre, gap, width * 0.94, bottom=accuracy, color="none", edgecolor=PALETTE[1], hatch="////", label="gap"
+        )
+        top.plot([0, 1], [0, 1], color="#333333", linestyle="--", linewidth=1)
+        top.set(xlim=(0, 1), ylim=(0, 1), title=name)
+        bottom.bar(centre, [row["clips"] for row in used], width * 0.94, color=PALETTE[7])
+        bottom.set(xlabel="confidence")
+    axes[0, 0].set_ylabel("accuracy")
+    axes[1, 0].set_ylabel("clips")
+    axes[0, 0].legend(loc="upper left", fontsize=8)
+    fig.suptitle(title, fontsize=11)
+    return save(fig, path)
+
+
+def plot_risk(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path, *, title: str) -> Path:
+    """Risk-coverage curves: error among the most confident share of the clips; name -> coverage and risk."""
+    fig, ax = figure(size=(6.8, 4.0))
+    for index, (name, curve) in enumerate(curves.items()):
+        ax.plot([100 * c for c in curve["coverage"]], [100 * r for r in curve["risk"]], label=name, color=colour(index))
+    ax.set(xlabel="coverage: clips answered, the most confident first", ylabel="error among them", title=title)
+    ax.set(xlim=(0, 100), ylim=(0, None))
+    ax.xaxis.set_major_formatter(PercentFormatter())
+    ax.yaxis.set_major_formatter(PercentFormatter())
+    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return save(fig, path)
+
+
+def plot_disturbed(records: Sequence[Mapping[str, Any]], path: Path, *, title: str, xlabel: str) -> Path:
+    """Accuracy against the level of a disturbance: one panel per kind, one fused and one own line per modality."""
+    kinds = list(dict.fromkeys(record["kind"] for record in records))
+    modalities = list(dict.fromkeys(record["modality"] for record in records))
+    columns = min(3, len(kinds))
+    rows = -(-len(kinds) // columns)
+    fig, axes = figure(rows, columns, size=(max(6.2, 3.3 * columns), 0.8 + 2.9 * rows), sharey=True, squeeze=False)
+    for ax, kind in zip(axes.flat, kinds, strict=False):
+        for index, modality in enumerate(modalities):
+            mine = [r for r in records if r["kind"] == kind and r["modality"] == modality]
+            if not mine:
+                continue
+            levels = [r["level"] for r in mine]
+            ax.plot(levels, [100 * r["fused"] for r in mine], color=colour(index), marker="o", markersize=4)
+            ax.plot(levels, [100 * r["unimodal"] for r in mine], color=colour(index), marker="x", markersize=4, ls=":")
+        ax.set(title=kind if len(kinds) > 1 else "", ylim=(0, 100))
+    for ax in list(axes.flat)[len(kinds) :]:
+        ax.set_axis_off()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy")
+        ax.yaxis.set_major_formatter(PercentFormatter())
+    fig.supxlabel(xlabel, fontsize=10)
+    fig.suptitle(title, fontsize=11)
+    lines = [Line2D([], [], color=colour(i), label=f"{name} disturbed") for i, name in enumerate(modalities)]
+    lines += [
+        Line2D([], [], color="#333333", marker="o", markersize=4, label="fused head"),
+        Line2D([], [], color="#333333", marker="x", markersize=4, ls=":", label="its own head"),
+    ]
+    fig.legend(handles=lines, loc="outside right center", fontsize=9)
+    return save(fig, path)
+
+
+def plot_map(points: Any, groups: Mapping[str, tuple[Any, Sequence[str]]], path: Path, *, title: str) -> Path:
+    """A two-dimensional map [N, 2], one panel per grouping: name -> (indices [N], names of the groups)."""
+    points = np.asarray(points)
+    fig, axes = figure(1, len(groups), size=(6.0 * len(groups), 4.6), squeeze=False)
+    for ax, (name, (index, names)) in zip(axes[0], groups.items(), strict=True):
+        index = np.asarray(index)
+        present = [g for g in range(len(names)) if (index == g).any()]
+        for at, group in enumerate(present):
+            chosen = points[index == group]
+            ax.scatter(
+                chosen[:, 0],
+                chosen[:, 1],
+                s=16,
+                alpha=0.8,
+                linewidths=0,
+                color=colour(at),
+                marker=_MARKERS[(at // len(PALETTE)) % len(_MARKERS)],
+                label=names[group],
+            )
+        ax.grid(False)
+        ax.set(xticks=[], yticks=[], title=f"by {name}")
+        if len(present) <= 24:
+            ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, ncols=1 + (len(present) > 16))
+    fig.suptitle(title, fontsize=11)
+    return save(fig, path)

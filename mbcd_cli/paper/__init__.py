@@ -1,0 +1,1 @@
+"""What the paper says: its published figures, its tables, its datasets' domains."""

@@ -1,0 +1,1 @@
+"""Filling a cache: listing, plan, trunk, filler, check."""

@@ -1,0 +1,158 @@
+"""Filling a cache: decode, run the frozen trunk, collect rows, write shards; the three overlap.
+
+While one shard is written (and synced) by a thread, the next is decoded by the workers and run through the trunk.
+Letters: R rows (clip x view), N clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+
+from mbcd_cli import console
+from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of
+from mbcd_cli.data.media.decoding import Decoded, Decoder
+from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
+from mbcd_cli.data.records import Clip
+from mbcd_cli.data.rounding import Rounding
+from mbcd_cli.encoders.staged import TOGETHER, Trunk
+from mbcd_cli.errors import CacheError
+from mbcd_cli.preparation.trunk import (
+    Shapes,
+)
+from mbcd_cli.settings import ArrayModality
+
+
+@dataclass(slots=True)
+class Filler:
+    """Fills shards of one modality.
+
+    Attributes:
+        writer: of the cache.
+        decoder: decodes its clips.
+        clips, views: all clips of the dataset, and the views stored of each (none: only tried).
+        trunk: the frozen stages, on `device`.
+        shapes: of a row, per group.
+        roundings: what float16 takes from arrays and trunk outputs, per part.
+    """
+
+    writer: CacheWriter
+    decoder: Decoder
+    clips: Sequence[Clip]
+    views: Sequence[list[int]]
+    trunk: Trunk
+    shapes: dict[str, Shapes]
+    device: torch.device
+    roundings: dict[int, Rounding] = field(default_factory=dict)
+
+    def run(self, numbers: Sequence[int], ticker: console.Ticker) -> None:
+        """Fill the shards `numbers`.
+
+        Raises:
+            CacheError: a full disk, or values that the type cannot hold.
+        """
+        # A clip of which nothing is stored is decoded all the same: bad files come to light now, not in training.
+        items = [(i, self.clips[i], self.views[i] or [0]) for n in numbers for i in self.writer.shards[n]]
+        stream = self.decoder.run(items)
+        writing: Future[None] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="mbcd-write") as pool:
+            for number in numbers:
+                shard = self._fill(self.writer.shards[number], stream, ticker)
+                if writing is not None:
+                    writing.result()
+                writing = pool.submit(self.writer.write_shard, number, shard)
+            if writing is not None:
+                writing.result()
+
+    def _fill(self, span: range, stream: Iterator[Decoded], ticker: console.Ticker) -> Shard:
+        """Collect the rows of one shard's clips."""
+        rows = {}
+        for group in GROUPS:
+            count = sum(group_of(view) == group for index in span for view in self.views[index])
+            parts = [np.empty((count, *shape), dtype) for shape, dtype in self.shapes[group]]
+            scales = [
+                np.empty((count, *scale_shape(shape)), np.float32) if dtype == np.int8 else None
+                for shape, dtype in self.shapes[group]
+            ]
+            rows[group] = Rows(parts, np.empty(count, np.int32), np.empty(count, np.int16), scales)
+        shard = Shard(rows, [], [], errors=[[0.0, 0.0] for _ in self.shapes["train"]])
+        filled = dict.fromkeys(GROUPS, 0)
+        waiting: dict[str, list[tuple[int, int, tuple[np.ndarray, ...]]]] = {group: [] for group in GROUPS}
+        # A CPU gains nothing from more than one clip's views at once.
+        limit = TOGETHER if self.trunk.names and self.device.type == "cuda" else 1
+
+        def flush(group: str) -> None:
+            if waiting[group]:
+                self._store(shard, group, filled[group], waiting[group])
+                filled[group] += len(waiting[group])
+                waiting[group] = []
+
+        for decoded in islice(stream, len(span)):
+            ticker.advance()
+            if decoded.rejected is not None:
+                shard.rejected.append(decoded.rejected)
+                continue
+            shard.mended.extend((self.clips[decoded.index].id, note) for note in decoded.notes)
+            if not self.views[decoded.index]:
+                continue
+            for view, parts in zip(decoded.views, decoded.parts, strict=True):
+                waiting[group_of(view)].append((decoded.index, view, parts))
+            for group in GROUPS:
+                if len(waiting[group]) >= limit:
+                    flush(group)
+        for group in GROUPS:
+            flush(group)
+            full, count = rows[group], filled[group]
+            rows[group] = Rows(
+                [part[:count] for part in full.parts],
+                full.clips[:count],
+                full.views[:count],
+                [None if scale is None else scale[:count] for scale in full.scales],
+            )
+        return shard
+
+    def _store(
+        self, shard: Shard, group: str, first: int, found: list[tuple[int, int, tuple[np.ndarray, ...]]]
+    ) -> None:
+        """Run the trunk on some views and put what comes out into rows `first`, ... of a group."""
+        rows = shard.rows[group]
+        columns = zip(*(parts for _, _, parts in found), strict=True)
+        stacked = [column[0][None] if len(column) == 1 else np.stack(column) for column in columns]
+        if self.trunk.names:
+            tensors = tuple(torch.from_numpy(array).to(self.device) for array in stacked)
+            stacked = [part.float().cpu().numpy() for part in self.trunk(tensors)]
+        at = slice(first, first + len(found))
+        for number, (target, source) in enumerate(zip(rows.parts, stacked, strict=True)):
+            if target.dtype == np.int8:
+                finite = np.isfinite(source).all()
+                if finite:
+                    target[at], rows.scales[number][at] = quantise(source)
+                    for k, value in enumerate(squared_error(source, target[at], rows.scales[number][at])):
+                        shard.errors[number][k] += value
+            else:
+                with np.errstate(over="ignore"):
+                    target[at] = source
+                finite = target.dtype.kind != "f" or np.isfinite(target[at]).all()
+                if finite and target.dtype == np.float16:
+                    self._note_rounding(number, source, target[at])
+            if not finite:
+                names = ", ".join(dict.fromkeys(self.clips[index].id for index, _, _ in found))
+                raise CacheError(
+                    f"Clip {names}: values do not fit {target.dtype}.", "Prepare with --set cache.dtype=float32."
+                )
+        rows.clips[at] = [index for index, _, _ in found]
+        rows.views[at] = [view for _, view, _ in found]
+
+    def _note_rounding(self, number: int, source: np.ndarray, stored: np.ndarray) -> None:
+        """Collects what float16 takes from part `number`; spectrograms are standardised, and have nothing to lose."""
+        if self.trunk.names:  # the columns are channels; one row of those that went through together tells enough
+            source, stored = (np.moveaxis(rows[:1], 1, -1) for rows in (source, stored))
+        elif not isinstance(self.writer.modality, ArrayModality):
+            return
+        columns = source.shape[-1]
+        self.roundings.setdefault(number, Rounding()).add(source.reshape(-1, columns), stored.reshape(-1, columns))

@@ -1,0 +1,115 @@
+"""The frozen part of an encoder, as `prepare` runs and keeps it: its weights, and the shapes of what it makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mbcd_cli import console
+from mbcd_cli.data.quantise import scale_shape
+from mbcd_cli.data.views import part_shapes
+from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
+from mbcd_cli.encoders.staged import Trunk
+from mbcd_cli.files import written
+from mbcd_cli.settings import Modality, Settings
+
+Shapes = list[tuple[tuple[int, ...], np.dtype]]
+
+
+def needs_weights(settings: Settings, modality: Modality) -> bool:
+    """Whether a weights file has to be there: nothing is frozen at the cut `input`, and random weights may be said."""
+    return not (settings.cache.random_weights or (modality.cut == "input" and modality.weights is None))
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What `prepare` runs and keeps of an encoder.
+
+    Attributes:
+        trunk: the stages whose outputs are cached; none where decoded views are.
+        weights: file in the cache folder -> state dict that `train` begins with; none where it draws its own.
+        sha256: of the pretrained weights, None for random ones.
+    """
+
+    trunk: Trunk
+    weights: dict[str, dict[str, torch.Tensor]]
+    sha256: str | None
+
+
+def build_trunk(settings: Settings, name: str, modality: Modality) -> Frozen:
+    """The encoder of `modality`, with its weights, cut.
+
+    Raises:
+        CheckpointError: weights that are missing, damaged or another encoder's; a trunk is never silently random.
+    """
+    torch.manual_seed(settings.cache.seed)
+    encoder = build_encoder(name, modality)
+    cut = encoder.cut(modality.cut)
+    if modality.cut == "input" and modality.weights is None:
+        return Frozen(cut[0], {}, None)
+    sha = None
+    if needs_weights(settings, modality):
+        file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
+        sha = load_pretrained(encoder, modality.encoder, file, sha256=modality.weights_sha256).sha256
+        console.say(f"{name}: {modality.encoder} with the weights of {file} (SHA-256 {sha[:8]}...)")
+    if settings.cache.live_trunks:
+        cut = encoder.cut(modality.cut, live=True)
+    weights = {"tail.pt": cut[1].state_dict()}
+    if settings.cache.views == 0:
+        weights["trunk.pt"] = cut[0].state_dict()
+    return Frozen(Trunk({}) if settings.cache.live_trunks else cut[0], weights, sha)
+
+
+def meta_inputs(modality: Modality, group: str) -> tuple[torch.Tensor, ...]:
+    """A view of one clip in shape only."""
+    inputs = part_shapes(modality, test=group == "test")
+    return tuple(
+        torch.empty((1, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device="meta")
+        for shape, dtype in inputs
+    )
+
+
+def meta_trunk(settings: Settings, name: str, modality: Modality) -> Trunk:
+    """The trunk that `prepare` runs, in shape only: no memory, no weights, instant."""
+    if settings.cache.live_trunks:
+        return Trunk({})
+    with torch.device("meta"):
+        return build_encoder(name, modality).cut(modality.cut)[0]
+
+
+def cached_shapes(name: str, modality: Modality, settings: Settings, group: str) -> Shapes:
+    """Shape and stored dtype of one row of every part at the cut; nothing is computed."""
+    stored = np.dtype(settings.cache.dtype)
+    trunk = meta_trunk(settings, name, modality)
+    if not trunk.names:
+        inputs = part_shapes(modality, test=group == "test")
+        return [(shape, dtype if dtype == np.uint8 else stored) for shape, dtype in inputs]
+    return [(tuple(part.shape[1:]), stored) for part in trunk(meta_inputs(modality, group))]
+
+
+def row_bytes(shapes: Shapes) -> int:
+    """Bytes of one row, its scales included."""
+    return sum(
+        int(np.prod(shape)) * dtype.itemsize + (int(np.prod(scale_shape(shape))) * 4 if dtype == np.int8 else 0)
+        for shape, dtype in shapes
+    )
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write a state dict, whole or not at all (`files.written`)."""
+    with written(path, place="--cache-dir") as aside, aside.open("wb") as file:
+        torch.save({key: value.cpu() for key, value in weights.items()}, file)
+
+
+def weights_bytes(settings: Settings, name: str, modality: Modality) -> int:
+    """About what `save_weights` will write of a modality's encoder."""
+    if modality.cut == "input" and modality.weights is None:
+        return 0
+    with torch.device("meta"):
+        trunk, tail = build_encoder(name, modality).cut(modality.cut, live=settings.cache.live_trunks)
+    kept = [tail, trunk] if settings.cache.views == 0 else [tail]
+    return sum(value.numel() * value.element_size() for part in kept for value in part.state_dict().values())

@@ -1,0 +1,55 @@
+"""What runs are called, and where what they left lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mbcd_cli.errors import RunError
+from mbcd_cli.layers import method_label
+from mbcd_cli.settings import Settings
+
+
+def run_name(settings: Settings) -> str:
+    """`<method>-<modalities>-<target>-s<seed>`: mbcd-va-street-s0."""
+    names = settings.model.modalities
+    short = "".join(name[0] for name in names) if set(names) <= {"video", "audio", "flow"} else "+".join(names)
+    target = settings.training.target_domain or "in-domain"
+    return f"{method_label(settings)}-{short}-{target}-s{settings.training.seed}"
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder a checkpoint lies in (RUN/checkpoints/x.pt), or None."""
+    folder = checkpoint.resolve().parent.parent
+    return folder if (folder / "settings.toml").is_file() else None
+
+
+def run_checkpoints(run: Path) -> dict[str, Path]:
+    """best and last of a run, those that exist.
+
+    Raises:
+        RunError: not a run folder, or one without checkpoints.
+    """
+    if not (run / "settings.toml").is_file():
+        raise RunError(
+            f"{run} is not a run folder.", "`mbcd train` makes one; it holds settings.toml and checkpoints/."
+        )
+    files = {name: run / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
+    found = {name: path for name, path in files.items() if path.is_file()}
+    if not found:
+        raise RunError(f"Run {run} has no checkpoint yet.", "Go on with `mbcd train ... --resume`.")
+    return found
+
+
+def label_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:
+    """Short distinct names for checkpoints in tables and plots: the run's, the file's, or both."""
+    runs = [run_of(path) for path in paths]
+    labels: dict[str, Path] = {}
+    for path, run in zip(paths, runs, strict=True):
+        label = path.stem if run is None or set(runs) == {run} else run.name
+        if label in labels and run is not None:
+            label = f"{run.name}/{path.stem}"
+        while label in labels:
+            label += "'"
+        labels[label] = path
+    return labels

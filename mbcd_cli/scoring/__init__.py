@@ -1,0 +1,1 @@
+"""Predictions, metrics and sets of clips: what training, evaluation and landscape all need."""

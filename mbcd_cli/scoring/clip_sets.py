@@ -1,0 +1,84 @@
+"""Which clips are tested together: the sources' held-out split, and the unseen target.
+
+Letters: N clips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mbcd_cli.data.records import Batch
+from mbcd_cli.errors import CacheError, MbcdError, SettingsError
+from mbcd_cli.settings import Modality, Settings
+
+SOURCE, TARGET = "source", "target"
+"""The two sets of clips: the source domains' test split (in-domain), and the unseen target domain."""
+
+
+class Prepared(Protocol):
+    """The part of a prepared dataset that evaluation reads."""
+
+    domains: Any
+    label_names: Any
+    modalities: Mapping[str, Modality]
+    clips: Any
+
+    def select(self, domains: Any, splits: Any) -> np.ndarray:
+        """Clip indices in table order."""
+
+    def batches(self, clips: Any, *, batch_size: int, training: bool) -> Iterator[Batch]:
+        """The one test view of `clips`, in table order."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipSet:
+    """Clips that are tested together: `name` is source or target, `clips` [N] indices into the clip table."""
+
+    name: str
+    clips: np.ndarray
+    domains: tuple[str, ...]
+
+
+def source_domains(settings: Settings, dataset: Prepared) -> tuple[str, ...]:
+    """The domains seen in training: those set, or all but the target."""
+    training = settings.training
+    return training.source_domains or tuple(d for d in dataset.domains if d != training.target_domain)
+
+
+def clip_sets(settings: Settings, dataset: Prepared) -> list[ClipSet]:
+    """What to evaluate on: the sources' test split, and the target's rows (`dataset.target_split`).
+
+    Raises:
+        SettingsError: a domain that the dataset does not have.
+        MbcdError: no clip at all.
+    """
+    sources, target = source_domains(settings, dataset), settings.training.target_domain
+    missing = [d for d in (*sources, *((target,) if target else ())) if d not in dataset.domains]
+    if missing:
+        raise SettingsError(
+            f"There is no domain {', '.join(map(repr, missing))} in the prepared dataset.",
+            f"It has: {', '.join(dataset.domains)}.",
+        )
+    sets = [_clip_set(SOURCE, dataset, sources, ("test",))]
+    if target is not None:
+        splits = ("test",) if settings.dataset.target_split == "test" else ("train", "test")
+        sets.append(_clip_set(TARGET, dataset, (target,), splits))
+    sets = [s for s in sets if len(s.clips)]
+    if not sets:
+        raise MbcdError(
+            f"Neither the sources ({', '.join(sources)}) nor the target ({target}) have clips to test.",
+            "Check the splits in the dataset's table, and run `mbcd prepare` again.",
+        )
+    return sets
+
+
+def _clip_set(name: str, dataset: Prepared, domains: Sequence[str], splits: Sequence[str]) -> ClipSet:
+    try:
+        clips = dataset.select(domains=domains, splits=splits)
+    except CacheError:  # none of these; one set may be empty while the other is not
+        clips = np.empty(0, np.int64)
+    return ClipSet(name, clips, tuple(domains))

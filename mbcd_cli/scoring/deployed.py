@@ -1,0 +1,88 @@
+"""The models of a checkpoint, and which of them is deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from mbcd_cli.errors import CheckpointError, SettingsError
+from mbcd_cli.model import MultiModalModel, build_model
+from mbcd_cli.scoring.clip_sets import Prepared
+from mbcd_cli.settings import Settings
+
+State = Mapping[str, torch.Tensor]
+
+
+class Weights(Protocol):
+    """What a checkpoint must offer to be evaluated."""
+
+    student: State
+    teacher: State | None
+    label_names: Any
+    epoch: int
+
+
+def build_models(
+    settings: Settings,
+    dataset: Prepared,
+    weights: Weights,
+    *,
+    device: torch.device,
+    source: str = "checkpoint",
+) -> dict[str, MultiModalModel]:
+    """The models of one checkpoint on `device`: "teacher" (first, where there is one) and "student".
+
+    The teacher averages encoders and fused head; its uni-modal heads are the student's (method.md section 3).
+
+    Raises:
+        CheckpointError: the weights do not fit the model of `settings`, or the dataset's classes differ.
+    """
+    if list(weights.label_names) != list(dataset.label_names):
+        raise CheckpointError(
+            f"The {source} checkpoint was trained on the classes {', '.join(weights.label_names)}, "
+            f"and the prepared dataset has {', '.join(dataset.label_names)}.",
+            "Evaluate on a dataset with the same classes in the same order.",
+        )
+    modalities = dict(dataset.modalities)
+    if settings.model.modalities:
+        absent = [name for name in settings.model.modalities if name not in modalities]
+        if absent:
+            raise SettingsError(
+                f"The model reads {', '.join(absent)}, which is not prepared.",
+                "Run `mbcd prepare` with that modality.",
+            )
+        modalities = {name: modalities[name] for name in settings.model.modalities}
+    states: dict[str, State] = {"student": weights.student}
+    if weights.teacher is not None:
+        averaged = {k: v for k, v in weights.teacher.items() if not k.startswith("heads.")}
+        states = {"teacher": {**weights.student, **averaged}, **states}
+    models = {}
+    for name, state in states.items():
+        model = build_model(
+            modalities,
+            settings=settings.model,
+            classes=len(dataset.label_names),
+            live_trunks=settings.cache.live_trunks,
+        )
+        try:
+            model.load_state_dict(dict(state))
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"The {name} in the {source} checkpoint does not fit these settings: {_first(error)}",
+                "Evaluate with the settings of the run (`--run RUN` reads them from the run folder).",
+            ) from error
+        models[name] = model.to(device).requires_grad_(False).eval()
+    return models
+
+
+def _first(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[1] if len(lines) > 1 else lines[0]
+
+
+def deployed(checkpoints: Mapping[str, Weights]) -> tuple[str, str]:
+    """(checkpoint, model) that is deployed: best where there is one, and its teacher where there is one."""
+    checkpoint = "best" if "best" in checkpoints else next(iter(checkpoints))
+    return checkpoint, "student" if checkpoints[checkpoint].teacher is None else "teacher"

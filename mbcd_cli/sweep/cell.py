@@ -1,0 +1,79 @@
+"""One cell of a sweep in a process of its own: `python -m mbcd_cli.sweep.cell RUN_FOLDER THREADS`.
+
+It reads `RUN_FOLDER.toml`, trains (or goes on) and evaluates into RUN_FOLDER. Exit codes are those of `sweep.state`.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+from mbcd_cli.errors import MbcdError
+from mbcd_cli.evaluation import evaluate
+from mbcd_cli.files import lock
+from mbcd_cli.layers import load_settings
+from mbcd_cli.runs.folder import DONE, SETTINGS
+from mbcd_cli.runs.names import run_checkpoints
+from mbcd_cli.runs.opening import open_checkpoints, open_for_training
+from mbcd_cli.runtime import configure
+from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
+from mbcd_cli.training import train
+
+
+def run_cell(folder: Path, *, threads: int) -> int:
+    """Train and evaluate the cell of this run folder, whatever of it is done already; the exit code."""
+    held = lock(beside(folder, "lock"), place="--runs-dir")
+    if held is None:
+        return BUSY_CODE
+    with held:
+        if state(folder) == "done":
+            return DONE_CODE
+        try:
+            _train(folder, threads=threads)
+            _evaluate(folder, threads=threads)
+        except KeyboardInterrupt:
+            return STOPPED_CODE
+        except Exception as error:
+            message = getattr(error, "message", "")
+            if message.startswith("Stopped by "):  # the trainer's answer to a signal
+                return STOPPED_CODE
+            if message.startswith("Another process is training in "):  # `mbcd train` in this very folder
+                return BUSY_CODE
+            if not isinstance(error, MbcdError):
+                traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr)
+            write_failure(folder, error)
+            return FAILED_CODE
+        beside(folder, "failed").unlink(missing_ok=True)
+    return DONE_CODE
+
+
+def _train(folder: Path, *, threads: int) -> None:
+    if (folder / DONE).is_file():
+        return
+    settings = load_settings(beside(folder, "toml"))
+    runtime = settings.runtime.model_copy(update={"threads": threads})
+    settings = settings.model_copy(update={"runtime": runtime})
+    configure(runtime)
+    settings, data = open_for_training(settings)
+    train.train(settings, data, run=folder, resume=(folder / SETTINGS).is_file(), overwrite=False)
+
+
+def _evaluate(folder: Path, *, threads: int) -> None:
+    asked = load_settings(beside(folder, "toml"))
+    settings, data, checkpoints = open_checkpoints(
+        run_checkpoints(folder),
+        config=None,
+        sets=(),
+        cache_dir=asked.cache.dir,
+        device=asked.runtime.device,
+        threads=threads,
+    )
+    settings = settings.model_copy(update={"evaluation": asked.evaluation})
+    wanted = {name: checkpoints[name] for name in settings.evaluation.checkpoints if name in checkpoints}
+    evaluate.evaluate(settings, data, wanted, device=configure(settings.runtime), run=folder, output=folder)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cell(Path(sys.argv[1]), threads=int(sys.argv[2])))

@@ -1,0 +1,331 @@
+"""`mbcd sweep`: plan, run, resume and collect the grid of runs behind a table."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table as Grid
+from rich.text import Text
+
+from mbcd_cli import console
+from mbcd_cli.errors import CacheError, MbcdError, RunError
+from mbcd_cli.evaluation.report.comparison import write_comparison_files
+from mbcd_cli.evaluation.report.plots import plot_methods
+from mbcd_cli.evaluation.report.printing import print_comparison
+from mbcd_cli.evaluation.report.tables import from_values
+from mbcd_cli.layers import resolve
+from mbcd_cli.preparation import prepare as preparing
+from mbcd_cli.runs.opening import open_for_training
+from mbcd_cli.runtime import configure
+from mbcd_cli.settings import Settings
+from mbcd_cli.sweep import collect as collecting
+from mbcd_cli.sweep import run as running
+from mbcd_cli.sweep.estimate import Estimate, counts, estimate
+from mbcd_cli.sweep.plan import Cell
+from mbcd_cli.sweep.request import (
+    _named,
+)
+from mbcd_cli.sweep.state import progress
+from mbcd_cli.training.dry_run import dry_run as trial
+
+LAUNCHERS = ("local", "slurm")
+SHORT_STEP = 0.1
+"""Seconds; the time of a step shorter than that is measured three times."""
+
+
+def prepare_first(
+    root: Path, *, preset: str | None, config: Path | None, sets: Sequence[str], flags: Mapping[str, Any]
+) -> None:
+    """`mbcd prepare` for the sweep's dataset, whose media lie in `root`; what is prepared is reused.
+
+    Raises:
+        CacheError: more clips were rejected than `dataset.max_bad`.
+    """
+    settings = resolve(
+        preset=preset, config=config, environ=os.environ, sets=sets, flags={**flags, "dataset.root": root}
+    )
+    settings = _named(settings, preset)
+    configure(settings.runtime)
+    _prepare(settings)
+
+
+def _prepare(settings: Settings) -> None:
+    found = preparing.prepare(settings)
+    if found.get("exit_code"):
+        raise CacheError(
+            f"More clips were rejected than dataset.max_bad = {settings.dataset.max_bad} allows.",
+            "Mend the files in the table above, or raise it with --set dataset.max_bad=N.",
+        )
+
+
+def measure(cell: Cell, *, jobs: int = 1) -> float | None:
+    """Seconds of a cell's training from the time of three steps; None where its dataset is not prepared.
+
+    With the threads that one of `jobs` processes gets.
+    """
+    try:
+        settings, data = open_for_training(cell.settings)
+    except CacheError:
+        return None
+    threads = running.threads_per_job(jobs, settings.runtime.threads)
+    runtime = settings.runtime.model_copy(update={"threads": threads})
+    settings = settings.model_copy(update={"runtime": runtime})
+    found = trial(settings, data)
+    # Whatever else the machine does shows in short steps many times over: the best of three tells.
+    again = [trial(settings, data) for _ in range(2)] if found["step_seconds"] < SHORT_STEP else []
+    return min(float(one["estimated_training_seconds"]) for one in (found, *again))
+
+
+def dry_run(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
+    """The plan with an estimate of its cost; nothing is written.
+
+    Raises:
+        RunError: less than one job.
+    """
+    check_execution(jobs, "local")
+    cost = estimate(cells, measure=partial(measure, jobs=jobs))
+    return {
+        "cells": [{"name": cell.name, "run": str(cell.folder), "key": cell.key} for cell in cells],
+        "states": dict(counts(cells)),
+        "left": cost.cells,
+        "seconds_one_after_another": cost.seconds,
+        "seconds": None if cost.seconds is None else cost.seconds / jobs,
+        "jobs": jobs,
+        "basis": cost.basis,
+        "disk_bytes": cost.nbytes,
+        "estimate": cost,
+    }
+
+
+def check_execution(jobs: int, launcher: str) -> None:
+    """Refuse what cannot be run.
+
+    Raises:
+        RunError: fewer than one job, or no such launcher.
+    """
+    if jobs < 1:
+        raise RunError(f"--jobs {jobs}: at least one process is needed.", "Use --jobs 1.")
+    if launcher not in LAUNCHERS:
+        raise RunError(f"There is no launcher {launcher!r}.", f"Use one of {', '.join(LAUNCHERS)}.")
+
+
+def show_plan(found: Mapping[str, Any]) -> None:
+    """Print what `dry_run` returned."""
+    rows = [(Path(cell["run"]).name.rsplit("-", 1)[-1], cell["name"]) for cell in found["cells"]]
+    console.table(f"{len(rows)} runs", ("run", "method, modalities, domains, seed"), rows)
+    states = ", ".join(f"{number} {name}" for name, number in sorted(found["states"].items()))
+    cost: Estimate = found["estimate"]
+    time_text = "time not known" if found["seconds"] is None else f"about {_duration(found['seconds'])}"
+    disk = "disk not known" if cost.nbytes is None else f"about {_size(cost.nbytes)} of disk"
+    for line in (
+        f"{states}.",
+        f"Left: {cost.cells} runs, {found['jobs']} at a time: {time_text} ({cost.basis}); {disk}.",
+    ):
+        console.out.print(line, markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.1f} GB"
+
+
+def check_prepared(cells: Sequence[Cell], *, root: Path | None = None) -> None:
+    """Open every dataset and set of modalities once.
+
+    Args:
+        root: where the media lie: what some cells read otherwise than `prepare_first` found it is prepared too (sound
+            that follows the frames of another modality, an axis of the grid over what is cached).
+
+    Raises:
+        CacheError, SettingsError: not prepared, or not as the settings say.
+    """
+    seen = set()
+    for cell in cells:
+        settings = cell.settings
+        key = (settings.dataset.name, settings.model.modalities, settings.training.source_domains, cell.values)
+        if key not in seen:
+            seen.add(key)
+            try:
+                open_for_training(settings)
+            except CacheError:
+                if root is None:
+                    raise
+                _prepare(settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"root": root})}))
+                open_for_training(settings)
+
+
+def run(
+    cells: Sequence[Cell],
+    *,
+    jobs: int,
+    launcher: str = "local",
+    slurm: Sequence[str] = (),
+    retry_failed: bool = False,
+    root: Path | None = None,
+    poll: float = 0.5,
+) -> dict[str, Any]:
+    """Run what is not done; `collect` tells the results.
+
+    Args:
+        cells: of the plan.
+        jobs, launcher, slurm, retry_failed: how.
+        root: the dataset's folder, where what is not prepared is to be prepared.
+        poll: seconds between looks at the children.
+
+    Returns:
+        done (how many), failed (run folder -> error), seconds.
+
+    Raises:
+        CacheError: a dataset is not prepared.
+        RunError: an unknown launcher, or submitit is missing.
+    """
+    check_execution(jobs, launcher)
+    check_prepared(cells, root=root)
+    started = time.monotonic()
+    asked = cells[0].settings.runtime.threads if cells else 0
+    with _Watch() as watch:
+        if launcher == "slurm":
+            from mbcd_cli.sweep.slurm import submit
+
+            board = submit(cells, options=slurm, threads=asked, retry_failed=retry_failed, watch=watch, poll=poll)
+        else:
+            board = running.execute(
+                cells,
+                jobs=jobs,
+                threads=running.threads_per_job(jobs, asked),
+                gpus=_gpus(cells),
+                retry_failed=retry_failed,
+                watch=watch,
+                poll=poll,
+            )
+    folders = {cell.key: str(cell.folder) for cell in cells}
+    failed = {folders[key]: error for key, error in board.failed.items()}
+    return {"done": len(board.done), "failed": failed, "seconds": round(time.monotonic() - started, 1)}
+
+
+def _gpus(cells: Sequence[Cell]) -> list[str]:
+    """GPUs to deal out to the processes: all that are visible where the settings say `auto` or `cuda`."""
+    import torch
+
+    if not cells or cells[0].settings.runtime.device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return []
+    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    return visible or [str(index) for index in range(torch.cuda.device_count())]
+
+
+class _Watch:
+    """The sweep as it runs: a live table on a terminal, a line per finished run elsewhere."""
+
+    def __init__(self) -> None:
+        self._live = (
+            Live(console=console.err, refresh_per_second=2, transient=True) if console.err.is_terminal else None
+        )
+        self._told: set[str] = set()
+        self._first = True
+        self._looked = 0.0
+
+    def __enter__(self) -> _Watch:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def __call__(self, board: running.Board) -> None:
+        if self._first:
+            self._first = False
+            self._told = {cell.key for cell in board.done}
+            if board.done:
+                console.say(f"{len(board.done)} of {len(board.cells)} runs are done already.")
+        names = {cell.key: cell.name for cell in board.cells}
+        for key in [cell.key for cell in board.done] + list(board.failed):
+            if key not in self._told:
+                self._told.add(key)
+                error = board.failed.get(key)
+                number = f"{len(board.done) + len(board.failed)}/{len(board.cells)}"
+                how = "done" if error is None else f"failed: {error.splitlines()[0]}"
+                console.say(f"{number} {names[key]}: {how}")
+        now = time.monotonic()
+        if self._live is not None and now - self._looked > 1.0:
+            self._looked = now
+            self._live.update(_board_table(board))
+
+
+def _board_table(board: running.Board) -> Grid:
+    left = board.seconds_left
+    title = (
+        f"{len(board.done)} done, {len(board.running)} running, {len(board.waiting)} waiting, "
+        f"{len(board.failed)} failed" + (f", {len(board.elsewhere)} elsewhere" if board.elsewhere else "")
+    )
+    title += f"; about {_duration(left)} left" if left is not None else ""
+    grid = Grid(title=title + ("; stopping" if board.stopping else ""), title_justify="left")
+    for column in ("run", "epoch", "validation", "target", "time"):
+        grid.add_column(column, justify="left" if column == "run" else "right")
+    for _, job in sorted(board.running.items()):
+        known = progress(job.cell.folder)
+        figures = ["" if v is None else f"{100 * v:.1f}" for v in (known.validation, known.target)]
+        epoch = f"{known.epochs}/{job.cell.settings.training.epochs}"
+        grid.add_row(Text(job.cell.name), epoch, *figures, _duration(time.monotonic() - job.started))
+    return grid
+
+
+def collect(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any]:
+    """The finished cells as tables, in text, Markdown, CSV, LaTeX and HTML under `output`.
+
+    Raises:
+        RunError: no cell is finished.
+    """
+    pairs, notes = collecting.load(cells)
+    if not pairs:
+        hint = "Run the sweep without --collect first; --retry-failed tries failed runs again."
+        raise RunError("\n".join(["No run of this sweep is finished.", *notes]), hint)
+    runs = [one for _, one in pairs]
+    output.mkdir(parents=True, exist_ok=True)
+    axes = collecting.axis_tables(pairs)
+    pictures = {table.title: plot_methods(table, output / f"{table.name}.png") for table in axes}
+    return write_comparison_files(
+        runs,
+        collecting.tables(pairs),
+        notes=notes,
+        output=output,
+        title=title,
+        pictures=pictures | collecting.curves(pairs, output),
+        sections={"Runs": collecting.links(cells, output)},
+    )
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print what `collect` returned; a table whose rows a joint one has already is in the files only."""
+    tables = [from_values(table) for table in found["tables"]]
+    joint = [table for table in tables if table.columns[:2] == ["modalities", "method"] and "all-" in table.name]
+    told = {table.name.rpartition("all-")[2] for table in joint}
+    tables = [table for table in tables if table in joint or not table.name.endswith(tuple(f"-{one}" for one in told))]
+    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
+    fitting = [table.fitting(console.out.width) for table in tables]
+    print_comparison([replace(table, rows=table.shown()) for table in fitting], files, found["warnings"])
+
+
+def report_failures(found: Mapping[str, Any]) -> MbcdError | None:
+    """The error that a sweep with failed runs ends with, listing them."""
+    if not found["failed"]:
+        return None
+    lines = [f"  {folder}: {error.splitlines()[0]}" for folder, error in found["failed"].items()]
+    number = len(lines)
+    return RunError(
+        "\n".join([f"{number} {'run' if number == 1 else 'runs'} failed:", *lines]),
+        "RUN.log beside each folder says more; the same command with --retry-failed tries them again.",
+    )

@@ -17,9 +17,9 @@ from mbcd_cli.cli import app
 from mbcd_cli.commands.common import open_for_training
 from mbcd_cli.commands.prepare import prepare, read_listing
 from mbcd_cli.commands.train import assemble
+from mbcd_cli.data.modalities.base import load_views
 from mbcd_cli.data.online import mixed_seed
 from mbcd_cli.data.records import TEST_VIEW
-from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError, MediaError, SettingsError
 from mbcd_cli.evaluation.evaluator import build_models

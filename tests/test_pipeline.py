@@ -14,8 +14,8 @@ from mbcd_cli.cli import app
 from mbcd_cli.commands.common import open_for_training
 from mbcd_cli.commands.prepare import prepare, read_listing
 from mbcd_cli.commands.train import assemble
+from mbcd_cli.data.modalities.base import load_views
 from mbcd_cli.data.records import Batch
-from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.layers import resolve
 

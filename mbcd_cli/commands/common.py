@@ -11,11 +11,11 @@ from mbcd_cli.data.dataset import PREPARED, CachedDataset, as_prepared, open_dat
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import CacheError, CheckpointError, RunError, SettingsError
 from mbcd_cli.layers import Layer, load_settings, method_label, resolve
-from mbcd_cli.settings import CacheSettings, Settings
+from mbcd_cli.settings import CacheSettings, Settings, role_of
 from mbcd_cli.training.checkpoint import Checkpoint, load_checkpoint
 
-# Slices that a finished run leaves open; everything else is what the weights were trained with.
-_FREE = ("evaluation", "landscape", "runtime")
+# Groups that a finished run leaves open; everything else is what the weights were trained with.
+_FREE = tuple(part for part in Settings.model_fields if role_of(part) in ("machine", "report"))
 
 
 def open_for_training(settings: Settings) -> tuple[Settings, CachedDataset]:
@@ -95,12 +95,12 @@ def check_unchanged(saved: Settings, now: Settings) -> None:
     parts = [
         part
         for part in Settings.model_fields
-        if part not in (*_FREE, "cache", "dataset") and getattr(saved, part) != getattr(now, part)
+        if part not in (*_FREE, "dataset") and getattr(saved, part) != getattr(now, part)
     ]
     if parts:
         raise SettingsError(
             f"These settings belong to the training and cannot be changed here: {', '.join(parts)}.",
-            f"Only {', '.join(_FREE)}, cache.dir and dataset.target_split can; train again to change the others.",
+            f"Only {', '.join(_FREE)} and dataset.target_split can; train again to change the others.",
         )
 
 

@@ -18,16 +18,16 @@ import torch
 from mbcd_cli import console
 from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of
 from mbcd_cli.data.media.decoding import Decoded, Decoder
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
 from mbcd_cli.data.records import Clip
 from mbcd_cli.data.rounding import Rounding
-from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
 from mbcd_cli.encoders.staged import TOGETHER, Trunk
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import written
-from mbcd_cli.settings import ArrayModality, Modality, Settings
+from mbcd_cli.settings import Settings
 
 Shapes = list[tuple[tuple[int, ...], np.dtype]]
 
@@ -78,7 +78,7 @@ def build_trunk(settings: Settings, name: str, modality: Modality) -> Frozen:
 
 def meta_inputs(modality: Modality, group: str) -> tuple[torch.Tensor, ...]:
     """A view of one clip in shape only."""
-    inputs = part_shapes(modality, test=group == "test")
+    inputs = modality.part_shapes(test=group == "test")
     return tuple(
         torch.empty((1, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device="meta")
         for shape, dtype in inputs
@@ -98,8 +98,8 @@ def cached_shapes(name: str, modality: Modality, settings: Settings, group: str)
     stored = np.dtype(settings.cache.dtype)
     trunk = meta_trunk(settings, name, modality)
     if not trunk.names:
-        inputs = part_shapes(modality, test=group == "test")
-        return [(shape, dtype if dtype == np.uint8 else stored) for shape, dtype in inputs]
+        inputs = modality.part_shapes(test=group == "test")
+        return [(shape, dtype if dtype.kind in "iu" else stored) for shape, dtype in inputs]
     return [(tuple(part.shape[1:]), stored) for part in trunk(meta_inputs(modality, group))]
 
 
@@ -235,7 +235,7 @@ class Filler:
         """Collects what float16 takes from part `number`; spectrograms are standardised, and have nothing to lose."""
         if self.trunk.names:  # the columns are channels; one row of those that went through together tells enough
             source, stored = (np.moveaxis(rows[:1], 1, -1) for rows in (source, stored))
-        elif not isinstance(self.writer.modality, ArrayModality):
+        elif not self.writer.modality.raw:
             return
         columns = source.shape[-1]
         self.roundings.setdefault(number, Rounding()).add(source.reshape(-1, columns), stored.reshape(-1, columns))

@@ -36,16 +36,17 @@ from mbcd_cli.data.cache import (
     views_of,
 )
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
+from mbcd_cli.data.modalities import default_modality
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.online import describe_media
 from mbcd_cli.data.ranks import free_bytes, locked
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip, Rejected
-from mbcd_cli.data.survey import survey
 from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.errors import CacheError, CheckpointError, ManifestError
 from mbcd_cli.processes import this_process, wait_for
 from mbcd_cli.runtime import pick_device
-from mbcd_cli.settings import Modality, Settings, default_modality
+from mbcd_cli.settings import Settings
 
 _SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 
@@ -67,7 +68,7 @@ def read_listing(settings: Settings) -> Listing:
             "\n".join([f"{', '.join(absent)}: asked for, and not in the dataset.", *(f"  {line}" for line in reasons)]),
             "Complete the dataset, or leave it out of --modalities.",
         )
-    survey(listing)
+    listing.survey()
     return listing
 
 

@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import CacheError, CheckpointError, MbcdError, SettingsError
 from mbcd_cli.evaluation.metrics import summaries
 from mbcd_cli.evaluation.predict import Predictions, Variant, predict
 from mbcd_cli.model import MultiModalModel, build_model
-from mbcd_cli.settings import Modality, Settings
+from mbcd_cli.settings import Settings
 
 State = Mapping[str, torch.Tensor]
 SOURCE, TARGET = "source", "target"

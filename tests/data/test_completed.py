@@ -115,7 +115,7 @@ def test_frames_added_to_whole_folders_make_another_cache(tmp_path):
             {"id": n, "domain": "ab"[n // 2], "split": ("train", "test")[n % 2], "label": 0, "video": f"clips/{n}"}
         )
     helpers.write_manifest(root / "manifest.csv", rows)
-    settings = checking.tree(root, tmp_path / "cache")
+    settings = checking.tree(root, tmp_path / "cache", "model.modalities=video")
     first = preparing.prepare(settings)["modalities"]["video"]
     assert preparing.prepare(settings)["modalities"]["video"]["shards_reused"] == first["shards"]
     shutil.copy(root / "clips/0/frame_0000000001.jpg", root / "clips/0/frame_0000000009.jpg")
@@ -289,7 +289,7 @@ def test_flow_shorter_than_its_video_is_said(tmp_path):
     hac.write_splits(root / "HAC_Splits")
     for direction in "xy":
         helpers.write_video(root / f"animal/flow/test_2_flow_{direction}.mp4", helpers.numbered_frames(8))
-    sets = ("modalities.audio.follow_frames=4", "modalities.audio.follow_interval=1", "dataset.max_bad=9")
+    sets = ("modalities.video.frames=4", "modalities.video.interval=1", "dataset.max_bad=9")
     result, _, _ = prepared("hac", root, tmp_path / "cache", *sets)
     notes = result["modalities"]["flow"]["mended"]
     assert {note["clip"] for note in notes} == {"animal-test-test_2"}

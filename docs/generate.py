@@ -78,6 +78,7 @@ def _rows(model: type[BaseModel], prefix: str) -> list[str]:
 def settings_page() -> str:
     """Every field of the tree: path, type, default, meaning."""
     from mbcd_cli import settings
+    from mbcd_cli.data.modalities import KINDS
     from mbcd_cli.methods import METHODS, method_class
 
     pages = [NOTE, "# Settings", ""]
@@ -89,12 +90,7 @@ def settings_page() -> str:
     header = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in settings.Settings.model_fields.items():
         if name == "modalities":
-            for kind in (
-                settings.VideoModality,
-                settings.FlowModality,
-                settings.AudioModality,
-                settings.ArrayModality,
-            ):
+            for kind in KINDS.values():
                 pages += [f"## modalities.NAME, kind {kind.model_fields['kind'].default}", "", kind.__doc__ or "", ""]
                 pages += [*header, *_rows(kind, "modalities.NAME."), ""]
             continue

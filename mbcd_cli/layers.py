@@ -18,9 +18,11 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from mbcd_cli.data.modalities import AnyKind, infer_kind
+from mbcd_cli.data.modalities.frames import FrameSampling
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import DEFAULT, method_class, over_defaults, short_name
-from mbcd_cli.settings import AudioModality, FrameGeometry, Settings
+from mbcd_cli.settings import Settings
 
 _PACKAGE = Path(__file__).resolve().parent
 ENV_PREFIX = "MBCD_"
@@ -222,26 +224,31 @@ def resolve(
 
 
 def _with_followed_frames(settings: Settings) -> Settings:
-    """Sound follows frames that are read: where the modality it was to follow is left out, those of another.
+    """Sound that follows frames, with the settings of those frames.
 
-    That is the protocol of HAC: with sound and flow alone the sound's span is that of the flow's frames.
+    Where the modality that it was to follow is left out, it follows the first with frames that is read. That is the
+    protocol of HAC: with sound and flow alone the sound's span is that of the flow's frames.
+
+    Raises:
+        SettingsError: there is no such modality with frames.
     """
-    chosen = settings.model.modalities
-    framed = {name: one for name in chosen if isinstance(one := settings.modalities.get(name), FrameGeometry)}
-    changed = {
-        name: sound.model_copy(
-            update={
-                "follow": guide,
-                "follow_frames": frames.frames,
-                "follow_interval": frames.interval,
-                "follow_sampling": frames.sampling,
-            }
-        )
-        for name, sound in settings.modalities.items()
-        if name in chosen and isinstance(sound, AudioModality) and sound.follow not in (None, *chosen)
-        for guide, frames in list(framed.items())[:1]
-    }
-    return settings.model_copy(update={"modalities": {**settings.modalities, **changed}}) if changed else settings
+    chosen, modalities = settings.model.modalities, dict(settings.modalities)
+    framed = [name for name in chosen if name in modalities and modalities[name].framed]
+    for name, sound in settings.modalities.items():
+        guide = sound.guide
+        if guide is None:
+            continue
+        if name in chosen and guide not in chosen and framed:
+            guide = framed[0]
+        if guide in modalities and modalities[guide].framed:
+            told = {field: getattr(modalities[guide], field) for field in FrameSampling.model_fields}
+            modalities[name] = sound.model_copy(update={"follow": guide, "followed": FrameSampling(**told)})
+        elif sound.followed is None:
+            raise SettingsError(
+                f"modalities.{name}.follow: there is no modality {guide!r} with frames.",
+                f"Set modalities.{guide}, or take it back with --set modalities.{name}.follow=",
+            )
+    return settings.model_copy(update={"modalities": modalities})
 
 
 def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Settings:
@@ -253,12 +260,12 @@ def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Setting
     problems: list[Mapping[str, Any]] = []
     left = _merged([values])
     kind = method_class(_named(left) or DEFAULT).Settings
-    tree = Settings[kind]
+    tree = Settings[kind, AnyKind]
     first: ValidationError | None = None
     # Checks across fields wait until the fields are valid: take the bad values out and look again.
     while True:
         try:
-            settings = tree.model_validate(left)
+            settings = tree.model_validate(_with_kinds(left))
             break
         except ValidationError as error:
             first = first or error
@@ -274,6 +281,18 @@ def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Setting
         "\n".join([f"The settings have {len(lines)} {noun}:", *(f"  {line}" for line in lines)]),
         "`mbcd train --show-settings` prints a valid tree; docs/settings.md explains every field.",
     ) from first
+
+
+def _with_kinds(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values` with the kinds of the modalities that leave theirs to their name."""
+    given = values.get("modalities")
+    if not isinstance(given, Mapping):
+        return values
+    kinds = {
+        name: {"kind": infer_kind(name) or "array", **group} if isinstance(group, Mapping) else group
+        for name, group in given.items()
+    }
+    return {**values, "modalities": kinds}
 
 
 def _path(problem: Mapping[str, Any]) -> list[str]:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import Noise, Parts, Tail, Trunk
-from mbcd_cli.settings import Modality, ModelSettings
+from mbcd_cli.settings import ModelSettings
 
 TailWeights = Mapping[str, Mapping[str, torch.Tensor]]
 """Modality -> name of a tail's parameter -> tensor."""

@@ -6,28 +6,11 @@ Merging presets, files, environment and flags into one tree is `mbcd_cli.layers`
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-
-Kind = Literal["video", "flow", "audio", "array"]
-KINDS: tuple[Kind, ...] = ("video", "flow", "audio", "array")
-_KIND_WORDS: dict[Kind, tuple[str, ...]] = {
-    "video": ("video", "rgb", "frames"),
-    "flow": ("flow",),
-    "audio": ("audio", "sound", "speech", "wav"),
-    "array": ("array", "tensor", "features"),
-}
-
-
-def infer_kind(name: str) -> Kind | None:
-    """Kind of a modality told from its name (`video_left` -> video), or None when the name tells nothing."""
-    words = re.split(r"[^a-z]+", name.lower())
-    for kind in KINDS:
-        if any(word in words for word in _KIND_WORDS[kind]):
-            return kind
-    return None
 
 
 def _split_commas(value: Any) -> Any:
@@ -41,9 +24,34 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class Slice(BaseModel):
-    """Base of every part of the tree: frozen, no unknown keys, docstrings as descriptions, finite numbers."""
+Role = Literal["weights", "cache", "machine", "report"]
+"""What a setting is for.
 
+weights: trained weights depend on it. cache: so do cached bytes. machine: where and how things are kept and computed,
+and how often; nothing that is stored depends on it. report: what is computed from finished weights.
+"""
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class _For:
+    role: Role
+
+
+# Fields with another role than their group's.
+ForWeights = Annotated[_Value, _For("weights")]
+ForCache = Annotated[_Value, _For("cache")]
+ForMachine = Annotated[_Value, _For("machine")]
+
+
+class Slice(BaseModel):
+    """Base of every part of the tree: frozen, no unknown keys, docstrings as descriptions, finite numbers.
+
+    Attributes:
+        role: what its fields are for, but for those that are marked otherwise; unsaid, the most careful answer.
+    """
+
+    role: ClassVar[Role] = "weights"
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
@@ -60,7 +68,7 @@ class DatasetSettings(Slice):
     """Reader that lists the clips: manifest, demo, epic-kitchens, hac, synthetic or digits."""
     name: str | None = None
     """Name of the dataset in the cache and in run folders; default: the root folder's name."""
-    root: Path | None = None
+    root: ForMachine[Path | None] = None
     """Folder that holds the dataset; only `prepare` needs it."""
     manifest: Path = Path("manifest.csv")
     """CSV table of the manifest reader, relative to the root."""
@@ -70,13 +78,13 @@ class DatasetSettings(Slice):
     """Domains to use, in this order; empty means all that the dataset has."""
     classes: Count | None = None
     """Number of classes, labels being 0 to classes - 1; default: the largest label found plus one."""
-    target_split: Literal["test", "all"] = "test"
+    target_split: ForCache[Literal["test", "all"]] = "test"
     """Rows of the target domain that are tested: its test split, or all of its clips."""
-    min_frames: Count = 2
+    min_frames: ForCache[Count] = 2
     """A video or flow with fewer frames than this is rejected."""
-    max_bad: Annotated[int, Field(ge=0)] = 0
+    max_bad: ForMachine[Annotated[int, Field(ge=0)]] = 0
     """Rejected clips that `prepare` tolerates before it exits with 3."""
-    missing_frames: Literal["nearest", "reject"] = "nearest"
+    missing_frames: ForCache[Literal["nearest", "reject"]] = "nearest"
     """What to do when single frames of a clip are missing: use the nearest present frame, or reject the clip."""
     compute_flow: bool = False
     """Compute optical flow (OpenCV DIS) from the video where the dataset has none."""
@@ -88,171 +96,37 @@ class DatasetSettings(Slice):
     """synthetic: distance of the domains in each modality, in units of the noise."""
 
 
-class ModalityBase(Slice):
-    """What every kind of modality has in common."""
+class ModalitySettings(Slice):
+    """What every kind of modality has in common; the kinds are in `mbcd_cli.data.modalities`."""
 
-    encoder: str
+    role: ClassVar[Role] = "cache"
+
+    kind: str
+    """Kind of the modality."""
+    encoder: ForWeights[str]
     """Encoder that reads this modality; `mbcd list encoders` shows them."""
     cut: str = "input"
     """First trained stage: `input` trains everything, `layer4` as in the paper, `adapter` a small MLP after pooling."""
-    weights: Path | None = None
+    weights: ForWeights[Path | None] = None
     """Checkpoint file for the encoder, relative to `--weights-dir`; none means random weights."""
-    weights_sha256: str | None = None
+    weights_sha256: ForWeights[str | None] = None
     """Expected SHA-256 of the weights file, or its beginning; a file that differs is refused."""
-    width: Count = 16
+    width: ForWeights[Count] = 16
     """Channels of the first layer of a small encoder; the others grow from it."""
-
-
-Sampling = Literal["centred", "reference"]
-
-
-class FrameGeometry(ModalityBase):
-    """Frame sampling and geometry shared by video and flow."""
-
-    frames: Count = 16
-    """Frames given to the encoder."""
-    interval: Annotated[int, Field(ge=0)] = 0
-    """Native frames between two sampled ones; 0 spreads the frames evenly over the whole clip."""
-    sampling: Sampling = "centred"
-    """Where frames at an interval lie: centred (MMAction2 1), or as the reference has them (MMAction2 0)."""
-    short_side: Count = 64
-    """Pixels of the short side after the first resize."""
-    crop: Count = 56
-    """Pixels of the square crop given to the encoder."""
-    test_crop: Count | None = None
-    """Pixels of the centre crop of the test view; default: the same as `crop`."""
-    crop_area: tuple[Fraction, Fraction] = (0.6, 1.0)
-    """Range of the area of the random training crop, as a fraction of the frame."""
-    crop_aspect: tuple[Positive, Positive] = (0.8, 1.25)
-    """Range of the aspect ratio (width over height) of the random training crop."""
-    flip: Fraction = 0.5
-    """Probability that a training view is mirrored (the sign of horizontal flow follows)."""
-
-    @field_validator("crop_area", "crop_aspect")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1] or value[0] <= 0:
-            raise ValueError("the two ends must be positive and in ascending order")
-        return value
-
-    @model_validator(mode="after")
-    def _crop_fits(self):
-        for size in (self.crop, self.test_crop or self.crop):
-            if size > self.short_side:
-                raise ValueError(f"a crop of {size} pixels does not fit a short side of {self.short_side}")
-        return self
-
-
-class VideoModality(FrameGeometry):
-    """RGB video."""
-
-    kind: Literal["video"] = "video"
-    """Kind of the modality."""
-    encoder: str = "small-video"
-    """Encoder that reads this modality; `mbcd list encoders` shows them."""
-    mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
-    """Mean of each channel (R, G, B; 0 to 255) that is subtracted."""
-    std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
-    """Standard deviation of each channel that is divided by."""
-
-
-class FlowModality(FrameGeometry):
-    """Optical flow as two grey channels (u, v), 128 being no motion."""
-
-    kind: Literal["flow"] = "flow"
-    """Kind of the modality."""
-    encoder: str = "small-flow"
-    """Encoder that reads this modality; `mbcd list encoders` shows them."""
-    mean: float = 128.0
-    """Mean that is subtracted from both channels."""
-    std: Positive = 128.0
-    """Value that both channels are divided by."""
-    flow_bound: Positive = 20.0
-    """Computed flow is clipped to this many pixels per frame and mapped to 0..255 (128 is no motion)."""
-
-
-class AudioModality(ModalityBase):
-    """Sound as a log-spectrogram (scipy; method.md section 4)."""
-
-    kind: Literal["audio"] = "audio"
-    """Kind of the modality."""
-    encoder: str = "small-audio"
-    """Encoder that reads this modality; `mbcd list encoders` shows them."""
-    sample_rate: Count | None = None
-    """Samples per second after resampling; default: as stored."""
-    samples: Count = 160000
-    """Samples taken from the clip's beginning."""
-    short: Literal["repeat", "pad"] = "repeat"
-    """A clip with fewer samples is repeated, or padded with silence."""
-    level: Literal["keep", "rms", "peak"] = "keep"
-    """Loudness: as recorded, or scaled to a root mean square of 0.1, or to a peak of 1."""
-    nperseg: Count = 512
-    """Samples per spectrogram window."""
-    noverlap: Annotated[int, Field(ge=0)] = 353
-    """Samples by which two windows overlap."""
-    log_floor: Positive = 1e-7
-    """Added to the spectrogram before the logarithm."""
-    noise: NonNegative = 0.05
-    """Training views get uniform noise of up to this much added to the standardised spectrogram."""
-    mask_bins: Annotated[int, Field(ge=0)] = 9
-    """Training views have one band of this many frequency bins set to zero."""
-    follow: str | None = None
-    """Modality whose sampled frames fix the span of each view's sound (HAC), or another that is read; none: all."""
-    follow_frames: Count = 32
-    """Frames that the followed modality samples."""
-    follow_interval: Annotated[int, Field(ge=0)] = 2
-    """Native frames between two of them; 0 as for `interval`."""
-    follow_sampling: Sampling = "centred"
-    """Its `sampling`."""
-    follow_rate: Positive = 24.0
-    """Frames per second by which their times are told."""
-    shift: Fraction = 0.0
-    """Training views of padded clips begin at a random moment within this fraction of the free room."""
-
-    @field_validator("follow", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: object) -> object:
-        return None if value == "" else value  # `--set modalities.audio.follow=`: a preset's value taken back
-
-    @model_validator(mode="after")
-    def _window_fits(self):
-        if self.noverlap >= self.nperseg:
-            raise ValueError(f"noverlap ({self.noverlap}) must be smaller than nperseg ({self.nperseg})")
-        if self.samples < self.nperseg:
-            raise ValueError(f"samples ({self.samples}) must be at least nperseg ({self.nperseg})")
-        return self
-
-
-class ArrayModality(ModalityBase):
-    """A plain tensor per clip (.npy): a vector [D], or a sequence [T, D]."""
-
-    kind: Literal["array"] = "array"
-    """Kind of the modality."""
-    encoder: str = "array-mlp"
-    """Encoder that reads this modality; `mbcd list encoders` shows them."""
-    length: Count | None = None
-    """Steps of every sequence; default: those of the longest file. Vectors have none."""
-    fit: Literal["pad", "sample"] = "pad"
-    """How a sequence gets to `length`: cut or padded with zeros at its end, or sampled at `length` even moments."""
-    dimension: Count | None = None
-    """Values per vector or step; default: read from the first file."""
-    noise: NonNegative = 0.0
-    """Training views get Gaussian noise of this standard deviation added."""
-
-
-Modality = Annotated[VideoModality | FlowModality | AudioModality | ArrayModality, Field(discriminator="kind")]
 
 
 class CacheSettings(Slice):
     """The cache of trunk outputs."""
 
+    role: ClassVar[Role] = "machine"
+
     dir: Path = Path("cache")
     """Folder of all caches."""
-    views: Annotated[int, Field(ge=0)] = 4
+    views: ForCache[Annotated[int, Field(ge=0)]] = 4
     """Random training views stored per training clip; 0: `train` decodes a fresh one every epoch and runs the trunk."""
-    trunk_batch_norm: Literal["running", "batch"] = "running"
+    trunk_batch_norm: ForCache[Literal["running", "batch"]] = "running"
     """Batch norm of the trunk with views = 0: as in the weights, or following train and eval mode (the reference)."""
-    dtype: Literal["float16", "float32", "int8"] = "float16"
+    dtype: ForCache[Literal["float16", "float32", "int8"]] = "float16"
     """Type of stored trunk outputs and spectrograms (int8: with a scale per row and channel); frames are uint8."""
     shard_clips: Count = 64
     """Clips per shard file; a killed `prepare` loses at most the shard in flight."""
@@ -262,9 +136,9 @@ class CacheSettings(Slice):
     """Processes that decode media; 0 decodes in the main process."""
     weights_dir: Path = Path("weights")
     """Folder of the encoders' pretrained weights."""
-    random_weights: bool = False
+    random_weights: ForWeights[bool] = False
     """Allow a frozen trunk with random weights (for tests and timings; never silently)."""
-    seed: int = 0
+    seed: ForCache[int] = 0
     """Seed of the random views; with the clip's id it fixes every view, whatever the number of workers."""
 
     @model_validator(mode="after")
@@ -365,9 +239,9 @@ class TrainingSettings(Slice):
     """Seed of initial weights, order, views, masks and noise."""
     batch_norm: Literal["tracked", "frozen"] = "tracked"
     """Batch norm of the tails: train mode with tracked statistics, or frozen statistics."""
-    checkpoint_minutes: NonNegative = 10.0
+    checkpoint_minutes: ForMachine[NonNegative] = 10.0
     """Minutes between checkpoints inside an epoch; every epoch ends with one, 0 means only then."""
-    keep_checkpoints: bool = False
+    keep_checkpoints: ForMachine[bool] = False
     """Keep every epoch's weights (`checkpoints/epoch-NNN.pt`) for trajectories."""
     log_steps: Count = 10
     """Steps between two records in steps.jsonl, each the mean over those steps."""
@@ -387,6 +261,8 @@ class TrainingSettings(Slice):
 
 class EvaluationSettings(Slice):
     """What `evaluate` computes."""
+
+    role: ClassVar[Role] = "report"
 
     batch_size: Count = 64
     """Clips per forward pass."""
@@ -418,6 +294,8 @@ class EvaluationSettings(Slice):
 
 class LandscapeSettings(Slice):
     """Loss surfaces and flatness."""
+
+    role: ClassVar[Role] = "report"
 
     points: Annotated[int, Field(ge=3)] = 15
     """Points per axis of the 2-D surface (1-D curves use four times as many, less one)."""
@@ -478,19 +356,21 @@ class LandscapeSettings(Slice):
 class RuntimeSettings(Slice):
     """Where and how the computations run."""
 
+    role: ClassVar[Role] = "machine"
+
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads; 0 leaves it to torch."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: ForWeights[Literal["float32", "bfloat16"]] = "float32"
     """Precision of convolutions and products (weights stay float32)."""
-    deterministic: bool = True
+    deterministic: ForWeights[bool] = True
     """The same inputs and seed give the same result on every run of one machine."""
-    channels_last: Literal["auto", "on", "off"] = "auto"
+    channels_last: ForWeights[Literal["auto", "on", "off"]] = "auto"
     """Channels-last memory layout of convolutions; auto takes it for CUDA and for bfloat16."""
-    compile: bool = False
+    compile: ForWeights[bool] = False
     """Compile the tails with torch.compile (slow first steps, sometimes quicker ones after)."""
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: ForWeights[Literal["auto", "on", "off"]] = "auto"
     """Capture the whole training step in a CUDA graph; auto does so on one GPU and falls back to single kernels."""
     cache_device: Literal["auto", "host", "cuda"] = "auto"
     """Where the selected clips' cache lies in training: mapped from disk, or on the GPU (auto: when it fits)."""
@@ -499,14 +379,15 @@ class RuntimeSettings(Slice):
 
 
 AnyMethodSettings = TypeVar("AnyMethodSettings", bound=MethodSettings)
+AnyModality = TypeVar("AnyModality", bound=ModalitySettings)
 
 
-class Settings(Slice, Generic[AnyMethodSettings]):
-    """The whole tree; `layers.validate` gives it the settings class of the method that it names."""
+class Settings(Slice, Generic[AnyMethodSettings, AnyModality]):
+    """The whole tree; `layers.validate` gives it the settings classes of the method and kinds that it names."""
 
     dataset: DatasetSettings = DatasetSettings()
     """Dataset."""
-    modalities: dict[str, Modality] = {}
+    modalities: ForCache[dict[str, AnyModality]] = {}
     """Modalities by name; empty means whatever the dataset has, each with its kind's defaults."""
     cache: CacheSettings = CacheSettings()
     """Cache."""
@@ -535,18 +416,6 @@ class Settings(Slice, Generic[AnyMethodSettings]):
             raise ValueError("the method distils from the weight average: set average.kind to ema or sma")
         return value
 
-    @field_validator("modalities", mode="before")
-    @classmethod
-    def _infer_kinds(cls, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {
-            name: {"kind": infer_kind(name) or "array", **slice_}
-            if isinstance(slice_, dict) and "kind" not in slice_
-            else slice_
-            for name, slice_ in value.items()
-        }
-
     @field_validator("modalities")
     @classmethod
     def _names(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -556,7 +425,29 @@ class Settings(Slice, Generic[AnyMethodSettings]):
         return value
 
 
-def default_modality(name: str, kind: str | None = None) -> Modality:
-    """The default settings of a modality called `name`."""
-    kinds = {"video": VideoModality, "flow": FlowModality, "audio": AudioModality, "array": ArrayModality}
-    return kinds[kind or infer_kind(name) or "array"]()
+def role_of(path: str) -> Role:
+    """What the setting `path` (dotted) is for.
+
+    A setting of one method or of one modality has the role of its group, and an unknown one that of its nearest group.
+    """
+    owner: type[Slice] | None = Settings
+    role: Role = "weights"
+    for key in path.split("."):
+        field = None if owner is None else owner.model_fields.get(key)
+        if field is None:
+            break
+        role = field_role(owner, key)
+        held = getattr(field.annotation, "__bound__", field.annotation)
+        owner = held if isinstance(held, type) and issubclass(held, Slice) else None
+        role = role if owner is None else owner.role
+    return role
+
+
+def field_role(group: type[Slice], field: str) -> Role:
+    """What a field of a group is for."""
+    return next((one.role for one in group.model_fields[field].metadata if isinstance(one, _For)), group.role)
+
+
+def fields_for(group: type[Slice], role: Role) -> tuple[str, ...]:
+    """The fields of a group with this role, in their order."""
+    return tuple(field for field in group.model_fields if field_role(group, field) == role)

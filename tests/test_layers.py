@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from mbcd_cli import layers
+from mbcd_cli.data.modalities import KINDS
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS, method_class
-from mbcd_cli.settings import MethodSettings, Settings
+from mbcd_cli.settings import CacheSettings, MethodSettings, Role, Settings, field_role, fields_for, role_of
 
 
 @pytest.fixture(autouse=True)
@@ -175,9 +177,50 @@ def test_every_field_has_a_docstring():
                 walk(field.annotation)
 
     walk(Settings)
-    from mbcd_cli import settings
-
     for method in METHODS:
         walk(method_class(method).Settings)
-    for kind in (settings.VideoModality, settings.FlowModality, settings.AudioModality, settings.ArrayModality):
+    for kind in KINDS.values():
         walk(kind)
+
+
+def groups(model=Settings, path=""):
+    """(dotted path, group) of every group of the tree, with those of every method and kind."""
+    yield path, model
+    for name, field in model.model_fields.items():
+        if hasattr(field.annotation, "model_fields"):
+            yield from groups(field.annotation, f"{path}.{name}" if path else name)
+    if model is Settings:
+        for method in METHODS:
+            yield from groups(method_class(method).Settings, "method")
+        for kind in KINDS.values():
+            yield from groups(kind, "modalities.NAME")
+
+
+def test_every_field_says_what_it_is_for():
+    for path, group in groups():
+        assert {field_role(group, field) for field in group.model_fields} <= set(get_args(Role)), path
+
+
+def test_only_these_settings_may_change_without_other_weights():
+    """Written out, since a run that is resumed, and a cell of a sweep that is reused, rest on it."""
+    whole = {"evaluation", "landscape"}
+    free = {
+        f"{path}.{field}"
+        for path, group in groups()
+        for field in group.model_fields
+        if path.split(".")[0] not in {"", "modalities", *whole} and role_of(f"{path}.{field}") in ("machine", "report")
+    }
+    assert free == {
+        *(f"runtime.{field}" for field in ("device", "threads", "prefetch", "cache_device")),
+        *(f"cache.{field}" for field in ("dir", "workers", "weights_dir", "shard_clips", "compression")),
+        *("dataset.root", "dataset.max_bad", "training.checkpoint_minutes", "training.keep_checkpoints"),
+    }
+    assert {role_of(f"{part}.seed") for part in whole} == {"report"}
+
+
+def test_what_reads_a_view_is_no_part_of_the_view():
+    for kind in KINDS.values():
+        assert set(fields_for(kind, "weights")) == {"encoder", "weights", "weights_sha256", "width"}
+    assert fields_for(CacheSettings, "cache") == ("views", "trunk_batch_norm", "dtype", "seed")
+    assert role_of("modalities.video.frames") == "cache"
+    assert role_of("method.dropout.rate") == "weights"

@@ -14,9 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
+from mbcd_cli.data.modalities.base import load_views
 from mbcd_cli.data.online import mixed_seed
 from mbcd_cli.data.records import TEST_VIEW
-from mbcd_cli.data.views import load_views
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError, MediaError, SettingsError
 from mbcd_cli.evaluation.analyses.robustness import disturbed_accuracy, gaussian_shift

@@ -220,15 +220,14 @@ def prepare(
 
 def _repeated(sets: Sequence[str], config: Path | None, modalities: str | None, cache_dir: Path | None) -> list[str]:
     """What `train` must be told as `prepare` was, so that it means the same cache."""
+    from mbcd_cli.settings import role_of
+
     words = [] if config is None else ["--config", str(config)]
     words += [] if modalities is None else ["--modalities", modalities]
     words += [] if cache_dir is None else ["--cache-dir", str(cache_dir)]
-    kept = [one for one in sets if one.startswith(("cache.", "dataset.", "modalities.")) and not one.startswith(_LOCAL)]
+    parts = ("cache.", "dataset.", "modalities.")
+    kept = [one for one in sets if one.startswith(parts) and role_of(one.partition("=")[0]) != "machine"]
     return words + [word for one in kept for word in ("--set", one)]
-
-
-_LOCAL = ("cache.dir", "cache.workers", "cache.shard_clips", "cache.compression", "cache.weights_dir", "dataset.root")
-"""Settings of `prepare` that a later command does not need."""
 
 
 def _preset_for_prepare(preset: str | None, config: Path | None, reader: str, root: Path | None) -> str | None:

@@ -33,19 +33,18 @@ import numpy as np
 from mbcd_cli import __version__
 from mbcd_cli.data.media.condition import condition, files_of, holding
 from mbcd_cli.data.media.timeline import DECODER
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.ranks import partial_is_ours
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Clip, Rejected
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import open_hdf5, remove_partial, written_hdf5
 from mbcd_cli.processes import ALONE, Place
-from mbcd_cli.settings import Modality, Settings
+from mbcd_cli.settings import Settings, fields_for
 
 FORMAT = 1
 SHARD_BYTES = 512 * 2**20
 """A shard holds at most about this much, so that memory stays bounded while one is being filled."""
 _TEXT = h5py.string_dtype("utf-8")
-# With nothing frozen the cache holds decoded tensors, whatever encoder reads them later.
-_ENCODER_FIELDS = ("encoder", "width", "weights", "weights_sha256")
 
 
 def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha256: str | None) -> dict[str, Any]:
@@ -57,23 +56,13 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
         modality: its resolved settings.
         weights_sha256: of the encoder's weights; None for random ones.
     """
-    view = modality.model_dump(mode="json")
-    for key in _ENCODER_FIELDS:
-        view.pop(key)
-    recipe: dict[str, Any] = {
-        "format": FORMAT,
-        "decoder": DECODER,
-        "modality": name,
-        "view": view,
-        "views": settings.cache.views,
-        "seed": settings.cache.seed,
-        "dtype": settings.cache.dtype,
-        "test_view": settings.dataset.target_split,
-        "min_frames": settings.dataset.min_frames,
-        "missing_frames": settings.dataset.missing_frames,
-    }
-    if settings.cache.views == 0:
-        recipe["trunk_batch_norm"] = settings.cache.trunk_batch_norm
+    # With nothing frozen the cache holds decoded tensors, whatever encoder reads them later.
+    view = modality.model_dump(mode="json", include={*fields_for(type(modality), "cache")})
+    recipe: dict[str, Any] = {"format": FORMAT, "decoder": DECODER, "modality": name, "view": view}
+    for group in (settings.dataset, settings.cache):
+        recipe |= {field: getattr(group, field) for field in fields_for(type(group), "cache")}
+    if settings.cache.views:
+        del recipe["trunk_batch_norm"]
     if modality.cut != "input" or modality.weights is not None:
         recipe["encoder"] = modality.encoder
         recipe["width"] = modality.width

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.cache import recipe_of
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError, load_weights
 from mbcd_cli.data.online import OnlineViews
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import flatten
-from mbcd_cli.settings import CacheSettings, Modality, Settings
+from mbcd_cli.settings import CacheSettings, Settings, fields_for
 
-PREPARED = ("views", "trunk_batch_norm", "dtype", "seed")
+PREPARED = fields_for(CacheSettings, "cache")
 """Settings of a cache that are read from it where only its dataset is named."""
 
 
@@ -167,7 +168,7 @@ class CachedDataset:
             views = {name: generator.integers(self.caches[name].views, size=len(order)) for name in stored}
             for name in stored:
                 # Sound cut by the frames that a view samples belongs to that view of those frames.
-                guide = getattr(self.modalities[name], "follow", None)
+                guide = self.modalities[name].guide
                 if guide in views and self.caches[guide].views == self.caches[name].views:
                     views[name] = views[guide]
         stop = len(order) - len(order) % batch_size if drop_last else len(order)
@@ -295,8 +296,8 @@ def _differences(settings: Settings, name: str, wanted: Modality, cache: Modalit
     fields = {f"view.{key}": field.default for key, field in type(wanted).model_fields.items()}
     later = {key: value for key, value in {**fields, "trunk_batch_norm": "running"}.items() if key in expected}
     have = {**later, **flatten(cache.recipe)}
-    if have.get("test_view") == "all":  # holds more than a test of the test split needs
-        expected["test_view"] = "all"
+    if have.get("target_split") == "all":  # holds more than a test of the test split needs
+        expected["target_split"] = "all"
     if "weights" in expected and (wanted.weights is not None) == (have.get("weights") != "random"):
         expected["weights"] = have.get("weights")
     return [

@@ -15,13 +15,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from mbcd_cli.data.cache import FORMAT, group_of, read_rejected
+from mbcd_cli.data.modalities import AnyKind
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.quantise import restore
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import open_hdf5
-from mbcd_cli.settings import Modality
 
-_MODALITY = TypeAdapter(Modality)
+_MODALITY = TypeAdapter(AnyKind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.records import Clip, Media
 from mbcd_cli.errors import MediaError
-from mbcd_cli.settings import DatasetSettings, Modality, Settings
+from mbcd_cli.settings import DatasetSettings, Settings
 
 Parts = tuple[torch.Tensor, ...]
 _FILES = ("path", "path_v", "clock")

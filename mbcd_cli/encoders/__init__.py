@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.encoders import arrays, audio_resnet, resnet3d, small
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.plugins import entry_of
-from mbcd_cli.settings import Kind, Modality
 
 GROUP = "mbcd.encoders"
 
@@ -21,7 +21,7 @@ GROUP = "mbcd.encoders"
 class EncoderEntry:
     """One encoder: the kind of modality it reads, how it is built from that modality's settings, and what it is."""
 
-    kind: Kind
+    kind: str
     build: Callable[[Any], StagedEncoder]
     summary: str
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.encoders.staged import GlobalPool, StagedEncoder
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.settings import ArrayModality
 
 
 class _StepsFirst(nn.Module):

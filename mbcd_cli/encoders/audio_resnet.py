@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mbcd_cli.data.modalities.audio import AudioModality
 from mbcd_cli.encoders.staged import GlobalPool, StagedEncoder
-from mbcd_cli.settings import AudioModality
 
 
 class BasicBlock(nn.Module):

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.encoders.convolution import Conv3d
 from mbcd_cli.encoders.staged import GlobalPool, Normalise, StagedEncoder
-from mbcd_cli.settings import FlowModality, VideoModality
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 # Whether a layer's blocks look along time (3x1x1 in their first convolution).

@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.encoders.staged import Normalise, StagedEncoder
-from mbcd_cli.settings import AudioModality, FlowModality, VideoModality
 
 
 def _block3d(inside: int, out: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> list[nn.Module]:

@@ -16,16 +16,17 @@ from mbcd_cli.data.cache import (
     shard_ranges,
     views_of,
 )
+from mbcd_cli.data.modalities import default_modality
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip
-from mbcd_cli.data.survey import survey
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.preparation.trunk import (
     Shapes,
     cached_shapes,
     row_bytes,
 )
-from mbcd_cli.settings import Modality, Settings, default_modality
+from mbcd_cli.settings import Settings
 
 
 def read_listing(settings: Settings) -> Listing:
@@ -45,7 +46,7 @@ def read_listing(settings: Settings) -> Listing:
             "\n".join([f"{', '.join(absent)}: asked for, and not in the dataset.", *(f"  {line}" for line in reasons)]),
             "Complete the dataset, or leave it out of --modalities.",
         )
-    survey(listing)
+    listing.survey()
     return listing
 
 

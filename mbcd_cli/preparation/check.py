@@ -15,6 +15,7 @@ from mbcd_cli import console
 from mbcd_cli.data.cache import group_of
 from mbcd_cli.data.media.decoding import DecodeJob, decode
 from mbcd_cli.data.media.folders import MOST_MISSING
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.ranks import free_bytes
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media
@@ -24,10 +25,8 @@ from mbcd_cli.errors import CheckpointError
 from mbcd_cli.preparation.cache_plan import Plan, make_plan, read_listing, stored_views
 from mbcd_cli.preparation.trunk import meta_inputs, meta_trunk, needs_weights, row_bytes, weights_bytes
 from mbcd_cli.runtime import pick_device
-from mbcd_cli.settings import Modality, Settings
+from mbcd_cli.settings import Settings
 
-_STATED = {"video": 0.4, "flow": 0.1, "audio": 0.1, "array": 0.002}
-"""Seconds of one worker for one clip, where no clip is there to be timed."""
 _TIMED_CLIPS, _TIMED_SECONDS = 4, 1.0
 _LONG_FILE = 200 * 2**20
 """A longer video is not opened: its index alone takes seconds."""
@@ -138,7 +137,7 @@ def _views(plan: Plan) -> dict[str, int]:
 
 def _mendable(settings: Settings, modality: Modality, gap: Gap) -> bool:
     """Whether `prepare` will take neighbouring frames instead of what is missing."""
-    if settings.dataset.missing_frames != "nearest" or modality.kind not in ("video", "flow"):
+    if settings.dataset.missing_frames != "nearest" or not modality.framed:
         return False
     return gap.share <= MOST_MISSING and gap.expected - gap.missing >= settings.dataset.min_frames
 
@@ -207,7 +206,7 @@ def _decode_seconds(
         spent.append(time.perf_counter() - started)
         if sum(spent) > _TIMED_SECONDS:
             break
-    seconds = sorted(spent)[len(spent) // 2] if spent else _STATED[modality.kind]
+    seconds = sorted(spent)[len(spent) // 2] if spent else modality.stated_seconds
     return seconds, len(spent), unusable
 
 

@@ -25,7 +25,6 @@ from mbcd_cli.errors import CacheError
 from mbcd_cli.preparation.trunk import (
     Shapes,
 )
-from mbcd_cli.settings import ArrayModality
 
 
 @dataclass(slots=True)
@@ -152,7 +151,7 @@ class Filler:
         """Collects what float16 takes from part `number`; spectrograms are standardised, and have nothing to lose."""
         if self.trunk.names:  # the columns are channels; one row of those that went through together tells enough
             source, stored = (np.moveaxis(rows[:1], 1, -1) for rows in (source, stored))
-        elif not isinstance(self.writer.modality, ArrayModality):
+        elif not self.writer.modality.raw:
             return
         columns = source.shape[-1]
         self.roundings.setdefault(number, Rounding()).add(source.reshape(-1, columns), stored.reshape(-1, columns))

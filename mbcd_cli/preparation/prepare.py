@@ -18,6 +18,7 @@ from mbcd_cli.data.cache import (
     CacheWriter,
 )
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.online import describe_media
 from mbcd_cli.data.ranks import free_bytes, locked
 from mbcd_cli.data.readers import Listing
@@ -35,7 +36,7 @@ from mbcd_cli.preparation.trunk import (
 )
 from mbcd_cli.processes import this_process, wait_for
 from mbcd_cli.runtime import pick_device
-from mbcd_cli.settings import Modality, Settings
+from mbcd_cli.settings import Settings
 
 _SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from mbcd_cli import console
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.quantise import scale_shape
-from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.files import written
-from mbcd_cli.settings import Modality, Settings
+from mbcd_cli.settings import Settings
 
 Shapes = list[tuple[tuple[int, ...], np.dtype]]
 
@@ -66,7 +66,7 @@ def build_trunk(settings: Settings, name: str, modality: Modality) -> Frozen:
 
 def meta_inputs(modality: Modality, group: str) -> tuple[torch.Tensor, ...]:
     """A view of one clip in shape only."""
-    inputs = part_shapes(modality, test=group == "test")
+    inputs = modality.part_shapes(test=group == "test")
     return tuple(
         torch.empty((1, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device="meta")
         for shape, dtype in inputs
@@ -86,8 +86,8 @@ def cached_shapes(name: str, modality: Modality, settings: Settings, group: str)
     stored = np.dtype(settings.cache.dtype)
     trunk = meta_trunk(settings, name, modality)
     if not trunk.names:
-        inputs = part_shapes(modality, test=group == "test")
-        return [(shape, dtype if dtype == np.uint8 else stored) for shape, dtype in inputs]
+        inputs = modality.part_shapes(test=group == "test")
+        return [(shape, dtype if dtype.kind in "iu" else stored) for shape, dtype in inputs]
     return [(tuple(part.shape[1:]), stored) for part in trunk(meta_inputs(modality, group))]
 
 

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from mbcd_cli.data.modalities import AnyKind
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.files import written
 from mbcd_cli.layers import validate
-from mbcd_cli.settings import Modality, Settings
+from mbcd_cli.settings import Settings
 
 FORMAT = "mbcd-checkpoint"
 VERSION = 2
-_MODALITIES = TypeAdapter(dict[str, Modality])
+_MODALITIES = TypeAdapter(dict[str, AnyKind])
 
 State = dict[str, torch.Tensor]
 

@@ -17,28 +17,12 @@ from typing import Any
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import append_record, flatten, is_partial, lock, remove_partial, sync, write_json, write_text
 from mbcd_cli.layers import load_settings, to_toml
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import Settings, role_of
 
 SETTINGS = "settings.toml"
 DONE = "done"
 LOGS = ("metrics.jsonl", "steps.jsonl", "timing.jsonl")
 _LOCK = ".lock"
-FREE = (
-    "evaluation.",
-    "landscape.",
-    "runtime.device",
-    "runtime.threads",
-    "runtime.prefetch",
-    "runtime.cache_device",
-    "cache.dir",
-    "cache.workers",
-    "cache.weights_dir",
-    "dataset.root",
-    "dataset.max_bad",
-    "training.checkpoint_minutes",
-    "training.keep_checkpoints",
-)
-"""Beginnings of the settings that may differ on resume, because no weight depends on them."""
 
 
 class RunFolder:
@@ -172,7 +156,7 @@ def _compare(path: Path, settings: Settings) -> None:
     changed = [
         f"  {key}: was {saved.get(key)}, now {now.get(key)}"
         for key in dict.fromkeys([*saved, *now])
-        if saved.get(key) != now.get(key) and not key.startswith(FREE)
+        if saved.get(key) != now.get(key) and role_of(key) in ("weights", "cache")
     ]
     if changed:
         raise RunError(

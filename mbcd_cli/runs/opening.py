@@ -13,10 +13,10 @@ from mbcd_cli.errors import CacheError, CheckpointError, SettingsError
 from mbcd_cli.layers import Layer, load_settings, resolve
 from mbcd_cli.runs.checkpoint import Checkpoint, load_checkpoint
 from mbcd_cli.runs.names import run_of
-from mbcd_cli.settings import CacheSettings, Settings
+from mbcd_cli.settings import CacheSettings, Settings, role_of
 
-# Slices that a finished run leaves open; everything else is what the weights were trained with.
-_FREE = ("evaluation", "landscape", "runtime")
+# Groups that a finished run leaves open; everything else is what the weights were trained with.
+_FREE = tuple(part for part in Settings.model_fields if role_of(part) in ("machine", "report"))
 
 
 def open_for_training(settings: Settings) -> tuple[Settings, CachedDataset]:
@@ -88,12 +88,12 @@ def check_unchanged(saved: Settings, now: Settings) -> None:
     parts = [
         part
         for part in Settings.model_fields
-        if part not in (*_FREE, "cache", "dataset") and getattr(saved, part) != getattr(now, part)
+        if part not in (*_FREE, "dataset") and getattr(saved, part) != getattr(now, part)
     ]
     if parts:
         raise SettingsError(
             f"These settings belong to the training and cannot be changed here: {', '.join(parts)}.",
-            f"Only {', '.join(_FREE)}, cache.dir and dataset.target_split can; train again to change the others.",
+            f"Only {', '.join(_FREE)} and dataset.target_split can; train again to change the others.",
         )
 
 

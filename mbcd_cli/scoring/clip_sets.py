@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import CacheError, MbcdError, SettingsError
-from mbcd_cli.settings import Modality, Settings
+from mbcd_cli.settings import Settings
 
 SOURCE, TARGET = "source", "target"
 """The two sets of clips: the source domains' test split (in-domain), and the unseen target domain."""

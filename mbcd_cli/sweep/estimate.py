@@ -111,7 +111,7 @@ def checkpoint_bytes(cell: Cell) -> int | None:
     names = settings.model.modalities
     chosen, classes = {name: settings.modalities.get(name) for name in names}, settings.dataset.classes
     try:
-        if not names or classes is None or any(one is None or one.kind == "array" for one in chosen.values()):
+        if not names or classes is None or any(one is None or one.raw for one in chosen.values()):
             data = open_dataset(settings, name=str(settings.dataset.name), modalities=names)
             chosen, classes = dict(data.modalities), len(data.label_names)
         with torch.device("meta"):

@@ -18,8 +18,7 @@ from mbcd_cli.errors import SettingsError
 from mbcd_cli.files import flatten
 from mbcd_cli.layers import parse_value
 from mbcd_cli.methods import short_name
-from mbcd_cli.runs.folder import FREE
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import Settings, role_of
 
 PROTOCOLS = ("multi-source", "single-source", "in-domain")
 # Settings that have a flag of their own, and the flag.
@@ -80,7 +79,7 @@ def settings_key(settings: Settings) -> str:
     known = {name: {**tree["modalities"][name], "kind": one.kind} for name, one in settings.modalities.items()}
     tree["modalities"] = {name: known.get(name) for name in settings.model.modalities}
 
-    kept = {key: value for key, value in flatten(tree).items() if not key.startswith(FREE)}
+    kept = {key: value for key, value in flatten(tree).items() if role_of(key) in ("weights", "cache")}
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -98,7 +97,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
             raise SettingsError(f"--grid {text}: not a grid axis.", "Write --grid part.field=value1,value2.")
         if key in _FLAGS:
             raise SettingsError(f"--grid {text}: {key} has its own flag.", f"Use {_FLAGS[key]}.")
-        if key.startswith(FREE):
+        if role_of(key) in ("machine", "report"):
             raise SettingsError(
                 f"--grid {text}: no weight depends on {key}, all its values are one run.",
                 f"Use --set {key}=VALUE, or vary a setting of training.",

@@ -22,8 +22,8 @@ import numpy as np
 
 from mbcd_cli.data.cache import CacheWriter, Rows, Shard, shard_ranges
 from mbcd_cli.data.dataset import ModalityCache
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Clip
-from mbcd_cli.settings import VideoModality
 
 SHAPES = ((1024, 8, 14, 14), (128, 32, 14, 14))
 

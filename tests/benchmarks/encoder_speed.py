@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.layers import validate
 
@@ -55,7 +54,7 @@ def main() -> None:
         trunk, tail = build_encoder(name, modality).cut(modality.cut)
         trunk.to(device)
         tail.to(device).train()
-        ((shape, dtype),) = part_shapes(modality)
+        ((shape, dtype),) = modality.part_shapes()
         kind = torch.uint8 if dtype.kind == "u" else torch.float32
         inputs = (torch.randint(0, 256, (options.batch, *shape), device=device).to(kind),)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bfloat16):

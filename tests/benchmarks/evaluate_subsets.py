@@ -10,11 +10,12 @@ import time
 import numpy as np
 import torch
 
+from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.records import Batch
 from mbcd_cli.evaluation.analyses.robustness import subset_variants, subsets
 from mbcd_cli.model import build_model
 from mbcd_cli.scoring.predictions import predict
-from mbcd_cli.settings import ModelSettings, default_modality
+from mbcd_cli.settings import ModelSettings
 
 CLIPS, BATCH, ROUNDS = 256, 64, 7
 

@@ -28,6 +28,8 @@ from pyhessian import hessian as PyHessian
 from torch import nn
 from torch.nn import functional as F
 
+from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Batch
 from mbcd_cli.landscape.directions import Sphere, moving_names
 from mbcd_cli.landscape.hessian import Hessian, top_eigenvalues
@@ -35,7 +37,7 @@ from mbcd_cli.landscape.objective import ModelObjective
 from mbcd_cli.landscape.store import GridStore, axis
 from mbcd_cli.landscape.surface import fill_grid
 from mbcd_cli.model import MultiModalModel, build_model
-from mbcd_cli.settings import AudioModality, ModelSettings, VideoModality
+from mbcd_cli.settings import ModelSettings
 
 
 class Fused(nn.Module):

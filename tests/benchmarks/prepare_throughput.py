@@ -30,14 +30,14 @@ import torch
 from mbcd_cli import console
 from mbcd_cli.data.cache import GROUPS, CacheWriter, shard_ranges
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Clip, Media
-from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import TOGETHER
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.trunk import cached_shapes
 from mbcd_cli.runtime import configure
-from mbcd_cli.settings import CacheSettings, DatasetSettings, RuntimeSettings, Settings, VideoModality
+from mbcd_cli.settings import CacheSettings, DatasetSettings, RuntimeSettings, Settings
 
 FRAMES = 120
 
@@ -66,7 +66,7 @@ def raw_decode(path: str, indices: list[int]) -> int:
 
 def trunk_rate(trunk: torch.nn.Module, modality: VideoModality, device: torch.device) -> float:
     """Views per second of the trunk on views in memory, as many at a time as `prepare` takes, in 5 s or more."""
-    ((shape, _),) = part_shapes(modality)
+    ((shape, _),) = modality.part_shapes()
     rows = TOGETHER if device.type == "cuda" else 1
     inputs = (torch.randint(0, 256, (rows, *shape), dtype=torch.uint8, device=device),)
     float(trunk(inputs)[0].sum())

@@ -25,7 +25,6 @@ import torch
 from torch.nn import functional as F
 
 from mbcd_cli.data.records import Batch
-from mbcd_cli.data.views import part_shapes
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.convolution import Conv3d
 from mbcd_cli.encoders.layout import channels_last, weights_channels_last
@@ -60,7 +59,7 @@ def raw_batch(tree: Settings, size: int, device: torch.device) -> dict[str, torc
     """Decoded frames (uint8) and spectrograms, as the trunks take them."""
     inputs = {}
     for name in tree.model.modalities:
-        ((shape, dtype),) = part_shapes(tree.modalities[name])
+        ((shape, dtype),) = tree.modalities[name].part_shapes()
         random = torch.rand(size, *shape)
         inputs[name] = ((random * 255).to(torch.uint8) if dtype.kind == "u" else random - 0.5).to(device)
     return inputs

@@ -12,15 +12,16 @@ from helpers import write_array
 
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.media.arrays import read_array, stored_shape
+from mbcd_cli.data.modalities.array import ArrayModality
+from mbcd_cli.data.modalities.base import load_views
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.data.rounding import Rounding
-from mbcd_cli.data.survey import resolve
-from mbcd_cli.data.views import load_views
 from mbcd_cli.errors import MediaError
 from mbcd_cli.layers import resolve as resolve_settings
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
-from mbcd_cli.settings import ArrayModality, DatasetSettings, VideoModality
+from mbcd_cli.settings import DatasetSettings
 
 DATASET = DatasetSettings()
 
@@ -119,17 +120,17 @@ def test_resolving_array_shapes(tmp_path):
     vector = Media(write_array(tmp_path / "v.npy", np.zeros(7)))
     sequence = Media(write_array(tmp_path / "s.npy", np.zeros((4, 3))))
     lost = Media(tmp_path / "none.npy")
-    assert resolve(ArrayModality(), [lost, vector]) == ArrayModality(dimension=7)
-    assert resolve(ArrayModality(), [sequence]) == ArrayModality(dimension=3, length=4)
-    assert resolve(ArrayModality(length=9), [sequence]) == ArrayModality(dimension=3, length=9)
-    assert resolve(ArrayModality(length=9), [vector]) == ArrayModality(dimension=1, length=9)
-    assert resolve(ArrayModality(dimension=3), [sequence]) == ArrayModality(dimension=3, length=4)
+    assert ArrayModality().resolve([lost, vector]) == ArrayModality(dimension=7)
+    assert ArrayModality().resolve([sequence]) == ArrayModality(dimension=3, length=4)
+    assert ArrayModality(length=9).resolve([sequence]) == ArrayModality(dimension=3, length=9)
+    assert ArrayModality(length=9).resolve([vector]) == ArrayModality(dimension=1, length=9)
+    assert ArrayModality(dimension=3).resolve([sequence]) == ArrayModality(dimension=3, length=4)
     fixed = ArrayModality(dimension=2)
-    assert resolve(fixed, [lost]) is fixed
+    assert fixed.resolve([lost]) is fixed
     video = VideoModality()
-    assert resolve(video, [lost]) is video
+    assert video.resolve([lost]) is video
     with pytest.raises(MediaError, match="no such file"):
-        resolve(ArrayModality(), [lost])
+        ArrayModality().resolve([lost])
 
 
 # --- lengths that differ -------------------------------------------------------------------------------------------
@@ -139,15 +140,15 @@ def test_the_longest_file_fixes_the_length(tmp_path):
     media = [Media(write_array(tmp_path / f"{n}.npy", np.zeros((n, 2)))) for n in (3, 40, 55, 12)]
     media.append(Media(write_array(tmp_path / "odd.npy", np.zeros((90, 3)))))  # will be rejected: not of this shape
     notes: list[str] = []
-    assert resolve(ArrayModality(), media, name="pose", notes=notes) == ArrayModality(dimension=2, length=55)
+    assert ArrayModality().resolve(media, name="pose", notes=notes) == ArrayModality(dimension=2, length=55)
     (note,) = notes
     assert "pose: sequences of 3 to 55 steps, padded with zeros to 55" in note
     assert "modalities.pose.length" in note
     notes.clear()
-    assert resolve(ArrayModality(), media[:1] * 2, notes=notes).length == 3
-    assert resolve(ArrayModality(length=8), media, notes=notes).length == 8
+    assert ArrayModality().resolve(media[:1] * 2, notes=notes).length == 3
+    assert ArrayModality(length=8).resolve(media, notes=notes).length == 8
     assert not notes
-    resolve(ArrayModality(fit="sample"), media, name="pose", notes=notes)
+    ArrayModality(fit="sample").resolve(media, name="pose", notes=notes)
     assert "each spread over 55" in notes[0]
 
 
@@ -208,6 +209,24 @@ def test_sequences_of_different_lengths_end_to_end(tmp_path, capfd):
     assert rows_of(sampled).shape[1:] == (6, 2)
     assert rows_of(sampled).all()  # nothing is padded
     assert rows_of(padded).shape[1:] == (47, 2)  # another recipe, another cache
+
+
+def test_whole_numbers_stay_whole_through_the_cache(tmp_path):
+    """Identities of tokens: any int32, of sequences of several lengths, whatever the type of what is stored."""
+    first = 2**31 - 20
+    root = sequences(tmp_path / "tiny", lambda n: np.full((2 + n, 1), first + n, np.int64))
+    settings = tree(root, tmp_path / "cache", "modalities.pose.whole=true")
+    prepare(settings)
+    rows = rows_of(settings)
+    assert rows.dtype == np.int32
+    assert set(rows[:, 0, 0].tolist()) <= {first + n for n in range(12)}
+    assert rows.max() > first  # float32 knows steps of 128 only here
+    whole = ArrayModality(dimension=1, length=3, whole=True)
+    for number, bad in enumerate((np.full(3, 0.5), np.full(3, 2**31), np.full(3, 1.0))):
+        with pytest.raises(MediaError, match="whole numbers"):
+            load(write_array(tmp_path / f"{number}.npy", bad), whole)
+    with pytest.raises(ValueError, match="no noise"):
+        ArrayModality(whole=True, noise=0.1)
 
 
 # --- what is rounded away ------------------------------------------------------------------------------------------

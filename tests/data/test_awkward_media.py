@@ -51,7 +51,7 @@ def test_missing_flow_direction_of_files(tmp_path):
     root = hac.write_media(tmp_path / "HAC")
     hac.write_splits(root / "HAC_Splits")
     (root / "animal/flow/animal_1_flow_y.mp4").unlink()
-    result, rejected, _ = prepared("hac", root, tmp_path / "cache", "modalities.audio.follow_frames=4")
+    result, rejected, _ = prepared("hac", root, tmp_path / "cache", "modalities.video.frames=4")
     assert set(rejected) == {("animal-test-animal_1", "flow")}
     assert result["exit_code"] == 3
 

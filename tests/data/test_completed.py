@@ -289,7 +289,7 @@ def test_flow_shorter_than_its_video_is_said(tmp_path):
     hac.write_splits(root / "HAC_Splits")
     for direction in "xy":
         helpers.write_video(root / f"animal/flow/test_2_flow_{direction}.mp4", helpers.numbered_frames(8))
-    sets = ("modalities.audio.follow_frames=4", "modalities.audio.follow_interval=1", "dataset.max_bad=9")
+    sets = ("modalities.video.frames=4", "modalities.video.interval=1", "dataset.max_bad=9")
     result, _, _ = prepared("hac", root, tmp_path / "cache", *sets)
     notes = result["modalities"]["flow"]["mended"]
     assert {note["clip"] for note in notes} == {"animal-test-test_2"}

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 from helpers import numbered_frames, tone, write_video, write_wav
 
+from mbcd_cli.data.modalities.array import ArrayModality
+from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.base import load_views
+from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import epic_kitchens, read_dataset
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW
-from mbcd_cli.data.views import load_views
 from mbcd_cli.errors import ManifestError, MediaError, SettingsError
 from mbcd_cli.layers import validate
-from mbcd_cli.settings import ArrayModality, AudioModality, DatasetSettings, FlowModality, VideoModality
+from mbcd_cli.settings import DatasetSettings
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "mm-sada-splits"
 needs_tables = pytest.mark.skipif(not REAL.is_dir(), reason="the MM-SADA split tables are not beside the clone")

@@ -13,17 +13,21 @@ from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
 from mbcd_cli.data.dataset import open_dataset
+from mbcd_cli.data.modalities.audio import AudioModality, followed_spans
+from mbcd_cli.data.modalities.base import load_views, view_generator
+from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.frames import FrameSampling
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.new_clips import read_new
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW, Media
-from mbcd_cli.data.views import followed_spans, load_views, view_generator
 from mbcd_cli.errors import ManifestError, MediaError
 from mbcd_cli.evaluation.analyses.waveform import corrupted_sounds
 from mbcd_cli.layers import resolve, validate
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.runs.opening import open_for_training
-from mbcd_cli.settings import AudioModality, DatasetSettings, FlowModality, VideoModality
+from mbcd_cli.settings import DatasetSettings
 from mbcd_cli.sweep import run as running
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "hac-splits"
@@ -156,21 +160,26 @@ def test_the_real_tables_in_full(tmp_path):
 
 
 FOLLOWING = AudioModality(
-    follow="video", follow_frames=4, follow_interval=3, samples=2048, short="repeat", nperseg=256, noverlap=128
+    follow="video",
+    followed=FrameSampling(frames=4, interval=3),
+    samples=2048,
+    short="repeat",
+    nperseg=256,
+    noverlap=128,
 )
 
 
 def test_sound_spans_the_frames_of_the_test_view(tmp_path):
     video = write_video(tmp_path / "x.mp4", numbered_frames(20), fps=24)
     media = Media(tmp_path / "x.wav", clock=video)
-    (span,) = followed_spans(media, FOLLOWING, [None], dataset=settings(tmp_path))
+    (span,) = followed_spans(media, FOLLOWING, [None])
     # 20 frames, 4 at interval 3 span 10: from frame 5 to frame 14.
     assert (span.start, span.stop, span.unit) == (5 / 24, 14 / 24, "s")
 
 
 def test_short_clips_are_heard_whole_when_sampling_wraps_around(tmp_path):
     video = write_video(tmp_path / "x.mp4", numbered_frames(9), fps=24)  # frames 0, 3, 6, 0
-    (span,) = followed_spans(Media(tmp_path / "x.wav", clock=video), FOLLOWING, [None], dataset=settings(tmp_path))
+    (span,) = followed_spans(Media(tmp_path / "x.wav", clock=video), FOLLOWING, [None])
     assert (span.start, span.stop) == (None, None)
 
 
@@ -184,7 +193,7 @@ def test_training_views_hear_what_they_see(tmp_path):
     views = list(range(6))
     seen = load_views(clip, "video", looking, views=views, seed=7, dataset=settings(tmp_path))
     guides = [view_generator(7, clip.id, "video", view) for view in views]
-    spans = followed_spans(clip.media["audio"], FOLLOWING, guides, dataset=settings(tmp_path))
+    spans = followed_spans(clip.media["audio"], FOLLOWING, guides)
     first = [round(float(part[0, 0, -8:, -8:].mean()) / 10) for (part,) in seen]
     assert [round(span.start * 24) for span in spans] == first
     assert len(set(first)) > 2
@@ -201,7 +210,7 @@ def test_sound_may_follow_the_flow(tmp_path):
     listing = read_dataset(settings(tmp_path), {"audio": sound, "flow": FlowModality()})
     media = listing.clips[0].media["audio"]
     assert media.clock == listing.clips[0].media["flow"].path
-    (span,) = followed_spans(media, sound, [None], dataset=settings(tmp_path))
+    (span,) = followed_spans(media, sound, [None])
     assert (span.start, span.stop) == (4 / 24, 13 / 24)
     listing = read_dataset(settings(tmp_path), {"audio": FOLLOWING, "flow": FlowModality()})
     assert listing.clips[0].media["audio"].clock.parent.name == "videos"
@@ -234,7 +243,7 @@ def test_sound_may_follow_a_computed_flow(tmp_path):
     sound = FOLLOWING.model_copy(update={"follow": "flow"})
     wanted = {"audio": sound, "flow": FlowModality()}
     (spans, *_) = [
-        followed_spans(clip.media["audio"], sound, [None], dataset=settings(tmp_path))
+        followed_spans(clip.media["audio"], sound, [None])
         for clip in read_dataset(settings(tmp_path, compute_flow=True), wanted).clips
     ]
     assert [(span.start, span.stop) for span in spans] == [(4 / 24, 13 / 24)]  # of 19, as with flow files
@@ -266,7 +275,7 @@ def test_sound_follows_what_is_read():
         return resolve(preset=preset, flags={"model.modalities": names or None}).modalities["audio"]
 
     def follows(one):
-        return one.follow, one.follow_frames, one.follow_interval
+        return one.follow, one.followed.frames, one.followed.interval
 
     assert follows(sound("audio", "flow")) == ("flow", 8, 4)
     for names in ((), ("video", "audio"), ("video", "audio", "flow"), ("audio",), ("video", "flow")):
@@ -297,7 +306,6 @@ crop = 32
 [modalities.audio]
 kind = "audio"
 follow = "video"
-follow_frames = 4
 samples = 2048
 nperseg = 256
 noverlap = 128
@@ -337,7 +345,7 @@ def test_a_sweep_prepares_the_sound_of_every_set_of_modalities(tmp_path, monkeyp
         cache = open_for_training(cell.settings)[1].caches["audio"]
         recipes[cell.settings.model.modalities] = (
             cache.recipe["view"]["follow"],
-            cache.recipe["view"]["follow_frames"],
+            cache.recipe["view"]["followed"]["frames"],
         )
     assert recipes == {("video", "audio"): ("video", 4), ("audio", "flow"): ("flow", 3)}
     assert len(list((tmp_path / "cache/hac").glob("audio-*"))) == 2
@@ -370,7 +378,7 @@ def test_stored_sound_is_drawn_with_the_frames_it_follows(tmp_path):
     write_media(tmp_path, flow=False)
     small = ["modalities.video.frames=4", "modalities.video.short_side=32", "modalities.video.crop=32"]
     small += ["modalities.audio.samples=2048", "modalities.audio.nperseg=256", "modalities.audio.noverlap=128"]
-    small += ["modalities.audio.follow_frames=4", "cache.views=4", "cache.workers=0", "model.modalities=video,audio"]
+    small += ["cache.views=4", "cache.workers=0", "model.modalities=video,audio"]
     for follow in (True, False):
         tree = resolve(
             sets=[*small, *(["modalities.audio.follow=video"] if follow else [])],
@@ -399,6 +407,5 @@ def test_preset_holds_the_papers_values():
     assert hac.modalities["video"] == epic.modalities["video"]
     assert hac.modalities["flow"] == epic.modalities["flow"]
     sound = hac.modalities["audio"]
-    video = hac.modalities["video"]
-    assert (sound.follow, sound.follow_frames, sound.follow_interval) == ("video", video.frames, video.interval)
+    assert (sound.follow, sound.follow_rate) == ("video", 24.0)
     assert hac.training == epic.training

@@ -14,8 +14,8 @@ from helpers import write_dataset
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.loading import ResidentRows, keep_on_device, read_ahead, resident_bytes
 from mbcd_cli.errors import CacheError, SettingsError
+from mbcd_cli.layers import validate
 from mbcd_cli.preparation import prepare as command
-from mbcd_cli.settings import Settings
 
 
 def threads() -> list[str]:
@@ -65,7 +65,7 @@ def test_closing_ends_the_thread():
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = write_dataset(tmp_path_factory.mktemp("media") / "tiny", train=3, test=2)
-    settings = Settings.model_validate(
+    settings = validate(
         {
             "dataset": {"root": root, "name": "tiny"},
             "modalities": {"pose": {"kind": "array"}, "audio": {"kind": "audio", "samples": 2000}},

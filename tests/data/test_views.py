@@ -20,20 +20,17 @@ from helpers import (
     write_wav,
 )
 
-from mbcd_cli.data import views as module
+from mbcd_cli.data.media import video as module
 from mbcd_cli.data.media.video import read_frames
+from mbcd_cli.data.modalities.array import ArrayModality
+from mbcd_cli.data.modalities.audio import AudioModality, audio_view, fit_samples
+from mbcd_cli.data.modalities.base import load_views, view_generator
+from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.frames import crop_box, sample_indices
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
-from mbcd_cli.data.views import (
-    audio_view,
-    crop_box,
-    fit_samples,
-    load_views,
-    part_shapes,
-    sample_indices,
-    view_generator,
-)
 from mbcd_cli.errors import MediaError
-from mbcd_cli.settings import ArrayModality, AudioModality, DatasetSettings, FlowModality, VideoModality
+from mbcd_cli.settings import DatasetSettings
 
 DATASET = DatasetSettings()
 VIDEO = VideoModality(frames=8, short_side=48, crop=40)
@@ -309,7 +306,7 @@ def test_the_papers_spectrogram_is_257_by_1004(tmp_path):
     path = write_wav(tmp_path / "a.wav", tone(2.28))
     (got,) = load(clip_of("audio", path), AudioModality(), [TEST_VIEW])
     assert got.shape == (1, 257, 1004)
-    assert part_shapes(AudioModality()) == [((1, 257, 1004), np.dtype(np.float32))]
+    assert AudioModality().part_shapes() == [((1, 257, 1004), np.dtype(np.float32))]
     assert got.mean() == pytest.approx(0, abs=1e-4)
     assert got.std() == pytest.approx(1, abs=1e-4)
 
@@ -416,13 +413,13 @@ def test_shapes_are_known_before_decoding(tmp_path, settings):
         path = write_video(tmp_path / "a.mp4", np.zeros((10, 48, 64, 3), np.uint8))
     clip = clip_of("x", path, computed=settings.kind == "flow")
     train, test = load(clip, settings, [0, TEST_VIEW])
-    assert [(train.shape, train.dtype)] == part_shapes(settings)
-    assert [(test.shape, test.dtype)] == part_shapes(settings, test=True)
+    assert [(train.shape, train.dtype)] == settings.part_shapes()
+    assert [(test.shape, test.dtype)] == settings.part_shapes(test=True)
 
 
 def test_shapes_of_unresolved_arrays_are_an_error():
     with pytest.raises(MediaError, match="dimension"):
-        part_shapes(ArrayModality())
+        ArrayModality().part_shapes()
 
 
 @needs_av_digits

@@ -7,9 +7,12 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.settings import AudioModality, FlowModality, ModelSettings, VideoModality
+from mbcd_cli.settings import ModelSettings
 
 PAPER = {
     "video": VideoModality(encoder="slowfast-r101", cut="layer4"),

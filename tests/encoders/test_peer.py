@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import load_pretrained
-from mbcd_cli.settings import FlowModality, VideoModality
 
 for package in ("mmengine", "mmcv", "mmaction"):
     if importlib.util.find_spec(package) is None:

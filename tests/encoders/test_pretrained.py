@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.flow import FlowModality
 from mbcd_cli.encoders import build_encoder, pretrained
 from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
 from mbcd_cli.errors import CheckpointError
-from mbcd_cli.settings import AudioModality, FlowModality
 
 
 def audio():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mbcd_cli.data.modalities.array import ArrayModality
+from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.encoders import ENCODERS, build_encoder
 from mbcd_cli.encoders.staged import TOGETHER
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.settings import ArrayModality, AudioModality, FlowModality, VideoModality
 
 CASES = {
     "video": (VideoModality(width=4), lambda: torch.randint(0, 256, (3, 3, 8, 32, 32), dtype=torch.uint8)),

@@ -14,8 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
+from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
-from mbcd_cli.data.survey import resolve as resolve_modality
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.layers import resolve, to_toml
@@ -23,7 +23,7 @@ from mbcd_cli.model import build_model
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
 from mbcd_cli.runs.opening import open_for_training
-from mbcd_cli.settings import DatasetSettings, default_modality
+from mbcd_cli.settings import DatasetSettings
 
 # The video's trunk is frozen and has weights of its own; sound and vectors are cut at the input.
 SMALL = [
@@ -218,7 +218,7 @@ def test_a_copied_run_evaluates_to_the_same_bytes(run, tmp_path):
 def listing(root: Path, text: str, classes=("cut", "pour")):
     root.mkdir(exist_ok=True)
     (root / "manifest.csv").write_text(text)
-    modalities = {"audio": resolve_modality(default_modality("audio"), [])}
+    modalities = {"audio": default_modality("audio")}
     return read_new(DatasetSettings(root=root), modalities, label_names=classes)
 
 
@@ -233,8 +233,8 @@ def test_tables_with_gaps(tmp_path):
     # Names that are not distinct cannot be ids.
     found = listing(tmp_path, "audio\na/x.wav\nb/x.wav\n")
     assert [c.id for c in found.clips] == ["line-2", "line-3"]
-    with pytest.raises(ManifestError, match=r"line 3: 2 cells where the header has 1(.|\n)*line 4: audio: no file"):
-        listing(tmp_path, 'audio\nx.wav\ny.wav,1\n""\n')
+    with pytest.raises(ManifestError, match=r"line 3: 3 cells where the header has 2(.|\n)*line 4: audio: no file"):
+        listing(tmp_path, "audio,label\nx.wav,0\ny.wav,1,0\n,1\n")
     with pytest.raises(ManifestError, match="line 2: label '2' is none of the model's 2 classes"):
         listing(tmp_path, "audio,label\nx.wav,2\n")
     with pytest.raises(ManifestError, match="empty"):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from evaluation_cases import make_dataset, make_settings
 
+from mbcd_cli.data.modalities import KINDS, default_modality
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.evaluation.analyses import robustness as r
 from mbcd_cli.evaluation.analyses.corruptions import CORRUPTIONS, corruptions
 from mbcd_cli.model import build_model
 from mbcd_cli.scoring.predictions import predict
-from mbcd_cli.settings import default_modality
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("kind", list(CORRUPTIONS))
+@pytest.mark.parametrize("kind", list(PARTS))
 def test_corruptions_keep_shape_and_type_grow_with_severity_and_repeat(kind):
     modality = default_modality("x", kind)
     part, clips = PARTS[kind], torch.tensor([4, 5, 6])
@@ -146,11 +146,16 @@ def test_corruptions_keep_shape_and_type_grow_with_severity_and_repeat(kind):
         assert torch.equal(out, one.apply((part,), clips)[0])
         assert torch.equal(out[1:2], one.apply((part[1:2],), clips[1:2])[0]), "a clip's corruption is its own"
         distance.setdefault(one.kind, []).append(float((out.float() - part.float()).square().mean()))
-    assert set(distance) == set(CORRUPTIONS[kind])
+    assert list(distance) == list(modality.corruptions)
     for name, values in distance.items():
         assert len(values) == 5
         assert values[0] > 0, name
         assert all(b > a for a, b in pairwise(values)), (name, values)
+
+
+def test_every_kind_names_corruptions_that_there_are():
+    assert {name for kind in KINDS.values() for name in kind.corruptions} == set(CORRUPTIONS)
+    assert set(PARTS) == set(KINDS)
 
 
 def test_corruptions_do_what_they_say():

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.landscape.directions import Sphere, dot, gaussian, move, move_many, moving_names, norm
 from mbcd_cli.model import build_model
-from mbcd_cli.settings import ArrayModality, ModelSettings
+from mbcd_cli.settings import ModelSettings
 
 
 @pytest.fixture

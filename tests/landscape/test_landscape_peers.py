@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.records import Batch
 from mbcd_cli.landscape.hessian import Hessian, top_eigenvalues
 from mbcd_cli.landscape.objective import ModelObjective
 from mbcd_cli.model import build_model
-from mbcd_cli.settings import ArrayModality, ModelSettings
+from mbcd_cli.settings import ModelSettings
 
 
 class Fused(nn.Module):

@@ -9,12 +9,14 @@ import torch
 from fakes import MemoryDataset, memory_settings
 from small import KINDS_ALL, make_step, small_batch, small_model
 
+from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.layout import channels_last, laid_out_like, match_layout, weights_channels_last
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.settings import AudioModality, ModelSettings, OptimizerSettings, VideoModality
+from mbcd_cli.settings import ModelSettings, OptimizerSettings
 from mbcd_cli.training import train as command
 from mbcd_cli.training.assemble import assemble, compile_tails
 from mbcd_cli.training.optimizer import build_optimizer

@@ -18,12 +18,13 @@ from mbcd_cli.errors import MediaError
 _HEADER = 1024  # bytes; numpy's own headers of plain arrays take 128
 
 
-def read_array(media: Media, notes: Notes = None) -> np.ndarray:
-    """A plain tensor, [D] or [T, D], as float32. Spans are not applied: a file holds one clip.
+def read_array(media: Media, notes: Notes = None, *, whole: bool = False) -> np.ndarray:
+    """A plain tensor, [D] or [T, D], as float32 (int32 where it is `whole`). Spans are not applied: a file is a clip.
 
     Args:
         media: the file.
         notes: told of whole numbers that float32 cannot hold, if given.
+        whole: only whole numbers that int32 holds are taken.
 
     Raises:
         MediaError: missing, empty, not a .npy of numbers, of another shape, or with values that are not finite.
@@ -35,6 +36,11 @@ def read_array(media: Media, notes: Notes = None) -> np.ndarray:
         raise MediaError(media.path, f"shape {array.shape} where [D] or [T, D] is expected", "Store one clip per file.")
     if array.size == 0:
         raise MediaError(media.path, f"it holds no values (shape {array.shape})", REPLACE)
+    if whole:
+        values = array.astype(np.int32) if array.dtype.kind in "iub" else np.empty(0)
+        if not np.array_equal(values, array):
+            raise MediaError(media.path, f"it holds {array.dtype} where whole numbers (int32) are expected", REPLACE)
+        return values
     with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is reported below
         values = np.asarray(array, dtype=np.float32)
     if not np.isfinite(values).all():

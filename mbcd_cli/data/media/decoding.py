@@ -24,9 +24,10 @@ import numpy as np
 from mbcd_cli.allocator import keep_freed_memory
 from mbcd_cli.data.media.checks import allowed_seconds
 from mbcd_cli.data.media.sharing import Blocks, share
+from mbcd_cli.data.modalities.base import Modality, load_views
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.errors import MbcdError, MediaError
-from mbcd_cli.settings import DatasetSettings, Modality
+from mbcd_cli.settings import DatasetSettings
 
 
 def patience(clip: Clip, name: str) -> float:
@@ -83,8 +84,6 @@ def rejection(clip: Clip, name: str, cause: str) -> Rejected:
 
 def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
     """Decode one clip, once, into its views; a bad file becomes a rejection, not an exception."""
-    from mbcd_cli.data.views import load_views
-
     notes: list[str] = []
     try:
         parts = load_views(clip, job.name, job.modality, views=views, seed=job.seed, dataset=job.dataset, notes=notes)
@@ -129,7 +128,7 @@ class Decoder:
     def _start(self, workers: int) -> ProcessPoolExecutor:
         # forkserver: no fork of a process that already runs torch's threads, and the imports are paid once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mbcd_cli.data.views"])
+        context.set_forkserver_preload([f"{__package__}.{name}" for name in ("arrays", "flow", "sound", "decoding")])
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
         pool.submit(int).result()  # what a worker takes to start is no file's fault
         return pool

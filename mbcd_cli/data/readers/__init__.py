@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.plugins import entry_of, plugins
-from mbcd_cli.settings import DatasetSettings, Modality
+from mbcd_cli.settings import DatasetSettings
 
 GROUP = "mbcd.readers"
 
@@ -37,6 +38,17 @@ class Listing:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+
+    def survey(self) -> None:
+        """Fills in what only the files tell of the modalities, and warns of what they have in different ways.
+
+        Raises:
+            MediaError: none of the files of a modality that must be looked into can be read.
+        """
+        for name, modality in self.modalities.items():
+            media = [clip.media[name] for clip in self.clips if name in clip.media]
+            self.modalities[name] = modality.resolve(media, name=name, notes=self.notes)
+            self.warnings += modality.warnings(media, name=name)
 
 
 Read = Callable[[DatasetSettings, Mapping[str, Modality]], Listing]

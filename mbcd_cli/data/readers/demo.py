@@ -29,6 +29,7 @@ import cv2
 import numpy as np
 import soundfile
 
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.readers import Listing, manifest
 from mbcd_cli.data.readers.demo_content import (
     DOMAINS,
@@ -42,7 +43,7 @@ from mbcd_cli.data.readers.demo_content import (
     render,
 )
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.settings import DatasetSettings, Modality
+from mbcd_cli.settings import DatasetSettings
 
 VERSION = 1
 """Version of what is generated; a folder of another version is refused."""

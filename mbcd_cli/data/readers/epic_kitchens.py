@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.data.media.folders import counts_from
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.places import (
     Disk,
@@ -32,7 +33,7 @@ from mbcd_cli.data.readers.places import (
 from mbcd_cli.data.readers.tables import read_table
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.settings import DatasetSettings, Modality
+from mbcd_cli.settings import DatasetSettings
 
 PARTICIPANTS = {"D1": "P08", "D2": "P01", "D3": "P22"}
 VERBS = ("take", "put down", "open", "close", "wash", "cut", "stir", "pour")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.places import (
     Disk,
@@ -28,7 +29,7 @@ from mbcd_cli.data.readers.places import (
 )
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.settings import DatasetSettings, Modality
+from mbcd_cli.settings import DatasetSettings
 
 DOMAINS = ("human", "animal", "cartoon")
 ACTIONS = ("sleeping", "watching tv", "eating", "drinking", "swimming", "running", "opening door")
@@ -123,7 +124,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
 
 def _follows_flow(asked: Mapping[str, tuple[str, Modality]]) -> bool:
     """Whether the sound's span is told by the flow's frames, as the protocol does where there is no video."""
-    follow = asked["audio"][1].follow if "audio" in asked else None
+    follow = asked["audio"][1].guide if "audio" in asked else None
     return follow is not None and "flow" in asked and follow == asked["flow"][0]
 
 

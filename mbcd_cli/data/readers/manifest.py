@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-from mbcd_cli.data.media.arrays import load_npy
+from mbcd_cli.data.modalities import KINDS, default_modality, infer_kind
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.table import Table, inside, lines_error, name_faults, path_fault, read_bytes
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
-from mbcd_cli.errors import ManifestError, MediaError
-from mbcd_cli.settings import DatasetSettings, Modality, default_modality, infer_kind
+from mbcd_cli.errors import ManifestError
+from mbcd_cli.settings import DatasetSettings
 
 REQUIRED = ("id", "domain", "split", "label")
 SPANS = {
@@ -33,33 +34,6 @@ SPANS = {
 }
 RATE = "fps"
 """Column with the frames per second of a row's folders of frames; files have times of their own."""
-# What a column holds by its files' names, where they say it.
-_SUFFIXES: dict[str, tuple[str, ...]] = {
-    "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".flv", ".wmv", ".mpg", ".mpeg", ".ts", ".mts", ".vob"),
-    "audio": (
-        ".wav",
-        ".flac",
-        ".mp3",
-        ".ogg",
-        ".oga",
-        ".opus",
-        ".aiff",
-        ".aif",
-        ".m4a",
-        ".wma",
-        ".aac",
-        ".caf",
-        ".w64",
-    ),
-    "array": (".npy",),
-}
-# How the second direction of a flow pair is named from the first, on the whole path.
-_PAIRS = (
-    (r"_flow_x(?=\.[^./]+$|$)", "_flow_y"),
-    (r"_u(?=\.[^./]+$|$)", "_v"),
-    (r"_x(?=\.[^./]+$|$)", "_y"),
-    (r"(^|/)u(?=/|$)", r"\1v"),
-)
 
 
 def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
@@ -159,27 +133,16 @@ class _Columns:
 
 
 def _kind_of(name: str, cells: list[str], root: Path) -> str | None:
-    """Kind of a column: its files' names decide, where all say the same, before its own name does."""
-    named = infer_kind(name)
+    """Kind of a column: its files' names decide, where all say the same, before its own name does.
+
+    But flow is stored as video too, and video files hold sound: there the column's name says which.
+    """
     suffixes = {PurePosixPath(cell.split("|")[0]).suffix.lower() for cell in cells}
-    told = next((kind for kind, known in _SUFFIXES.items() if suffixes and suffixes <= set(known)), None)
-    if told == "video" and named in ("flow", "audio"):
-        return named  # flow is stored as video, and video files hold sound
-    if told == "array" and named == "flow":
-        return "flow" if _dimensions(cells, root) in (None, 4) else "array"
-    return told or named
-
-
-def _dimensions(cells: list[str], root: Path) -> int | None:
-    """Dimensions of the first array that can be read."""
-    for cell in cells:
-        path = inside(root, cell)
-        if path is not None:
-            try:
-                return load_npy(path).ndim
-            except MediaError:
-                continue
-    return None
+    told = next((kind for kind, one in KINDS.items() if suffixes and suffixes <= {*one.suffixes}), None)
+    named = infer_kind(name)
+    if told is None or named is None or not suffixes <= {*KINDS[named].also_in}:
+        return told or named
+    return named if KINDS[named].may_hold([path for cell in cells if (path := inside(root, cell))]) else told
 
 
 def _columns(
@@ -217,7 +180,7 @@ def _columns(
         if kind is None:
             problems.append(
                 f"unknown column {name!r}: if it is a modality, say of which kind "
-                f"(--set modalities.{name}.kind=video|flow|audio|array), else remove it"
+                f"(--set modalities.{name}.kind={'|'.join(KINDS)}), else remove it"
             )
         else:
             kinds[name] = kind
@@ -235,11 +198,12 @@ def _columns(
     for name, settings in modalities.items():
         if name in kinds:
             continue
-        if settings.kind == "flow" and dataset.compute_flow and video is not None:
+        computable = settings.computed_from is not None and video is not None
+        if computable and dataset.compute_flow:
             flow_from[name] = at[video]
             notes.append(f"{name} is computed from {video}")
         else:
-            hint = " (--compute-flow makes it from the video)" if settings.kind == "flow" and video else ""
+            hint = " (--compute-flow makes it from the video)" if computable else ""
             problems.append(f"there is no column for modality {name!r}{hint}")
     if not modalities and not problems:
         problems.append("there is no column of a modality (video, audio, flow, ...)")
@@ -364,17 +328,17 @@ class _Rows:
                 elif not any(index == columns.flow_from[name] for index in columns.paths.values()):
                     found.append(f"{name}: {path_fault(cell)}")
                 continue
-            files = _flow_files(cell) if settings.kind == "flow" else [cell]
+            files = settings.cell_files(cell)
             paths = [inside(self.root, file) for file in files]
             faults = [path_fault(file) for file, path in zip(files, paths, strict=True) if path is None]
             if faults:
                 found.append(f"{name}: {faults[0]}")
                 continue
-            if settings.kind == "flow" and len(files) > 2:
+            if len(files) > 2:
                 found.append(f"{name}: more than two files are named")
                 continue
-            extra: dict[str, object] = {} if settings.kind == "array" else dict(span)
-            if settings.kind == "audio" and span.get("unit") == "frame":
+            extra: dict[str, object] = dict(span) if settings.spanned else {}
+            if settings.clocked and span.get("unit") == "frame":
                 clock = None if columns.clock is None else inside(self.root, cells[columns.clock])
                 if columns.clock is None:
                     found.append(f"{name}: a span in frames needs a video column that tells their times")
@@ -382,7 +346,7 @@ class _Rows:
                 extra["clock"] = clock
             media[name] = Media(paths[0], paths[1] if len(paths) == 2 else None, **extra)
         for name, settings in columns.modalities.items():
-            guide = media.get(settings.follow) if settings.kind == "audio" and settings.follow else None
+            guide = media.get(settings.guide)
             if name in media and guide is not None and not span:
                 media[name] = replace(media[name], clock=guide.path, computed=guide.computed)
         return media
@@ -414,20 +378,6 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir() or not (path.suffix or path.exists())
     except OSError:  # said when the clip is decoded
         return True
-
-
-def _flow_files(cell: str) -> list[str]:
-    """The files of a flow cell: `u|v`, one .npy, the first of a pair named by a rule, or a folder with u and v."""
-    if "|" in cell:
-        return [part.strip() for part in cell.split("|")]
-    if not cell or cell.lower().endswith(".npy"):
-        return [cell]
-    for pattern, other in _PAIRS:
-        matches = list(re.finditer(pattern, cell))
-        if matches:
-            last = matches[-1]
-            return [cell, cell[: last.start()] + last.expand(other) + cell[last.end() :]]
-    return [f"{cell}/u", f"{cell}/v"]
 
 
 # --- the whole -----------------------------------------------------------------------------------------------------

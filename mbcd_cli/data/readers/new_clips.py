@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from mbcd_cli.data.modalities import infer_kind
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.manifest import RATE, REQUIRED, SPANS, default_name, locate, parse
 from mbcd_cli.data.readers.table import Table, name_faults, read_bytes
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.settings import DatasetSettings, Modality, infer_kind
+from mbcd_cli.settings import DatasetSettings
 
 UNKNOWN = -1
 """Label of a clip whose class nobody has told."""

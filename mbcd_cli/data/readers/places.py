@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mbcd_cli.data.modalities import default_modality
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.errors import ManifestError, SettingsError
-from mbcd_cli.settings import DatasetSettings, Modality, default_modality
+from mbcd_cli.settings import DatasetSettings
 
 _ARCHIVES = (".tar", ".tar.gz", ".zip")
+_KINDS = ("video", "audio", "flow")
 
 
 class Disk:
@@ -204,9 +207,9 @@ def by_kind(modalities: Mapping[str, Modality]) -> dict[str, tuple[str, Modality
         SettingsError: a kind they do not have, or one asked for twice.
     """
     chosen: dict[str, tuple[str, Modality]] = {}
-    for name, settings in (modalities or {kind: default_modality(kind) for kind in ("video", "audio", "flow")}).items():
-        if settings.kind == "array":
-            raise SettingsError(f"modalities.{name}: this dataset holds video, audio and flow only.", "Leave it out.")
+    for name, settings in (modalities or {kind: default_modality(kind) for kind in _KINDS}).items():
+        if settings.kind not in _KINDS:
+            raise SettingsError(f"modalities.{name}: this dataset holds {', '.join(_KINDS)} only.", "Leave it out.")
         if settings.kind in chosen:
             raise SettingsError(
                 f"modalities.{name}: {chosen[settings.kind][0]} already reads this dataset's {settings.kind}.",

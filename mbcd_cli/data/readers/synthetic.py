@@ -15,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mbcd_cli.data.modalities.array import ArrayModality
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.readers import Listing, manifest, vectors
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.settings import ArrayModality, DatasetSettings, Modality
+from mbcd_cli.settings import DatasetSettings
 
 VERSION = 1
 DOMAINS = ("north", "east", "south")

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.encoders.staged import Parts
 from mbcd_cli.evaluation.analyses.robustness import Disturbance, clip_noise
-from mbcd_cli.settings import Modality
 
 Corruption = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 """(part [B, ...], clips [B], severity 1..5, seed) -> corrupted part, of the same shape and type."""
@@ -127,14 +127,23 @@ def _run_drop(part: torch.Tensor, clips: torch.Tensor, fraction: float, seed: in
     return part.masked_fill(gone.reshape(len(part), *[1] * (part.ndim - 2), length), 0)
 
 
-_FLOW = {"noise": pixel_noise, "blur": blur, "frame drop": frame_drop}
-CORRUPTIONS: Mapping[str, Mapping[str, Corruption]] = {
-    "video": {**_FLOW, "brightness": brightness, "contrast": contrast},
-    "flow": _FLOW,
-    "audio": {SPECTROGRAM_NOISE: spread_noise, "step drop": step_drop, "band drop": band_drop},
-    "array": {"noise": spread_noise, "value drop": value_drop},
+def noise(part: torch.Tensor, clips: torch.Tensor, severity: int, seed: int) -> torch.Tensor:
+    """Noise on pixels [B, C, T, H, W] uint8, or on values of any [B, ...]."""
+    return (pixel_noise if part.dtype == torch.uint8 else spread_noise)(part, clips, severity, seed)
+
+
+CORRUPTIONS: Mapping[str, Corruption] = {
+    "noise": noise,
+    "blur": blur,
+    "frame drop": frame_drop,
+    "brightness": brightness,
+    "contrast": contrast,
+    SPECTROGRAM_NOISE: spread_noise,
+    "step drop": step_drop,
+    "band drop": band_drop,
+    "value drop": value_drop,
 }
-"""Kind of modality -> name -> corruption."""
+"""Name -> corruption; `Modality.corruptions` names those of a kind."""
 
 
 def corruptions(name: str, modality: Modality, *, seed: int = 0) -> list[Disturbance]:
@@ -142,14 +151,10 @@ def corruptions(name: str, modality: Modality, *, seed: int = 0) -> list[Disturb
     if modality.cut != "input":
         return []
 
-    def disturbance(kind: str, corrupt: Corruption, severity: int) -> Disturbance:
+    def disturbance(kind: str, severity: int) -> Disturbance:
         def apply(parts: Parts, clips: torch.Tensor) -> Parts:
-            return tuple(corrupt(part, clips, severity, seed * 16 + i) for i, part in enumerate(parts))
+            return tuple(CORRUPTIONS[kind](part, clips, severity, seed * 16 + i) for i, part in enumerate(parts))
 
         return Disturbance(name, kind, severity, apply)
 
-    return [
-        disturbance(kind, corrupt, severity)
-        for kind, corrupt in CORRUPTIONS[modality.kind].items()
-        for severity in SEVERITIES
-    ]
+    return [disturbance(kind, severity) for kind in modality.corruptions for severity in SEVERITIES]

@@ -13,13 +13,12 @@ from functools import partial
 import numpy as np
 import torch
 
-from mbcd_cli.data.media.sound import read_audio
+from mbcd_cli.data.modalities.audio import AudioModality, audio_view
 from mbcd_cli.data.records import Clip
-from mbcd_cli.data.views import audio_view, followed_spans
 from mbcd_cli.encoders.staged import Parts
 from mbcd_cli.evaluation.analyses.corruptions import SEVERITIES
 from mbcd_cli.evaluation.analyses.robustness import Disturbance
-from mbcd_cli.settings import AudioModality, DatasetSettings
+from mbcd_cli.settings import DatasetSettings
 
 NOISE_SNR = (20.0, 15.0, 10.0, 5.0, 0.0)
 """Signal-to-noise ratio in dB of white noise, against the clip's own mean power."""
@@ -65,13 +64,8 @@ def corrupted_sounds(
     Raises:
         MediaError: the file cannot be used.
     """
-    media = clip.media[name]
-    follows = settings.follow is not None and media.clock is not None
-    if follows:
-        (media,) = followed_spans(media, settings, [None], dataset=dataset)
-    samples, rate = read_audio(
-        media, sample_rate=settings.sample_rate, limit=settings.samples, dataset=dataset, silent_end=follows
-    )
+    _, sounds = settings.sounds(clip.media[name], [None], dataset=dataset)
+    ((samples, rate),) = sounds.values()
     return [audio_view(corrupt(samples), rate, settings, None) for corrupt in corruptions]
 
 

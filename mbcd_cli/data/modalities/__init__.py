@@ -1,0 +1,31 @@
+"""Kinds of modality, one a file; a new kind is a file and its line in `KINDS`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Union
+
+from pydantic import Field
+
+from mbcd_cli.data.modalities.array import ArrayModality
+from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.video import VideoModality
+
+KINDS: dict[str, type[Modality]] = {
+    one.model_fields["kind"].default: one for one in (VideoModality, FlowModality, AudioModality, ArrayModality)
+}
+AnyKind = Annotated[Union[tuple(KINDS.values())], Field(discriminator="kind")]  # noqa: UP007
+"""Type of a modality's settings in a tree, told by their `kind`."""
+
+
+def infer_kind(name: str) -> str | None:
+    """Kind of a modality told from its name (`video_left` -> video), or None when the name tells nothing."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((kind for kind, one in KINDS.items() if any(word in words for word in one.words)), None)
+
+
+def default_modality(name: str, kind: str | None = None) -> Modality:
+    """The default settings of a modality called `name`; a name that tells nothing is that of arrays."""
+    return KINDS[kind or infer_kind(name) or "array"]()

@@ -1,0 +1,135 @@
+"""Plain tensors, one .npy file a clip. Letters: T steps, D values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import model_validator
+
+from mbcd_cli.data.modalities.base import Draws, Modality, Parts, each_file, spread_places
+from mbcd_cli.data.records import Media
+from mbcd_cli.errors import MediaError
+from mbcd_cli.settings import Count, DatasetSettings, ForWeights, NonNegative
+
+
+class ArrayModality(Modality):
+    """A plain tensor per clip (.npy): a vector [D], or a sequence [T, D]."""
+
+    words: ClassVar[tuple[str, ...]] = ("array", "tensor", "features")
+    suffixes: ClassVar[tuple[str, ...]] = (".npy",)
+    spanned: ClassVar[bool] = False
+    raw: ClassVar[bool] = True
+    corruptions: ClassVar[tuple[str, ...]] = ("noise", "value drop")
+    stated_seconds: ClassVar[float] = 0.002
+
+    kind: Literal["array"] = "array"
+    """Kind of the modality."""
+    encoder: ForWeights[str] = "array-mlp"
+    """Encoder that reads this modality; `mbcd list encoders` shows them."""
+    length: Count | None = None
+    """Steps of every sequence; default: those of the longest file. Vectors have none."""
+    fit: Literal["pad", "sample"] = "pad"
+    """How a sequence gets to `length`: cut or padded with zeros at its end, or sampled at `length` even moments."""
+    dimension: Count | None = None
+    """Values per vector or step; default: read from the first file."""
+    whole: bool = False
+    """Values are whole numbers (identities of tokens, say), cached as they are for an encoder that reads int32."""
+    noise: NonNegative = 0.0
+    """Training views get Gaussian noise of this standard deviation added."""
+
+    @model_validator(mode="after")
+    def _whole_has_no_noise(self):
+        if self.whole and self.noise:
+            raise ValueError("whole numbers take no noise: set noise to 0")
+        return self
+
+    def part_shapes(self, *, test: bool = False) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """One part: [D] or [T, D], float32 or int32.
+
+        Raises:
+            MediaError: the dimension is not known yet.
+        """
+        if self.dimension is None:
+            raise MediaError("an array modality", "its dimension is not known", "Set modalities.NAME.dimension=D.")
+        steps = () if self.length is None else (self.length,)
+        return [((*steps, self.dimension), np.dtype(np.int32 if self.whole else np.float32))]
+
+    def views(
+        self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
+    ) -> list[Parts]:
+        """One part per view: [D] or [T, D], float32 or int32."""
+        from mbcd_cli.data.media.arrays import read_array
+
+        array = self._shaped(read_array(media, notes, whole=self.whole), media)
+        if notes is not None and self.length is not None and self.fit == "pad" and len(array) > self.length:
+            notes.append(f"{media.path}: {len(array)} steps, cut to the first {self.length}")
+        return [(self._noisy(self._fit(array, rng), rng),) for rng in draws(name)]
+
+    def _shaped(self, array: np.ndarray, media: Media) -> np.ndarray:
+        """An array of the shape that the settings promise, but for its length: [D] or [T, D]."""
+        wanted = f"[{self.dimension}]" if self.length is None else f"[T, {self.dimension}]"
+        if self.length is not None and array.ndim == 1 and self.dimension == 1:
+            array = array[:, None]
+        dims = 1 if self.length is None else 2
+        if array.ndim != dims or (self.dimension is not None and array.shape[-1] != self.dimension):
+            raise MediaError(
+                media.path,
+                f"shape {list(array.shape)} where {wanted} is expected",
+                "Store all files of a modality alike, or set modalities.NAME.dimension and .length.",
+            )
+        return array
+
+    def _fit(self, array: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """[T, D] -> [`length`, D], as `fit` says; a vector [D] as it is."""
+        if self.length is None:
+            return array
+        if self.fit == "sample":
+            return array[spread_places(len(array), self.length, rng)]
+        return np.pad(array[: self.length], ((0, max(self.length - len(array), 0)), (0, 0)))
+
+    def _noisy(self, array: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        if rng is None or not self.noise:
+            return array
+        return array + rng.normal(0.0, self.noise, array.shape).astype(np.float32)
+
+    def resolve(self, media: Sequence[Media], *, name: str = "NAME", notes: list[str] | None = None) -> Self:
+        """With the dimension and, of sequences, the length of the longest, where they are not set."""
+        from mbcd_cli.data.media.arrays import stored_shape
+
+        if self.dimension and self.length:
+            return self
+        shape, error = _first_shape(media)
+        if not shape:
+            if error is not None and self.dimension is None:
+                raise error
+            return self
+        if len(shape) == 1:
+            return self.model_copy(update={"dimension": self.dimension or (1 if self.length else shape[0])})
+        dimension = self.dimension or shape[1]
+        length = self.length
+        if length is None:
+            shapes = each_file(stored_shape, [item.path for item in media])
+            steps = [shape[0] for shape in shapes if shape is not None and shape[1:] == (dimension,) and shape[0]]
+            length = max(steps, default=shape[0])
+            if notes is not None and steps and min(steps) < length:
+                how = "padded with zeros to" if self.fit == "pad" else "each spread over"
+                notes.append(
+                    f"{name}: sequences of {min(steps)} to {length} steps, {how} {length}; "
+                    f"modalities.{name}.length sets another length, modalities.{name}.fit how they get there"
+                )
+        return self.model_copy(update={"dimension": dimension, "length": length})
+
+
+def _first_shape(media: Sequence[Media]) -> tuple[tuple[int, ...], MediaError | None]:
+    """Shape of the first array that can be read; else (), and why the first cannot."""
+    from mbcd_cli.data.media.arrays import read_array
+
+    first: MediaError | None = None
+    for item in media:
+        try:
+            return read_array(item).shape, None
+        except MediaError as error:
+            first = first or error
+    return (), first

@@ -1,0 +1,244 @@
+"""Sound as a log-spectrogram. Letters: n samples, F frequency bins, S spectrogram columns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from mbcd_cli.data.modalities.base import Draws, Modality, Parts, each_file
+from mbcd_cli.data.modalities.frames import FrameSampling, frames_to_sample, sample_indices
+from mbcd_cli.data.modalities.video import VideoModality
+from mbcd_cli.data.records import Media
+from mbcd_cli.settings import Count, DatasetSettings, ForWeights, Fraction, NonNegative, Positive
+
+RMS_LEVEL = 0.1
+"""Root mean square to which `level = "rms"` scales a clip."""
+_SILENCE = 1e-8
+_RATES_OF = 1000  # files, spread over the dataset, whose sample rates are looked at
+
+
+class AudioModality(Modality):
+    """Sound as a log-spectrogram (scipy; method.md section 4)."""
+
+    words: ClassVar[tuple[str, ...]] = ("audio", "sound", "speech", "wav")
+    suffixes: ClassVar[tuple[str, ...]] = (
+        ".wav",
+        ".flac",
+        ".mp3",
+        ".ogg",
+        ".oga",
+        ".opus",
+        ".aiff",
+        ".aif",
+        ".m4a",
+        ".wma",
+        ".aac",
+        ".caf",
+        ".w64",
+    )
+    also_in: ClassVar[tuple[str, ...]] = VideoModality.suffixes
+    clocked: ClassVar[bool] = True
+    corruptions: ClassVar[tuple[str, ...]] = ("spectrogram noise", "step drop", "band drop")
+
+    kind: Literal["audio"] = "audio"
+    """Kind of the modality."""
+    encoder: ForWeights[str] = "small-audio"
+    """Encoder that reads this modality; `mbcd list encoders` shows them."""
+    sample_rate: Count | None = None
+    """Samples per second after resampling; default: as stored."""
+    samples: Count = 160000
+    """Samples taken from the clip's beginning."""
+    short: Literal["repeat", "pad"] = "repeat"
+    """A clip with fewer samples is repeated, or padded with silence."""
+    level: Literal["keep", "rms", "peak"] = "keep"
+    """Loudness: as recorded, or scaled to a root mean square of 0.1, or to a peak of 1."""
+    nperseg: Count = 512
+    """Samples per spectrogram window."""
+    noverlap: Annotated[int, Field(ge=0)] = 353
+    """Samples by which two windows overlap."""
+    log_floor: Positive = 1e-7
+    """Added to the spectrogram before the logarithm."""
+    noise: NonNegative = 0.05
+    """Training views get uniform noise of up to this much added to the standardised spectrogram."""
+    mask_bins: Annotated[int, Field(ge=0)] = 9
+    """Training views have one band of this many frequency bins set to zero."""
+    follow: str | None = None
+    """Modality whose sampled frames fix the span of each view's sound (HAC), or another that is read; none: all."""
+    follow_rate: Positive = 24.0
+    """Frames per second by which the times of those frames are told."""
+    followed: FrameSampling | None = None
+    """Filled in from the followed modality's own settings, whenever they are at hand."""
+    shift: Fraction = 0.0
+    """Training views of padded clips begin at a random moment within this fraction of the free room."""
+
+    @field_validator("follow", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value  # `--set modalities.audio.follow=`: a preset's value taken back
+
+    @model_validator(mode="after")
+    def _window_fits(self):
+        if self.noverlap >= self.nperseg:
+            raise ValueError(f"noverlap ({self.noverlap}) must be smaller than nperseg ({self.nperseg})")
+        if self.samples < self.nperseg:
+            raise ValueError(f"samples ({self.samples}) must be at least nperseg ({self.nperseg})")
+        return self
+
+    @property
+    def guide(self) -> str | None:
+        """Modality whose views' frames these views follow, if any."""
+        return self.follow
+
+    def part_shapes(self, *, test: bool = False) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """One part: [1, F, S] float32."""
+        columns = (self.samples - self.noverlap) // (self.nperseg - self.noverlap)
+        return [((1, self.nperseg // 2 + 1, columns), np.dtype(np.float32))]
+
+    def views(
+        self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
+    ) -> list[Parts]:
+        """One part per view: [1, F, S] float32."""
+        generators = draws(name)
+        guides = draws(self.follow) if self.follow is not None else generators
+        spans, sounds = self.sounds(media, guides, dataset=dataset, notes=notes)
+        shared: dict[Media, dict[int, np.ndarray]] = {span: {} for span in sounds}
+        return [
+            (audio_view(*sounds[span], self, rng, shared[span]),) for span, rng in zip(spans, generators, strict=True)
+        ]
+
+    def sounds(
+        self,
+        media: Media,
+        guides: Sequence[np.random.Generator | None],
+        *,
+        dataset: DatasetSettings,
+        notes: list[str] | None = None,
+    ) -> tuple[list[Media], dict[Media, tuple[np.ndarray, int]]]:
+        """The span that each view hears, and of every span the samples [n] float32 and their rate.
+
+        Args:
+            guides: the random numbers of the followed modality's views; None for the test view.
+
+        Raises:
+            MediaError: the file cannot be used.
+        """
+        from mbcd_cli.data.media.sound import read_audio
+
+        follows = self.followed is not None and media.clock is not None
+        spans = followed_spans(media, self, guides) if follows else [media] * len(guides)
+        wanted = {"sample_rate": self.sample_rate, "limit": self.samples, "silent_end": follows}
+        return spans, {span: read_audio(span, dataset=dataset, notes=notes, **wanted) for span in dict.fromkeys(spans)}
+
+    def warnings(self, media: Sequence[Media], *, name: str) -> list[str]:
+        """Of files of different sample rates, where none is set."""
+        if self.sample_rate is not None:
+            return []
+        from mbcd_cli.data.media.sound import stored_rate
+
+        paths = list(dict.fromkeys(item.path for item in media))
+        paths = paths[:: -(-len(paths) // _RATES_OF) or 1]
+        rates = Counter(rate for rate in each_file(stored_rate, paths) if rate is not None)
+        if len(rates) < 2:
+            return []
+        counts = ", ".join(f"{count} at {rate} Hz" for rate, count in rates.most_common())
+        return [
+            f"{name}: files of different sample rates ({counts}), so that one place of a spectrogram means different "
+            f"frequencies and times; --set modalities.{name}.sample_rate={rates.most_common(1)[0][0]} makes them equal"
+        ]
+
+
+def followed_spans(media: Media, settings: AudioModality, guides: Sequence[np.random.Generator | None]) -> list[Media]:
+    """Per view, the sound between the first and the last frame that the view of the video `media.clock` samples.
+
+    Args:
+        media: sound with its video as `clock`.
+        settings: `followed`, as the video samples, and the rate that gives frames times.
+        guides: the video views' own random numbers, of which sampling draws the first; None for the test view.
+    """
+    from mbcd_cli.data.media.video import timeline_of
+
+    count = len(timeline_of(media.clock)) - media.computed  # flow lies between frames
+    count = frames_to_sample(count, settings.followed, Media(media.clock))
+    spans = []
+    for rng in guides:
+        pick = sample_indices(count, settings.followed, rng)
+        start, stop = float(pick[0]) / settings.follow_rate, float(pick[-1]) / settings.follow_rate
+        # In a clip shorter than what is sampled the last frame may come before the first: then all is heard.
+        ends = {"start": start, "stop": stop} if stop > start else {"start": None, "stop": None}
+        spans.append(replace(media, unit="s", clock=None, computed=0, **ends))
+    return spans
+
+
+def fit_samples(samples: np.ndarray, settings: AudioModality, rng: np.random.Generator | None) -> np.ndarray:
+    """Level, length and range of a clip's sound: [n] -> [`samples`] float64 within [-1, 1]."""
+    return _fit_at(samples, settings, _silence_before(len(samples), settings, rng))
+
+
+def _silence_before(count: int, settings: AudioModality, rng: np.random.Generator | None) -> int:
+    """Samples of silence that a view puts before a clip of `count` samples."""
+    room = settings.samples - count
+    if rng is None or room <= 0 or settings.short == "repeat" or settings.shift == 0:
+        return 0
+    return min(int(rng.random() * settings.shift * (room + 1)), room)
+
+
+def _fit_at(samples: np.ndarray, settings: AudioModality, before: int) -> np.ndarray:
+    taken = samples[: settings.samples].astype(np.float64)
+    if settings.level != "keep":
+        loudness = np.sqrt(np.mean(taken**2)) if settings.level == "rms" else np.abs(taken).max()
+        if loudness > _SILENCE:
+            taken = taken * ((RMS_LEVEL if settings.level == "rms" else 1.0) / loudness)
+    room = settings.samples - len(taken)
+    if settings.short == "repeat":
+        taken = np.resize(taken, settings.samples)
+    elif room:
+        taken = np.pad(taken, (before, room - before))
+    return np.clip(taken, -1.0, 1.0)
+
+
+def audio_view(
+    samples: np.ndarray,
+    rate: int,
+    settings: AudioModality,
+    rng: np.random.Generator | None,
+    shared: dict[int, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Log-spectrogram of a clip, standardised: [n] samples at `rate` per second -> [1, F, S] float32.
+
+    F = nperseg / 2 + 1, S = (samples - noverlap) // (nperseg - noverlap). A training view (`rng` given) then has
+    uniform noise added, and one band of `mask_bins` frequency bins set to zero, the mean (method.md section 4).
+    `shared` keeps what the views of the same samples have in common, if given.
+    """
+    shared = {} if shared is None else shared
+    before = _silence_before(len(samples), settings, rng)
+    if before not in shared:
+        shared[before] = _spectrogram(_fit_at(samples, settings, before), rate, settings)
+    return _noisy_spectrogram(shared[before], settings, rng)[None].astype(np.float32)
+
+
+def _spectrogram(fitted: np.ndarray, rate: int, settings: AudioModality) -> np.ndarray:
+    """[samples] -> [F, S], logarithmic, of mean 0 and standard deviation 1."""
+    from scipy.signal import spectrogram
+
+    _, _, power = spectrogram(fitted, rate, nperseg=settings.nperseg, noverlap=settings.noverlap)
+    log = np.log(power + settings.log_floor)
+    spread = log.std()
+    # Silence has the floor everywhere: it becomes zeros, not rounding noise blown up to unit variance.
+    return (log - log.mean()) / spread if spread > 1e-6 else np.zeros_like(log)
+
+
+def _noisy_spectrogram(view: np.ndarray, settings: AudioModality, rng: np.random.Generator | None) -> np.ndarray:
+    if rng is None:
+        return view
+    noise = rng.uniform(-settings.noise, settings.noise, view.shape) if settings.noise else 0.0
+    view = view + noise
+    if settings.mask_bins:
+        bins = min(settings.mask_bins, len(view))
+        low = int(rng.integers(len(view) - bins + 1))
+        view[low : low + bins] = 0.0
+    return view

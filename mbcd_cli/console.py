@@ -6,7 +6,6 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +23,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from mbcd_cli.say import Say, Ticker
+
 _PLAIN_WIDTH = 140
 
 
@@ -39,7 +40,6 @@ err = _console(stderr=True)
 out = _console(stderr=False)
 """Results a person asked for: tables and paths."""
 
-_PLAIN_SECONDS = 20.0
 _FIGURE = re.compile(r"[-+]?[0-9.,]*( ?(±|\+-) ?[0-9.]+)?%?")
 
 
@@ -49,66 +49,17 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:.1f}/s" if speed else "")
 
 
-class Ticker:
-    """Handle on one piece of long work: `advance` it, `describe` it."""
-
-    def __init__(self, label: str, total: int | None, progress: Progress | None) -> None:
-        self._label, self._total, self._progress = label, total, progress
-        self._done = 0
-        self._started = self._last = time.monotonic()
-        self._note = ""
-        self._task = progress.add_task(label, total=total, note="") if progress else None
+class _Bar(Ticker):
+    def __init__(self, label: str, total: int | None, bar: Progress) -> None:
+        super().__init__()
+        self._bar = bar
+        self._task = bar.add_task(label, total=total, note="")
 
     def advance(self, steps: int = 1) -> None:
-        """`steps` more units are done."""
-        self._done += steps
-        if self._progress is not None:
-            self._progress.advance(self._task, steps)
-            return
-        now = time.monotonic()
-        if now - self._last >= _PLAIN_SECONDS:
-            self._last = now
-            rate = self._done / max(now - self._started, 1e-9)
-            total = f"/{self._total}" if self._total else ""
-            left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate > 0 else ""
-            err.print(f"{self._label}: {self._done}{total} ({rate:.1f}/s{left}) {self._note}".rstrip(), markup=False)
+        self._bar.advance(self._task, steps)
 
     def describe(self, note: str) -> None:
-        """Show `note` (losses, rates) behind the bar."""
-        self._note = note
-        if self._progress is not None:
-            self._progress.update(self._task, note=note)
-
-
-@contextmanager
-def progress(label: str, total: int | None = None) -> Iterator[Ticker]:
-    """A progress bar with rate and time left on a terminal; elsewhere a plain line every 20 seconds."""
-    if not err.is_terminal:
-        yield Ticker(label, total, None)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        yield Ticker(label, total, bar)
-
-
-@contextmanager
-def silent(wanted: bool = True) -> Iterator[None]:
-    """Nothing is printed inside the block, where that is `wanted`."""
-    before = err.quiet, out.quiet
-    try:
-        if wanted:
-            err.quiet = out.quiet = True
-        yield
-    finally:
-        err.quiet, out.quiet = before
+        self._bar.update(self._task, note=note)
 
 
 def say(message: str) -> None:
@@ -119,6 +70,43 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """One warning line on stderr."""
     err.print(Text("warning: ", style="yellow") + Text(message))
+
+
+def show(*lines: str) -> None:
+    """Lines of a result, on stdout, as they are."""
+    for line in lines:
+        out.print(line, markup=False)
+
+
+class Terminal(Say):
+    """What the library says, on stderr; a bar with rate and time left on a terminal."""
+
+    def warn(self, message: str) -> None:
+        warn(message)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table(title, columns, rows, to_stderr=True)
+
+    @contextmanager
+    def progress(self, label: str, total: int | None = None) -> Iterator[Ticker]:
+        if not err.is_terminal:
+            yield Ticker(label, total, say)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=err, transient=True) as bar:
+            yield _Bar(label, total, bar)
+
+
+terminal = Terminal(say)
+"""What commands hand to the library."""
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, to_stderr: bool = False) -> None:

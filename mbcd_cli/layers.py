@@ -251,6 +251,13 @@ def _with_followed_frames(settings: Settings) -> Settings:
     return settings.model_copy(update={"modalities": modalities})
 
 
+def named_dataset(settings: Settings, preset: str | None) -> Settings:
+    """The settings with a dataset's name: the preset's where they have none."""
+    if settings.dataset.name is not None or preset is None:
+        return settings
+    return settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"name": Path(preset).stem})})
+
+
 def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Settings:
     """Validated settings, with the settings class of the method that they name (else of the default one).
 

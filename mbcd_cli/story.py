@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mbcd_cli import console
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation import evaluate
 from mbcd_cli.landscape import measure
@@ -17,6 +17,7 @@ from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints, run_name
 from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 from mbcd_cli.training import train
 
@@ -28,37 +29,32 @@ PICTURES = ("report", "accuracy per epoch", "confusion on target")
 def demo(
     directory: Path,
     *,
-    target_domain: str | None,
-    seed: int,
-    epochs: int | None,
-    device: str | None,
-    threads: int | None,
+    flags: Mapping[str, Any],
+    say: Say = SILENT,
 ) -> dict[str, Any]:
     """Prepare, train ERM and MBCD, evaluate both and compare their landscapes, all under `directory`.
 
     What an earlier demo left is used again: media, cache and finished trainings with the same settings.
+
+    Args:
+        directory: the folder of it all.
+        flags: settings to use, dotted name -> value.
+        say: told every stage.
 
     Returns:
         A JSON-able summary: target and in-domain accuracy per method and head, files, seconds per stage.
     """
     if directory.exists() and not directory.is_dir():
         raise RunError(f"{directory} is a file.", "Name another folder with --dir.")
-    flags = {
-        "dataset.root": directory / "media",
-        "cache.dir": directory / "cache",
-        "training.target_domain": target_domain,
-        "training.seed": seed,
-        "training.epochs": epochs,
-        "runtime.device": device,
-        "runtime.threads": threads,
-    }
+    flags = {**flags, "dataset.root": directory / "media", "cache.dir": directory / "cache"}
     settings = {m: resolve(preset="demo", environ=os.environ, method=m, flags=flags) for m in METHODS}
+    here = {path: value for path, value in flags.items() if path.startswith(("cache.", "runtime."))}
     torch_device = configure(settings["mbcd"].runtime)
     seconds: dict[str, float] = {}
 
-    console.say(f"1/4 prepare: the demo's media and cache, in {directory}")
+    say(f"1/4 prepare: the demo's media and cache, in {directory}")
     started = time.monotonic()
-    prepared = prepare.prepare(settings["mbcd"])
+    prepared = prepare.prepare(settings["mbcd"], say=say)
     seconds["prepare"] = time.monotonic() - started
 
     runs: dict[str, Path] = {}
@@ -67,28 +63,26 @@ def demo(
     for method in METHODS:
         resolved, dataset = open_for_training(settings[method])
         runs[method] = directory / "runs" / run_name(resolved)
-        console.say(f"2/4 train {method}: target {resolved.training.target_domain}")
+        say(f"2/4 train {method}: target {resolved.training.target_domain}")
         started = time.monotonic()
-        _train(resolved, dataset, runs[method])
+        _train(resolved, dataset, runs[method], say)
         seconds[f"train {method}"] = time.monotonic() - started
 
     for method in METHODS:
-        console.say(f"3/4 evaluate {method}")
+        say(f"3/4 evaluate {method}")
         started = time.monotonic()
         files = run_checkpoints(runs[method])
-        opened, dataset, found = open_checkpoints(
-            files, config=None, sets=(), cache_dir=directory / "cache", device=device, threads=threads
-        )
+        opened, dataset, found = open_checkpoints(files, config=None, sets=(), flags=here)
         results[method] = evaluate.evaluate(
-            opened, dataset, found, device=torch_device, run=runs[method], output=runs[method]
+            opened, dataset, found, device=torch_device, run=runs[method], output=runs[method], say=say
         )
         checkpoints[method] = found["best"]
         seconds[f"evaluate {method}"] = time.monotonic() - started
 
-    console.say("4/4 landscape: both methods on one scale")
+    say("4/4 landscape: both methods on one scale")
     started = time.monotonic()
     surfaces = measure.landscape(
-        opened, dataset, list(checkpoints.items()), output=directory / "landscape", device=torch_device
+        opened, dataset, list(checkpoints.items()), output=directory / "landscape", device=torch_device, say=say
     )
     seconds["landscape"] = time.monotonic() - started
     return {
@@ -108,7 +102,7 @@ def demo(
     }
 
 
-def _train(settings: Settings, dataset: Any, run: Path) -> None:
+def _train(settings: Settings, dataset: Any, run: Path, say: Say) -> None:
     """Train, or keep the finished run of the same settings; an interrupted one goes on."""
     same = False
     if (run / SETTINGS).is_file():
@@ -118,37 +112,13 @@ def _train(settings: Settings, dataset: Any, run: Path) -> None:
             for part in ("modalities", "model", "method", "average", "optimizer", "training", "dataset")
         )
     if same and (run / DONE).is_file():
-        console.say(f"  {run} is trained already; delete it to train again.")
+        say(f"  {run} is trained already; delete it to train again.")
         return
     resume = same and (run / "checkpoints" / "last.pt").is_file()
-    train.train(settings, dataset, run=run, resume=resume, overwrite=not resume)
+    train.train(settings, dataset, run=run, resume=resume, overwrite=not resume, say=say)
 
 
 def _source_accuracy(result: dict[str, Any]) -> dict[str, float]:
     headline = result["headline"]
     heads = result["models"][headline["checkpoint"]][headline["model"]]["source"]
     return {head: figures["top1"] for head, figures in heads.items()}
-
-
-def show(result: dict[str, Any]) -> None:
-    """Print the table, the pictures and the next commands."""
-    heads = ["fused", *result["modalities"]]
-    rows = []
-    for where, key in ((f"target {result['target_domain']} (unseen)", "target"), ("sources (held out)", "source")):
-        for method in METHODS:
-            accuracy = result[f"{key}_accuracy"][method]
-            rows.append((f"{method.upper()}, {where}", *(f"{100 * accuracy[head]:.1f}" for head in heads)))
-    console.table("Accuracy in percent", ("method, domain", *heads), rows)
-    console.out.print("Reports and pictures:")
-    for file in result["files"]:
-        console.out.print(f"  {file}", markup=False)
-    total = sum(result["seconds"].values())
-    folder = result["directory"]
-    console.out.print(f"\nDone in {total:.0f} s. Next:")
-    for line in (
-        f"mbcd evaluate --run {result['runs']['mbcd']} --cache-dir {folder}/cache",
-        f"mbcd landscape --checkpoint {result['runs']['mbcd']}/checkpoints/best.pt --cache-dir {folder}/cache",
-        f"mbcd train --preset demo --cache-dir {folder}/cache --method ema",
-        "mbcd prepare manifest --root YOUR_DATASET      (docs/data.md says what it needs)",
-    ):
-        console.out.print(f"  {line}", markup=False)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mbcd_cli import console
 from mbcd_cli.cli import app
 from mbcd_cli.data.modalities.base import load_views
 from mbcd_cli.data.online import mixed_seed
@@ -58,7 +59,7 @@ def opened(settings, *sets: str):
         flags={"dataset.name": "tiny", "cache.dir": settings.cache.dir, "training.target_domain": "gamma"},
     )
     resolved, dataset = open_for_training(changed)
-    assemble(resolved, dataset, device=CPU)
+    assemble(resolved, dataset, device=CPU, say=console.terminal)
     return dataset, dataset.select(domains=["alpha", "beta"], splits=["train"])
 
 
@@ -335,9 +336,9 @@ def test_a_dataset_that_moved_is_found_by_its_root(tmp_path):
     after = moved.rename(tmp_path / "after")
     with_root = tree(after, tmp_path / "cache")
     resolved, dataset = open_for_training(with_root)
-    assemble(resolved, dataset, device=CPU)
+    assemble(resolved, dataset, device=CPU, say=console.terminal)
     clips = dataset.select(domains=["alpha"], splits=["train"])
     assert len(list(dataset.batches(clips, batch_size=2, training=True))) == 2
     (dataset.caches["video"].folder / "trunk.pt").write_bytes(b"torn")
     with pytest.raises(CacheError, match=r"trunk\.pt cannot be read"):
-        assemble(resolved, dataset, device=CPU)
+        assemble(resolved, dataset, device=CPU, say=console.terminal)

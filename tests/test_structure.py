@@ -4,43 +4,33 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mbcd_cli"
-# Higher may import lower, and its own room; rooms of one height do not know each other.
-HEIGHT = {
-    "__main__": 12,
-    "cli": 11,
-    "story": 10,
-    "sweep": 9,
-    "training": 8,
-    "evaluation": 8,
-    "landscape": 8,
-    "paper": 7,
-    "preparation": 7,
-    "runs": 7,
-    "scoring": 7,
-    "layers": 6,
-    "methods": 5,
-    "model": 4,
-    "encoders": 3,
-    "data": 2,
-    "runtime": 2,
-    "plotting": 2,
-    "plugins": 1,
-    "settings": 1,
-    "processes": 1,
-    "files": 1,
-    "randomness": 0,
-    "errors": 0,
-    "allocator": 0,
-    "console": 0,
-    "__init__": 0,
-}
-CONSOLE_USERS = {"cli", "story", "sweep", "training", "evaluation", "landscape", "preparation", "runs"}
+# From the bottom; a room imports what stands on lower lines, and itself. Rooms of one line do not know each other.
+FLOORS = (
+    "__init__ errors say allocator randomness",
+    "files processes settings plugins",
+    "runtime plotting data",
+    "encoders",
+    "model",
+    "methods",
+    "layers",
+    "preparation runs scoring paper",
+    "training evaluation landscape",
+    "sweep",
+    "story",
+    "console",
+    "cli",
+    "__main__",
+)
+HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
 def room(path: Path) -> str:
@@ -48,12 +38,15 @@ def room(path: Path) -> str:
 
 
 def imports(path: Path):
+    """Rooms that a file imports, or names in a string (a module to be run or loaded later)."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mbcd_cli":
             parts = node.module.split(".")[1:]
             yield from [parts[0]] if parts else [alias.name for alias in node.names]
         elif isinstance(node, ast.Import):
             yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("mbcd_cli."))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield from re.findall(r"^mbcd_cli\.(\w+)[\w.]*$", node.value)
 
 
 def test_imports_go_downward_only():
@@ -61,14 +54,34 @@ def test_imports_go_downward_only():
     for path in sorted(PACKAGE.rglob("*.py")):
         here = room(path)
         for there in imports(path):
-            if there in ("__version__", here):
-                continue
-            if there == "console":
-                if here not in CONSOLE_USERS:
-                    wrong.append(f"{path.relative_to(ROOT)} imports console")
-            elif HEIGHT[there] >= HEIGHT[here]:
+            if there not in ("__version__", here) and HEIGHT[there] >= HEIGHT[here]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {there}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_only_the_command_line_uses_the_console():
+    users = {room(path) for path in PACKAGE.rglob("*.py") if "console" in imports(path)}
+    assert users == {"cli"}
+
+
+def test_help_is_quick():
+    """Neither the version nor the help of any command imports what computes."""
+    heavy = "sorted({'torch', 'numpy', 'h5py', 'matplotlib', 'scipy', 'sklearn', 'cv2'} & set(sys.modules))"
+    code = (
+        "import sys; from typer.testing import CliRunner; from mbcd_cli.cli import app\n"
+        "for words in (['--version'], ['--help'], *([name, '--help'] for name in sys.argv[1:])):\n"
+        f"    assert CliRunner().invoke(app, words).exit_code == 0, words\n    assert not {heavy}, (words, {heavy})"
+    )
+    names = ["prepare", "train", "evaluate", "landscape", "sweep", "demo", "list"]
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_design_shows_every_room():
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`([a-z_]+)(?:/|\.py)`", "\n".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE))))
+    there = {room(path) for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
+    assert told == there, f"missing: {there - told}, gone: {told - there}"
 
 
 def _generator():
@@ -87,8 +100,6 @@ def test_generated_docs_are_current(page, monkeypatch):
 
 
 def test_documents_link_to_files_that_exist():
-    import re
-
     missing = []
     for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]:
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from mbcd_cli import console
 from mbcd_cli.data.cache import listing_digest
 from mbcd_cli.data.records import Batch, Clip
 from mbcd_cli.errors import MbcdError
@@ -18,15 +18,14 @@ from mbcd_cli.evaluation.evaluator import evaluate_models
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.evaluation.report.html import write_report
-from mbcd_cli.evaluation.report.printing import print_comparison, print_results
 from mbcd_cli.evaluation.report.results import collect, describe, provenance, warnings
-from mbcd_cli.evaluation.report.tables import from_values
 from mbcd_cli.files import read_records, write_json
 from mbcd_cli.layers import method_label, to_toml
 from mbcd_cli.preparation.cache_plan import read_listing
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
-from mbcd_cli.settings import DatasetSettings, EvaluationSettings, Settings
+from mbcd_cli.settings import DatasetSettings, Settings
 
 
 def evaluate(
@@ -38,6 +37,7 @@ def evaluate(
     run: Path | None,
     output: Path,
     ood: Any = None,
+    say: Say = SILENT,
 ) -> dict[str, Any]:
     """Evaluate `checkpoints` (best / last -> checkpoint) and write everything under `output`.
 
@@ -53,12 +53,13 @@ def evaluate(
     Returns:
         What results.json holds, and `files`: name -> path of everything written.
     """
+    watch = partial(_watch, say)
     results, model = evaluate_models(
         settings,
         dataset,
         checkpoints,
         device=device,
-        watch=_watch,
+        watch=watch,
         variants=subset_variants if "missing" in settings.evaluation.analyses else lambda model: {},
     )
     chosen = deployed(checkpoints)
@@ -76,7 +77,7 @@ def evaluate(
         results=sorted(of_chosen, key=lambda one: one.clip_set.name != TARGET),
         device=device,
         output=output,
-        watch=_watch,
+        watch=watch,
     )
     clear(output)
     _accuracy_plots(analysis)
@@ -110,32 +111,8 @@ def _media(settings: Settings, dataset: Any) -> tuple[tuple[list[Clip], DatasetS
     return (listing.clips, there), ""
 
 
-def flags(analyses: str | None, export: str | None) -> dict[str, Any]:
-    """The settings that `--analyses` and `--export` stand for; `all` is every analysis."""
-
-    def names(text: str | None) -> tuple[str, ...] | None:
-        return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
-
-    wanted = get_args(get_args(EvaluationSettings.model_fields["analyses"].annotation)[0])
-    return {
-        "evaluation.analyses": wanted if analyses == "all" else names(analyses),
-        "evaluation.export": names(export),
-    }
-
-
-def show(figures: Mapping[str, Any]) -> None:
-    """Print what `evaluate` returned: tables and paths on stdout, warnings on stderr."""
-    print_results(figures, {name: Path(path) for name, path in figures["files"].items()})
-
-
-def show_comparison(found: Mapping[str, Any]) -> None:
-    """Print what `compare_runs` returned."""
-    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
-    print_comparison([from_values(table) for table in found["tables"]], files, found["warnings"])
-
-
-def _watch(batches: Iterable[Batch], label: str = "evaluating") -> Iterator[Batch]:
-    with console.progress(f"{label}, batches") as ticker:
+def _watch(say: Say, batches: Iterable[Batch], label: str = "evaluating") -> Iterator[Batch]:
+    with say.progress(f"{label}, batches") as ticker:
         for batch in batches:
             yield batch
             ticker.advance()

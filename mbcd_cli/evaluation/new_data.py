@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from mbcd_cli import console
 from mbcd_cli.data.dataset import CachedDataset, ModalityCache
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
 from mbcd_cli.evaluation.report.export import vote_rows, write_csv
 from mbcd_cli.evaluation.report.results import provenance
 from mbcd_cli.files import write_json
 from mbcd_cli.preparation.prepare import prepare_listing
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.deployed import build_models, deployed
 from mbcd_cli.scoring.metrics import summaries
 from mbcd_cli.scoring.predictions import predict
@@ -34,6 +34,7 @@ def predict_new(
     output: Path | None,
     device: torch.device,
     max_bad: int = 0,
+    say: Say = SILENT,
 ) -> dict[str, Any]:
     """Prepare new clips as the run's own were, and predict them with the deployed model.
 
@@ -79,10 +80,10 @@ def predict_new(
     with _cache(cache_dir) as folder:
         cache = settings.cache.model_copy(update={"dir": Path(folder)})
         whole = settings.model_copy(update={"dataset": dataset, "cache": cache})
-        prepared = prepare_listing(whole, listing)
+        prepared = prepare_listing(whole, listing, say=say)
         caches = {name: ModalityCache(Path(prepared["modalities"][name]["folder"])) for name in names}
         clips = CachedDataset(listing.name, caches, {name: settings.modalities[name] for name in names})
-        figures, rows = _predicted(whole, clips, checkpoints, device)
+        figures, rows = _predicted(whole, clips, checkpoints, device, say)
     folder = output or Path(listing.name.replace("new-", "predict-", 1))
     files = {"predictions": write_csv(rows, folder / "predict.csv")}
     if prepared["rejected"]:
@@ -104,12 +105,12 @@ def _cache(folder: Path | None) -> AbstractContextManager[str | Path]:
 
 
 def _predicted(
-    settings: Settings, dataset: CachedDataset, checkpoints: Mapping[str, Any], device: torch.device
+    settings: Settings, dataset: CachedDataset, checkpoints: Mapping[str, Any], device: torch.device, say: Say
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and the rows of predict.csv."""
     checkpoint, name = deployed(checkpoints)
     model = build_models(settings, dataset, checkpoints[checkpoint], device=device, source=checkpoint)[name]
-    with console.progress("predicting, batches") as ticker:
+    with say.progress("predicting, batches") as ticker:
 
         def watched():
             size = settings.evaluation.batch_size
@@ -138,30 +139,3 @@ def _predicted(
             k=settings.evaluation.top_k,
         )
     return figures, rows
-
-
-def show(result: Mapping[str, Any]) -> None:
-    """Print what `predict_new` returned."""
-    console.table(
-        f"{result['predicted']} of {result['clips']} clips predicted by the {result['model']} of checkpoint "
-        f"{result['checkpoint']}",
-        ("class", "clips"),
-        [(name or "(no prediction)", count) for name, count in result["classes"].items()],
-    )
-    if result["accuracy"] is not None:
-        console.table(
-            f"Accuracy on the {result['labelled']} labelled clips (%)",
-            ("head", "top-1", "mean class"),
-            [
-                (head, f"{100 * f['top1']:.1f}", f"{100 * f['mean_class_accuracy']:.1f}")
-                for head, f in result["accuracy"].items()
-            ],
-        )
-    for name, path in result["files"].items():
-        console.out.print(f"{name}: {path}", markup=False)
-    if result["exit_code"]:
-        bad = len({r["clip"] for r in result["rejected"]})
-        console.say(
-            f"error: {bad} clips were rejected, and --max-bad allows {result['max_bad']}; the others are predicted.\n"
-            f"Mend the files in the table above, or run again with --max-bad {bad}."
-        )

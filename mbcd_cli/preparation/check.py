@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mbcd_cli import console
 from mbcd_cli.data.cache import group_of
 from mbcd_cli.data.media.decoding import DecodeJob, decode
 from mbcd_cli.data.media.folders import MOST_MISSING
@@ -30,7 +29,6 @@ from mbcd_cli.settings import Settings
 _TIMED_CLIPS, _TIMED_SECONDS = 4, 1.0
 _LONG_FILE = 200 * 2**20
 """A longer video is not opened: its index alone takes seconds."""
-_SHOWN = 5
 
 
 def check(settings: Settings) -> dict[str, Any]:
@@ -208,67 +206,3 @@ def _decode_seconds(
             break
     seconds = sorted(spent)[len(spent) // 2] if spent else modality.stated_seconds
     return seconds, len(spent), unusable
-
-
-def show(report: dict[str, Any]) -> None:
-    """Print what `check` returned."""
-    for line in report["layout"]:
-        console.out.print(line, markup=False)
-    for line in report["warnings"]:
-        console.warn(line)
-    console.table(
-        f"{report['dataset']}: {report['clips']} clips, {report['splits']['train']} train + "
-        f"{report['splits']['test']} test, {report['classes']} classes",
-        ("domain", "train", "test"),
-        [(domain, counts["train"], counts["test"]) for domain, counts in report["domains"].items()],
-    )
-    begun = any(one["shards_there"] for one in report["modalities"].values())
-    rows = []
-    for name, one in report["modalities"].items():
-        row = [name, one["complete"], one["incomplete"], one["absent"], one["files_missing"]]
-        row += [f"{one['bytes_per_view']['train'] / 1e6:.2f}", f"{one['bytes'] / 1e9:.2f}", duration(one["seconds"])]
-        rows.append(row + ([f"{one['shards_there']}/{one['shards']}"] if begun else []))
-    console.table(
-        f"Clips whole, in part or absent, files missing; and what --views {report['views']} makes of it",
-        ["modality", "whole", "part", "absent", "missing", "MB/view", "GB", "time", *(["shards"] if begun else [])],
-        rows,
-    )
-    for name, one in report["modalities"].items():
-        for gap in one["gaps"][:_SHOWN]:
-            lacks = f"lacks {gap['missing']} of {gap['expected']}, first {gap['first']}"
-            console.say(f"{name}: {gap['clip']} {lacks}{': ' if gap['cause'] else ''}{gap['cause']}")
-        for bad in one["unusable"]:
-            console.say(f"{name}: {bad['clip']}, which was tried, cannot be used: {bad['file']}: {bad['cause']}")
-        if len(one["gaps"]) > _SHOWN:
-            console.say(f"{name}: ... and {len(one['gaps']) - _SHOWN} more clips (--json lists all of them)")
-        if one["weights"] and not one["weights"]["present"]:
-            console.warn(f"{name}: {one['weights']['message']}")
-    room = "fits" if report["fits"] else "does not fit"
-    console.say(
-        f"To write: {report['bytes_to_write'] / 1e9:.1f} GB, free: {report['free_bytes'] / 1e9:.1f} GB ({room}). "
-        f"About {duration(report['seconds'])} on {report['device']} with {report['workers']} decoding workers."
-    )
-    if untimed := [name for name, one in report["modalities"].items() if not one["decode_timed_clips"]]:
-        console.say(f"No clip of {', '.join(untimed)} could be timed: a usual decoding time was taken.")
-    if report["clips_to_be_rejected"]:
-        console.warn(f"{report['clips_to_be_rejected']} clips lack files, or cannot be used, and would be rejected")
-    lacking = [name for name, one in report["modalities"].items() if one["weights"] and not one["weights"]["present"]]
-    if lacking:
-        console.say(f"error: `prepare` would stop, since it lacks the weights of {', '.join(lacking)}.")
-    if not report["fits"]:
-        console.say(
-            "error: `prepare` would stop, since the cache does not fit. Free some space, name another disk with "
-            "--cache-dir, or store fewer views (--views 1)."
-        )
-    if report["exit_code"] == 3:
-        console.say(
-            "error: `prepare` would end with exit code 3. Mend the files above, or allow that many clips with "
-            f"--max-bad {report['clips_to_be_rejected']}."
-        )
-
-
-def duration(seconds: float) -> str:
-    """45 -> "45 s", 5400 -> "1.5 h"."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

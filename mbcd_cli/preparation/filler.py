@@ -14,7 +14,6 @@ from itertools import islice
 import numpy as np
 import torch
 
-from mbcd_cli import console
 from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of
 from mbcd_cli.data.media.decoding import Decoded, Decoder
 from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
@@ -25,6 +24,7 @@ from mbcd_cli.errors import CacheError
 from mbcd_cli.preparation.trunk import (
     Shapes,
 )
+from mbcd_cli.say import Ticker
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Filler:
     device: torch.device
     roundings: dict[int, Rounding] = field(default_factory=dict)
 
-    def run(self, numbers: Sequence[int], ticker: console.Ticker) -> None:
+    def run(self, numbers: Sequence[int], ticker: Ticker) -> None:
         """Fill the shards `numbers`.
 
         Raises:
@@ -68,7 +68,7 @@ class Filler:
             if writing is not None:
                 writing.result()
 
-    def _fill(self, span: range, stream: Iterator[Decoded], ticker: console.Ticker) -> Shard:
+    def _fill(self, span: range, stream: Iterator[Decoded], ticker: Ticker) -> Shard:
         """Collect the rows of one shard's clips."""
         rows = {}
         for group in GROUPS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 
-from mbcd_cli import console
 from mbcd_cli.data import ranks
 from mbcd_cli.data.cache import (
     CacheWriter,
@@ -36,12 +34,13 @@ from mbcd_cli.preparation.trunk import (
 )
 from mbcd_cli.processes import this_process, wait_for
 from mbcd_cli.runtime import pick_device
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
 _SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 
 
-def prepare(settings: Settings) -> dict[str, Any]:
+def prepare(settings: Settings, *, say: Say = SILENT) -> dict[str, Any]:
     """Fill the caches of every modality of a dataset; what is already there is reused.
 
     Started by torchrun, the processes share the shards; rank 0 alone writes the indices, and prints.
@@ -50,35 +49,34 @@ def prepare(settings: Settings) -> dict[str, Any]:
         A JSON-able summary: clips, domains, per modality the folder, bytes and what was reused, and every rejected
         clip; `exit_code` is 3 when more clips were rejected than `dataset.max_bad`. Nothing in ranks other than 0.
     """
-    return prepare_listing(settings, read_listing(settings))
+    return prepare_listing(settings, read_listing(settings), say=say)
 
 
-def prepare_listing(settings: Settings, listing: Listing) -> dict[str, Any]:
+def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> dict[str, Any]:
     """`prepare`, for clips that are listed already: every modality of `listing` in the cache."""
     place = this_process()
     if not place.main:
         device = pick_device(settings.runtime)
         for name, modality in listing.modalities.items():
-            _prepare_modality(settings, listing, name, modality, device, [])
+            _prepare_modality(settings, listing, name, modality, device, [], say)
         return {}
     for line in listing.notes:
-        console.say(line)
+        say(line)
     for line in listing.warnings:
-        console.warn(line)
+        say.warn(line)
     device = pick_device(settings.runtime)
     check_beforehand(settings, listing)
     rejected: list[Rejected] = list(listing.rejected)
     total = len({c.id for c in listing.clips} | {r.clip for r in listing.rejected})
     done: dict[str, Any] = {}
     for name, modality in listing.modalities.items():
-        done[name] = _prepare_modality(settings, listing, name, modality, device, rejected)
+        done[name] = _prepare_modality(settings, listing, name, modality, device, rejected, say)
     bad = sorted({r.clip for r in rejected})
     if rejected:
-        console.table(
+        say.table(
             f"{len(bad)} of {total} clips rejected",
             ("clip", "modality", "file", "cause", "remedy"),
             _rejected_rows(rejected, settings),
-            to_stderr=True,
         )
     if len(bad) == total:
         raise CacheError(f"All {len(bad)} clips of {listing.name} were rejected.", "The table above says why.")
@@ -152,10 +150,11 @@ def _prepare_modality(
     modality: Modality,
     device: torch.device,
     rejected: list[Rejected],
+    say: Say,
 ) -> dict[str, Any]:
     started = time.monotonic()
     place = this_process()
-    frozen = build_trunk(settings, name, modality)
+    frozen = build_trunk(settings, name, modality, say=say)
     trunk, sha = frozen.trunk, frozen.sha256
     plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
     root, clips, views, folder = settings.dataset.root or Path(), listing.clips, plan.views, plan.folder
@@ -191,7 +190,7 @@ def _prepare_modality(
         total = sum(len(plan.shards[n]) for n in pending)
         with (
             Decoder(workers=settings.cache.workers, job=job) as decoder,
-            console.progress(name if place.world == 1 else f"{name} (rank {place.rank})", total) as ticker,
+            say.progress(name if place.world == 1 else f"{name} (rank {place.rank})", total) as ticker,
         ):
             filler = Filler(writer, decoder, clips, views, trunk, plan.shapes, device)
             filler.run(pending, ticker)
@@ -200,7 +199,7 @@ def _prepare_modality(
         wait_for(
             writer.pending,
             named=lambda left: f"{len(left)} shards of process {sorted({shard % place.world for shard in left})}",
-            say=console.say,
+            say=say,
             patience=ranks.PATIENCE,
             remedy="Run the same command again; it goes on with what is missing.",
         )
@@ -213,18 +212,16 @@ def _prepare_modality(
     found, mended = finished.rejected, finished.mended
     rejected.extend(found)
     if mended:
-        console.warn(
-            f"{name}: {len(mended)} clips were mended while decoding, the first {mended[0][0]}: {mended[0][1]}"
-        )
+        say.warn(f"{name}: {len(mended)} clips were mended while decoding, the first {mended[0][0]}: {mended[0][1]}")
     if finished.lost:
-        console.warn(f"{name}: {finished.lost}. --set cache.dtype=float32 keeps them as they are.")
+        say.warn(f"{name}: {finished.lost}. --set cache.dtype=float32 keeps them as they are.")
     gone = {r.clip for r in found}
     kept = sum(len(wanted) for clip, wanted in zip(clips, views, strict=True) if clip.id not in gone)
     state = "reused" if not missing else "prepared"
     seconds = time.monotonic() - started
     nbytes = sum(path.stat().st_size for path in folder.glob("shard-*.h5"))
     error = f", int8 adds {100 * finished.error:.2f} % error" if finished.error is not None else ""
-    console.say(
+    say(
         f"{name}: {state} {len(clips) - len(found)} clips, {kept} views, {nbytes / 1e6:.1f} MB{error} "
         f"in {seconds:.1f} s -> {folder}"
     )
@@ -250,36 +247,3 @@ def _check_disk(folder: Path, needed: int) -> None:
             f"The cache needs {needed / 1e9:.1f} GB more, and {folder} has {free / 1e9:.1f} GB free.",
             "Free some space, name another disk with --cache-dir, or store fewer views (--set cache.views=1).",
         )
-
-
-def show(result: dict[str, Any], *, preset: str | None, repeat: Sequence[str] = ()) -> None:
-    """Print what `prepare` returned and what to run next.
-
-    Args:
-        preset: that it was run with.
-        repeat: words of its command line that `train` needs too, to mean the same cache.
-    """
-    columns = ["modality", "clips", "MB", "bytes per view", "shards", "reused", "seconds"]
-    squeezed = any(done["int8_error"] is not None for done in result["modalities"].values())
-    rows = []
-    for name, done in result["modalities"].items():
-        row = [name, done["clips"], f"{done['bytes'] / 1e6:.1f}", done["bytes_per_view"]]
-        row += [done["shards"], done["shards_reused"], f"{done['seconds']:.1f}"]
-        if squeezed:
-            row.append("-" if done["int8_error"] is None else f"{100 * done['int8_error']:.2f}%")
-        rows.append(row)
-    console.table(
-        f"{result['dataset']}: {result['clips']} clips, {result['classes']} classes, "
-        f"domains {', '.join(result['domains'])}",
-        columns + (["int8 error"] if squeezed else []),
-        rows,
-    )
-    bad = len({r["clip"] for r in result["rejected"]})
-    if result["exit_code"]:
-        console.say(
-            f"error: {bad} clips were rejected, and --max-bad allows fewer; the other clips are prepared.\n"
-            f"Mend the files in the table above, or run again with --max-bad {bad}."
-        )
-        return
-    named = ["--preset", preset] if preset else ["--dataset", result["dataset"]]
-    console.say(f"Next: mbcd train {shlex.join([*named, '--target-domain', result['domains'][-1], *repeat])}")

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mbcd_cli import console
 from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.quantise import scale_shape
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.files import written
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
 Shapes = list[tuple[tuple[int, ...], np.dtype]]
@@ -40,7 +40,7 @@ class Frozen:
     sha256: str | None
 
 
-def build_trunk(settings: Settings, name: str, modality: Modality) -> Frozen:
+def build_trunk(settings: Settings, name: str, modality: Modality, *, say: Say = SILENT) -> Frozen:
     """The encoder of `modality`, with its weights, cut.
 
     Raises:
@@ -55,7 +55,7 @@ def build_trunk(settings: Settings, name: str, modality: Modality) -> Frozen:
     if needs_weights(settings, modality):
         file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
         sha = load_pretrained(encoder, modality.encoder, file, sha256=modality.weights_sha256).sha256
-        console.say(f"{name}: {modality.encoder} with the weights of {file} (SHA-256 {sha[:8]}...)")
+        say(f"{name}: {modality.encoder} with the weights of {file} (SHA-256 {sha[:8]}...)")
     if settings.cache.live_trunks:
         cut = encoder.cut(modality.cut, live=True)
     weights = {"tail.pt": cut[1].state_dict()}

@@ -147,11 +147,7 @@ def load_checkpoints(
     *,
     config: Path | None,
     sets: Sequence[str],
-    cache_dir: Path | None,
-    device: str | None,
-    threads: int | None,
-    weights_dir: Path | None = None,
-    flags: Mapping[str, Any] | None = None,
+    flags: Mapping[str, Any],
 ) -> tuple[Settings, dict[str, Checkpoint]]:
     """Checkpoints, and the settings they were trained with (evaluation, landscape and runtime as asked now).
 
@@ -182,13 +178,7 @@ def load_checkpoints(
         config=config,
         environ=os.environ,
         sets=sets,
-        flags={
-            "cache.dir": cache_dir,
-            "cache.weights_dir": weights_dir,
-            "runtime.device": device,
-            "runtime.threads": threads,
-            **(flags or {}),
-        },
+        flags=flags,
     )
     check_unchanged(saved, settings)
     return settings, checkpoints

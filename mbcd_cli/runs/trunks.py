@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from mbcd_cli import console
 from mbcd_cli.data.modality_cache import load_weights
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import Parts, Trunk
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
 
-def attach_trunks(settings: Settings, dataset: Any, *, device: torch.device) -> None:
+def attach_trunks(settings: Settings, dataset: Any, *, device: torch.device, say: Say = SILENT) -> None:
     """Give the dataset the trunks of the modalities whose training views are decoded on the fly, and a way to warn.
 
     Trunks that are part of the model (`cache.trunk_batch_norm = "batch"`) are not attached. The random state is left
@@ -26,7 +26,7 @@ def attach_trunks(settings: Settings, dataset: Any, *, device: torch.device) -> 
     online = getattr(dataset, "online", None)
     if online is None:
         return
-    online.warn = console.warn
+    online.warn = say.warn
     if settings.cache.live_trunks:
         return
     for name in online.names:

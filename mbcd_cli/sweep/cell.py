@@ -17,11 +17,12 @@ from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
 from mbcd_cli.training import train
 
 
-def run_cell(folder: Path, *, threads: int) -> int:
+def run_cell(folder: Path, *, threads: int, say: Say = SILENT) -> int:
     """Train and evaluate the cell of this run folder, whatever of it is done already; the exit code."""
     held = lock(beside(folder, "lock"), place="--runs-dir")
     if held is None:
@@ -30,8 +31,8 @@ def run_cell(folder: Path, *, threads: int) -> int:
         if state(folder) == "done":
             return DONE_CODE
         try:
-            _train(folder, threads=threads)
-            _evaluate(folder, threads=threads)
+            _train(folder, threads=threads, say=say)
+            _evaluate(folder, threads=threads, say=say)
         except KeyboardInterrupt:
             return STOPPED_CODE
         except Exception as error:
@@ -42,14 +43,14 @@ def run_cell(folder: Path, *, threads: int) -> int:
                 return BUSY_CODE
             if not isinstance(error, MbcdError):
                 traceback.print_exc()
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
             write_failure(folder, error)
             return FAILED_CODE
         beside(folder, "failed").unlink(missing_ok=True)
     return DONE_CODE
 
 
-def _train(folder: Path, *, threads: int) -> None:
+def _train(folder: Path, *, threads: int, say: Say) -> None:
     if (folder / DONE).is_file():
         return
     settings = load_settings(beside(folder, "toml"))
@@ -57,23 +58,22 @@ def _train(folder: Path, *, threads: int) -> None:
     settings = settings.model_copy(update={"runtime": runtime})
     configure(runtime)
     settings, data = open_for_training(settings)
-    train.train(settings, data, run=folder, resume=(folder / SETTINGS).is_file(), overwrite=False)
+    train.train(settings, data, run=folder, resume=(folder / SETTINGS).is_file(), overwrite=False, say=say)
 
 
-def _evaluate(folder: Path, *, threads: int) -> None:
+def _evaluate(folder: Path, *, threads: int, say: Say) -> None:
     asked = load_settings(beside(folder, "toml"))
     settings, data, checkpoints = open_checkpoints(
         run_checkpoints(folder),
         config=None,
         sets=(),
-        cache_dir=asked.cache.dir,
-        device=asked.runtime.device,
-        threads=threads,
+        flags={"cache.dir": asked.cache.dir, "runtime.device": asked.runtime.device, "runtime.threads": threads},
     )
     settings = settings.model_copy(update={"evaluation": asked.evaluation})
     wanted = {name: checkpoints[name] for name in settings.evaluation.checkpoints if name in checkpoints}
-    evaluate.evaluate(settings, data, wanted, device=configure(settings.runtime), run=folder, output=folder)
+    evaluate.evaluate(settings, data, wanted, device=configure(settings.runtime), run=folder, output=folder, say=say)
 
 
 if __name__ == "__main__":
-    sys.exit(run_cell(Path(sys.argv[1]), threads=int(sys.argv[2])))
+    say = Say(lambda line: print(line, file=sys.stderr, flush=True))
+    sys.exit(run_cell(Path(sys.argv[1]), threads=int(sys.argv[2]), say=say))

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbcd_cli import console
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.layers import resolve
+from mbcd_cli.layers import named_dataset, resolve
 from mbcd_cli.methods import method_class
 from mbcd_cli.paper.grids import TABLES
 from mbcd_cli.paper.published import paper_domains
 from mbcd_cli.runs.names import run_name
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 from mbcd_cli.sweep.plan import Cell, parse_grid, parse_modality_set, plan, splits
 
@@ -50,6 +50,7 @@ def make_plan(
     sets: Sequence[str],
     flags: Mapping[str, Any],
     runs_dir: Path,
+    say: Say = SILENT,
 ) -> list[Cell]:
     """The cells that `request` means.
 
@@ -73,7 +74,7 @@ def make_plan(
             method=method,
             flags={**flags, **cell},
         )
-        return _named(settings, preset)
+        return named(settings, preset)
 
     for flag, text in (
         ("--methods", request.methods),
@@ -96,7 +97,7 @@ def make_plan(
     return plan(
         build,
         methods=methods,
-        modality_sets=_modality_sets(request, table.modality_sets if table else None, base, known),
+        modality_sets=_modality_sets(request, table.modality_sets if table else None, base, known, say),
         pairs=splits(protocol, domains, targets),
         seeds=_seeds(request.seeds),
         grid=grid,
@@ -105,11 +106,9 @@ def make_plan(
     )
 
 
-def _named(settings: Settings, preset: str | None) -> Settings:
+def named(settings: Settings, preset: str | None) -> Settings:
     """The settings with a dataset's name, the preset's where they have none."""
-    if settings.dataset.name is None and preset is not None:
-        named = settings.dataset.model_copy(update={"name": Path(preset).stem})
-        settings = settings.model_copy(update={"dataset": named})
+    settings = named_dataset(settings, preset)
     if settings.dataset.name is None:
         raise SettingsError("No dataset is named.", "Use --preset NAME or --dataset NAME.")
     return settings
@@ -149,7 +148,7 @@ def _targets(text: str | None, settings: Settings, domains: Sequence[str], *, wh
 
 
 def _modality_sets(
-    request: Request, of_table: Sequence[tuple[str, ...]] | None, settings: Settings, known: Sequence[str]
+    request: Request, of_table: Sequence[tuple[str, ...]] | None, settings: Settings, known: Sequence[str], say: Say
 ) -> list[tuple[str, ...]]:
     if request.modality_sets is not None:
         sets = [parse_modality_set(text, known) for text in _names(request.modality_sets)]
@@ -159,7 +158,7 @@ def _modality_sets(
         return [own]
     fitting = [names for names in of_table if set(names) <= set(known)]
     if not fitting:
-        console.say(f"The table's modalities are not all here: using {'+'.join(own)} instead.")
+        say(f"The table's modalities are not all here: using {'+'.join(own)} instead.")
     return fitting or [own]
 
 

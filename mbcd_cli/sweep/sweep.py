@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.live import Live
-from rich.table import Table as Grid
-from rich.text import Text
-
-from mbcd_cli import console
 from mbcd_cli.errors import CacheError, MbcdError, RunError
 from mbcd_cli.evaluation.report.comparison import write_comparison_files
 from mbcd_cli.evaluation.report.plots import plot_methods
-from mbcd_cli.evaluation.report.printing import print_comparison
-from mbcd_cli.evaluation.report.tables import from_values
 from mbcd_cli.layers import resolve
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 from mbcd_cli.sweep import collect as collecting
 from mbcd_cli.sweep import run as running
-from mbcd_cli.sweep.estimate import Estimate, counts, estimate
+from mbcd_cli.sweep.estimate import counts, estimate
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.request import (
-    _named,
+    named,
 )
-from mbcd_cli.sweep.state import progress
 from mbcd_cli.training.dry_run import dry_run as trial
 
 LAUNCHERS = ("local", "slurm")
@@ -41,7 +33,13 @@ SHORT_STEP = 0.1
 
 
 def prepare_first(
-    root: Path, *, preset: str | None, config: Path | None, sets: Sequence[str], flags: Mapping[str, Any]
+    root: Path,
+    *,
+    preset: str | None,
+    config: Path | None,
+    sets: Sequence[str],
+    flags: Mapping[str, Any],
+    say: Say = SILENT,
 ) -> None:
     """`mbcd prepare` for the sweep's dataset, whose media lie in `root`; what is prepared is reused.
 
@@ -51,13 +49,13 @@ def prepare_first(
     settings = resolve(
         preset=preset, config=config, environ=os.environ, sets=sets, flags={**flags, "dataset.root": root}
     )
-    settings = _named(settings, preset)
+    settings = named(settings, preset)
     configure(settings.runtime)
-    _prepare(settings)
+    _prepare(settings, say)
 
 
-def _prepare(settings: Settings) -> None:
-    found = preparing.prepare(settings)
+def _prepare(settings: Settings, say: Say) -> None:
+    found = preparing.prepare(settings, say=say)
     if found.get("exit_code"):
         raise CacheError(
             f"More clips were rejected than dataset.max_bad = {settings.dataset.max_bad} allows.",
@@ -116,32 +114,7 @@ def check_execution(jobs: int, launcher: str) -> None:
         raise RunError(f"There is no launcher {launcher!r}.", f"Use one of {', '.join(LAUNCHERS)}.")
 
 
-def show_plan(found: Mapping[str, Any]) -> None:
-    """Print what `dry_run` returned."""
-    rows = [(Path(cell["run"]).name.rsplit("-", 1)[-1], cell["name"]) for cell in found["cells"]]
-    console.table(f"{len(rows)} runs", ("run", "method, modalities, domains, seed"), rows)
-    states = ", ".join(f"{number} {name}" for name, number in sorted(found["states"].items()))
-    cost: Estimate = found["estimate"]
-    time_text = "time not known" if found["seconds"] is None else f"about {_duration(found['seconds'])}"
-    disk = "disk not known" if cost.nbytes is None else f"about {_size(cost.nbytes)} of disk"
-    for line in (
-        f"{states}.",
-        f"Left: {cost.cells} runs, {found['jobs']} at a time: {time_text} ({cost.basis}); {disk}.",
-    ):
-        console.out.print(line, markup=False)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.1f} GB"
-
-
-def check_prepared(cells: Sequence[Cell], *, root: Path | None = None) -> None:
+def check_prepared(cells: Sequence[Cell], *, root: Path | None = None, say: Say = SILENT) -> None:
     """Open every dataset and set of modalities once.
 
     Args:
@@ -162,7 +135,9 @@ def check_prepared(cells: Sequence[Cell], *, root: Path | None = None) -> None:
             except CacheError:
                 if root is None:
                     raise
-                _prepare(settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"root": root})}))
+                _prepare(
+                    settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"root": root})}), say
+                )
                 open_for_training(settings)
 
 
@@ -175,6 +150,8 @@ def run(
     retry_failed: bool = False,
     root: Path | None = None,
     poll: float = 0.5,
+    watch: Callable[[running.Board], None] = lambda board: None,
+    say: Say = SILENT,
 ) -> dict[str, Any]:
     """Run what is not done; `collect` tells the results.
 
@@ -183,6 +160,8 @@ def run(
         jobs, launcher, slurm, retry_failed: how.
         root: the dataset's folder, where what is not prepared is to be prepared.
         poll: seconds between looks at the children.
+        watch: called with the board at every look.
+        say: told what is prepared.
 
     Returns:
         done (how many), failed (run folder -> error), seconds.
@@ -192,24 +171,23 @@ def run(
         RunError: an unknown launcher, or submitit is missing.
     """
     check_execution(jobs, launcher)
-    check_prepared(cells, root=root)
+    check_prepared(cells, root=root, say=say)
     started = time.monotonic()
     asked = cells[0].settings.runtime.threads if cells else 0
-    with _Watch() as watch:
-        if launcher == "slurm":
-            from mbcd_cli.sweep.slurm import submit
+    if launcher == "slurm":
+        from mbcd_cli.sweep.slurm import submit
 
-            board = submit(cells, options=slurm, threads=asked, retry_failed=retry_failed, watch=watch, poll=poll)
-        else:
-            board = running.execute(
-                cells,
-                jobs=jobs,
-                threads=running.threads_per_job(jobs, asked),
-                gpus=_gpus(cells),
-                retry_failed=retry_failed,
-                watch=watch,
-                poll=poll,
-            )
+        board = submit(cells, options=slurm, threads=asked, retry_failed=retry_failed, watch=watch, poll=poll)
+    else:
+        board = running.execute(
+            cells,
+            jobs=jobs,
+            threads=running.threads_per_job(jobs, asked),
+            gpus=_gpus(cells),
+            retry_failed=retry_failed,
+            watch=watch,
+            poll=poll,
+        )
     folders = {cell.key: str(cell.folder) for cell in cells}
     failed = {folders[key]: error for key, error in board.failed.items()}
     return {"done": len(board.done), "failed": failed, "seconds": round(time.monotonic() - started, 1)}
@@ -223,64 +201,6 @@ def _gpus(cells: Sequence[Cell]) -> list[str]:
         return []
     visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
     return visible or [str(index) for index in range(torch.cuda.device_count())]
-
-
-class _Watch:
-    """The sweep as it runs: a live table on a terminal, a line per finished run elsewhere."""
-
-    def __init__(self) -> None:
-        self._live = (
-            Live(console=console.err, refresh_per_second=2, transient=True) if console.err.is_terminal else None
-        )
-        self._told: set[str] = set()
-        self._first = True
-        self._looked = 0.0
-
-    def __enter__(self) -> _Watch:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def __call__(self, board: running.Board) -> None:
-        if self._first:
-            self._first = False
-            self._told = {cell.key for cell in board.done}
-            if board.done:
-                console.say(f"{len(board.done)} of {len(board.cells)} runs are done already.")
-        names = {cell.key: cell.name for cell in board.cells}
-        for key in [cell.key for cell in board.done] + list(board.failed):
-            if key not in self._told:
-                self._told.add(key)
-                error = board.failed.get(key)
-                number = f"{len(board.done) + len(board.failed)}/{len(board.cells)}"
-                how = "done" if error is None else f"failed: {error.splitlines()[0]}"
-                console.say(f"{number} {names[key]}: {how}")
-        now = time.monotonic()
-        if self._live is not None and now - self._looked > 1.0:
-            self._looked = now
-            self._live.update(_board_table(board))
-
-
-def _board_table(board: running.Board) -> Grid:
-    left = board.seconds_left
-    title = (
-        f"{len(board.done)} done, {len(board.running)} running, {len(board.waiting)} waiting, "
-        f"{len(board.failed)} failed" + (f", {len(board.elsewhere)} elsewhere" if board.elsewhere else "")
-    )
-    title += f"; about {_duration(left)} left" if left is not None else ""
-    grid = Grid(title=title + ("; stopping" if board.stopping else ""), title_justify="left")
-    for column in ("run", "epoch", "validation", "target", "time"):
-        grid.add_column(column, justify="left" if column == "run" else "right")
-    for _, job in sorted(board.running.items()):
-        known = progress(job.cell.folder)
-        figures = ["" if v is None else f"{100 * v:.1f}" for v in (known.validation, known.target)]
-        epoch = f"{known.epochs}/{job.cell.settings.training.epochs}"
-        grid.add_row(Text(job.cell.name), epoch, *figures, _duration(time.monotonic() - job.started))
-    return grid
 
 
 def collect(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any]:
@@ -306,17 +226,6 @@ def collect(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any
         pictures=pictures | collecting.curves(pairs, output),
         sections={"Runs": collecting.links(cells, output)},
     )
-
-
-def show(found: Mapping[str, Any]) -> None:
-    """Print what `collect` returned; a table whose rows a joint one has already is in the files only."""
-    tables = [from_values(table) for table in found["tables"]]
-    joint = [table for table in tables if table.columns[:2] == ["modalities", "method"] and "all-" in table.name]
-    told = {table.name.rpartition("all-")[2] for table in joint}
-    tables = [table for table in tables if table in joint or not table.name.endswith(tuple(f"-{one}" for one in told))]
-    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
-    fitting = [table.fitting(console.out.width) for table in tables]
-    print_comparison([replace(table, rows=table.shown()) for table in fitting], files, found["warnings"])
 
 
 def report_failures(found: Mapping[str, Any]) -> MbcdError | None:

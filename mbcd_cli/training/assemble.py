@@ -17,6 +17,7 @@ from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import Randomness, seed_everything
 from mbcd_cli.runs.trunks import attach_trunks
 from mbcd_cli.runtime import use_channels_last
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.optimizer import build_optimizer
@@ -49,7 +50,9 @@ class TrainedOn(Protocol):
     trunk_weights: Mapping[str, Mapping[str, torch.Tensor]]
 
 
-def assemble(settings: Settings, dataset: TrainedOn, *, device: torch.device, group: Group = ALONE) -> Training:
+def assemble(
+    settings: Settings, dataset: TrainedOn, *, device: torch.device, group: Group = ALONE, say: Say = SILENT
+) -> Training:
     """Student, average, method, optimizer and step, all seeded by training.seed, on `device`.
 
     The model draws from torch's global generator; trunks of views that are not stored are attached to the dataset.
@@ -59,7 +62,7 @@ def assemble(settings: Settings, dataset: TrainedOn, *, device: torch.device, gr
             where there can be none.
     """
     seed_everything(settings.training.seed)
-    attach_trunks(settings, dataset, device=device)
+    attach_trunks(settings, dataset, device=device, say=say)
     model = build_model(
         settings.modalities,
         settings=settings.model,
@@ -76,11 +79,17 @@ def assemble(settings: Settings, dataset: TrainedOn, *, device: torch.device, gr
             "Prepare with --views 2 or more.",
         )
     sources = [list(dataset.domains).index(domain) for domain in settings.training.source_domains]
-    return train_with(kind, model.to(device), settings, sources=sources, group=group)
+    return train_with(kind, model.to(device), settings, sources=sources, group=group, say=say)
 
 
 def train_with(
-    kind: type[Method], model: MultiModalModel, settings: Settings, *, sources: Sequence[int], group: Group = ALONE
+    kind: type[Method],
+    model: MultiModalModel,
+    settings: Settings,
+    *,
+    sources: Sequence[int],
+    group: Group = ALONE,
+    say: Say = SILENT,
 ) -> Training:
     """The training of `model` (where it is, as it is) with a method.
 
@@ -118,7 +127,7 @@ def train_with(
     )
     run_step = None
     if graph:
-        run_step = StaticStep(step, randomness=randomness, device=device, required=runtime.cuda_graph == "on")
+        run_step = StaticStep(step, randomness=randomness, device=device, required=runtime.cuda_graph == "on", say=say)
     return Training(step=step, randomness=randomness, run_step=run_step)
 
 

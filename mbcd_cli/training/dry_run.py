@@ -10,13 +10,14 @@ import torch
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.runtime import configure, peak_memory_mb
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import clip_sets
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.step import TrainStep
 
 
-def dry_run(settings: Settings, dataset: Any) -> dict[str, Any]:
+def dry_run(settings: Settings, dataset: Any, *, say: Say = SILENT) -> dict[str, Any]:
     """What a training would be like: shapes, parameters, sizes and the time of a step; nothing is written.
 
     Raises:
@@ -25,7 +26,7 @@ def dry_run(settings: Settings, dataset: Any) -> dict[str, Any]:
     training = settings.training
     clips = dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips)
     device = configure(settings.runtime)
-    step = assemble(settings, dataset, device=device).step
+    step = assemble(settings, dataset, device=device, say=say).step
     size = min(training.batch_size, len(clips))
     batches = [
         batch.to(device)

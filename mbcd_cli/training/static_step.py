@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from mbcd_cli import console
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError
 from mbcd_cli.randomness import Randomness
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.training.step import TrainStep
 
 WARM_UP = 3
@@ -29,13 +29,17 @@ class StaticStep:
         randomness: the step's; its generator is registered with the graph.
         device: where the step runs.
         required: raise when a capture fails, rather than warn and go on without.
+        say: told where a capture failed.
     """
 
-    def __init__(self, step: TrainStep, *, randomness: Randomness, device: torch.device, required: bool) -> None:
+    def __init__(
+        self, step: TrainStep, *, randomness: Randomness, device: torch.device, required: bool, say: Say = SILENT
+    ) -> None:
         self.step = step
         self._randomness = randomness
         self._device = device
         self._required = required
+        self._say = say
         self._static: Batch | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._vector: torch.Tensor | None = None
@@ -113,7 +117,7 @@ class StaticStep:
                 raise RunError(
                     f"The step cannot be captured in a CUDA graph: {reason}", "Set runtime.cuda_graph=off."
                 ) from error
-            console.warn(f"no CUDA graph ({reason}); the step runs kernel by kernel.")
+            self._say.warn(f"no CUDA graph ({reason}); the step runs kernel by kernel.")
             return False
         self._graph = graph
         return True

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbcd_cli import console
 from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.data.loading import keep_on_device
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.processes import ALONE, Group, joined
 from mbcd_cli.runs.folder import RunFolder, open_run
 from mbcd_cli.runtime import configure, peak_memory_mb
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import clip_sets
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import assemble
@@ -26,7 +26,9 @@ from mbcd_cli.training.resume import Progress
 from mbcd_cli.training.trainer import Trainer
 
 
-def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
+def train(
+    settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrite: bool, say: Say = SILENT
+) -> dict[str, Any]:
     """Train into the run folder.
 
     Args:
@@ -35,6 +37,7 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
         run: the run folder.
         resume: go on with the run that is there; a finished one is left as it is.
         overwrite: replace the run that is there.
+        say: told how it goes, in the main process.
 
     Started by torchrun, all processes train together (`processes`); rank 0 alone writes and prints.
 
@@ -51,14 +54,15 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
     clips = dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips)
     device = configure(settings.runtime)
     with (
-        joined(device, say=console.say) as group,
-        console.silent(not group.main),
+        joined(device, say=say) as group,
         _run_folder(run, settings, resume=resume, overwrite=overwrite, group=group) as folder,
     ):
+        if not group.main:
+            say = SILENT
         if folder.resumed and folder.summary is not None:
-            console.say(f"{run} is complete; nothing to resume.")
+            say(f"{run} is complete; nothing to resume.")
             return folder.summary if group.main else {}
-        parts = assemble(settings, dataset, device=device, group=group)
+        parts = assemble(settings, dataset, device=device, group=group, say=say)
         trainer = Trainer(
             settings=settings,
             dataset=dataset,
@@ -71,6 +75,7 @@ def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrit
             feed=_feed(settings, dataset, clips, [one.clips for one in held_out], device=device, group=group),
             run_step=parts.run_step,
             group=group,
+            say=say,
         )
         started, first = time.monotonic(), trainer.progress.step
         try:
@@ -163,58 +168,3 @@ def summarise(progress: Progress, *, settings: Settings, run: Path) -> dict[str,
         oracle = max(history, key=lambda record: record["target"][deployed]["fused"]["accuracy"])
         summary["oracle"] = epoch(oracle) | {"note": "chosen on the target domain; never a result"}
     return summary
-
-
-def show(summary: Mapping[str, Any]) -> None:
-    """Print what `train` returned and what to run next."""
-    best, last, oracle = summary["best"], summary["last"], summary.get("oracle")
-    heads = list(best["validation_unimodal"])
-    rows = []
-    for label, record in (("best (deployed)", best), ("last", last), ("oracle: chosen on the target", oracle)):
-        if record is None:
-            continue
-        row = [label, record["epoch"], f"{100 * record['validation']:.1f}"]
-        if "target" in record:
-            unimodal = [f"{100 * record['target_unimodal'][head]:.1f}" for head in heads]
-            row += [f"{100 * record['target']:.1f}", *unimodal]
-        rows.append(row)
-    target = summary["target_domain"]
-    columns = ["epoch of the " + summary["deployed"], "epoch", "validation"]
-    if target:
-        columns += [f"{target} fused", *(f"{target} {head}" for head in heads)]
-    console.table(f"Accuracy in percent: {summary['method']}, seed {summary['seed']}", columns, rows)
-    console.say(
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s ({summary['steps_per_second']:.1f}/s), "
-        f"peak memory {summary['peak_memory_mb']:.0f} MB"
-    )
-    console.say(f"Next: mbcd evaluate --run {summary['run']}")
-    console.say(f"      mbcd landscape --checkpoint {summary['run']}/checkpoints/best.pt")
-
-
-def show_dry_run(plan: Mapping[str, Any]) -> None:
-    """Print what `dry_run` returned."""
-    parameters = plan["parameters"]
-    rows = [
-        (
-            name,
-            " + ".join("x".join(map(str, shape)) for shape in plan["shapes"][name]),
-            parameters["tails"][name],
-            parameters["trunks"][name],
-        )
-        for name in plan["shapes"]
-    ]
-    console.table(
-        f"{plan['dataset']}: {plan['training_clips']} training clips of {', '.join(plan['source_domains'])}",
-        ("modality", "shape at the cut", "trained in the tail", "frozen in the trunk"),
-        rows,
-    )
-    cache = f"{plan['cache_bytes'] / 1e6:.0f} MB" if plan["cache_bytes"] is not None else "unknown"
-    for line in (
-        f"heads: {parameters['unimodal_heads']} uni-modal, {parameters['fused_head']} fused parameters; "
-        f"the method's own: {parameters['method']}",
-        f"trained {parameters['trained']}, frozen {parameters['frozen']} parameters; cache {cache}",
-        f"{plan['steps']} steps of {plan['batch_size']} clips on {plan['device']}, {plan['step_seconds']:.3f} s each: "
-        f"about {plan['estimated_training_seconds']:.0f} s without validation",
-        f"peak memory {plan['peak_memory_mb']:.0f} MB",
-    ):
-        console.out.print(line, markup=False)

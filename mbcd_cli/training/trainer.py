@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbcd_cli import console
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.processes import ALONE, Group
@@ -24,6 +23,7 @@ from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
 from mbcd_cli.runs.events import Events
 from mbcd_cli.runs.folder import RunFolder
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet
 from mbcd_cli.settings import Settings
 from mbcd_cli.training import watch
@@ -58,6 +58,7 @@ class Trainer:
         device: where the student is.
         feed: where batches come from; by default read when needed.
         group: the processes that train together.
+        say: told of every epoch and warning.
 
     Raises:
         SettingsError: a batch that the processes cannot share evenly, fewer training clips than one batch.
@@ -78,9 +79,10 @@ class Trainer:
         feed: Feed | None = None,
         run_step: Callable[[Batch], torch.Tensor] | None = None,
         group: Group = ALONE,
+        say: Say = SILENT,
     ) -> None:
         self.settings, self.dataset, self.step, self.run, self.device = settings, dataset, step, run, device
-        self.randomness, self.clips, self.group = randomness, clips, group
+        self.randomness, self.clips, self.group, self._say = randomness, clips, group, say
         self.feed = feed or Feed(dataset, device=device, group=group)
         self.run_step = run_step or step
         self.held_out = {one.name: one for one in held_out}
@@ -108,7 +110,7 @@ class Trainer:
         self._fingerprints = {name: dataset.fingerprints[name] for name in settings.modalities}
         self.progress = Progress()
         if run.resumed and resume(self.progress, step, randomness, run, self._fingerprints):
-            console.say(f"resumed {run.path} at step {self.progress.step} of {self.total_steps}")
+            self._say(f"resumed {run.path} at step {self.progress.step} of {self.total_steps}")
         step.context.step.fill_(self.progress.step)
         self._events = Events(run.path / "events", purge_after=self.progress.step) if group.main else None
 
@@ -122,7 +124,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         left = self.total_steps - progress.step
         try:
-            with Interrupts() as interrupts, console.progress("training", left) as ticker:
+            with Interrupts() as interrupts, self._say.progress("training", left) as ticker:
                 self._interrupts, self._ticker = interrupts, ticker
                 while progress.step < self.total_steps or progress.epoch_step > 0:
                     self._epoch()
@@ -304,7 +306,7 @@ class Trainer:
         for key, text in watch.warnings(progress.history, epochs=self.epochs, alarms=self.step.method.alarms).items():
             if key not in progress.warnings:
                 progress.warnings[key] = text
-                console.warn(text)
+                self._say.warn(text)
         record["warnings"] = sorted(progress.warnings)
         progress.epoch += 1
         progress.epoch_step, progress.sums, progress.clips = 0, None, 0
@@ -319,7 +321,7 @@ class Trainer:
             self._write(self.run.best, whole=False)
         self._save()
         target = record.get("target", {}).get(deployed, {}).get("fused", {}).get("accuracy")
-        console.say(
+        self._say(
             f"epoch {record['epoch']}/{self.epochs}: loss {record['train']['total']:.3f}, "
             f"validation {100 * fused['accuracy']:.1f} %"
             + (f", target {100 * target:.1f} %" if target is not None else "")

@@ -112,7 +112,7 @@ def main() -> None:
         with (
             ProcessPoolExecutor(options.workers, mp_context=context) as pool,
             Decoder(workers=options.workers, job=job) as decoder,
-            console.progress("prepare") as ticker,
+            console.terminal.progress("prepare") as ticker,
         ):
 
             def decode() -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import write_array
 
+from mbcd_cli import console
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.media.arrays import read_array, stored_shape
 from mbcd_cli.data.modalities.array import ArrayModality
@@ -196,7 +197,7 @@ def test_sequences_of_different_lengths_end_to_end(tmp_path, capfd):
     padded = tree(root, tmp_path / "cache")
     expected = "pose: sequences of 3 to 47 steps, padded with zeros to 47"
     assert any(expected in line for line in check(padded)["layout"])
-    prepare(padded)
+    prepare(padded, say=console.terminal)
     assert expected in " ".join("".join(capfd.readouterr()).split())
     rows = rows_of(padded)
     assert rows.shape[1:] == (47, 2)
@@ -255,7 +256,7 @@ def test_rounding_against_its_definition():
 def test_what_float16_loses_is_told(tmp_path, capfd, scale, offset, told):
     root = sequences(tmp_path / "tiny", lambda n: offset + scale * np.random.default_rng(n).normal(size=3))
     for _ in range(2):  # the second time from the index: all is reused
-        done = prepare(tree(root, tmp_path / "cache"))["modalities"]["pose"]
+        done = prepare(tree(root, tmp_path / "cache"), say=console.terminal)["modalities"]["pose"]
         out = " ".join("".join(capfd.readouterr()).split())
         assert told in done["float16_loss"]
         assert bool(told) == bool(done["float16_loss"])

@@ -17,6 +17,7 @@ import test_epic_kitchens as epic
 import test_hac as hac
 from test_awkward_media import prepared
 
+from mbcd_cli import console
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.presence import check_media
@@ -331,7 +332,7 @@ def test_the_table_of_rejected_clips_counts_those_of_a_kind(tmp_path, capsys):
         path.write_bytes(b"no sound")
     (root / "audio" / "beta_1_9.wav").unlink()
     settings = checking.tree(root, tmp_path / "cache", "model.modalities=audio", "dataset.max_bad=99")
-    result = preparing.prepare(settings)
+    result = preparing.prepare(settings, say=console.terminal)
     assert len(result["rejected"]) == 16
     shown = capsys.readouterr().err
     assert sum(path.stem in shown for path in bad) == 10

@@ -11,8 +11,8 @@ import pytest
 from scipy.stats import permutation_test, ttest_rel
 
 from mbcd_cli import console
+from mbcd_cli.cli.evaluate import show_comparison
 from mbcd_cli.errors import RunError
-from mbcd_cli.evaluation.evaluate import show_comparison
 from mbcd_cli.evaluation.report import compare as c
 from mbcd_cli.evaluation.report import tables as t
 from mbcd_cli.evaluation.report.comparison import compare_runs

@@ -8,8 +8,9 @@ import torch
 from evaluation_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli import console
+from mbcd_cli.cli.evaluate import show
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
-from mbcd_cli.evaluation.evaluate import evaluate, show
+from mbcd_cli.evaluation.evaluate import evaluate
 from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.evaluation.report.results import read_json
 from mbcd_cli.files import read_records

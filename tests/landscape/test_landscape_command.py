@@ -8,9 +8,11 @@ import pytest
 import torch
 from landscape_cases import make_checkpoint, make_dataset, make_settings
 
+from mbcd_cli.cli.landscape import show
 from mbcd_cli.errors import MbcdError, SettingsError
 from mbcd_cli.landscape import drawing
 from mbcd_cli.landscape import measure as command
+from mbcd_cli.landscape.objective import ModelObjective
 from mbcd_cli.landscape.store import GridStore, StoreError, axis, read_grid
 
 EVERYTHING = ("surface", "curve", "flatness", "worst_case")
@@ -46,7 +48,7 @@ def test_measures_and_draws(tmp_path, capsys):
     curve = read_grid(tmp_path / "land" / "curve-best.h5")
     assert curve.loss[0, 9] == pytest.approx(best["loss"], rel=1e-6)
     assert curve.loss[0, 0] == pytest.approx(surface.loss[2, 0], rel=1e-6)
-    command.show(result)
+    show(result)
     assert "best" in capsys.readouterr().out
 
 
@@ -65,8 +67,8 @@ def test_same_seed_same_values_and_other_seed_others(tmp_path, undrawn):
 def test_a_second_run_measures_nothing_anew(tmp_path, monkeypatch, undrawn):
     first = run(tmp_path, analyses=EVERYTHING, ascent_steps=2)
     calls = []
-    original = command.ModelObjective.measure
-    monkeypatch.setattr(command.ModelObjective, "measure", lambda *a: calls.append(1) or original(*a))
+    original = ModelObjective.measure
+    monkeypatch.setattr(ModelObjective, "measure", lambda *a: calls.append(1) or original(*a))
     again = run(tmp_path, analyses=EVERYTHING, ascent_steps=2)
     assert len(calls) == 1  # the centre
     assert again["checkpoints"] == first["checkpoints"]

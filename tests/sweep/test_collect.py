@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from sweep_cases import finish, plan_of
 
+from mbcd_cli.cli.sweep import show
 from mbcd_cli.errors import RunError
 from mbcd_cli.sweep.collect import axis_tables, links, load, panel_tables, training_means
 from mbcd_cli.sweep.state import beside
-from mbcd_cli.sweep.sweep import collect, report_failures, show
+from mbcd_cli.sweep.sweep import collect, report_failures
 
 BETAS = ("0.9", "0.99", "0.999")
 

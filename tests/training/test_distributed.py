@@ -57,7 +57,7 @@ def one_process(run: Path, resume: bool, dataset, changes) -> int:
     command.plot_run = lambda *args: []
     settings = memory_settings(**changes)
     try:
-        summary = command.train(settings, dataset(), run=run, resume=resume, overwrite=False)
+        summary = command.train(settings, dataset(), run=run, resume=resume, overwrite=False, say=console.terminal)
     except MbcdError as error:
         console.say(error.message)
         return error.exit_code

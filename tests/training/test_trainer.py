@@ -9,6 +9,7 @@ import pytest
 import torch
 from fakes import MemoryDataset, memory_settings
 
+from mbcd_cli import console
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import read_records
 from mbcd_cli.methods.mbcd import MBCD
@@ -26,7 +27,9 @@ def no_plots(monkeypatch):
 
 
 def run_training(run, settings, dataset=None):
-    return command.train(settings, dataset or MemoryDataset(), run=run, resume=False, overwrite=False)
+    return command.train(
+        settings, dataset or MemoryDataset(), run=run, resume=False, overwrite=False, say=console.terminal
+    )
 
 
 def accuracy(model, dataset, clips):

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from mbcd_cli import console
+from mbcd_cli.cli.options import Asked, Shown, command
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.layers import preset_folder, preset_names
 from mbcd_cli.methods import summaries
@@ -12,7 +19,14 @@ from mbcd_cli.plugins import summaries_of
 KINDS = ("presets", "datasets", "encoders", "methods")
 
 
-def choices(what: str, cache: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+@command("cache.dir", layered=False, examples=("mbcd list presets", "mbcd list datasets --cache-dir cache"))
+def list(asked: Asked, what: Annotated[str, typer.Argument(help="presets, datasets, encoders or methods.")]) -> Shown:
+    """List what can be chosen."""
+    columns, rows = choices(what, asked.flags.get("cache.dir") or Path("cache"))
+    return [dict(zip(columns, row, strict=True)) for row in rows], partial(console.table, what, columns, rows)
+
+
+def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
     """Column names and rows for one kind of choice.
 
     Raises:
@@ -38,7 +52,7 @@ def _purpose(name: str) -> str:
     return first.lstrip("# ").strip()
 
 
-def _datasets(cache: Path) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _datasets(cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
     from mbcd_cli.data.dataset import ModalityCache, prepared_datasets
     from mbcd_cli.data.readers import GROUP, READERS, ReaderEntry
 

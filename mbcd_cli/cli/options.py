@@ -1,0 +1,212 @@
+"""The flags: one table from a setting to its flag, and how a command is made of a function and some of them.
+
+A flag's help, type and choices are those of its setting; a value that is not given leaves the layers below as they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from typer.models import CommandInfo
+
+from mbcd_cli import layers
+from mbcd_cli.cli.outcome import finish, outcome
+from mbcd_cli.settings import MethodSettings, Settings
+
+FLAGS = {
+    "dataset.reader": "DATASET",
+    "dataset.root": "--root",
+    "dataset.manifest": "--manifest",
+    "dataset.name": "--dataset --name",
+    "dataset.compute_flow": "--compute-flow/--no-compute-flow",
+    "dataset.max_bad": "--max-bad",
+    "dataset.missing_frames": "--missing-frames",
+    "model.modalities": "--modalities",
+    "method.name": "--method",
+    "optimizer.lr": "--lr",
+    "training.target_domain": "--target-domain",
+    "training.source_domains": "--source-domains",
+    "training.epochs": "--epochs",
+    "training.batch_size": "--batch-size",
+    "training.seed": "--seed",
+    "training.limit_clips": "--limit-clips",
+    "training.max_steps": "--max-steps",
+    "evaluation.analyses": "--analyses",
+    "evaluation.export": "--export",
+    "cache.dir": "--cache-dir",
+    "cache.views": "--views",
+    "cache.workers": "--workers",
+    "cache.weights_dir": "--weights-dir",
+    "cache.random_weights": "--random-weights",
+    "runtime.device": "--device",
+    "runtime.threads": "--threads",
+}
+"""Setting -> its flag; a name without dashes is an argument, and needed."""
+SETTINGS, RUNTIME, OUTPUT = "Settings", "Runtime", "Output"
+_PANELS = {"model.modalities": SETTINGS, "cache.dir": SETTINGS, "runtime.device": RUNTIME, "runtime.threads": RUNTIME}
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", help="Preset by name or path; `none` for the bare defaults.", rich_help_panel=SETTINGS),
+]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file laid over the preset.", rich_help_panel=SETTINGS)
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One setting, as part.field=value; repeatable.", rich_help_panel=SETTINGS),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="One JSON object on stdout, messages on stderr.", rich_help_panel=OUTPUT)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=OUTPUT)]
+ShowSettings = Annotated[
+    bool,
+    typer.Option("--show-settings", help="Print the resolved settings as TOML and stop.", rich_help_panel=SETTINGS),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line says about the settings.
+
+    Attributes:
+        flags: setting -> value, of the flags that were given.
+        preset, config, sets: as they were given.
+        as_json: whether one JSON object is wanted.
+    """
+
+    flags: Mapping[str, Any]
+    preset: str | None = None
+    config: Path | None = None
+    sets: Sequence[str] = ()
+    as_json: bool = False
+
+    def resolve(self, preset: str | None, *, named: bool = False) -> Settings:
+        """The settings of all layers, `preset` being the lowest; `named`: it names a dataset without a name."""
+        flags = dict(self.flags)
+        method = flags.pop("method.name", None)
+        settings = layers.resolve(
+            preset=preset, config=self.config, environ=os.environ, sets=self.sets, method=method, flags=flags
+        )
+        return layers.named_dataset(settings, preset) if named else settings
+
+
+_HANDED = ("asked", "show_settings")
+"""Parameters of a command that are no options of its own."""
+Shown = tuple[dict[str, Any] | list[Any], Callable[[], None]]
+"""A command's result, and what shows it to a person; `exit_code` in it is the command's."""
+
+
+def command(
+    *flags: str, examples: Sequence[str], layered: bool = True, preset: bool = False, show_settings: bool = False
+) -> Callable[[Callable[..., Shown | None]], CommandInfo]:
+    """Make a command of a function: its parameters, and the options of some settings.
+
+    The function gets `asked` and its own parameters; it returns what is to be emitted and shown, or None.
+
+    Args:
+        flags: settings whose flags the command has (`FLAGS`).
+        examples: lines that a user can type.
+        layered: --config and --set too. preset: --preset.
+        show_settings: --show-settings, handed to the function.
+    """
+
+    def make(function: Callable[..., Shown | None]) -> CommandInfo:
+        names = {path.replace(".", "__"): path for path in flags}
+        options = {name: _option(path) for name, path in names.items()}
+        last = {name: option for name, option in options.items() if names[name] in _PANELS}
+        common: dict[str, Any] = {"preset": Preset} if preset else {}
+        common |= {"config": Config, "set_": Sets} if layered else {}
+        switches = ({"show_settings": ShowSettings} if show_settings else {}) | {"as_json": Json, "debug": Debug}
+
+        @wraps(function)
+        def run(**given: Any) -> None:
+            debug = given.pop("debug")
+            asked = Asked(
+                flags={path: value for name, path in names.items() if (value := given.pop(name)) is not None},
+                preset=given.pop("preset", None),
+                config=given.pop("config", None),
+                sets=given.pop("set_", None) or (),
+                as_json=given.pop("as_json"),
+            )
+            with outcome(as_json=asked.as_json, debug=debug):
+                shown = function(asked, **given)
+                if shown is not None:
+                    finish(*shown, as_json=asked.as_json)
+
+        def parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+            return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+        needed = inspect.Parameter.empty
+        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in _HANDED]
+        parameters = [
+            *(
+                parameter(n, o, None if FLAGS[names[n]].startswith("-") else needed)
+                for n, o in options.items()
+                if n not in last
+            ),
+            *(parameter(p.name, p.annotation, p.default) for p in own),
+            *(parameter(name, option, None) for name, option in (common | last).items()),
+            *(parameter(name, option, False) for name, option in switches.items()),
+        ]
+        parameters.sort(key=lambda p: p.default is not needed)
+        run.__signature__ = inspect.Signature(parameters)
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        lines = "\n\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in examples)])
+        help_names = {"help_option_names": ["-h", "--help"]}
+        return CommandInfo(function.__name__, callback=run, epilog=lines, context_settings=help_names)
+
+    return make
+
+
+def _option(path: str) -> Any:
+    """The annotated type of a setting's flag, with its docstring and choices as the help."""
+    group, name = path.split(".")
+    tree = MethodSettings if group == "method" else Settings.model_fields[group].annotation
+    field = tree.model_fields[name]
+    plain, choices = _plain(field.annotation)
+    text = (field.description or "") + (f" One of: {', '.join(choices)}." if choices else "")
+    if not FLAGS[path].startswith("-"):
+        return Annotated[plain, typer.Argument(metavar=FLAGS[path], help=text)]
+    return Annotated[plain | None, typer.Option(*FLAGS[path].split(), help=text, rich_help_panel=_PANELS.get(path))]
+
+
+def _plain(annotation: Any) -> tuple[type, tuple[str, ...]]:
+    """The type that the command line reads, and the choices; what is neither number, path nor switch is text."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return str, inner
+    if annotation in (int, float, bool, Path):
+        return annotation, ()
+    if origin is tuple or not inner:
+        return str, _plain(inner[0])[1] if inner else ()
+    return _plain(inner[0])
+
+
+def listed(path: str, text: str) -> tuple[str, ...]:
+    """`a,b` -> (a, b) of a setting with choices; `all` is every one of them."""
+    group, name = path.split(".")
+    choices = _plain(Settings.model_fields[group].annotation.model_fields[name].annotation)[1]
+    return choices if text == "all" else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def preset_of(asked: Asked) -> str | None:
+    """The preset asked for, else the one named like the dataset, else (with nothing named) epic-kitchens."""
+    dataset = asked.flags.get("dataset.name")
+    if asked.preset is not None:
+        return None if asked.preset == "none" else asked.preset
+    if dataset is not None:
+        return dataset if dataset in layers.preset_names() else None
+    return None if asked.config is not None else "epic-kitchens"
+
+
+def emit_settings(settings: Settings) -> None:
+    """The resolved tree as TOML, on stdout."""
+    typer.echo(layers.to_toml(settings), nl=False)

@@ -1,0 +1,84 @@
+"""How a command ends: its result emitted or shown, errors as one message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from mbcd_cli import console
+from mbcd_cli.errors import MbcdError
+from mbcd_cli.say import SILENT
+
+
+@contextmanager
+def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
+    """Errors become one message and an exit code: 1 the user's to mend, 3 too many rejected clips.
+
+    A scheduler's SIGTERM is answered like Ctrl-C, so that helper processes and shared memory go too.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with warnings.catch_warnings():
+            if not debug:  # one line each, as all that is said
+                warn = console.warn if _rank() == 0 else SILENT.warn
+                warnings.showwarning = lambda message, *_, **__: warn(str(message))
+            yield
+    except MbcdError as error:
+        if debug:
+            raise
+        _fail(str(error), error.message, error.remedy, as_json=as_json)
+        raise typer.Exit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        console.say("Interrupted.")
+        raise typer.Exit(130) from error
+    except BrokenPipeError as error:  # `mbcd ... | head` is no error
+        raise typer.Exit(0) from error
+    except (typer.Exit, SystemExit):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        message = f"Unexpected {type(error).__name__}: {error}"
+        remedy = "Run the command again with --debug and report what it shows."
+        _fail(f"{message}\n{remedy}", message, remedy, as_json=as_json)
+        raise typer.Exit(1) from error
+
+
+def _fail(text: str, message: str, remedy: str, *, as_json: bool) -> None:
+    rank = _rank()
+    console.say(f"error{f' in process {rank}' if rank else ''}: {text}")
+    if as_json and not rank:
+        console.emit_json({"error": message, "remedy": remedy})
+
+
+def _rank() -> int:
+    """As it stands in the environment; 0 where it is wrong there, which may be what the error is about."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
+
+
+def finish(result: Any, show: Callable[[], None], *, as_json: bool) -> None:
+    """Emit a result as JSON or show it; its `exit_code`, where it has one, ends the command."""
+    if as_json:
+        console.emit_json(json_safe(result))
+    else:
+        show()
+    if isinstance(result, dict) and result.get("exit_code"):
+        raise typer.Exit(result["exit_code"])
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with everything JSON cannot hold (NaN, infinities) as None."""
+    if isinstance(value, dict):
+        return {str(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

@@ -1,0 +1,204 @@
+"""`mbcd prepare`: flags, one library call, what it returned."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from mbcd_cli import console, layers
+from mbcd_cli.cli.options import Asked, Shown, command, emit_settings
+from mbcd_cli.settings import role_of
+
+_PREPARES = [
+    "dataset.reader",
+    "dataset.root",
+    "dataset.manifest",
+    "dataset.name",
+    "model.modalities",
+    "dataset.compute_flow",
+    "cache.views",
+    "cache.workers",
+    "dataset.max_bad",
+    "dataset.missing_frames",
+    "cache.weights_dir",
+    "cache.random_weights",
+    "cache.dir",
+    "runtime.device",
+    "runtime.threads",
+]
+
+
+@command(
+    *_PREPARES,
+    preset=True,
+    show_settings=True,
+    examples=(
+        "mbcd prepare manifest --root data/av-digits",
+        "mbcd prepare demo --modalities video,audio,flow",
+        "mbcd prepare manifest --root data/mine --compute-flow --set cache.views=8",
+        "mbcd prepare epic-kitchens --root EPIC --check",
+        "torchrun --nproc-per-node 4 -m mbcd_cli prepare epic-kitchens --root EPIC",
+    ),
+)
+def prepare(
+    asked: Asked,
+    show_settings: bool = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what is there, what is missing, how much space and time it takes.")
+    ] = False,
+) -> Shown | None:
+    """Decode a dataset once, run the frozen trunks, fill the cache.
+
+    Bad clips are reported and left out. What is prepared already is reused; a killed run resumes.
+    """
+    preset = _preset(asked)
+    settings = asked.resolve(preset)
+    if show_settings:
+        return emit_settings(settings)
+    from mbcd_cli.preparation import check as checking
+    from mbcd_cli.preparation.prepare import prepare
+    from mbcd_cli.runtime import configure
+
+    configure(settings.runtime)
+    if check:
+        report = checking.check(settings)
+        return report, partial(show_check, report)
+    result = prepare(settings, say=console.terminal)
+    if not result:  # rank 0 of several processes tells
+        return None
+    return result, partial(show_prepared, result, preset=preset, repeat=_repeated(asked, layered=bool(preset)))
+
+
+_MEANT = ("dataset.name", "cache.views", "dataset.missing_frames")
+"""Flags of `prepare` that `train` has to be told as settings."""
+
+
+def _repeated(asked: Asked, *, layered: bool) -> list[str]:
+    """What `train` must be told as `prepare` was, so that it means the same cache."""
+    words = [] if asked.config is None else ["--config", str(asked.config)]
+    for flag, setting in (("--modalities", "model.modalities"), ("--cache-dir", "cache.dir")):
+        words += [flag, str(asked.flags[setting])] if setting in asked.flags else []
+    if not (layered or asked.config):
+        return words
+    sets = [*asked.sets, *(f"{key}={asked.flags[key]}" for key in _MEANT if key in asked.flags)]
+    parts = ("cache.", "dataset.", "modalities.")
+    kept = [one for one in sets if one.startswith(parts) and role_of(one.partition("=")[0]) != "machine"]
+    return words + [word for one in kept for word in ("--set", one)]
+
+
+def _preset(asked: Asked) -> str | None:
+    """The preset asked for, else the one named like the reader or like the dataset's folder."""
+    if asked.preset is not None:
+        return None if asked.preset == "none" else asked.preset
+    if asked.config is not None:
+        return None
+    root = asked.flags.get("dataset.root")
+    for candidate in (asked.flags["dataset.reader"], root.resolve().name if root is not None else ""):
+        if candidate in layers.preset_names():
+            console.say(f"Using preset {candidate} (--preset none for the bare defaults).")
+            return candidate
+    return None
+
+
+def show_prepared(result: dict[str, Any], *, preset: str | None, repeat: Sequence[str] = ()) -> None:
+    """Print what `prepare` returned and what to run next.
+
+    Args:
+        preset: that it was run with.
+        repeat: words of its command line that `train` needs too, to mean the same cache.
+    """
+    columns = ["modality", "clips", "MB", "bytes per view", "shards", "reused", "seconds"]
+    squeezed = any(done["int8_error"] is not None for done in result["modalities"].values())
+    rows = []
+    for name, done in result["modalities"].items():
+        row = [name, done["clips"], f"{done['bytes'] / 1e6:.1f}", done["bytes_per_view"]]
+        row += [done["shards"], done["shards_reused"], f"{done['seconds']:.1f}"]
+        if squeezed:
+            row.append("-" if done["int8_error"] is None else f"{100 * done['int8_error']:.2f}%")
+        rows.append(row)
+    console.table(
+        f"{result['dataset']}: {result['clips']} clips, {result['classes']} classes, "
+        f"domains {', '.join(result['domains'])}",
+        columns + (["int8 error"] if squeezed else []),
+        rows,
+    )
+    bad = len({r["clip"] for r in result["rejected"]})
+    if result["exit_code"]:
+        console.say(
+            f"error: {bad} clips were rejected, and --max-bad allows fewer; the other clips are prepared.\n"
+            f"Mend the files in the table above, or run again with --max-bad {bad}."
+        )
+        return
+    named = ["--preset", preset] if preset else ["--dataset", result["dataset"]]
+    console.say(f"Next: mbcd train {shlex.join([*named, '--target-domain', result['domains'][-1], *repeat])}")
+
+
+_SHOWN = 5
+
+
+def show_check(report: dict[str, Any]) -> None:
+    """Print what `check` returned."""
+    for line in report["layout"]:
+        console.show(line)
+    for line in report["warnings"]:
+        console.warn(line)
+    console.table(
+        f"{report['dataset']}: {report['clips']} clips, {report['splits']['train']} train + "
+        f"{report['splits']['test']} test, {report['classes']} classes",
+        ("domain", "train", "test"),
+        [(domain, counts["train"], counts["test"]) for domain, counts in report["domains"].items()],
+    )
+    begun = any(one["shards_there"] for one in report["modalities"].values())
+    rows = []
+    for name, one in report["modalities"].items():
+        row = [name, one["complete"], one["incomplete"], one["absent"], one["files_missing"]]
+        row += [f"{one['bytes_per_view']['train'] / 1e6:.2f}", f"{one['bytes'] / 1e9:.2f}", duration(one["seconds"])]
+        rows.append(row + ([f"{one['shards_there']}/{one['shards']}"] if begun else []))
+    console.table(
+        f"Clips whole, in part or absent, files missing; and what --views {report['views']} makes of it",
+        ["modality", "whole", "part", "absent", "missing", "MB/view", "GB", "time", *(["shards"] if begun else [])],
+        rows,
+    )
+    for name, one in report["modalities"].items():
+        for gap in one["gaps"][:_SHOWN]:
+            lacks = f"lacks {gap['missing']} of {gap['expected']}, first {gap['first']}"
+            console.say(f"{name}: {gap['clip']} {lacks}{': ' if gap['cause'] else ''}{gap['cause']}")
+        for bad in one["unusable"]:
+            console.say(f"{name}: {bad['clip']}, which was tried, cannot be used: {bad['file']}: {bad['cause']}")
+        if len(one["gaps"]) > _SHOWN:
+            console.say(f"{name}: ... and {len(one['gaps']) - _SHOWN} more clips (--json lists all of them)")
+        if one["weights"] and not one["weights"]["present"]:
+            console.warn(f"{name}: {one['weights']['message']}")
+    room = "fits" if report["fits"] else "does not fit"
+    console.say(
+        f"To write: {report['bytes_to_write'] / 1e9:.1f} GB, free: {report['free_bytes'] / 1e9:.1f} GB ({room}). "
+        f"About {duration(report['seconds'])} on {report['device']} with {report['workers']} decoding workers."
+    )
+    if untimed := [name for name, one in report["modalities"].items() if not one["decode_timed_clips"]]:
+        console.say(f"No clip of {', '.join(untimed)} could be timed: a usual decoding time was taken.")
+    if report["clips_to_be_rejected"]:
+        console.warn(f"{report['clips_to_be_rejected']} clips lack files, or cannot be used, and would be rejected")
+    lacking = [name for name, one in report["modalities"].items() if one["weights"] and not one["weights"]["present"]]
+    if lacking:
+        console.say(f"error: `prepare` would stop, since it lacks the weights of {', '.join(lacking)}.")
+    if not report["fits"]:
+        console.say(
+            "error: `prepare` would stop, since the cache does not fit. Free some space, name another disk with "
+            "--cache-dir, or store fewer views (--views 1)."
+        )
+    if report["exit_code"] == 3:
+        console.say(
+            "error: `prepare` would end with exit code 3. Mend the files above, or allow that many clips with "
+            f"--max-bad {report['clips_to_be_rejected']}."
+        )
+
+
+def duration(seconds: float) -> str:
+    """45 -> "45 s", 5400 -> "1.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,131 @@
+"""`mbcd sweep`: flags, one library call, what it returned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mbcd_cli import console
+from mbcd_cli.cli.options import Asked, Shown, command, preset_of
+
+
+@command(
+    *["dataset.name", "cache.dir", "runtime.device", "runtime.threads"],
+    preset=True,
+    examples=(
+        "mbcd sweep --preset av-digits --targets all --methods erm,mbcd --seeds 3",
+        "mbcd sweep --preset epic-kitchens --table 1 --dry-run",
+        "mbcd sweep --preset av-digits --grid average.beta=0.9,0.99",
+    ),
+)
+def sweep(
+    asked: Asked,
+    table: Annotated[int | None, typer.Option("--table", help="One of the paper's tables, 1 to 5.")] = None,
+    targets: Annotated[str | None, typer.Option("--targets", help="Unseen domains: all, or names.")] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Methods, e.g. erm,ema,mbcd (mbcd list methods).")
+    ] = None,
+    modality_sets: Annotated[
+        str | None, typer.Option("--modality-sets", help="Sets of modalities: va,vf,vaf or video+audio,... .")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="multi-source (default), single-source or in-domain.")
+    ] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="How many seeds, or the seeds: 3 or 0,4,7.")] = "3",
+    grid: Annotated[
+        list[str] | None, typer.Option("--grid", help="One axis over a setting: part.field=v1,v2; repeatable.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option("--root", help="Folder of the dataset: prepare what of it is not prepared yet.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs, time and disk, then stop.")] = False,
+    collect: Annotated[bool, typer.Option("--collect", help="Only collect the runs that are done.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, one GPU each where there are GPUs.")] = 1,
+    launcher: Annotated[str, typer.Option("--launcher", help="local processes, or slurm (by submitit).")] = "local",
+    slurm: Annotated[
+        list[str] | None, typer.Option("--slurm", help="submitit parameter, e.g. timeout_min=240; repeatable.")
+    ] = None,
+    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")] = Path("runs"),
+    output: Annotated[Path | None, typer.Option("--output", help="Folder of the tables (default: sweeps/...).")] = None,
+) -> Shown:
+    """Run the grid of runs behind a table, then collect it: mean and spread over seeds, significance, curves.
+
+    Runs that are done are never repeated, killed ones resume, failed ones are listed.
+    """
+    from mbcd_cli.cli.board import Watch
+    from mbcd_cli.sweep import request as asking
+    from mbcd_cli.sweep import sweep as sweeping
+
+    request = asking.Request(
+        table=table,
+        targets=targets,
+        methods=methods,
+        modality_sets=modality_sets,
+        protocol=protocol,
+        seeds=seeds,
+        grid=grid or (),
+    )
+    layers = {"preset": preset_of(asked), "config": asked.config, "sets": asked.sets, "flags": asked.flags}
+    say = console.terminal
+    sweeping.check_execution(jobs, launcher)
+    if root is not None and not (dry_run or collect):
+        sweeping.prepare_first(root, **layers, say=say)
+    cells = asking.make_plan(request, **layers, runs_dir=runs_dir, say=say)
+    if dry_run:
+        planned = sweeping.dry_run(cells, jobs=jobs)
+        return planned, partial(show_plan, planned, planned.pop("estimate"))
+    done: dict[str, Any] = {"failed": {}}
+    if not collect:
+        how = {"jobs": jobs, "launcher": launcher, "slurm": slurm or (), "retry_failed": retry_failed}
+        with Watch() as watch:
+            done = sweeping.run(cells, **how, root=root, watch=watch, say=say)
+    failure = sweeping.report_failures(done)
+    if failure is not None and not done["done"]:
+        raise failure
+    folder = output or asking.output_of(request, cells)
+    result = sweeping.collect(cells, output=folder, title=asking.title_of(request, cells))
+    if failure is not None:
+        if not asked.as_json:
+            show(result)
+        raise failure
+    return {**done, **result}, partial(show, result)
+
+
+def show_plan(found: Mapping[str, Any], cost: Any) -> None:
+    """Print what `dry_run` returned, with its estimate."""
+    from mbcd_cli.cli.board import duration
+
+    rows = [(Path(cell["run"]).name.rsplit("-", 1)[-1], cell["name"]) for cell in found["cells"]]
+    console.table(f"{len(rows)} runs", ("run", "method, modalities, domains, seed"), rows)
+    states = ", ".join(f"{number} {name}" for name, number in sorted(found["states"].items()))
+    time_text = "time not known" if found["seconds"] is None else f"about {duration(found['seconds'])}"
+    disk = "disk not known" if cost.nbytes is None else f"about {_size(cost.nbytes)} of disk"
+    for line in (
+        f"{states}.",
+        f"Left: {cost.cells} runs, {found['jobs']} at a time: {time_text} ({cost.basis}); {disk}.",
+    ):
+        console.show(line)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.1f} GB"
+
+
+def show(found: Mapping[str, Any]) -> None:
+    """Print what `collect` returned; a table whose rows a joint one has already is in the files only."""
+    from mbcd_cli.cli.printing import print_comparison
+    from mbcd_cli.evaluation.report.tables import from_values
+
+    tables = [from_values(table) for table in found["tables"]]
+    joint = [table for table in tables if table.columns[:2] == ["modalities", "method"] and "all-" in table.name]
+    told = {table.name.rpartition("all-")[2] for table in joint}
+    tables = [table for table in tables if table in joint or not table.name.endswith(tuple(f"-{one}" for one in told))]
+    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
+    fitting = [table.fitting(console.out.width) for table in tables]
+    print_comparison([replace(table, rows=table.shown()) for table in fitting], files, found["warnings"])

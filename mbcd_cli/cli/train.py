@@ -1,0 +1,134 @@
+"""`mbcd train`: flags, one library call, what it returned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mbcd_cli import console
+from mbcd_cli.cli.options import Asked, Shown, command, emit_settings, preset_of
+from mbcd_cli.errors import RunError
+
+_TRAINS = [
+    "training.target_domain",
+    "training.source_domains",
+    "method.name",
+    "model.modalities",
+    "dataset.name",
+    "training.epochs",
+    "training.batch_size",
+    "optimizer.lr",
+    "training.seed",
+    "training.limit_clips",
+    "training.max_steps",
+    "cache.dir",
+    "runtime.device",
+    "runtime.threads",
+]
+
+
+@command(
+    *_TRAINS,
+    preset=True,
+    show_settings=True,
+    examples=(
+        "mbcd train --preset av-digits --target-domain street",
+        "mbcd train --preset av-digits --target-domain street --method erm --seed 1",
+        "mbcd train --target-domain D2 --modalities video,audio",
+    ),
+)
+def train(
+    asked: Asked,
+    show_settings: bool = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print shapes, sizes and step time, then stop.")] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", "--run-dir", help="Run folder (default: made from dataset, method, target and seed)."),
+    ] = None,
+    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")] = Path("runs"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
+) -> Shown | None:
+    """Train on the source domains from the cache; the target is only reported.
+
+    Without --preset, --config or --dataset the preset is epic-kitchens.
+    """
+    if resume and overwrite:
+        raise RunError("--resume and --overwrite contradict each other.", "Use one of them.")
+    preset = preset_of(asked)
+    settings = asked.resolve(preset, named=True)
+    if show_settings:
+        return emit_settings(settings)
+    from mbcd_cli.runs.names import run_name
+    from mbcd_cli.runs.opening import open_for_training
+    from mbcd_cli.runtime import configure
+    from mbcd_cli.training.dry_run import dry_run as trial
+    from mbcd_cli.training.train import train
+
+    configure(settings.runtime)
+    settings, data = open_for_training(settings)
+    if dry_run:
+        plan = trial(settings, data, say=console.terminal)
+        return plan, partial(show_dry_run, plan)
+    folder = run or runs_dir / data.name / run_name(settings)
+    result = train(settings, data, run=folder, resume=resume, overwrite=overwrite, say=console.terminal)
+    return (result, partial(show, result)) if result else None  # under torchrun rank 0 alone reports
+
+
+def show(summary: Mapping[str, Any]) -> None:
+    """Print what `train` returned and what to run next."""
+    best, last, oracle = summary["best"], summary["last"], summary.get("oracle")
+    heads = list(best["validation_unimodal"])
+    rows = []
+    for label, record in (("best (deployed)", best), ("last", last), ("oracle: chosen on the target", oracle)):
+        if record is None:
+            continue
+        row = [label, record["epoch"], f"{100 * record['validation']:.1f}"]
+        if "target" in record:
+            unimodal = [f"{100 * record['target_unimodal'][head]:.1f}" for head in heads]
+            row += [f"{100 * record['target']:.1f}", *unimodal]
+        rows.append(row)
+    target = summary["target_domain"]
+    columns = ["epoch of the " + summary["deployed"], "epoch", "validation"]
+    if target:
+        columns += [f"{target} fused", *(f"{target} {head}" for head in heads)]
+    console.table(f"Accuracy in percent: {summary['method']}, seed {summary['seed']}", columns, rows)
+    console.say(
+        f"{summary['steps']} steps in {summary['seconds']:.0f} s ({summary['steps_per_second']:.1f}/s), "
+        f"peak memory {summary['peak_memory_mb']:.0f} MB"
+    )
+    console.say(f"Next: mbcd evaluate --run {summary['run']}")
+    console.say(f"      mbcd landscape --checkpoint {summary['run']}/checkpoints/best.pt")
+
+
+def show_dry_run(plan: Mapping[str, Any]) -> None:
+    """Print what `dry_run` returned."""
+    parameters = plan["parameters"]
+    rows = [
+        (
+            name,
+            " + ".join("x".join(map(str, shape)) for shape in plan["shapes"][name]),
+            parameters["tails"][name],
+            parameters["trunks"][name],
+        )
+        for name in plan["shapes"]
+    ]
+    console.table(
+        f"{plan['dataset']}: {plan['training_clips']} training clips of {', '.join(plan['source_domains'])}",
+        ("modality", "shape at the cut", "trained in the tail", "frozen in the trunk"),
+        rows,
+    )
+    cache = f"{plan['cache_bytes'] / 1e6:.0f} MB" if plan["cache_bytes"] is not None else "unknown"
+    for line in (
+        f"heads: {parameters['unimodal_heads']} uni-modal, {parameters['fused_head']} fused parameters; "
+        f"the method's own: {parameters['method']}",
+        f"trained {parameters['trained']}, frozen {parameters['frozen']} parameters; cache {cache}",
+        f"{plan['steps']} steps of {plan['batch_size']} clips on {plan['device']}, {plan['step_seconds']:.3f} s each: "
+        f"about {plan['estimated_training_seconds']:.0f} s without validation",
+        f"peak memory {plan['peak_memory_mb']:.0f} MB",
+    ):
+        console.show(line)

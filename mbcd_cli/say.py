@@ -1,0 +1,74 @@
+"""How the library tells a person what it is doing: it takes a `Say`. Only the command line's shows anything itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+PLAIN_SECONDS = 20.0
+"""Between two lines about one piece of long work, where there is no terminal to draw a bar on."""
+
+
+class Ticker:
+    """Handle on one piece of long work: `advance` it, `describe` it.
+
+    Args:
+        label, total: what it is, and of how many units.
+        write: takes a line now and then; None tells nobody.
+    """
+
+    def __init__(self, label: str = "", total: int | None = None, write: Callable[[str], None] | None = None) -> None:
+        self._label, self._total, self._write = label, total, write
+        self._done = 0
+        self._started = self._last = time.monotonic()
+        self._note = ""
+
+    def advance(self, steps: int = 1) -> None:
+        """`steps` more units are done."""
+        self._done += steps
+        now = time.monotonic()
+        if self._write is None or now - self._last < PLAIN_SECONDS:
+            return
+        self._last = now
+        rate = self._done / max(now - self._started, 1e-9)
+        total = f"/{self._total}" if self._total else ""
+        left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate > 0 else ""
+        self._write(f"{self._label}: {self._done}{total} ({rate:.1f}/s{left}) {self._note}".rstrip())
+
+    def describe(self, note: str) -> None:
+        """Show `note` (losses, rates) behind the progress."""
+        self._note = note
+
+
+class Say:
+    """What the library says while it works: `say("a line")`. This one writes lines, or tells nobody.
+
+    Args:
+        write: takes each line, without its end.
+    """
+
+    def __init__(self, write: Callable[[str], None] | None = None) -> None:
+        self._write = write
+
+    def __call__(self, message: str) -> None:
+        """One line for a person."""
+        if self._write is not None:
+            self._write(message)
+
+    def warn(self, message: str) -> None:
+        """One warning line."""
+        self(f"warning: {message}")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table about the work, no result of it; here tabs stand between its cells."""
+        for row in ([title], columns, *rows):
+            self("\t".join(row))
+
+    @contextmanager
+    def progress(self, label: str, total: int | None = None) -> Iterator[Ticker]:
+        """Long work under way inside the block; a line about it every `PLAIN_SECONDS`."""
+        yield Ticker(label, total, self._write)
+
+
+SILENT = Say()

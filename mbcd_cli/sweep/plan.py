@@ -205,7 +205,7 @@ def parse_modality_set(text: str, known: Sequence[str], *, flag: str = "--modali
 
 def paper_domains(settings: Settings) -> tuple[str, ...]:
     """The domains of a dataset of the paper in the tables' order, () for other datasets."""
-    name = settings.dataset.name if settings.dataset.name in PAPER_DATASETS else settings.dataset.reader
+    name = settings.dataset.name if settings.dataset.name in PAPER_DATASETS else settings.dataset.reader.name
     figures = paper()["multi_source"][0].get(name, {})
     return tuple(domain for domain in figures if domain != "average")
 

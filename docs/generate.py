@@ -66,7 +66,7 @@ def _default(value: Any) -> str:
 def _rows(model: type[BaseModel], prefix: str) -> list[str]:
     rows, nested = [], []
     for name, field in model.model_fields.items():
-        annotation = field.annotation
+        annotation = getattr(field.annotation, "__bound__", field.annotation)
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             nested += _rows(annotation, f"{prefix}{name}.")
             continue
@@ -79,6 +79,7 @@ def settings_page() -> str:
     """Every field of the tree: path, type, default, meaning."""
     from mbcd_cli import settings
     from mbcd_cli.data.modalities import KINDS
+    from mbcd_cli.data.readers import READERS, reader_settings
     from mbcd_cli.methods import METHODS, method_class
 
     pages = [NOTE, "# Settings", ""]
@@ -102,15 +103,16 @@ def settings_page() -> str:
                 pages += [f"## method, of {', '.join(methods)}", "", kind.__doc__ or "", "", *header]
                 pages += [*_rows(kind, "method."), ""]
             continue
-        pages += [
-            f"## {name}",
-            "",
-            field.annotation.__doc__ or "",
-            "",
-            *header,
-            *_rows(field.annotation, f"{name}."),
-            "",
-        ]
+        group = field.annotation
+        pages += [f"## {name}", "", group.__doc__ or "", "", *header, *_rows(group, f"{name}."), ""]
+        if name == "dataset":
+            own: dict[type[BaseModel], list[str]] = {}
+            for reader in READERS:
+                own.setdefault(type(reader_settings(reader)), []).append(reader)
+            for kind, readers in own.items():
+                if kind is not settings.ReaderSettings:
+                    pages += [f"## dataset.reader, of {', '.join(readers)}", "", kind.__doc__ or "", "", *header]
+                    pages += [*_rows(kind, "dataset.reader."), ""]
     return "\n".join(pages)
 
 

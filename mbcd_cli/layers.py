@@ -20,12 +20,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mbcd_cli.data.modalities import AnyKind, infer_kind
 from mbcd_cli.data.modalities.frames import FrameSampling
+from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import DEFAULT, method_class, over_defaults, short_name
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import ReaderSettings, Settings
 
 _PACKAGE = Path(__file__).resolve().parent
 ENV_PREFIX = "MBCD_"
+DEFAULT_READER = ReaderSettings().name
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,10 @@ def set_layers(assignments: Sequence[str]) -> list[Layer]:
 
 def _named(values: Mapping[str, Any]) -> str | None:
     """The method that a layer names, or None."""
-    group = values.get("method")
+    return _name_in(values.get("method"))
+
+
+def _name_in(group: Any) -> str | None:
     name = group.get("name") if isinstance(group, Mapping) else None
     return name if isinstance(name, str) else None
 
@@ -187,7 +192,23 @@ def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 below = {part: group for part, group in below.items() if part != "method"}
             chosen, over, above = name, over_defaults(name), {}
         above = merge(above, values)
-    return merge(merge(below, over), above)
+    tree, reader = merge(merge(below, over), above), _reader(layers)
+    return merge(tree, {"dataset": {"reader": reader}}) if reader else tree
+
+
+def _reader(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The reader of all layers over each other; one that names a reader drops another reader's settings below it."""
+    chosen: dict[str, Any] = {}
+    for values in layers:
+        dataset = values.get("dataset")
+        group = dataset.get("reader") if isinstance(dataset, Mapping) else None
+        group = {"name": group} if isinstance(group, str) else group
+        if isinstance(group, Mapping):
+            name = _name_in(group)
+            if name is not None and name != chosen.get("name", DEFAULT_READER):
+                chosen = {}
+            chosen = merge(chosen, group)
+    return chosen
 
 
 def resolve(
@@ -267,7 +288,8 @@ def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Setting
     problems: list[Mapping[str, Any]] = []
     left = _merged([values])
     kind = method_class(_named(left) or DEFAULT).Settings
-    tree = Settings[kind, AnyKind]
+    reader = left.get("dataset", {}).get("reader", {}) if isinstance(left.get("dataset"), Mapping) else {}
+    tree = Settings[kind, AnyKind, type(reader_settings(_name_in(reader) or DEFAULT_READER))]
     first: ValidationError | None = None
     # Checks across fields wait until the fields are valid: take the bad values out and look again.
     while True:

@@ -61,19 +61,27 @@ class Slice(BaseModel):
     )
 
 
-class DatasetSettings(Slice):
+class ReaderSettings(Slice):
+    """What lists the clips: a reader by name, with settings of its own; this is what every reader has."""
+
+    name: str = "manifest"
+    """Reader that lists the clips; `mbcd list datasets` shows them."""
+
+
+AnyReaderSettings = TypeVar("AnyReaderSettings", bound=ReaderSettings)
+
+
+class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     """Which clips there are and where their media lies."""
 
-    reader: str = "manifest"
-    """Reader that lists the clips: manifest, demo, epic-kitchens, hac, synthetic or digits."""
+    reader: AnyReaderSettings = Field(default_factory=dict)  # validated as the reader's own class
+    """Reader, with the settings that it has; its name alone will do."""
     name: str | None = None
     """Name of the dataset in the cache and in run folders; default: the root folder's name."""
     root: ForMachine[Path | None] = None
     """Folder that holds the dataset; only `prepare` needs it."""
     manifest: Path = Path("manifest.csv")
     """CSV table of the manifest reader, relative to the root."""
-    splits: Path | None = None
-    """Folder of the split tables (epic-kitchens, hac), relative to the root; default: the usual places."""
     domains: Names = ()
     """Domains to use, in this order; empty means all that the dataset has."""
     classes: Count | None = None
@@ -88,12 +96,11 @@ class DatasetSettings(Slice):
     """What to do when single frames of a clip are missing: use the nearest present frame, or reject the clip."""
     compute_flow: bool = False
     """Compute optical flow (OpenCV DIS) from the video where the dataset has none."""
-    shortcut: Fraction | None = None
-    """demo: probability that a clip's look follows its place's habit, which misleads elsewhere; default: 0.85."""
-    informativeness: tuple[NonNegative, ...] = ()
-    """synthetic: distance of the classes in each modality, in units of the noise; the order is the modalities'."""
-    domain_shift: NonNegative = 1.0
-    """synthetic: distance of the domains in each modality, in units of the noise."""
+
+    @field_validator("reader", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class ModalitySettings(Slice):
@@ -382,10 +389,10 @@ AnyMethodSettings = TypeVar("AnyMethodSettings", bound=MethodSettings)
 AnyModality = TypeVar("AnyModality", bound=ModalitySettings)
 
 
-class Settings(Slice, Generic[AnyMethodSettings, AnyModality]):
-    """The whole tree; `layers.validate` gives it the settings classes of the method and kinds that it names."""
+class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]):
+    """The whole tree; `layers.validate` gives it the settings classes of the method, reader and kinds that it names."""
 
-    dataset: DatasetSettings = DatasetSettings()
+    dataset: DatasetSettings[AnyReaderSettings] = Field(default_factory=dict)
     """Dataset."""
     modalities: ForCache[dict[str, AnyModality]] = {}
     """Modalities by name; empty means whatever the dataset has, each with its kind's defaults."""

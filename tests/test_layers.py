@@ -224,3 +224,17 @@ def test_what_reads_a_view_is_no_part_of_the_view():
     assert fields_for(CacheSettings, "cache") == ("views", "trunk_batch_norm", "dtype", "seed")
     assert role_of("modalities.video.frames") == "cache"
     assert role_of("method.dropout.rate") == "weights"
+
+
+def test_a_reader_has_settings_of_its_own():
+    named = layers.resolve(sets=["dataset.reader=demo", "dataset.reader.shortcut=0.5"])
+    assert (named.dataset.reader.name, named.dataset.reader.shortcut) == ("demo", 0.5)
+    assert layers.validate(layers.tomllib.loads(layers.to_toml(named))) == named
+    other = layers.resolve(preset="synthetic-4", flags={"dataset.reader": "hac"})
+    assert other.dataset.reader.model_dump() == {"name": "hac", "splits": None}
+    same = layers.resolve(preset="synthetic-4", flags={"dataset.reader": "synthetic"})
+    assert same.dataset.reader.domain_shift == 1.5
+    with pytest.raises(SettingsError, match=r"dataset\.reader\.shortcuts: .*did you mean dataset\.reader\.shortcut\?"):
+        layers.resolve(sets=["dataset.reader=demo", "dataset.reader.shortcuts=0.5"])
+    with pytest.raises(SettingsError, match=r"dataset\.reader\.shortcut: no such setting"):
+        layers.resolve(sets=["dataset.reader.shortcut=0.5"])

@@ -12,8 +12,6 @@ import typer
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.layers import preset_folder, preset_names
-from mbcd_cli.methods import summaries
 from mbcd_cli.plugins import summaries_of
 
 KINDS = ("presets", "datasets", "encoders", "methods")
@@ -33,6 +31,8 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str
         SettingsError: no such kind.
     """
     if what == "presets":
+        from mbcd_cli.layers import preset_names
+
         return ("preset", "purpose"), [(name, _purpose(name)) for name in preset_names()]
     if what == "datasets":
         return _datasets(cache)
@@ -43,11 +43,15 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str
         rows = [(name, "", e) if isinstance(e, str) else (name, e.kind, e.summary) for name, e in entries]
         return ("encoder", "reads", "what"), rows
     if what == "methods":
+        from mbcd_cli.methods import summaries
+
         return ("method", "what"), summaries()
     raise SettingsError(f"There is nothing called {what!r} to list.", f"Use one of {', '.join(KINDS)}.")
 
 
 def _purpose(name: str) -> str:
+    from mbcd_cli.layers import preset_folder
+
     first = (preset_folder() / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
     return first.lstrip("# ").strip()
 

@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from typer.models import CommandInfo
 
-from mbcd_cli import layers
 from mbcd_cli.cli.outcome import finish, outcome
 from mbcd_cli.settings import MethodSettings, Settings
 
@@ -90,6 +89,8 @@ class Asked:
 
     def resolve(self, preset: str | None, *, named: bool = False) -> Settings:
         """The settings of all layers, `preset` being the lowest; `named`: it names a dataset without a name."""
+        from mbcd_cli import layers  # late: reading presets needs the kinds of modality, and help does not
+
         flags = dict(self.flags)
         method = flags.pop("method.name", None)
         settings = layers.resolve(
@@ -199,6 +200,8 @@ def listed(path: str, text: str) -> tuple[str, ...]:
 
 def preset_of(asked: Asked) -> str | None:
     """The preset asked for, else the one named like the dataset, else (with nothing named) epic-kitchens."""
+    from mbcd_cli import layers
+
     dataset = asked.flags.get("dataset.name")
     if asked.preset is not None:
         return None if asked.preset == "none" else asked.preset
@@ -209,4 +212,6 @@ def preset_of(asked: Asked) -> str | None:
 
 def emit_settings(settings: Settings) -> None:
     """The resolved tree as TOML, on stdout."""
+    from mbcd_cli import layers
+
     typer.echo(layers.to_toml(settings), nl=False)

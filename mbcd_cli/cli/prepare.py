@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mbcd_cli import console, layers
+from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command, emit_settings
-from mbcd_cli.settings import role_of
 
 _PREPARES = [
     "dataset.reader",
@@ -85,6 +84,8 @@ def _repeated(asked: Asked, *, layered: bool) -> list[str]:
     if not (layered or asked.config):
         return words
     sets = [*asked.sets, *(f"{key}={asked.flags[key]}" for key in _MEANT if key in asked.flags)]
+    from mbcd_cli.settings import role_of
+
     parts = ("cache.", "dataset.", "modalities.")
     kept = [one for one in sets if one.startswith(parts) and role_of(one.partition("=")[0]) != "machine"]
     return words + [word for one in kept for word in ("--set", one)]
@@ -92,6 +93,8 @@ def _repeated(asked: Asked, *, layered: bool) -> list[str]:
 
 def _preset(asked: Asked) -> str | None:
     """The preset asked for, else the one named like the reader or like the dataset's folder."""
+    from mbcd_cli import layers
+
     if asked.preset is not None:
         return None if asked.preset == "none" else asked.preset
     if asked.config is not None:

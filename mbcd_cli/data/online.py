@@ -38,7 +38,7 @@ def describe_media(settings: Settings, clips: Sequence[Clip], name: str) -> dict
     return {
         "root": str(root),
         "seed": settings.cache.seed,
-        "dataset": settings.dataset.model_dump(mode="json", exclude={"root"}),
+        "dataset": settings.dataset.model_dump(mode="json", exclude={"root", "reader"}),
         "media": media,
     }
 

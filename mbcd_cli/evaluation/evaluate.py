@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mbcd_cli.data.cache import listing_digest
+from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.data.records import Batch, Clip
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, clear
@@ -101,8 +102,11 @@ def _media(settings: Settings, dataset: Any) -> tuple[tuple[list[Clip], DatasetS
     root = settings.dataset.root or Path(cache.provenance.get("root", ""))
     if not root.is_dir():
         return None, f"the media are not at {root} (--set dataset.root=DIR says where they are)"
-    there = settings.dataset.model_copy(update={"root": root, "reader": cache.provenance["reader"]})
     try:
+        reader = settings.dataset.reader
+        if reader.name != cache.provenance["reader"]:  # the settings name the prepared dataset only
+            reader = reader_settings(cache.provenance["reader"])
+        there = settings.dataset.model_copy(update={"root": root, "reader": reader})
         listing = read_listing(settings.model_copy(update={"dataset": there}))
     except MbcdError as error:
         return None, error.message.splitlines()[0].rstrip(".")

@@ -19,6 +19,6 @@ def paper() -> dict[str, list[dict[str, Any]]]:
 
 def paper_domains(settings: Settings) -> tuple[str, ...]:
     """The domains of a dataset of the paper in the tables' order, () for other datasets."""
-    name = settings.dataset.name if settings.dataset.name in PAPER_DATASETS else settings.dataset.reader
+    name = settings.dataset.name if settings.dataset.name in PAPER_DATASETS else settings.dataset.reader.name
     figures = paper()["multi_source"][0].get(name, {})
     return tuple(domain for domain in figures if domain != "average")

@@ -56,7 +56,7 @@ def check(settings: Settings) -> dict[str, Any]:
     exit_code = 3 if len(lost) > settings.dataset.max_bad else 0
     return {
         "dataset": listing.name,
-        "reader": settings.dataset.reader,
+        "reader": settings.dataset.reader.name,
         "root": str(settings.dataset.root) if settings.dataset.root else None,
         "clips": len(listing.clips) + len(listing.rejected),
         "splits": {split: sum(c.split == split for c in listing.clips) for split in ("train", "test")},

@@ -171,7 +171,7 @@ def _prepare_modality(
             label_names=listing.label_names,
             provenance={
                 "dataset": listing.name,
-                "reader": settings.dataset.reader,
+                "reader": settings.dataset.reader.name,
                 "root": str(root.resolve()),  # evaluation looks there for sound, from wherever it is started
                 "encoder": modality.encoder if trunk.names else "none (decoded tensors)",
                 "weights_sha256": sha or "none",

@@ -26,7 +26,7 @@ from mbcd_cli.methods.base import Method, Outputs, Term
 from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import global_states, load_global_states, seed_everything
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import ReaderSettings, Settings
 from mbcd_cli.training.assemble import Training, train_with
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
@@ -73,7 +73,7 @@ class Subject:
             "training": training,
             "runtime": {"device": "cpu", "precision": "float32", "channels_last": "off"},
         }
-        settings = Settings[self.kind.Settings, ArrayModality].model_validate(tree)
+        settings = Settings[self.kind.Settings, ArrayModality, ReaderSettings].model_validate(tree)
         seed_everything(settings.training.seed)
         arrays = {name: ArrayModality.model_validate(array) for name in names}
         model = build_model(arrays, settings=settings.model, classes=CLASSES).double()

@@ -197,7 +197,7 @@ def test_epic_in_full(tmp_path):
     started = time.monotonic()
     report = run(
         *("prepare", "epic-kitchens", "--root", tmp_path, "--random-weights", "--check", "--json"),
-        *("--set", f"dataset.splits={epic.REAL}", "--cache-dir", tmp_path / "cache"),
+        *("--set", f"dataset.reader.splits={epic.REAL}", "--cache-dir", tmp_path / "cache"),
         code=None,
     ).data
     assert time.monotonic() - started < 30
@@ -231,7 +231,7 @@ def test_hac_in_full(tmp_path):
                     (tmp_path / domain / "audio" / f"{name[:-4]}.wav").write_bytes(b"x")
     report = run(
         *("prepare", "hac", "--root", tmp_path, "--random-weights", "--check", "--json"),
-        *("--set", f"dataset.splits={hac.REAL}", "--cache-dir", tmp_path / "cache"),
+        *("--set", f"dataset.reader.splits={hac.REAL}", "--cache-dir", tmp_path / "cache"),
         code=None,
     ).data
     assert report["clips"] == 3381

@@ -206,7 +206,7 @@ def test_read_generates_once_and_lists_every_clip(tmp_path, monkeypatch):
 
     generate = functools.partial(demo.generate, **SMALL)
     monkeypatch.setattr(demo, "generate", small)
-    settings = DatasetSettings(reader="demo", name="demo", root=tmp_path / "media")
+    settings = DatasetSettings(reader=demo.DemoSettings(), name="demo", root=tmp_path / "media")
     listing = demo.read(settings, {})
     again = demo.read(settings, {})
     assert len(calls) == 1

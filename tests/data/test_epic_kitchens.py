@@ -19,6 +19,7 @@ from mbcd_cli.data.modalities.base import load_views
 from mbcd_cli.data.modalities.flow import FlowModality
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import epic_kitchens, read_dataset
+from mbcd_cli.data.readers.places import SplitSettings
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import ManifestError, MediaError, SettingsError
@@ -130,7 +131,7 @@ def whole_videos(root: Path) -> Path:
 
 
 def settings(root: Path, **changes) -> DatasetSettings:
-    return DatasetSettings(reader="epic-kitchens", root=root, **changes)
+    return DatasetSettings(**{"reader": "epic-kitchens", "root": root, **changes})
 
 
 def levels(view: np.ndarray) -> list[int]:
@@ -451,7 +452,7 @@ def test_the_real_tables_in_full(tmp_path):
                     stem = f"{name}_{half}_{half + (stop - start) // 2}_{label}_{direction}"
                     (tmp_path / "flow" / split / domain / f"{stem}.mp4").write_bytes(b"x")
                 (tmp_path / "audio" / split / domain / f"{row['video_id']}.wav").write_bytes(b"x")
-    listing = read_dataset(settings(tmp_path, splits=REAL), {})
+    listing = read_dataset(settings(tmp_path, reader=SplitSettings(name="epic-kitchens", splits=REAL)), {})
     assert listing.warnings == []
     splits = [clip.split for clip in listing.clips]
     assert (splits.count("train"), splits.count("test")) == (7935, 2159)
@@ -477,7 +478,7 @@ def test_pickled_tables_give_the_same_clips(tmp_path):
 def test_preset_holds_the_papers_values():
     text = (Path(__file__).resolve().parents[2] / "presets" / "epic-kitchens.toml").read_text()
     tree = validate(tomllib.loads(text))
-    assert tree.dataset.reader == "epic-kitchens"
+    assert tree.dataset.reader.name == "epic-kitchens"
     assert (tree.dataset.classes, tree.dataset.target_split) == (8, "test")
     cuts = {name: (m.encoder, m.cut) for name, m in tree.modalities.items()}
     assert cuts == {

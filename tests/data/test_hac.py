@@ -20,6 +20,7 @@ from mbcd_cli.data.modalities.frames import FrameSampling
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.new_clips import read_new
+from mbcd_cli.data.readers.places import SplitSettings
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW, Media
 from mbcd_cli.errors import ManifestError, MediaError
@@ -62,7 +63,7 @@ def write_media(root: Path, *, flow: bool = True, frames: int = 20) -> Path:
 
 
 def settings(root: Path, **changes) -> DatasetSettings:
-    return DatasetSettings(reader="hac", root=root, **changes)
+    return DatasetSettings(**{"reader": "hac", "root": root, **changes})
 
 
 @pytest.mark.parametrize("layout", ["beside", "HAC", "inside the splits", "splits as root"])
@@ -148,7 +149,7 @@ def test_the_real_tables_in_full(tmp_path):
                     for direction in "xy":
                         (tmp_path / domain / "flow" / f"{name[:-4]}_flow_{direction}.mp4").write_bytes(b"x")
                     (tmp_path / domain / "audio" / f"{name[:-4]}.wav").write_bytes(b"x")
-    listing = read_dataset(settings(tmp_path, splits=REAL), {})
+    listing = read_dataset(settings(tmp_path, reader=SplitSettings(name="hac", splits=REAL)), {})
     assert len(listing.clips) == 3381
     # The only thing unusual about the published tables: 24 human clips are in both splits.
     assert [line.split(" (")[0] for line in listing.warnings] == [
@@ -403,7 +404,7 @@ def test_stored_sound_is_drawn_with_the_frames_it_follows(tmp_path):
 def test_preset_holds_the_papers_values():
     presets = Path(__file__).resolve().parents[2] / "presets"
     hac, epic = (validate(tomllib.loads((presets / f"{n}.toml").read_text())) for n in ("hac", "epic-kitchens"))
-    assert (hac.dataset.reader, hac.dataset.classes, hac.dataset.target_split) == ("hac", 7, "all")
+    assert (hac.dataset.reader.name, hac.dataset.classes, hac.dataset.target_split) == ("hac", 7, "all")
     assert hac.modalities["video"] == epic.modalities["video"]
     assert hac.modalities["flow"] == epic.modalities["flow"]
     sound = hac.modalities["audio"]

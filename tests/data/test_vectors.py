@@ -80,10 +80,12 @@ def test_presets_read_what_they_generate(preset, tmp_path):
 
 def test_another_dataset_in_the_folder_is_never_overwritten(tmp_path):
     root = tmp_path / "media"
-    settings = DatasetSettings(reader="synthetic", root=root, informativeness=(2.0, 1.0))
+    reader = synthetic.SyntheticSettings(name="synthetic", informativeness=(2.0, 1.0))
+    settings = DatasetSettings(reader=reader, root=root)
     read_dataset(settings, {})
+    reader = reader.model_copy(update={"informativeness": (2.0, 1.5)})
     with pytest.raises(ManifestError, match="another generated dataset"):
-        read_dataset(settings.model_copy(update={"informativeness": (2.0, 1.5)}), {})
+        read_dataset(settings.model_copy(update={"reader": reader}), {})
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(ManifestError, match="something else"):
@@ -97,10 +99,10 @@ def test_the_demos_shortcut_is_a_setting(tmp_path, monkeypatch):
     monkeypatch.setattr(
         demo, "generate", lambda root, **k: real(root, clips_per_class_train=1, clips_per_class_test=1, **k)
     )
-    settings = DatasetSettings(reader="demo", root=tmp_path / "d", shortcut=0.25)
+    settings = DatasetSettings(reader=demo.DemoSettings(shortcut=0.25), root=tmp_path / "d")
     demo.read(settings, {})
     assert '"shortcut": 0.25' in (tmp_path / "d" / "generated.json").read_text()
     demo.read(settings, {})
-    demo.read(settings.model_copy(update={"shortcut": None}), {})
+    demo.read(settings.model_copy(update={"reader": demo.DemoSettings()}), {})
     with pytest.raises(ManifestError, match=r"shortcut 0\.25, not 0\.5"):
-        demo.read(settings.model_copy(update={"shortcut": 0.5}), {})
+        demo.read(settings.model_copy(update={"reader": demo.DemoSettings(shortcut=0.5)}), {})

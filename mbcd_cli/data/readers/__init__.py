@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
 from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.plugins import entry_of, plugins
-from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings import DatasetSettings, ReaderSettings
 
 GROUP = "mbcd.readers"
 
@@ -56,41 +57,70 @@ Read = Callable[[DatasetSettings, Mapping[str, Modality]], Listing]
 
 @dataclass(frozen=True, slots=True)
 class ReaderEntry:
-    """One reader: (dataset settings, modalities asked for or {}) -> Listing, and what it reads."""
+    """One reader.
+
+    Attributes:
+        read: (dataset settings, modalities asked for or {}) -> Listing.
+        summary: what it reads, in a line.
+        settings: its settings' class, where it has some of its own (or what else makes their defaults).
+    """
 
     read: Read
     summary: str
+    settings: Callable[[], ReaderSettings] = ReaderSettings
 
 
-def _lazy(module: str) -> Read:
+def _ours(module: str, summary: str, *, settings: str = "") -> ReaderEntry:
     # Readers import this module for Listing, so the registry imports them when they are called.
+    def part(where: str) -> Callable[..., Any]:
+        module, _, name = where.partition(":")
+        return getattr(import_module(f"{__name__}.{module}"), name)
+
     def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
-        return import_module(f"mbcd_cli.data.readers.{module}").read(dataset, modalities)
+        return part(f"{module}:read")(dataset, modalities)
 
-    return read
+    return ReaderEntry(read, summary, (lambda: part(settings)()) if settings else ReaderSettings)
 
 
+_SPLITS = "places:SplitSettings"
 READERS: dict[str, ReaderEntry] = {
-    "manifest": ReaderEntry(_lazy("manifest"), "a CSV table of clips with one column per modality"),
-    "demo": ReaderEntry(_lazy("demo"), "the embedded demo, generated as media files on first use"),
-    "epic-kitchens": ReaderEntry(_lazy("epic_kitchens"), "EPIC-Kitchens, the three MM-SADA kitchens, eight verbs"),
-    "hac": ReaderEntry(_lazy("hac"), "Human-Animal-Cartoon, seven actions"),
-    "synthetic": ReaderEntry(_lazy("synthetic"), "vectors of any number of modalities, each as telling as set"),
-    "digits": ReaderEntry(_lazy("digits"), "scikit-learn's handwritten digits as six groups of features"),
+    "manifest": _ours("manifest", "a CSV table of clips with one column per modality"),
+    "demo": _ours("demo", "the embedded demo, generated as media files on first use", settings="demo:DemoSettings"),
+    "epic-kitchens": _ours("epic_kitchens", "EPIC-Kitchens, the three MM-SADA kitchens, eight verbs", settings=_SPLITS),
+    "hac": _ours("hac", "Human-Animal-Cartoon, seven actions", settings=_SPLITS),
+    "synthetic": _ours(
+        "synthetic",
+        "vectors of any number of modalities, as telling as set",
+        settings="synthetic:SyntheticSettings",
+    ),
+    "digits": _ours("digits", "scikit-learn's handwritten digits as six groups of features"),
 }
 
 
+def reader_settings(name: str) -> ReaderSettings:
+    """The default settings of a reader; of one that is not installed here, those that every reader has.
+
+    Raises:
+        SettingsError: an installed package's reader cannot be imported.
+    """
+    entry = entry_of(name, GROUP, READERS, ReaderEntry)
+    return (entry.settings if entry is not None else ReaderSettings)().model_copy(update={"name": name})
+
+
 def read_dataset(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
-    """The listing by the reader that `dataset.reader` names.
+    """The listing by the reader that `dataset.reader.name` names.
 
     Raises:
         SettingsError: there is no such reader.
         ManifestError: the dataset's tables are wrong.
     """
-    entry = entry_of(dataset.reader, GROUP, READERS, ReaderEntry)
+    entry = entry_of(dataset.reader.name, GROUP, READERS, ReaderEntry)
     if entry is None:
         raise SettingsError(
-            f"dataset.reader: there is no reader {dataset.reader!r}.",
+            f"dataset.reader: there is no reader {dataset.reader.name!r}.",
             f"Choose one of: {', '.join(dict.fromkeys([*READERS, *plugins(GROUP)]))}.",
         )
+    own = type(entry.settings())
+    if not isinstance(dataset.reader, own):  # settings that were not merged by `layers`
+        dataset = dataset.model_copy(update={"reader": own.model_validate(dataset.reader.model_dump())})
     return entry.read(dataset, modalities)

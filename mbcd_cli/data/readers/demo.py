@@ -43,7 +43,7 @@ from mbcd_cli.data.readers.demo_content import (
     render,
 )
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings import DatasetSettings, Fraction, ReaderSettings
 
 VERSION = 1
 """Version of what is generated; a folder of another version is refused."""
@@ -264,23 +264,31 @@ def generate(
         ) from error
 
 
+class DemoSettings(ReaderSettings):
+    """The demo's media are made."""
+
+    shortcut: Fraction | None = None
+    """Probability that a clip's look follows its place's habit, which misleads elsewhere; default: 0.85."""
+
+
 def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
     """The demo dataset's clips, generated first when `dataset.root` (default: mbcd-demo) does not hold them.
 
     A complete generation of this version is used whatever its parameters, so that `generate` may make another one;
-    but a `dataset.shortcut` that is set must be the one it was made with.
+    but a `dataset.reader.shortcut` that is set must be the one it was made with.
 
     Raises:
         ManifestError: the folder holds something else, or cannot be written.
     """
     root = dataset.root or ROOT
     marker = _generated(root)
-    wanted = {} if dataset.shortcut is None else {"shortcut": dataset.shortcut}
+    shortcut = dataset.reader.shortcut
+    wanted = {} if shortcut is None else {"shortcut": shortcut}
     if marker is None or marker.get("version") != VERSION:
         generate(root, **wanted, workers=min(2, os.cpu_count() or 1))
-    elif dataset.shortcut is not None and marker["parameters"].get("shortcut") != dataset.shortcut:
+    elif shortcut is not None and marker["parameters"].get("shortcut") != shortcut:
         raise ManifestError(
-            f"{root} holds a demo dataset of shortcut {marker['parameters'].get('shortcut')}, not {dataset.shortcut}.",
+            f"{root} holds a demo dataset of shortcut {marker['parameters'].get('shortcut')}, not {shortcut}.",
             "Generate this one elsewhere: --root DIR, with --name NAME for its cache.",
         )
     return manifest.read(dataset.model_copy(update={"root": root, "manifest": Path("manifest.csv")}), modalities)

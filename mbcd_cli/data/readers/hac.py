@@ -57,7 +57,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     warning.
 
     Args:
-        dataset: `root`, `splits`, `name`, `domains` and `compute_flow`.
+        dataset: `root`, `reader.splits`, `name`, `domains` and `compute_flow`.
         modalities: at most one per kind; empty means video, audio and flow.
 
     Raises:

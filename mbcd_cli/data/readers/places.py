@@ -13,10 +13,17 @@ from typing import Any
 from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.errors import ManifestError, SettingsError
-from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings import DatasetSettings, ReaderSettings
 
 _ARCHIVES = (".tar", ".tar.gz", ".zip")
 _KINDS = ("video", "audio", "flow")
+
+
+class SplitSettings(ReaderSettings):
+    """A reader of split tables."""
+
+    splits: Path | None = None
+    """Folder of the split tables, relative to the root; default: the usual places."""
 
 
 class Disk:
@@ -165,15 +172,15 @@ def root_of(dataset: DatasetSettings) -> Path:
 
 
 def split_folder(dataset: DatasetSettings, root: Path, usual: Sequence[str], names: Sequence[str]) -> Path:
-    """The folder of the split tables: `dataset.splits`, or the first usual one that holds any of `names`.
+    """The folder of the split tables: `dataset.reader.splits`, or the first usual one that holds any of `names`.
 
     The root may also be the media folder that lies inside the split folder.
 
     Raises:
         ManifestError: none holds any; the places looked in are listed.
     """
-    if dataset.splits is not None:
-        folders = [root / dataset.splits, Path(dataset.splits)]
+    if dataset.reader.splits is not None:
+        folders = [root / dataset.reader.splits, Path(dataset.reader.splits)]
     else:
         folders = [root, *(root / name for name in usual), *(root.parent / name for name in usual), root.parent]
     for folder in dict.fromkeys(folders):
@@ -182,7 +189,7 @@ def split_folder(dataset: DatasetSettings, root: Path, usual: Sequence[str], nam
     looked = "\n".join(f"  {folder}" for folder in dict.fromkeys(folders))
     raise ManifestError(
         f"{root}: there are no split tables ({names[0]}, ...). Looked in:\n{looked}",
-        "Put them into one of these folders, or name theirs with --set dataset.splits=DIR.",
+        "Put them into one of these folders, or name theirs with --set dataset.reader.splits=DIR.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The synthetic dataset: vectors in any number of modalities, each as telling as `dataset.informativeness` says.
+"""The synthetic dataset: vectors in any number of modalities, each as telling as `dataset.reader.informativeness` says.
 
 A clip of class y in domain d has in modality k the vector `a_k mu_k[y] + b R_d,k[y] + noise`: class means mu_k and the
 domain's own displacements of every class R are random directions of length 1 in 16 dimensions, the noise has standard
@@ -19,13 +19,22 @@ from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.readers import Listing, manifest, vectors
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings import DatasetSettings, NonNegative, ReaderSettings
+
+
+class SyntheticSettings(ReaderSettings):
+    """Vectors that are drawn."""
+
+    informativeness: tuple[NonNegative, ...] = (4.0, 2.0, 1.0, 0.5)
+    """Distance of the classes in each modality, in units of the noise; the order is the modalities'."""
+    domain_shift: NonNegative = 1.0
+    """Distance of the domains in each modality, in units of the noise."""
+
 
 VERSION = 1
 DOMAINS = ("north", "east", "south")
 CLASSES, DIMENSION = 8, 16
 TRAIN, TEST = 24, 12  # clips per class and domain
-DEFAULT = (4.0, 2.0, 1.0, 0.5)
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -68,22 +77,22 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     Raises:
         ManifestError: the folder holds something else, cannot be written, or modalities are asked for that it lacks.
     """
-    informativeness = list(dataset.informativeness or DEFAULT)
+    informativeness, domain_shift = list(dataset.reader.informativeness), dataset.reader.domain_shift
     known = names(len(informativeness))
     unknown = [name for name in modalities if name not in known]
     if unknown:
         raise ManifestError(
             f"The synthetic dataset has modalities {', '.join(known)}, and no {unknown[0]}.",
-            "dataset.informativeness has one value per modality.",
+            "dataset.reader.informativeness has one value per modality.",
         )
     root = dataset.root or Path(f"mbcd-synthetic-{len(known)}")
     marker = {
         "generator": "mbcd synthetic",
         "version": VERSION,
         "informativeness": informativeness,
-        "domain_shift": dataset.domain_shift,
+        "domain_shift": domain_shift,
     }
     if not vectors.is_generated(root, marker):
-        vectors.write(root, make(informativeness, domain_shift=dataset.domain_shift), marker)
+        vectors.write(root, make(informativeness, domain_shift=domain_shift), marker)
     asked = dict(modalities) or {name: ArrayModality() for name in known}
     return manifest.read(dataset.model_copy(update={"root": root, "manifest": Path("manifest.csv")}), asked)

@@ -9,6 +9,7 @@ from typing import Any
 
 from mbcd_cli import console
 from mbcd_cli.commands import common, evaluate, landscape, prepare, train
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError
 from mbcd_cli.layers import load_settings, resolve
 from mbcd_cli.runtime import configure
@@ -103,7 +104,7 @@ def demo(
     }
 
 
-def _train(settings: Settings, dataset: Any, run: Path) -> None:
+def _train(settings: Settings, dataset: Dataset, run: Path) -> None:
     """Train, or keep the finished run of the same settings; an interrupted one goes on."""
     same = False
     if (run / SETTINGS).is_file():

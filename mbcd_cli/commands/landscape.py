@@ -13,7 +13,7 @@ import torch
 
 from mbcd_cli import console
 from mbcd_cli.commands.online import attach_trunks
-from mbcd_cli.data.dataset import CachedDataset
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.evaluation.evaluator import SOURCE, TARGET, build_models, clip_sets, source_domains
 from mbcd_cli.landscape import analyses, plots
@@ -42,7 +42,7 @@ CONNECTIONS = ("path", "plane", "trajectory")
 
 def landscape(
     settings: Settings,
-    dataset: Any,
+    dataset: Dataset,
     checkpoints: Sequence[tuple[str, Any]],
     *,
     output: Path,
@@ -137,7 +137,7 @@ def _measure(
     return result, files
 
 
-def _clips(settings: Settings, dataset: Any) -> np.ndarray:
+def _clips(settings: Settings, dataset: Dataset) -> np.ndarray:
     """The clips to measure on: at most `max_clips`, drawn evenly from the table."""
     chosen = settings.landscape
     if chosen.data == "train":
@@ -165,7 +165,7 @@ class _Bench:
     def __init__(
         self,
         settings: Settings,
-        dataset: Any,
+        dataset: Dataset,
         output: Path,
         device: torch.device,
         overwrite: bool,
@@ -219,7 +219,7 @@ class _Bench:
         return self.dataset.batches(clips, batch_size=chosen.batch_size, training=True, seed=chosen.seed)
 
     def _tested(self, clips: np.ndarray) -> bool:
-        return not isinstance(self.dataset, CachedDataset) or self.dataset.has_test_views(clips)
+        return self.dataset.has_test_views(clips)
 
     def _names(self, model: MultiModalModel) -> tuple[str, ...]:
         return moving_names(model, group=self.settings.landscape.group, loss=self.settings.landscape.loss)

@@ -14,8 +14,8 @@ import torch
 
 from mbcd_cli import console
 from mbcd_cli.commands.online import attach_trunks
-from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.data.loading import keep_on_device
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import RunError, SettingsError
@@ -34,7 +34,7 @@ from mbcd_cli.training.step import TrainStep
 from mbcd_cli.training.trainer import Trainer
 
 
-def train(settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
+def train(settings: Settings, dataset: Dataset, *, run: Path, resume: bool, overwrite: bool) -> dict[str, Any]:
     """Train into the run folder.
 
     Args:
@@ -124,7 +124,7 @@ def _run_folder(run: Path, settings: Settings, *, resume: bool, overwrite: bool,
 
 def _feed(
     settings: Settings,
-    dataset: Any,
+    dataset: Dataset,
     training: np.ndarray,
     testing: list[np.ndarray],
     *,
@@ -132,14 +132,14 @@ def _feed(
     group: Group = ALONE,
 ) -> Feed:
     resident = None
-    if isinstance(dataset, CachedDataset):
+    if dataset.caches:
         where = settings.runtime.cache_device
         resident = keep_on_device(dataset, where=where, training=training, testing=testing, device=device)
     read = None if resident is None else resident.read
     return Feed(dataset, device=device, ahead=settings.runtime.prefetch, read=read, group=group)
 
 
-def assemble(settings: Settings, dataset: Any, *, device: torch.device, group: Group = ALONE) -> Training:
+def assemble(settings: Settings, dataset: Dataset, *, device: torch.device, group: Group = ALONE) -> Training:
     """What the training consists of, all seeded by training.seed, on `device`."""
     seed_everything(settings.training.seed)
     attach_trunks(settings, dataset, device=device)
@@ -188,7 +188,7 @@ def peak_memory_mb(device: torch.device) -> float:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-def dry_run(settings: Settings, dataset: Any) -> dict[str, Any]:
+def dry_run(settings: Settings, dataset: Dataset) -> dict[str, Any]:
     """What a training would be like: shapes, parameters, sizes and the time of a step; nothing is written.
 
     Raises:
@@ -221,7 +221,7 @@ def dry_run(settings: Settings, dataset: Any) -> dict[str, Any]:
         "batch_size": training.batch_size,
         "shapes": {name: [list(part.shape[1:]) for part in parts] for name, parts in batches[0].inputs.items()},
         "parameters": _parameters(step, settings),
-        "cache_bytes": getattr(dataset, "nbytes", None),
+        "cache_bytes": dataset.nbytes,
         "step_seconds": round(seconds, 4),
         "steps": steps,
         "estimated_training_seconds": round(seconds * steps, 3),

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch, Clip
 from mbcd_cli.errors import CheckpointError, MediaError
 from mbcd_cli.evaluation import plots
 from mbcd_cli.evaluation.corruptions import SPECTROGRAM_NOISE, corruptions
 from mbcd_cli.evaluation.embedding import embeddings, spread
-from mbcd_cli.evaluation.evaluator import TARGET, Evaluated, Prepared
+from mbcd_cli.evaluation.evaluator import TARGET, Evaluated
 from mbcd_cli.evaluation.export import hardest, prediction_rows, write_csv, write_hdf5
 from mbcd_cli.evaluation.predict import Predictions, predict
 from mbcd_cli.evaluation.robustness import (
@@ -55,7 +56,7 @@ class Analysis:
     """
 
     settings: Settings
-    dataset: Prepared
+    dataset: Dataset
     model: MultiModalModel
     results: Sequence[Evaluated]
     device: torch.device
@@ -97,7 +98,7 @@ def clear(output: Path) -> None:
             path.unlink()
 
 
-def analyse(analysis: Analysis, *, ood: Prepared | None = None) -> None:
+def analyse(analysis: Analysis, *, ood: Dataset | None = None) -> None:
     """Run the analyses that `settings.evaluation.analyses` names, and the exports, into `analysis`.
 
     Args:
@@ -248,7 +249,7 @@ def _insight(a: Analysis) -> None:
         a.files["t-SNE points"] = write_csv(rows, a.output / "evaluation" / "tsne.csv")
 
 
-def _ood(a: Analysis, other: Prepared) -> None:
+def _ood(a: Analysis, other: Dataset) -> None:
     name = getattr(other, "name", "another dataset")
     missing = [m for m in a.model.modalities if m not in other.modalities]
     if missing:

@@ -5,14 +5,14 @@ Letters: N clips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import CacheError, CheckpointError, MbcdError, SettingsError
 from mbcd_cli.evaluation.metrics import summaries
@@ -34,21 +34,6 @@ class Weights(Protocol):
     epoch: int
 
 
-class Prepared(Protocol):
-    """The part of a prepared dataset that evaluation reads."""
-
-    domains: Any
-    label_names: Any
-    modalities: Mapping[str, Modality]
-    clips: Any
-
-    def select(self, domains: Any, splits: Any) -> np.ndarray:
-        """Clip indices in table order."""
-
-    def batches(self, clips: Any, *, batch_size: int, training: bool) -> Iterator[Batch]:
-        """The one test view of `clips`, in table order."""
-
-
 @dataclass(frozen=True, slots=True)
 class ClipSet:
     """Clips that are tested together: `name` is source or target, `clips` [N] indices into the clip table."""
@@ -58,13 +43,13 @@ class ClipSet:
     domains: tuple[str, ...]
 
 
-def source_domains(settings: Settings, dataset: Prepared) -> tuple[str, ...]:
+def source_domains(settings: Settings, dataset: Dataset) -> tuple[str, ...]:
     """The domains seen in training: those set, or all but the target."""
     training = settings.training
     return training.source_domains or tuple(d for d in dataset.domains if d != training.target_domain)
 
 
-def clip_sets(settings: Settings, dataset: Prepared) -> list[ClipSet]:
+def clip_sets(settings: Settings, dataset: Dataset) -> list[ClipSet]:
     """What to evaluate on: the sources' test split, and the target's rows (`dataset.target_split`).
 
     Raises:
@@ -91,7 +76,7 @@ def clip_sets(settings: Settings, dataset: Prepared) -> list[ClipSet]:
     return sets
 
 
-def _clip_set(name: str, dataset: Prepared, domains: Sequence[str], splits: Sequence[str]) -> ClipSet:
+def _clip_set(name: str, dataset: Dataset, domains: Sequence[str], splits: Sequence[str]) -> ClipSet:
     try:
         clips = dataset.select(domains=domains, splits=splits)
     except CacheError:  # none of these; one set may be empty while the other is not
@@ -101,7 +86,7 @@ def _clip_set(name: str, dataset: Prepared, domains: Sequence[str], splits: Sequ
 
 def build_models(
     settings: Settings,
-    dataset: Prepared,
+    dataset: Dataset,
     weights: Weights,
     *,
     device: torch.device,
@@ -179,7 +164,7 @@ Watch = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 def evaluate_models(
     settings: Settings,
-    dataset: Prepared,
+    dataset: Dataset,
     checkpoints: Mapping[str, Weights],
     *,
     device: torch.device,

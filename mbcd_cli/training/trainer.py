@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mbcd_cli import console
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation.evaluator import SOURCE, TARGET, ClipSet
@@ -68,7 +69,7 @@ class Trainer:
         self,
         *,
         settings: Settings,
-        dataset: Any,
+        dataset: Dataset,
         step: TrainStep,
         randomness: Randomness,
         clips: np.ndarray,

@@ -102,6 +102,14 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     def _named(cls, value: object) -> object:
         return {"name": value} if isinstance(value, str) else value
 
+    def __reduce__(self):
+        # The class of one reader's dataset has no name in this module, so that decoding processes could not find it.
+        return _dataset, (dict(self),)
+
+
+def _dataset(values: dict[str, Any]) -> DatasetSettings:
+    return DatasetSettings(**values)
+
 
 class ModalitySettings(Slice):
     """What every kind of modality has in common; the kinds are in `mbcd_cli.data.modalities`."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation import evaluate
 from mbcd_cli.landscape import measure
@@ -102,7 +103,7 @@ def demo(
     }
 
 
-def _train(settings: Settings, dataset: Any, run: Path, say: Say) -> None:
+def _train(settings: Settings, dataset: Dataset, run: Path, say: Say) -> None:
     """Train, or keep the finished run of the same settings; an interrupted one goes on."""
     same = False
     if (run / SETTINGS).is_file():

@@ -31,6 +31,10 @@ class MemoryDataset:
     passes: int = 0
     rejected: tuple = ()
     tail_weights: dict = field(default_factory=dict)
+    trunk_weights: dict = field(default_factory=dict)
+    caches: dict = field(default_factory=dict)
+    online: None = None
+    nbytes: int = 0
 
     @property
     def classes(self) -> int:
@@ -40,6 +44,9 @@ class MemoryDataset:
     def clips(self):
         ids = [f"{self.domains[d]}_{i}" for i, d in enumerate(self.domain)]
         return SimpleNamespace(ids=ids, domains=self.domain, splits=self.split, labels=self.labels)
+
+    def has_test_views(self, clips) -> bool:
+        return True
 
     def select(self, domains=None, splits=SPLITS, limit=None) -> np.ndarray:
         wanted = [self.domains.index(d) for d in (domains if domains is not None else self.domains)]

@@ -5,7 +5,7 @@ Letters: N clips, B clips in a batch, V stored training views.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mbcd_cli.data.cache import recipe_of
 from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError, load_weights
 from mbcd_cli.data.online import OnlineViews
+from mbcd_cli.data.protocol import Read
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import flatten
@@ -136,7 +137,7 @@ class CachedDataset:
         start: int = 0,
         share: tuple[int, int] = (0, 1),
         draw: int = 0,
-        read: Callable[[str, np.ndarray, np.ndarray], tuple[torch.Tensor, ...]] | None = None,
+        read: Read | None = None,
     ) -> Iterator[Batch]:
         """Batches over `clips`.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mbcd_cli.data.cache import listing_digest
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.data.records import Batch, Clip
 from mbcd_cli.errors import MbcdError
@@ -31,13 +32,13 @@ from mbcd_cli.settings import DatasetSettings, Settings
 
 def evaluate(
     settings: Settings,
-    dataset: Any,
+    dataset: Dataset,
     checkpoints: Mapping[str, Any],
     *,
     device: torch.device,
     run: Path | None,
     output: Path,
-    ood: Any = None,
+    ood: Dataset | None = None,
     say: Say = SILENT,
 ) -> dict[str, Any]:
     """Evaluate `checkpoints` (best / last -> checkpoint) and write everything under `output`.
@@ -94,9 +95,9 @@ def evaluate(
     return {**figures, "files": {name: str(path) for name, path in files.items()}}
 
 
-def _media(settings: Settings, dataset: Any) -> tuple[tuple[list[Clip], DatasetSettings] | None, str]:
+def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[list[Clip], DatasetSettings] | None, str]:
     """The clips of the dataset with their files, in the order of its clip table; or None, and why."""
-    cache = next(iter(getattr(dataset, "caches", {}).values()), None)
+    cache = next(iter(dataset.caches.values()), None)
     if cache is None:
         return None, "the dataset has no media"
     root = settings.dataset.root or Path(cache.provenance.get("root", ""))

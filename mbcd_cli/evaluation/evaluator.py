@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.scoring.clip_sets import ClipSet, Prepared, clip_sets
+from mbcd_cli.scoring.clip_sets import ClipSet, clip_sets
 from mbcd_cli.scoring.deployed import Weights, build_models, deployed
 from mbcd_cli.scoring.metrics import summaries
 from mbcd_cli.scoring.predictions import Predictions, Variant, predict
@@ -42,7 +43,7 @@ Watch = Callable[[Iterable[Batch]], Iterable[Batch]]
 
 def evaluate_models(
     settings: Settings,
-    dataset: Prepared,
+    dataset: Dataset,
     checkpoints: Mapping[str, Weights],
     *,
     device: torch.device,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.dataset import CachedDataset
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.landscape.analyses import Study
 from mbcd_cli.landscape.connections import Ends
@@ -29,7 +30,7 @@ from mbcd_cli.scoring.deployed import build_models
 from mbcd_cli.settings import Settings
 
 
-def _clips(settings: Settings, dataset: Any) -> np.ndarray:
+def _clips(settings: Settings, dataset: Dataset) -> np.ndarray:
     """The clips to measure on: at most `max_clips`, drawn evenly from the table."""
     chosen = settings.landscape
     if chosen.data == "train":
@@ -57,7 +58,7 @@ class _Bench:
     def __init__(
         self,
         settings: Settings,
-        dataset: Any,
+        dataset: Dataset,
         output: Path,
         device: torch.device,
         overwrite: bool,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.landscape import analyses, drawing
 from mbcd_cli.landscape.analyses import Study
@@ -32,7 +33,7 @@ CONNECTIONS = ("path", "plane", "trajectory")
 
 def landscape(
     settings: Settings,
-    dataset: Any,
+    dataset: Dataset,
     checkpoints: Sequence[tuple[str, Any]],
     *,
     output: Path,

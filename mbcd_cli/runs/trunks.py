@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from mbcd_cli.data.modality_cache import load_weights
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import Parts, Trunk
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
 
-def attach_trunks(settings: Settings, dataset: Any, *, device: torch.device, say: Say = SILENT) -> None:
+def attach_trunks(settings: Settings, dataset: Dataset, *, device: torch.device, say: Say = SILENT) -> None:
     """Give the dataset the trunks of the modalities whose training views are decoded on the fly, and a way to warn.
 
     Trunks that are part of the model (`cache.trunk_batch_norm = "batch"`) are not attached. The random state is left
@@ -23,7 +23,7 @@ def attach_trunks(settings: Settings, dataset: Any, *, device: torch.device, say
     Raises:
         CacheError: the trunk's weights, which `prepare` stored, cannot be read.
     """
-    online = getattr(dataset, "online", None)
+    online = dataset.online
     if online is None:
         return
     online.warn = say.warn

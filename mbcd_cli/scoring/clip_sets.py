@@ -5,34 +5,17 @@ Letters: N clips.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
-from mbcd_cli.data.modalities.base import Modality
-from mbcd_cli.data.records import Batch
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import CacheError, MbcdError, SettingsError
 from mbcd_cli.settings import Settings
 
 SOURCE, TARGET = "source", "target"
 """The two sets of clips: the source domains' test split (in-domain), and the unseen target domain."""
-
-
-class Prepared(Protocol):
-    """The part of a prepared dataset that evaluation reads."""
-
-    domains: Any
-    label_names: Any
-    modalities: Mapping[str, Modality]
-    clips: Any
-
-    def select(self, domains: Any, splits: Any) -> np.ndarray:
-        """Clip indices in table order."""
-
-    def batches(self, clips: Any, *, batch_size: int, training: bool) -> Iterator[Batch]:
-        """The one test view of `clips`, in table order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +27,13 @@ class ClipSet:
     domains: tuple[str, ...]
 
 
-def source_domains(settings: Settings, dataset: Prepared) -> tuple[str, ...]:
+def source_domains(settings: Settings, dataset: Dataset) -> tuple[str, ...]:
     """The domains seen in training: those set, or all but the target."""
     training = settings.training
     return training.source_domains or tuple(d for d in dataset.domains if d != training.target_domain)
 
 
-def clip_sets(settings: Settings, dataset: Prepared) -> list[ClipSet]:
+def clip_sets(settings: Settings, dataset: Dataset) -> list[ClipSet]:
     """What to evaluate on: the sources' test split, and the target's rows (`dataset.target_split`).
 
     Raises:
@@ -77,7 +60,7 @@ def clip_sets(settings: Settings, dataset: Prepared) -> list[ClipSet]:
     return sets
 
 
-def _clip_set(name: str, dataset: Prepared, domains: Sequence[str], splits: Sequence[str]) -> ClipSet:
+def _clip_set(name: str, dataset: Dataset, domains: Sequence[str], splits: Sequence[str]) -> ClipSet:
     try:
         clips = dataset.select(domains=domains, splits=splits)
     except CacheError:  # none of these; one set may be empty while the other is not

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import torch
 
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.model import MultiModalModel, build_model
-from mbcd_cli.scoring.clip_sets import Prepared
 from mbcd_cli.settings import Settings
 
 State = Mapping[str, torch.Tensor]
@@ -26,7 +26,7 @@ class Weights(Protocol):
 
 def build_models(
     settings: Settings,
-    dataset: Prepared,
+    dataset: Dataset,
     weights: Weights,
     *,
     device: torch.device,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.encoders.layout import weights_channels_last
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import method_class
@@ -36,22 +36,8 @@ class Training:
     run_step: StaticStep | None = None
 
 
-class TrainedOn(Protocol):
-    """The part of a prepared dataset that a training is assembled from.
-
-    Attributes:
-        domains: their names. classes: C.
-        tail_weights, trunk_weights: modality -> initial state dict; trunks' only where they are live.
-    """
-
-    domains: Sequence[str]
-    classes: int
-    tail_weights: Mapping[str, Mapping[str, torch.Tensor]]
-    trunk_weights: Mapping[str, Mapping[str, torch.Tensor]]
-
-
 def assemble(
-    settings: Settings, dataset: TrainedOn, *, device: torch.device, group: Group = ALONE, say: Say = SILENT
+    settings: Settings, dataset: Dataset, *, device: torch.device, group: Group = ALONE, say: Say = SILENT
 ) -> Training:
     """Student, average, method, optimizer and step, all seeded by training.seed, on `device`.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.runtime import configure, peak_memory_mb
@@ -17,7 +18,7 @@ from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.step import TrainStep
 
 
-def dry_run(settings: Settings, dataset: Any, *, say: Say = SILENT) -> dict[str, Any]:
+def dry_run(settings: Settings, dataset: Dataset, *, say: Say = SILENT) -> dict[str, Any]:
     """What a training would be like: shapes, parameters, sizes and the time of a step; nothing is written.
 
     Raises:
@@ -50,7 +51,7 @@ def dry_run(settings: Settings, dataset: Any, *, say: Say = SILENT) -> dict[str,
         "batch_size": training.batch_size,
         "shapes": {name: [list(part.shape[1:]) for part in parts] for name, parts in batches[0].inputs.items()},
         "parameters": _parameters(step, settings),
-        "cache_bytes": getattr(dataset, "nbytes", None),
+        "cache_bytes": dataset.nbytes,
         "step_seconds": round(seconds, 4),
         "steps": steps,
         "estimated_training_seconds": round(seconds * steps, 3),

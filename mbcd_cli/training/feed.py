@@ -6,7 +6,7 @@ Letters: N clips.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -14,10 +14,9 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.loading import read_ahead
+from mbcd_cli.data.protocol import Dataset, Read
 from mbcd_cli.data.records import Batch
 from mbcd_cli.processes import ALONE, Group
-
-Read = Callable[[str, np.ndarray, np.ndarray], tuple[torch.Tensor, ...]]
 
 
 class Feed:
@@ -35,7 +34,7 @@ class Feed:
     """
 
     def __init__(
-        self, dataset: Any, *, device: torch.device, ahead: int = 0, read: Read | None = None, group: Group = ALONE
+        self, dataset: Dataset, *, device: torch.device, ahead: int = 0, read: Read | None = None, group: Group = ALONE
     ) -> None:
         self._dataset = dataset
         self._device = device

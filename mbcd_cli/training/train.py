@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.data.loading import keep_on_device
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.processes import ALONE, Group, joined
 from mbcd_cli.runs.folder import RunFolder, open_run
@@ -27,7 +27,7 @@ from mbcd_cli.training.trainer import Trainer
 
 
 def train(
-    settings: Settings, dataset: Any, *, run: Path, resume: bool, overwrite: bool, say: Say = SILENT
+    settings: Settings, dataset: Dataset, *, run: Path, resume: bool, overwrite: bool, say: Say = SILENT
 ) -> dict[str, Any]:
     """Train into the run folder.
 
@@ -121,7 +121,7 @@ def _run_folder(run: Path, settings: Settings, *, resume: bool, overwrite: bool,
 
 def _feed(
     settings: Settings,
-    dataset: Any,
+    dataset: Dataset,
     training: np.ndarray,
     testing: list[np.ndarray],
     *,
@@ -129,7 +129,7 @@ def _feed(
     group: Group = ALONE,
 ) -> Feed:
     resident = None
-    if isinstance(dataset, CachedDataset):
+    if dataset.caches:
         where = settings.runtime.cache_device
         resident = keep_on_device(dataset, where=where, training=training, testing=testing, device=device)
     read = None if resident is None else resident.read

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.processes import ALONE, Group
@@ -69,7 +70,7 @@ class Trainer:
         self,
         *,
         settings: Settings,
-        dataset: Any,
+        dataset: Dataset,
         step: TrainStep,
         randomness: Randomness,
         clips: np.ndarray,

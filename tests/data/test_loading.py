@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import fields
 from types import SimpleNamespace
 
+import memory
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from helpers import write_dataset
 
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.loading import ResidentRows, keep_on_device, read_ahead, resident_bytes
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import CacheError, SettingsError
 from mbcd_cli.layers import validate
 from mbcd_cli.preparation import prepare as command
@@ -75,6 +78,12 @@ def dataset(tmp_path_factory):
     )
     command.prepare(settings)
     return open_dataset(settings, name="tiny", modalities=("pose", "audio"))
+
+
+def test_the_open_cache_is_what_the_protocol_says(dataset):
+    assert isinstance(dataset, Dataset)
+    held = {field.name for field in fields(memory.MemoryDataset)} | {*dir(memory.MemoryDataset)}
+    assert {*Dataset.__annotations__} <= held
 
 
 def test_resident_rows_are_the_cache(dataset):

@@ -23,7 +23,8 @@ class MemoryDataset:
         self.classes = classes
         self.modalities = dict(settings.modalities)
         self.fingerprints = {name: f"print-{name}" for name in names}
-        self.tail_weights: dict = {}
+        self.tail_weights, self.trunk_weights, self.caches = {}, {}, {}
+        self.online, self.nbytes = None, 0
         self.rejected: list = []
         count = 3 * per_domain
         labels = np.arange(count) % classes
@@ -37,6 +38,9 @@ class MemoryDataset:
             name: (centres[name][labels][:, None] + 0.7 * generator.normal(size=(count, 3, width))).astype(np.float32)
             for name in names
         }
+
+    def has_test_views(self, clips):
+        return True
 
     def select(self, *, domains, splits=SPLITS, limit=None):
         wanted = [self.domains.index(d) for d in domains]

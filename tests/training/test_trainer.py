@@ -10,6 +10,7 @@ import torch
 from fakes import MemoryDataset, memory_settings
 
 from mbcd_cli import console
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import read_records
 from mbcd_cli.methods.mbcd import MBCD
@@ -225,3 +226,7 @@ def test_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):
     assert report["steps"] == 8
     assert report["step_seconds"] > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_dataset_in_memory_is_what_the_protocol_says():
+    assert isinstance(MemoryDataset(), Dataset)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch, Clip
 from mbcd_cli.errors import CheckpointError, MediaError
 from mbcd_cli.evaluation.analyses.corruptions import SPECTROGRAM_NOISE, corruptions
@@ -30,7 +31,7 @@ from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.export import hardest, prediction_rows, write_csv, write_hdf5
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.scoring.clip_sets import TARGET, Prepared
+from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.predictions import Predictions, predict
 from mbcd_cli.settings import DatasetSettings, Settings
 
@@ -56,7 +57,7 @@ class Analysis:
     """
 
     settings: Settings
-    dataset: Prepared
+    dataset: Dataset
     model: MultiModalModel
     results: Sequence[Evaluated]
     device: torch.device
@@ -98,7 +99,7 @@ def clear(output: Path) -> None:
             path.unlink()
 
 
-def analyse(analysis: Analysis, *, ood: Prepared | None = None) -> None:
+def analyse(analysis: Analysis, *, ood: Dataset | None = None) -> None:
     """Run the analyses that `settings.evaluation.analyses` names, and the exports, into `analysis`.
 
     Args:
@@ -249,7 +250,7 @@ def _insight(a: Analysis) -> None:
         a.files["t-SNE points"] = write_csv(rows, a.output / "evaluation" / "tsne.csv")
 
 
-def _ood(a: Analysis, other: Prepared) -> None:
+def _ood(a: Analysis, other: Dataset) -> None:
     name = getattr(other, "name", "another dataset")
     missing = [m for m in a.model.modalities if m not in other.modalities]
     if missing:

@@ -13,22 +13,23 @@ import numpy as np
 import torch
 
 import mbcd_cli
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.evaluator import Evaluated
-from mbcd_cli.scoring.clip_sets import TARGET, Prepared, source_domains
+from mbcd_cli.scoring.clip_sets import TARGET, source_domains
 from mbcd_cli.settings import Settings
 
 FORMAT = 1
 """Version of the layout of results.json."""
 
 
-def describe(settings: Settings, dataset: Prepared, checkpoints: Mapping[str, Any]) -> dict[str, Any]:
+def describe(settings: Settings, dataset: Dataset, checkpoints: Mapping[str, Any]) -> dict[str, Any]:
     """What was evaluated: dataset, method, domains, seed and checkpoints."""
     training = settings.training
     return {
         "format": FORMAT,
-        "dataset": getattr(dataset, "name", None) or settings.dataset.name,
-        "fingerprints": dict(getattr(dataset, "fingerprints", {})),
+        "dataset": dataset.name,
+        "fingerprints": dict(dataset.fingerprints),
         "method": settings.method.name,
         "modalities": list(settings.model.modalities or dataset.modalities),
         "target_domain": training.target_domain,
@@ -51,7 +52,7 @@ def weights_sha256(checkpoint: Any) -> str:
     return digest.hexdigest()
 
 
-def provenance(dataset: Prepared, checkpoints: Mapping[str, Any], device: torch.device) -> dict[str, str]:
+def provenance(dataset: Dataset, checkpoints: Mapping[str, Any], device: torch.device) -> dict[str, str]:
     """Versions, weights and caches behind the figures, flat: what -> value."""
     found = {
         "mbcd": mbcd_cli.__version__,
@@ -62,9 +63,9 @@ def provenance(dataset: Prepared, checkpoints: Mapping[str, Any], device: torch.
     }
     for name, checkpoint in checkpoints.items():
         found[f"{name} weights, sha256"] = weights_sha256(checkpoint)
-    for name, fingerprint in getattr(dataset, "fingerprints", {}).items():
+    for name, fingerprint in dataset.fingerprints.items():
         found[f"{name} cache"] = fingerprint
-    for name, cache in getattr(dataset, "caches", {}).items():
+    for name, cache in dataset.caches.items():
         for key, value in getattr(cache, "provenance", {}).items():
             found[f"{name} cache, {key.replace('_', ' ')}"] = str(value)
     return found

@@ -126,3 +126,10 @@ def emit_json(result: Any) -> None:
     json.dump(result, sys.stdout, indent=2, allow_nan=False, default=str)
     sys.stdout.write("\n")
     sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """45 -> "45 s", 5400 -> "1.5 h"."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

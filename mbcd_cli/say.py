@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 PLAIN_SECONDS = 20.0
 """Between two lines about one piece of long work, where there is no terminal to draw a bar on."""
@@ -69,6 +72,13 @@ class Say:
     def progress(self, label: str, total: int | None = None) -> Iterator[Ticker]:
         """Long work under way inside the block; a line about it every `PLAIN_SECONDS`."""
         yield Ticker(label, total, self._write)
+
+    def over(self, items: Iterable[T], label: str) -> Iterator[T]:
+        """The items, with their progress while they are taken."""
+        with self.progress(label) as ticker:
+            for item in items:
+                yield item
+                ticker.advance()
 
 
 SILENT = Say()

@@ -13,13 +13,6 @@ from mbcd_cli.sweep.run import Board
 from mbcd_cli.sweep.state import progress
 
 
-def duration(seconds: float) -> str:
-    """45 -> "45 s", 5400 -> "1.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 class Watch:
     """The sweep as it runs: a live table on a terminal, a line per finished run elsewhere."""
 
@@ -67,7 +60,7 @@ def _board_table(board: Board) -> Grid:
         f"{len(board.done)} done, {len(board.running)} running, {len(board.waiting)} waiting, "
         f"{len(board.failed)} failed" + (f", {len(board.elsewhere)} elsewhere" if board.elsewhere else "")
     )
-    title += f"; about {duration(left)} left" if left is not None else ""
+    title += f"; about {console.duration(left)} left" if left is not None else ""
     grid = Grid(title=title + ("; stopping" if board.stopping else ""), title_justify="left")
     for column in ("run", "epoch", "validation", "target", "time"):
         grid.add_column(column, justify="left" if column == "run" else "right")
@@ -75,5 +68,5 @@ def _board_table(board: Board) -> Grid:
         known = progress(job.cell.folder)
         figures = ["" if v is None else f"{100 * v:.1f}" for v in (known.validation, known.target)]
         epoch = f"{known.epochs}/{job.cell.settings.training.epochs}"
-        grid.add_row(Text(job.cell.name), epoch, *figures, duration(time.monotonic() - job.started))
+        grid.add_row(Text(job.cell.name), epoch, *figures, console.duration(time.monotonic() - job.started))
     return grid

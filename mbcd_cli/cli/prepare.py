@@ -159,7 +159,11 @@ def show_check(report: dict[str, Any]) -> None:
     rows = []
     for name, one in report["modalities"].items():
         row = [name, one["complete"], one["incomplete"], one["absent"], one["files_missing"]]
-        row += [f"{one['bytes_per_view']['train'] / 1e6:.2f}", f"{one['bytes'] / 1e9:.2f}", duration(one["seconds"])]
+        row += [
+            f"{one['bytes_per_view']['train'] / 1e6:.2f}",
+            f"{one['bytes'] / 1e9:.2f}",
+            console.duration(one["seconds"]),
+        ]
         rows.append(row + ([f"{one['shards_there']}/{one['shards']}"] if begun else []))
     console.table(
         f"Clips whole, in part or absent, files missing; and what --views {report['views']} makes of it",
@@ -179,7 +183,7 @@ def show_check(report: dict[str, Any]) -> None:
     room = "fits" if report["fits"] else "does not fit"
     console.say(
         f"To write: {report['bytes_to_write'] / 1e9:.1f} GB, free: {report['free_bytes'] / 1e9:.1f} GB ({room}). "
-        f"About {duration(report['seconds'])} on {report['device']} with {report['workers']} decoding workers."
+        f"About {console.duration(report['seconds'])} on {report['device']} with {report['workers']} decoding workers."
     )
     if untimed := [name for name, one in report["modalities"].items() if not one["decode_timed_clips"]]:
         console.say(f"No clip of {', '.join(untimed)} could be timed: a usual decoding time was taken.")
@@ -198,10 +202,3 @@ def show_check(report: dict[str, Any]) -> None:
             "error: `prepare` would end with exit code 3. Mend the files above, or allow that many clips with "
             f"--max-bad {report['clips_to_be_rejected']}."
         )
-
-
-def duration(seconds: float) -> str:
-    """45 -> "45 s", 5400 -> "1.5 h"."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

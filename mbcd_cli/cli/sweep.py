@@ -99,12 +99,11 @@ def sweep(
 
 def show_plan(found: Mapping[str, Any], cost: Any) -> None:
     """Print what `dry_run` returned, with its estimate."""
-    from mbcd_cli.cli.board import duration
 
     rows = [(Path(cell["run"]).name.rsplit("-", 1)[-1], cell["name"]) for cell in found["cells"]]
     console.table(f"{len(rows)} runs", ("run", "method, modalities, domains, seed"), rows)
     states = ", ".join(f"{number} {name}" for name, number in sorted(found["states"].items()))
-    time_text = "time not known" if found["seconds"] is None else f"about {duration(found['seconds'])}"
+    time_text = "time not known" if found["seconds"] is None else f"about {console.duration(found['seconds'])}"
     disk = "disk not known" if cost.nbytes is None else f"about {_size(cost.nbytes)} of disk"
     for line in (
         f"{states}.",

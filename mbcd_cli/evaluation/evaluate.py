@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from mbcd_cli.data.cache import listing_digest
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.readers import reader_settings
-from mbcd_cli.data.records import Batch, Clip
+from mbcd_cli.data.records import Clip
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, clear
 from mbcd_cli.evaluation.analyses.robustness import subset_variants
@@ -55,13 +54,12 @@ def evaluate(
     Returns:
         What results.json holds, and `files`: name -> path of everything written.
     """
-    watch = partial(_watch, say)
     results, model = evaluate_models(
         settings,
         dataset,
         checkpoints,
         device=device,
-        watch=watch,
+        say=say,
         variants=subset_variants if "missing" in settings.evaluation.analyses else lambda model: {},
     )
     chosen = deployed(checkpoints)
@@ -79,7 +77,7 @@ def evaluate(
         results=sorted(of_chosen, key=lambda one: one.clip_set.name != TARGET),
         device=device,
         output=output,
-        watch=watch,
+        say=say,
     )
     clear(output)
     _accuracy_plots(analysis)
@@ -114,13 +112,6 @@ def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[list[Clip], Data
     if listing_digest(listing.clips) != cache.listing:
         return None, f"{root} holds other clips than the cache (--set dataset.root=DIR says where they are)"
     return (listing.clips, there), ""
-
-
-def _watch(say: Say, batches: Iterable[Batch], label: str = "evaluating") -> Iterator[Batch]:
-    with say.progress(f"{label}, batches") as ticker:
-        for batch in batches:
-            yield batch
-            ticker.advance()
 
 
 def _accuracy_plots(analysis: Analysis) -> None:

@@ -5,15 +5,15 @@ Letters: N clips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.data.records import Batch
 from mbcd_cli.model import MultiModalModel
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import ClipSet, clip_sets
 from mbcd_cli.scoring.deployed import Weights, build_models, deployed
 from mbcd_cli.scoring.metrics import summaries
@@ -38,16 +38,13 @@ class Evaluated:
     figures: dict[str, dict[str, Any]]
 
 
-Watch = Callable[[Iterable[Batch]], Iterable[Batch]]
-
-
 def evaluate_models(
     settings: Settings,
     dataset: Dataset,
     checkpoints: Mapping[str, Weights],
     *,
     device: torch.device,
-    watch: Watch = lambda batches: batches,
+    say: Say = SILENT,
     variants: Callable[[MultiModalModel], Mapping[str, Variant]] = lambda model: {},
 ) -> tuple[list[Evaluated], MultiModalModel]:
     """Every model of every checkpoint on every set of clips, in that order; and the deployed model, for more.
@@ -57,7 +54,7 @@ def evaluate_models(
         dataset: prepared, matching `settings`.
         checkpoints: best / last -> weights.
         device: where to compute.
-        watch: wraps every stream of batches (progress bars).
+        say: told how far it is.
         variants: the deployed model -> further fused logits to compute from its features.
     """
     sets = clip_sets(settings, dataset)
@@ -71,7 +68,7 @@ def evaluate_models(
                 batches = dataset.batches(clip_set.clips, batch_size=settings.evaluation.batch_size, training=False)
                 predictions = predict(
                     model,
-                    watch(batches),
+                    say.over(batches, "evaluating, batches"),
                     device=device,
                     precision=settings.runtime.precision,
                     variants=variants(model) if model is kept else None,

@@ -110,15 +110,10 @@ def _predicted(
     """Figures and the rows of predict.csv."""
     checkpoint, name = deployed(checkpoints)
     model = build_models(settings, dataset, checkpoints[checkpoint], device=device, source=checkpoint)[name]
-    with say.progress("predicting, batches") as ticker:
-
-        def watched():
-            size = settings.evaluation.batch_size
-            for batch in dataset.batches(dataset.select(domains=dataset.domains), batch_size=size, training=False):
-                yield batch
-                ticker.advance()
-
-        found = predict(model, watched(), device=device, precision=settings.runtime.precision)
+    size = settings.evaluation.batch_size
+    batches = dataset.batches(dataset.select(domains=dataset.domains), batch_size=size, training=False)
+    told = say.over(batches, "predicting, batches")
+    found = predict(model, told, device=device, precision=settings.runtime.precision)
     named = dataset.domains if len(dataset.domains) > 1 else ()
     rows = vote_rows(found, ids=dataset.clips.ids, label_names=dataset.label_names, domain_names=named)
     known = found.labels != UNKNOWN

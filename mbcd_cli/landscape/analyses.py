@@ -6,7 +6,6 @@ Every function measures what its file still lacks and returns summary figures; n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from mbcd_cli.landscape.sharpness import flatness_curve, worst_case
 from mbcd_cli.landscape.store import Grid, GridStore, axis, read_grid
 from mbcd_cli.landscape.surface import Advance, fill_grid, fill_radii
 from mbcd_cli.processes import ALONE, Group
+from mbcd_cli.say import Say
 from mbcd_cli.settings import LandscapeSettings
-
-Watch = Callable[[str, int | None], AbstractContextManager[Advance]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ class Study:
         identity: what the measured values depend on, besides the analysis itself.
         folder, label: files are `folder/ANALYSIS-label.h5`.
         subject: what moves and on what it is measured, for titles.
-        watch: (label, units of work or None) -> context manager of a progress callback.
+        say: told how far each measurement is.
         curvature_loss: builds the loss in the type that curvature asks for; default: `loss` itself.
         group: the processes that share every grid.
         overwrite: start anew instead of resuming.
@@ -46,7 +44,7 @@ class Study:
     folder: Path
     label: str
     subject: str
-    watch: Watch
+    say: Say
     curvature_loss: Callable[[], LossFunction] | None = None
     group: Group = ALONE
     overwrite: bool = False
@@ -100,8 +98,8 @@ def run_grid(
         if study.group.main:
             study.group.barrier()
         study.group.barrier()  # no process records before all have read the same file: they share what it lacks
-        with study.watch(f"{analysis} {study.label}", len(study.group.share(store.missing()))) as advance:
-            fill(store, advance)
+        with study.say.progress(f"{analysis} {study.label}", len(study.group.share(store.missing()))) as ticker:
+            fill(store, ticker.advance)
         study.group.barrier()
         if study.group.main and study.group.world > 1:
             store.fold(ranks=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,12 @@ from mbcd_cli.landscape.connections import Ends
 from mbcd_cli.landscape.directions import moving_names
 from mbcd_cli.landscape.objective import ModelObjective
 from mbcd_cli.landscape.paths import buffers_of, vector_of
-from mbcd_cli.landscape.surface import Advance
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import Group
 from mbcd_cli.runs.trunks import attach_trunks
 from mbcd_cli.say import Say
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, clip_sets, source_domains
-from mbcd_cli.scoring.deployed import build_models
+from mbcd_cli.scoring.deployed import build_models, deployed_of
 from mbcd_cli.settings import Settings
 
 
@@ -52,7 +49,7 @@ def _evenly(clips: np.ndarray, limit: int | None) -> np.ndarray:
     return clips[np.linspace(0, len(clips) - 1, limit).round().astype(int)]
 
 
-class _Bench:
+class Bench:
     """Builds models, losses and studies for one command; every checkpoint is measured on the same clips."""
 
     def __init__(
@@ -80,7 +77,7 @@ class _Bench:
         """The deployed, student or teacher model of a checkpoint."""
         models = build_models(self.settings, self.dataset, checkpoint, device=self.device, source=label)
         if wanted == "deployed":
-            return next(iter(models.values()))
+            return models[deployed_of(models)]
         if wanted not in models:
             raise SettingsError(
                 f"landscape.weights: checkpoint {label} has no {wanted}.",
@@ -141,7 +138,7 @@ class _Bench:
             folder=self.output,
             label=label,
             subject=f"{chosen.group} parameters, {chosen.data} clips",
-            watch=partial(_watch, self._say),
+            say=self._say,
             curvature_loss=(lambda: self.loss(model, names=names, dtype=torch.float64)) if double else None,
             overwrite=self.overwrite,
             group=self.group,
@@ -167,9 +164,3 @@ def _digest(model: MultiModalModel) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def _watch(say: Say, label: str, points: int | None) -> Iterator[Advance]:
-    with say.progress(label, total=points) as ticker:
-        yield ticker.advance

@@ -44,7 +44,8 @@ def run_curvature(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
 def _curvature(study: Study) -> dict[str, np.ndarray]:
     s = study.settings
     loss = study.curvature_loss() if study.curvature_loss is not None else study.loss
-    with study.watch(f"curvature {study.label}", None) as advance:
+    with study.say.progress(f"curvature {study.label}") as ticker:
+        advance = ticker.advance
         hessian = Hessian(loss.terms(), loss.start)
         if hessian.n <= s.exact_limit:
             return _exact_curvature(hessian, s.eigenvalues, advance)

@@ -12,7 +12,7 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.landscape import analyses, drawing
 from mbcd_cli.landscape.analyses import Study
-from mbcd_cli.landscape.bench import _Bench
+from mbcd_cli.landscape.bench import Bench
 from mbcd_cli.landscape.connections import run_path, run_plane, run_trajectory
 from mbcd_cli.landscape.curvature import run_curvature
 from mbcd_cli.landscape.store import load_arrays, read_grid
@@ -70,7 +70,7 @@ def landscape(
     output = Path(output)
     # Processes exchange nothing but barriers, so gloo serves those with GPUs too; all wait while rank 0 computes alone.
     with joined(torch.device("cpu"), say=say, patience=86400.0) as group:
-        bench = _Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite, group, say)
+        bench = Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite, group, say)
         result, files = _measure(bench, checkpoints, towards, epochs)
         drawn = _draw(files, output) if group.main else {}
     return {**result, "files": drawn, "rank": group.rank}
@@ -91,7 +91,7 @@ def redraw(output: Path) -> dict[str, Any]:
 
 
 def _measure(
-    bench: _Bench,
+    bench: Bench,
     checkpoints: Sequence[tuple[str, Any]],
     towards: Sequence[tuple[str, Any]],
     epochs: Sequence[tuple[int, Any]],

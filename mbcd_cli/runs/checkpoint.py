@@ -73,11 +73,6 @@ class Checkpoint:
         """C."""
         return len(self.label_names)
 
-    @property
-    def deployed(self) -> State:
-        """State dict of the deployed model: the teacher where there is one, else the student."""
-        return self.student if self.teacher is None else self.teacher
-
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `path` so that at any moment `path` is the old file or the complete new one.

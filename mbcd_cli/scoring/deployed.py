@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -12,14 +12,14 @@ from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.settings import Settings
 
-State = Mapping[str, torch.Tensor]
+StateDict = Mapping[str, torch.Tensor]
 
 
 class Weights(Protocol):
     """What a checkpoint must offer to be evaluated."""
 
-    student: State
-    teacher: State | None
+    student: StateDict
+    teacher: StateDict | None
     label_names: Any
     epoch: int
 
@@ -54,7 +54,7 @@ def build_models(
                 "Run `mbcd prepare` with that modality.",
             )
         modalities = {name: modalities[name] for name in settings.model.modalities}
-    states: dict[str, State] = {"student": weights.student}
+    states: dict[str, StateDict] = {"student": weights.student}
     if weights.teacher is not None:
         averaged = {k: v for k, v in weights.teacher.items() if not k.startswith("heads.")}
         states = {"teacher": {**weights.student, **averaged}, **states}
@@ -82,7 +82,12 @@ def _first(error: Exception) -> str:
     return lines[1] if len(lines) > 1 else lines[0]
 
 
+def deployed_of(models: Container[str]) -> str:
+    """Which of a training's models is deployed: the teacher (the averaged weights) where there is one."""
+    return "teacher" if "teacher" in models else "student"
+
+
 def deployed(checkpoints: Mapping[str, Weights]) -> tuple[str, str]:
     """(checkpoint, model) that is deployed: best where there is one, and its teacher where there is one."""
     checkpoint = "best" if "best" in checkpoints else next(iter(checkpoints))
-    return checkpoint, "student" if checkpoints[checkpoint].teacher is None else "teacher"
+    return checkpoint, deployed_of(("student",) if checkpoints[checkpoint].teacher is None else ("student", "teacher"))

@@ -16,12 +16,12 @@ from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.compare import Run, averages, compare, load_run, marked, order_methods
 from mbcd_cli.evaluation.report.history import accuracy_history
-from mbcd_cli.evaluation.report.tables import Cell as Figure
-from mbcd_cli.evaluation.report.tables import Table
+from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.files import read_records
 from mbcd_cli.layers import method_label
 from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Panel
+from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import read_failure, state
 
@@ -110,13 +110,13 @@ def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
             groups.setdefault((*by_name, *by_modalities, run.setting), []).append((cell, run))
         short = axis.rsplit(".", 1)[-1]
         for names, group in sorted(groups.items()):
-            rows: list[list[str | Figure]] = []
+            rows: list[list[str | Score]] = []
             for label in order_methods(cell.label([axis]) for cell, _ in group):
                 mine = [(cell, run) for cell, run in group if cell.label([axis]) == label]
                 figures = []
                 for value in values:
                     runs = [run for cell, run in mine if dict(cell.values).get(axis) == value]
-                    figures.append(averages(runs, sorted({r.column for r in runs})) if runs else Figure(None))
+                    figures.append(averages(runs, sorted({r.column for r in runs})) if runs else Score(None))
                 rows.append([label, *figures])
             where = ", ".join(names)
             out.append(
@@ -150,14 +150,14 @@ def panel_tables(pairs: Sequence[Pair]) -> list[Table]:
     for (dataset, key), by_set in sorted(groups.items()):
         panel, several = panels[key], len(by_set) > 1
         names = modality_order(dict.fromkeys(name for modalities in by_set for name in modalities))
-        rows: list[list[str | Figure]] = []
+        rows: list[list[str | Score]] = []
         for modalities, by_label in by_set.items():
             block = ["+".join(modalities)] if several else []
             for label in order_methods(by_label):
                 for figure, shown in panel.figures.items():
                     if shown.row:
                         cells = [
-                            Figure.over([shown.scale * found[m][figure] for found in by_label[label] if m in found])
+                            Score.over([shown.scale * found[m][figure] for found in by_label[label] if m in found])
                             for m in names
                         ]
                         rows.append([*block, f"{label}: {shown.row}", *cells])
@@ -198,7 +198,7 @@ def curves(pairs: Sequence[Pair], output: Path) -> dict[str, Path]:
         if history is None:
             continue
         for where in ("validation", "target"):
-            line = history.lines.get((where, "teacher")) or history.lines.get((where, "student"))
+            line = history.lines.get((where, deployed_of([model for clips, model in history.lines if clips == where])))
             if line is not None:
                 values = {e: v for e, v in zip(history.epochs, line, strict=True) if v is not None}
                 key = (run.dataset, run.modalities, run.setting, where)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from mbcd_cli.errors import FileError
 from mbcd_cli.files import held, read_records, write_json
 from mbcd_cli.runs.folder import DONE, SETTINGS
+from mbcd_cli.scoring.deployed import deployed_of
 
 State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
 
@@ -61,7 +62,7 @@ def read_failure(folder: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class CellProgress:
     """How far a cell is: epochs done, and the last fused accuracies (0..1) where known."""
 
     epochs: int
@@ -69,18 +70,17 @@ class Progress:
     target: float | None = None
 
 
-def progress(folder: Path) -> Progress:
-    """The last record of the run's metrics.jsonl; the deployed model is the teacher where there is one."""
+def progress(folder: Path) -> CellProgress:
+    """The last record of the run's metrics.jsonl, of the deployed model."""
     try:
         records = read_records(folder / "metrics.jsonl")
     except FileError:  # being written
-        return Progress(0)
+        return CellProgress(0)
     if not records:
-        return Progress(0)
+        return CellProgress(0)
 
     def accuracy(where: str) -> float | None:
         models: dict[str, Any] = records[-1].get(where) or {}
-        figures = models.get("teacher") or models.get("student") or {}
-        return figures.get("fused", {}).get("accuracy")
+        return models.get(deployed_of(models), {}).get("fused", {}).get("accuracy")
 
-    return Progress(int(records[-1].get("epoch", 0)), accuracy("validation"), accuracy("target"))
+    return CellProgress(int(records[-1].get("epoch", 0)), accuracy("validation"), accuracy("target"))

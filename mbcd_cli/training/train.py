@@ -18,6 +18,7 @@ from mbcd_cli.runs.folder import RunFolder, open_run
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import clip_sets
+from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.curves import plot_run
@@ -138,8 +139,8 @@ def _feed(
 
 def summarise(progress: Progress, *, settings: Settings, run: Path) -> dict[str, Any]:
     """Accuracies of the best and the last epoch, and (labelled) of the epoch that happened to suit the target."""
-    deployed = "student" if settings.average.kind == "none" else "teacher"
     history = progress.history
+    deployed = deployed_of(history[-1]["validation"])
 
     def epoch(record: Mapping[str, Any]) -> dict[str, Any]:
         found = {"epoch": record["epoch"]}

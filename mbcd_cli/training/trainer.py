@@ -26,6 +26,7 @@ from mbcd_cli.runs.events import Events
 from mbcd_cli.runs.folder import RunFolder
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet
+from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.settings import Settings
 from mbcd_cli.training import watch
 from mbcd_cli.training.feed import Feed
@@ -297,7 +298,7 @@ class Trainer:
 
     def _finish_epoch(self, record: dict[str, Any]) -> None:
         progress = self.progress
-        deployed = "student" if self.step.average is None else "teacher"
+        deployed = deployed_of(record["validation"])
         fused = record["validation"][deployed]["fused"]
         improved = progress.best is None or better(fused, progress.best)
         if improved:

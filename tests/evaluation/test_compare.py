@@ -239,8 +239,8 @@ TABLE = t.Table(
     "A 100 % table",
     ["method", "D_1", "avg"],
     [
-        ["erm & co", t.Cell(50.0, 1.25), t.Cell(None)],
-        ["a|b", t.Cell(60.0, 0.5, best=True), t.Cell(61.234, best=True)],
+        ["erm & co", t.Score(50.0, 1.25), t.Score(None)],
+        ["a|b", t.Score(60.0, 0.5, best=True), t.Score(61.234, best=True)],
     ],
     "A note.",
 )
@@ -283,10 +283,10 @@ def test_blocks_name_themselves_once_and_p_values_survive_latex():
 
 
 def test_a_table_too_wide_for_the_terminal_is_turned():
-    table = t.Table("x", "t", ["method", *(f"modality{i}" for i in range(6))], [["mbcd", *[t.Cell(1.0, 0.5)] * 6]])
+    table = t.Table("x", "t", ["method", *(f"modality{i}" for i in range(6))], [["mbcd", *[t.Score(1.0, 0.5)] * 6]])
     turned = table.fitting(80)
     assert (list(turned.columns), len(turned.rows)) == (["method", "mbcd"], 6)
-    assert turned.rows[0] == ["modality0", t.Cell(1.0, 0.5)]
+    assert turned.rows[0] == ["modality0", t.Score(1.0, 0.5)]
     assert turned.width() <= 80 < table.width()
     assert table.fitting(200) is table
     assert table.fitting(10) is table, "neither way fits"

@@ -11,7 +11,7 @@ from evaluation_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli.evaluation.evaluate import evaluate
 from mbcd_cli.evaluation.report.html import table_html, write_comparison
-from mbcd_cli.evaluation.report.tables import Cell, Table
+from mbcd_cli.evaluation.report.tables import Score, Table
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 EVERYTHING = ("missing", "shift", "corruptions", "trust", "insight")
@@ -131,7 +131,7 @@ def test_evaluating_again_leaves_nothing_of_before(report, tmp_path):
 
 
 def test_comparison_page_and_table_escape_what_they_show(tmp_path):
-    table = Table("x", "A <b> table", ["a", "b"], [["<i>", Cell(1.0, 0.5, best=True)]], "5 < 6")
+    table = Table("x", "A <b> table", ["a", "b"], [["<i>", Score(1.0, 0.5, best=True)]], "5 < 6")
     path = write_comparison(tmp_path / "c.html", [table], title="runs & more", warnings=["<u>"])
     page = check(path.read_text(encoding="utf-8"))
     assert not {"b", "i", "u"} & page.tags

@@ -31,6 +31,7 @@ from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.export import hardest, prediction_rows, write_csv, write_hdf5
 from mbcd_cli.model import MultiModalModel
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.predictions import Predictions, predict
 from mbcd_cli.settings import DatasetSettings, Settings
@@ -50,7 +51,7 @@ class Analysis:
         results: the deployed model on each set of clips, the target first where there is one.
         clips: the dataset's clip table with its media, and the limits on bad media; None where they are not at hand.
         clips_missing: why `clips` is None.
-        watch: wraps every stream of batches (progress bars).
+        say: told how far it is.
         output: folder under which `plots/` and `evaluation/` are written.
         figures: JSON-able, by name of the analysis.
         files: name -> path of everything written.
@@ -64,7 +65,7 @@ class Analysis:
     output: Path
     clips: tuple[Sequence[Clip], DatasetSettings] | None = None
     clips_missing: str = "the dataset's media were not looked for"
-    watch: Callable[[Iterable[Batch], str], Iterable[Batch]] = lambda batches, label: batches
+    say: Say = SILENT
     figures: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
 
@@ -83,9 +84,9 @@ class Analysis:
         return f"{one.clip_set.name} ({', '.join(one.clip_set.domains)})"
 
     def batches(self, clips: np.ndarray, label: str) -> Iterable[Batch]:
-        """The test view of `clips`, watched."""
+        """The test view of `clips`, with their progress."""
         size = self.settings.evaluation.batch_size
-        return self.watch(self.dataset.batches(clips, batch_size=size, training=False), label)
+        return self.say.over(self.dataset.batches(clips, batch_size=size, training=False), f"{label}, batches")
 
     def plot(self, file: str) -> Path:
         """Path of a plot."""
@@ -260,7 +261,7 @@ def _ood(a: Analysis, other: Dataset) -> None:
         )
     clips = other.select(domains=other.domains, splits=("test",))
     size = a.settings.evaluation.batch_size
-    batches = a.watch(other.batches(clips, batch_size=size, training=False), "out of distribution")
+    batches = a.say.over(other.batches(clips, batch_size=size, training=False), "out of distribution, batches")
     try:
         foreign = predict(a.model, batches, device=a.device, precision=a.settings.runtime.precision)
     except RuntimeError as error:

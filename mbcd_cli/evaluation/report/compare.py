@@ -18,7 +18,7 @@ from scipy.stats import ttest_rel
 
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report.results import FORMAT, read_json
-from mbcd_cli.evaluation.report.tables import Cell, Table
+from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.paper.published import paper
 
 EXACT_PAIRS = 15
@@ -136,16 +136,16 @@ def order_methods(methods: Iterable[str]) -> list[str]:
     return sorted(set(methods), key=lambda m: (last.get(m, 0), first.get(m, 2), m))
 
 
-def averages(runs: Sequence[Run], columns: Sequence[str], value: str = "fused") -> Cell:
+def averages(runs: Sequence[Run], columns: Sequence[str], value: str = "fused") -> Score:
     """Mean over targets, and its spread over the seeds that have every target; empty where a target is missing."""
     by_seed: dict[int, dict[str, float]] = {}
     for run in runs:
         by_seed.setdefault(run.seed, {})[run.column] = _value(run, value)
     if {c for found in by_seed.values() for c in found} != set(columns):
-        return Cell(None)
+        return Score(None)
     means = [np.mean([by_column[c] for by_column in by_seed.values() if c in by_column]) for c in columns]
     whole = [float(np.mean([found[c] for c in columns])) for found in by_seed.values() if len(found) == len(columns)]
-    return replace(Cell.over(whole), value=float(np.mean(means)))
+    return replace(Score.over(whole), value=float(np.mean(means)))
 
 
 def _value(run: Run, value: str) -> float:
@@ -154,34 +154,34 @@ def _value(run: Run, value: str) -> float:
     return run.heads[value]
 
 
-def marked(rows: Sequence[Sequence[str | Cell]]) -> list[list[str | Cell]]:
+def marked(rows: Sequence[Sequence[str | Score]]) -> list[list[str | Score]]:
     """`rows` with the largest figure of every column marked best (all of them where several are equal)."""
     out = [list(row) for row in rows]
     for column in range(1, max((len(row) for row in out), default=0)):
-        cells = [row[column] for row in out if isinstance(row[column], Cell) and row[column].value is not None]
+        cells = [row[column] for row in out if isinstance(row[column], Score) and row[column].value is not None]
         if len(cells) < 2:
             continue
         top = max(round(cell.value, 2) for cell in cells)
         for row in out:
             cell = row[column]
-            if isinstance(cell, Cell) and cell.value is not None and round(cell.value, 2) == top:
+            if isinstance(cell, Score) and cell.value is not None and round(cell.value, 2) == top:
                 row[column] = replace(cell, best=True)
     return out
 
 
-def paper_rows(table: str, dataset: str, modalities: Sequence[str], columns: Sequence[str]) -> list[list[str | Cell]]:
+def paper_rows(table: str, dataset: str, modalities: Sequence[str], columns: Sequence[str]) -> list[list[str | Score]]:
     """The paper's rows for the same dataset and modalities; none where the setting does not match.
 
     Its averages are over all domains (or ordered pairs): they are left out where `columns` are fewer or others.
     """
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str | Score]] = []
     whole = set(columns) == _paper_columns(table, dataset)
     for entry in paper().get(table, []):
         if dataset in entry and set(entry["modalities"]) == set(modalities):
             figures = entry[dataset]
-            cells = [Cell(figures.get(column)) for column in (*columns, *(["average"] if whole else []))]
+            cells = [Score(figures.get(column)) for column in (*columns, *(["average"] if whole else []))]
             if any(cell.value is not None for cell in cells):
-                rows.append([f"{entry['method']} (paper)", *cells, *([] if whole else [Cell(None)])])
+                rows.append([f"{entry['method']} (paper)", *cells, *([] if whole else [Score(None)])])
     return rows
 
 
@@ -229,27 +229,28 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
         if len(datasets) == len(sets) == 1:
             continue
         columns = {dataset: _columns(group, dataset) for dataset in datasets}
-        rows: list[list[str | Cell]] = []
+        rows: list[list[str | Score]] = []
         for modalities in sets:
             mine = [run for run in group if run.modalities == modalities]
-            block: list[list[str | Cell]] = []
+            block: list[list[str | Score]] = []
             for method in order_methods(run.method for run in mine):
-                cells: list[Cell] = []
+                cells: list[Score] = []
                 for dataset in datasets:
                     here = [run for run in mine if (run.dataset, run.method) == (dataset, method)]
                     cells += [
-                        Cell.over([r.heads["fused"] for r in here if r.column == column]) for column in columns[dataset]
+                        Score.over([r.heads["fused"] for r in here if r.column == column])
+                        for column in columns[dataset]
                     ]
                     cells.append(averages(here, columns[dataset]))
                 block.append([method, *cells])
             block = marked(block)
-            theirs: dict[str, dict[str, list[str | Cell]]] = {}
+            theirs: dict[str, dict[str, list[str | Score]]] = {}
             for dataset in datasets:
                 if setting != "multi-source" or _comparable(dataset, columns[dataset]):
                     for row in paper_rows(_PAPER_TABLES[setting], dataset, modalities, columns[dataset]):
                         theirs.setdefault(str(row[0]), {})[dataset] = row[1:]
             for name, found in theirs.items():
-                parts = [found.get(d, [Cell(None)] * (len(columns[d]) + 1)) for d in datasets]
+                parts = [found.get(d, [Score(None)] * (len(columns[d]) + 1)) for d in datasets]
                 block.append([name, *(cell for part in parts for cell in part)])
             rows += [["+".join(modalities), *row] for row in block]
         header = [f"{d}: {c}" if len(datasets) > 1 else c for d in datasets for c in [*columns[d], "average"]]
@@ -271,10 +272,10 @@ def main_tables(runs: Sequence[Run]) -> list[Table]:
     tables = []
     for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
         columns = _columns(group, dataset)
-        rows: list[list[str | Cell]] = []
+        rows: list[list[str | Score]] = []
         for method in order_methods(r.method for r in group):
             mine = [r for r in group if r.method == method]
-            cells = [Cell.over([r.heads["fused"] for r in mine if r.column == column]) for column in columns]
+            cells = [Score.over([r.heads["fused"] for r in mine if r.column == column]) for column in columns]
             rows.append([method, *cells, averages(mine, columns)])
         rows = marked(rows)
         if setting == "multi-source" and _comparable(dataset, columns):
@@ -305,7 +306,7 @@ def modality_tables(runs: Sequence[Run]) -> list[Table]:
     tables = []
     for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
         columns = sorted({run.column for run in group})
-        rows: list[list[str | Cell]] = []
+        rows: list[list[str | Score]] = []
         for method in order_methods(r.method for r in group):
             mine = [r for r in group if r.method == method]
             tested = [r for r in mine if r.in_domain is not None]
@@ -368,7 +369,7 @@ def significance_tables(runs: Sequence[Run]) -> list[Table]:
     """Every two methods on the (target, seed) pairs that both have."""
     tables = []
     for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
-        rows: list[list[str | Cell]] = []
+        rows: list[list[str | Score]] = []
         for one, other in combinations(order_methods(r.method for r in group), 2):
             by_key = {
                 method: {(r.column, r.seed): r.heads["fused"] for r in group if r.method == method}

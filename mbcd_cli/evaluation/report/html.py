@@ -14,7 +14,7 @@ from typing import Any
 
 from mbcd_cli.evaluation.report import sections
 from mbcd_cli.evaluation.report.compare import Run
-from mbcd_cli.evaluation.report.tables import Cell, Table, plain
+from mbcd_cli.evaluation.report.tables import Score, Table, plain
 from mbcd_cli.files import write_text
 
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
@@ -31,13 +31,13 @@ def table_html(table: Table) -> str:
         joined = "; ".join(rules)
         return f' style="{joined}"' if rules else ""
 
-    def cell(value: str | Cell, column: int) -> str:
+    def cell(value: str | Score, column: int) -> str:
         text = escape(plain(value))
-        if isinstance(value, Cell) and value.best:
+        if isinstance(value, Score) and value.best:
             text = f"<strong>{text}</strong>"
         return f"<td{style(column, plain(value))}>{text}</td>"
 
-    def line(index: int, row: Sequence[str | Cell]) -> str:
+    def line(index: int, row: Sequence[str | Score]) -> str:
         cells = "".join(cell(value, column) for column, value in enumerate(row))
         rule = ' style="border-top: 2px solid var(--rule)"' if table.starts(index) else ""
         return f"<tr{rule}>{cells}</tr>\n"

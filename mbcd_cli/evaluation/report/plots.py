@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from mbcd_cli.evaluation.report.tables import Cell, Table
+from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, save
 
 _MARKERS = "osD^vPX*"
@@ -74,8 +74,8 @@ def plot_per_class(
     return save(fig, path)
 
 
-def _whole(row: Sequence[str | Cell]) -> bool:
-    return all(isinstance(cell, Cell) and cell.value is not None for cell in row[1:])
+def _whole(row: Sequence[str | Score]) -> bool:
+    return all(isinstance(cell, Score) and cell.value is not None for cell in row[1:])
 
 
 def plot_methods(table: Table, path: Path) -> Path:
@@ -88,7 +88,7 @@ def plot_methods(table: Table, path: Path) -> Path:
     fig, ax = figure(size=(float(np.clip(3 + 0.3 * groups * len(columns), 6.4, 18)), 4.0))
     width = 0.84 / max(groups, 1)
     for index, row in enumerate(rows):
-        cells = [cell if isinstance(cell, Cell) else Cell(None) for cell in row[1:]]
+        cells = [cell if isinstance(cell, Score) else Score(None) for cell in row[1:]]
         at = np.arange(len(columns)) + (index - (groups - 1) / 2) * width
         heights = [np.nan if c.value is None else c.value for c in cells]
         spread = [np.nan if c.std is None else c.std for c in cells]  # no bar where there is one seed

@@ -13,7 +13,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class Score:
     """A figure, with its spread over seeds where there are several.
 
     Attributes:
@@ -27,7 +27,7 @@ class Cell:
     best: bool = False
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> Cell:
+    def over(cls, values: Sequence[float]) -> Score:
         """Mean and sample standard deviation of `values`; empty gives an empty cell."""
         if not len(values):
             return cls(None)
@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A titled table; the first column is text, a cell is text or a `Cell`.
+    """A titled table; the first column is text, a cell is text or a `Score`.
 
     Attributes:
         name: short, for file names.
@@ -55,7 +55,7 @@ class Table:
     name: str
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[str | Cell]] = field(default_factory=list)
+    rows: Sequence[Sequence[str | Score]] = field(default_factory=list)
     note: str = ""
     blocks: bool = False
 
@@ -63,7 +63,7 @@ class Table:
         """Whether the index-th row begins a block (False for the first one)."""
         return self.blocks and index > 0 and self.rows[index][0] != self.rows[index - 1][0]
 
-    def shown(self) -> list[list[str | Cell]]:
+    def shown(self) -> list[list[str | Score]]:
         """The rows as they are read: a block's name in its first row only."""
         return [
             ["", *row[1:]] if self.blocks and i and not self.starts(i) else list(row) for i, row in enumerate(self.rows)
@@ -84,7 +84,7 @@ class Table:
         return turned if turned.width() <= width else self
 
 
-def plain(cell: str | Cell) -> str:
+def plain(cell: str | Score) -> str:
     """A cell as plain text."""
     return cell if isinstance(cell, str) else cell.text()
 
@@ -96,16 +96,16 @@ def as_values(table: Table) -> dict[str, Any]:
 
 def from_values(values: Mapping[str, Any]) -> Table:
     """The table that `as_values` described."""
-    rows = [[Cell(**cell) if isinstance(cell, dict) else cell for cell in row] for row in values["rows"]]
+    rows = [[Score(**cell) if isinstance(cell, dict) else cell for cell in row] for row in values["rows"]]
     return Table(values["name"], values["title"], values["columns"], rows, values["note"], values.get("blocks", False))
 
 
 def markdown(table: Table) -> str:
     """The table in Markdown, the best of a column in bold."""
 
-    def cell(value: str | Cell) -> str:
+    def cell(value: str | Score) -> str:
         text = plain(value).replace("|", "\\|")
-        return f"**{text}**" if isinstance(value, Cell) and value.best else text
+        return f"**{text}**" if isinstance(value, Score) and value.best else text
 
     def line(values: Sequence[str]) -> str:
         return f"| {' | '.join(values)} |"
@@ -121,7 +121,7 @@ def markdown(table: Table) -> str:
 def comma_separated(table: Table) -> str:
     """The table as CSV; a column with spreads is followed by its `std` column."""
     spread = [
-        any(isinstance(row[i], Cell) and row[i].std is not None for row in table.rows)
+        any(isinstance(row[i], Score) and row[i].std is not None for row in table.rows)
         for i in range(len(table.columns))
     ]
     header = [name for i, c in enumerate(table.columns) for name in ([c, f"{c} std"] if spread[i] else [c])]
@@ -165,7 +165,7 @@ _SIGNED = re.compile(r"[+-]\d+(\.\d+)?")
 def latex(table: Table) -> str:
     """The table in LaTeX (booktabs), the best of a column in bold."""
 
-    def cell(value: str | Cell) -> str:
+    def cell(value: str | Score) -> str:
         if isinstance(value, str):
             return f"${value}$" if _SIGNED.fullmatch(value) else value.translate(_LATEX)
         if value.value is None:

@@ -60,6 +60,10 @@ METHODS: dict[str, MethodEntry] = {
     "mbcd-true-class": MethodEntry(
         "mbcd:MBCD", "MBCD whose s_k sums the true class's probability", {"dropout": {"score": "true_class"}}
     ),
+    # Its rivals (docs/methods.md).
+    "rna-net": MethodEntry("rna:RNANet", "relative norm alignment (WACV 2022)"),
+    "ogm-ge": MethodEntry("ogm:OGMGE", "gradients of the dominant encoder scaled down, and noised (CVPR 2022)"),
+    "ogm": MethodEntry("ogm:OGMGE", "OGM-GE without its noise", {"noise": False}),
 }
 
 

@@ -35,3 +35,8 @@ def distillation(teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         logits: the student's logits [B, C] that give p.
     """
     return F.kl_div(full_precision(logits).log_softmax(dim=1), teacher, reduction="batchmean")
+
+
+def modulation(ratio: torch.Tensor, alpha: float) -> torch.Tensor:
+    """1 - tanh(alpha ratio) where the ratio is over 1, else 1; any shape. Not continuous at 1 (OGM-GE, GMP)."""
+    return torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)

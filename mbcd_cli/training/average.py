@@ -60,10 +60,12 @@ class Average:
         if kind == "ema" and start == 0:
             if mine:
                 torch._foreach_lerp_(mine, theirs, 1 - self.settings.beta)
-        else:
+        elif mine:
             # A copy until `start`; then the mean of the weights after steps start to step, or the exponential one.
-            after = (step - start).clamp(min=0)
-            weight = 1 / (after + 1) if kind == "sma" else torch.where(after > 0, 1 - self.settings.beta, 1.0)
+            # In the weights' type: a float32 weight would round an average of float64.
+            after = (step - start).clamp(min=0).to(mine[0].dtype)
+            one_step = torch.full_like(after, 1 - self.settings.beta)
+            weight = 1 / (after + 1) if kind == "sma" else torch.where(after > 0, one_step, 1.0)
             difference = torch._foreach_sub(theirs, mine)
             torch._foreach_mul_(difference, weight)
             torch._foreach_add_(mine, difference)

@@ -64,6 +64,8 @@ METHODS: dict[str, MethodEntry] = {
     "rna-net": MethodEntry("rna:RNANet", "relative norm alignment (WACV 2022)"),
     "ogm-ge": MethodEntry("ogm:OGMGE", "gradients of the dominant encoder scaled down, and noised (CVPR 2022)"),
     "ogm": MethodEntry("ogm:OGMGE", "OGM-GE without its noise", {"noise": False}),
+    "opm": MethodEntry("opm:OPM", "dropout of the dominant modality at the rate of its dominance (T-PAMI 2024)"),
+    "simmmdg": MethodEntry("simmmdg:SimMMDG", "contrast of shared halves, translation, halves apart (NeurIPS 2023)"),
 }
 
 

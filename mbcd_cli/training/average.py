@@ -24,7 +24,7 @@ class Average:
     reported.
 
     Attributes:
-        model: the averaged model. followed: averaged copies of modules of the method.
+        model: the averaged model. start: step from which it is one. followed: averaged copies of modules of the method.
 
     Args:
         student: the model that is averaged; its tensors are referred to, so it must be updated in place.
@@ -34,6 +34,7 @@ class Average:
     def __init__(self, student: MultiModalModel, settings: AverageSettings) -> None:
         self.student = student
         self.settings = settings
+        self.start = settings.start
         self.model = copy.deepcopy(student).requires_grad_(False).eval()
         self.followed: list[nn.Module] = []
         self._modules: list[tuple[nn.Module, nn.Module, tuple[str, ...]]] = [(self.model, student, _AVERAGED)]

@@ -146,7 +146,7 @@ class Plain:
         s.fused = self.fused(s.h)
         self.time += 1
         terms = self.loss(s)
-        total = sum(weight * value.sum() for value, weight in terms.values())
+        total = sum((weight * value).sum() for value, weight in terms.values())
         keys = list(self.values)
         found = torch.autograd.grad(total, [self.values[k] for k in keys], allow_unused=True, retain_graph=True)
         self.gradients = self.changed({k: g for k, g in zip(keys, found, strict=True) if g is not None}, s)
@@ -233,7 +233,7 @@ def compare(reference, method, told=None, *, modalities=2, sources=2, steps=5, e
     if step.average is not None:
         for name, value in step.average.model_for_evaluation().named_parameters():
             torch.testing.assert_close(value, plain.teacher[f"student.{name}"], **CLOSE, msg=f"average of {name}")
-    return step
+    return step, plain
 
 
 # ---- inputs of the pinned numbers: B = 6 clips, C = 3 classes

@@ -45,6 +45,8 @@ def _type_name(annotation: Any) -> str:
         return " \\| ".join(f"`{value}`" for value in get_args(annotation))
     if origin in (Union, UnionType):
         return " or ".join(_type_name(part) for part in get_args(annotation) if part is not type(None))
+    if origin is dict:
+        return f"{_type_name(get_args(annotation)[1])} by name"
     if origin is tuple:
         parts = [part for part in get_args(annotation) if part is not Ellipsis]
         return "list of " + (_type_name(parts[0]) if len(parts) == 1 else f"{len(parts)} {_type_name(parts[0])}s")

@@ -60,6 +60,13 @@ METHODS: dict[str, MethodEntry] = {
     "mbcd-true-class": MethodEntry(
         "mbcd:MBCD", "MBCD whose s_k sums the true class's probability", {"dropout": {"score": "true_class"}}
     ),
+    # Its rivals (docs/methods.md).
+    "rna-net": MethodEntry("rna:RNANet", "relative norm alignment (WACV 2022)"),
+    "ogm-ge": MethodEntry("ogm:OGMGE", "gradients of the dominant encoder scaled down, and noised (CVPR 2022)"),
+    "ogm": MethodEntry("ogm:OGMGE", "OGM-GE without its noise", {"noise": False}),
+    "opm": MethodEntry("opm:OPM", "dropout of the dominant modality at the rate of its dominance (T-PAMI 2024)"),
+    "simmmdg": MethodEntry("simmmdg:SimMMDG", "contrast of shared halves, translation, halves apart (NeurIPS 2023)"),
+    "cmrf": MethodEntry("cmrf:CMRF", "cross-modal representation flattening by a simple weight average (NeurIPS 2024)"),
 }
 
 
@@ -142,10 +149,13 @@ def checked(found: object, name: str) -> type[Method]:
 
 
 def over_defaults(name: str) -> dict[str, dict[str, object]]:
-    """What choosing the method sets, as groups of the tree: its name, a variant's settings, the kind of its average."""
+    """What choosing the method sets, as groups of the tree: its name, a variant's settings, its average's kind."""
     entry = METHODS.get(name)
-    average = (entry.average if entry else None) or method_class(name).average
-    return {"method": {**(entry.settings if entry else {}), "name": name}, "average": {"kind": average}}
+    kind = method_class(name)
+    average: dict[str, object] = {"kind": (entry.average if entry else None) or kind.average}
+    if kind.average_start:
+        average["start"] = kind.average_start
+    return {"method": {**(entry.settings if entry else {}), "name": name}, "average": average}
 
 
 def summaries() -> list[tuple[str, str]]:

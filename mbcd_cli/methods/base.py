@@ -46,7 +46,7 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One term of the loss: its value, [] or [M], and what it is multiplied with (a tensor [], where it changes)."""
+    """One term of the loss: its value, [] or [M], and what it is multiplied with (a tensor [] or [M], too)."""
 
     value: torch.Tensor
     weight: float | torch.Tensor = 1.0
@@ -56,9 +56,12 @@ def total(terms: Mapping[str, Term]) -> torch.Tensor:
     """The sum of all terms (of all their modalities) times their weights, []."""
     loss: torch.Tensor | None = None
     for term in terms.values():
-        value = term.value.sum() if term.value.dim() else term.value
-        if isinstance(term.weight, torch.Tensor) or term.weight != 1:
-            value = term.weight * value
+        value, weight = term.value, term.weight
+        if isinstance(weight, torch.Tensor) and weight.dim():
+            value, weight = weight * value, 1
+        value = value.sum() if value.dim() else value
+        if isinstance(weight, torch.Tensor) or weight != 1:
+            value = weight * value
         loss = value if loss is None else loss + value
     assert loss is not None, "a method has at least one term"
     return loss
@@ -69,6 +72,8 @@ class WeightAverage(Protocol):
 
     model: MultiModalModel
     """The averaged model, in eval mode; its uni-modal heads are not averaged."""
+    start: int
+    """Step from which weights are averaged; until then the average is a copy of the student."""
 
     def follow(self, module: AnyModule) -> AnyModule:
         """A copy of one of the method's own modules, to be kept by the method, that is averaged like the model."""
@@ -196,6 +201,7 @@ class Method(nn.Module):
         views: views of a clip per batch; with 2, rows 2i and 2i + 1 are two views of one clip.
         capturable: whether a CUDA graph may hold the step.
         average: kind of the weight average unless `average.kind` says otherwise.
+        average_start: step from which it averages unless `average.start` says otherwise.
         ticker: figures beside the loss that the progress line shows.
         alarms: figures to warn about.
         neutral: settings with which it trains ERM's very weights; None: zero weights of all terms that ERM lacks.
@@ -209,6 +215,7 @@ class Method(nn.Module):
     views: ClassVar[int] = 1
     capturable: ClassVar[bool] = True
     average: ClassVar[Literal["none", "ema", "sma"]] = "none"
+    average_start: ClassVar[int] = 0
     ticker: ClassVar[tuple[str, ...]] = ("ce_fused",)
     alarms: ClassVar[tuple[Alarm, ...]] = ()
     neutral: ClassVar[Mapping[str, object] | None] = None

@@ -1,15 +1,23 @@
 """What several methods are made of.
 
-Letters: B clips, C classes.
+Letters: B clips, M modalities, C classes, D_k features of modality k.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+
 import torch
+from torch import nn
 from torch.nn import functional as F
+
+from mbcd_cli.processes import Group
 
 TEACHER_FLOOR = 1e-12
 """Teacher probabilities are clamped from below here, as in the reference."""
+BASE_TEMPERATURE = 0.07
+"""What the supervised contrast's loss is scaled to."""
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
@@ -35,3 +43,93 @@ def distillation(teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         logits: the student's logits [B, C] that give p.
     """
     return F.kl_div(full_precision(logits).log_softmax(dim=1), teacher, reduction="batchmean")
+
+
+def modulation(ratio: torch.Tensor, alpha: float) -> torch.Tensor:
+    """1 - tanh(alpha ratio) where the ratio is over 1, else 1; any shape. Not continuous at 1 (OGM-GE, GMP)."""
+    return torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)
+
+
+def projection(inside: int, *, hidden: int, out: int = 128) -> nn.Sequential:
+    """P: three linear layers with batch norm between, [B, inside] -> [B, out]."""
+    return nn.Sequential(
+        nn.Linear(inside, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, out),
+    )
+
+
+def unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """hat(u) = u / ||u||_2 per row: [B, D] -> [B, D], in float32 at least."""
+    return F.normalize(full_precision(x), dim=1)
+
+
+def supervised_contrast(
+    rows: Sequence[torch.Tensor], labels: torch.Tensor, *, temperature: float, group: Group
+) -> torch.Tensor:
+    """Supervised contrast of the M views of each clip of the global batch (Khosla et al., 2020), [].
+
+    All n = M B rows are anchors and contrasts, s_ab = z_a . z_b / temperature; the positives of a are the other rows of
+    its label, a clip's other modalities among them:
+    -(temperature / 0.07) mean_a mean_{b positive} [s_ab - log sum_{c != a} exp s_ac]; an anchor without any is 0.
+
+    Args:
+        rows: M times unit rows [B, D]. labels: [B].
+    """
+    z = torch.cat([group.gather(view) for view in rows])
+    y = group.gather(labels).repeat(len(rows))
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    similarity = z @ z.T / temperature
+    # A large negative number rather than -inf: a lone row has no contrast at all.
+    log_probability = similarity - similarity.masked_fill(itself, -1e9).logsumexp(dim=1, keepdim=True)
+    positive = ((y[:, None] == y[None, :]) & ~itself).to(z.dtype)
+    mean = (positive * log_probability).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
+    return -(temperature / BASE_TEMPERATURE) * mean.mean()
+
+
+class Translators(nn.Module):
+    """T_{j->k}: Linear(D_j, hidden), ReLU, Linear, ReLU, Dropout 0.5, Linear(hidden, D_k), for each ordered pair."""
+
+    def __init__(self, dims: Mapping[str, int], *, hidden: int) -> None:
+        super().__init__()
+        self.pairs = list(permutations(dims, 2))
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(dims[j], hidden),
+                nn.ReLU(inplace=True),
+                nn.Linear(hidden, hidden),
+                nn.ReLU(inplace=True),
+                nn.Dropout(0.5),
+                nn.Linear(hidden, dims[k]),
+            )
+            for j, k in self.pairs
+        )
+
+    def forward(self, sources: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        """Features [B, D_j] -> (k, T_{j->k} of them [B, D_k]) of every ordered pair."""
+        return [(k, layer(sources[j])) for (j, k), layer in zip(self.pairs, self.layers, strict=True)]
+
+
+def translation(translated: Sequence[tuple[str, torch.Tensor]], targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Mean over the pairs of E ||hat(T_{j->k}) - hat(h_k)||_2 (not squared, targets not detached), []; 0 for M = 1."""
+    apart = [row_distance(unit_rows(found), unit_rows(targets[k])) for k, found in translated]
+    return torch.stack(apart).mean() if apart else full_precision(next(iter(targets.values()))).sum() * 0
+
+
+def row_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """E ||a - b||_2 over rows: [B, D], [B, D] -> []."""
+    return (a - b).norm(dim=1).mean()
+
+
+def halves(features: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The shared half of each feature [B, D_k] (its first floor(D_k / 2) columns) and the specific one, as wide."""
+    return [(h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 : h.shape[1] // 2 * 2]) for h in features.values()]
+
+
+def halves_apart(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """- mean_k MSE(shared half, specific half), []: unbounded below, unless a norm bounds the features."""
+    return -torch.stack([F.mse_loss(*map(full_precision, half)) for half in halves(features)]).mean()

@@ -24,7 +24,7 @@ class Average:
     reported.
 
     Attributes:
-        model: the averaged model. followed: averaged copies of modules of the method.
+        model: the averaged model. start: step from which it is one. followed: averaged copies of modules of the method.
 
     Args:
         student: the model that is averaged; its tensors are referred to, so it must be updated in place.
@@ -34,6 +34,7 @@ class Average:
     def __init__(self, student: MultiModalModel, settings: AverageSettings) -> None:
         self.student = student
         self.settings = settings
+        self.start = settings.start
         self.model = copy.deepcopy(student).requires_grad_(False).eval()
         self.followed: list[nn.Module] = []
         self._modules: list[tuple[nn.Module, nn.Module, tuple[str, ...]]] = [(self.model, student, _AVERAGED)]
@@ -60,10 +61,12 @@ class Average:
         if kind == "ema" and start == 0:
             if mine:
                 torch._foreach_lerp_(mine, theirs, 1 - self.settings.beta)
-        else:
+        elif mine:
             # A copy until `start`; then the mean of the weights after steps start to step, or the exponential one.
-            after = (step - start).clamp(min=0)
-            weight = 1 / (after + 1) if kind == "sma" else torch.where(after > 0, 1 - self.settings.beta, 1.0)
+            # In the weights' type: a float32 weight would round an average of float64.
+            after = (step - start).clamp(min=0).to(mine[0].dtype)
+            one_step = torch.full_like(after, 1 - self.settings.beta)
+            weight = 1 / (after + 1) if kind == "sma" else torch.where(after > 0, one_step, 1.0)
             difference = torch._foreach_sub(theirs, mine)
             torch._foreach_mul_(difference, weight)
             torch._foreach_add_(mine, difference)

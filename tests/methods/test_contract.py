@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,13 @@ from mbcd_cli.methods.parts import cross_entropy
 from mbcd_cli.settings import MethodSettings
 from mbcd_cli.training.contract import CHECKS, Subject, check_method
 
+TOLD = {"opm": {"start": 0}, "simmmdg": {"hidden": 16}, "cmrf": {"hidden": 16, "beta": 1.0}}
+"""Settings with which a method does in a few steps, and with small modules, all that it does.
+
+CMRF's usual draws leave many rows next to the teacher's own, which at first is the student's: a distance of rounding
+has a gradient of rounding, which two processes do not share.
+"""
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -22,7 +31,8 @@ def one_thread():
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_of_the_registry(method, check):
-    CHECKS[check](Subject.of(method))
+    subject = Subject.of(method, TOLD.get(method))
+    CHECKS[check](replace(subject, average={**subject.average, "start": min(subject.kind.average_start, 2)}))
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -20,6 +20,7 @@ TOLD = {
     "simmmdg": {"hidden": 16},
     "moosa": {"hidden": 16, "permutations": 12},
     "cmrf": {"hidden": 16, "beta": 1.0},
+    "gmp": {"hidden": 16},
 }
 """Settings with which a method does in a few steps, and with small modules, all that it does.
 

@@ -7,7 +7,7 @@ import torch
 from plain import make, small_batch
 
 TOLD = {"rna-net": {}, "ogm-ge": {}, "opm": {"start": 0}, "gmp": {}}
-TOLD |= dict.fromkeys(("simmmdg", "moosa", "cmrf"), {"hidden": 8})
+TOLD |= {method: {"hidden": 8} for method in ("simmmdg", "moosa", "cmrf")}
 
 
 @pytest.mark.parametrize("method", TOLD)

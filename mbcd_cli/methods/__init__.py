@@ -66,7 +66,9 @@ METHODS: dict[str, MethodEntry] = {
     "ogm": MethodEntry("ogm:OGMGE", "OGM-GE without its noise", {"noise": False}),
     "opm": MethodEntry("opm:OPM", "dropout of the dominant modality at the rate of its dominance (T-PAMI 2024)"),
     "simmmdg": MethodEntry("simmmdg:SimMMDG", "contrast of shared halves, translation, halves apart (NeurIPS 2023)"),
+    "moosa": MethodEntry("moosa:MOOSA", "SimMMDG with entropy-weighted heads, masks and a jigsaw (ECCV 2024)"),
     "cmrf": MethodEntry("cmrf:CMRF", "cross-modal representation flattening by a simple weight average (NeurIPS 2024)"),
+    "gmp": MethodEntry("gmp:GMP", "class and domain gradients modulated and projected per modality (AAAI 2026)"),
 }
 
 

@@ -1,6 +1,7 @@
 """What several methods are made of.
 
-Letters: B clips, M modalities, C classes, D_k features of modality k.
+Letters: B clips, M modalities, C classes, D_k features of modality k,
+S source domains.
 """
 
 from __future__ import annotations
@@ -133,3 +134,44 @@ def halves(features: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, tor
 def halves_apart(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """- mean_k MSE(shared half, specific half), []: unbounded below, unless a norm bounds the features."""
     return -torch.stack([F.mse_loss(*map(full_precision, half)) for half in halves(features)]).mean()
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, strength: float) -> torch.Tensor:
+        ctx.strength = strength
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return -ctx.strength * gradient, None
+
+
+def reversed_gradient(x: torch.Tensor, strength: float) -> torch.Tensor:
+    """R_b: x forward, its gradient times -b backward (Ganin and Lempitsky, 2015)."""
+    return _Reversed.apply(x, strength)
+
+
+class DomainAdversary(nn.Module):
+    """D(Q_k(R_b(h_k))): a projection of each modality, and one discriminator of S source domains for all of them.
+
+    Q_k = Linear(D_k, hidden), ReLU, Dropout 0.5;
+    D = Linear(hidden, hidden / 2), BatchNorm, ReLU, Linear(hidden / 2, S).
+    """
+
+    def __init__(self, dims: Mapping[str, int], *, domains: int, hidden: int, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+        self.projections = nn.ModuleDict(
+            {n: nn.Sequential(nn.Linear(d, hidden), nn.ReLU(inplace=True), nn.Dropout(0.5)) for n, d in dims.items()}
+        )
+        half = max(hidden // 2, 1)
+        self.discriminator = nn.Sequential(
+            nn.Linear(hidden, half), nn.BatchNorm1d(half), nn.ReLU(inplace=True), nn.Linear(half, domains)
+        )
+
+    def forward(self, features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Features [B, D_k] -> domain logits [B, S] of every modality, one call of D for each."""
+        return [
+            self.discriminator(self.projections[n](reversed_gradient(h, self.strength))) for n, h in features.items()
+        ]

@@ -15,7 +15,13 @@ from mbcd_cli.methods.parts import cross_entropy
 from mbcd_cli.settings import MethodSettings
 from mbcd_cli.training.contract import CHECKS, Subject, check_method
 
-TOLD = {"opm": {"start": 0}, "simmmdg": {"hidden": 16}, "cmrf": {"hidden": 16, "beta": 1.0}}
+TOLD = {
+    "opm": {"start": 0},
+    "simmmdg": {"hidden": 16},
+    "moosa": {"hidden": 16, "permutations": 12},
+    "cmrf": {"hidden": 16, "beta": 1.0},
+    "gmp": {"hidden": 16},
+}
 """Settings with which a method does in a few steps, and with small modules, all that it does.
 
 CMRF's usual draws leave many rows next to the teacher's own, which at first is the student's: a distance of rounding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain import CLASSES, LABELS, compare, make, pinned_features, pinned_rows, small_batch
+from plain import CLASSES, LABELS, compare, make, pinned_features, pinned_rows
 from reference_simmmdg import SimMMDGReference
 from torch import nn
 
@@ -39,15 +39,6 @@ def test_pinned_numbers():
     )
     expected = torch.tensor([-1.735960489149, 3.674873732260, 4.190511795076, 0.284115898489], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-
-
-def test_bfloat16():
-    training, _ = make("simmmdg", {"hidden": 8}, norm="none")
-    step = training.step
-    step.context.precision = "bfloat16"
-    step.model.float(), step.method.float()
-    batch = small_batch(0)
-    assert torch.isfinite(step.method.gradients(step._prepared(batch))["total"])
 
 
 def test_a_single_feature_has_no_halves():

@@ -33,7 +33,9 @@ def describe_media(settings: Settings, clips: Sequence[Clip], name: str) -> dict
         entry = asdict(clip.media[name])
         for key in _FILES:
             if entry[key] is not None:
-                entry[key] = os.path.relpath(Path(entry[key]).resolve(), root)
+                entry[key] = os.path.relpath(
+                    os.path.realpath(entry[key]), root
+                )  # unlike resolve, it bears a loop of links
         media.append({key: value for key, value in entry.items() if value is not None})
     return {
         "root": str(root),

@@ -31,7 +31,7 @@ MOST_MISSING = 0.5
 """Share of a clip's frames that may be missing and replaced by others under `dataset.missing_frames=nearest`."""
 _COMPLETE = "Complete the download, or correct the clip's span."
 _SUFFIXES = ("jpg", "jpeg", "png")
-_TIME = re.compile(r"\d+\.")  # before the last digits of a name that is a decimal number
+_TIME = re.compile(r"(?:.*[^A-Za-z0-9.])?\d+\.")  # before the last digits of a name that is a decimal number
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +260,8 @@ def too_few(present: int, count: int) -> bool:
 
 def _read_image(path: Path, grey: bool) -> np.ndarray | str:
     """One image, or what is wrong with it; OpenCV itself fills the rest of a jpg that is cut short with grey."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+        return "is no file"
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -40,8 +40,11 @@ _ONE_FRAME_A_PACKET = (
 )
 _UNTIMED = ("avi", "asf")  # packets have one time only, that of decoding, and frames follow each other in that rhythm
 _RATELESS = ("h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu", "vc1", "h263", "cavsvideo")  # bare streams
-_STATES_LENGTH = ("matroska", "flv", "asf")  # of others the length is estimated from what is there
+_STATES_LENGTH = ("flv", "asf")  # of others the length is estimated from what is there
 _CUT_SHORT = 0.04  # share of the stated length that may be lacking: streams end at different times
+_ODD_TIMES = 0.02  # share of the frames that may have the time of the one before
+_PIXELS_PER_SECOND = 1e7  # a slow core on a busy machine decodes more
+_RUN_IN = 1.0  # seconds
 _MOST_FRAMES = 50_000_000  # nine days at 60 frames per second; a damaged index may claim billions
 _HELD_BYTES = 64 * 2**20
 _HIDDEN_VP8 = 0x10  # cleared in the first byte of a frame that only others are predicted from
@@ -85,6 +88,10 @@ class Timeline:
         """Seconds at which the last frame ends."""
         return float(self.starts[-1]) + self.step
 
+    @property
+    def _slack(self) -> float:
+        return min(HALF_MILLISECOND, self.step / 4)
+
     def within(self, start: float | None, stop: float | None) -> tuple[int, int]:
         """First frame and end (exclusive) of those whose middle lies in [start, stop) seconds.
 
@@ -92,24 +99,24 @@ class Timeline:
         has the frame that is shown at its start.
         """
         shown = np.minimum(np.diff(self.starts, append=self.end), self.step)
-        middles = self.starts + shown / 2 + HALF_MILLISECOND
+        middles = self.starts + shown / 2 + self._slack
         first = 0 if start is None else int(np.searchsorted(middles, start))
         last = len(self) if stop is None else int(np.searchsorted(middles, stop))
-        if last <= first < len(self) and start is not None and self.starts[0] <= start + HALF_MILLISECOND:
-            first = int(np.searchsorted(self.starts, start + HALF_MILLISECOND, side="right")) - 1
+        if last <= first < len(self) and start is not None and self.starts[0] <= start + self._slack:
+            first = int(np.searchsorted(self.starts, start + self._slack, side="right")) - 1
             last = first + 1
         return first, last
 
     def at(self, moments: np.ndarray) -> np.ndarray:
         """The frame that is shown at each of these moments, [n] seconds -> [n] frames."""
-        return np.clip(np.searchsorted(self.starts, moments + HALF_MILLISECOND, side="right") - 1, 0, len(self) - 1)
+        return np.clip(np.searchsorted(self.starts, moments + self._slack, side="right") - 1, 0, len(self) - 1)
 
 
 class Deadline:
-    """Ends the reading of one file that stalls."""
+    """Ends the reading of one file that stalls: after what its bytes, and the `pixels` to be decoded, may take."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._seconds = path, allowed_seconds(path)
+    def __init__(self, path: Path, *, pixels: int = 0) -> None:
+        self._path, self._seconds = path, allowed_seconds(path) + pixels / _PIXELS_PER_SECOND
         self._at = time.monotonic() + self._seconds
 
     def check(self) -> None:
@@ -148,14 +155,15 @@ def _why_not_opened(path: Path, error: Exception) -> str:
 def beginning(container: InputContainer) -> float:
     """Seconds at which a file's own timeline begins: with the earliest of its picture and sound streams.
 
-    What lies before 0 is an encoder's run-in, which is not played.
+    What lies less than a second before 0 is an encoder's run-in, which is not played; more is a clock that wrapped.
     """
     starts = [
         float(stream.start_time * stream.time_base)
         for stream in (*container.streams.video, *container.streams.audio)
         if stream.start_time is not None and stream.time_base is not None
     ]
-    return max(min(starts, default=0.0), 0.0)
+    earliest = min(starts, default=0.0)
+    return 0.0 if -_RUN_IN < earliest < 0 else earliest
 
 
 class Packets:
@@ -163,6 +171,7 @@ class Packets:
 
     Attributes:
         stream: the picture.
+        count: packets of the picture.
         held: the picture's packets in the order of decoding, while they are few enough to keep; else None.
         keys: [K] of (stamp, whether what follows needs nothing from before it), ascending.
 
@@ -206,6 +215,7 @@ class Packets:
         except (av.FFmpegError, ValueError) as error:
             raise MediaError(path, f"its data cannot be read ({error})", REPLACE) from None
         self.stream = self._pick(pictures, rows)
+        self.count = len(rows[self.stream.index])
         # Kept by value: the file may be opened anew, and what belongs to a closed one must not be touched.
         self._codec, self._unit = self.stream.codec_context.name, float(self.stream.time_base)
         self._rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
@@ -245,11 +255,14 @@ class Packets:
         if self._format == "mpegts":
             torn = 0  # where two recordings meet a packet looks torn as well: told by decoding
         if there - torn < max(claimed, there):
-            claim = f"it claims {claimed} frames, and " if claimed else ""
-            raise MediaError(self.path, f"cut short: {claim}{there - torn} are there whole", REPLACE)
+            whole = f"{there - torn} are there whole"
+            claim = f"it claims {claimed} frames, and {whole}" if claimed else f"of {there} frames {whole}"
+            raise MediaError(self.path, f"cut short: {claim}", REPLACE)
         if not there:
             raise MediaError(self.path, "it holds no frames that can be decoded", REENCODE)
-        if self._format == "avi":  # frames and seconds of its header count what was dropped while recording as well
+        if self._format.startswith("matroska"):
+            lacking = _segment_lacks(self.path)
+        elif self._format == "avi":  # frames and seconds of its header count what was dropped while recording as well
             lacking = _riff_lacks(self.path)
         else:
             lacking = self._format.startswith(_STATES_LENGTH) and stated - self._end > max(_CUT_SHORT * stated, 0.5)
@@ -312,8 +325,11 @@ class Packets:
         else:
             times = [moment for moment in seen if moment is not None]
         starts = self._seconds(np.array(times, dtype=np.int64))
-        if len(starts) < len(seen) or (np.diff(starts) <= 0).any():
-            # Times that are missing or go back: frames follow each other at the file's rate.
+        back = int((np.diff(starts) <= 0).sum())
+        if len(starts) == len(seen) and back <= _ODD_TIMES * len(seen):
+            # A time said twice belongs to two frames that follow each other at once.
+            starts = np.maximum.accumulate(starts) + 1e-6 * np.arange(len(starts)) * bool(back)
+        else:  # times that are missing or go back: frames follow each other at the file's rate
             starts = (starts[0] if len(starts) else 0.0) + np.arange(len(seen)) / self._rate
         return self._build(np.arange(len(seen), dtype=np.int64), starts, in_order=True, faults=faults)
 
@@ -350,16 +366,18 @@ def _start_codes(data: bytes) -> Iterator[int]:
         at = data.find(b"\0\0\1", at + 3)
 
 
-def decoded_frames(path: Path, stream: VideoStream, packets: Iterator[av.Packet]) -> Iterator[av.VideoFrame | None]:
+def decoded_frames(
+    path: Path, stream: VideoStream, packets: Iterator[av.Packet], count: int
+) -> Iterator[av.VideoFrame | None]:
     """Every frame of these packets in the order of presentation; None for a packet that cannot be decoded.
 
-    One thread decodes: clips are the parallelism, and every error belongs to its packet.
+    One thread decodes: clips are the parallelism, and every error belongs to its packet. `count` packets, at most.
 
     Raises:
         MediaError: the decoder stalls.
     """
-    deadline = Deadline(path)
     decoder = stream.codec_context
+    deadline = Deadline(path, pixels=count * decoder.width * decoder.height)
     ended = False
     while not ended:
         try:
@@ -377,3 +395,15 @@ def decoded_frames(path: Path, stream: VideoStream, packets: Iterator[av.Packet]
         except (av.FFmpegError, ValueError):
             yield None
         deadline.check()
+
+
+def _segment_lacks(path: Path) -> bool:
+    """Whether a Matroska file ends before its segment does; a live one states no size (RFC 9559, 5.1; RFC 8794, 4)."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    at = head.find(b"\x18\x53\x80\x67") + 4
+    if at < 4 or not head[at : at + 1] or not head[at]:
+        return False
+    length = 9 - head[at].bit_length()
+    size = int.from_bytes(head[at : at + length], "big") & ((1 << 7 * length) - 1)
+    return size != (1 << 7 * length) - 1 and at + length + size > path.stat().st_size

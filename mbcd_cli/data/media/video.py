@@ -7,6 +7,7 @@ zero-based indices wanted; only those are converted, but the whole span is decod
 from __future__ import annotations
 
 import itertools
+import struct
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -129,7 +130,7 @@ class Video:
         places: dict[int, list[int]] = {}
         for place, number in enumerate(numbers.ravel().tolist()):
             places.setdefault(number, []).append(place)
-        reformatter, turn = VideoReformatter(), 0
+        reformatter, matrix = VideoReformatter(), None
         out: np.ndarray | None = None
         for number, frame in frames:
             if number not in places:
@@ -139,7 +140,7 @@ class Video:
             size = {} if out is None else {"width": out.shape[2], "height": out.shape[1]}
             image = reformatter.reformat(frame, format="rgb24", interpolation="BICUBIC", threads=1, **size)
             if out is None:
-                out, turn = np.empty((numbers.size, image.height, image.width, 3), np.uint8), frame.rotation
+                out, matrix = np.empty((numbers.size, image.height, image.width, 3), np.uint8), _matrix(frame)
             plane = image.planes[0]
             rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: image.height, : 3 * image.width]
             for place in places.pop(number):
@@ -148,7 +149,7 @@ class Video:
                 break
         if places or out is None:
             raise MediaError(self.path, "some of its frames cannot be decoded", REENCODE)
-        out = np.rot90(out, turn // 90, axes=(1, 2)) if turn % 360 else out
+        out = out if matrix is None else _upright(out, *matrix)
         return out.reshape(*numbers.shape, *out.shape[1:])
 
     # --- decoding, from one place or another ---------------------------------------------------------------------
@@ -158,14 +159,14 @@ class Video:
         self._frames = None
         if self._fresh and self._packets.held is not None:
             self._fresh = False
-            return decoded_frames(self.path, self._stream, iter(self._packets.held))
+            return decoded_frames(self.path, self._stream, iter(self._packets.held), self._packets.count)
         # Opened anew: not every format can be sought back to its first packet, and a decoder that was flushed still
         # knows how far pictures are reordered, and may give one more or less than it did at first.
         self._container.close()
         self._packets.held = None
         self._open()
         self._stream = next(s for s in self._container.streams.video if s.index == self._index)
-        return decoded_frames(self.path, self._stream, self._container.demux(self._stream))
+        return decoded_frames(self.path, self._stream, self._container.demux(self._stream), self._packets.count)
 
     def _told_by_time(self) -> Iterator[tuple[int, av.VideoFrame]]:
         number = {stamp: index for index, stamp in enumerate(self.timeline.stamps.tolist())}
@@ -191,7 +192,7 @@ class Video:
         """
         expected = self.timeline.stamps[first : last + 1].tolist()
         number = first
-        for frame in decoded_frames(self.path, self._stream, self._packets_from(expected[0])):
+        for frame in decoded_frames(self.path, self._stream, self._packets_from(expected[0]), self._packets.count):
             if frame is None or frame.pts is None:
                 raise _UnprovenError
             if frame.pts < expected[0]:
@@ -222,6 +223,24 @@ class Video:
         if head.pts is None or head.pts > key or not head.is_keyframe:
             raise _UnprovenError
         return itertools.chain([head], packets)
+
+
+def _matrix(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
+    """a, b, c, d of the display matrix: (x, y) of the frame is shown at (a x + c y, b x + d y); None without one."""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return None
+    a, b, _, c, d = struct.unpack("=5i", bytes(data)[:20])
+    return a, b, c, d
+
+
+def _upright(frames: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
+    """Frames [N, H, W, 3] turned by quarters and mirrored as their display matrix says, [N, H or W, W or H, 3]."""
+    if abs(b) > abs(a):
+        frames, down, right = frames.swapaxes(1, 2), b, c
+    else:
+        down, right = d, a
+    return frames[:, :: -1 if down < 0 else 1, :: -1 if right < 0 else 1]
 
 
 # --- clips of files --------------------------------------------------------------------------------------------------

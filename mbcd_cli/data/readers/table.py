@@ -130,6 +130,10 @@ def path_fault(cell: str) -> str:
         return "no file is named"
     if "\0" in cell:
         return f"{cell!r} is not a path"
+    if len(cell.encode(errors="replace")) > 4000 or any(
+        len(part.encode(errors="replace")) > 255 for part in cell.split("/")
+    ):
+        return f"{cell[:40]!r}... is longer than a file system takes"
     if cell.startswith(("/", "\\", "~")) or re.match(r"[A-Za-z]:[\\/]", cell):
         return f"{cell!r} is not relative to the dataset's root"
     if ".." in posixpath.normpath(cell.replace("\\", "/")).split("/"):

@@ -19,9 +19,9 @@ from small import Recorder, named
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders.staged import Tail
+from mbcd_cli.layers import validate
 from mbcd_cli.methods import method_class, over_defaults
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import train_with
 
 NAMES, WIDTHS, CLASSES = ("video", "audio", "flow", "extra"), (6, 4, 8, 5), 3
@@ -183,7 +183,7 @@ def make(method, told=None, *, modalities=2, sources=2, average=None, **model):
         "optimizer": {"lr": 1e-2, "weight_decay": 1e-2},
         "runtime": {"device": "cpu", "precision": "float32", "channels_last": "off"},
     }
-    settings = Settings[kind.Settings].model_validate(tree)
+    settings = validate(tree)
     torch.manual_seed(3)
     tails = {n: tail(k) for k, n in enumerate(names)}
     built = MultiModalModel(tails, settings=settings.model, classes=CLASSES).double()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mbcd_cli.data.dataset import CachedDataset, ModalityCache
+from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
 from mbcd_cli.evaluation.report.export import vote_rows, write_csv
 from mbcd_cli.evaluation.report.results import provenance
@@ -59,7 +60,7 @@ def predict_new(
     # The run's limits on bad media hold; where the clips lie does not.
     dataset = settings.dataset.model_copy(
         update={
-            "reader": "manifest",
+            "reader": reader_settings("manifest"),
             "root": root,
             "manifest": manifest,
             "name": None,

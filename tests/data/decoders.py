@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 
@@ -22,3 +23,15 @@ def stall(index, clip, views, job):
     if clip.id == "c1":
         threading.Event().wait()
     return Decoded(index, views, [(np.full(3, index, np.float32),)])
+
+
+def large(index, clip, views, job):
+    """More than a pipe holds; says beforehand, in a file named like the clip's, that it is about to be sent."""
+    parts = [(np.full(1 << 20, index, np.float32),)]
+    Path(f"{clip.media['m'].path}.sent").touch()
+    return Decoded(index, views, parts)
+
+
+def no_worker(connection):
+    """Ends before it begins."""
+    os._exit(1)

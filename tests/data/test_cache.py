@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import decoders
@@ -26,7 +28,7 @@ from mbcd_cli.data.modalities.base import load_views
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.errors import CacheError, CheckpointError, FileError
+from mbcd_cli.errors import CacheError, CheckpointError, FileError, RunError
 from mbcd_cli.layers import resolve
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.preparation.cache_plan import read_listing
@@ -300,26 +302,61 @@ def test_two_writers_do_not_share_a_folder(tmp_path):
         pass
 
 
+def numbered(count: int, folder: Path = Path()) -> list[tuple[int, Clip, list[int]]]:
+    """What a decoder is asked for: clips c0, c1, ..., a view of each."""
+    return [(i, Clip(f"c{i}", "d", "train", 0, "", {"m": Media(folder / f"f{i}")}), [0]) for i in range(count)]
+
+
+JOB = decoding.DecodeJob("m", None, None, 0)
+
+
 def test_a_crashing_decoder_costs_only_its_own_clips(monkeypatch):
     monkeypatch.setattr(decoding, "decode", decoders.crash)
-    clips = [Clip(f"c{i}", "d", "train", 0, "", {"m": Media(Path(f"f{i}"))}) for i in range(9)]
-    job = decoding.DecodeJob("m", None, None, 0)
-    with decoding.Decoder(workers=2, job=job) as decoder:
-        results = list(decoder.run([(i, clip, [0]) for i, clip in enumerate(clips)]))
+    with decoding.Decoder(workers=2, job=JOB) as decoder:
+        results = list(decoder.run(numbered(9)))
     assert [r.index for r in results] == list(range(9))
-    assert {clips[r.index].id for r in results if r.rejected} == {"c2", "c5"}
+    assert {r.index for r in results if r.rejected} == {2, 5}
     assert all("crashed" in r.rejected.cause for r in results if r.rejected)
 
 
 def test_a_stalled_decoder_costs_only_its_own_clip(monkeypatch):
     monkeypatch.setattr(decoding, "decode", decoders.stall)
     monkeypatch.setattr(decoding, "patience", lambda clip, name: 0.5 if clip.id == "c1" else 300.0)
-    clips = [Clip(f"c{i}", "d", "train", 0, "", {"m": Media(Path(f"f{i}"))}) for i in range(4)]
-    job = decoding.DecodeJob("m", None, None, 0)
-    with decoding.Decoder(workers=2, job=job) as decoder:
-        results = list(decoder.run([(i, clip, [0]) for i, clip in enumerate(clips)]))
-    assert [clips[r.index].id for r in results if r.rejected] == ["c1"]
+    with decoding.Decoder(workers=2, job=JOB) as decoder:
+        results = list(decoder.run(numbered(4)))
+    assert [r.index for r in results if r.rejected] == [1]
     assert "did not finish within" in results[1].rejected.cause
+
+
+def test_workers_killed_in_the_midst_of_an_answer_cost_nothing(monkeypatch, tmp_path):
+    """The pipe of a dead worker ends, whatever part of an answer stands in it; the clip is decoded once more."""
+    monkeypatch.setattr(decoding, "decode", decoders.large)
+    with decoding.Decoder(workers=2, job=JOB) as decoder:
+        stream = decoder.run(numbered(6, tmp_path))
+        results = [next(stream)]
+        for number in (1, 2):
+            while not (tmp_path / f"f{number}.sent").exists():
+                time.sleep(0.001)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        results += stream
+    assert [(r.index, r.rejected, r.parts[0][0][-1]) for r in results] == [(i, None, i) for i in range(6)]
+
+
+def test_a_killed_fork_server_costs_nothing(monkeypatch):
+    monkeypatch.setattr(decoding, "decode", decoders.crash)
+    with decoding.Decoder(workers=2, job=JOB) as decoder:
+        stream = decoder.run(numbered(9))
+        results = [next(stream)]
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        results += stream
+    assert {r.index for r in results if r.rejected} == {2, 5}
+
+
+def test_workers_that_cannot_begin_are_one_message(monkeypatch):
+    monkeypatch.setattr(decoding, "_serve", decoders.no_worker)
+    with decoding.Decoder(workers=2, job=JOB) as decoder, pytest.raises(RunError, match="ended before they began"):
+        list(decoder.run(numbered(2)))
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
@@ -334,7 +371,7 @@ def test_no_process_or_shared_block_outlives_a_killed_prepare(root, tmp_path, ho
         time.sleep(0.01)
     assert len(members(session)) >= 4  # the command, the fork server and two workers
     process.send_signal(how)
-    process.wait()
+    process.wait(timeout=60)
     for _ in range(1000):
         if not members(session):
             return

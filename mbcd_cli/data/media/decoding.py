@@ -5,18 +5,18 @@ Letters: V views of one clip.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 import cv2
 import numpy as np
@@ -26,8 +26,13 @@ from mbcd_cli.data.media.checks import allowed_seconds
 from mbcd_cli.data.media.sharing import Blocks, share
 from mbcd_cli.data.modalities.base import Modality, load_views
 from mbcd_cli.data.records import Clip, Rejected
-from mbcd_cli.errors import MbcdError, MediaError
+from mbcd_cli.errors import MbcdError, MediaError, RunError
 from mbcd_cli.settings import DatasetSettings
+
+_HANDED = 4
+"""Clips that a worker is handed at most, the one in its hands included: it never waits for this process."""
+_STARTS = 3
+"""Workers in a row that may end before they begin."""
 
 
 def patience(clip: Clip, name: str) -> float:
@@ -61,22 +66,6 @@ class Decoded:
     notes: list[str] = field(default_factory=list)
 
 
-def _begin_worker() -> None:
-    """One thread per worker: the workers are the parallelism. Ctrl-C is the parent's to handle."""
-    cv2.setNumThreads(1)
-    keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed ends; the fork server and the blocks of shared memory go with the last one."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-
 def rejection(clip: Clip, name: str, cause: str) -> Rejected:
     """A clip left out for a cause that no decoder put into words."""
     return Rejected(clip.id, name, str(clip.media[name].path), cause, "Re-encode or replace the file.")
@@ -96,16 +85,81 @@ def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
     return Decoded(index, views, parts, notes=notes)
 
 
-def decode_shared(block: str | None, work: Callable[..., Decoded], *item: Any) -> Any:
-    """`decode` in a worker: large results travel through the block of shared memory lent for it."""
-    return share(work(*item), block)
-
-
 Item = tuple[int, Clip, list[int], DecodeJob]
+
+
+def _serve(connection: Connection) -> None:
+    """A worker: says that it is there, then decodes what it is handed, in order, until nobody asks any more.
+
+    One thread per worker: the workers are the parallelism. Ctrl-C is the parent's to handle.
+    """
+    cv2.setNumThreads(1)
+    keep_freed_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, ConnectionError):
+        connection.send(None)
+        while True:
+            block, work, item = connection.recv()
+            try:
+                answer = share(work(*item), block)
+            except MbcdError as error:
+                answer = error
+            connection.send(answer)
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed ends; the fork server and the blocks of shared memory go with the last one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+@dataclass(slots=True)
+class _Task:
+    """A clip on its way: where it stands among all, the block lent for its result, how often it took a worker down."""
+
+    number: int
+    item: Item
+    block: str | None = None
+    failures: int = 0
+
+    @property
+    def patience(self) -> float:
+        _, clip, _, job = self.item
+        return patience(clip, job.name)
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A process and the pipe that only it and this process hold, so that its end, however sudden, ends the pipe.
+
+    Attributes:
+        tasks: handed to it and not answered; it is at the first.
+        since: when it began with that one; infinite before it said that it is there.
+    """
+
+    process: BaseProcess
+    connection: Connection
+    tasks: deque[_Task] = field(default_factory=deque)
+    since: float = math.inf
+
+    @property
+    def deadline(self) -> float:
+        return self.since + self.tasks[0].patience if self.tasks else math.inf
+
+    def end(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.join()
 
 
 class Decoder:
     """Decodes clips in order with bounded look-ahead.
+
+    A clip that its worker did not survive, or does not answer for, is tried once more in a new one; no other clip is
+    touched.
 
     Args:
         workers: processes; 0 decodes in this process.
@@ -115,30 +169,18 @@ class Decoder:
     def __init__(self, *, workers: int, job: DecodeJob | None = None) -> None:
         self.workers = workers
         self.job = job
-        self._pool: ProcessPoolExecutor | None = None
         self._blocks = Blocks()
+        self._team: list[_Worker] = []
+        self._lost_starts = 0
+        # forkserver: no fork of a process that already runs torch's threads, and the imports are paid once.
+        self._context = multiprocessing.get_context("forkserver")
 
     def __enter__(self) -> Decoder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self._dismiss()
         self._blocks.close()
-
-    def _start(self, workers: int) -> ProcessPoolExecutor:
-        # forkserver: no fork of a process that already runs torch's threads, and the imports are paid once.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([f"{__package__}.{name}" for name in ("arrays", "flow", "sound", "decoding")])
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
-        pool.submit(int).result()  # what a worker takes to start is no file's fault
-        return pool
-
-    def _stop(self) -> None:
-        if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):
-                process.terminate()  # a hanging decoder would otherwise keep the command from ending
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
 
     def run(self, items: Sequence[tuple[int, Clip, list[int]]]) -> Iterator[Decoded]:
         """(index, clip, views) -> `Decoded`, in the order given."""
@@ -148,54 +190,107 @@ class Decoder:
         """(index, clip, views, job) -> `Decoded`, in the order given; at most `ahead` results wait to be taken.
 
         The workers are handed at least two clips each, whatever `ahead` says, so that none is ever idle.
+
+        Raises:
+            RunError: no worker can be started.
         """
         if not self.workers:
             for item in items:
                 yield decode(*item)
             return
-        todo = deque(items)
-        flight: deque[tuple[Item, Future[Any], str | None]] = deque()
+        todo = deque(_Task(number, item) for number, item in enumerate(items))
+        done: dict[int, Decoded] = {}
         depth = max(2 * self.workers + 2, ahead)
         try:
-            while todo or flight:
-                self._pool = self._pool or self._start(self.workers)
-                try:
-                    while todo and len(flight) < depth:
-                        block = self._blocks.lend()
-                        flight.append((todo[0], self._pool.submit(decode_shared, block, decode, *todo[0]), block))
-                        todo.popleft()
-                    _, clip, _, job = flight[0][0]
-                    result = flight[0][1].result(timeout=patience(clip, job.name))
-                except (BrokenProcessPool, FutureTimeout):
-                    # One of the clips in flight killed or hung its worker: find it by decoding them one at a time.
-                    suspects = [item for item, _, _ in flight]
-                    self._abandon(flight)
-                    for item in suspects:
-                        yield self._alone(item)
-                    continue
-                yield self._blocks.receive(result, flight.popleft()[2])
+            for number in range(len(items)):
+                while True:
+                    self._hand_out(todo, number + depth)
+                    self._hear(todo, done, waiting=number not in done)
+                    if number in done:
+                        break
+                yield done.pop(number)
         finally:
-            if flight:  # left before the end
-                self._abandon(flight)
+            if any(worker.tasks for worker in self._team):  # left before the end
+                self._dismiss()
 
-    def _abandon(self, flight: deque[tuple[Item, Future[Any], str | None]]) -> None:
-        """Stop the workers; their blocks are free."""
-        self._stop()
-        for _, _, block in flight:
-            if block is not None:
-                self._blocks.give_back(block)
-        flight.clear()
+    def _hand_out(self, todo: deque[_Task], end: int) -> None:
+        """Give the workers what comes before the clip numbered `end`, the least busy first."""
+        while todo and todo[0].number < end:
+            if len(self._team) < self.workers:
+                self._team.append(self._start())
+            worker = min(self._team, key=lambda one: len(one.tasks))
+            if len(worker.tasks) >= _HANDED:
+                return
+            task = todo.popleft()
+            task.block = self._blocks.lend()
+            if not worker.tasks and worker.since < math.inf:
+                worker.since = time.monotonic()
+            worker.tasks.append(task)
+            with contextlib.suppress(OSError):  # it has just ended, which is heard next
+                worker.connection.send((task.block, decode, task.item))
 
-    def _alone(self, item: Item) -> Decoded:
-        index, clip, views, job = item
-        self._pool = self._start(1)
-        limit = patience(clip, job.name)
+    def _start(self) -> _Worker:
+        self._context.set_forkserver_preload(
+            [f"{__package__}.{name}" for name in ("arrays", "flow", "sound", "decoding")]
+        )
+        ours, its = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(its,), daemon=True)
         try:
-            return self._pool.submit(decode, index, clip, views, job).result(timeout=limit)
-        except BrokenProcessPool:
-            cause = "the decoder crashed on this file"
-        except FutureTimeout:
-            cause = f"the decoder did not finish within {limit:.0f} s"
-        finally:
-            self._stop()
-        return Decoded(index, views, [], rejection(clip, job.name, cause))
+            process.start()
+        except (OSError, EOFError):  # the fork server has just been killed; the next start brings a new one
+            process.start()
+        its.close()
+        return _Worker(process, ours)
+
+    def _hear(self, todo: deque[_Task], done: dict[int, Decoded], *, waiting: bool) -> None:
+        """Take what the workers have answered; where `waiting`, not before one has, or is given up."""
+        now = time.monotonic()
+        pause = min((worker.deadline for worker in self._team), default=now) - now if waiting else 0.0
+        ready = wait([worker.connection for worker in self._team], None if pause == math.inf else max(pause, 0.0))
+        for worker in list(self._team):
+            if worker.connection in ready:
+                try:
+                    answer = worker.connection.recv()
+                except (EOFError, OSError):
+                    self._lose(worker, todo, done, "the decoder crashed on this file")
+                    continue
+                if worker.since < math.inf:
+                    self._take(worker.tasks.popleft(), answer, done)
+                worker.since, self._lost_starts = time.monotonic(), 0
+            elif worker.deadline <= time.monotonic():
+                limit = worker.tasks[0].patience
+                self._lose(worker, todo, done, f"the decoder did not finish within {limit:.0f} s")
+
+    def _take(self, task: _Task, answer: object, done: dict[int, Decoded]) -> None:
+        if isinstance(answer, MbcdError):
+            raise answer
+        done[task.number] = self._blocks.receive(answer, task.block)
+
+    def _lose(self, worker: _Worker, todo: deque[_Task], done: dict[int, Decoded], cause: str) -> None:
+        """A worker has ended, or must: what it was at is tried once more or rejected, the rest is still to do."""
+        begun = worker.since < math.inf
+        self._dismiss(worker)
+        if begun and worker.tasks:
+            task = worker.tasks[0]
+            task.failures += 1
+            if task.failures > 1:
+                index, clip, views, job = task.item
+                done[task.number] = Decoded(index, views, [], rejection(clip, job.name, cause))
+                worker.tasks.popleft()
+        elif not begun:
+            self._lost_starts += 1
+            if self._lost_starts >= _STARTS:
+                raise RunError(
+                    f"{_STARTS} decoding workers ended before they began.",
+                    "Is there memory for them? --workers 0 decodes in the command's own process.",
+                )
+        todo.extendleft(reversed(worker.tasks))
+
+    def _dismiss(self, *workers: _Worker) -> None:
+        """End some workers, or all; the blocks of what they had are free."""
+        for worker in workers or tuple(self._team):
+            worker.end()
+            self._team.remove(worker)
+            for task in worker.tasks:
+                if task.block is not None:
+                    self._blocks.give_back(task.block)

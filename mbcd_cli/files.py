@@ -14,11 +14,13 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mbcd_cli.checksums import PLACE, USER_BLOCK, seal, verified
 from mbcd_cli.errors import FileError
 
 if TYPE_CHECKING:
     import h5py
 
+_LAST = "\uffff"  # sorts after every name
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = {
     errno.EROFS: "the file system can only be read",
@@ -55,7 +57,8 @@ def written(path: Path, **where: str) -> Iterator[Path]:
     """Where to write a file that appears under its name only when it is complete and on disk.
 
     Until then `path` is what it was before; when the block raises nothing is left behind. Folders are made. What a
-    kill leaves lies beside it as `.NAME.PID.partial` (see `remove_partial`).
+    kill leaves lies beside it as `.NAME.PID.partial` (see `remove_partial`). A file with a place for its checksum gets
+    it (`checksums.seal`).
 
     Args:
         where: `place` and `then` of `unwritable`.
@@ -67,6 +70,7 @@ def written(path: Path, **where: str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
+        seal(aside, path.name)
         sync(aside)
         aside.replace(path)
         sync(path.parent)
@@ -100,9 +104,22 @@ def write_text(path: Path, text: str, **where: str) -> Path:
     return path
 
 
-def write_json(path: Path, value: Any, **where: str) -> Path:
-    """`written`, for one JSON value, indented and with sorted keys; returns `path`."""
-    return write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", **where)
+def write_json(path: Path, value: Mapping[str, Any], **where: str) -> Path:
+    """`written`, for one JSON object, indented and with sorted keys, its checksum last; returns `path`."""
+    text = json.dumps({**value, _LAST: PLACE}, indent=2, sort_keys=True, allow_nan=False)
+    return write_text(path, text.replace(json.dumps(_LAST), '"checksum"') + "\n", **where)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that `write_json` wrote.
+
+    Raises:
+        OSError: it is missing. ValueError: damaged, or no JSON object.
+    """
+    verified(path)
+    value = json.loads(path.read_text(encoding="utf-8"))
+    del value["checksum"]
+    return value
 
 
 def sync(path: Path) -> None:
@@ -210,7 +227,7 @@ def open_hdf5(path: Path, mode: str = "r", **options: Any) -> h5py.File:
 @contextmanager
 def written_hdf5(path: Path, *, libver: str | None = None, **where: str) -> Iterator[h5py.File]:
     """`written`, for an HDF5 file that is open inside the block."""
-    with written(path, **where) as aside, open_hdf5(aside, "w", libver=libver) as file:
+    with written(path, **where) as aside, open_hdf5(aside, "w", libver=libver, userblock_size=USER_BLOCK) as file:
         yield file
 
 

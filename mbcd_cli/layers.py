@@ -18,6 +18,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from mbcd_cli.checksums import PLACE
 from mbcd_cli.data.modalities import AnyKind, infer_kind
 from mbcd_cli.data.modalities.frames import FrameSampling
 from mbcd_cli.data.readers import reader_settings
@@ -402,9 +403,13 @@ def _switches(group: BaseModel) -> dict[str, str | bool]:
     return found
 
 
-def to_toml(settings: Settings) -> str:
-    """The whole tree as TOML; unset (None) fields are left out and come back as their defaults."""
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+def to_toml(settings: Settings, *, sealed: bool = False) -> str:
+    """The whole tree as TOML; unset (None) fields are left out and come back as their defaults.
+
+    Args:
+        sealed: for a file that carries its checksum, in a last comment.
+    """
+    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)) + (f"\n# {PLACE}\n" if sealed else "")
 
 
 def load_settings(path: Path) -> Settings:

@@ -391,6 +391,8 @@ class RuntimeSettings(Slice):
     """Where the selected clips' cache lies in training: mapped from disk, or on the GPU (auto: when it fits)."""
     prefetch: Annotated[int, Field(ge=0)] = 2
     """Batches that a background thread reads ahead; 0 reads each when it is needed."""
+    verify: Literal["first", "always", "off"] = "first"
+    """When a cached row is compared with its checksum: when a process first reads it, at every reading, or never."""
 
 
 AnyMethodSettings = TypeVar("AnyMethodSettings", bound=MethodSettings)

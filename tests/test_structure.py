@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mbcd_cli"
 # From the bottom; a room imports what stands on lower lines, and itself. Rooms of one line do not know each other.
 FLOORS = (
-    "__init__ errors say allocator randomness",
+    "__init__ errors say allocator randomness checksums",
     "files processes settings plugins",
-    "runtime plotting data",
+    "runtime plotting data integrity",
     "encoders",
     "model",
     "methods",
@@ -72,7 +72,7 @@ def test_help_is_quick():
         "for words in (['--version'], ['--help'], *([name, '--help'] for name in sys.argv[1:])):\n"
         f"    assert CliRunner().invoke(app, words).exit_code == 0, words\n    assert not {heavy}, (words, {heavy})"
     )
-    names = ["prepare", "train", "evaluate", "landscape", "sweep", "demo", "list"]
+    names = ["prepare", "train", "evaluate", "landscape", "sweep", "demo", "verify", "repair", "list"]
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -6,9 +6,9 @@
   [R, ...] (one per path of the encoder), `clip` [R] (row of the clip table) and `view` [R] (training view from 0, or
   -1 for the test view); `rejected/` (clip, modality, file, cause, remedy) and `mended/` (clip, note). Uncompressed
   parts are contiguous, so that a reader can map them; compressed ones are chunked by row. int8 parts have
-  `part0_scale`, ... [R, C] beside them (`data.quantise`).
-- `index.h5`: the clip table, the row table, the rejected clips and the provenance; written last, so that its presence
-  means the cache is complete.
+  `part0_scale`, ... [R, C] beside them (`data.quantise`). `part0_sum`, ... [R] are the checksums of a part's rows.
+- `index.h5`: the clip table, the row table, the rejected clips, the provenance and the checksums of all other files;
+  written last, so that its presence means the cache is complete.
 - `tail.pt`: initial weights of the tail, where the trunk is not empty; `trunk.pt`: the trunk's, where no training view
   is stored (`cache.views = 0`), so that `train` runs it; the index then holds where the media lie.
 
@@ -30,7 +30,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mbcd_cli import __version__
+from mbcd_cli import __version__, checksums
 from mbcd_cli.data.media.condition import condition, files_of, holding
 from mbcd_cli.data.media.timeline import DECODER
 from mbcd_cli.data.modalities.base import Modality
@@ -41,7 +41,7 @@ from mbcd_cli.files import open_hdf5, remove_partial, written_hdf5
 from mbcd_cli.processes import ALONE, Place
 from mbcd_cli.settings import Settings, fields_for
 
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 512 * 2**20
 """A shard holds at most about this much, so that memory stays bounded while one is being filled."""
 _TEXT = h5py.string_dtype("utf-8")
@@ -177,6 +177,11 @@ def _conditions(
     return {clip.id: condition(clip.media[name]) for clip in clips if clip.id in doubtful}
 
 
+def root_checksum(recipe: Mapping[str, Any], clips: Sequence[Clip], files: Mapping[str, str]) -> str:
+    """One checksum over a cache: its recipe, its clips and every stored byte; when it was prepared plays no part."""
+    return checksums.of_text(json.dumps([recipe, listing_digest(clips), files], sort_keys=True))
+
+
 GROUPS = ("train", "test")
 
 
@@ -193,6 +198,18 @@ class Rows:
     clips: np.ndarray
     views: np.ndarray
     scales: list[np.ndarray | None]
+
+    def sums(self, part: int) -> np.ndarray:
+        """Checksum of every row of a part, with its scales, [R] uint64."""
+        rows, scales = self.parts[part], self.scales[part]
+        whose = zip(self.clips, self.views, strict=True)
+        return np.array(
+            [
+                checksums.of_row(rows[at], *([] if scales is None else [scales[at]]), clip=int(clip), view=int(view))
+                for at, (clip, view) in enumerate(whose)
+            ],
+            np.uint64,
+        )
 
 
 @dataclass(slots=True)
@@ -295,6 +312,7 @@ class CacheWriter:
                     group.create_dataset(
                         f"part{index}", data=part, chunks=chunks, compression=self.compression if chunks else None
                     )
+                    group.create_dataset(f"part{index}_sum", data=rows.sums(index))
                 group.create_dataset("clip", data=rows.clips.astype(np.int32))
                 group.create_dataset("view", data=rows.views.astype(np.int16))
             file.attrs["errors"] = np.asarray(shard.errors, np.float64)
@@ -304,11 +322,12 @@ class CacheWriter:
             _write_rejected(file, shard.rejected)
             _write_mended(file, shard.mended)
 
-    def finish(self, unlisted: Sequence[Rejected] = (), *, lost: str = "") -> Finished:
+    def finish(self, unlisted: Sequence[Rejected] = (), *, settings: str = "", lost: str = "") -> Finished:
         """Write the index over all shards; return what they report.
 
         Args:
             unlisted: clips that the reader already rejected; recorded beside the others.
+            settings: those it was prepared with, as TOML.
             lost: what float16 takes from the rows that this process wrote; what an earlier one found is kept.
 
         Raises:
@@ -316,12 +335,15 @@ class CacheWriter:
             FileError: full disk or missing rights.
         """
         columns: dict[str, list[np.ndarray]] = {"clip": [], "view": [], "shard": [], "row": []}
+        files = {file.name: checksums.checksum(file) for file in sorted(self.folder.glob("*.pt"))}
         rejected: list[Rejected] = []
         mended: list[tuple[str, str]] = []
         errors = np.zeros(2)
         for number in range(len(self.shards)):
+            path = self.shard_path(number)
             try:
-                with open_hdf5(self.shard_path(number)) as file:
+                files[path.name] = checksums.checksum(path)
+                with open_hdf5(path) as file:
                     for name in GROUPS:
                         count = len(file[f"{name}/clip"])
                         columns["clip"].append(file[f"{name}/clip"][()])
@@ -332,10 +354,8 @@ class CacheWriter:
                     mended.extend(read_mended(file))
                     if "errors" in file.attrs:
                         errors += np.asarray(file.attrs["errors"]).reshape(-1, 2).sum(axis=0)
-            except (OSError, KeyError) as error:
-                raise CacheError(
-                    f"Shard {self.shard_path(number)} cannot be read: {error}.", "Delete it and prepare again."
-                ) from error
+            except (OSError, KeyError, ValueError) as error:
+                raise CacheError(f"Shard {path} cannot be read: {error}.", "Delete it and prepare again.") from error
         lost = lost or self._lost_before()
         with written_hdf5(self.folder / "index.h5", libver="latest", place="--cache-dir") as file:
             file.attrs["format"] = FORMAT
@@ -345,10 +365,13 @@ class CacheWriter:
             file.attrs["prepared_at"] = datetime.now(UTC).isoformat()
             file.attrs["mbcd_version"] = __version__
             file.attrs["float16_loss"] = lost
+            file.attrs["root_checksum"] = root_checksum(self.recipe, self.clips, files)
             for key, value in self.provenance.items():
                 file.attrs[key] = str(value)
             if self.online is not None:
                 file.create_dataset("online", data=json.dumps(self.online), dtype=_TEXT)
+            file.create_dataset("settings", data=settings, dtype=_TEXT)
+            file.create_dataset("files", data=json.dumps(files), dtype=_TEXT)
             _write_strings(file, "domains", self.domains)
             _write_strings(file, "label_names", self.label_names)
             table = file.create_group("clips")

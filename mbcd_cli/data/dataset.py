@@ -15,7 +15,7 @@ import torch
 
 from mbcd_cli.data.cache import recipe_of
 from mbcd_cli.data.modalities.base import Modality
-from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError, load_weights
+from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError
 from mbcd_cli.data.online import OnlineViews
 from mbcd_cli.data.protocol import Read
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
@@ -85,7 +85,7 @@ class CachedDataset:
 
     def _weights(self, file: str) -> dict[str, dict[str, torch.Tensor]]:
         caches = {name: cache for name, cache in self.caches.items() if cache.recipe.get("weights") is not None}
-        return {name: load_weights(cache.folder / file) for name, cache in caches.items()}
+        return {name: cache.weights(file) for name, cache in caches.items()}
 
     def has_test_views(self, clips: np.ndarray) -> bool:
         """Whether the test view of all these clips is stored, in every modality."""
@@ -222,7 +222,7 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
     foreign: dict[str, OtherVersionError] = {}
     for index in sorted(folder.glob("*/index.h5")):
         try:
-            cache = ModalityCache(index.parent)
+            cache = ModalityCache(index.parent, verify=settings.runtime.verify)
         except OtherVersionError as error:  # in nobody's way as long as there is a newer one
             foreign[index.parent.name.rsplit("-", 1)[0]] = error
             continue

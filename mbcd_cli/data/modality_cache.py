@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from mbcd_cli.data.cache import FORMAT, group_of, read_rejected
+from mbcd_cli import checksums
+from mbcd_cli.data.cache import FORMAT, group_of, read_rejected, shard_path
 from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.quantise import restore
@@ -22,6 +24,7 @@ from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import open_hdf5
 
+Verify = Literal["first", "always", "off"]
 _MODALITY = TypeAdapter(AnyKind)
 
 
@@ -36,21 +39,6 @@ class ClipTable:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict that `prepare` stored.
-
-    Raises:
-        CacheError: missing or damaged.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged pickles raise whatever their bytes lead to
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CacheError(
-            f"{path} cannot be read: {reason}.", "Delete that cache folder and run `mbcd prepare` again."
-        ) from error
 
 
 class OtherVersionError(CacheError):
@@ -69,10 +57,12 @@ class OtherVersionError(CacheError):
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One part of a shard's group: rows [R, ...], mapped or still in the file, and the scales [R, C] of int8 rows."""
+    """One part of a shard's group: rows [R, ...], mapped or still in the file, their checksums [R] uint64, and the
+    scales [R, C] of int8 rows."""
 
     rows: np.ndarray | h5py.Dataset
     scales: np.ndarray | None
+    sums: np.ndarray
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,10 +83,15 @@ class ModalityCache:
         modality: the resolved settings it was prepared with.
         views: V, training views stored per training clip.
         online: where V is 0, what decodes training views (`data.online.describe_media`); else None.
+        files: name -> checksum of every other file of the cache. root_checksum: over all that it holds.
+
+    Args:
+        verify: compare a row with its checksum when it is read for the first time in this process, always, or never.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, verify: Verify = "first") -> None:
         self.folder = folder
+        self._verify = verify
         self.fingerprint = folder.name.rsplit("-", 1)[-1]
         version = "unknown"
         try:
@@ -104,10 +99,13 @@ class ModalityCache:
                 version = str(file.attrs.get("mbcd_version", "unknown"))
                 if file.attrs["format"] != FORMAT:
                     raise OtherVersionError(folder, version, f"format {file.attrs['format']} instead of {FORMAT}")
+                checksums.verified(folder / "index.h5")
                 self.recipe = json.loads(file.attrs["recipe"])
                 self.modality: Modality = _MODALITY.validate_json(file.attrs["modality_settings"])
                 self.prepared_at = str(file.attrs["prepared_at"])
                 self.listing = str(file.attrs["listing"])
+                self.files: dict[str, str] = json.loads(file["files"].asstr()[()])
+                self.root_checksum = str(file.attrs["root_checksum"])
                 self.provenance = {
                     key: str(value)
                     for key, value in file.attrs.items()
@@ -132,12 +130,13 @@ class ModalityCache:
             raise OtherVersionError(folder, version, lacks.strip("'\"")) from error
         except (OSError, ValueError) as error:
             raise CacheError(
-                f"Cache {folder} cannot be read: {error}.", "Delete that folder and run `mbcd prepare` again."
+                f"Cache {folder} cannot be read: {error}.", f"`mbcd repair {folder}` makes it whole again."
             ) from error
         views = int(view.max(initial=TEST_VIEW)) + 1
         # _where[clip, view + 1] is the row of that view, -1 where it is not stored.
         self._where = np.full((len(self.clips), views + 1), -1, np.int64)
         self._where[clip, view + 1] = np.arange(len(clip))
+        self._seen = np.zeros(len(clip), bool)
         self.views = views
         self._maps: dict[tuple[int, str], list[_Part]] = {}
 
@@ -146,6 +145,23 @@ class ModalityCache:
         if view >= self.views:
             return np.zeros(len(self.clips), bool)
         return self._where[:, view + 1] >= 0
+
+    def _damaged(self, path: Path, why: object) -> CacheError:
+        return CacheError(f"{path} is damaged: {why}.", f"`mbcd repair {self.folder}` computes it anew from the media.")
+
+    def weights(self, name: str) -> dict[str, torch.Tensor]:
+        """The state dict in the file `name` (tail.pt, trunk.pt).
+
+        Raises:
+            CacheError: missing or damaged.
+        """
+        path = self.folder / name
+        try:
+            if checksums.verified(path) != self.files.get(name):
+                raise checksums.DamagedError("it is another one than the cache was finished with")
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged pickles raise whatever their bytes lead to
+            raise self._damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
 
     @property
     def nbytes(self) -> int:
@@ -163,31 +179,32 @@ class ModalityCache:
     def _shard_parts(self, number: int, group: str) -> list[_Part]:
         """Parts of one shard's group: memory maps where stored contiguously, else open datasets read row by row."""
         if (number, group) not in self._maps:
-            path = self.folder / f"shard-{number:05d}.h5"
+            path = shard_path(self.folder, number)
             try:
+                if checksums.checksum(path) != self.files[path.name]:
+                    raise checksums.DamagedError("it is another one than the cache was finished with")
                 file = open_hdf5(path)
                 parts: list[_Part] = []
                 for index in range(int(file[group].attrs["parts"])):
                     data = file[f"{group}/part{index}"]
                     key = f"{group}/part{index}_scale"
                     scales = file[key][()] if key in file else None
+                    sums = file[f"{group}/part{index}_sum"][()]
                     offset = data.id.get_offset()
                     if offset is None or data.chunks is not None:
-                        parts.append(_Part(data, scales))  # compressed, or empty
+                        parts.append(_Part(data, scales, sums))  # compressed, or empty
                         continue
                     if path.stat().st_size < offset + data.size * data.dtype.itemsize:
-                        raise CacheError(f"Shard {path} is truncated.", "Delete it and run `mbcd prepare` again.")
+                        raise checksums.DamagedError("it is truncated")
                     # A plain view of the map: numpy.memmap itself makes an object of its own for every row taken.
                     mapped = np.asarray(np.memmap(path, data.dtype, "r", offset, data.shape))
-                    parts.append(_Part(mapped, scales))
+                    parts.append(_Part(mapped, scales, sums))
                 if all(isinstance(part.rows, np.ndarray) for part in parts):
                     file.close()
             except KeyError as error:
                 raise OtherVersionError(path, self.provenance.get("mbcd_version", "unknown"), str(error)) from error
-            except OSError as error:
-                raise CacheError(
-                    f"Shard {path} cannot be read: {error}.", "Delete it and run `mbcd prepare` again."
-                ) from error
+            except (OSError, ValueError) as error:
+                raise self._damaged(path, error) from error
             self._maps[number, group] = parts
         return self._maps[number, group]
 
@@ -195,7 +212,7 @@ class ModalityCache:
         """The parts of `clips` [B] in `views` [B] (-1 = test view), each a new tensor [B, ...]; int8 comes as float32.
 
         Raises:
-            CacheError: a view is not stored.
+            CacheError: a view is not stored, or what is stored is damaged.
         """
         rows = self._where[clips, views + 1]
         if (rows < 0).any():
@@ -210,9 +227,19 @@ class ModalityCache:
             source = self._shard_parts(int(self._shard[row]), group)
             out = out or [np.empty((len(rows), *part.shape), part.dtype) for part in source]
             at = int(self._row[row])
+            unknown = self._verify != "off" and not (self._seen[row] and self._verify == "first")
             for part, target in zip(source, out, strict=True):
+                stored = part.rows[at]
                 if part.scales is None:
-                    target[position] = part.rows[at]
+                    target[position] = stored
+                    held = (target[position],)
                 else:
-                    restore(part.rows[at], part.scales[at], out=target[position])
+                    restore(stored, part.scales[at], out=target[position])
+                    held = (stored, part.scales[at])
+                clip, view = int(clips[position]), int(views[position])
+                if unknown and checksums.of_row(*held, clip=clip, view=view) != part.sums[at]:
+                    path = shard_path(self.folder, int(self._shard[row]))
+                    why = f"the stored view of clip {self.clips.ids[clip]} is not what was written"
+                    raise self._damaged(path, why)
+            self._seen[row] = True
         return tuple(torch.from_numpy(array) for array in out)

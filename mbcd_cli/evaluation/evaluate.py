@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mbcd_cli.checksums import of_file
 from mbcd_cli.data.cache import listing_digest
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.readers import reader_settings
@@ -85,11 +86,13 @@ def evaluate(
     analyse(analysis, ood=ood)
     figures |= analysis.figures
     figures["provenance"] = provenance(dataset, checkpoints, device)
-    files = {"results": write_json(output / "results.json", figures), **analysis.files}
+    files = dict(analysis.files)
     if settings.evaluation.report:
         path = output / "report.html"
         text = to_toml(settings)
         files["report"] = write_report(path, figures, files=analysis.files, settings=text, run=run)
+    sums = {p.relative_to(output).as_posix(): of_file(p) for p in files.values() if p.is_relative_to(output)}
+    files["results"] = write_json(output / "results.json", {**figures, "files": sums})
     return {**figures, "files": {name: str(path) for name, path in files.items()}}
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mbcd_cli import checksums
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.files import write_json
 from mbcd_cli.landscape import analyses, drawing
 from mbcd_cli.landscape.analyses import Study
 from mbcd_cli.landscape.bench import Bench
@@ -28,6 +31,8 @@ ANALYSES: dict[str, Callable[[Study, tuple[float, float]], dict[str, Any]]] = {
     "worst_case": analyses.run_worst_case,
     "curvature": run_curvature,
 }
+SUMMARY = "landscape.json"
+"""File of the figures, and of the checksums of everything measured and drawn."""
 CONNECTIONS = ("path", "plane", "trajectory")
 
 
@@ -49,7 +54,7 @@ def landscape(
         settings: the run's, with the landscape slice to use now.
         dataset: prepared, matching `settings`.
         checkpoints: (label, checkpoint) pairs; labels are distinct.
-        output: folder of the HDF5 files and plots.
+        output: folder of the HDF5 files, plots and `landscape.json`.
         towards: one or two more checkpoints: paths from the first of `checkpoints` to each, and the plane
             through all.
         epochs: (epoch, checkpoint) pairs of the first checkpoint's training: its trajectory in the plane of
@@ -71,8 +76,14 @@ def landscape(
     # Processes exchange nothing but barriers, so gloo serves those with GPUs too; all wait while rank 0 computes alone.
     with joined(torch.device("cpu"), say=say, patience=86400.0) as group:
         bench = Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite, group, say)
+        if group.main:
+            (output / SUMMARY).unlink(missing_ok=True)  # it would speak of what is measured anew
         result, files = _measure(bench, checkpoints, towards, epochs)
         drawn = _draw(files, output) if group.main else {}
+        if group.main:
+            sums = checksums.of_files(output, but=(SUMMARY,))
+            finite = json.loads(json.dumps(result), parse_constant=lambda name: None)
+            drawn["summary"] = str(write_json(output / SUMMARY, {**finite, "files": sums}))
     return {**result, "files": drawn, "rank": group.rank}
 
 

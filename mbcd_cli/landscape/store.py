@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mbcd_cli import checksums
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.files import flatten, lock, open_hdf5, remove, remove_partial, written_hdf5
 
@@ -117,6 +118,7 @@ def _damaged(path: Path, why: object) -> StoreError:
 
 def _load(path: Path) -> Grid:
     try:
+        checksums.verified(path)
         with open_hdf5(path) as file:
             if file.attrs.get("format") != FORMAT:
                 raise _damaged(path, f"its format is {file.attrs.get('format')!r}, not {FORMAT!r}")
@@ -338,6 +340,7 @@ def load_arrays(
         StoreError: damaged, or of another identity.
     """
     try:
+        checksums.verified(path)
         with open_hdf5(path) as file:
             if file.attrs.get("format") != ARRAYS_FORMAT:
                 raise _damaged(path, f"its format is {file.attrs.get('format')!r}, not {ARRAYS_FORMAT!r}")

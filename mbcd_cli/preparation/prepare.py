@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from mbcd_cli.data import ranks
-from mbcd_cli.data.cache import (
-    CacheWriter,
-)
+from mbcd_cli.data.cache import CacheWriter, Finished
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.online import describe_media
@@ -22,10 +20,15 @@ from mbcd_cli.data.ranks import free_bytes, locked
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders.pretrained import checked_weights
+from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, CheckpointError
-from mbcd_cli.preparation.cache_plan import make_plan, read_listing
+from mbcd_cli.files import write_text
+from mbcd_cli.integrity import PREPARED_WITH
+from mbcd_cli.layers import to_toml
+from mbcd_cli.preparation.cache_plan import Plan, make_plan, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.trunk import (
+    Frozen,
     build_trunk,
     needs_weights,
     row_bytes,
@@ -157,43 +160,15 @@ def _prepare_modality(
     frozen = build_trunk(settings, name, modality, say=say)
     trunk, sha = frozen.trunk, frozen.sha256
     plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
-    root, clips, views, folder = settings.dataset.root or Path(), listing.clips, plan.views, plan.folder
-    online = describe_media(settings, clips, name) if settings.cache.views == 0 else None
+    clips, views, folder = listing.clips, plan.views, plan.folder
     with locked(folder, place):
-        writer = CacheWriter(
-            folder,
-            recipe=plan.recipe,
-            # Runs keep this digest with their settings, so that new data never meets another trunk.
-            modality=modality if sha is None else modality.model_copy(update={"weights_sha256": sha}),
-            clips=clips,
-            shards=plan.shards,
-            domains=listing.domains,
-            label_names=listing.label_names,
-            provenance={
-                "dataset": listing.name,
-                "reader": settings.dataset.reader.name,
-                "root": str(root.resolve()),  # evaluation looks there for sound, from wherever it is started
-                "encoder": modality.encoder if trunk.names else "none (decoded tensors)",
-                "weights_sha256": sha or "none",
-                "torch_version": str(torch.__version__),
-            },
-            compression=settings.cache.compression,
-            place=place,
-            online=online,
-        )
+        writer = writer_of(settings, listing, name, modality, frozen, plan, folder=folder)
         missing = writer.pending()
         pending = [number for number in missing if place.owns(number)]
         if place.main:
             _check_disk(folder, sum(plan.sizes[i] for n in missing for i in plan.shards[n]))
-        job = DecodeJob(name, modality, settings.dataset, settings.cache.seed)
-        trunk.to(device)
-        total = sum(len(plan.shards[n]) for n in pending)
-        with (
-            Decoder(workers=settings.cache.workers, job=job) as decoder,
-            say.progress(name if place.world == 1 else f"{name} (rank {place.rank})", total) as ticker,
-        ):
-            filler = Filler(writer, decoder, clips, views, trunk, plan.shapes, device)
-            filler.run(pending, ticker)
+        label = name if place.world == 1 else f"{name} (rank {place.rank})"
+        lost = fill(writer, settings, plan, trunk.to(device), pending, device=device, label=label, say=say)
         if not place.main:
             return {}
         wait_for(
@@ -205,8 +180,7 @@ def _prepare_modality(
         )
         for file, weights in frozen.weights.items():
             save_weights(folder / file, weights)
-        lost = "; ".join(filter(None, map(str, filler.roundings.values())))
-        finished = writer.finish(listing.rejected, lost=lost)
+        finished = finish(writer, settings, listing.rejected, lost=lost)
         if len(finished.rejected) == len(clips):  # nothing that anybody could use, and in the way of a right one
             shutil.rmtree(folder)
     found, mended = finished.rejected, finished.mended
@@ -238,6 +212,79 @@ def _prepare_modality(
         "shards_reused": len(writer.shards) - len(missing),
         "seconds": round(seconds, 3),
     }
+
+
+def writer_of(
+    settings: Settings, listing: Listing, name: str, modality: Modality, frozen: Frozen, plan: Plan, *, folder: Path
+) -> CacheWriter:
+    """What writes the cache of one modality into `folder`."""
+    sha = frozen.sha256
+    return CacheWriter(
+        folder,
+        recipe=plan.recipe,
+        # Runs keep this digest with their settings, so that new data never meets another trunk.
+        modality=modality if sha is None else modality.model_copy(update={"weights_sha256": sha}),
+        clips=listing.clips,
+        shards=plan.shards,
+        domains=listing.domains,
+        label_names=listing.label_names,
+        provenance={
+            "dataset": listing.name,
+            "reader": settings.dataset.reader.name,
+            # Evaluation looks there for sound, from wherever it is started.
+            "root": str((settings.dataset.root or Path()).resolve()),
+            "encoder": modality.encoder if frozen.trunk.names else "none (decoded tensors)",
+            "weights_sha256": sha or "none",
+            "torch_version": str(torch.__version__),
+        },
+        compression=settings.cache.compression,
+        place=this_process(),
+        online=describe_media(settings, listing.clips, name) if settings.cache.views == 0 else None,
+    )
+
+
+def fill(
+    writer: CacheWriter,
+    settings: Settings,
+    plan: Plan,
+    trunk: Trunk,
+    shards: Sequence[int],
+    *,
+    device: torch.device,
+    label: str,
+    say: Say,
+) -> str:
+    """Decode, compute and write some shards of a cache; what float16 took from their rows, in words.
+
+    Args:
+        trunk: on `device`.
+        label: of the progress.
+    """
+    job = DecodeJob(str(writer.recipe["modality"]), writer.modality, settings.dataset, settings.cache.seed)
+    total = sum(len(plan.shards[number]) for number in shards)
+    with Decoder(workers=settings.cache.workers, job=job) as decoder, say.progress(label, total) as ticker:
+        filler = Filler(writer, decoder, writer.clips, plan.views, trunk, plan.shapes, device)
+        filler.run(shards, ticker)
+    return "; ".join(filter(None, map(str, filler.roundings.values())))
+
+
+def finish(writer: CacheWriter, settings: Settings, unlisted: Sequence[Rejected], *, lost: str = "") -> Finished:
+    """The index over all shards, and the settings that they were made with.
+
+    Args:
+        unlisted, lost: as `CacheWriter.finish` takes them.
+    """
+    kept = _anywhere(settings)
+    write_text(writer.folder / PREPARED_WITH, to_toml(kept, sealed=True), place="--cache-dir")
+    return writer.finish(unlisted, settings=to_toml(kept), lost=lost)
+
+
+def _anywhere(settings: Settings) -> Settings:
+    """The settings with absolute folders: a cache can be repaired from wherever that is asked for."""
+    root, cache = settings.dataset.root, settings.cache
+    dataset = settings.dataset.model_copy(update={"root": root and root.expanduser().resolve()})
+    folders = {"dir": cache.dir.resolve(), "weights_dir": cache.weights_dir and cache.weights_dir.resolve()}
+    return settings.model_copy(update={"dataset": dataset, "cache": cache.model_copy(update=folders)})
 
 
 def _check_disk(folder: Path, needed: int) -> None:

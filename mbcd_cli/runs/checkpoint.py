@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from mbcd_cli import checksums
 from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.errors import CheckpointError, SettingsError
@@ -116,6 +117,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         with python_warnings.catch_warnings():  # about a strange file's pickle protocol: the error says enough
             python_warnings.simplefilter("ignore")
+            checksums.verified(path)
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise

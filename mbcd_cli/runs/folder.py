@@ -6,7 +6,6 @@ checkpoints/{last,best}.pt, plots/, done.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,8 +13,19 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from mbcd_cli import checksums
 from mbcd_cli.errors import RunError, SettingsError
-from mbcd_cli.files import append_record, flatten, is_partial, lock, remove_partial, sync, write_json, write_text
+from mbcd_cli.files import (
+    append_record,
+    flatten,
+    is_partial,
+    lock,
+    read_json,
+    remove_partial,
+    sync,
+    write_json,
+    write_text,
+)
 from mbcd_cli.layers import load_settings, to_toml
 from mbcd_cli.settings import Settings, role_of
 
@@ -80,14 +90,15 @@ class RunFolder:
                 os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write `done`, the mark of a complete run."""
-        write_json(self.path / DONE, summary, place="--run", then="go on with --resume")
+        """Write `done`, the mark of a complete run: `summary`, and the checksums of all that the run has written."""
+        whole = {**summary, "files": checksums.of_files(self.path, but=(DONE, _LOCK))}
+        write_json(self.path / DONE, whole, place="--run", then="go on with --resume")
 
     @property
     def summary(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None while the run is not complete."""
         try:
-            return json.loads((self.path / DONE).read_text(encoding="utf-8"))
+            return {key: value for key, value in read_json(self.path / DONE).items() if key != "files"}
         except (OSError, ValueError):
             return None
 
@@ -140,7 +151,7 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
             for entry in path.iterdir():
                 if entry.name not in (_LOCK, SETTINGS):
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            write_text(path / SETTINGS, to_toml(settings), place="--run")
+            write_text(path / SETTINGS, to_toml(settings, sealed=True), place="--run")
     except BaseException:
         held.close()
         raise

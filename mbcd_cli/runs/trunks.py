@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from mbcd_cli.data.modality_cache import load_weights
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import Parts, Trunk
@@ -36,7 +35,7 @@ def attach_trunks(settings: Settings, dataset: Dataset, *, device: torch.device,
         modality = dataset.modalities[name]
         with torch.random.fork_rng(devices=[]):
             trunk, _ = build_encoder(name, modality).cut(modality.cut)
-        trunk.load_state_dict(load_weights(cache.folder / "trunk.pt"))
+        trunk.load_state_dict(cache.weights("trunk.pt"))
         online.trunks[name] = _runner(trunk.to(device), device)
 
 

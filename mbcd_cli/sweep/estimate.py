@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.errors import MbcdError
+from mbcd_cli.files import read_json
 from mbcd_cli.model import build_model
 from mbcd_cli.runs.folder import DONE
 from mbcd_cli.sweep.plan import Cell
@@ -80,7 +80,7 @@ def estimate(cells: Sequence[Cell], *, measure: Callable[[Cell], float | None]) 
 def _seconds(folder: Path) -> float | None:
     """Seconds that a finished training took; None for others and for resumed ones that only tell their last part."""
     try:
-        found = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        found = read_json(folder / DONE)
         return float(found["steps"]) / float(found["steps_per_second"])
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None

@@ -95,7 +95,7 @@ def write_settings(cell: Cell) -> Path:
         FileError: the folder cannot be written to.
     """
     path = beside(cell.folder, "toml")
-    return write_text(path, to_toml(cell.settings), place="--runs-dir")
+    return write_text(path, to_toml(cell.settings, sealed=True), place="--runs-dir")
 
 
 def command(cell: Cell, *, threads: int) -> list[str]:

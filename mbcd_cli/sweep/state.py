@@ -6,13 +6,12 @@ Beside the run folder `X` lie, while needed, `X.toml` (the settings its process 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mbcd_cli.errors import FileError
-from mbcd_cli.files import held, read_records, write_json
+from mbcd_cli.files import held, read_json, read_records, write_json
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.scoring.deployed import deployed_of
 
@@ -56,7 +55,7 @@ def write_failure(folder: Path, error: Exception) -> None:
 def read_failure(folder: Path) -> str:
     """The error that `write_failure` recorded; empty where there is none that can be read."""
     try:
-        return str(json.loads(beside(folder, "failed").read_text(encoding="utf-8"))["error"])
+        return str(read_json(beside(folder, "failed"))["error"])
     except (OSError, ValueError, TypeError, KeyError):
         return ""
 

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import ttest_rel
 
 from mbcd_cli.errors import RunError
-from mbcd_cli.evaluation.report.results import FORMAT, read_json
+from mbcd_cli.evaluation.report.results import FORMAT, read_results
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.paper.published import paper
 
@@ -89,7 +89,7 @@ def load_run(folder: Path) -> Run:
     Raises:
         RunError: it cannot be read, or comes from another version.
     """
-    results = read_json(folder / "results.json")
+    results = read_results(folder / "results.json")
     try:
         if results["format"] != FORMAT:
             raise RunError(

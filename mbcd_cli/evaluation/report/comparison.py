@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mbcd_cli.checksums import of_file
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.compare import Run, compare, distinct, find_runs, load_run, main_tables
@@ -68,5 +69,6 @@ def write_comparison_files(
         "warnings": list(notes),
         "tables": [as_values(table) for table in tables],
     }
-    files["results"] = write_json(output / "comparison.json", found)
+    sums = {path.relative_to(output).as_posix(): of_file(path) for path in files.values()}
+    files["results"] = write_json(output / "comparison.json", {**found, "files": sums})
     return {**found, "files": {name: str(path) for name, path in files.items()}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import mbcd_cli
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.evaluator import Evaluated
+from mbcd_cli.files import read_json
 from mbcd_cli.scoring.clip_sets import TARGET, source_domains
 from mbcd_cli.settings import Settings
 
@@ -94,14 +94,14 @@ def collect(about: Mapping[str, Any], results: Iterable[Evaluated], chosen: tupl
     }
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+def read_results(path: Path) -> dict[str, Any]:
+    """What an evaluation wrote.
 
     Raises:
-        RunError: no such file, or not JSON.
+        RunError: no such file, or a damaged one.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         raise RunError(f"There is no {path}.", "Run `mbcd evaluate --run RUN` first.") from None
     except (OSError, ValueError) as error:

@@ -1,0 +1,88 @@
+"""`mbcd verify`: flags, one library call, what it returned."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mbcd_cli import console
+from mbcd_cli.cli.options import Asked, Shown, command
+from mbcd_cli.errors import FileError
+
+Paths = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders of caches, runs, sweeps, landscapes.")]
+_LINES = 20
+
+
+@command(layered=False, examples=("mbcd verify cache", "mbcd verify runs landscape --json"))
+def verify(asked: Asked, paths: Paths) -> Shown:
+    """Compare every byte of caches, runs, sweeps and landscapes with its checksum.
+
+    Exit code 1 where something is damaged or missing.
+    """
+    from mbcd_cli.integrity import examine
+
+    result = {"paths": {}, "exit_code": 0}
+    for path in paths:
+        total = _bytes_of(path)
+        started = time.monotonic()
+        with console.terminal.progress(f"{path}, MB", total >> 20) as ticker:
+            done = 0
+
+            def seen(size: int, ticker=ticker) -> None:
+                nonlocal done
+                ticker.advance(((done + size) >> 20) - (done >> 20))
+                done += size
+
+            found = examine(path, seen=seen)
+        result["paths"][str(path)] = {
+            "whole": len(found.whole),
+            "bytes": found.nbytes,
+            "seconds": round(time.monotonic() - started, 3),
+            "damaged": {str(file): why for file, why in sorted(found.damaged.items())},
+            "missing": [str(file) for file in found.missing],
+            "unchecked": [str(file) for file in found.unchecked],
+            "unfinished": [str(folder) for folder in found.unfinished],
+            "roots": {str(folder): root for folder, root in sorted(found.roots.items())},
+        }
+        result["exit_code"] |= int(bool(found.faults))
+    return result, partial(show_verified, result)
+
+
+def _bytes_of(path: Path) -> int:
+    if not path.exists():
+        raise FileError(f"There is no {path}.", "Name a folder of caches, runs, sweeps or landscapes.")
+    try:
+        return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}.", "Mend its rights.") from error
+
+
+def show_verified(result: dict) -> None:
+    """Print what `verify` returned."""
+    columns = ("path", "whole", "damaged", "missing", "unchecked", "GB", "GB/s")
+    rows = []
+    for path, one in result["paths"].items():
+        counts = [one["whole"], len(one["damaged"]), len(one["missing"]), len(one["unchecked"])]
+        rate = one["bytes"] / max(one["seconds"], 1e-3) / 1e9
+        rows.append([path, *counts, f"{one['bytes'] / 1e9:.2f}", f"{rate:.1f}"])
+    console.table("Files against their checksums", columns, rows)
+    for one in result["paths"].values():
+        for folder, root in one["roots"].items():
+            console.say(f"{folder}: root {root}")
+        lines = [f"damaged: {file}: {why}" for file, why in one["damaged"].items()]
+        lines += [f"missing: {file}" for file in one["missing"]]
+        lines += [f"not finished: {folder}" for folder in one["unfinished"]]
+        for line in lines[:_LINES]:
+            console.say(line)
+        if len(lines) > _LINES:
+            console.say(f"... and {len(lines) - _LINES} more (--json lists all of them)")
+    if result["exit_code"]:
+        console.say(
+            "error: not everything is whole. `mbcd repair` computes the damaged parts of a cache anew; a run goes on "
+            "from its last whole checkpoint with --resume, its results come from `mbcd evaluate`, a landscape's from "
+            "`mbcd landscape`, once the damaged file is removed."
+        )

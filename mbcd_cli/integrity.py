@@ -1,0 +1,116 @@
+"""What of a folder is whole: every file against its checksum, its own or the one that a cache, run or results tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mbcd_cli import checksums
+from mbcd_cli.files import is_partial, open_hdf5, read_json
+
+PREPARED_WITH = "prepare.toml"
+"""File of a cache: the settings that it was prepared with."""
+_SEALED = (*checksums.TELLERS, PREPARED_WITH, "settings.toml")
+_OUR_LOCKS = ".lock"
+
+
+@dataclass(slots=True)
+class Condition:
+    """What `examine` found under a folder; paths as they were walked.
+
+    Attributes:
+        whole: files whose bytes are those that were written, and how many bytes that were.
+        damaged: path -> why. missing: files that a cache, run or results name.
+        unchecked: files that carry no checksum and that nothing tells one of (logs of a run that is not finished,
+            pictures of a landscape, strangers).
+        unfinished: run folders whose training has not come to its end. roots: cache folder -> its root checksum.
+    """
+
+    whole: list[Path] = field(default_factory=list)
+    nbytes: int = 0
+    damaged: dict[Path, str] = field(default_factory=dict)
+    missing: list[Path] = field(default_factory=list)
+    unchecked: list[Path] = field(default_factory=list)
+    unfinished: list[Path] = field(default_factory=list)
+    roots: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> list[Path]:
+        """What is damaged or missing."""
+        return sorted([*self.damaged, *self.missing])
+
+
+def examine(path: Path, *, seen: Callable[[int], None] = lambda count: None) -> Condition:
+    """Read every file under `path` and compare it with its checksum.
+
+    Args:
+        path: a folder of caches, runs, sweeps or landscapes, one of these, or one file.
+        seen: told after every file how many bytes it has.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    found = Condition()
+    told: dict[Path, str] = {}
+    files = list(_files(path))
+    for teller in (file for file in files if file.name in checksums.TELLERS):
+        with suppress(OSError, ValueError, KeyError, TypeError):  # its own checksum tells below that it is damaged
+            told |= {teller.parent / name: value for name, value in _told(teller, found).items()}
+    for file in files:
+        size = file.stat().st_size
+        try:
+            why = _fault(file, told.get(file))
+        except OSError as error:
+            why = str(error)
+        if why is None:
+            found.unchecked.append(file)
+        elif why:
+            found.damaged[file] = why
+        else:
+            found.whole.append(file)
+            found.nbytes += size
+        seen(size)
+    there = set(files)
+    found.missing = sorted(file for file in told if file not in there and path in (file, *file.parents))
+    shards = {file.parent for file in files if file.name.startswith("shard-") and file.suffix == ".h5"}
+    whole_caches = [
+        folder / name for folder in sorted(shards | set(found.roots)) for name in ("index.h5", PREPARED_WITH)
+    ]
+    found.missing += [file for file in whole_caches if file not in there and not path.is_file()]
+    runs = [file.parent for file in files if file.name == "last.pt" and file.parent.name == "checkpoints"]
+    found.unfinished = sorted(folder.parent for folder in runs if not (folder.parent / "done").exists())
+    return found
+
+
+def _files(path: Path) -> Iterator[Path]:
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.is_file() and not is_partial(file) and not file.name.startswith(_OUR_LOCKS):
+            yield file
+
+
+def _told(teller: Path, found: Condition) -> dict[str, str]:
+    """Name -> checksum of the files that a whole `teller` speaks of."""
+    if teller.suffix != ".h5":
+        return dict(read_json(teller)["files"])
+    checksums.verified(teller)
+    with open_hdf5(teller) as index:
+        found.roots[teller.parent] = str(index.attrs["root_checksum"])
+        return json.loads(index["files"].asstr()[()])
+
+
+def _fault(file: Path, told: str | None) -> str | None:
+    """What is wrong with a file; empty where nothing is, None where nothing says what it should be."""
+    try:
+        own = checksums.verified(file)
+    except checksums.NoChecksumError:
+        if told is None:
+            return "it carries no checksum" if file.suffix in (".pt", ".h5") or file.name in _SEALED else None
+        return "" if checksums.of_file(file) == told else "its bytes are not those that were written"
+    except checksums.DamagedError as error:
+        return str(error)
+    if told is None or told in (own, checksums.of_file(file)):
+        return ""
+    return "it is another one than the file that belongs here"

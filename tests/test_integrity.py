@@ -1,0 +1,242 @@
+"""Every stored byte has a checksum: what is damaged is found, named, and a cache's is computed anew as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from pathlib import Path
+
+import damage
+import h5py
+import helpers
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mbcd_cli import checksums
+from mbcd_cli.cli import app
+from mbcd_cli.data.cache import shard_path
+from mbcd_cli.data.dataset import open_dataset
+from mbcd_cli.errors import CacheError, MbcdError
+from mbcd_cli.files import read_json, write_json, written, written_hdf5
+from mbcd_cli.integrity import examine
+from mbcd_cli.layers import resolve
+from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.preparation.repair import repair
+from mbcd_cli.runs.checkpoint import load_checkpoint
+
+CUTS = ("modalities.video.cut=layer3", "cache.random_weights=true")
+
+
+def run(*arguments: object, code: int = 0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="mbcd")
+    assert result.exit_code == code, f"exit {result.exit_code}\n{result.stdout}\n{result.stderr}"
+    assert "Unexpected" not in result.stderr
+    return json.loads(result.stdout) if "--json" in arguments else result
+
+
+def settings_for(root: Path, cache: Path, *sets: str):
+    return resolve(sets=[*helpers.SMALL, *CUTS, *sets], flags={"dataset.root": root, "cache.dir": cache})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """Media, their cache (one modality behind a trunk), a finished and evaluated run, a landscape."""
+    home = tmp_path_factory.mktemp("home")
+    root = helpers.write_dataset(home / "tiny", domains=("alpha", "beta", "gamma"))
+    prepare(settings_for(root, home / "cache"))
+    sets = [part for one in (*helpers.SMALL, *CUTS, "training.batch_size=4") for part in ("--set", one)]
+    run(
+        *("train", "--dataset", "tiny", "--target-domain", "gamma", "--cache-dir", home / "cache"),
+        *("--run", home / "run", "--epochs", 2, *sets),
+    )
+    run("evaluate", "--run", home / "run")
+    run(
+        *("landscape", "--checkpoint", home / "run/checkpoints/best.pt", "--output", home / "landscape"),
+        *("--set", "landscape.points=3", "--set", "landscape.analyses=['surface']"),
+    )
+    return home
+
+
+@pytest.fixture
+def kept(home):
+    """The folders as they are, brought back afterwards."""
+    snapshots = {name: damage.Snapshot.of(home / name) for name in ("cache", "run", "landscape", "tiny")}
+    yield snapshots
+    for snapshot in snapshots.values():
+        snapshot.restore()
+
+
+def dataset_of(home: Path, *sets: str):
+    return open_dataset(settings_for(home / "tiny", home / "cache", *sets), name="tiny")
+
+
+def everything(dataset) -> list[torch.Tensor]:
+    """Every row that a cache holds, and its weights."""
+    rows = []
+    for cache in dataset.caches.values():
+        for view in range(-1, cache.views):
+            stored = np.flatnonzero(cache.stored(view))
+            if len(stored):
+                rows += cache.read(stored, np.full(len(stored), view))
+    return rows + [value for state in dataset.tail_weights.values() for value in state.values()]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".h5", ".pt"])
+def test_a_sealed_file_tells_every_flipped_bit(tmp_path, suffix):
+    path = tmp_path / f"file{suffix}"
+    if suffix == ".json":
+        write_json(path, {"x": [1, 2, 3], "ö": "ä"})
+        assert read_json(path) == {"x": [1, 2, 3], "ö": "ä"}
+    elif suffix == ".h5":
+        with written_hdf5(path) as file:
+            file["x"] = np.arange(5)
+    else:
+        with written(path) as aside, aside.open("wb") as file:
+            torch.save({"x": torch.arange(5)}, file)
+        assert torch.equal(torch.load(path, weights_only=True)["x"], torch.arange(5))
+    assert checksums.verified(path) == checksums.checksum(path)
+    whole = path.read_bytes()
+    for at in np.random.default_rng(0).choice(len(whole), min(len(whole), 300), replace=False):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        with pytest.raises(checksums.DamagedError):
+            checksums.verified(path)
+    path.write_bytes(whole)
+    checksums.seal(path)  # sealed once more it is the same
+    assert path.read_bytes() == whole
+
+
+def test_what_commands_leave_is_whole(home):
+    found = examine(home)
+    assert not found.faults
+    assert all(home / "tiny" in path.parents for path in found.unchecked)
+    assert len(found.roots) == 2
+    done = read_json(home / "run" / "done")
+    assert {"settings.toml", "metrics.jsonl", "steps.jsonl", "checkpoints/best.pt"} <= set(done["files"])
+    results = read_json(home / "run" / "results.json")
+    assert "report.html" in results["files"]
+    root = found.roots[next(iter((home / "cache/tiny").glob("video-*")))]
+    assert results["provenance"]["video cache, root checksum"] == root
+    table = run("verify", home / "cache", home / "run", "--json")
+    assert table["exit_code"] == 0
+    assert table["paths"][str(home / "cache")]["bytes"] > 0
+
+
+def test_the_root_is_of_the_bytes_not_of_the_time(home, tmp_path):
+    prepare(settings_for(home / "tiny", tmp_path))
+    assert sorted(examine(tmp_path).roots.values()) == sorted(examine(home / "cache").roots.values())
+
+
+@pytest.mark.parametrize("verify", ["first", "always", "off"])
+def test_a_changed_row_is_named_when_it_is_read(home, kept, verify):
+    rows = everything(dataset_of(home))
+    dataset = dataset_of(home, f"runtime.verify={verify}")
+    cache = dataset.caches["audio"]
+    shard = shard_path(cache.folder, 0)
+    with h5py.File(shard) as file:
+        part = file["train/part0"]
+        offset, size = part.id.get_offset(), part[0].nbytes
+        clip = int(file["train/clip"][1])
+    data = bytearray(shard.read_bytes())
+    data[offset + size + 3] ^= 1
+    shard.write_bytes(data)
+    if verify == "off":
+        assert len(everything(dataset)) == len(rows)
+        return
+    with pytest.raises(CacheError, match=rf"shard-00000\.h5 is damaged.*clip {cache.clips.ids[clip]}.*\n.*mbcd repair"):
+        everything(dataset)
+
+
+def test_rows_are_bound_to_their_clip(home, kept):
+    """Two rows that change places, with their checksums, are still told."""
+    dataset = dataset_of(home)
+    folder = dataset.caches["audio"].folder
+    with h5py.File(shard_path(folder, 0), "r+") as file:
+        for name in ("part0", "part0_sum"):
+            values = file[f"train/{name}"][()]
+            file[f"train/{name}"][...] = values[[2, 1, 0, *range(3, len(values))]]
+    with pytest.raises(CacheError, match="is damaged"):
+        everything(dataset_of(home))
+
+
+def test_repair_brings_every_part_of_a_cache_back(home, kept):
+    folders = sorted((home / "cache" / "tiny").iterdir())
+    for file in [file for folder in folders for file in sorted(folder.iterdir()) if file.name != ".lock"]:
+        for spoil in (lambda p: p.write_bytes(b"torn"), Path.unlink):
+            spoil(file)
+            assert run("verify", home / "cache", "--json", code=1)["exit_code"] == 1
+            run("repair", home / "cache", "--json")
+            assert [path for path in kept["cache"].differs() if path.name not in ("index.h5", "prepare.toml")] == []
+            assert not examine(home / "cache").faults
+            kept["cache"].restore()
+
+
+def test_repair_refuses_changed_media(home, kept):
+    (folder,) = (home / "cache" / "tiny").glob("audio-*")
+    shard = shard_path(folder, 0)
+    shard.write_bytes(b"torn")
+    for sound in (home / "tiny").rglob("*.wav"):
+        data = sound.read_bytes()
+        sound.write_bytes(data[:44] + data[44:][::-1])  # other samples; the size stays
+    before = damage.Snapshot.of(home / "cache")
+    assert "other bytes than it had" in run("repair", home / "cache", code=1).stderr
+    assert {p.name for p in before.differs()} <= {".lock"}
+    sound.write_bytes(data[:-2])
+    assert "not what it was prepared from" in run("repair", home / "cache", code=1).stderr
+    assert {p.name for p in before.differs()} <= {".lock"}
+
+
+def test_an_index_of_before_is_found_and_replaced(home, kept, tmp_path):
+    (folder,) = (home / "cache" / "tiny").glob("audio-*")
+    index = folder / "index.h5"
+    with h5py.File(index, "r+") as file:
+        files = json.loads(file["files"].asstr()[()])
+        files["shard-00000.h5"] = "0" * 32
+        file["files"][()] = json.dumps(files)
+    checksums.seal(index)
+    with pytest.raises(CacheError, match="another one than the cache was finished with"):
+        everything(dataset_of(home))
+    run("repair", home / "cache")
+    everything(dataset_of(home))
+
+
+@pytest.mark.parametrize("rounds", [60, pytest.param(10_000, marks=[pytest.mark.stress, pytest.mark.timeout(0)])])
+def test_random_damage_is_found_and_mended(home, kept, rounds):
+    """Nothing that is struck goes unseen, ends in another number, or in an error that is not ours."""
+    rng = np.random.default_rng(rounds)
+    rows = everything(dataset_of(home))
+    weights = load_checkpoint(home / "run/checkpoints/best.pt").student
+    files = [
+        path for name in ("cache", "run", "landscape") for path in kept[name].files if not path.name.startswith(".lock")
+    ]
+    struck, counts = 0, Counter()
+    while struck < rounds:
+        path = files[rng.integers(len(files))]
+        kind = damage.strike(path, [p for p in files if p.suffix == path.suffix and p != path], rng)
+        if kind is None:
+            continue
+        struck += 1
+        counts[kind] += 1
+        what = f"{kind} of {path}"
+        found = examine(home)
+        told = [*found.faults, *found.unfinished]
+        # Without its summary a folder is as before its end: what the summary told of cannot be checked.
+        assert told or (path.name in checksums.TELLERS and kind == "deleted" and found.unchecked), what
+        with contextlib.suppress(MbcdError):
+            assert all(torch.equal(a, b) for a, b in zip(rows, everything(dataset_of(home)), strict=True)), what
+        with contextlib.suppress(MbcdError):
+            now = load_checkpoint(home / "run/checkpoints/best.pt").student
+            assert all(torch.equal(weights[key], now[key]) for key in weights), what
+        if home / "cache" in path.parents or any(home / "cache" in p.parents for p in found.faults):
+            repair(home / "cache")
+            counts["repaired"] += 1
+            changed = [p for p in kept["cache"].differs() if p.name not in ("index.h5", "prepare.toml", ".lock")]
+            assert not changed, what
+            assert not examine(home / "cache").faults, what
+            again = everything(dataset_of(home))
+            assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True)), what
+        for snapshot in kept.values():
+            snapshot.restore()
+    print(dict(counts))

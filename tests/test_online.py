@@ -340,5 +340,5 @@ def test_a_dataset_that_moved_is_found_by_its_root(tmp_path):
     clips = dataset.select(domains=["alpha"], splits=["train"])
     assert len(list(dataset.batches(clips, batch_size=2, training=True))) == 2
     (dataset.caches["video"].folder / "trunk.pt").write_bytes(b"torn")
-    with pytest.raises(CacheError, match=r"trunk\.pt cannot be read"):
+    with pytest.raises(CacheError, match=r"trunk\.pt is damaged: it carries no checksum"):
         assemble(resolved, dataset, device=CPU, say=console.terminal)

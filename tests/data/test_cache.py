@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from mbcd_cli import checksums
 from mbcd_cli.data import cache as cache_room
 from mbcd_cli.data.cache import listing_digest, shard_ranges, views_of
 from mbcd_cli.data.dataset import ModalityCache, open_dataset, prepared_datasets
@@ -195,6 +196,7 @@ def test_a_cache_older_than_a_setting_has_its_default(root, tmp_path):
         recipe = json.loads(file.attrs["recipe"])
         del recipe["view"]["sampling"]
         file.attrs["recipe"] = json.dumps(recipe)
+    checksums.seal(index)
     assert open_dataset(settings, name="tiny", modalities=["video"]).caches
     other = settings_for(root, tmp_path, "model.modalities=video", "modalities.video.sampling=reference")
     with pytest.raises(CacheError, match="sampling: cache has centred, settings say reference"):

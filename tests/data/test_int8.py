@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mbcd_cli import checksums
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.quantise import quantise, restore, scale_shape, squared_error
 from mbcd_cli.data.records import TEST_VIEW
@@ -113,6 +114,7 @@ def test_caches_of_another_version(root, tmp_path):
             else:
                 modality = json.loads(file.attrs["modality_settings"]) | {"gone": 1}
                 file.attrs["modality_settings"] = json.dumps(modality)
+        checksums.seal(old / "index.h5")
         with pytest.raises(CacheError, match="another version of mbcd"):
             open_dataset(settings, name="tiny", modalities=["video"])
     # And for shards of another layout.

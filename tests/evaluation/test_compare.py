@@ -16,6 +16,7 @@ from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report import compare as c
 from mbcd_cli.evaluation.report import tables as t
 from mbcd_cli.evaluation.report.comparison import compare_runs
+from mbcd_cli.files import write_json
 from mbcd_cli.paper.published import PAPER_DATASETS, paper
 
 METHODS = {"erm": 50.0, "mbcd": 60.0}
@@ -37,7 +38,7 @@ def write_run(root, *, dataset, modalities, method, target, sources, seed, top1,
         "provenance": {"mbcd": "0.1.0", "best weights, sha256": "a1b2c3d4e5f6a7b8", "audio cache": "feedc0ffee12"},
         "models": {"best": {"teacher": {"source": {"fused": {"top1": source / 100}}}}},
     }
-    (folder / "results.json").write_text(json.dumps(results))
+    write_json(folder / "results.json", results)
     return folder
 
 
@@ -209,8 +210,9 @@ def test_what_cannot_be_read_is_one_clear_error(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "settings.toml").write_text("")
     assert c.find_runs([str(tmp_path / "*")]) == ([], [tmp_path / "a"])
-    for text in ("{", "[]", '{"format": 1}', '{"format": 99}'):
-        (tmp_path / "a" / "results.json").write_text(text)
+    results = tmp_path / "a" / "results.json"
+    for content in ("{", "[]", {"format": 1}, {"format": 99}):
+        results.write_text(content) if isinstance(content, str) else write_json(results, content)
         with pytest.raises(RunError, match=re.escape("results.json")):
             c.load_run(tmp_path / "a")
 

@@ -12,8 +12,7 @@ from mbcd_cli.cli.evaluate import show
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
 from mbcd_cli.evaluation.evaluate import evaluate
 from mbcd_cli.evaluation.report.history import accuracy_history
-from mbcd_cli.evaluation.report.results import read_json
-from mbcd_cli.files import read_records
+from mbcd_cli.files import read_json, read_records
 from mbcd_cli.model import build_model
 from mbcd_cli.scoring.clip_sets import clip_sets
 from mbcd_cli.scoring.deployed import build_models
@@ -59,6 +58,7 @@ def test_every_model_on_every_set_of_clips(settings, dataset, tmp_path, target_s
     assert headline["top1"]["fused"] == figures["models"]["best"]["teacher"]["target"]["fused"]["top1"]
     assert set(figures["models"]["best"]["teacher"]["source"]["fused"]["per_domain"]) == {"studio", "tilted"}
     stored = read_json(tmp_path / "results.json")
+    assert stored.pop("files").keys() >= {"plots/confusion-target.png"}
     assert stored == json.loads(json.dumps({k: v for k, v in figures.items() if k != "files"}))
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {
         "confusion-source.png",

@@ -5,12 +5,13 @@ call takes the next line; without a line left it finishes. It holds the cell's l
 """
 
 import fcntl
-import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+
+from mbcd_cli.files import write_json
 
 folder = Path(sys.argv[1])
 calls = Path(f"{folder}.calls")
@@ -28,7 +29,7 @@ word = words[number] if number < len(words) else "ok"
 if word == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 if word == "fail":
-    Path(f"{folder}.failed").write_text(json.dumps({"error": "no such clip", "remedy": "add it"}))
+    write_json(Path(f"{folder}.failed"), {"error": "no such clip", "remedy": "add it"})
     sys.exit(1)
 while word == "slow" and not Path(f"{folder}.go").exists():
     time.sleep(0.01)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mbcd_cli.files import write_json
 from mbcd_cli.sweep.request import Request, make_plan
 
 
@@ -30,7 +31,7 @@ def finish(cell, *, top1: float, heads: dict[str, float] | None = None, records=
         "headline": {"checkpoint": "best", "model": "teacher", "clips": "target", "top1": figures},
         "models": {"best": {"teacher": {"source": {"fused": {"top1": 0.9}}}}},
     }
-    (folder / "results.json").write_text(json.dumps(results))
-    (folder / "done").write_text(json.dumps({"steps": 100, "steps_per_second": 10.0}))
+    write_json(folder / "results.json", results)
+    write_json(folder / "done", {"steps": 100, "steps_per_second": 10.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (folder / "steps.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))

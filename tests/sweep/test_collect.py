@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from sweep_cases import finish, plan_of
 
 from mbcd_cli.cli.sweep import show
 from mbcd_cli.errors import RunError
+from mbcd_cli.files import read_json, write_json
 from mbcd_cli.sweep.collect import axis_tables, links, load, panel_tables, training_means
 from mbcd_cli.sweep.state import beside
 from mbcd_cli.sweep.sweep import collect, report_failures
@@ -96,7 +95,7 @@ def test_drop_rates_are_weighted_by_steps(grid):
 def test_what_is_missing_is_said(grid, tmp_path):
     (grid[0].folder / "results.json").unlink()
     (grid[1].folder / "results.json").unlink()
-    beside(grid[1].folder, "failed").write_text(json.dumps({"error": "disk full\nmore", "remedy": ""}))
+    write_json(beside(grid[1].folder, "failed"), {"error": "disk full\nmore", "remedy": ""})
     found = collect(grid, output=tmp_path / "out", title="t")
     assert f"{grid[1].name} failed: disk full" in found["warnings"]
     assert any("1 of 36 runs are not finished" in note for note in found["warnings"])
@@ -105,7 +104,7 @@ def test_what_is_missing_is_said(grid, tmp_path):
 def test_a_run_that_cannot_be_read_is_left_out_and_named(grid, tmp_path):
     path, other = grid[0].folder / "results.json", grid[1].folder / "results.json"
     path.write_text("{broken")
-    other.write_text(json.dumps({**json.loads(other.read_text()), "dataset": "another"}))
+    write_json(other, {**read_json(other), "dataset": "another"})
     pairs, notes = load(grid)
     assert len(pairs) == len(grid) - 2
     assert f"{grid[0].name} is left out" in notes[0]
@@ -119,7 +118,7 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(grid, tmp_path):
 def test_runs_on_different_caches_of_one_dataset_are_a_warning(grid):
     for cell, key in zip(grid, ["one"] + ["two"] * 99, strict=False):
         path = cell.folder / "results.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "provenance": {"audio cache": key}}))
+        write_json(path, {**read_json(path), "provenance": {"audio cache": key}})
     _, (note,) = load(grid)
     assert "2 different caches of audio (one, two)" in note
 
@@ -146,7 +145,7 @@ def test_dominance_over_sets_of_modalities_is_one_table(tmp_path):
 
 def test_runs_without_reports_are_linked_by_their_folders_and_failures_told(grid, tmp_path):
     (grid[1].folder / "results.json").unlink()
-    beside(grid[1].folder, "failed").write_text(json.dumps({"error": "disk <full>", "remedy": ""}))
+    write_json(beside(grid[1].folder, "failed"), {"error": "disk <full>", "remedy": ""})
     page = links(grid, tmp_path / "out")
     assert f'href="../runs/hac/{grid[0].folder.name}/"' in page
     assert "(failed: disk &lt;full&gt;)" in page

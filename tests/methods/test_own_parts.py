@@ -84,7 +84,7 @@ class Signalling(MemoryDataset):
 
     def batches(self, clips, **options):
         for batch in super().batches(clips, **options):
-            if options["training"] and not options.get("draw"):
+            if options["training"]:
                 self.left -= 1
                 if self.left == 0:
                     signal.raise_signal(signal.SIGTERM)
@@ -126,5 +126,5 @@ def test_own_modules_are_trained_saved_and_resumed_but_never_deployed(tmp_path, 
 
 def test_two_views_need_two_stored_ones(settings):
     cache = settings.cache.model_copy(update={"views": 1})
-    with pytest.raises(SettingsError, match="reads 2 stored views of a clip per batch"):
+    with pytest.raises(SettingsError, match="reads 2 views of a clip per batch, and the cache has 1"):
         assemble(settings.model_copy(update={"cache": cache}), MemoryDataset(), device=torch.device("cpu"))

@@ -21,6 +21,9 @@ TOLD = {
     "moosa": {"hidden": 16, "permutations": 12},
     "cmrf": {"hidden": 16, "beta": 1.0},
     "gmp": {"hidden": 16},
+    "jat": {"hidden": 16, "fused_hidden": 12},
+    "jat-benchmark": {"hidden": 16, "fused_hidden": 12},
+    "nel": {"hidden": 16},
 }
 """Settings with which a method does in a few steps, and with small modules, all that it does.
 

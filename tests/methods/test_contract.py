@@ -175,9 +175,21 @@ class Noisy(Method):
         return super().losses(batch, out) | {"noise": Term((noise * out.fused).mean())}
 
 
+class Ordered(Method):
+    """A ratio of the first modality's norm to the second's."""
+
+    def losses(self, batch, out):
+        first, second, *_ = self.context.group.average([h.norm(dim=1).mean() for h in out.pooled.values()])
+        return super().losses(batch, out) | {"norms": Term(first / second)}
+
+
 @pytest.mark.parametrize(
     ("kind", "check", "words"),
-    [(Careless, "processes", "two processes against one"), (Noisy, "resume", "resumed against whole")],
+    [
+        (Careless, "processes", "two processes against one"),
+        (Noisy, "resume", "resumed against whole"),
+        (Ordered, "order", "another order of modalities: total, norms differ in step 1"),
+    ],
 )
 def test_the_checks_find_what_is_wrong(kind, check, words):
     with pytest.raises(AssertionError, match=words):

@@ -136,7 +136,8 @@ class JAT(Method):
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
         """ERM's terms, the uni-modal ones weighted, `modality`, and of several sources `domain` and `domain_fused`."""
-        settings, terms, confused = self.settings, super().losses(batch, out), None
+        settings, terms = self.settings, super().losses(batch, out)
+        confused: list[torch.Tensor] | None = None
         count = len(out.features)
         with self.context.autocast():
             told = self.modality_adversary(out.features)
@@ -153,21 +154,17 @@ class JAT(Method):
             terms["domain_fused"] = Term(cross_entropy(fused, domains), settings.domain_weight)
         elif settings.single_source == "class":
             confused = list(out.unimodal.values())
-        weights = self.modality_weights(confused, count).to(terms["ce"].value)
-        return terms | {"ce": Term(terms["ce"].value, settings.unimodal_weight * weights)}
+        if settings.weighting == "off":
+            confused = None
+        ce = terms["ce"].value
+        shares = torch.full_like(ce, 1 / count) if confused is None else self.shares(confused)
+        whole = count if settings.weights_sum == "modalities" else 1
+        return terms | {"ce": Term(ce, settings.unimodal_weight * whole * shares)}
 
-    def modality_weights(self, confused: Sequence[torch.Tensor] | None, count: int) -> torch.Tensor:
-        """w_k, [M].
-
-        Args:
-            confused: M times logits [B, S] (or [B, C]) whose entropies decide; None: all are alike.
-            count: M.
-        """
-        total = count if self.settings.weights_sum == "modalities" else 1
-        if confused is None or self.settings.weighting == "off":
-            return torch.full((count,), total / count)
+    def shares(self, confused: Sequence[torch.Tensor]) -> torch.Tensor:
+        """softmax_k(E H(p_k) / temperature), [M], of M times logits [B, S] (or [B, C]) that give p_k."""
         entropies = torch.stack(self.context.group.average(mean_entropies(confused)))
-        return total * (entropies / self.settings.temperature).softmax(dim=0)
+        return (entropies / self.settings.temperature).softmax(dim=0)
 
     @torch.no_grad()
     def figures(

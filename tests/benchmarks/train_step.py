@@ -4,10 +4,10 @@
     python tests/benchmarks/train_step.py --device cuda --batch 16 --repeats 20
     python tests/benchmarks/train_step.py --method all --batch 2 --repeats 2
 
-With `--method`, methods of the registry (`all`: one of every class) against ERM: each in a process of its own, where its
-step and ERM's are timed in turn; `step` and `memory` are ratios to ERM's step and to the peak memory of ERM's process.
-`own` is what the method adds, timed alone, in units of ERM's step: its step on a model without encoders less ERM's there,
-and where it reads or keeps a weight average the teacher's forward pass and the update. `of_sum` is step / (1 + own).
+With `--method`, methods of the registry (`all`: one of every class) against ERM: each in a process of its own, where
+its step and ERM's are timed in turn; `step` and `memory` are ratios to ERM's step and to the peak memory of ERM's
+process. `own` is what the method adds, timed alone, in units of ERM's step: its step on a model without encoders less
+ERM's there, and the teacher's forward pass and the average's update where it has them. `of_sum` is step / (1 + own).
 
 `naive` is written plainly here, as a port of the method would be: it runs the frozen trunk anew for each of its three
 passes, in float32 and eager mode with torch's own convolutions, takes the gradients in separate backward passes and

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain import compare, make, pinned_logits
+from plain import compare, make, pinned_logits, small_batch
 from reference_jat import JATReference
+from small import named
 
 from mbcd_cli.methods.jat import keep_at_least_one, mean_entropies
 from mbcd_cli.methods.parts import reversed_gradient
@@ -32,13 +33,12 @@ def test_other_settings_and_another_chassis():
 
 
 def test_recipes():
-    for method, average, w in (("jat", "ema", 3.0), ("jat-benchmark", "none", 3.0)):
+    for method, average, sum_of_weights in (("jat", "ema", 3.0), ("jat-benchmark", "none", 3.0)):
         training, settings = make(method, SMALL, modalities=3)
         assert settings.average.kind == average
         assert (training.step.average is None) == (average == "none")
-        confused = [torch.zeros(4, 2, dtype=torch.float64)] * 3
-        weights = settings.method.unimodal_weight * training.step.method.modality_weights(confused, 3)
-        assert float(weights.sum()) == pytest.approx(w)
+        figures = named(training.step, training.step(small_batch(0, 3)))
+        assert float(figures["w"].sum()) == pytest.approx(sum_of_weights)
 
 
 def test_every_adversary_is_trained_and_saved_but_not_deployed():

@@ -15,6 +15,7 @@ from mbcd_cli.data.media.flow import read_flow
 from mbcd_cli.data.media.folders import counts_from, frames_of, names_digest
 from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.media.video import read_frames
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
@@ -243,3 +244,15 @@ def test_a_recordings_folder_is_listed_once_for_all_its_clips(tmp_path, monkeypa
     assert len(listed) <= 2
     (folder / "frame_0000000003.jpg").unlink()
     assert names_digest(folder) != digest
+
+
+def test_folders_that_count_from_0_and_from_1_are_told(tmp_path):
+    """Where nothing says that a folder lost its frame 0, it counts from 1: only its like show that it may have."""
+    for name, first in (("a", 0), ("b", 0), ("c", 1)):
+        write_frames(tmp_path / name, numbered_frames(6), first=first)
+    clips = [Media(tmp_path / name, start=1, stop=4, unit="frame") for name in "abc"]
+    (text,) = VideoModality().warnings(clips, name="video")
+    assert text.startswith("video: 2 folders of frames have a frame 0")
+    assert str(tmp_path / "c") in text
+    assert VideoModality().warnings(clips[:2], name="video") == []
+    assert VideoModality().warnings([Media(clip.path) for clip in clips], name="video") == []

@@ -77,6 +77,7 @@ class Timeline:
         starts: [N] float64, ascending: seconds at which each frame is first shown, on the file's own timeline, which
             begins with the earliest of its picture and sound streams.
         step: seconds from one frame to the next, as a rule (the median).
+        zero: seconds, by the file's time stamps, at which its own timeline begins.
         until: seconds to which the last frame is shown, where that is told; it is shown for a `step` at least.
         in_order: nothing but a sequential read tells the frames.
         lost: those of `stamps` that are there and cannot be decoded.
@@ -87,6 +88,7 @@ class Timeline:
     stamps: np.ndarray
     starts: np.ndarray
     step: float
+    zero: float = 0.0
     until: float = 0.0
     in_order: bool = False
     lost: tuple[int, ...] = ()
@@ -314,7 +316,7 @@ class Packets:
     def _build(self, stamps: np.ndarray, starts: np.ndarray, **known: object) -> Timeline:
         step = float(np.median(np.diff(starts))) if len(starts) > 1 else 1 / self._rate
         until = self._last_until() if len(starts) else 0.0
-        return Timeline(stamps, starts, step, until, rateless=self._format in _RATELESS, **known)
+        return Timeline(stamps, starts, step, self._zero, until, rateless=self._format in _RATELESS, **known)
 
     def _last_until(self) -> float:
         """Seconds to which the last frame is shown, as far as its packet or the header of a whole file says."""

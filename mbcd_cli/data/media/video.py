@@ -277,7 +277,13 @@ def _video(media: Media) -> Iterator[Video]:
 
 
 def read_frames(
-    media: Media, choose: Choose, *, dataset: DatasetSettings, notes: Notes = None, slack: int = 0
+    media: Media,
+    choose: Choose,
+    *,
+    dataset: DatasetSettings,
+    notes: Notes = None,
+    slack: int = 0,
+    told: Callable[[Timeline], object] | None = None,
 ) -> np.ndarray:
     """Chosen frames of a video file or of a folder of frames, turned upright.
 
@@ -287,6 +293,7 @@ def read_frames(
         dataset: `min_frames` and `missing_frames`.
         notes: collects what was mended (missing frames), if given.
         slack: frames that the span may reach past the end without a word (flow has one fewer than its video).
+        told: is given the file's timeline.
 
     Returns:
         [N, H, W, 3] or [N, 2, H, W, 3] uint8, RGB. The indices of [N] are taken ascending, each once.
@@ -300,6 +307,8 @@ def read_frames(
 
     def pick(timeline: Timeline) -> tuple[np.ndarray, int]:
         mended.clear()
+        if told is not None:
+            told(timeline)
         first, last = _span(media, timeline, dataset=dataset, notes=mended, slack=slack)
         if media.rate is not None and media.unit == "s":
             numbers = _at_rate(media, media.rate, choose, timeline)

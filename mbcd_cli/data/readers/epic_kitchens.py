@@ -198,7 +198,7 @@ def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, 
         frames = row["flow_stop"] - row["flow_start"] if second else row["stop"] - row["start"]
         return Media(path, second, computed=computed, frames=frames)
     # File names carry the annotation's numbers; spans count from the folder's first number, 0 or 1.
-    base = counts_from(path)
+    base = counts_from(path, second)
     first, last = (row["flow_start"], row["flow_stop"]) if second else (row["start"], row["stop"])
     start = max(first - base, 0)
     return Media(path, second, start, start + last - first, "frame", computed)

@@ -177,6 +177,17 @@ def test_sizes_that_decoders_pad(tmp_path, width, height):
     assert np.abs(got.astype(int) - frames).mean() < 12
 
 
+def test_a_clip_s_own_file_of_another_rate_shows_the_annotated_moments(tmp_path):
+    """Half the frames at half the rate are the whole clip; half of the clip is said."""
+    path = write_video(tmp_path / "a.mp4", numbered_frames(20), fps=10)
+    for frames, rate, expected in ((40, 20.0, [n // 2 for n in range(40)]), (10, 5.0, [2 * n for n in range(10)])):
+        got = read_frames(Media(path, frames=frames, rate=rate), every, dataset=REJECT)
+        assert frame_numbers(got) == expected
+    assert frame_numbers(read_frames(Media(path, frames=21, rate=10.0), every, dataset=REJECT)) == list(range(20))
+    short = Media(path, frames=80, rate=20.0)
+    assert "20 frames where the annotation gives 80" in cause(lambda: read_frames(short, every, dataset=REJECT))
+
+
 def test_too_few_frames(tmp_path):
     path = write_video(tmp_path / "a.mp4", numbered_frames(3))
     assert cause(lambda: numbers(path, DatasetSettings(min_frames=4))) == "3 frames, fewer than the 4 needed"

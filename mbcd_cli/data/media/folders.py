@@ -80,6 +80,16 @@ def frames_of(folder: Path) -> Frames:
     return _frames(folder, _changed(folder))
 
 
+def count_frames(folder: Path) -> int:
+    """Frames of a folder that holds one clip, with those that are missing between its first and its last.
+
+    Raises:
+        MediaError: as `frames_of`.
+    """
+    numbers = frames_of(folder).numbers
+    return int(numbers[-1] - numbers[0]) + 1
+
+
 def counting_differs(media: Sequence[Media]) -> str:
     """What to know of folders of frames, some of which count from 0 and others from 1, where spans are counted."""
     folders = dict.fromkeys(one.path for one in media if (one.start, one.stop) != (None, None) and _is_dir(one.path))

@@ -10,10 +10,10 @@ Letters: N frames presented, K key frames.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import av
 import numpy as np
@@ -129,10 +129,18 @@ class Timeline:
 
 
 class Deadline:
-    """Ends the reading of one file that stalls: after what its bytes, and the `pixels` to be decoded, may take."""
+    """Ends the reading of one file that stalls: after what its bytes, and the `pixels` to be decoded, may take.
+
+    Attributes:
+        told: is given the seconds, where pixels are to be decoded, so that nobody who waits gives up before.
+    """
+
+    told: ClassVar[Callable[[float], None]] = lambda seconds: None
 
     def __init__(self, path: Path, *, pixels: int = 0) -> None:
         self._path, self._seconds = path, allowed_seconds(path) + pixels / _PIXELS_PER_SECOND
+        if pixels:
+            Deadline.told(self._seconds)
         self._at = time.monotonic() + self._seconds
 
     def check(self) -> None:

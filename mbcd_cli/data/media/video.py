@@ -310,7 +310,7 @@ def read_frames(
         if told is not None:
             told(timeline)
         first, last = _span(media, timeline, dataset=dataset, notes=mended, slack=slack)
-        if media.rate is not None and media.unit == "s":
+        if _has_own_rate(media, timeline):
             numbers = _at_rate(media, media.rate, choose, timeline)
         else:
             numbers = first + chosen_indices(choose, last - first)
@@ -325,6 +325,17 @@ def read_frames(
     return frames
 
 
+def _has_own_rate(media: Media, timeline: Timeline) -> bool:
+    """Whether a clip's frames are those at `media.rate`, whatever the file's own rate is.
+
+    Of a file that holds one clip, where it is as long as its annotation says and has not as many frames.
+    """
+    if media.rate is None or media.unit != "s" or media.frames is None:
+        return media.rate is not None and media.unit == "s"
+    apart = abs(timeline.end - float(timeline.starts[0]) - media.frames / media.rate)
+    return abs(len(timeline) - media.frames) > _FEWER and apart <= _FEWER * max(timeline.step, 1 / media.rate)
+
+
 def _at_rate(media: Media, rate: float, choose: Choose, timeline: Timeline) -> np.ndarray:
     """Native frames shown at the chosen moments of a clip whose frames are counted at `rate` per second."""
     begin = media.start or 0.0
@@ -335,7 +346,7 @@ def _at_rate(media: Media, rate: float, choose: Choose, timeline: Timeline) -> n
 def _span(media: Media, timeline: Timeline, *, dataset: DatasetSettings, notes: Notes, slack: int) -> tuple[int, int]:
     """First frame and end (exclusive) of a clip's span in its file."""
     total, start, stop = len(timeline), media.start, media.stop
-    if media.frames is not None and total < media.frames - _FEWER:
+    if media.frames is not None and total < media.frames - _FEWER and not _has_own_rate(media, timeline):
         cause = f"{total} frames where the annotation gives {media.frames}"
         tolerate(media.path, cause, dataset, notes, used="the frames that are there")
     if media.unit == "frame" or (start is None and stop is None):

@@ -105,7 +105,7 @@ def why_not_opened(path: Path) -> str | None:
     if boxes[-1][1] > size:
         name = names[-1].decode("ascii", "replace")
         lost = f"cut short: its last part ({name}) lacks {boxes[-1][1] - size} bytes"
-        return lost if b"moov" in names[:-1] else f"{lost}, and the index (moov) behind it"
+        return lost if b"moov" in names else f"{lost}, and the index (moov) behind it"
     return "its index (moov) is damaged" if b"moov" in names else "cut short before its index (moov)"
 
 

@@ -10,8 +10,9 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from conformance import CODINGS, every, numbers_of, picture_of
+from conformance import every, numbers_of, picture_of
 from helpers import numbered_frames, retime_mp4, trim_mp4, write_video
+from kinds import CODINGS
 
 from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.media.video import read_frames, timeline_of
@@ -135,7 +136,11 @@ def test_wav_with_a_length_that_lies(tmp_path):
         part, _ = read_audio(Media(stating(length), start=0.5, stop=1.5), dataset=STRICT)
         np.testing.assert_array_equal(part, whole[8000:24000])
     assert "54000 bytes after the end" in cause(stating(10000), read_audio)
-    for behind in (b"LIST" + struct.pack("<I", 3000) + bytes(3000), b"TAG" + b" " * 125):  # words are no sound
+    for behind in (
+        b"LIST" + struct.pack("<I", 3000) + bytes(3000),
+        b"TAG" + b" " * 125,
+        bytes(5000),
+    ):  # words and padding are no sound
         assert len(read_audio(Media(stating(64000, behind)), dataset=STRICT)[0]) == 32000
     empty = tmp_path / "empty.wav"
     empty.write_bytes(data[:40] + bytes(4) + b"LIST" + struct.pack("<I", 4) + b"INFO")

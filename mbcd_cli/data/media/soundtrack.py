@@ -189,8 +189,8 @@ class Soundtrack:
         kind, claimed = self._container.format.name, 0
         if kind.startswith("mov"):
             claimed = len(self._stream.index_entries)
-        elif kind == "mp3":  # some encoders count the packet that says so
-            claimed = (mp3_frames(self.path) or 0) - 1
+        elif kind == "mp3":  # encoders count the packet that says so, or one that flushes them
+            claimed = (mp3_frames(self.path) or 0) - 2
         if self._packets < claimed:
             cause = f"cut short: it claims {claimed} packets of sound, and {self._packets} are there whole"
             raise MediaError(self.path, cause, REPLACE)

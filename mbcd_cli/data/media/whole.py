@@ -18,8 +18,10 @@ from mbcd_cli.errors import MediaError
 SPLIT = "Split it into the files that it was joined from, or join them with a tool that writes one header."
 _APART = 0.04  # share of the stated length by which streams may end at different times
 _HEAD = 65_536  # bytes in which headers lie
+_RIFF_HEAD = 8  # bytes; some writers count them in, and some leave out the one that makes a length even
 _PAGE = 65_307  # bytes of the longest Ogg page
-_TAIL = 1024  # bytes behind the samples that may be anything: tags, padding
+_TAIL = 1024  # bytes behind the samples that may be anything: tags
+_PADDING = 2**20  # bytes of zeros behind them, as recorders fill blocks up
 _STREAMED = 0x7FFF0000  # recorders that write to a pipe leave a length of nearly 2 or 4 GB
 # How files begin that FFmpeg's readers, and libsndfile, read to the end of the first of them only.
 _BEGINNINGS = {
@@ -39,7 +41,7 @@ def check_whole(path: Path, kind: str) -> None:
         MediaError: it is cut short, or other files are joined to its end that would not be seen.
     """
     stated, size = stated_bytes(path, kind), path.stat().st_size
-    if stated is not None and size < stated:
+    if stated is not None and size < stated - (_RIFF_HEAD if kind == "avi" else 0):
         raise MediaError(path, f"cut short: it claims {stated} bytes, and {size} are there", REPLACE)
     if kind == "ogg" and (cause := _ogg_lacks(path)):
         raise MediaError(path, f"cut short: {cause}", REPLACE)
@@ -155,7 +157,7 @@ def _riffs_end(path: Path) -> int | None:
                 break
             if length in (0, 2**32 - 1):
                 return None
-            at += 8 + length
+            at += _RIFF_HEAD + length + length % 2
     return at
 
 
@@ -245,8 +247,9 @@ def _check_end(path: Path, at: int) -> None:
     rest = path.stat().st_size - at
     with path.open("rb") as file:
         file.seek(at)
-        tail = file.read(4)
-    if rest > _TAIL or tail in (*_CHUNKED, b".snd"):
+        tail = file.read(_PADDING + 1)
+    padding = len(tail) == rest and not tail.strip(b"\0")
+    if (rest > _TAIL and not padding) or tail[:4] in (*_CHUNKED, b".snd"):
         cause = f"{rest} bytes after the end of the sound: files are joined in it, or its header is wrong"
         raise MediaError(path, cause, "Decode it into a wav with a tool that reads all of it, or replace it.")
 

@@ -68,7 +68,8 @@ def stated_bytes(path: Path, kind: str) -> int | None:
     if kind.startswith("matroska"):
         return _segment_end(head)
     if kind == "flv" and (at := head.find(b"\0\x08filesize\0") + 11) > 10 and len(head) >= at + 8:
-        return int(struct.unpack_from(">d", head, at)[0]) or None
+        size = struct.unpack_from(">d", head, at)[0]
+        return int(size) if 0 < size < 2**63 else None
     if kind == "asf" and (at := head.find(_FILE_PROPERTIES)) >= 0 and len(head) >= at + 92:
         live = head[at + 88] & 1
         return None if live else struct.unpack_from("<Q", head, at + 40)[0]

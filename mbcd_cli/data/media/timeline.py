@@ -332,7 +332,8 @@ class Packets:
             return self._stated - self._zero
         if not self._format.startswith(_TIMED):
             return 0.0
-        last = max((row for row in self._rows if row.shown and row.pts is not None), default=None)
+        shown = [row for row in self._rows if row.shown and row.pts is not None]
+        last = max(shown, key=lambda row: row.pts, default=None)
         until = last.pts + last.lasts if last else 0
         if self._ends is not None:  # an edit list may end within the frame
             until = min(until, self._ends)

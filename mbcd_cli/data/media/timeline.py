@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -296,11 +297,11 @@ class Packets:
     def _torn(self) -> int:
         """Packets that are not whole. Where recordings are joined time goes back, and what is before looks torn too."""
         torn = [number for number, row in enumerate(self._rows) if row.torn]
-        return sum(not any(map(self._begins_anew, (number + 1, number + 2))) for number in torn)
+        return sum(not self._is_joined_behind(number) for number in torn)
 
-    def _begins_anew(self, number: int) -> bool:
-        before, row = self._rows[number - 1], (self._rows[number : number + 1] or [None])[0]
-        return row is not None and row.key and None not in (row.dts, before.dts) and row.dts <= before.dts
+    def _is_joined_behind(self, number: int) -> bool:
+        near = pairwise(self._rows[number : number + 3])
+        return any(row.key and None not in (row.dts, before.dts) and row.dts <= before.dts for before, row in near)
 
     @property
     def tell(self) -> bool:

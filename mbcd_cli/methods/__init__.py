@@ -45,6 +45,14 @@ class MethodEntry:
 _NO_AMD = {"dropout": {"strategy": "none"}}
 _NO_GCC = {"consistency": {"order": "off"}}
 _NO_DL = {"distillation": {"enabled": False}}
+_JAT_BENCHMARK = {
+    "unimodal_weight": 3.0,
+    "weights_sum": "one",
+    "single_source": "class",
+    "dropout": 0.0,
+    "feature_noise": {"enabled": False},
+    "fused_hidden": 512,
+}
 METHODS: dict[str, MethodEntry] = {
     "erm": MethodEntry("base:Method", "joint training of the fused head; uni-modal heads only probe"),
     "ema": MethodEntry("base:Method", "ERM whose deployed model is the average of its weights", average="ema"),
@@ -69,6 +77,9 @@ METHODS: dict[str, MethodEntry] = {
     "moosa": MethodEntry("moosa:MOOSA", "SimMMDG with entropy-weighted heads, masks and a jigsaw (ECCV 2024)"),
     "cmrf": MethodEntry("cmrf:CMRF", "cross-modal representation flattening by a simple weight average (NeurIPS 2024)"),
     "gmp": MethodEntry("gmp:GMP", "class and domain gradients modulated and projected per modality (AAAI 2026)"),
+    "jat": MethodEntry("jat:JAT", "three adversaries, uni-modal losses weighted by domain confusion (ACM MM 2025)"),
+    "jat-benchmark": MethodEntry("jat:JAT", "JAT as the public benchmark trains it", _JAT_BENCHMARK, average="none"),
+    "nel": MethodEntry("nel:NEL", "two views agree after mean shifts, fused spectrum flat (Neurocomputing 2025)"),
 }
 
 

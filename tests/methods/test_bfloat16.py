@@ -7,7 +7,7 @@ import torch
 from plain import make, small_batch
 
 TOLD = {"rna-net": {}, "ogm-ge": {}, "opm": {"start": 0}, "gmp": {}}
-TOLD |= {method: {"hidden": 8} for method in ("simmmdg", "moosa", "cmrf")}
+TOLD |= {method: {"hidden": 8} for method in ("simmmdg", "moosa", "cmrf", "nel", "jat", "jat-benchmark")}
 
 
 @pytest.mark.parametrize("method", TOLD)
@@ -20,6 +20,6 @@ def test_losses_are_finite_and_in_float32(method, norm):
         module.float()
     step._dtype = torch.float32
     for seed in range(2):
-        vector = step(small_batch(seed, 3))
+        vector = step(small_batch(seed, 3, views=step.method.views))
     assert vector.dtype == torch.float32
     assert torch.isfinite(vector).all()

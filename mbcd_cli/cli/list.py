@@ -31,7 +31,7 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str
         SettingsError: no such kind.
     """
     if what == "presets":
-        from mbcd_cli.layers import preset_names
+        from mbcd_cli.settings.sources import preset_names
 
         return ("preset", "purpose"), [(name, _purpose(name)) for name in preset_names()]
     if what == "datasets":
@@ -50,7 +50,7 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str
 
 
 def _purpose(name: str) -> str:
-    from mbcd_cli.layers import preset_folder
+    from mbcd_cli.settings.sources import preset_folder
 
     first = (preset_folder() / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
     return first.lstrip("# ").strip()

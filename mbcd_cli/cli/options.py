@@ -89,14 +89,17 @@ class Asked:
 
     def resolve(self, preset: str | None, *, named: bool = False) -> Settings:
         """The settings of all layers, `preset` being the lowest; `named`: it names a dataset without a name."""
-        from mbcd_cli import layers  # late: reading presets needs the kinds of modality, and help does not
+        from mbcd_cli.settings.merge import (  # late: it needs the kinds of modality, help does not
+            named_dataset,
+            resolve,
+        )
 
         flags = dict(self.flags)
         method = flags.pop("method.name", None)
-        settings = layers.resolve(
+        settings = resolve(
             preset=preset, config=self.config, environ=os.environ, sets=self.sets, method=method, flags=flags
         )
-        return layers.named_dataset(settings, preset) if named else settings
+        return named_dataset(settings, preset) if named else settings
 
 
 _HANDED = ("asked", "show_settings")
@@ -200,18 +203,18 @@ def listed(path: str, text: str) -> tuple[str, ...]:
 
 def preset_of(asked: Asked) -> str | None:
     """The preset asked for, else the one named like the dataset, else (with nothing named) epic-kitchens."""
-    from mbcd_cli import layers
+    from mbcd_cli.settings.sources import preset_names
 
     dataset = asked.flags.get("dataset.name")
     if asked.preset is not None:
         return None if asked.preset == "none" else asked.preset
     if dataset is not None:
-        return dataset if dataset in layers.preset_names() else None
+        return dataset if dataset in preset_names() else None
     return None if asked.config is not None else "epic-kitchens"
 
 
 def emit_settings(settings: Settings) -> None:
     """The resolved tree as TOML, on stdout."""
-    from mbcd_cli import layers
+    from mbcd_cli.settings.sources import to_toml
 
-    typer.echo(layers.to_toml(settings), nl=False)
+    typer.echo(to_toml(settings), nl=False)

@@ -93,7 +93,7 @@ def _repeated(asked: Asked, *, layered: bool) -> list[str]:
 
 def _preset(asked: Asked) -> str | None:
     """The preset asked for, else the one named like the reader or like the dataset's folder."""
-    from mbcd_cli import layers
+    from mbcd_cli.settings.sources import preset_names
 
     if asked.preset is not None:
         return None if asked.preset == "none" else asked.preset
@@ -101,7 +101,7 @@ def _preset(asked: Asked) -> str | None:
         return None
     root = asked.flags.get("dataset.root")
     for candidate in (asked.flags["dataset.reader"], root.resolve().name if root is not None else ""):
-        if candidate in layers.preset_names():
+        if candidate in preset_names():
             console.say(f"Using preset {candidate} (--preset none for the bare defaults).")
             return candidate
     return None

@@ -21,12 +21,13 @@ from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import collect, describe, provenance, warnings
 from mbcd_cli.files import read_records, write_json
-from mbcd_cli.layers import method_label, to_toml
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
 from mbcd_cli.settings import DatasetSettings, Settings
+from mbcd_cli.settings.merge import method_label
+from mbcd_cli.settings.sources import to_toml
 
 
 def evaluate(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbcd_cli.errors import MbcdError, SettingsError
+from mbcd_cli.methods import own_settings
 from mbcd_cli.plugins import load_plugin, plugins
 from mbcd_cli.settings import MethodSettings
 
@@ -33,7 +34,7 @@ class MethodEntry:
         where: `module:Class` in this package.
         summary: what it is, in a line.
         settings: what is laid over the class's defaults, as in the tree's group `method`.
-        average: kind of its weight average, where it is not the class's.
+        average: kind of its weight average, where it is not its settings'.
     """
 
     where: str
@@ -94,7 +95,7 @@ def method_class(name: str) -> type[Method]:
     """
     if name in METHODS:
         module, _, attribute = METHODS[name].where.partition(":")
-        return getattr(import_module(f"{__name__}.{module}"), attribute)
+        return checked(getattr(import_module(f"{__name__}.{module}"), attribute), name)
     installed = plugins(GROUP)
     if name in installed:
         return checked(load_plugin(installed[name]), name)
@@ -106,6 +107,22 @@ def method_class(name: str) -> type[Method]:
         (f"Did you mean {close[0]}? " if close else "")
         + "`mbcd list methods` shows them; a class of your own is named my_method.py:MyMethod.",
     )
+
+
+def method_settings(name: str) -> type[MethodSettings]:
+    """The settings' class of a method; of ours without its class, thus without torch.
+
+    Raises:
+        SettingsError: as `method_class`.
+    """
+    attribute = METHODS[name].where.partition(":")[2] if name in METHODS else ""
+    return getattr(own_settings, f"{attribute}Settings", None) or method_class(name).Settings
+
+
+def same_class(one: str, other: str) -> bool:
+    """Whether two methods are one class with other settings."""
+    places = [METHODS[name].where if name in METHODS else name for name in (one, other)]
+    return places[0] == places[1]
 
 
 def _from_file(name: str) -> object:
@@ -137,8 +154,10 @@ def checked(found: object, name: str) -> type[Method]:
         problem = "it is no subclass of mbcd_cli.methods.base.Method"
     elif not (isinstance(found.Settings, type) and issubclass(found.Settings, MethodSettings)):
         problem = "its Settings are no subclass of mbcd_cli.settings.MethodSettings"
-    elif found.average not in ("none", "ema", "sma"):
-        problem = f"its average is {found.average!r}, not none, ema or sma"
+    elif found.Settings.average_kind not in ("none", "ema", "sma"):
+        problem = f"its Settings.average_kind is {found.Settings.average_kind!r}, not none, ema or sma"
+    elif hasattr(found, "average"):
+        problem = "its average is no attribute of its own: set average_kind in its Settings"
     elif found.views not in (1, 2):
         problem = f"its views are {found.views!r}, not 1 or 2"
     else:
@@ -152,11 +171,10 @@ def checked(found: object, name: str) -> type[Method]:
 
 def over_defaults(name: str) -> dict[str, dict[str, object]]:
     """What choosing the method sets, as groups of the tree: its name, a variant's settings, its average's kind."""
-    entry = METHODS.get(name)
-    kind = method_class(name)
-    average: dict[str, object] = {"kind": (entry.average if entry else None) or kind.average}
-    if kind.average_start:
-        average["start"] = kind.average_start
+    entry, own = METHODS.get(name), method_settings(name)
+    average: dict[str, object] = {"kind": (entry.average if entry else None) or own.average_kind}
+    if own.average_start:
+        average["start"] = own.average_start
     return {"method": {**(entry.settings if entry else {}), "name": name}, "average": average}
 
 

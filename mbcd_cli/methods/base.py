@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -197,11 +197,9 @@ class Method(nn.Module):
     `torch.where` instead of `if`, `context.step` instead of a Python number, no `.item()`.
 
     Attributes:
-        Settings: the method's own settings group.
+        Settings: the method's own settings group, and its default weight average.
         views: views of a clip per batch; with 2, rows 2i and 2i + 1 are two views of one clip.
         capturable: whether a CUDA graph may hold the step.
-        average: kind of the weight average unless `average.kind` says otherwise.
-        average_start: step from which it averages unless `average.start` says otherwise.
         ticker: figures beside the loss that the progress line shows.
         alarms: figures to warn about.
         neutral: settings with which it trains ERM's very weights; None: zero weights of all terms that ERM lacks.
@@ -214,8 +212,6 @@ class Method(nn.Module):
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     views: ClassVar[int] = 1
     capturable: ClassVar[bool] = True
-    average: ClassVar[Literal["none", "ema", "sma"]] = "none"
-    average_start: ClassVar[int] = 0
     ticker: ClassVar[tuple[str, ...]] = ("ce_fused",)
     alarms: ClassVar[tuple[Alarm, ...]] = ()
     neutral: ClassVar[Mapping[str, object] | None] = None

@@ -7,46 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import permutations
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from scipy.special import betaincinv
 from torch import nn
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
+from mbcd_cli.methods.own_settings import CMRFSettings
 from mbcd_cli.methods.parts import projection, row_distance, supervised_contrast, unit_rows
-from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive
 
 QUANTILES = 4096
 """How finely the Beta distribution is tabulated."""
-
-
-class CMRFSettings(MethodSettings):
-    """CMRF; the step from which weights are averaged, and the distillation begins, is `average.start`."""
-
-    unimodal: Literal["joint", "probe"] = "joint"
-    """Uni-modal heads train with their encoders (the paper), or only probe detached features, to be reported."""
-    unimodal_weight: NonNegative = 2.0
-    """Weight of the uni-modal cross-entropies."""
-    contrast: NonNegative = 3.0
-    """Weight of the supervised contrast of the projected features."""
-    distillation: NonNegative = 3.0
-    """Weight of the distillation of interpolated teacher features."""
-    modality_weights: dict[str, NonNegative] = Field(default={"audio": 0.5})
-    """w_k of a modality, in its cross-entropy and distillation; 1 for those that are not named."""
-    beta: Positive = 0.1
-    """Both parameters of the Beta distribution of the interpolation."""
-    hidden: Count = 2048
-    """Width of the projections."""
-    temperature: Positive = 0.1
-    """Temperature of the contrast."""
-
-    @property
-    def needs_average(self) -> bool:
-        """It distils from the teacher, which is what it deploys."""
-        return True
 
 
 class CMRF(Method):
@@ -59,8 +32,6 @@ class CMRF(Method):
 
     Settings = CMRFSettings
     settings: CMRFSettings
-    average = "sma"
-    average_start = 100
     ticker = ("ce_fused", "contrast", "distillation")
     neutral: ClassVar[Mapping[str, object]] = {"unimodal_weight": 1.0, "contrast": 0.0, "distillation": 0.0}
 

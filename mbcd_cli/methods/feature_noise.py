@@ -8,21 +8,12 @@ from __future__ import annotations
 import torch
 
 from mbcd_cli.encoders.staged import Parts
+from mbcd_cli.methods.own_settings import FeatureNoiseSettings
 from mbcd_cli.methods.parts import full_precision
 from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import Randomness
-from mbcd_cli.settings import Fraction, Slice
 
 EPS = 1e-6
-
-
-class FeatureNoiseSettings(Slice):
-    """Feature augmentation by noise on feature statistics (DSU), in the first student pass only."""
-
-    enabled: bool = True
-    """Apply DSU."""
-    probability: Fraction = 0.5
-    """Probability that one call applies the noise."""
 
 
 class FeatureNoise:

@@ -6,7 +6,7 @@ Letters: B clips, M modalities, S source domains.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
@@ -14,32 +14,11 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import gradient_consistency as gcc
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
+from mbcd_cli.methods.own_settings import GMPSettings
 from mbcd_cli.methods.parts import DomainAdversary, cross_entropy, modulation
-from mbcd_cli.settings import Count, MethodSettings, NonNegative
 
 FLOOR = 1e-6
 """Added to what probabilities are divided by."""
-
-
-class GMPSettings(MethodSettings):
-    """GMP."""
-
-    unimodal: Literal["joint", "probe"] = "joint"
-    """Uni-modal heads train with their encoders, or only probe detached features, to be reported."""
-    unimodal_weight: NonNegative = 3.0
-    """Weight of the uni-modal cross-entropies."""
-    domain_weight: NonNegative = 0.5
-    """Weight of the domain losses in the encoders' gradients."""
-    reversal: NonNegative = 0.3
-    """b, what the domain gradient is multiplied with (and reversed) on its way into the encoders."""
-    alpha_class: NonNegative = 0.5
-    """Strength of the modulation of the classification gradients."""
-    alpha_domain: NonNegative = 0.5
-    """Strength of the modulation of the domain gradients."""
-    norm_with_head: bool = False
-    """The norm of a classification gradient includes its head's part, as in the public benchmark; not in the paper."""
-    hidden: Count = 512
-    """Width of the adversary."""
 
 
 class GMP(Method):

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
 from mbcd_cli.encoders.layout import laid_out_like
 from mbcd_cli.model import MultiModalModel, TailWeights
-from mbcd_cli.settings import NonNegative, Slice
-
-
-class ConsistencySettings(Slice):
-    """Gradient consistency (GCC, Eq. 5-6)."""
-
-    order: Literal["off", "first", "second"] = "first"
-    """No inner step, one whose gradient is a constant (the reference), or one that is differentiated through."""
-    alpha: NonNegative = 1e-4
-    """Learning rate of the inner step."""
 
 
 def tail_parameters(model: MultiModalModel) -> TailWeights:

@@ -7,57 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import model_validator
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import gradient_consistency as gcc
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Alarm, Context, Figures, Method, Outputs, Panel, Shown, Term
-from mbcd_cli.methods.feature_noise import FeatureNoise, FeatureNoiseSettings
-from mbcd_cli.methods.gradient_consistency import ConsistencySettings
-from mbcd_cli.methods.modality_dropout import DropoutSettings
+from mbcd_cli.methods.feature_noise import FeatureNoise
+from mbcd_cli.methods.own_settings import MBCDSettings
 from mbcd_cli.methods.parts import cross_entropy, distillation, teacher_probabilities
 from mbcd_cli.model import TailWeights
-from mbcd_cli.settings import MethodSettings, NonNegative, Slice
-
-
-class DistillationSettings(Slice):
-    """Collaborative distillation from the teacher (Eq. 8)."""
-
-    enabled: bool = True
-    """Add lambda * L_dis to the objective."""
-    weight: NonNegative = 1.0
-    """lambda of Eq. 9."""
-
-
-class MBCDSettings(MethodSettings):
-    """MBCD (Eq. 9) and its switches."""
-
-    unimodal: Literal["joint", "probe"] = "joint"
-    """Uni-modal heads train with their encoders (Eq. 9), or only probe detached features, to be reported."""
-    dropout: DropoutSettings = DropoutSettings()
-    """Modality dropout."""
-    consistency: ConsistencySettings = ConsistencySettings()
-    """Gradient consistency."""
-    distillation: DistillationSettings = DistillationSettings()
-    """Distillation."""
-    feature_noise: FeatureNoiseSettings = FeatureNoiseSettings()
-    """Feature noise."""
-
-    @property
-    def needs_average(self) -> bool:
-        """Whether it distils from the teacher."""
-        return self.distillation.enabled
-
-    @model_validator(mode="after")
-    def _coherent(self):
-        if self.consistency.order != "off" and self.unimodal != "joint":
-            raise ValueError("gradient consistency steps along uni-modal gradients: set method.unimodal=joint")
-        return self
-
 
 BALANCE = Panel(
     name="balance",
@@ -88,7 +49,6 @@ class MBCD(Method):
 
     Settings = MBCDSettings
     settings: MBCDSettings
-    average = "ema"
     ticker = ("ce_fused", "kl_fused", "r", "p")
     alarms = (COLLAPSE,)
     neutral: ClassVar[Mapping[str, object]] = {

@@ -6,24 +6,12 @@ Letters: B clips, M modalities, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
+from mbcd_cli.methods.own_settings import DropoutSettings
 from mbcd_cli.methods.parts import full_precision
 from mbcd_cli.randomness import Randomness
-from mbcd_cli.settings import Fraction, Slice
-
-
-class DropoutSettings(Slice):
-    """Modality dropout before fusion (AMD, Eq. 2-4)."""
-
-    strategy: Literal["none", "fixed", "adaptive"] = "adaptive"
-    """No modality dropout, one fixed rate, or the adaptive rate of Eq. 3-4."""
-    rate: Fraction = 0.5
-    """Rate of the fixed strategy."""
-    score: Literal["confidence", "true_class"] = "confidence"
-    """What s_k sums: the largest class probability (the paper), or the true class's (a label-aware variant)."""
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import permutations
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,31 +17,10 @@ from torch.nn import functional as F
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.base import Context, Outputs, Term
+from mbcd_cli.methods.own_settings import MOOSASettings
 from mbcd_cli.methods.parts import cross_entropy, full_precision
-from mbcd_cli.methods.simmmdg import SimMMDG, SimMMDGSettings
+from mbcd_cli.methods.simmmdg import SimMMDG
 from mbcd_cli.processes import Group
-from mbcd_cli.settings import Count, Fraction, NonNegative, Positive
-
-
-class MOOSASettings(SimMMDGSettings):
-    """MOOSA."""
-
-    unimodal: Literal["joint", "probe"] = "joint"
-    """Uni-modal heads train with their encoders (the paper), or only probe detached features."""
-    weighting: Literal["clip", "batch", "off"] = "clip"
-    """Entropy weights of the heads per clip (the paper), of batch means (the public benchmark), or a plain sum."""
-    weighting_temperature: Positive = 1.0
-    """T of the entropy weights."""
-    entropy: NonNegative = 0.001
-    """Weight of the entropy minimisation."""
-    jigsaw: NonNegative = 1.0
-    """Weight of the jigsaw of feature parts."""
-    parts: Count | None = None
-    """s, parts of a feature in the jigsaw; default: 4 of one or two modalities, 2 of more (the authors')."""
-    permutations: Count = 128
-    """P, permutations of the jigsaw; all, where there are fewer."""
-    masked: Fraction = 0.3
-    """r, the fraction of a feature's entries that is hidden from the translators."""
 
 
 class MOOSA(SimMMDG):

@@ -6,32 +6,16 @@ Letters: M modalities.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, total
+from mbcd_cli.methods.own_settings import OGMGESettings
 from mbcd_cli.methods.parts import modulation
-from mbcd_cli.settings import MethodSettings, NonNegative
-
-Epochs = Annotated[int, Field(ge=0)]
-
-
-class OGMGESettings(MethodSettings):
-    """OGM-GE."""
-
-    alpha: NonNegative = 0.8
-    """Strength of the modulation: kappa = 1 - tanh(alpha rho)."""
-    noise: bool = True
-    """Add Gaussian noise to the modulated gradients (GE); without it the method is OGM."""
-    start: Epochs = 0
-    """Epochs before the modulation begins (the authors' later code: 6)."""
-    stop: Epochs = 51
-    """Epochs after which it has ended."""
 
 
 class OGMGE(Method):

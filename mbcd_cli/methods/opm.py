@@ -6,28 +6,14 @@ Letters: B clips (of this process), M modalities, D_k features of modality k.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Figures, Method, Outputs, total
-from mbcd_cli.settings import Fraction, MethodSettings, NonNegative
-
-
-class OPMSettings(MethodSettings):
-    """OPM."""
-
-    rate: Fraction = 0.5
-    """q_0, the drop rate of a modality that barely dominates."""
-    strength: NonNegative = 0.5
-    """lambda, by how much the rate grows with dominance."""
-    probability: Fraction = 0.7
-    """Probability that a batch is modulated."""
-    start: Annotated[int, Field(ge=0)] = 6
-    """Epochs before the modulation begins."""
+from mbcd_cli.methods.own_settings import OPMSettings
 
 
 class OPM(Method):

@@ -12,17 +12,8 @@ import torch
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Method, Outputs, Term
+from mbcd_cli.methods.own_settings import RNANetSettings
 from mbcd_cli.methods.parts import full_precision
-from mbcd_cli.settings import MethodSettings, Names, NonNegative
-
-
-class RNANetSettings(MethodSettings):
-    """RNA-Net."""
-
-    weight: NonNegative = 1.0
-    """lambda, the weight of the norms' alignment."""
-    priority: Names = ("video", "flow", "audio")
-    """Modalities whose norm is the numerator of a ratio, first ones first; all others follow in fusion order."""
 
 
 class RNANet(Method):

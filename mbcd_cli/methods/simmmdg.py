@@ -11,6 +11,7 @@ from torch import nn
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.base import Context, Method, Outputs, Term
+from mbcd_cli.methods.own_settings import SimMMDGSettings
 from mbcd_cli.methods.parts import (
     Translators,
     halves,
@@ -20,22 +21,6 @@ from mbcd_cli.methods.parts import (
     translation,
     unit_rows,
 )
-from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive
-
-
-class SimMMDGSettings(MethodSettings):
-    """SimMMDG."""
-
-    translation: NonNegative = 0.1
-    """Weight of the translation of each modality's feature into the others'."""
-    contrast: NonNegative = 3.0
-    """Weight of the supervised contrast of the shared halves."""
-    distance: NonNegative = 0.7
-    """Weight of the distance between the shared and the specific half of a feature."""
-    hidden: Count = 2048
-    """Width of the projections and translators."""
-    temperature: Positive = 0.1
-    """Temperature of the contrast."""
 
 
 class SimMMDG(Method):

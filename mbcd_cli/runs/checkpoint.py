@@ -19,8 +19,8 @@ from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.files import written
-from mbcd_cli.layers import validate
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import validate
 
 FORMAT = "mbcd-checkpoint"
 VERSION = 2

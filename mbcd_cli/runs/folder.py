@@ -16,8 +16,9 @@ from typing import Any
 
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import append_record, flatten, is_partial, lock, remove_partial, sync, write_json, write_text
-from mbcd_cli.layers import load_settings, to_toml
 from mbcd_cli.settings import Settings, role_of
+from mbcd_cli.settings.merge import load_settings
+from mbcd_cli.settings.sources import to_toml
 
 SETTINGS = "settings.toml"
 DONE = "done"

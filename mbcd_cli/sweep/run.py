@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbcd_cli.files import write_text
-from mbcd_cli.layers import ENV_PREFIX, to_toml
 from mbcd_cli.processes import LAUNCH_VARIABLES
+from mbcd_cli.settings.sources import ENV_PREFIX, to_toml
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
 

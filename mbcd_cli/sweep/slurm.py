@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.errors import RunError
-from mbcd_cli.layers import parse_value
+from mbcd_cli.settings.sources import parse_value
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.run import Board, begin, command, environment, last_line, write_settings
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, read_failure, state

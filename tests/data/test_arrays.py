@@ -19,10 +19,10 @@ from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.data.rounding import Rounding
 from mbcd_cli.errors import MediaError
-from mbcd_cli.layers import resolve as resolve_settings
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings.merge import resolve as resolve_settings
 
 DATASET = DatasetSettings()
 

@@ -29,12 +29,12 @@ from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError, CheckpointError, FileError, RunError
-from mbcd_cli.layers import resolve
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.preparation.trunk import weights_bytes
+from mbcd_cli.settings.merge import resolve
 
 
 def settings_for(root: Path, cache: Path, *sets: str):

@@ -17,8 +17,8 @@ from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.loading import ResidentRows, keep_on_device, read_ahead, resident_bytes
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import CacheError, SettingsError
-from mbcd_cli.layers import validate
 from mbcd_cli.preparation import prepare as command
+from mbcd_cli.settings.merge import validate
 
 
 def threads() -> list[str]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from memory import MemoryDataset
 
-from mbcd_cli.layers import validate
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import validate
 
 
 def make_settings(method: str = "mbcd", **training) -> Settings:

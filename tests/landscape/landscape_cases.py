@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from memory import MemoryDataset
 
-from mbcd_cli.layers import validate
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import validate
 
 
 class Quadratic:

@@ -38,7 +38,7 @@ def one_thread():
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_of_the_registry(method, check):
     subject = Subject.of(method, TOLD.get(method))
-    CHECKS[check](replace(subject, average={**subject.average, "start": min(subject.kind.average_start, 2)}))
+    CHECKS[check](replace(subject, average={**subject.average, "start": min(subject.kind.Settings.average_start, 2)}))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -82,7 +82,9 @@ class TwoViews(Method):
     """Agreement of two views, from the second step on, with an averaged projection as its target."""
 
     views = 2
-    average = "sma"
+
+    class Settings(MethodSettings):
+        average_kind = "sma"
 
     def __init__(self, settings, context):
         super().__init__(settings, context)
@@ -191,13 +193,18 @@ def test_a_class_that_lacks_a_part_is_refused_by_name():
             """Weight."""
 
     class Averaged(Method):
-        average = "mean"
+        class Settings(MethodSettings):
+            average_kind = "mean"
+
+    class Elsewhere(Method):
+        average = "ema"
 
     for found, words in (
         (nn.Linear, "no subclass"),
         (NoSettings, "Settings"),
         (NoDefault, "setting weight has no default"),
-        (Averaged, "average is 'mean'"),
+        (Averaged, "average_kind is 'mean'"),
+        (Elsewhere, "set average_kind in its Settings"),
     ):
         with pytest.raises(SettingsError, match=words):
             checked(found, "mine")

@@ -26,6 +26,7 @@ from mbcd_cli.settings import MethodSettings
 
 
 class Settings(MethodSettings):
+    average_kind = "sma"
     weight: float = 0.1
     """Weight of the agreement."""
 
@@ -35,7 +36,6 @@ class Full(Method):
 
     Settings = Settings
     views = 2
-    average = "sma"
     ticker = ("agreement", "spread")
     alarms = (Alarm("spread", "wide", 0.0, "{modality} spreads by {value:.1f}"),)
 

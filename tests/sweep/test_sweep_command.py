@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from mbcd_cli.cli import app
 from mbcd_cli.errors import RunError
 from mbcd_cli.files import lock, read_records
-from mbcd_cli.layers import to_toml
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
+from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.cell import run_cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state

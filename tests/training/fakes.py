@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.records import SPLITS, Batch
-from mbcd_cli.layers import validate
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import validate
 
 
 class MemoryDataset:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.layers import resolve, validate
 from mbcd_cli.methods import METHODS, over_defaults
 from mbcd_cli.model import MultiModalModel
+from mbcd_cli.settings.merge import resolve, validate
 
 PRESETS = Path(__file__).resolve().parents[2] / "presets"
 REFERENCE = {

@@ -121,6 +121,6 @@ def read_dataset(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -
             f"Choose one of: {', '.join(dict.fromkeys([*READERS, *plugins(GROUP)]))}.",
         )
     own = type(entry.settings())
-    if not isinstance(dataset.reader, own):  # settings that were not merged by `layers`
+    if not isinstance(dataset.reader, own):  # settings that were not merged by `settings.merge`
         dataset = dataset.model_copy(update={"reader": own.model_validate(dataset.reader.model_dump())})
     return entry.read(dataset, modalities)

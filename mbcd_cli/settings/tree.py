@@ -1,16 +1,17 @@
 """The settings tree shared by all commands. Every field's docstring is its help and its line in docs/settings.md.
 
-Merging presets, files, environment and flags into one tree is `mbcd_cli.layers`' work.
+Merging presets, files, environment and flags into one tree is `mbcd_cli.settings.merge`'s work.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from mbcd_cli.settings.roles import ForCache, ForMachine, ForWeights, Role, Slice, field_role
 
 
 def _split_commas(value: Any) -> Any:
@@ -22,43 +23,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-
-
-Role = Literal["weights", "cache", "machine", "report"]
-"""What a setting is for.
-
-weights: trained weights depend on it. cache: so do cached bytes. machine: where and how things are kept and computed,
-and how often; nothing that is stored depends on it. report: what is computed from finished weights.
-"""
-_Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True, slots=True)
-class _For:
-    role: Role
-
-
-# Fields with another role than their group's.
-ForWeights = Annotated[_Value, _For("weights")]
-ForCache = Annotated[_Value, _For("cache")]
-ForMachine = Annotated[_Value, _For("machine")]
-
-
-class Slice(BaseModel):
-    """Base of every part of the tree: frozen, no unknown keys, docstrings as descriptions, finite numbers.
-
-    Attributes:
-        role: what its fields are for, but for those that are marked otherwise; unsaid, the most careful answer.
-    """
-
-    role: ClassVar[Role] = "weights"
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        validate_default=True,
-    )
 
 
 class ReaderSettings(Slice):
@@ -203,6 +167,11 @@ class ModelSettings(Slice):
 
 class MethodSettings(Slice):
     """What trains: a method by name, with the settings of its class; these are ERM's, which every method has."""
+
+    average_kind: ClassVar[Literal["none", "ema", "sma"]] = "none"
+    """The method's default of `average.kind`."""
+    average_start: ClassVar[int] = 0
+    """The method's default of `average.start`."""
 
     name: str = "erm"
     """Name of the method (`mbcd list methods`), or a class of your own: my_method.py:MyMethod."""
@@ -398,11 +367,11 @@ AnyModality = TypeVar("AnyModality", bound=ModalitySettings)
 
 
 class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]):
-    """The whole tree; `layers.validate` gives it the settings classes of the method, reader and kinds that it names."""
+    """The whole tree; `merge.validate` gives it the settings classes of the method, reader and kinds that it names."""
 
     dataset: DatasetSettings[AnyReaderSettings] = Field(default_factory=dict)
     """Dataset."""
-    modalities: ForCache[dict[str, AnyModality]] = {}
+    modalities: ForCache[dict[str, AnyModality]] = Field(default={})
     """Modalities by name; empty means whatever the dataset has, each with its kind's defaults."""
     cache: CacheSettings = CacheSettings()
     """Cache."""
@@ -456,13 +425,3 @@ def role_of(path: str) -> Role:
         owner = held if isinstance(held, type) and issubclass(held, Slice) else None
         role = role if owner is None else owner.role
     return role
-
-
-def field_role(group: type[Slice], field: str) -> Role:
-    """What a field of a group is for."""
-    return next((one.role for one in group.model_fields[field].metadata if isinstance(one, _For)), group.role)
-
-
-def fields_for(group: type[Slice], role: Role) -> tuple[str, ...]:
-    """The fields of a group with this role, in their order."""
-    return tuple(field for field in group.model_fields if field_role(group, field) == role)

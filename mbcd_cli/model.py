@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import Noise, Parts, Tail, Trunk
 from mbcd_cli.settings import ModelSettings

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from mbcd_cli import console
 from mbcd_cli.cli import app
-from mbcd_cli.data.modalities.base import load_views
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.online import mixed_seed
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.encoders import build_encoder

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
-from mbcd_cli.data.modalities.base import load_views
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.preparation.cache_plan import read_listing

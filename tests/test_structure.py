@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,26 @@ def test_imports_go_downward_only():
             if there not in ("__version__", here) and HEIGHT[there] >= HEIGHT[here]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {there}")
     assert not wrong, "\n".join(wrong)
+
+
+def users_word(path: Path) -> bool:
+    """Whether a file is called by a word of the user's: a command, a kind of modality, a reader."""
+    return path.relative_to(PACKAGE).parent.as_posix() in ("cli", "data/modalities", "data/readers")
+
+
+def test_no_name_is_used_twice():
+    """Natural to repeat: what is called by a user's word, with the command in it; `read`, which every reader has."""
+    named = defaultdict(list)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        where = path.relative_to(ROOT).as_posix()
+        if path.stem not in ("__init__", "__main__") and not users_word(path):
+            named[f"{path.stem}.py"].append(where)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                natural = users_word(path) and node.name in (path.stem, "read")
+                named[node.name] += [] if natural else [where]
+    twice = {name: places for name, places in named.items() if len(places) > 1}
+    assert not twice, "\n".join(f"{name}: {', '.join(places)}" for name, places in twice.items())
 
 
 def test_only_the_command_line_uses_the_console():

@@ -43,9 +43,9 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str
         rows = [(name, "", e) if isinstance(e, str) else (name, e.kind, e.summary) for name, e in entries]
         return ("encoder", "reads", "what"), rows
     if what == "methods":
-        from mbcd_cli.methods import summaries
+        from mbcd_cli.methods import method_summaries
 
-        return ("method", "what"), summaries()
+        return ("method", "what"), method_summaries()
     raise SettingsError(f"There is nothing called {what!r} to list.", f"Use one of {', '.join(KINDS)}.")
 
 

@@ -76,10 +76,10 @@ def train(
         return plan, partial(show_dry_run, plan)
     folder = run or runs_dir / data.name / run_name(settings)
     result = train(settings, data, run=folder, resume=resume, overwrite=overwrite, say=console.terminal)
-    return (result, partial(show, result)) if result else None  # under torchrun rank 0 alone reports
+    return (result, partial(show_training, result)) if result else None  # under torchrun rank 0 alone reports
 
 
-def show(summary: Mapping[str, Any]) -> None:
+def show_training(summary: Mapping[str, Any]) -> None:
     """Print what `train` returned and what to run next."""
     best, last, oracle = summary["best"], summary["last"], summary.get("oracle")
     heads = list(best["validation_unimodal"])

@@ -33,7 +33,7 @@ import numpy as np
 from mbcd_cli import __version__
 from mbcd_cli.data.media.condition import condition, files_of, holding
 from mbcd_cli.data.media.timeline import DECODER
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.ranks import partial_is_ours
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Clip, Rejected
 from mbcd_cli.errors import CacheError

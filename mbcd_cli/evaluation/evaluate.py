@@ -19,7 +19,7 @@ from mbcd_cli.evaluation.evaluator import evaluate_models
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.evaluation.report.html import write_report
-from mbcd_cli.evaluation.report.results import collect, describe, provenance, warnings
+from mbcd_cli.evaluation.report.results import describe_run, gathered_results, provenance, result_warnings
 from mbcd_cli.files import read_records, write_json
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.say import SILENT, Say
@@ -64,9 +64,9 @@ def evaluate(
         variants=subset_variants if "missing" in settings.evaluation.analyses else lambda model: {},
     )
     chosen = deployed(checkpoints)
-    about = {**describe(settings, dataset, checkpoints), "method": method_label(settings)}
-    figures = collect(about, results, chosen)
-    figures["warnings"] = warnings(figures, checkpoints)
+    about = {**describe_run(settings, dataset, checkpoints), "method": method_label(settings)}
+    figures = gathered_results(about, results, chosen)
+    figures["warnings"] = result_warnings(figures, checkpoints)
     of_chosen = [one for one in results if (one.checkpoint, one.model) == chosen]
     clips, missing = _media(settings, dataset) if "corruptions" in settings.evaluation.analyses else (None, "")
     analysis = Analysis(

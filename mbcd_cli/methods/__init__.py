@@ -178,7 +178,7 @@ def over_defaults(name: str) -> dict[str, dict[str, object]]:
     return {"method": {**(entry.settings if entry else {}), "name": name}, "average": average}
 
 
-def summaries() -> list[tuple[str, str]]:
+def method_summaries() -> list[tuple[str, str]]:
     """(name, one line) of every method; a plug-in that cannot be imported says why."""
     lines = [(name, entry.summary) for name, entry in METHODS.items()]
     for name in method_names()[len(lines) :]:

@@ -16,14 +16,14 @@ from mbcd_cli.data.cache import (
     CacheWriter,
 )
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.online import describe_media
 from mbcd_cli.data.ranks import free_bytes, locked
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.errors import CacheError, CheckpointError
-from mbcd_cli.preparation.cache_plan import make_plan, read_listing
+from mbcd_cli.preparation.cache_plan import plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.trunk import (
     build_trunk,
@@ -113,7 +113,7 @@ def check_beforehand(settings: Settings, listing: Listing) -> None:
             except CheckpointError as error:
                 problems.append(error)
                 continue
-        plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
+        plan = plan_cache(settings, listing, name, modality, weights_sha256=sha)
         left = plan.to_do(listing.clips)
         needed += sum(plan.sizes[i] for n in left for i in plan.shards[n])
         if not (plan.folder / "tail.pt").is_file():
@@ -156,7 +156,7 @@ def _prepare_modality(
     place = this_process()
     frozen = build_trunk(settings, name, modality, say=say)
     trunk, sha = frozen.trunk, frozen.sha256
-    plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
+    plan = plan_cache(settings, listing, name, modality, weights_sha256=sha)
     root, clips, views, folder = settings.dataset.root or Path(), listing.clips, plan.views, plan.folder
     online = describe_media(settings, clips, name) if settings.cache.views == 0 else None
     with locked(folder, place):

@@ -16,7 +16,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from mbcd_cli.data.modalities import AnyKind
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.files import written
 from mbcd_cli.settings import Settings

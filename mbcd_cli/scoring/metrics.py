@@ -39,7 +39,7 @@ def top_k(logits: Any, labels: Any, k: int) -> float:
     return float(hit.mean())
 
 
-def confusion(logits: Any, labels: Any) -> np.ndarray:
+def confusion_matrix(logits: Any, labels: Any) -> np.ndarray:
     """Counts [C, C]: row the label, column the prediction; clips without a prediction are left out."""
     guesses, labels = predicted(logits), np.asarray(labels)
     classes, known = np.asarray(logits).shape[1], guesses >= 0
@@ -63,7 +63,7 @@ def domain_accuracy(logits: Any, labels: Any, domains: Any, count: int) -> np.nd
     return _group_accuracy(logits, labels, np.asarray(domains), count)
 
 
-def cross_entropy(logits: Any, labels: Any) -> float:
+def mean_cross_entropy(logits: Any, labels: Any) -> float:
     """Mean cross-entropy in nats, in float64; infinite or NaN where logits are."""
     labels = np.asarray(labels)
     with np.errstate(invalid="ignore"):
@@ -113,10 +113,10 @@ def summary(
         "k": k,
         "top_k": top_k(logits, labels, k),
         "mean_class_accuracy": mean_class_accuracy(logits, labels),
-        "loss": finite(cross_entropy(logits, labels)),
+        "loss": finite(mean_cross_entropy(logits, labels)),
         "unpredicted": int((predicted(logits) < 0).sum()),
         "per_class": _named(label_names, labels, class_accuracy(logits, labels)),
-        "confusion": confusion(logits, labels).tolist(),
+        "confusion": confusion_matrix(logits, labels).tolist(),
     }
     if domains is not None:
         domains = np.asarray(domains)

@@ -42,7 +42,7 @@ class Request:
     grid: Sequence[str] = ()
 
 
-def make_plan(
+def plan_cells(
     request: Request,
     *,
     preset: str | None,

@@ -13,7 +13,7 @@ from typing import Any
 from mbcd_cli.errors import RunError
 from mbcd_cli.settings.sources import parse_value
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.run import Board, begin, command, environment, last_line, write_settings
+from mbcd_cli.sweep.run import Board, begin, cell_command, environment, last_line, write_settings
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, read_failure, state
 
 DEFAULTS: dict[str, Any] = {"timeout_min": 720, "cpus_per_task": 4}
@@ -119,7 +119,7 @@ def submit(
         write_settings(cell)
     with executor.batch():
         jobs = [
-            executor.submit(Task(os.fspath(cell.folder.absolute()), tuple(command(cell, threads=each)), each))
+            executor.submit(Task(os.fspath(cell.folder.absolute()), tuple(cell_command(cell, threads=each)), each))
             for cell in wanted
         ]
     pending = dict(zip((cell.key for cell in wanted), zip(wanted, jobs, strict=True), strict=True))

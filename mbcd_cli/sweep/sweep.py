@@ -81,7 +81,7 @@ def measure(cell: Cell, *, jobs: int = 1) -> float | None:
     return min(float(one["estimated_training_seconds"]) for one in (found, *again))
 
 
-def dry_run(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
+def estimate_sweep(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
     """The plan with an estimate of its cost; nothing is written.
 
     Raises:
@@ -153,7 +153,7 @@ def run(
     watch: Callable[[running.Board], None] = lambda board: None,
     say: Say = SILENT,
 ) -> dict[str, Any]:
-    """Run what is not done; `collect` tells the results.
+    """Run what is not done; `write_tables` tells the results.
 
     Args:
         cells: of the plan.
@@ -203,7 +203,7 @@ def _gpus(cells: Sequence[Cell]) -> list[str]:
     return visible or [str(index) for index in range(torch.cuda.device_count())]
 
 
-def collect(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any]:
+def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any]:
     """The finished cells as tables, in text, Markdown, CSV, LaTeX and HTML under `output`.
 
     Raises:

@@ -14,7 +14,7 @@ from mbcd_cli import console
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.media.arrays import read_array, stored_shape
 from mbcd_cli.data.modalities.array import ArrayModality
-from mbcd_cli.data.modalities.base import load_views
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.data.rounding import Rounding

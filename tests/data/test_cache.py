@@ -24,7 +24,7 @@ from mbcd_cli.data import cache as cache_room
 from mbcd_cli.data.cache import listing_digest, shard_ranges, views_of
 from mbcd_cli.data.dataset import ModalityCache, open_dataset, prepared_datasets
 from mbcd_cli.data.media import decoding
-from mbcd_cli.data.modalities.base import load_views
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.encoders import build_encoder

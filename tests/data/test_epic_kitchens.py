@@ -15,8 +15,8 @@ from helpers import numbered_frames, tone, write_video, write_wav
 
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.audio import AudioModality
-from mbcd_cli.data.modalities.base import load_views
 from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import epic_kitchens, read_dataset
 from mbcd_cli.data.readers.places import SplitSettings

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from mbcd_cli.cli import app
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.modalities.audio import AudioModality, followed_spans
-from mbcd_cli.data.modalities.base import load_views, view_generator
 from mbcd_cli.data.modalities.flow import FlowModality
 from mbcd_cli.data.modalities.frames import FrameSampling
+from mbcd_cli.data.modalities.modality import load_views, view_generator
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.new_clips import read_new

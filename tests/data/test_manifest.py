@@ -23,8 +23,8 @@ from mbcd_cli.data.media.video import read_frames
 from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.audio import AudioModality
-from mbcd_cli.data.modalities.base import load_views
 from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import READERS, Listing, read_dataset
 from mbcd_cli.data.readers.manifest import read

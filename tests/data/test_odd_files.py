@@ -12,7 +12,7 @@ from helpers import numbered_frames, write_frames, write_video
 
 from mbcd_cli.data.media.timeline import beginning
 from mbcd_cli.data.media.video import _upright, read_frames, timeline_of
-from mbcd_cli.data.readers.table import path_fault
+from mbcd_cli.data.readers.csv_table import path_fault
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings

@@ -16,7 +16,7 @@ import test_epic_kitchens as epic
 import test_hac as hac
 import torch
 
-from mbcd_cli.data.modalities.base import load_views
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.encoders import build_encoder

@@ -24,9 +24,9 @@ from mbcd_cli.data.media import video as module
 from mbcd_cli.data.media.video import read_frames
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.audio import AudioModality, audio_view, fit_samples
-from mbcd_cli.data.modalities.base import load_views, view_generator
 from mbcd_cli.data.modalities.flow import FlowModality
 from mbcd_cli.data.modalities.frames import crop_box, sample_indices
+from mbcd_cli.data.modalities.modality import load_views, view_generator
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.errors import MediaError

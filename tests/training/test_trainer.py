@@ -182,13 +182,13 @@ def record(epoch, *, dropped=0.0, teacher=0.9, student=0.9, divergence=0.1):
 
 
 def test_warnings():
-    assert watch.warnings([record(1)], epochs=4) == {}
-    assert "video" in watch.warnings([record(1, dropped=0.95)], epochs=4, alarms=MBCD.alarms)["collapse video"]
-    assert watch.warnings([record(1, teacher=0.2)], epochs=4) == {}  # a young teacher is always behind
-    assert "beta" in watch.warnings([record(3, teacher=0.2)], epochs=4)["lag"]
+    assert watch.training_warnings([record(1)], epochs=4) == {}
+    assert "video" in watch.training_warnings([record(1, dropped=0.95)], epochs=4, alarms=MBCD.alarms)["collapse video"]
+    assert watch.training_warnings([record(1, teacher=0.2)], epochs=4) == {}  # a young teacher is always behind
+    assert "beta" in watch.training_warnings([record(3, teacher=0.2)], epochs=4)["lag"]
     drifting = [record(e, divergence=d) for e, d in enumerate((0.5, 0.9, 1.5, 2.5), start=1)]
-    assert "drift" in watch.warnings(drifting, epochs=20)["divergence"]
-    assert watch.warnings(drifting[::-1], epochs=20) == {}
+    assert "drift" in watch.training_warnings(drifting, epochs=20)["divergence"]
+    assert watch.training_warnings(drifting[::-1], epochs=20) == {}
 
 
 def test_a_warning_is_given_once_and_recorded(tmp_path, no_plots, capsys):

@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mbcd_cli.data.modalities.base import Draws, Modality, Parts, each_file
 from mbcd_cli.data.modalities.frames import FrameSampling, frames_to_sample, sample_indices
+from mbcd_cli.data.modalities.modality import Draws, Modality, Parts, each_file
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Media
 from mbcd_cli.settings import Count, DatasetSettings, ForWeights, Fraction, NonNegative, Positive

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.plugins import entry_of, plugins

@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 import soundfile
 
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, manifest
 from mbcd_cli.data.readers.demo_content import (
     DOMAINS,

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.ndimage import rotate
 
 from mbcd_cli.data.modalities.array import ArrayModality
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, manifest, vectors
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings
@@ -39,7 +39,7 @@ def features(images: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def make(seed: int = 0) -> vectors.Vectors:
+def digit_vectors(seed: int = 0) -> vectors.Vectors:
     """The dataset in memory; a quarter of every domain's images is its test split."""
     from sklearn.datasets import load_digits
 
@@ -71,6 +71,6 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     root = dataset.root or Path("mbcd-digits")
     marker = {"generator": "mbcd digits", "version": VERSION}
     if not vectors.is_generated(root, marker):
-        vectors.write(root, make(), marker)
+        vectors.write(root, digit_vectors(), marker)
     asked = dict(modalities) or {name: ArrayModality() for name in MODALITIES}
     return manifest.read(dataset.model_copy(update={"root": root, "manifest": Path("manifest.csv")}), asked)

@@ -14,23 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.data.media.folders import counts_from
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.readers.pickled_tables import read_table
 from mbcd_cli.data.readers.places import (
     Disk,
     Found,
-    Place,
+    MediaLayout,
     by_kind,
     check_label,
-    describe,
-    locate,
+    find_media,
+    found_line,
     path_of,
     pick_domains,
     root_of,
     split_folder,
     whole_number,
 )
-from mbcd_cli.data.readers.tables import read_table
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings
@@ -76,28 +76,28 @@ _WHOLE_FOLDERS = (
 # As EPIC-Kitchens itself is downloaded: 55 (its training videos hold both of our splits), and 100.
 _OFFICIAL = ("{kind}/train/{participant}/{video}", "frames_rgb_flow/{kind}/train/{participant}/{video}")
 VIDEO = (
-    Place(FRAMES, "rgb/{split}/{domain}/{video}"),
-    *(Place(FRAMES, pattern.replace("{kind}", "rgb")) for pattern in _OFFICIAL),
-    Place(FRAMES, "{participant}/rgb_frames/{video}"),
-    Place(CLIP_FILES, f"video/{_CLIP}"),
-    Place(CLIP_FILES, f"rgb/{_CLIP}"),
-    *(Place(WHOLE, f"{folder}{{video}}.{suffix}") for folder in _WHOLE_FOLDERS for suffix in ("MP4", "mp4")),
+    MediaLayout(FRAMES, "rgb/{split}/{domain}/{video}"),
+    *(MediaLayout(FRAMES, pattern.replace("{kind}", "rgb")) for pattern in _OFFICIAL),
+    MediaLayout(FRAMES, "{participant}/rgb_frames/{video}"),
+    MediaLayout(CLIP_FILES, f"video/{_CLIP}"),
+    MediaLayout(CLIP_FILES, f"rgb/{_CLIP}"),
+    *(MediaLayout(WHOLE, f"{folder}{{video}}.{suffix}") for folder in _WHOLE_FOLDERS for suffix in ("MP4", "mp4")),
 )
 FLOW = (
     *(
-        Place(FRAMES, f"{folder}/u", f"{folder}/v")
+        MediaLayout(FRAMES, f"{folder}/u", f"{folder}/v")
         for folder in (
             "flow/{split}/{domain}/{video}",
             *(pattern.replace("{kind}", "flow") for pattern in _OFFICIAL),
             "{participant}/flow_frames/{video}",
         )
     ),
-    Place(CLIP_FILES, f"{_FLOW_CLIP}_u.mp4", f"{_FLOW_CLIP}_v.mp4"),
+    MediaLayout(CLIP_FILES, f"{_FLOW_CLIP}_u.mp4", f"{_FLOW_CLIP}_v.mp4"),
     # The same, named after the frames of the video.
-    Place(CLIP_FILES, f"flow/{_CLIP_STEM}_u.mp4", f"flow/{_CLIP_STEM}_v.mp4"),
+    MediaLayout(CLIP_FILES, f"flow/{_CLIP_STEM}_u.mp4", f"flow/{_CLIP_STEM}_v.mp4"),
 )
 AUDIO = tuple(
-    Place("one wav per video", f"{folder}{{video}}.wav")
+    MediaLayout("one wav per video", f"{folder}{{video}}.wav")
     for folder in (
         "rgb/{split}/{domain}/",
         "audio/{split}/{domain}/",
@@ -137,11 +137,11 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     rows, warnings = _read_splits(splits, domains)
     disk, bases = Disk(), _bases(root, splits)
     notes = [f"split tables: {splits}"]
-    looked = {kind: locate(rows, PLACES[kind], bases, disk) for kind in asked}
+    looked = {kind: find_media(rows, PLACES[kind], bases, disk) for kind in asked}
     found = {kind: places for kind, places in looked.items() if places.hits}
     for kind, places in found.items():
         name = asked[kind][0]
-        notes.append(describe(name, places, len(rows)))
+        notes.append(found_line(name, places, len(rows)))
         if places.missing:
             cause = places.why_missing
             warnings.append(f"{name}: nothing is on disk for {places.missing} of {len(rows)} clips{cause}")

@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.places import (
     Disk,
     Found,
-    Place,
+    MediaLayout,
     by_kind,
     check_label,
-    describe,
-    locate,
+    find_media,
+    found_line,
     path_of,
     pick_domains,
     root_of,
@@ -43,9 +43,9 @@ CLIPS = {
 }
 SPLIT_FOLDERS = ("HAC_Splits", "splits")
 PLACES = {
-    "video": (Place("one file per clip", "{domain}/videos/{file}"),),
-    "flow": (Place("one file per clip", "{domain}/flow/{stem}_flow_x.mp4", "{domain}/flow/{stem}_flow_y.mp4"),),
-    "audio": (Place("one wav per clip", "{domain}/audio/{stem}.wav"),),
+    "video": (MediaLayout("one file per clip", "{domain}/videos/{file}"),),
+    "flow": (MediaLayout("one file per clip", "{domain}/flow/{stem}_flow_x.mp4", "{domain}/flow/{stem}_flow_y.mp4"),),
+    "audio": (MediaLayout("one wav per clip", "{domain}/audio/{stem}.wav"),),
 }
 
 
@@ -73,15 +73,15 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     rows, warnings = _read_splits(splits, domains)
     disk = Disk()
     bases = list(dict.fromkeys([root, root / "HAC", splits, *([root.parent] if root == splits else [])]))
-    found = {kind: locate(rows, PLACES[kind], bases, disk) for kind in asked}
+    found = {kind: find_media(rows, PLACES[kind], bases, disk) for kind in asked}
     # The video tells where the other files should be, and the sound its times.
-    videos = locate(rows, PLACES["video"], bases, disk) if "video" not in found else found["video"]
+    videos = find_media(rows, PLACES["video"], bases, disk) if "video" not in found else found["video"]
     notes = [f"split tables: {splits}"]
     used: dict[str, tuple[str, Modality]] = {}
     for kind, (name, settings) in asked.items():
         if found[kind].hits:
             used[kind] = (name, settings)
-            notes.append(describe(name, found[kind], len(rows)))
+            notes.append(found_line(name, found[kind], len(rows)))
             if found[kind].missing:
                 cause = found[kind].why_missing
                 warnings.append(f"{name}: nothing is on disk for {found[kind].missing} of {len(rows)} clips{cause}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.data.modalities import default_modality
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.errors import ManifestError, SettingsError
 from mbcd_cli.settings import DatasetSettings, ReaderSettings
 
@@ -63,7 +63,7 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MediaLayout:
     """One way in which a modality may lie on disk.
 
     Attributes:
@@ -89,8 +89,8 @@ class Found:
         denied: folders looked into that may not be read.
     """
 
-    places: list[tuple[str, Place]] = field(default_factory=list)
-    hits: Counter[tuple[str, Place]] = field(default_factory=Counter)
+    places: list[tuple[str, MediaLayout]] = field(default_factory=list)
+    hits: Counter[tuple[str, MediaLayout]] = field(default_factory=Counter)
     missing: int = 0
     archives: list[str] = field(default_factory=list)
     denied: list[str] = field(default_factory=list)
@@ -105,7 +105,9 @@ class Found:
         return "".join(causes)
 
 
-def locate(rows: Sequence[Mapping[str, Any]], places: Sequence[Place], bases: Sequence[Path], disk: Disk) -> Found:
+def find_media(
+    rows: Sequence[Mapping[str, Any]], places: Sequence[MediaLayout], bases: Sequence[Path], disk: Disk
+) -> Found:
     """For every row the first place, in the order given, that is on disk; earlier bases win.
 
     Args:
@@ -116,7 +118,7 @@ def locate(rows: Sequence[Mapping[str, Any]], places: Sequence[Place], bases: Se
     """
     candidates = [(str(base), place) for place in places for base in bases if _begins(str(base), place, disk)]
     found = Found()
-    picks: list[tuple[str, Place] | None] = []
+    picks: list[tuple[str, MediaLayout] | None] = []
     for row in rows:
         pick = next((c for c in candidates if disk.has(path_of(c, row))), None)
         picks.append(pick)
@@ -133,19 +135,19 @@ def locate(rows: Sequence[Mapping[str, Any]], places: Sequence[Place], bases: Se
     return found
 
 
-def _begins(base: str, place: Place, disk: Disk) -> bool:
+def _begins(base: str, place: MediaLayout, disk: Disk) -> bool:
     """Whether the fixed beginning of a pattern exists: most layouts are ruled out by one look."""
     first = place.pattern.split("/")[0]
     return bool(disk.names(base)) and ("{" in first or first in disk.names(base))
 
 
-def path_of(candidate: tuple[str, Place], row: Mapping[str, Any], *, second: bool = False) -> str:
+def path_of(candidate: tuple[str, MediaLayout], row: Mapping[str, Any], *, second: bool = False) -> str:
     """The path of a row's media at a place."""
     base, place = candidate
     return f"{base}/{(place.second if second else place.pattern).format_map(row)}"
 
 
-def describe(name: str, found: Found, total: int) -> str:
+def found_line(name: str, found: Found, total: int) -> str:
     """One line: how a modality lies on disk and how much of it is there."""
     kinds = Counter({})
     for (base, place), count in found.hits.items():

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mbcd_cli.data.modalities.array import ArrayModality
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, manifest, vectors
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings, NonNegative, ReaderSettings
@@ -47,7 +47,7 @@ def _directions(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
 
-def make(informativeness: Sequence[float], *, domain_shift: float, seed: int = 0) -> vectors.Vectors:
+def synthetic_vectors(informativeness: Sequence[float], *, domain_shift: float, seed: int = 0) -> vectors.Vectors:
     """The dataset in memory; modality k's draws depend on the seed and k alone, so that more modalities change none."""
     per_domain = CLASSES * (TRAIN + TEST)
     labels = np.tile(np.repeat(np.arange(CLASSES), TRAIN + TEST), len(DOMAINS))
@@ -93,6 +93,6 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
         "domain_shift": domain_shift,
     }
     if not vectors.is_generated(root, marker):
-        vectors.write(root, make(informativeness, domain_shift=domain_shift), marker)
+        vectors.write(root, synthetic_vectors(informativeness, domain_shift=domain_shift), marker)
     asked = dict(modalities) or {name: ArrayModality() for name in known}
     return manifest.read(dataset.model_copy(update={"root": root, "manifest": Path("manifest.csv")}), asked)

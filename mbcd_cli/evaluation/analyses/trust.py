@@ -15,7 +15,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from mbcd_cli.scoring.metrics import cross_entropy, finite, predicted, probabilities
+from mbcd_cli.scoring.metrics import finite, mean_cross_entropy, predicted, probabilities
 from mbcd_cli.scoring.predictions import Predictions
 
 TEMPERATURES = (0.05, 20.0)
@@ -130,12 +130,12 @@ def trust_figures(logits: Any, labels: Any, *, temperature: float, bins: int = 1
         "mean_confidence": float(before.mean()),
         "ece": calibration_error(before, right, bins=bins),
         "brier": brier(logits, labels),
-        "loss": finite(cross_entropy(logits, labels)),
+        "loss": finite(mean_cross_entropy(logits, labels)),
         "scaled": {
             "mean_confidence": float(after.mean()),
             "ece": calibration_error(after, right, bins=bins),
             "brier": brier(logits, labels, temperature),
-            "loss": finite(cross_entropy(scaled, labels)),
+            "loss": finite(mean_cross_entropy(scaled, labels)),
         },
         "aurc": aurc(before, right),
         **{k: v for k, v in separation(before[right], before[~right]).items() if k != "aupr"},

@@ -23,7 +23,7 @@ FORMAT = 1
 """Version of the layout of results.json."""
 
 
-def describe(settings: Settings, dataset: Dataset, checkpoints: Mapping[str, Any]) -> dict[str, Any]:
+def describe_run(settings: Settings, dataset: Dataset, checkpoints: Mapping[str, Any]) -> dict[str, Any]:
     """What was evaluated: dataset, method, domains, seed and checkpoints."""
     training = settings.training
     return {
@@ -71,7 +71,7 @@ def provenance(dataset: Dataset, checkpoints: Mapping[str, Any], device: torch.d
     return found
 
 
-def collect(about: Mapping[str, Any], results: Iterable[Evaluated], chosen: tuple[str, str]) -> dict[str, Any]:
+def gathered_results(about: Mapping[str, Any], results: Iterable[Evaluated], chosen: tuple[str, str]) -> dict[str, Any]:
     """`about` with the figures: models[checkpoint][teacher|student][source|target][head], and the headline.
 
     The headline repeats the deployed (`chosen`) model's top-1 of every head on the target (without one, in-domain).
@@ -108,7 +108,7 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} cannot be read: {error}", "Evaluate that run again.") from error
 
 
-def warnings(figures: Mapping[str, Any], checkpoints: Mapping[str, Any]) -> list[str]:
+def result_warnings(figures: Mapping[str, Any], checkpoints: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures should know: another cache, diverged models, absent classes."""
     found = []
     for name, checkpoint in checkpoints.items():

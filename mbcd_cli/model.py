@@ -21,7 +21,7 @@ TailWeights = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 def head(inside: int, *, settings: ModelSettings, classes: int) -> nn.Sequential:
-    """Linear(D, hidden), ReLU, Dropout, Linear(hidden, C) (method.md section 3)."""
+    """Linear(D, hidden), ReLU, Dropout, Linear(hidden, C)."""
     return nn.Sequential(
         nn.Linear(inside, settings.hidden),
         nn.ReLU(),

@@ -17,7 +17,7 @@ EPS = 1e-6
 
 
 class FeatureNoise:
-    """DSU as the `noise` callable of a tail (method.md section 3, "feature augmentation").
+    """DSU as the `noise` callable of a tail (Li et al., ICLR 2022).
 
     For x [B, C, ...] with mean mu and deviation sigma over the positions, per clip and channel:
     x -> (x - mu) / sigma * (sigma + e1 S(sigma)) + mu + e2 S(mu), e1 and e2 standard normal, S the unbiased

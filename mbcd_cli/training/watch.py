@@ -1,4 +1,4 @@
-"""Signs of a training going wrong (method.md section 6, point 8), each reported once."""
+"""Signs of a training going wrong, each reported once."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _RATES_OF = 1000  # files, spread over the dataset, whose sample rates are looke
 
 
 class AudioModality(Modality):
-    """Sound as a log-spectrogram (scipy; method.md section 4)."""
+    """Sound as a log-spectrogram (scipy; docs/data.md)."""
 
     words: ClassVar[tuple[str, ...]] = ("audio", "sound", "speech", "wav")
     suffixes: ClassVar[tuple[str, ...]] = (
@@ -211,7 +211,7 @@ def audio_view(
     """Log-spectrogram of a clip, standardised: [n] samples at `rate` per second -> [1, F, S] float32.
 
     F = nperseg / 2 + 1, S = (samples - noverlap) // (nperseg - noverlap). A training view (`rng` given) then has
-    uniform noise added, and one band of `mask_bins` frequency bins set to zero, the mean (method.md section 4).
+    uniform noise added, and one band of `mask_bins` frequency bins set to zero, the mean.
     `shared` keeps what the views of the same samples have in common, if given.
     """
     shared = {} if shared is None else shared

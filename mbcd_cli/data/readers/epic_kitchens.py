@@ -1,4 +1,4 @@
-"""EPIC-Kitchens with the MM-SADA domains: kitchens P08, P01, P22 as D1, D2, D3, and eight verbs (method.md section 4).
+"""EPIC-Kitchens with the MM-SADA domains: kitchens P08, P01, P22 as D1, D2, D3, and eight verbs (docs/datasets.md).
 
 Three layouts are read, below the root, the split folder or an EPIC-mp4 folder of either: folders of frames, one mp4 per
 clip, whole videos. Split tables are D1_train.csv, ... with a header, or D1_train.pkl, ... as distributed.

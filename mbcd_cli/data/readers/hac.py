@@ -1,4 +1,4 @@
-"""HAC (Human-Animal-Cartoon): three domains, seven actions (Dong et al., NeurIPS 2023; method.md section 4).
+"""HAC (Human-Animal-Cartoon): three domains, seven actions (Dong et al., NeurIPS 2023; docs/datasets.md).
 
 Split tables are HAC_train_only_human.csv, ... with rows `file.mp4,label` and no header; media lie in
 `{domain}/videos/x.mp4`, `{domain}/flow/x_flow_x.mp4` and `x_flow_y.mp4`, `{domain}/audio/x.wav`.

@@ -21,9 +21,6 @@ _NEW = "New clips"
         "evaluation.analyses",
         "evaluation.export",
         "cache.weights_dir",
-        "cache.dir",
-        "runtime.device",
-        "runtime.threads",
     ],
     examples=(
         "mbcd evaluate --run runs/av-digits/mbcd-va-street-s0",

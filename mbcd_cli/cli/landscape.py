@@ -14,7 +14,6 @@ from mbcd_cli.cli.options import Asked, Shown, command
 
 
 @command(
-    *["cache.dir", "runtime.device", "runtime.threads"],
     examples=(
         "mbcd landscape --checkpoint RUN/checkpoints/best.pt",
         "mbcd landscape --checkpoint ERM/checkpoints/best.pt --checkpoint MBCD/checkpoints/best.pt",

@@ -17,12 +17,12 @@ import typer
 from typer.models import CommandInfo
 
 from mbcd_cli.cli.outcome import finish, outcome
-from mbcd_cli.settings import MethodSettings, Settings
+from mbcd_cli.settings import ManifestSettings, MethodSettings, Settings
 
 FLAGS = {
     "dataset.reader": "DATASET",
     "dataset.root": "--root",
-    "dataset.manifest": "--manifest",
+    "dataset.reader.manifest": "--manifest",
     "dataset.name": "--dataset --name",
     "dataset.compute_flow": "--compute-flow/--no-compute-flow",
     "dataset.max_bad": "--max-bad",
@@ -48,6 +48,8 @@ FLAGS = {
     "runtime.threads": "--threads",
 }
 """Setting -> its flag; a name without dashes is an argument, and needed."""
+COMMON = ("cache.dir", "runtime.device", "runtime.threads")
+"""Settings whose flags every layered command has."""
 SETTINGS, RUNTIME, OUTPUT = "Settings", "Runtime", "Output"
 _PANELS = {"model.modalities": SETTINGS, "cache.dir": SETTINGS, "runtime.device": RUNTIME, "runtime.threads": RUNTIME}
 Preset = Annotated[
@@ -118,12 +120,12 @@ def command(
     Args:
         flags: settings whose flags the command has (`FLAGS`).
         examples: lines that a user can type.
-        layered: --config and --set too. preset: --preset.
+        layered: --config, --set and `COMMON` too. preset: --preset.
         show_settings: --show-settings, handed to the function.
     """
 
     def make(function: Callable[..., Shown | None]) -> CommandInfo:
-        names = {path.replace(".", "__"): path for path in flags}
+        names = {path.replace(".", "__"): path for path in (*flags, *(COMMON if layered else ()))}
         options = {name: _option(path) for name, path in names.items()}
         last = {name: option for name, option in options.items() if names[name] in _PANELS}
         common: dict[str, Any] = {"preset": Preset} if preset else {}
@@ -172,9 +174,9 @@ def command(
 
 def _option(path: str) -> Any:
     """The annotated type of a setting's flag, with its docstring and choices as the help."""
-    group, name = path.split(".")
-    tree = MethodSettings if group == "method" else Settings.model_fields[group].annotation
-    field = tree.model_fields[name]
+    group, _, name = path.rpartition(".")
+    own = {"method": MethodSettings, "dataset.reader": ManifestSettings}.get(group)
+    field = (own or Settings.model_fields[group].annotation).model_fields[name]
     plain, choices = _plain(field.annotation)
     text = (field.description or "") + (f" One of: {', '.join(choices)}." if choices else "")
     if not FLAGS[path].startswith("-"):
@@ -201,16 +203,19 @@ def listed(path: str, text: str) -> tuple[str, ...]:
     return choices if text == "all" else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def preset_of(asked: Asked) -> str | None:
-    """The preset asked for, else the one named like the dataset, else (with nothing named) epic-kitchens."""
+def preset_of(asked: Asked, *names: str) -> str | None:
+    """The preset asked for, else the first of `names` that is one's; None for bare defaults."""
     from mbcd_cli.settings.sources import preset_names
 
-    dataset = asked.flags.get("dataset.name")
     if asked.preset is not None:
         return None if asked.preset == "none" else asked.preset
-    if dataset is not None:
-        return dataset if dataset in preset_names() else None
-    return None if asked.config is not None else "epic-kitchens"
+    return next((name for name in names if name in preset_names()), None)
+
+
+def dataset_preset(asked: Asked) -> str | None:
+    """The preset asked for, else the one named like the dataset, else (with nothing named) epic-kitchens."""
+    unnamed = () if asked.config is not None else ("epic-kitchens",)
+    return preset_of(asked, *([asked.flags["dataset.name"]] if "dataset.name" in asked.flags else unnamed))
 
 
 def emit_settings(settings: Settings) -> None:

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command, preset_of
+from mbcd_cli.cli.options import Asked, Shown, command, dataset_preset
 
 
 @command(
-    *["dataset.name", "cache.dir", "runtime.device", "runtime.threads"],
+    "dataset.name",
     preset=True,
     examples=(
         "mbcd sweep --preset av-digits --targets all --methods erm,mbcd --seeds 3",
@@ -71,7 +71,7 @@ def sweep(
         seeds=seeds,
         grid=grid or (),
     )
-    layers = {"preset": preset_of(asked), "config": asked.config, "sets": asked.sets, "flags": asked.flags}
+    layers = {"preset": dataset_preset(asked), "config": asked.config, "sets": asked.sets, "flags": asked.flags}
     say = console.terminal
     sweeping.check_execution(jobs, launcher)
     if root is not None and not (dry_run or collect):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command, emit_settings, preset_of
+from mbcd_cli.cli.options import Asked, Shown, command, dataset_preset, emit_settings
 from mbcd_cli.errors import RunError
 
 _TRAINS = [
@@ -25,9 +25,6 @@ _TRAINS = [
     "training.seed",
     "training.limit_clips",
     "training.max_steps",
-    "cache.dir",
-    "runtime.device",
-    "runtime.threads",
 ]
 
 
@@ -59,7 +56,7 @@ def train(
     """
     if resume and overwrite:
         raise RunError("--resume and --overwrite contradict each other.", "Use one of them.")
-    preset = preset_of(asked)
+    preset = dataset_preset(asked)
     settings = asked.resolve(preset, named=True)
     if show_settings:
         return emit_settings(settings)

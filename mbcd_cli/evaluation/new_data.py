@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from mbcd_cli.data.dataset import CachedDataset, ModalityCache
-from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
 from mbcd_cli.evaluation.report.export import vote_rows, write_csv
 from mbcd_cli.evaluation.report.results import provenance
@@ -22,7 +21,7 @@ from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.deployed import build_models, deployed
 from mbcd_cli.scoring.metrics import summaries
 from mbcd_cli.scoring.predictions import predict
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import ManifestSettings, Settings
 
 
 def predict_new(
@@ -60,9 +59,8 @@ def predict_new(
     # The run's limits on bad media hold; where the clips lie does not.
     dataset = settings.dataset.model_copy(
         update={
-            "reader": reader_settings("manifest"),
+            "reader": ManifestSettings(manifest=manifest),
             "root": root,
-            "manifest": manifest,
             "name": None,
             "domains": (),
             "classes": len(label_names),

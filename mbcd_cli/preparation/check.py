@@ -15,12 +15,12 @@ from mbcd_cli.data.cache import group_of
 from mbcd_cli.data.media.decoding import DecodeJob, decode
 from mbcd_cli.data.media.folders import MOST_MISSING
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.data.ranks import free_bytes
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media
 from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders.pretrained import another_file, find_weights, sha256_of
 from mbcd_cli.errors import CheckpointError
+from mbcd_cli.files import free_bytes
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing, stored_views
 from mbcd_cli.preparation.trunk import meta_inputs, meta_trunk, needs_weights, row_bytes, weights_bytes
 from mbcd_cli.runtime import pick_device

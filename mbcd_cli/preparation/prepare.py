@@ -18,11 +18,12 @@ from mbcd_cli.data.cache import (
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.online import describe_media
-from mbcd_cli.data.ranks import free_bytes, locked
+from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.errors import CacheError, CheckpointError
+from mbcd_cli.files import free_bytes
 from mbcd_cli.preparation.cache_plan import plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.trunk import (

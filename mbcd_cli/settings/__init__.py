@@ -21,6 +21,7 @@ from mbcd_cli.settings.tree import (
     EvaluationSettings,
     Fraction,
     LandscapeSettings,
+    ManifestSettings,
     MethodSettings,
     ModalitySettings,
     ModelSettings,

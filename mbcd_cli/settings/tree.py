@@ -32,6 +32,13 @@ class ReaderSettings(Slice):
     """Reader that lists the clips; `mbcd list datasets` shows them."""
 
 
+class ManifestSettings(ReaderSettings):
+    """The manifest is a CSV table."""
+
+    manifest: Path = Path("manifest.csv")
+    """CSV table of the manifest reader, relative to the root."""
+
+
 AnyReaderSettings = TypeVar("AnyReaderSettings", bound=ReaderSettings)
 
 
@@ -44,8 +51,6 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     """Name of the dataset in the cache and in run folders; default: the root folder's name."""
     root: ForMachine[Path | None] = None
     """Folder that holds the dataset; only `prepare` needs it."""
-    manifest: Path = Path("manifest.csv")
-    """CSV table of the manifest reader, relative to the root."""
     domains: Names = ()
     """Domains to use, in this order; empty means all that the dataset has."""
     classes: Count | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
-from helpers import write_array
+from helpers import cause, write_array
 
 from mbcd_cli import console
 from mbcd_cli.data.dataset import open_dataset
@@ -25,13 +25,6 @@ from mbcd_cli.settings import DatasetSettings
 from mbcd_cli.settings.merge import resolve as resolve_settings
 
 DATASET = DatasetSettings()
-
-
-def cause(reading) -> str:
-    with pytest.raises(MediaError) as caught:
-        reading()
-    assert caught.value.remedy
-    return caught.value.cause
 
 
 def clip_of(path: Path) -> Clip:

@@ -21,7 +21,7 @@ from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.csv_table import CsvTable, inside, lines_error, name_faults, path_fault, read_bytes
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings import DatasetSettings, ManifestSettings
 
 REQUIRED = ("id", "domain", "split", "label")
 SPANS = {
@@ -108,11 +108,12 @@ def locate_table(dataset: DatasetSettings) -> tuple[Path, Path]:
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise ManifestError(f"{root}: the dataset's root {what}.", "Correct --root.")
-    path = root / dataset.manifest
+    own = dataset.reader if isinstance(dataset.reader, ManifestSettings) else ManifestSettings()
+    path = root / own.manifest
     if not path.is_file():
         raise ManifestError(
             f"{path}: there is no such manifest.",
-            "Write one (one row per clip), or name another with --set dataset.manifest=FILE.",
+            "Write one (one row per clip), or name another with --manifest FILE.",
         )
     return root, path
 

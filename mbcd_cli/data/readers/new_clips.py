@@ -28,7 +28,7 @@ def read_new(dataset: DatasetSettings, modalities: Mapping[str, Modality], *, la
     """The listing of new clips, all of them of the test split; `UNKNOWN` labels where the table has none.
 
     Args:
-        dataset: `root`, `manifest`, `name` and `compute_flow`.
+        dataset: `root`, `name`, `compute_flow` and the reader's `manifest`.
         modalities: those that the model reads, with its settings.
         label_names: the model's classes.
 

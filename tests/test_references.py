@@ -110,6 +110,8 @@ def _has(group: object, keys: list[str]) -> bool:
 
 def _importable(word: str) -> bool:
     module, _, name = word.rpartition(".")
+    if not module:
+        return hasattr(builtins, name)
     for prefix in ("", *(f"{library}." for library in LIBRARIES)):
         try:
             return hasattr(importlib.import_module((prefix + module).rstrip(".")), name)
@@ -185,7 +187,7 @@ def test_what_stands_in_ticks(path):
             good = is_file(word)
         elif match := re.fullmatch(r"([a-z_]+(?:\.\w+)+) ?= ?\S+", word):
             good = is_setting(match[1]) or match[1] in PLACEHOLDERS
-        elif match := re.fullmatch(r"([A-Za-z_.]+)\(.*\)", word):
+        elif match := re.fullmatch(r"\.?([A-Za-z_.]+)\(.*\)", word):
             good = all(part in identifiers() for part in match[1].split(".")) or _importable(match[1])
         elif re.fullmatch(r"[A-Za-z_]+", word) and re.search(r"[a-z_][A-Z_][A-Za-z]", word):
             good = word in identifiers() or hasattr(builtins, word) or word in PLACEHOLDERS

@@ -1,1 +1,9 @@
-"""Its being here puts this folder on the import path: `from helpers import ...` works in every test."""
+"""Its being here puts this folder on the import path: `from helpers import ...` works in every test.
+
+So do the cases of the rooms that others' tests use.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path += [str(Path(__file__).parent / room) for room in ("data", "training")]

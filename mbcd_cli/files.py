@@ -101,7 +101,7 @@ def write_text(path: Path, text: str, **where: str) -> Path:
     return path
 
 
-def write_json(path: Path, value: Any, **where: str) -> Path:
+def write_json(path: Path, value: object, **where: str) -> Path:
     """`written`, for one JSON value, indented and with sorted keys; returns `path`."""
     return write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", **where)
 
@@ -235,7 +235,7 @@ def _locked(file: FileIO, path: Path, kind: int) -> bool:
     return True
 
 
-def open_hdf5(path: Path, mode: str = "r", **options: Any) -> h5py.File:
+def open_hdf5(path: Path, mode: str = "r", **options: object) -> h5py.File:
     """An HDF5 file, opened without HDF5's own lock, which fails where there are no locks.
 
     Nobody needs it: a file is written aside, by one process, and what has its name is complete and never changed.
@@ -255,7 +255,7 @@ def written_hdf5(path: Path, *, libver: str | None = None, **where: str) -> Iter
         yield file
 
 
-def append_record(path: Path, record: Mapping[str, Any], **where: str) -> None:
+def append_record(path: Path, record: Mapping[str, object], **where: str) -> None:
     """Add `record` to a .jsonl file, as one line.
 
     Raises:
@@ -288,7 +288,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """{"view": {"crop": 56}} -> {"view.crop": 56}; empty mappings leave nothing."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():

@@ -30,7 +30,7 @@ PICTURES = ("report", "accuracy per epoch", "confusion on target")
 def demo(
     directory: Path,
     *,
-    flags: Mapping[str, Any],
+    flags: Mapping[str, object],
     say: Say = SILENT,
 ) -> dict[str, Any]:
     """Prepare, train ERM and MBCD, evaluate both and compare their landscapes, all under `directory`.

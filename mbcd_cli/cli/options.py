@@ -133,7 +133,7 @@ def command(
         switches = ({"show_settings": ShowSettings} if show_settings else {}) | {"as_json": Json, "debug": Debug}
 
         @wraps(function)
-        def run(**given: Any) -> None:
+        def run(**given: object) -> None:
             debug = given.pop("debug")
             asked = Asked(
                 flags={path: value for name, path in names.items() if (value := given.pop(name)) is not None},
@@ -147,7 +147,7 @@ def command(
                 if shown is not None:
                     finish(*shown, as_json=asked.as_json)
 
-        def parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+        def parameter(name: str, annotation: object, default: object) -> inspect.Parameter:
             return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
         needed = inspect.Parameter.empty
@@ -172,7 +172,7 @@ def command(
     return make
 
 
-def _option(path: str) -> Any:
+def _option(path: str) -> object:
     """The annotated type of a setting's flag, with its docstring and choices as the help."""
     group, _, name = path.rpartition(".")
     own = {"method": MethodSettings, "dataset.reader": ManifestSettings}.get(group)
@@ -184,7 +184,7 @@ def _option(path: str) -> Any:
     return Annotated[plain | None, typer.Option(*FLAGS[path].split(), help=text, rich_help_panel=_PANELS.get(path))]
 
 
-def _plain(annotation: Any) -> tuple[type, tuple[str, ...]]:
+def _plain(annotation: object) -> tuple[type, tuple[str, ...]]:
     """The type that the command line reads, and the choices; what is neither number, path nor switch is text."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command, emit_settings, preset_of
+
+if TYPE_CHECKING:
+    from mbcd_cli.preparation.prepare import Prepared
 
 _PREPARES = [
     "dataset.reader",
@@ -92,7 +95,7 @@ def _repeated(asked: Asked, *, layered: bool) -> list[str]:
     return words + [word for one in kept for word in ("--set", one)]
 
 
-def show_prepared(result: dict[str, Any], *, preset: str | None, repeat: Sequence[str] = ()) -> None:
+def show_prepared(result: Prepared, *, preset: str | None, repeat: Sequence[str] = ()) -> None:
     """Print what `prepare` returned and what to run next.
 
     Args:

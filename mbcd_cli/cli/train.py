@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command, dataset_preset, emit_settings
 from mbcd_cli.errors import RunError
+
+if TYPE_CHECKING:
+    from mbcd_cli.training.train import TrainingSummary
 
 _TRAINS = [
     "training.target_domain",
@@ -76,7 +79,7 @@ def train(
     return (result, partial(show_training, result)) if result else None  # under torchrun rank 0 alone reports
 
 
-def show_training(summary: Mapping[str, Any]) -> None:
+def show_training(summary: TrainingSummary) -> None:
     """Print what `train` returned and what to run next."""
     best, last, oracle = summary["best"], summary["last"], summary.get("oracle")
     heads = list(best["validation_unimodal"])

@@ -22,6 +22,7 @@ from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import describe_run, gathered_results, provenance, result_warnings
 from mbcd_cli.files import read_records, write_json
 from mbcd_cli.preparation.cache_plan import read_listing
+from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
@@ -33,7 +34,7 @@ from mbcd_cli.settings.sources import to_toml
 def evaluate(
     settings: Settings,
     dataset: Dataset,
-    checkpoints: Mapping[str, Any],
+    checkpoints: Mapping[str, Checkpoint],
     *,
     device: torch.device,
     run: Path | None,
@@ -134,7 +135,7 @@ def _accuracy_plots(analysis: Analysis) -> None:
         )
 
 
-def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, checkpoint: Any) -> None:
+def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, checkpoint: Checkpoint) -> None:
     records = read_records(run / "metrics.jsonl") if run is not None else []
     history = accuracy_history(records or list(getattr(checkpoint, "history", [])))
     if history is None:

@@ -17,6 +17,7 @@ from mbcd_cli.evaluation.report.export import vote_rows, write_csv
 from mbcd_cli.evaluation.report.results import provenance
 from mbcd_cli.files import write_json
 from mbcd_cli.preparation.prepare import prepare_listing
+from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.deployed import build_models, deployed
 from mbcd_cli.scoring.metrics import summaries
@@ -26,7 +27,7 @@ from mbcd_cli.settings import ManifestSettings, Settings
 
 def predict_new(
     settings: Settings,
-    checkpoints: Mapping[str, Any],
+    checkpoints: Mapping[str, Checkpoint],
     *,
     root: Path | None,
     manifest: Path | None,
@@ -104,7 +105,7 @@ def _cache(folder: Path | None) -> AbstractContextManager[str | Path]:
 
 
 def _predicted(
-    settings: Settings, dataset: CachedDataset, checkpoints: Mapping[str, Any], device: torch.device, say: Say
+    settings: Settings, dataset: CachedDataset, checkpoints: Mapping[str, Checkpoint], device: torch.device, say: Say
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and the rows of predict.csv."""
     checkpoint, name = deployed(checkpoints)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,12 +33,12 @@ def fold_batch_norms(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
     outputs: dict[int, tuple[nn.Module, torch.Tensor]] = {}
     receivers: dict[int, list[nn.Module]] = {}
 
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(module: nn.Module, args: tuple[object, ...]) -> None:
         for value in args:
             if isinstance(value, torch.Tensor) and id(value) in outputs and not list(module.children()):
                 receivers.setdefault(id(value), []).append(module)
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(module: nn.Module, args: tuple[object, ...], output: object) -> None:
         if isinstance(module, _LAYERS):
             outputs[id(output)] = (module, output)  # holding it keeps its id from being used again
 

@@ -140,7 +140,7 @@ def _mendable(settings: Settings, modality: Modality, gap: Gap) -> bool:
     return gap.share <= MOST_MISSING and gap.expected - gap.missing >= settings.dataset.min_frames
 
 
-def _weights(settings: Settings, modality: Modality) -> tuple[dict[str, Any] | None, str | None]:
+def _weights(settings: Settings, modality: Modality) -> tuple[dict[str, str | bool | None] | None, str | None]:
     """What is known of the weights file, and its SHA-256."""
     if not needs_weights(settings, modality):
         return None, None

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
@@ -41,7 +41,36 @@ from mbcd_cli.settings import Settings
 _SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 
 
-def prepare(settings: Settings, *, say: Say = SILENT) -> dict[str, Any]:
+class PreparedModality(TypedDict):
+    """What `prepare` says of one modality; `bytes` without the index, `seconds` of this run."""
+
+    folder: str
+    fingerprint: str
+    clips: int
+    bytes: int
+    bytes_per_view: int
+    int8_error: float | None
+    float16_loss: str
+    mended: list[dict[str, str]]
+    shards: int
+    shards_reused: int
+    seconds: float
+
+
+class Prepared(TypedDict):
+    """What `prepare` returns; `exit_code` is 3 where more clips were rejected than `dataset.max_bad`."""
+
+    dataset: str
+    cache: str
+    clips: int
+    domains: list[str]
+    classes: int
+    modalities: dict[str, PreparedModality]
+    rejected: list[dict[str, str]]
+    exit_code: int
+
+
+def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared:
     """Fill the caches of every modality of a dataset; what is already there is reused.
 
     Started by torchrun, the processes share the shards; rank 0 alone writes the indices, and prints.
@@ -53,7 +82,7 @@ def prepare(settings: Settings, *, say: Say = SILENT) -> dict[str, Any]:
     return prepare_listing(settings, read_listing(settings), say=say)
 
 
-def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> dict[str, Any]:
+def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> Prepared:
     """`prepare`, for clips that are listed already: every modality of `listing` in the cache."""
     place = this_process()
     if not place.main:
@@ -152,7 +181,7 @@ def _prepare_modality(
     device: torch.device,
     rejected: list[Rejected],
     say: Say,
-) -> dict[str, Any]:
+) -> PreparedModality:
     started = time.monotonic()
     place = this_process()
     frozen = build_trunk(settings, name, modality, say=say)

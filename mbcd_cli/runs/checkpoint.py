@@ -169,7 +169,7 @@ def _parse(payload: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def _state(value: Any, what: str) -> State:
+def _state(value: object, what: str) -> State:
     if not isinstance(value, Mapping) or not all(isinstance(t, torch.Tensor) for t in value.values()):
         raise TypeError(f"{what} is no state dict")
     return dict(value)

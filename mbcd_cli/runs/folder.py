@@ -56,7 +56,7 @@ class RunFolder:
         """The selected epoch's weights."""
         return self.checkpoints / "best.pt"
 
-    def append(self, log: str, record: Mapping[str, Any]) -> None:
+    def append(self, log: str, record: Mapping[str, object]) -> None:
         """Add one JSON line to `log`."""
         if self.writes:
             append_record(self.path / log, record, place="--run", then="go on with --resume")
@@ -80,7 +80,7 @@ class RunFolder:
             if path.exists():
                 os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, object]) -> None:
         """Write `done`, the mark of a complete run."""
         write_json(self.path / DONE, summary, place="--run", then="go on with --resume")
 

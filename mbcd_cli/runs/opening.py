@@ -148,7 +148,7 @@ def load_checkpoints(
     *,
     config: Path | None,
     sets: Sequence[str],
-    flags: Mapping[str, Any],
+    flags: Mapping[str, object],
 ) -> tuple[Settings, dict[str, Checkpoint]]:
     """Checkpoints, and the settings they were trained with (evaluation, landscape and runtime as asked now).
 

@@ -25,17 +25,17 @@ from mbcd_cli.settings.sources import Layer, environment_layer, load_preset, mer
 DEFAULT_READER = ReaderSettings().name
 
 
-def _named(values: Mapping[str, Any]) -> str | None:
+def _named(values: Mapping[str, object]) -> str | None:
     """The method that a layer names, or None."""
     return _name_in(values.get("method"))
 
 
-def _name_in(group: Any) -> str | None:
+def _name_in(group: object) -> str | None:
     name = group.get("name") if isinstance(group, Mapping) else None
     return name if isinstance(name, str) else None
 
 
-def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _merged(layers: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """All layers over each other, the first being the lowest.
 
     Raises:
@@ -55,7 +55,7 @@ def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merge(tree, {"dataset": {"reader": reader}}) if reader else tree
 
 
-def _reader(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _reader(layers: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """The reader of all layers over each other; one that names a reader drops another reader's settings below it."""
     chosen: dict[str, Any] = {}
     for values in layers:
@@ -78,7 +78,7 @@ def resolve(
     environ: Mapping[str, str] | None = None,
     sets: Sequence[str] = (),
     method: str | None = None,
-    flags: Mapping[str, Any] | None = None,
+    flags: Mapping[str, object] | None = None,
 ) -> Settings:
     """The settings that these sources give together; `flags` maps dotted paths to values, None being unset.
 
@@ -138,7 +138,7 @@ def named_dataset(settings: Settings, preset: str | None) -> Settings:
     return settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"name": Path(preset).stem})})
 
 
-def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Settings:
+def validate(values: Mapping[str, object], layers: Sequence[Layer] = ()) -> Settings:
     """Validated settings, with the settings class of the method that they name (else of the default one).
 
     Raises:
@@ -171,7 +171,7 @@ def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Setting
     ) from first
 
 
-def _with_kinds(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_kinds(values: Mapping[str, object]) -> Mapping[str, object]:
     """`values` with the kinds of the modalities that leave theirs to their name."""
     given = values.get("modalities")
     if not isinstance(given, Mapping):
@@ -183,7 +183,7 @@ def _with_kinds(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**values, "modalities": kinds}
 
 
-def _path(problem: Mapping[str, Any]) -> list[str]:
+def _path(problem: Mapping[str, object]) -> list[str]:
     """Keys of a problem's value, as a user writes them."""
     loc = [str(part) for part in problem["loc"]]
     if len(loc) > 2 and loc[0] == "modalities":
@@ -191,7 +191,7 @@ def _path(problem: Mapping[str, Any]) -> list[str]:
     return loc
 
 
-def _drop(values: dict[str, Any], path: Sequence[str]) -> bool:
+def _drop(values: dict[str, object], path: Sequence[str]) -> bool:
     """Take the value at `path` (or the list around it) out of `values`, copying what is shared; False: not there."""
     node = values
     for depth, key in enumerate(path):
@@ -205,7 +205,7 @@ def _drop(values: dict[str, Any], path: Sequence[str]) -> bool:
     return False
 
 
-def _describe(problem: Mapping[str, Any], layers: Sequence[Layer], tree: type[Settings]) -> str:
+def _describe(problem: Mapping[str, object], layers: Sequence[Layer], tree: type[Settings]) -> str:
     loc = _path(problem)
     path = ".".join(loc)
     message = problem["msg"].removeprefix("Value error, ")

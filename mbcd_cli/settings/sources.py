@@ -55,7 +55,7 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in preset_folder().glob("*.toml"))
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
+def read_toml(path: Path, what: str) -> dict[str, object]:
     """The values of a TOML file.
 
     Raises:
@@ -89,7 +89,7 @@ def load_preset(name: str) -> Layer:
     return Layer(f"preset {name}", read_toml(preset_folder() / f"{name}.toml", "preset"))
 
 
-def parse_value(text: str) -> Any:
+def parse_value(text: str) -> object:
     """A value as TOML writes it (8, 0.5, true, [1, 2], "x"); anything else is taken as a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
@@ -97,14 +97,14 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def nest(path: str, value: Any) -> dict[str, Any]:
+def nest(path: str, value: object) -> dict[str, object]:
     """("a.b", 1) -> {"a": {"b": 1}}."""
     for key in reversed(path.split(".")):
         value = {key: value}
     return value
 
 
-def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+def merge(low: Mapping[str, object], high: Mapping[str, object]) -> dict[str, object]:
     """`high` over `low`, dictionary by dictionary; other values replace each other."""
     merged = dict(low)
     for key, value in high.items():
@@ -113,7 +113,7 @@ def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _parse_leaves(values: Any) -> Any:
+def _parse_leaves(values: object) -> object:
     if isinstance(values, Mapping):
         return {key: _parse_leaves(value) for key, value in values.items()}
     return parse_value(values) if isinstance(values, str) else values

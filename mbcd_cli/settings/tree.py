@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from mbcd_cli.settings.roles import ForCache, ForMachine, ForWeights, Role, Slice, field_role
 
 
-def _split_commas(value: Any) -> Any:
+def _split_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
@@ -76,7 +76,7 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
         return _dataset, (dict(self),)
 
 
-def _dataset(values: dict[str, Any]) -> DatasetSettings:
+def _dataset(values: dict[str, object]) -> DatasetSettings:
     return DatasetSettings(**values)
 
 
@@ -407,7 +407,7 @@ class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]
 
     @field_validator("modalities")
     @classmethod
-    def _names(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _names(cls, value: dict[str, object]) -> dict[str, object]:
         for name in value:
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
                 raise ValueError(f"modality name {name!r}: use letters, digits, - and _ only")

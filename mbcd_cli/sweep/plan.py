@@ -112,7 +112,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return grid
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, list):
         return ",".join(map(_text, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.errors import SettingsError
@@ -48,7 +47,7 @@ def plan_cells(
     preset: str | None,
     config: Path | None,
     sets: Sequence[str],
-    flags: Mapping[str, Any],
+    flags: Mapping[str, object],
     runs_dir: Path,
     say: Say = SILENT,
 ) -> list[Cell]:
@@ -64,7 +63,7 @@ def plan_cells(
     table = TABLES[request.table] if request.table is not None else None
     grid = parse_grid(request.grid)
 
-    def build(method: str, values: Mapping[str, str], cell: Mapping[str, Any]) -> Settings:
+    def build(method: str, values: Mapping[str, str], cell: Mapping[str, object]) -> Settings:
         settings = resolve(
             preset=preset,
             config=config,

@@ -54,7 +54,7 @@ class Task:
         return submitit.helpers.DelayedSubmission(Task(self.folder, self.line, self.threads))
 
 
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+def parse_options(texts: Sequence[str]) -> dict[str, object]:
     """`key=value` submitit parameters (timeout_min, gpus_per_node, slurm_partition, slurm_array_parallelism, ...).
 
     Raises:

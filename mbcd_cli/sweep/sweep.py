@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mbcd_cli.errors import CacheError, MbcdError, RunError
 from mbcd_cli.evaluation.report.comparison import write_comparison_files
@@ -32,13 +32,21 @@ SHORT_STEP = 0.1
 """Seconds; the time of a step shorter than that is measured three times."""
 
 
+class SweepOutcome(TypedDict):
+    """How many cells are done, run folder -> error of those that failed, seconds that it took."""
+
+    done: int
+    failed: dict[str, str]
+    seconds: float
+
+
 def prepare_first(
     root: Path,
     *,
     preset: str | None,
     config: Path | None,
     sets: Sequence[str],
-    flags: Mapping[str, Any],
+    flags: Mapping[str, object],
     say: Say = SILENT,
 ) -> None:
     """`mbcd prepare` for the sweep's dataset, whose media lie in `root`; what is prepared is reused.
@@ -152,7 +160,7 @@ def run(
     poll: float = 0.5,
     watch: Callable[[running.Board], None] = lambda board: None,
     say: Say = SILENT,
-) -> dict[str, Any]:
+) -> SweepOutcome:
     """Run what is not done; `write_tables` tells the results.
 
     Args:
@@ -228,7 +236,7 @@ def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str
     )
 
 
-def report_failures(found: Mapping[str, Any]) -> MbcdError | None:
+def report_failures(found: SweepOutcome) -> MbcdError | None:
     """The error that a sweep with failed runs ends with, listing them."""
     if not found["failed"]:
         return None

@@ -21,6 +21,7 @@ from mbcd_cli.data.readers.places import (
     Disk,
     Found,
     MediaLayout,
+    Row,
     by_kind,
     check_label,
     find_media,
@@ -184,7 +185,7 @@ def _bases(root: Path, splits: Path) -> list[Path]:
     return list(dict.fromkeys(near))
 
 
-def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, Any]) -> Media:
+def _media(kind: str, found: Mapping[str, Found], index: int, row: Row) -> Media:
     # Published flow has half the frame rate of the annotations: it is told by every second frame.
     computed = 2 if kind == "flow" and kind not in found else 0
     place = found["video" if computed else kind].places[index]
@@ -207,7 +208,7 @@ def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, 
 # --- the tables ----------------------------------------------------------------------------------------------------
 
 
-def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[Row], list[str]]:
     """The rows of all tables as fields, and what is unusual about them."""
     absent = [
         f"{domain}_{split}"
@@ -246,7 +247,7 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str,
     return rows, warnings
 
 
-def _differing(rows: list[dict[str, Any]], path: Path, domain: str, split: str) -> str:
+def _differing(rows: list[Row], path: Path, domain: str, split: str) -> str:
     """How another table of the same clips differs, or an empty string."""
     problems: list[str] = []
     try:
@@ -261,7 +262,7 @@ def _differing(rows: list[dict[str, Any]], path: Path, domain: str, split: str) 
     return f"differs in {len(differing)} clips, the first {differing[0]}" if differing else ""
 
 
-def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[dict[str, Any]]:
+def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[Row]:
     table = read_table(path)
     lacking = [name for name in COLUMNS if name not in table]
     if lacking:
@@ -277,7 +278,7 @@ def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[dict
     return rows
 
 
-def _row(uid: str, cells: list[str], domain: str, split: str) -> dict[str, Any]:
+def _row(uid: str, cells: list[str], domain: str, split: str) -> Row:
     participant, video, start_at, stop_at, start, stop, verb = cells
     for what, value in (("uid", uid), ("participant_id", participant), ("video_id", video)):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", value):  # they become parts of paths

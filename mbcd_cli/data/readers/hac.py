@@ -18,6 +18,7 @@ from mbcd_cli.data.readers.places import (
     Disk,
     Found,
     MediaLayout,
+    Row,
     by_kind,
     check_label,
     find_media,
@@ -128,9 +129,7 @@ def _follows_flow(asked: Mapping[str, tuple[str, Modality]]) -> bool:
     return follow is not None and "flow" in asked and follow == asked["flow"][0]
 
 
-def _media(
-    kind: str, found: Mapping[str, Found], videos: Found, index: int, row: Mapping[str, Any], follows_flow: bool
-) -> Media:
+def _media(kind: str, found: Mapping[str, Found], videos: Found, index: int, row: Row, follows_flow: bool) -> Media:
     video = Path(path_of(videos.places[index], row))
     if kind == "flow" and not found[kind].hits:
         return Media(video, computed=1)
@@ -146,7 +145,7 @@ def _media(
     return Media(path, clock=video) if kind == "audio" and videos.hits else Media(path)
 
 
-def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[Row], list[str]]:
     """The rows of all tables as fields, and what is unusual about them."""
     rows: list[dict[str, Any]] = []
     warnings: list[str] = []
@@ -179,7 +178,7 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str,
     return rows, warnings
 
 
-def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[dict[str, Any]]:
+def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             table = [(line, row) for line, row in enumerate(csv.reader(stream), start=1) if any(row)]

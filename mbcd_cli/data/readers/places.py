@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.modalities.modality import Modality
@@ -17,6 +16,8 @@ from mbcd_cli.settings import DatasetSettings, ReaderSettings
 
 _ARCHIVES = (".tar", ".tar.gz", ".zip")
 _KINDS = ("video", "audio", "flow")
+Row = dict[str, str | int]
+"""A clip of a split table: its fields, as patterns of paths name them."""
 
 
 class SplitSettings(ReaderSettings):
@@ -105,9 +106,7 @@ class Found:
         return "".join(causes)
 
 
-def find_media(
-    rows: Sequence[Mapping[str, Any]], places: Sequence[MediaLayout], bases: Sequence[Path], disk: Disk
-) -> Found:
+def find_media(rows: Sequence[Row], places: Sequence[MediaLayout], bases: Sequence[Path], disk: Disk) -> Found:
     """For every row the first place, in the order given, that is on disk; earlier bases win.
 
     Args:
@@ -141,7 +140,7 @@ def _begins(base: str, place: MediaLayout, disk: Disk) -> bool:
     return bool(disk.names(base)) and ("{" in first or first in disk.names(base))
 
 
-def path_of(candidate: tuple[str, MediaLayout], row: Mapping[str, Any], *, second: bool = False) -> str:
+def path_of(candidate: tuple[str, MediaLayout], row: Row, *, second: bool = False) -> str:
     """The path of a row's media at a place."""
     base, place = candidate
     return f"{base}/{(place.second if second else place.pattern).format_map(row)}"

@@ -46,7 +46,7 @@ def prediction_rows(
     return rows
 
 
-def write_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+def write_csv(rows: Iterable[Mapping[str, object]], path: Path) -> Path:
     """Write `rows` (all with the first one's columns) as CSV."""
     with written(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         writer = None

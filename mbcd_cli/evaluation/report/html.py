@@ -108,7 +108,7 @@ def _lead(results: Mapping[str, Any]) -> str:
     )
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
+def _pairs(values: Mapping[str, object]) -> str:
     rows = [[str(key), str(value)] for key, value in values.items()]
     return table_html(Table("pairs", "Where these figures come from", ["what", "value"], rows))
 

@@ -79,10 +79,9 @@ def test_the_target_never_influences_training(tmp_path, no_plots):
         dataset = MemoryDataset()
         if spoil:
             rows = np.flatnonzero(dataset.clips.domains == 2)
-            for values in dataset.values.values():
+            for values in (*dataset.arrays.values(), *dataset.training.values()):
                 values[rows] = 100
-            dataset.clips.labels = dataset.clips.labels.copy()
-            dataset.clips.labels[rows] = 0
+            dataset.labels[rows] = 0
         run_training(tmp_path / name, memory_settings(), dataset)
         return load_checkpoint(tmp_path / name / "checkpoints/best.pt")
 
@@ -139,7 +138,8 @@ class Poisoned(MemoryDataset):
 
     def __init__(self) -> None:
         super().__init__()
-        self.values["left"][self.bad] = np.nan
+        for values in (self.arrays, self.training):
+            values["left"][self.bad] = torch.nan
 
     bad = 3
 

@@ -174,12 +174,7 @@ def followed_spans(media: Media, settings: AudioModality, guides: Sequence[np.ra
     return spans
 
 
-def fit_samples(samples: np.ndarray, settings: AudioModality, rng: np.random.Generator | None) -> np.ndarray:
-    """Level, length and range of a clip's sound: [n] -> [`samples`] float64 within [-1, 1]."""
-    return _fit_at(samples, settings, _silence_before(len(samples), settings, rng))
-
-
-def _silence_before(count: int, settings: AudioModality, rng: np.random.Generator | None) -> int:
+def silence_before(count: int, settings: AudioModality, rng: np.random.Generator | None) -> int:
     """Samples of silence that a view puts before a clip of `count` samples."""
     room = settings.samples - count
     if rng is None or room <= 0 or settings.short == "repeat" or settings.shift == 0:
@@ -187,7 +182,8 @@ def _silence_before(count: int, settings: AudioModality, rng: np.random.Generato
     return min(int(rng.random() * settings.shift * (room + 1)), room)
 
 
-def _fit_at(samples: np.ndarray, settings: AudioModality, before: int) -> np.ndarray:
+def fit_samples(samples: np.ndarray, settings: AudioModality, before: int = 0) -> np.ndarray:
+    """Level, length and range of a clip's sound: [n] -> [`samples`] float64 within [-1, 1]; `before`: silence first."""
     taken = samples[: settings.samples].astype(np.float64)
     if settings.level != "keep":
         loudness = np.sqrt(np.mean(taken**2)) if settings.level == "rms" else np.abs(taken).max()
@@ -215,9 +211,9 @@ def audio_view(
     `shared` keeps what the views of the same samples have in common, if given.
     """
     shared = {} if shared is None else shared
-    before = _silence_before(len(samples), settings, rng)
+    before = silence_before(len(samples), settings, rng)
     if before not in shared:
-        shared[before] = _spectrogram(_fit_at(samples, settings, before), rate, settings)
+        shared[before] = _spectrogram(fit_samples(samples, settings, before), rate, settings)
     return _noisy_spectrogram(shared[before], settings, rng)[None].astype(np.float32)
 
 

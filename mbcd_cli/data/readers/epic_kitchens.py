@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,16 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.pickled_tables import read_table
 from mbcd_cli.data.readers.places import (
+    MAKES_FLOW,
     Disk,
     Found,
     MediaLayout,
     Row,
     by_kind,
     check_label,
+    check_rows,
     find_media,
-    found_line,
+    modalities_in_use,
     path_of,
     pick_domains,
     root_of,
@@ -108,11 +109,7 @@ AUDIO = tuple(
     )
 )
 PLACES = {"video": VIDEO, "flow": FLOW, "audio": AUDIO}
-_ABSENT_REMEDY = {
-    "flow": "; --compute-flow makes it from the video",
-    "audio": "; extract one wav per video from the videos",
-    "video": "",
-}
+_ABSENT_REMEDIES = {**MAKES_FLOW, "audio": "; extract one wav per video from the videos"}
 
 
 def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
@@ -140,20 +137,9 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     notes = [f"split tables: {splits}"]
     looked = {kind: find_media(rows, PLACES[kind], bases, disk) for kind in asked}
     found = {kind: places for kind, places in looked.items() if places.hits}
-    for kind, places in found.items():
-        name = asked[kind][0]
-        notes.append(found_line(name, places, len(rows)))
-        if places.missing:
-            cause = places.why_missing
-            warnings.append(f"{name}: nothing is on disk for {places.missing} of {len(rows)} clips{cause}")
-    used = {kind: pair for kind, pair in asked.items() if kind in found}
-    for kind, (name, settings) in asked.items():
-        if kind == "flow" and kind not in found and dataset.compute_flow and "video" in found:
-            used[kind] = (name, settings)
-            notes.append(f"{name}: computed from {used['video'][0]}")
-        elif kind not in found:
-            remedy = looked[kind].why_missing or _ABSENT_REMEDY[kind]
-            warnings.append(f"{name}: there is none under {root}, so it is left out{remedy}")
+    computed = asked["video"][0] if dataset.compute_flow and "video" in found else None
+    told = {"root": root, "total": len(rows), "notes": notes, "warnings": warnings}
+    used = modalities_in_use(asked, looked, computed=computed, remedies=_ABSENT_REMEDIES, **told)
     if not used:
         patterns = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind][:2])
         known = "".join(f"\n  {asked[kind][0]}{p.why_missing}" for kind, p in looked.items() if p.why_missing)
@@ -239,11 +225,7 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[Row], lis
                 warnings.append(
                     f"{path.name}: {domain} is kitchen {PARTICIPANTS[domain]}, and it holds {', '.join(sorted(others))}"
                 )
-    problems += [f"clip {id_} is there twice" for id_, n in Counter(row["id"] for row in rows).items() if n > 1]
-    if problems:
-        shown = "\n".join(f"  {text}" for text in problems[:50])
-        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
-        raise ManifestError(f"{folder}: the split tables are wrong.\n{shown}{more}", "Get the tables again.")
+    check_rows(folder, rows, problems)
     return rows, warnings
 
 

@@ -15,14 +15,16 @@ from typing import Any
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.places import (
+    MAKES_FLOW,
     Disk,
     Found,
     MediaLayout,
     Row,
     by_kind,
     check_label,
+    check_rows,
     find_media,
-    found_line,
+    modalities_in_use,
     path_of,
     pick_domains,
     root_of,
@@ -78,20 +80,9 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     # The video tells where the other files should be, and the sound its times.
     videos = find_media(rows, PLACES["video"], bases, disk) if "video" not in found else found["video"]
     notes = [f"split tables: {splits}"]
-    used: dict[str, tuple[str, Modality]] = {}
-    for kind, (name, settings) in asked.items():
-        if found[kind].hits:
-            used[kind] = (name, settings)
-            notes.append(found_line(name, found[kind], len(rows)))
-            if found[kind].missing:
-                cause = found[kind].why_missing
-                warnings.append(f"{name}: nothing is on disk for {found[kind].missing} of {len(rows)} clips{cause}")
-        elif kind == "flow" and dataset.compute_flow and videos.hits:
-            used[kind] = (name, settings)
-            notes.append(f"{name}: computed from the videos")
-        else:
-            remedy = found[kind].why_missing or ("; --compute-flow makes it from the video" if kind == "flow" else "")
-            warnings.append(f"{name}: there is none under {root}, so it is left out{remedy}")
+    computed = "the videos" if dataset.compute_flow and videos.hits else None
+    told = {"root": root, "total": len(rows), "notes": notes, "warnings": warnings}
+    used = modalities_in_use(asked, found, computed=computed, remedies=MAKES_FLOW, **told)
     if not used:
         looked = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind])
         looked += "".join(f"\n  {asked[kind][0]}{p.why_missing}" for kind, p in found.items() if p.why_missing)
@@ -170,11 +161,7 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[Row], lis
             labels.setdefault(row["file"], set()).add(row["label"])
         if odd := [file for file, several in labels.items() if len(several) > 1]:
             warnings.append(f"{domain}: {len(odd)} files have two labels, the first {odd[0]} (in train and in test)")
-    problems += [f"clip {id_} is there twice" for id_, n in Counter(row["id"] for row in rows).items() if n > 1]
-    if problems:
-        shown = "\n".join(f"  {text}" for text in problems[:50])
-        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
-        raise ManifestError(f"{folder}: the split tables are wrong.\n{shown}{more}", "Get the tables again.")
+    check_rows(folder, rows, problems)
     return rows, warnings
 
 

@@ -19,6 +19,7 @@ from mbcd_cli.data.modalities import KINDS, default_modality, infer_kind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.csv_table import CsvTable, inside, lines_error, name_faults, path_fault, read_bytes
+from mbcd_cli.data.readers.places import root_of
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings, ManifestSettings
@@ -102,12 +103,7 @@ def locate_table(dataset: DatasetSettings) -> tuple[Path, Path]:
     Raises:
         ManifestError: one of them is not there.
     """
-    if dataset.root is None:
-        raise ManifestError("The dataset's root folder is not set.", "Name it with --root DIR.")
-    root = Path(dataset.root)
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise ManifestError(f"{root}: the dataset's root {what}.", "Correct --root.")
+    root = root_of(dataset)
     own = dataset.reader if isinstance(dataset.reader, ManifestSettings) else ManifestSettings()
     path = root / own.manifest
     if not path.is_file():

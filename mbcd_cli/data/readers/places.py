@@ -16,6 +16,7 @@ from mbcd_cli.settings import DatasetSettings, ReaderSettings
 
 _ARCHIVES = (".tar", ".tar.gz", ".zip")
 _KINDS = ("video", "audio", "flow")
+MAKES_FLOW = {"flow": "; --compute-flow makes it from the video"}
 Row = dict[str, str | int]
 """A clip of a split table: its fields, as patterns of paths name them."""
 
@@ -153,6 +154,56 @@ def found_line(name: str, found: Found, total: int) -> str:
         kinds[f"{place.layout} under {base}"] += count
     where = ", ".join(f"{kind} ({count})" if len(kinds) > 1 else kind for kind, count in kinds.most_common())
     return f"{name}: {where}; {total - found.missing} of {total} clips found"
+
+
+def modalities_in_use(
+    asked: Mapping[str, tuple[str, Modality]],
+    found: Mapping[str, Found],
+    *,
+    root: Path,
+    total: int,
+    computed: str | None,
+    remedies: Mapping[str, str],
+    notes: list[str],
+    warnings: list[str],
+) -> dict[str, tuple[str, Modality]]:
+    """Of the modalities asked for (kind -> name, settings) those of which anything is on disk, or can be computed.
+
+    Args:
+        found: per kind that was asked for.
+        root, total: the dataset's root, number of its clips.
+        computed: what flow is computed from where there is none; None where it is not.
+        remedies: kind -> what is said where there is none, and nothing else is known.
+        notes, warnings: what is to be told is added.
+    """
+    used = {}
+    for kind, (name, settings) in asked.items():
+        media = found[kind]
+        if media.hits:
+            notes.append(found_line(name, media, total))
+            if media.missing:
+                warnings.append(f"{name}: nothing is on disk for {media.missing} of {total} clips{media.why_missing}")
+        elif kind == "flow" and computed is not None:
+            notes.append(f"{name}: computed from {computed}")
+        else:
+            remedy = media.why_missing or remedies.get(kind, "")
+            warnings.append(f"{name}: there is none under {root}, so it is left out{remedy}")
+            continue
+        used[kind] = (name, settings)
+    return used
+
+
+def check_rows(folder: Path, rows: Sequence[Row], problems: list[str]) -> None:
+    """Refuse split tables with problems, or with one clip twice.
+
+    Raises:
+        ManifestError: all of them, fifty listed.
+    """
+    problems += [f"clip {id_} is there twice" for id_, n in Counter(row["id"] for row in rows).items() if n > 1]
+    if problems:
+        shown = "\n".join(f"  {text}" for text in problems[:50])
+        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        raise ManifestError(f"{folder}: the split tables are wrong.\n{shown}{more}", "Get the tables again.")
 
 
 def root_of(dataset: DatasetSettings) -> Path:

@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep what tensors free instead of returning it to the system; where it is not glibc, nothing.
 
     Every training step and every decoded clip frees and allocates the same megabytes; handing them back and forth, page
-    by page, took 4 to 8 % of a step on the CPU. The process holds its peak until it ends.
+    by page, took 4 to 8 % of a step on the CPU (docs/performance.md). The process holds its peak until it ends.
     """
     libc = ctypes.CDLL(None) if os.name == "posix" else None
     if not hasattr(libc, "gnu_get_libc_version"):

@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -109,7 +108,7 @@ terminal = Terminal(say)
 """What commands hand to the library."""
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, to_stderr: bool = False) -> None:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False) -> None:
     """Print a table; columns of figures are right-aligned, those with text left-aligned."""
     cells = [[str(cell) for cell in row] for row in rows]
     grid = Table(title=title, title_justify="left", title_style="bold")
@@ -121,7 +120,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
     (err if to_stderr else out).print(grid)
 
 
-def emit_json(result: Any) -> None:
+def emit_json(result: object) -> None:
     """The one machine-readable object on stdout."""
     json.dump(result, sys.stdout, indent=2, allow_nan=False, default=str)
     sys.stdout.write("\n")

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -139,6 +140,14 @@ def remove(*paths: Path) -> None:
         sync(folder)
 
 
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the disk that holds `folder`, or will hold it."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def is_partial(path: Path, of: str = "") -> bool:
     """Whether this is what a killed process left half written (of the file named `of`)."""
     return re.fullmatch(rf"\.{re.escape(of) or '.+'}\.\d+\.partial", path.name) is not None
@@ -154,6 +163,39 @@ def remove_partial(folder: Path, *, of: str = "", ours: Callable[[Path], bool] =
     for path in folder.glob(".*.partial"):
         if is_partial(path, of) and ours(path):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, this process' alone, to be filled and given that name; else it is removed.
+
+    What a killed process left there is removed. The lock is on the folder itself, so that it goes with the process
+    that holds it, however that ends.
+    """
+    aside = path.parent / f".{path.name}.partial"
+    while True:
+        aside.mkdir(parents=True, exist_ok=True)
+        handle = os.open(aside, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if _same(handle, aside):
+            break
+        os.close(handle)  # who held it before has given it its name: this lock would keep nobody out
+    try:
+        for left in aside.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield aside
+    finally:
+        if _same(handle, aside):
+            shutil.rmtree(aside)
+        os.close(handle)
+
+
+def _same(handle: int, path: Path) -> bool:
+    """Whether what is open as `handle` still goes by the name `path`."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def lock(path: Path, *, shared: bool = False, **where: str) -> FileIO | None:
@@ -178,9 +220,8 @@ def lock(path: Path, *, shared: bool = False, **where: str) -> FileIO | None:
             if not _locked(file, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
                 file.close()
                 return None
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return file
+            if _same(file.fileno(), path):
+                return file
             file.close()  # who held it before has removed it: this lock would keep nobody out
     except OSError as error:
         raise unwritable(path, error, **where) from error
@@ -211,7 +252,7 @@ def _locked(file: FileIO, path: Path, kind: int) -> bool:
     return True
 
 
-def open_hdf5(path: Path, mode: str = "r", **options: Any) -> h5py.File:
+def open_hdf5(path: Path, mode: str = "r", **options: object) -> h5py.File:
     """An HDF5 file, opened without HDF5's own lock, which fails where there are no locks.
 
     Nobody needs it: a file is written aside, by one process, and what has its name is complete and never changed.
@@ -231,7 +272,7 @@ def written_hdf5(path: Path, *, libver: str | None = None, **where: str) -> Iter
         yield file
 
 
-def append_record(path: Path, record: Mapping[str, Any], **where: str) -> None:
+def append_record(path: Path, record: Mapping[str, object], **where: str) -> None:
     """Add `record` to a .jsonl file, as one line.
 
     Raises:
@@ -264,7 +305,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """{"view": {"crop": 56}} -> {"view.crop": 56}; empty mappings leave nothing."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.staged import Noise, Parts, Tail, Trunk
 from mbcd_cli.settings import ModelSettings
@@ -21,7 +21,7 @@ TailWeights = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 def head(inside: int, *, settings: ModelSettings, classes: int) -> nn.Sequential:
-    """Linear(D, hidden), ReLU, Dropout, Linear(hidden, C) (method.md section 3)."""
+    """Linear(D, hidden), ReLU, Dropout, Linear(hidden, C)."""
     return nn.Sequential(
         nn.Linear(inside, settings.hidden),
         nn.ReLU(),

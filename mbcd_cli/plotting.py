@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -33,7 +32,7 @@ matplotlib.rcParams.update(
 )
 
 
-def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (6.4, 4.2), **subplots: Any):
+def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (6.4, 4.2), **subplots: object):
     """A figure and its axes, as `plt.subplots` returns them; `size` in inches is the whole figure's."""
     fig = Figure(figsize=size, layout="constrained")
     return fig, fig.subplots(rows, columns, **subplots)

@@ -12,7 +12,6 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation import evaluate
 from mbcd_cli.landscape import measure
-from mbcd_cli.layers import load_settings, resolve
 from mbcd_cli.preparation import prepare
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints, run_name
@@ -20,6 +19,7 @@ from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import load_settings, resolve
 from mbcd_cli.training import train
 
 METHODS = ("erm", "mbcd")
@@ -30,7 +30,7 @@ PICTURES = ("report", "accuracy per epoch", "confusion on target")
 def demo(
     directory: Path,
     *,
-    flags: Mapping[str, Any],
+    flags: Mapping[str, object],
     say: Say = SILENT,
 ) -> dict[str, Any]:
     """Prepare, train ERM and MBCD, evaluate both and compare their landscapes, all under `directory`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -12,10 +12,21 @@ import numpy as np
 import pytest
 import soundfile
 
+from mbcd_cli.errors import MediaError
+
 AV_DIGITS = Path(__file__).resolve().parents[2] / "shared" / "data" / "av-digits"
 """The real test dataset, beside the repository where it is present."""
 
 needs_av_digits = pytest.mark.skipif(not AV_DIGITS.is_dir(), reason="the av-digits dataset is not beside the clone")
+
+
+def cause(reading: Callable[[], object]) -> str:
+    """Why `reading` finds its file unusable; the error names the file and a remedy."""
+    with pytest.raises(MediaError) as caught:
+        reading()
+    assert caught.value.remedy
+    assert caught.value.file in str(caught.value)
+    return caught.value.cause
 
 
 def numbered_frames(count: int = 16, height: int = 48, width: int = 64) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""An in-memory prepared dataset."""
+"""The one fake of `mbcd_cli.data.protocol.Dataset`: a prepared dataset in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mbcd_cli.errors import CacheError
 
 
 @dataclass
-class MemoryDataset:
-    """What evaluation and landscape see of a prepared dataset: `arrays` modality -> [N, ...] tensors at the cut.
+class ArrayDataset:
+    """Tensors at the cut: `arrays` modality -> test views [N, ...], `training` modality -> training views [N, V, ...].
 
     `passes` counts the streams of batches asked for.
     """
@@ -26,6 +26,7 @@ class MemoryDataset:
     domains: tuple[str, ...]
     label_names: tuple[str, ...]
     modalities: dict
+    training: dict[str, torch.Tensor] = field(default_factory=dict)
     name: str = "memory"
     fingerprints: dict = field(default_factory=dict)
     passes: int = 0
@@ -55,14 +56,36 @@ class MemoryDataset:
             raise CacheError("no usable clips")
         return np.nonzero(keep)[0][:limit].astype(np.int64)
 
-    def batches(self, clips, batch_size=16, training=True, seed=0, epoch=0, drop_last=True, start=0):
-        assert not training, "a finished model is measured on the test view"
+    def batches(
+        self,
+        clips,
+        *,
+        batch_size=16,
+        training=False,
+        seed=0,
+        epoch=0,
+        drop_last=False,
+        start=0,
+        share=(0, 1),
+        views=1,
+        read=None,
+    ):
+        assert not training or self.training, "a finished model is measured on the test view"
         self.passes += 1
-        for at in range(0, len(clips), batch_size):
-            index = torch.as_tensor(np.asarray(clips)[at : at + batch_size])
+        order, chosen = np.asarray(clips), np.zeros((len(clips), 1), np.int64)
+        if training:
+            generator = np.random.default_rng([seed, epoch])
+            order = order[generator.permutation(len(order))]
+            chosen = (generator.integers(2, size=(len(order), 1)) + np.arange(views)) % 2
+        stop = len(order) - len(order) % batch_size if drop_last else len(order)
+        for first in range(start * batch_size, stop, batch_size):
+            span = slice(first, min(first + batch_size, stop))
+            rows, view = (np.array_split(x[span], share[1])[share[0]] for x in (order, chosen))
+            rows, view = np.repeat(rows, chosen.shape[1]), view.ravel()
+            held = {n: x[rows, view] for n, x in self.training.items()} if training else None
             yield Batch(
-                inputs={name: (values[index],) for name, values in self.arrays.items()},
-                labels=torch.as_tensor(self.labels)[index],
-                domains=torch.as_tensor(self.domain)[index],
-                clips=index,
+                inputs={n: (x,) for n, x in (held or {n: x[rows] for n, x in self.arrays.items()}).items()},
+                labels=torch.from_numpy(self.labels[rows]),
+                domains=torch.from_numpy(self.domain[rows]),
+                clips=torch.from_numpy(rows),
             )

@@ -15,19 +15,19 @@ from typer.testing import CliRunner
 
 from mbcd_cli import console
 from mbcd_cli.cli import app
-from mbcd_cli.data.modalities.base import load_views
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.online import mixed_seed
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError, MediaError, SettingsError
 from mbcd_cli.evaluation.analyses.robustness import disturbed_accuracy, gaussian_shift
-from mbcd_cli.layers import resolve
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.scoring.deployed import build_models
 from mbcd_cli.scoring.predictions import predict
+from mbcd_cli.settings.merge import resolve
 from mbcd_cli.training.assemble import assemble
 
 ONLINE = [*helpers.SMALL, "cache.views=0", "cache.random_weights=true", "modalities.video.cut=layer3"]

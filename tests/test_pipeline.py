@@ -11,13 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
-from mbcd_cli.data.modalities.base import load_views
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.layers import resolve
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.runs.opening import open_for_training
+from mbcd_cli.settings.merge import resolve
 from mbcd_cli.training.assemble import assemble
 
 

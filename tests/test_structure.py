@@ -7,6 +7,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mbcd_cli"
 # From the bottom; a room imports what stands on lower lines, and itself. Rooms of one line do not know each other.
+# settings/merge.py stands above its room: the settings' classes of methods, readers and kinds come together there.
 FLOORS = (
     "__init__ errors say allocator randomness checksums",
     "files processes settings plugins",
@@ -21,7 +23,7 @@ FLOORS = (
     "encoders",
     "model",
     "methods",
-    "layers",
+    "settings.merge",
     "preparation runs scoring paper",
     "training evaluation landscape",
     "sweep",
@@ -33,20 +35,26 @@ FLOORS = (
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
+def floor(module: str) -> str:
+    """The room of a dotted module of the package, or the module itself where it has a floor of its own."""
+    parts = module.split(".")
+    return next((name for name in (".".join(parts[:2]), parts[0]) if name in HEIGHT), parts[0])
+
+
 def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return floor(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
 
 
 def imports(path: Path):
     """Rooms that a file imports, or names in a string (a module to be run or loaded later)."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mbcd_cli":
-            parts = node.module.split(".")[1:]
-            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+            inside = node.module.split(".", 1)[1:]
+            yield from {floor(".".join([*inside, alias.name])) for alias in node.names}
         elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("mbcd_cli."))
+            yield from (floor(a.name.split(".", 1)[1]) for a in node.names if a.name.startswith("mbcd_cli."))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield from re.findall(r"^mbcd_cli\.(\w+)[\w.]*$", node.value)
+            yield from map(floor, re.findall(r"^mbcd_cli\.([\w.]+)$", node.value))
 
 
 def test_imports_go_downward_only():
@@ -57,6 +65,26 @@ def test_imports_go_downward_only():
             if there not in ("__version__", here) and HEIGHT[there] >= HEIGHT[here]:
                 wrong.append(f"{path.relative_to(ROOT)} imports {there}")
     assert not wrong, "\n".join(wrong)
+
+
+def users_word(path: Path) -> bool:
+    """Whether a file is called by a word of the user's: a command, a kind of modality, a reader."""
+    return path.relative_to(PACKAGE).parent.as_posix() in ("cli", "data/modalities", "data/readers")
+
+
+def test_no_name_is_used_twice():
+    """Natural to repeat: what is called by a user's word, with the command in it; `read`, which every reader has."""
+    named = defaultdict(list)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        where = path.relative_to(ROOT).as_posix()
+        if path.stem not in ("__init__", "__main__") and not users_word(path):
+            named[f"{path.stem}.py"].append(where)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                natural = users_word(path) and node.name in (path.stem, "read")
+                named[node.name] += [] if natural else [where]
+    twice = {name: places for name, places in named.items() if len(places) > 1}
+    assert not twice, "\n".join(f"{name}: {', '.join(places)}" for name, places in twice.items())
 
 
 def test_only_the_command_line_uses_the_console():
@@ -80,7 +108,7 @@ def test_help_is_quick():
 def test_the_design_shows_every_room():
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     told = set(re.findall(r"`([a-z_]+)(?:/|\.py)`", "\n".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE))))
-    there = {room(path) for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
+    there = {room(path).partition(".")[0] for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
     assert told == there, f"missing: {there - told}, gone: {told - there}"
 
 

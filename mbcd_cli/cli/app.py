@@ -35,7 +35,7 @@ class _Commands(Mapping):
 
 
 class _Group(TyperGroup):
-    def __init__(self, **attributes: Any) -> None:
+    def __init__(self, **attributes: object) -> None:
         super().__init__(**attributes)
         self.commands = _Commands()
 

@@ -27,10 +27,10 @@ def demo(
     from mbcd_cli import story
 
     result = story.demo(directory, flags=asked.flags, say=console.terminal)
-    return result, partial(show, result, story.METHODS)
+    return result, partial(show_demo, result, story.METHODS)
 
 
-def show(result: dict[str, Any], methods: tuple[str, ...]) -> None:
+def show_demo(result: dict[str, Any], methods: tuple[str, ...]) -> None:
     """Print the table, the pictures and the next commands."""
     heads = ["fused", *result["modalities"]]
     rows = []

@@ -21,9 +21,6 @@ _NEW = "New clips"
         "evaluation.analyses",
         "evaluation.export",
         "cache.weights_dir",
-        "cache.dir",
-        "runtime.device",
-        "runtime.threads",
     ],
     examples=(
         "mbcd evaluate --run runs/av-digits/mbcd-va-street-s0",
@@ -123,10 +120,10 @@ def evaluate(
         ood=opening.open_other(settings, ood) if ood is not None else None,
         say=console.terminal,
     )
-    return result, partial(show, result)
+    return result, partial(show_evaluation, result)
 
 
-def show(figures: Mapping[str, Any]) -> None:
+def show_evaluation(figures: Mapping[str, Any]) -> None:
     """Print what `evaluate` returned: tables and paths on stdout, warnings on stderr."""
     from mbcd_cli.cli.printing import print_results
 

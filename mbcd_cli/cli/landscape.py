@@ -14,7 +14,6 @@ from mbcd_cli.cli.options import Asked, Shown, command
 
 
 @command(
-    *["cache.dir", "runtime.device", "runtime.threads"],
     examples=(
         "mbcd landscape --checkpoint RUN/checkpoints/best.pt",
         "mbcd landscape --checkpoint ERM/checkpoints/best.pt --checkpoint MBCD/checkpoints/best.pt",
@@ -47,7 +46,7 @@ def landscape(
     folder = output or (names.run_of(checkpoint[0]) or checkpoint[0].parent) / "landscape"
     if plot_only:
         drawn = measure.redraw(folder)
-        return drawn, partial(show, drawn)
+        return drawn, partial(show_landscape, drawn)
     labelled = names.label_checkpoints([*checkpoint, *(to or [])])
     settings, data, checkpoints = opening.open_checkpoints(
         labelled, config=asked.config, sets=asked.sets, flags=asked.flags
@@ -65,10 +64,10 @@ def landscape(
         say=console.terminal,
     )
     # Under torchrun the others have measured their share and stay silent.
-    return (result, partial(show, result)) if result.get("rank", 0) == 0 else None
+    return (result, partial(show_landscape, result)) if result.get("rank", 0) == 0 else None
 
 
-def show(result: Mapping[str, Any]) -> None:
+def show_landscape(result: Mapping[str, Any]) -> None:
     """Print what `landscape` returned: tables, then the paths (nothing where another process does)."""
     if result["rank"] != 0:
         return

@@ -31,7 +31,7 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str
         SettingsError: no such kind.
     """
     if what == "presets":
-        from mbcd_cli.layers import preset_names
+        from mbcd_cli.settings.sources import preset_names
 
         return ("preset", "purpose"), [(name, _purpose(name)) for name in preset_names()]
     if what == "datasets":
@@ -43,14 +43,14 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str
         rows = [(name, "", e) if isinstance(e, str) else (name, e.kind, e.summary) for name, e in entries]
         return ("encoder", "reads", "what"), rows
     if what == "methods":
-        from mbcd_cli.methods import summaries
+        from mbcd_cli.methods import method_summaries
 
-        return ("method", "what"), summaries()
+        return ("method", "what"), method_summaries()
     raise SettingsError(f"There is nothing called {what!r} to list.", f"Use one of {', '.join(KINDS)}.")
 
 
 def _purpose(name: str) -> str:
-    from mbcd_cli.layers import preset_folder
+    from mbcd_cli.settings.sources import preset_folder
 
     first = (preset_folder() / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
     return first.lstrip("# ").strip()

@@ -17,12 +17,12 @@ import typer
 from typer.models import CommandInfo
 
 from mbcd_cli.cli.outcome import finish, outcome
-from mbcd_cli.settings import MethodSettings, Settings
+from mbcd_cli.settings import ManifestSettings, MethodSettings, Settings
 
 FLAGS = {
     "dataset.reader": "DATASET",
     "dataset.root": "--root",
-    "dataset.manifest": "--manifest",
+    "dataset.reader.manifest": "--manifest",
     "dataset.name": "--dataset --name",
     "dataset.compute_flow": "--compute-flow/--no-compute-flow",
     "dataset.max_bad": "--max-bad",
@@ -48,6 +48,8 @@ FLAGS = {
     "runtime.threads": "--threads",
 }
 """Setting -> its flag; a name without dashes is an argument, and needed."""
+COMMON = ("cache.dir", "runtime.device", "runtime.threads")
+"""Settings whose flags every layered command has."""
 SETTINGS, RUNTIME, OUTPUT = "Settings", "Runtime", "Output"
 _PANELS = {"model.modalities": SETTINGS, "cache.dir": SETTINGS, "runtime.device": RUNTIME, "runtime.threads": RUNTIME}
 Preset = Annotated[
@@ -89,14 +91,17 @@ class Asked:
 
     def resolve(self, preset: str | None, *, named: bool = False) -> Settings:
         """The settings of all layers, `preset` being the lowest; `named`: it names a dataset without a name."""
-        from mbcd_cli import layers  # late: reading presets needs the kinds of modality, and help does not
+        from mbcd_cli.settings.merge import (  # late: it needs the kinds of modality, help does not
+            named_dataset,
+            resolve,
+        )
 
         flags = dict(self.flags)
         method = flags.pop("method.name", None)
-        settings = layers.resolve(
+        settings = resolve(
             preset=preset, config=self.config, environ=os.environ, sets=self.sets, method=method, flags=flags
         )
-        return layers.named_dataset(settings, preset) if named else settings
+        return named_dataset(settings, preset) if named else settings
 
 
 _HANDED = ("asked", "show_settings")
@@ -115,12 +120,12 @@ def command(
     Args:
         flags: settings whose flags the command has (`FLAGS`).
         examples: lines that a user can type.
-        layered: --config and --set too. preset: --preset.
+        layered: --config, --set and `COMMON` too. preset: --preset.
         show_settings: --show-settings, handed to the function.
     """
 
     def make(function: Callable[..., Shown | None]) -> CommandInfo:
-        names = {path.replace(".", "__"): path for path in flags}
+        names = {path.replace(".", "__"): path for path in (*flags, *(COMMON if layered else ()))}
         options = {name: _option(path) for name, path in names.items()}
         last = {name: option for name, option in options.items() if names[name] in _PANELS}
         common: dict[str, Any] = {"preset": Preset} if preset else {}
@@ -128,7 +133,7 @@ def command(
         switches = ({"show_settings": ShowSettings} if show_settings else {}) | {"as_json": Json, "debug": Debug}
 
         @wraps(function)
-        def run(**given: Any) -> None:
+        def run(**given: object) -> None:
             debug = given.pop("debug")
             asked = Asked(
                 flags={path: value for name, path in names.items() if (value := given.pop(name)) is not None},
@@ -142,7 +147,7 @@ def command(
                 if shown is not None:
                     finish(*shown, as_json=asked.as_json)
 
-        def parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+        def parameter(name: str, annotation: object, default: object) -> inspect.Parameter:
             return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
         needed = inspect.Parameter.empty
@@ -167,11 +172,11 @@ def command(
     return make
 
 
-def _option(path: str) -> Any:
+def _option(path: str) -> object:
     """The annotated type of a setting's flag, with its docstring and choices as the help."""
-    group, name = path.split(".")
-    tree = MethodSettings if group == "method" else Settings.model_fields[group].annotation
-    field = tree.model_fields[name]
+    group, _, name = path.rpartition(".")
+    own = {"method": MethodSettings, "dataset.reader": ManifestSettings}.get(group)
+    field = (own or Settings.model_fields[group].annotation).model_fields[name]
     plain, choices = _plain(field.annotation)
     text = (field.description or "") + (f" One of: {', '.join(choices)}." if choices else "")
     if not FLAGS[path].startswith("-"):
@@ -179,7 +184,7 @@ def _option(path: str) -> Any:
     return Annotated[plain | None, typer.Option(*FLAGS[path].split(), help=text, rich_help_panel=_PANELS.get(path))]
 
 
-def _plain(annotation: Any) -> tuple[type, tuple[str, ...]]:
+def _plain(annotation: object) -> tuple[type, tuple[str, ...]]:
     """The type that the command line reads, and the choices; what is neither number, path nor switch is text."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
@@ -198,20 +203,23 @@ def listed(path: str, text: str) -> tuple[str, ...]:
     return choices if text == "all" else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def preset_of(asked: Asked) -> str | None:
-    """The preset asked for, else the one named like the dataset, else (with nothing named) epic-kitchens."""
-    from mbcd_cli import layers
+def preset_of(asked: Asked, *names: str) -> str | None:
+    """The preset asked for, else the first of `names` that is one's; None for bare defaults."""
+    from mbcd_cli.settings.sources import preset_names
 
-    dataset = asked.flags.get("dataset.name")
     if asked.preset is not None:
         return None if asked.preset == "none" else asked.preset
-    if dataset is not None:
-        return dataset if dataset in layers.preset_names() else None
-    return None if asked.config is not None else "epic-kitchens"
+    return next((name for name in names if name in preset_names()), None)
+
+
+def dataset_preset(asked: Asked) -> str | None:
+    """The preset asked for, else the one named like the dataset, else (with nothing named) epic-kitchens."""
+    unnamed = () if asked.config is not None else ("epic-kitchens",)
+    return preset_of(asked, *([asked.flags["dataset.name"]] if "dataset.name" in asked.flags else unnamed))
 
 
 def emit_settings(settings: Settings) -> None:
     """The resolved tree as TOML, on stdout."""
-    from mbcd_cli import layers
+    from mbcd_cli.settings.sources import to_toml
 
-    typer.echo(layers.to_toml(settings), nl=False)
+    typer.echo(to_toml(settings), nl=False)

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
 
 import typer
 
@@ -66,7 +65,7 @@ def _rank() -> int:
     return int(rank) if rank.isdecimal() else 0
 
 
-def finish(result: Any, show: Callable[[], None], *, as_json: bool) -> None:
+def finish(result: object, show: Callable[[], None], *, as_json: bool) -> None:
     """Emit a result as JSON or show it; its `exit_code`, where it has one, ends the command."""
     if as_json:
         console.emit_json(json_safe(result))
@@ -76,7 +75,7 @@ def finish(result: Any, show: Callable[[], None], *, as_json: bool) -> None:
         raise typer.Exit(result["exit_code"])
 
 
-def json_safe(value: Any) -> Any:
+def json_safe(value: object) -> object:
     """`value` with everything JSON cannot hold (NaN, infinities) as None."""
     if isinstance(value, dict):
         return {str(key): json_safe(item) for key, item in value.items()}

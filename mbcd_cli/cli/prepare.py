@@ -5,17 +5,20 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command, emit_settings
+from mbcd_cli.cli.options import Asked, Shown, command, emit_settings, preset_of
+
+if TYPE_CHECKING:
+    from mbcd_cli.preparation.prepare import Prepared
 
 _PREPARES = [
     "dataset.reader",
     "dataset.root",
-    "dataset.manifest",
+    "dataset.reader.manifest",
     "dataset.name",
     "model.modalities",
     "dataset.compute_flow",
@@ -25,9 +28,6 @@ _PREPARES = [
     "dataset.missing_frames",
     "cache.weights_dir",
     "cache.random_weights",
-    "cache.dir",
-    "runtime.device",
-    "runtime.threads",
 ]
 
 
@@ -54,7 +54,11 @@ def prepare(
 
     Bad clips are reported and left out. What is prepared already is reused; a killed run resumes.
     """
-    preset = _preset(asked)
+    root = asked.flags.get("dataset.root")
+    named = (asked.flags["dataset.reader"], root.resolve().name if root is not None else "")
+    preset = preset_of(asked, *(named if asked.config is None else ()))
+    if preset is not None and asked.preset is None:
+        console.say(f"Using preset {preset} (--preset none for the bare defaults).")
     settings = asked.resolve(preset)
     if show_settings:
         return emit_settings(settings)
@@ -91,23 +95,7 @@ def _repeated(asked: Asked, *, layered: bool) -> list[str]:
     return words + [word for one in kept for word in ("--set", one)]
 
 
-def _preset(asked: Asked) -> str | None:
-    """The preset asked for, else the one named like the reader or like the dataset's folder."""
-    from mbcd_cli import layers
-
-    if asked.preset is not None:
-        return None if asked.preset == "none" else asked.preset
-    if asked.config is not None:
-        return None
-    root = asked.flags.get("dataset.root")
-    for candidate in (asked.flags["dataset.reader"], root.resolve().name if root is not None else ""):
-        if candidate in layers.preset_names():
-            console.say(f"Using preset {candidate} (--preset none for the bare defaults).")
-            return candidate
-    return None
-
-
-def show_prepared(result: dict[str, Any], *, preset: str | None, repeat: Sequence[str] = ()) -> None:
+def show_prepared(result: Prepared, *, preset: str | None, repeat: Sequence[str] = ()) -> None:
     """Print what `prepare` returned and what to run next.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli import console
-from mbcd_cli.evaluation.report.sections import summary
+from mbcd_cli.evaluation.report.sections import summary_tables
 from mbcd_cli.evaluation.report.tables import Table, plain
 
 
@@ -20,7 +20,7 @@ def print_table(table: Table) -> None:
 
 def print_results(results: Mapping[str, Any], files: Mapping[str, Path]) -> None:
     """Print the tables of one evaluation, its warnings (on stderr), and where its files lie."""
-    for table in summary(results):
+    for table in summary_tables(results):
         print_table(table)
     for warning in results.get("warnings", ()):
         console.warn(warning)

@@ -13,7 +13,8 @@ from mbcd_cli.cli.options import Asked, Shown, command
 
 
 @command(
-    *("dataset.root", "dataset.manifest", "cache.workers", "cache.weights_dir", "runtime.device", "runtime.threads"),
+    *("dataset.root", "dataset.reader.manifest", "cache.workers", "cache.weights_dir"),
+    *("runtime.device", "runtime.threads"),
     layered=False,
     examples=("mbcd repair cache", "mbcd repair cache/av-digits --root /data/av-digits"),
 )

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command, preset_of
+from mbcd_cli.cli.options import Asked, Shown, command, dataset_preset
 
 
 @command(
-    *["dataset.name", "cache.dir", "runtime.device", "runtime.threads"],
+    "dataset.name",
     preset=True,
     examples=(
         "mbcd sweep --preset av-digits --targets all --methods erm,mbcd --seeds 3",
@@ -71,14 +71,14 @@ def sweep(
         seeds=seeds,
         grid=grid or (),
     )
-    layers = {"preset": preset_of(asked), "config": asked.config, "sets": asked.sets, "flags": asked.flags}
+    layers = {"preset": dataset_preset(asked), "config": asked.config, "sets": asked.sets, "flags": asked.flags}
     say = console.terminal
     sweeping.check_execution(jobs, launcher)
     if root is not None and not (dry_run or collect):
         sweeping.prepare_first(root, **layers, say=say)
-    cells = asking.make_plan(request, **layers, runs_dir=runs_dir, say=say)
+    cells = asking.plan_cells(request, **layers, runs_dir=runs_dir, say=say)
     if dry_run:
-        planned = sweeping.dry_run(cells, jobs=jobs)
+        planned = sweeping.estimate_sweep(cells, jobs=jobs)
         return planned, partial(show_plan, planned, planned.pop("estimate"))
     done: dict[str, Any] = {"failed": {}}
     if not collect:
@@ -89,12 +89,12 @@ def sweep(
     if failure is not None and not done["done"]:
         raise failure
     folder = output or asking.output_of(request, cells)
-    result = sweeping.collect(cells, output=folder, title=asking.title_of(request, cells))
+    result = sweeping.write_tables(cells, output=folder, title=asking.title_of(request, cells))
     if failure is not None:
         if not asked.as_json:
-            show(result)
+            show_sweep(result)
         raise failure
-    return {**done, **result}, partial(show, result)
+    return {**done, **result}, partial(show_sweep, result)
 
 
 def show_plan(found: Mapping[str, Any], cost: Any) -> None:
@@ -116,7 +116,7 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.1f} GB"
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show_sweep(found: Mapping[str, Any]) -> None:
     """Print what `collect` returned; a table whose rows a joint one has already is in the files only."""
     from mbcd_cli.cli.printing import print_comparison
     from mbcd_cli.evaluation.report.tables import from_values

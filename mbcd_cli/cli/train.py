@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command, emit_settings, preset_of
+from mbcd_cli.cli.options import Asked, Shown, command, dataset_preset, emit_settings
 from mbcd_cli.errors import RunError
+
+if TYPE_CHECKING:
+    from mbcd_cli.training.train import TrainingSummary
 
 _TRAINS = [
     "training.target_domain",
@@ -25,9 +28,6 @@ _TRAINS = [
     "training.seed",
     "training.limit_clips",
     "training.max_steps",
-    "cache.dir",
-    "runtime.device",
-    "runtime.threads",
 ]
 
 
@@ -59,7 +59,7 @@ def train(
     """
     if resume and overwrite:
         raise RunError("--resume and --overwrite contradict each other.", "Use one of them.")
-    preset = preset_of(asked)
+    preset = dataset_preset(asked)
     settings = asked.resolve(preset, named=True)
     if show_settings:
         return emit_settings(settings)
@@ -76,10 +76,10 @@ def train(
         return plan, partial(show_dry_run, plan)
     folder = run or runs_dir / data.name / run_name(settings)
     result = train(settings, data, run=folder, resume=resume, overwrite=overwrite, say=console.terminal)
-    return (result, partial(show, result)) if result else None  # under torchrun rank 0 alone reports
+    return (result, partial(show_training, result)) if result else None  # under torchrun rank 0 alone reports
 
 
-def show(summary: Mapping[str, Any]) -> None:
+def show_training(summary: TrainingSummary) -> None:
     """Print what `train` returned and what to run next."""
     best, last, oracle = summary["best"], summary["last"], summary.get("oracle")
     heads = list(best["validation_unimodal"])

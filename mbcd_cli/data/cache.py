@@ -33,7 +33,7 @@ import numpy as np
 from mbcd_cli import __version__, checksums
 from mbcd_cli.data.media.condition import condition, files_of, holding
 from mbcd_cli.data.media.timeline import DECODER
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.ranks import partial_is_ours
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Clip, Rejected
 from mbcd_cli.errors import CacheError
@@ -47,7 +47,7 @@ SHARD_BYTES = 512 * 2**20
 _TEXT = h5py.string_dtype("utf-8")
 
 
-def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha256: str | None) -> dict[str, Any]:
+def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha256: str | None) -> dict[str, object]:
     """All that fixes the cached bytes of one modality, but for the clips themselves.
 
     Args:
@@ -70,7 +70,7 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
     return recipe
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -79,7 +79,7 @@ def listing_digest(clips: Sequence[Clip]) -> str:
     return _digest([[c.id, c.domain, c.split, c.label, c.label_name] for c in clips])
 
 
-def fingerprint(recipe: Mapping[str, Any], clips: Sequence[Clip], *, name: str, root: Path) -> str:
+def fingerprint(recipe: Mapping[str, object], clips: Sequence[Clip], *, name: str, root: Path) -> str:
     """Twelve hex digits over the recipe, the clips, the size of their media files and the names in folders of frames.
 
     Paths are taken relative to `root`, so that a dataset that moves keeps its cache.
@@ -260,7 +260,7 @@ class CacheWriter:
         self,
         folder: Path,
         *,
-        recipe: Mapping[str, Any],
+        recipe: Mapping[str, object],
         modality: Modality,
         clips: Sequence[Clip],
         shards: Sequence[range],
@@ -269,7 +269,7 @@ class CacheWriter:
         provenance: Mapping[str, str],
         compression: str,
         place: Place = ALONE,
-        online: Mapping[str, Any] | None = None,
+        online: Mapping[str, object] | None = None,
     ) -> None:
         self.folder = folder
         self.online = online

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.cache import recipe_of
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError
 from mbcd_cli.data.online import OnlineViews
 from mbcd_cli.data.protocol import Read

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from mbcd_cli import checksums
 from mbcd_cli.data.cache import FORMAT, group_of, read_rejected, shard_path
 from mbcd_cli.data.modalities import AnyKind
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.quantise import restore
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import CacheError

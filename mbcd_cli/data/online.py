@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.records import Clip, Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings, Settings

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.modality_cache import ClipTable, ModalityCache
 from mbcd_cli.data.online import OnlineViews
 from mbcd_cli.data.records import SPLITS, Batch, Rejected

@@ -6,7 +6,6 @@ the shards; processes meet through the files alone, so that they need no network
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -46,11 +45,3 @@ def partial_is_ours(path: Path, place: Place) -> bool:
     """Whether a file left half written is this process' to remove."""
     number = path.name.removeprefix(".shard-").split(".")[0]
     return place.owns(int(number)) if number.isdigit() else place.main
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the disk that holds `folder`, or will hold it."""
-    folder = folder.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

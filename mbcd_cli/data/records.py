@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # the processes that decode media need no torch: seconds of s
     import torch
 
 SPLITS = ("train", "test")
-# Fusion concatenates in this order (method.md section 3); other modalities follow in the order given.
+# Fusion concatenates in this order (the reference's); other modalities follow in the order given.
 MODALITY_ORDER = ("video", "audio", "flow")
 TEST_VIEW = -1
 """View number of the one deterministic test view; training views count from 0."""

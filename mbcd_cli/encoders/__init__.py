@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from mbcd_cli.data.modalities.base import Modality
-from mbcd_cli.encoders import arrays, audio_resnet, resnet3d, small
+from mbcd_cli.data.modalities.modality import Modality
+from mbcd_cli.encoders import array_mlp, audio_resnet, resnet3d, small
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.plugins import entry_of
@@ -33,8 +33,8 @@ ENCODERS: dict[str, EncoderEntry] = {
     "slowfast-r101": EncoderEntry("video", resnet3d.slowfast_r101, "SlowFast-R101 8x8 (the paper's; Kinetics-400)"),
     "slowonly-r50": EncoderEntry("flow", resnet3d.slowonly_r50, "SlowOnly-R50 on two flow channels (the paper's)"),
     "audio-resnet18": EncoderEntry("audio", audio_resnet.audio_resnet18, "ResNet-18 (the paper's; VGGSound)"),
-    "array-mlp": EncoderEntry("array", arrays.array_mlp, "two hidden layers, for vectors"),
-    "array-conv": EncoderEntry("array", arrays.array_conv, "three 1-D convolutions, for sequences"),
+    "array-mlp": EncoderEntry("array", array_mlp.array_mlp, "two hidden layers, for vectors"),
+    "array-conv": EncoderEntry("array", array_mlp.array_conv, "three 1-D convolutions, for sequences"),
 }
 
 

@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
 
 
-class Stem(nn.Module):
+class AudioStem(nn.Module):
     """A 7x7 convolution and max pooling, a stride of 2 each."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ def audio_resnet18(settings: AudioModality) -> StagedEncoder:
     The stages are input, stem, layer1 to layer4, pool. `settings` holds nothing this network needs: its
     shape is that of the published weights.
     """
-    stages: dict[str, nn.Module] = {"input": nn.Identity(), "stem": Stem()}
+    stages: dict[str, nn.Module] = {"input": nn.Identity(), "stem": AudioStem()}
     inside = 64
     for i in range(4):
         out = 64 * 2**i

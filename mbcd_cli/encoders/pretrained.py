@@ -187,7 +187,7 @@ def _read(file: Path) -> Any:
         ) from error
 
 
-def _state_dict(content: Any, public: PublicWeights | None, file: Path) -> dict[str, torch.Tensor]:
+def _state_dict(content: object, public: PublicWeights | None, file: Path) -> dict[str, torch.Tensor]:
     for holder in ("state_dict", "model_state_dict") if public is None else (public.holds, "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):
             content = content[holder]

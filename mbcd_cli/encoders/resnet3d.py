@@ -77,7 +77,7 @@ def _layer(inside: int, width: int, blocks: int, *, stride: int, temporal: bool)
     return nn.Sequential(first, *others)
 
 
-class Stem(nn.Module):
+class VideoStem(nn.Module):
     """conv1 and the spatial max pooling: [B, C, T, H, W] -> [B, width, T, H / 4, W / 4]."""
 
     def __init__(self, inside: int, width: int, *, frames: int) -> None:
@@ -146,7 +146,7 @@ def slowonly_r50(settings: FlowModality) -> StagedEncoder:
     """SlowOnly-R50 on uint8 flow [B, 2, T, H, W] -> [B, 2048]; stages input, stem, layer1 to layer4, pool."""
     stages: dict[str, nn.Module] = {
         "input": Normalise([settings.mean] * 2, [settings.std] * 2, dims=5),
-        "stem": Stem(2, 64, frames=1),
+        "stem": VideoStem(2, 64, frames=1),
     }
     inside = 64
     for i, blocks in enumerate(BLOCKS[50]):
@@ -166,7 +166,7 @@ def slowfast_r101(settings: VideoModality) -> StagedEncoder:
     blocks = BLOCKS[101]
     stages: dict[str, nn.Module] = {
         "input": SplitPaths(Normalise(settings.mean, settings.std, dims=5)),
-        "stem": TwoPaths(Stem(3, 64, frames=1), Stem(3, 64 // FAST_FRACTION, frames=5)),
+        "stem": TwoPaths(VideoStem(3, 64, frames=1), VideoStem(3, 64 // FAST_FRACTION, frames=5)),
     }
     slow, fast = 64, 64 // FAST_FRACTION
     for i in range(4):

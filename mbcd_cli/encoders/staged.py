@@ -50,8 +50,8 @@ class Trunk(Stages):
     """The frozen stages before the cut: weights that are never trained.
 
     By default it stays in eval mode, so that a clip's features depend on that clip alone and can be cached. A live
-    trunk follows train mode, as the reference's does (method.md section 3): its batch norms then normalise with the
-    batch's statistics, and their running statistics move.
+    trunk follows train mode, as the reference's does (method.md section Deviations): its batch norms then normalise
+    with the batch's statistics, and their running statistics move.
     """
 
     def __init__(self, stages: Mapping[str, nn.Module], *, live: bool = False) -> None:

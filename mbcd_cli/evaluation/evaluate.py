@@ -20,20 +20,22 @@ from mbcd_cli.evaluation.evaluator import evaluate_models
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.evaluation.report.html import write_report
-from mbcd_cli.evaluation.report.results import collect, describe, provenance, warnings
+from mbcd_cli.evaluation.report.results import describe_run, gathered_results, provenance, result_warnings
 from mbcd_cli.files import read_records, write_json
-from mbcd_cli.layers import method_label, to_toml
 from mbcd_cli.preparation.cache_plan import read_listing
+from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
 from mbcd_cli.settings import DatasetSettings, Settings
+from mbcd_cli.settings.merge import method_label
+from mbcd_cli.settings.sources import to_toml
 
 
 def evaluate(
     settings: Settings,
     dataset: Dataset,
-    checkpoints: Mapping[str, Any],
+    checkpoints: Mapping[str, Checkpoint],
     *,
     device: torch.device,
     run: Path | None,
@@ -64,9 +66,9 @@ def evaluate(
         variants=subset_variants if "missing" in settings.evaluation.analyses else lambda model: {},
     )
     chosen = deployed(checkpoints)
-    about = {**describe(settings, dataset, checkpoints), "method": method_label(settings)}
-    figures = collect(about, results, chosen)
-    figures["warnings"] = warnings(figures, checkpoints)
+    about = {**describe_run(settings, dataset, checkpoints), "method": method_label(settings)}
+    figures = gathered_results(about, results, chosen)
+    figures["warnings"] = result_warnings(figures, checkpoints)
     of_chosen = [one for one in results if (one.checkpoint, one.model) == chosen]
     clips, missing = _media(settings, dataset) if "corruptions" in settings.evaluation.analyses else (None, "")
     analysis = Analysis(
@@ -136,7 +138,7 @@ def _accuracy_plots(analysis: Analysis) -> None:
         )
 
 
-def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, checkpoint: Any) -> None:
+def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, checkpoint: Checkpoint) -> None:
     records = read_records(run / "metrics.jsonl") if run is not None else []
     history = accuracy_history(records or list(getattr(checkpoint, "history", [])))
     if history is None:

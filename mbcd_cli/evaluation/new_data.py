@@ -12,22 +12,22 @@ from typing import Any
 import torch
 
 from mbcd_cli.data.dataset import CachedDataset, ModalityCache
-from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
 from mbcd_cli.evaluation.report.export import vote_rows, write_csv
 from mbcd_cli.evaluation.report.results import provenance
 from mbcd_cli.files import write_json
 from mbcd_cli.preparation.prepare import prepare_listing
+from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.deployed import build_models, deployed
 from mbcd_cli.scoring.metrics import summaries
 from mbcd_cli.scoring.predictions import predict
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import ManifestSettings, Settings
 
 
 def predict_new(
     settings: Settings,
-    checkpoints: Mapping[str, Any],
+    checkpoints: Mapping[str, Checkpoint],
     *,
     root: Path | None,
     manifest: Path | None,
@@ -60,9 +60,8 @@ def predict_new(
     # The run's limits on bad media hold; where the clips lie does not.
     dataset = settings.dataset.model_copy(
         update={
-            "reader": reader_settings("manifest"),
+            "reader": ManifestSettings(manifest=manifest),
             "root": root,
-            "manifest": manifest,
             "name": None,
             "domains": (),
             "classes": len(label_names),
@@ -106,7 +105,7 @@ def _cache(folder: Path | None) -> AbstractContextManager[str | Path]:
 
 
 def _predicted(
-    settings: Settings, dataset: CachedDataset, checkpoints: Mapping[str, Any], device: torch.device, say: Say
+    settings: Settings, dataset: CachedDataset, checkpoints: Mapping[str, Checkpoint], device: torch.device, say: Say
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and the rows of predict.csv."""
     checkpoint, name = deployed(checkpoints)

@@ -70,7 +70,7 @@ def file_of(folder: Path, analysis: str, label: str) -> Path:
     return folder / f"{analysis}-{safe}.h5"
 
 
-def about_of(study: Study, centre: tuple[float, float], **more: Any) -> dict[str, Any]:
+def about_of(study: Study, centre: tuple[float, float], **more: object) -> dict[str, object]:
     """What plots want to know about a file."""
     centre_figures = {"centre_loss": centre[0], "centre_accuracy": centre[1]}
     distance = f"({study.settings.normalisation}-normalised)"
@@ -83,8 +83,8 @@ def run_grid(
     *,
     x: np.ndarray,
     y: np.ndarray,
-    identity: Mapping[str, Any],
-    about: Mapping[str, Any],
+    identity: Mapping[str, object],
+    about: Mapping[str, object],
     fill: Callable[[GridStore, Advance], int],
     marks: Mapping[str, tuple[float, float]] | None = None,
 ) -> Grid:
@@ -107,7 +107,7 @@ def run_grid(
     return read_grid(path)
 
 
-def directions_identity(study: Study, analysis: str) -> dict[str, Any]:
+def directions_identity(study: Study, analysis: str) -> dict[str, object]:
     """What the values of an analysis along random directions depend on."""
     s = study.settings
     return {"analysis": analysis, "normalisation": s.normalisation, "biases": s.biases, "seed": s.seed}

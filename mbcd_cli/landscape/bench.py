@@ -20,6 +20,7 @@ from mbcd_cli.landscape.objective import ModelObjective
 from mbcd_cli.landscape.paths import buffers_of, vector_of
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import Group
+from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.runs.trunks import attach_trunks
 from mbcd_cli.say import Say
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, clip_sets, source_domains
@@ -73,7 +74,7 @@ class Bench:
         if not (self._tested(self.clips) and self._tested(self.calibration)):
             attach_trunks(settings, dataset, device=device, say=say)
 
-    def model(self, label: str, checkpoint: Any, wanted: str) -> MultiModalModel:
+    def model(self, label: str, checkpoint: Checkpoint, wanted: str) -> MultiModalModel:
         """The deployed, student or teacher model of a checkpoint."""
         models = build_models(self.settings, self.dataset, checkpoint, device=self.device, source=label)
         if wanted == "deployed":

@@ -94,8 +94,8 @@ def _run_plane(
     name: str,
     analysis: str,
     through: Plane,
-    identity: Mapping[str, Any],
-    about: Mapping[str, Any],
+    identity: Mapping[str, object],
+    about: Mapping[str, object],
 ) -> dict[str, Any]:
     x, y = through.axes(study.settings.points, square=about.get("equal", True))
     directions = [through.first, through.second]

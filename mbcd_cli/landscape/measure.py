@@ -20,6 +20,7 @@ from mbcd_cli.landscape.connections import run_path, run_plane, run_trajectory
 from mbcd_cli.landscape.curvature import run_curvature
 from mbcd_cli.landscape.store import load_arrays, read_grid
 from mbcd_cli.processes import joined
+from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
@@ -39,11 +40,11 @@ CONNECTIONS = ("path", "plane", "trajectory")
 def landscape(
     settings: Settings,
     dataset: Dataset,
-    checkpoints: Sequence[tuple[str, Any]],
+    checkpoints: Sequence[tuple[str, Checkpoint]],
     *,
     output: Path,
-    towards: Sequence[tuple[str, Any]] = (),
-    epochs: Sequence[tuple[int, Any]] = (),
+    towards: Sequence[tuple[str, Checkpoint]] = (),
+    epochs: Sequence[tuple[int, Checkpoint]] = (),
     device: torch.device | None = None,
     overwrite: bool = False,
     say: Say = SILENT,
@@ -103,9 +104,9 @@ def redraw(output: Path) -> dict[str, Any]:
 
 def _measure(
     bench: Bench,
-    checkpoints: Sequence[tuple[str, Any]],
-    towards: Sequence[tuple[str, Any]],
-    epochs: Sequence[tuple[int, Any]],
+    checkpoints: Sequence[tuple[str, Checkpoint]],
+    towards: Sequence[tuple[str, Checkpoint]],
+    epochs: Sequence[tuple[int, Checkpoint]],
 ) -> tuple[dict[str, Any], dict[str, dict[str, Path]]]:
     """(figures, analysis -> label -> file) of all that is asked for."""
     chosen = bench.settings.landscape
@@ -150,7 +151,7 @@ def _found(output: Path) -> dict[str, dict[str, Path]]:
     return found
 
 
-def _about(path: Path) -> tuple[None, dict[str, Any]]:
+def _about(path: Path) -> tuple[None, dict[str, object]]:
     return None, read_grid(path).about
 
 

@@ -85,7 +85,7 @@ def _line(text: str) -> bytes:
     return f"{text} {zlib.crc32(text.encode()):08x}\n".encode()
 
 
-def _replay(path: Path, identity: Mapping[str, Any]) -> list[tuple[float, float, float, float]]:
+def _replay(path: Path, identity: Mapping[str, object]) -> list[tuple[float, float, float, float]]:
     """The journal's whole records; a torn last line is dropped."""
     points = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1]):
@@ -100,7 +100,7 @@ def _replay(path: Path, identity: Mapping[str, Any]) -> list[tuple[float, float,
     return points
 
 
-def _same_identity(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _same_identity(path: Path, stored: Mapping[str, object], wanted: Mapping[str, object]) -> None:
     """Refuse a file that belongs to something else, naming what differs."""
     old, new = flatten(stored), flatten(json.loads(json.dumps(wanted)))
     different = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
@@ -212,8 +212,8 @@ class GridStore:
         *,
         x: Sequence[float] | np.ndarray,
         y: Sequence[float] | np.ndarray = (0.0,),
-        identity: Mapping[str, Any],
-        about: Mapping[str, Any] | None = None,
+        identity: Mapping[str, object],
+        about: Mapping[str, object] | None = None,
         marks: Mapping[str, tuple[float, float]] | None = None,
         rank: int = 0,
         overwrite: bool = False,
@@ -319,7 +319,7 @@ class GridStore:
 
 
 def save_arrays(
-    path: Path, arrays: Mapping[str, np.ndarray], *, identity: Mapping[str, Any], about: Mapping[str, Any]
+    path: Path, arrays: Mapping[str, np.ndarray], *, identity: Mapping[str, object], about: Mapping[str, object]
 ) -> Path:
     """Write one finished analysis (named arrays) to `path`, whole or not at all."""
     with written_hdf5(path) as file:
@@ -332,7 +332,7 @@ def save_arrays(
 
 
 def load_arrays(
-    path: Path, *, identity: Mapping[str, Any] | None = None
+    path: Path, *, identity: Mapping[str, object] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays, about) of a file written by `save_arrays`; with `identity`, one of something else is refused.
 

@@ -119,6 +119,12 @@ def method_class(name: str) -> type[Method]:
     )
 
 
+def same_class(one: str, other: str) -> bool:
+    """Whether two methods are one class with other settings; classes are not imported for that."""
+    places = [METHODS[name].where if name in METHODS else name for name in (one, other)]
+    return places[0] == places[1]
+
+
 def _from_file(name: str) -> object:
     path, _, attribute = name.rpartition(":")
     if not Path(path).is_file():
@@ -171,7 +177,7 @@ def over_defaults(name: str) -> dict[str, dict[str, object]]:
     return {"method": {**(entry.settings if entry else {}), "name": name}, "average": average}
 
 
-def summaries() -> list[tuple[str, str]]:
+def method_summaries() -> list[tuple[str, str]]:
     """(name, one line) of every method; a plug-in that cannot be imported says why."""
     lines = [(name, entry.summary) for name, entry in METHODS.items()]
     for name in method_names()[len(lines) :]:

@@ -81,9 +81,9 @@ class GMP(Method):
         batch = self.at_cut(batch)
         out = self(batch)
         terms = self.losses(batch, out)
-        theta, heads = gcc.flatten(self._theta), [p for one in self._heads.values() for p in one]
+        theta, heads = gcc.in_order(self._theta), [p for one in self._heads.values() for p in one]
         g_c = _gradient(settings.unimodal_weight * terms["ce"].value.sum(), [*theta, *heads])
-        rho = ratios(self.true_probabilities(list(out.unimodal.values()), batch.labels))
+        rho = dominance(self.true_probabilities(list(out.unimodal.values()), batch.labels))
         g_d, sigma = [torch.zeros_like(p) for p in theta], torch.ones_like(rho)
         own = [p for p in self.parameters() if p.requires_grad]
         g_own: list[torch.Tensor] = []
@@ -129,7 +129,7 @@ def _gradient(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[to
     return list(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True))
 
 
-def ratios(q: torch.Tensor) -> torch.Tensor:
+def dominance(q: torch.Tensor) -> torch.Tensor:
     """rho_k = q_k / (mean_{j != k} q_j + 1e-6), [M]; ones for a single modality."""
     return q / (_others(q) + FLOOR) if len(q) > 1 else torch.ones_like(q)
 

@@ -46,6 +46,6 @@ def inner_step(theta: TailWeights, gradients: Sequence[torch.Tensor], *, alpha: 
     }
 
 
-def flatten(theta: TailWeights) -> list[torch.Tensor]:
+def in_order(theta: TailWeights) -> list[torch.Tensor]:
     """All tensors of `theta`, in order."""
     return [value for weights in theta.values() for value in weights.values()]

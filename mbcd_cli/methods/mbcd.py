@@ -163,7 +163,7 @@ class MBCD(Method):
         rest at once frees the first pass' activations before the second pass makes its own.
         """
         order, alpha = self.settings.consistency.order, self.settings.consistency.alpha
-        theta, group = gcc.flatten(self._theta), self.context.group
+        theta, group = gcc.in_order(self._theta), self.context.group
         if order == "off":
             return None
         if order == "second":

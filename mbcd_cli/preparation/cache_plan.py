@@ -17,7 +17,7 @@ from mbcd_cli.data.cache import (
     views_of,
 )
 from mbcd_cli.data.modalities import default_modality
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip
 from mbcd_cli.errors import ManifestError
@@ -73,7 +73,7 @@ class Plan:
         return [n for n, span in enumerate(self.shards) if not is_done(self.folder, n, span, clips, name)]
 
 
-def make_plan(
+def plan_cache(
     settings: Settings, listing: Listing, name: str, modality: Modality, *, weights_sha256: str | None
 ) -> Plan:
     """The plan of one modality; no media file is opened and nothing is computed."""

@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from mbcd_cli.data.cache import group_of
 from mbcd_cli.data.media.decoding import DecodeJob, decode
 from mbcd_cli.data.media.folders import MOST_MISSING
-from mbcd_cli.data.modalities.base import Modality
-from mbcd_cli.data.ranks import free_bytes
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media
 from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders.pretrained import another_file, find_weights, sha256_of
 from mbcd_cli.errors import CheckpointError
-from mbcd_cli.preparation.cache_plan import Plan, make_plan, read_listing, stored_views
+from mbcd_cli.files import free_bytes
+from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing, stored_views
 from mbcd_cli.preparation.trunk import meta_inputs, meta_trunk, needs_weights, row_bytes, weights_bytes
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Settings
@@ -88,7 +88,7 @@ def _modality(
     settings: Settings, listing: Listing, name: str, modality: Modality, presence: Presence, speed: float | None
 ) -> dict[str, Any]:
     weights, sha = _weights(settings, modality)
-    plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
+    plan = plan_cache(settings, listing, name, modality, weights_sha256=sha)
     to_do = plan.to_do(listing.clips)
     left = [i for n in to_do for i in plan.shards[n]]
     decoding, timed, unusable = _decode_seconds(settings, listing, name, modality, presence)
@@ -140,7 +140,7 @@ def _mendable(settings: Settings, modality: Modality, gap: Gap) -> bool:
     return gap.share <= MOST_MISSING and gap.expected - gap.missing >= settings.dataset.min_frames
 
 
-def _weights(settings: Settings, modality: Modality) -> tuple[dict[str, Any] | None, str | None]:
+def _weights(settings: Settings, modality: Modality) -> tuple[dict[str, str | bool | None] | None, str | None]:
     """What is known of the weights file, and its SHA-256."""
     if not needs_weights(settings, modality):
         return None, None

@@ -7,25 +7,24 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from mbcd_cli.data import ranks
 from mbcd_cli.data.cache import CacheWriter, Finished
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.online import describe_media
-from mbcd_cli.data.ranks import free_bytes, locked
+from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, CheckpointError
-from mbcd_cli.files import write_text
+from mbcd_cli.files import free_bytes, write_text
 from mbcd_cli.integrity import PREPARED_WITH
-from mbcd_cli.layers import to_toml
-from mbcd_cli.preparation.cache_plan import Plan, make_plan, read_listing
+from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.trunk import (
     Frozen,
@@ -39,11 +38,41 @@ from mbcd_cli.processes import this_process, wait_for
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.sources import to_toml
 
 _SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 
 
-def prepare(settings: Settings, *, say: Say = SILENT) -> dict[str, Any]:
+class PreparedModality(TypedDict):
+    """What `prepare` says of one modality; `bytes` without the index, `seconds` of this run."""
+
+    folder: str
+    fingerprint: str
+    clips: int
+    bytes: int
+    bytes_per_view: int
+    int8_error: float | None
+    float16_loss: str
+    mended: list[dict[str, str]]
+    shards: int
+    shards_reused: int
+    seconds: float
+
+
+class Prepared(TypedDict):
+    """What `prepare` returns; `exit_code` is 3 where more clips were rejected than `dataset.max_bad`."""
+
+    dataset: str
+    cache: str
+    clips: int
+    domains: list[str]
+    classes: int
+    modalities: dict[str, PreparedModality]
+    rejected: list[dict[str, str]]
+    exit_code: int
+
+
+def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared:
     """Fill the caches of every modality of a dataset; what is already there is reused.
 
     Started by torchrun, the processes share the shards; rank 0 alone writes the indices, and prints.
@@ -55,7 +84,7 @@ def prepare(settings: Settings, *, say: Say = SILENT) -> dict[str, Any]:
     return prepare_listing(settings, read_listing(settings), say=say)
 
 
-def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> dict[str, Any]:
+def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> Prepared:
     """`prepare`, for clips that are listed already: every modality of `listing` in the cache."""
     place = this_process()
     if not place.main:
@@ -117,7 +146,7 @@ def check_beforehand(settings: Settings, listing: Listing) -> None:
             except CheckpointError as error:
                 problems.append(error)
                 continue
-        plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
+        plan = plan_cache(settings, listing, name, modality, weights_sha256=sha)
         left = plan.to_do(listing.clips)
         needed += sum(plan.sizes[i] for n in left for i in plan.shards[n])
         if not (plan.folder / "tail.pt").is_file():
@@ -155,12 +184,12 @@ def _prepare_modality(
     device: torch.device,
     rejected: list[Rejected],
     say: Say,
-) -> dict[str, Any]:
+) -> PreparedModality:
     started = time.monotonic()
     place = this_process()
     frozen = build_trunk(settings, name, modality, say=say)
     trunk, sha = frozen.trunk, frozen.sha256
-    plan = make_plan(settings, listing, name, modality, weights_sha256=sha)
+    plan = plan_cache(settings, listing, name, modality, weights_sha256=sha)
     clips, views, folder = listing.clips, plan.views, plan.folder
     with locked(folder, place):
         writer = writer_of(settings, listing, name, modality, frozen, plan, folder=folder)
@@ -181,7 +210,7 @@ def _prepare_modality(
         )
         for file, weights in frozen.weights.items():
             save_weights(folder / file, weights)
-        finished = finish(writer, settings, listing.rejected, lost=lost)
+        finished = close_cache(writer, settings, listing.rejected, lost=lost)
         if len(finished.rejected) == len(clips):  # nothing that anybody could use, and in the way of a right one
             shutil.rmtree(folder)
     found, mended = finished.rejected, finished.mended
@@ -269,7 +298,7 @@ def fill(
     return "; ".join(filter(None, map(str, filler.roundings.values())))
 
 
-def finish(writer: CacheWriter, settings: Settings, unlisted: Sequence[Rejected], *, lost: str = "") -> Finished:
+def close_cache(writer: CacheWriter, settings: Settings, unlisted: Sequence[Rejected], *, lost: str = "") -> Finished:
     """The index over all shards, and the settings that they were made with.
 
     Args:

@@ -19,13 +19,14 @@ from mbcd_cli.data.ranks import locked
 from mbcd_cli.errors import CacheError, MbcdError
 from mbcd_cli.files import open_hdf5, remove_partial, sync
 from mbcd_cli.integrity import PREPARED_WITH, examine
-from mbcd_cli.layers import Layer, load_settings, resolve, validate
-from mbcd_cli.preparation.cache_plan import make_plan, read_listing
-from mbcd_cli.preparation.prepare import fill, finish, writer_of
+from mbcd_cli.preparation.cache_plan import plan_cache, read_listing
+from mbcd_cli.preparation.prepare import close_cache, fill, writer_of
 from mbcd_cli.preparation.trunk import build_trunk, save_weights
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import load_settings, resolve, validate
+from mbcd_cli.settings.sources import Layer
 
 _ASIDE = ".repair"
 
@@ -102,7 +103,7 @@ def _compute_anew(folder: Path, faults: set[str], settings: Settings, say: Say) 
     name = folder.name.rsplit("-", 1)[0]
     modality = listing.modalities.get(name)
     frozen = None if modality is None else build_trunk(settings, name, modality)
-    plan = frozen and make_plan(settings, listing, name, modality, weights_sha256=frozen.sha256)
+    plan = frozen and plan_cache(settings, listing, name, modality, weights_sha256=frozen.sha256)
     if plan is None or plan.folder.name != folder.name:
         raise CacheError(
             f"{settings.dataset.root or listing.name} is not what it was prepared from: clips, files or their sizes "
@@ -120,7 +121,7 @@ def _compute_anew(folder: Path, faults: set[str], settings: Settings, say: Say) 
         index_is_wrong = _put_back(folder, aside, [*(shard_path(aside, n).name for n in shards), *weights])
         if index_is_wrong or faults & {"index.h5", PREPARED_WITH}:
             whole = writer_of(settings, listing, name, modality, frozen, plan, folder=folder)
-            finish(whole, settings, listing.rejected)
+            close_cache(whole, settings, listing.rejected)
     left = examine(folder).faults
     if left:
         raise CacheError(f"{left[0]} is still damaged.", "Another process may have written there; try again.")

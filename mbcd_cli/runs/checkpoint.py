@@ -17,11 +17,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from mbcd_cli import checksums
 from mbcd_cli.data.modalities import AnyKind
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.files import written
-from mbcd_cli.layers import validate
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import validate
 
 FORMAT = "mbcd-checkpoint"
 VERSION = 2
@@ -171,7 +171,7 @@ def _parse(payload: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def _state(value: Any, what: str) -> State:
+def _state(value: object, what: str) -> State:
     if not isinstance(value, Mapping) or not all(isinstance(t, torch.Tensor) for t in value.values()):
         raise TypeError(f"{what} is no state dict")
     return dict(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -20,7 +19,7 @@ class Events:
     def __init__(self, folder: Path, *, purge_after: int = 0) -> None:
         self._writer = SummaryWriter(str(folder), purge_step=purge_after + 1 if purge_after else None)
 
-    def scalars(self, prefix: str, record: Mapping[str, Any], step: int) -> None:
+    def scalars(self, prefix: str, record: Mapping[str, object], step: int) -> None:
         """{"a": {"b": 1.0}} -> scalar `prefix/a/b`; what is no number is left out."""
         for key, value in record.items():
             if isinstance(value, Mapping):

@@ -26,8 +26,9 @@ from mbcd_cli.files import (
     write_json,
     write_text,
 )
-from mbcd_cli.layers import load_settings, to_toml
 from mbcd_cli.settings import Settings, role_of
+from mbcd_cli.settings.merge import load_settings
+from mbcd_cli.settings.sources import to_toml
 
 SETTINGS = "settings.toml"
 DONE = "done"
@@ -65,7 +66,7 @@ class RunFolder:
         """The selected epoch's weights."""
         return self.checkpoints / "best.pt"
 
-    def append(self, log: str, record: Mapping[str, Any]) -> None:
+    def append(self, log: str, record: Mapping[str, object]) -> None:
         """Add one JSON line to `log`."""
         if self.writes:
             append_record(self.path / log, record, place="--run", then="go on with --resume")
@@ -89,7 +90,7 @@ class RunFolder:
             if path.exists():
                 os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
+    def finish(self, summary: Mapping[str, object]) -> None:
         """Write `done`, the mark of a complete run: `summary`, and the checksums of all that the run has written."""
         whole = {**summary, "files": checksums.of_files(self.path, but=(DONE, _LOCK))}
         write_json(self.path / DONE, whole, place="--run", then="go on with --resume")

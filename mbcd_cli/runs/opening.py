@@ -10,10 +10,11 @@ from typing import Any
 from mbcd_cli.data.dataset import PREPARED, CachedDataset, as_prepared, open_dataset
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import CacheError, CheckpointError, SettingsError
-from mbcd_cli.layers import Layer, load_settings, resolve
 from mbcd_cli.runs.checkpoint import Checkpoint, load_checkpoint
 from mbcd_cli.runs.names import run_of
 from mbcd_cli.settings import CacheSettings, Settings, role_of
+from mbcd_cli.settings.merge import load_settings, resolve
+from mbcd_cli.settings.sources import Layer
 
 # Groups that a finished run leaves open; everything else is what the weights were trained with.
 _FREE = tuple(part for part in Settings.model_fields if role_of(part) in ("machine", "report"))
@@ -147,7 +148,7 @@ def load_checkpoints(
     *,
     config: Path | None,
     sets: Sequence[str],
-    flags: Mapping[str, Any],
+    flags: Mapping[str, object],
 ) -> tuple[Settings, dict[str, Checkpoint]]:
     """Checkpoints, and the settings they were trained with (evaluation, landscape and runtime as asked now).
 

@@ -34,7 +34,7 @@ def build_models(
 ) -> dict[str, MultiModalModel]:
     """The models of one checkpoint on `device`: "teacher" (first, where there is one) and "student".
 
-    The teacher averages encoders and fused head; its uni-modal heads are the student's (method.md section 3).
+    The teacher averages encoders and fused head; its uni-modal heads are the student's (method.md section Deviations).
 
     Raises:
         CheckpointError: the weights do not fit the model of `settings`, or the dataset's classes differ.

@@ -13,24 +13,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
 from mbcd_cli.scoring.predictions import Predictions
 
 
-def predicted(logits: Any) -> np.ndarray:
+def predicted(logits: ArrayLike) -> np.ndarray:
     """[N, C] -> predicted classes [N] int64; -1 where a logit is not finite."""
     values = np.asarray(logits)
     return np.where(np.isfinite(values).all(axis=1), values.argmax(axis=1), -1).astype(np.int64)
 
 
-def top1(logits: Any, labels: Any) -> float:
+def top1(logits: ArrayLike, labels: ArrayLike) -> float:
     """Fraction of clips whose predicted class is the label."""
     return float((predicted(logits) == np.asarray(labels)).mean())
 
 
-def top_k(logits: Any, labels: Any, k: int) -> float:
+def top_k(logits: ArrayLike, labels: ArrayLike, k: int) -> float:
     """Fraction of clips whose label is among the k largest logits (k is at most C)."""
     values, labels = np.asarray(logits), np.asarray(labels)
     # A stable descending order settles ties as argmax does.
@@ -39,7 +40,7 @@ def top_k(logits: Any, labels: Any, k: int) -> float:
     return float(hit.mean())
 
 
-def confusion(logits: Any, labels: Any) -> np.ndarray:
+def confusion_matrix(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Counts [C, C]: row the label, column the prediction; clips without a prediction are left out."""
     guesses, labels = predicted(logits), np.asarray(labels)
     classes, known = np.asarray(logits).shape[1], guesses >= 0
@@ -48,22 +49,22 @@ def confusion(logits: Any, labels: Any) -> np.ndarray:
     return sklearn_confusion(labels[known], guesses[known], labels=np.arange(classes))
 
 
-def class_accuracy(logits: Any, labels: Any) -> np.ndarray:
+def class_accuracy(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Accuracy on each class's clips, [C] float64; NaN for a class without clips."""
     return _group_accuracy(logits, labels, np.asarray(labels), np.asarray(logits).shape[1])
 
 
-def mean_class_accuracy(logits: Any, labels: Any) -> float:
+def mean_class_accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
     """Mean of the accuracies of the classes that have clips (balanced accuracy)."""
     return float(np.nanmean(class_accuracy(logits, labels)))
 
 
-def domain_accuracy(logits: Any, labels: Any, domains: Any, count: int) -> np.ndarray:
+def domain_accuracy(logits: ArrayLike, labels: ArrayLike, domains: ArrayLike, count: int) -> np.ndarray:
     """Accuracy on each domain's clips, [count] float64; NaN for a domain without clips."""
     return _group_accuracy(logits, labels, np.asarray(domains), count)
 
 
-def cross_entropy(logits: Any, labels: Any) -> float:
+def mean_cross_entropy(logits: ArrayLike, labels: ArrayLike) -> float:
     """Mean cross-entropy in nats, in float64; infinite or NaN where logits are."""
     labels = np.asarray(labels)
     with np.errstate(invalid="ignore"):
@@ -71,7 +72,7 @@ def cross_entropy(logits: Any, labels: Any) -> float:
     return float(-log_p[np.arange(len(labels)), labels].mean())
 
 
-def _group_accuracy(logits: Any, labels: Any, groups: np.ndarray, count: int) -> np.ndarray:
+def _group_accuracy(logits: ArrayLike, labels: ArrayLike, groups: np.ndarray, count: int) -> np.ndarray:
     right = (predicted(logits) == np.asarray(labels)).astype(np.float64)
     clips = np.bincount(groups, minlength=count)
     with np.errstate(invalid="ignore"):
@@ -84,12 +85,12 @@ def finite(value: float) -> float | None:
 
 
 def summary(
-    logits: Any,
-    labels: Any,
+    logits: ArrayLike,
+    labels: ArrayLike,
     *,
     label_names: Sequence[str],
     k: int = 5,
-    domains: Any = None,
+    domains: ArrayLike = None,
     domain_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Every accuracy figure of one head on one set of clips, as plain JSON-able values.
@@ -113,10 +114,10 @@ def summary(
         "k": k,
         "top_k": top_k(logits, labels, k),
         "mean_class_accuracy": mean_class_accuracy(logits, labels),
-        "loss": finite(cross_entropy(logits, labels)),
+        "loss": finite(mean_cross_entropy(logits, labels)),
         "unpredicted": int((predicted(logits) < 0).sum()),
         "per_class": _named(label_names, labels, class_accuracy(logits, labels)),
-        "confusion": confusion(logits, labels).tolist(),
+        "confusion": confusion_matrix(logits, labels).tolist(),
     }
     if domains is not None:
         domains = np.asarray(domains)
@@ -151,7 +152,7 @@ def summaries(
     }
 
 
-def probabilities(logits: Any, temperature: float = 1.0) -> np.ndarray:
+def probabilities(logits: ArrayLike, temperature: float = 1.0) -> np.ndarray:
     """softmax(logits / temperature), [N, C] float64; a row of zeros where a logit is not finite."""
     values = np.asarray(logits, dtype=np.float64)
     sound = np.isfinite(values).all(axis=1, keepdims=True)

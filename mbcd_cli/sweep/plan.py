@@ -16,9 +16,9 @@ from typing import Any
 from mbcd_cli.data.records import MODALITY_ORDER, modality_order
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.files import flatten
-from mbcd_cli.layers import parse_value
 from mbcd_cli.methods import short_name
 from mbcd_cli.settings import Settings, role_of
+from mbcd_cli.settings.sources import parse_value
 
 PROTOCOLS = ("multi-source", "single-source", "in-domain")
 # Settings that have a flag of their own, and the flag.
@@ -112,7 +112,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return grid
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, list):
         return ",".join(map(_text, value))
     return str(value).lower() if isinstance(value, bool) else str(value)

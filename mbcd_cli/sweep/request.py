@@ -6,17 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.layers import named_dataset, resolve
 from mbcd_cli.methods import method_class
 from mbcd_cli.paper.grids import TABLES
 from mbcd_cli.paper.published import paper_domains
 from mbcd_cli.runs.names import run_name
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import named_dataset, resolve
 from mbcd_cli.sweep.plan import Cell, parse_grid, parse_modality_set, plan, splits
 
 
@@ -42,13 +41,13 @@ class Request:
     grid: Sequence[str] = ()
 
 
-def make_plan(
+def plan_cells(
     request: Request,
     *,
     preset: str | None,
     config: Path | None,
     sets: Sequence[str],
-    flags: Mapping[str, Any],
+    flags: Mapping[str, object],
     runs_dir: Path,
     say: Say = SILENT,
 ) -> list[Cell]:
@@ -64,7 +63,7 @@ def make_plan(
     table = TABLES[request.table] if request.table is not None else None
     grid = parse_grid(request.grid)
 
-    def build(method: str, values: Mapping[str, str], cell: Mapping[str, Any]) -> Settings:
+    def build(method: str, values: Mapping[str, str], cell: Mapping[str, object]) -> Settings:
         settings = resolve(
             preset=preset,
             config=config,

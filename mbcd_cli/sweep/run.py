@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbcd_cli.files import write_text
-from mbcd_cli.layers import ENV_PREFIX, to_toml
 from mbcd_cli.processes import LAUNCH_VARIABLES
+from mbcd_cli.settings.sources import ENV_PREFIX, to_toml
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
 
@@ -98,7 +98,7 @@ def write_settings(cell: Cell) -> Path:
     return write_text(path, to_toml(cell.settings, sealed=True), place="--runs-dir")
 
 
-def command(cell: Cell, *, threads: int) -> list[str]:
+def cell_command(cell: Cell, *, threads: int) -> list[str]:
     """The command line of the cell's process."""
     return [sys.executable, "-m", WORKER, str(cell.folder), str(threads)]
 
@@ -118,7 +118,7 @@ def start(cell: Cell, *, threads: int, gpu: str | None, slot: int) -> Job:
     write_settings(cell)
     with beside(cell.folder, "log").open("ab") as log:
         process = subprocess.Popen(
-            command(cell, threads=threads),
+            cell_command(cell, threads=threads),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

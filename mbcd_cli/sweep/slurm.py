@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.errors import RunError
-from mbcd_cli.layers import parse_value
+from mbcd_cli.settings.sources import parse_value
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.run import Board, begin, command, environment, last_line, write_settings
+from mbcd_cli.sweep.run import Board, begin, cell_command, environment, last_line, write_settings
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, read_failure, state
 
 DEFAULTS: dict[str, Any] = {"timeout_min": 720, "cpus_per_task": 4}
@@ -54,7 +54,7 @@ class Task:
         return submitit.helpers.DelayedSubmission(Task(self.folder, self.line, self.threads))
 
 
-def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+def parse_options(texts: Sequence[str]) -> dict[str, object]:
     """`key=value` submitit parameters (timeout_min, gpus_per_node, slurm_partition, slurm_array_parallelism, ...).
 
     Raises:
@@ -119,7 +119,7 @@ def submit(
         write_settings(cell)
     with executor.batch():
         jobs = [
-            executor.submit(Task(os.fspath(cell.folder.absolute()), tuple(command(cell, threads=each)), each))
+            executor.submit(Task(os.fspath(cell.folder.absolute()), tuple(cell_command(cell, threads=each)), each))
             for cell in wanted
         ]
     pending = dict(zip((cell.key for cell in wanted), zip(wanted, jobs, strict=True), strict=True))

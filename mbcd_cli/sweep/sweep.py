@@ -7,17 +7,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mbcd_cli.errors import CacheError, MbcdError, RunError
 from mbcd_cli.evaluation.report.comparison import write_comparison_files
 from mbcd_cli.evaluation.report.plots import plot_methods
-from mbcd_cli.layers import resolve
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import resolve
 from mbcd_cli.sweep import collect as collecting
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.estimate import counts, estimate
@@ -32,13 +32,21 @@ SHORT_STEP = 0.1
 """Seconds; the time of a step shorter than that is measured three times."""
 
 
+class SweepOutcome(TypedDict):
+    """How many cells are done, run folder -> error of those that failed, seconds that it took."""
+
+    done: int
+    failed: dict[str, str]
+    seconds: float
+
+
 def prepare_first(
     root: Path,
     *,
     preset: str | None,
     config: Path | None,
     sets: Sequence[str],
-    flags: Mapping[str, Any],
+    flags: Mapping[str, object],
     say: Say = SILENT,
 ) -> None:
     """`mbcd prepare` for the sweep's dataset, whose media lie in `root`; what is prepared is reused.
@@ -81,7 +89,7 @@ def measure(cell: Cell, *, jobs: int = 1) -> float | None:
     return min(float(one["estimated_training_seconds"]) for one in (found, *again))
 
 
-def dry_run(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
+def estimate_sweep(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
     """The plan with an estimate of its cost; nothing is written.
 
     Raises:
@@ -152,8 +160,8 @@ def run(
     poll: float = 0.5,
     watch: Callable[[running.Board], None] = lambda board: None,
     say: Say = SILENT,
-) -> dict[str, Any]:
-    """Run what is not done; `collect` tells the results.
+) -> SweepOutcome:
+    """Run what is not done; `write_tables` tells the results.
 
     Args:
         cells: of the plan.
@@ -203,7 +211,7 @@ def _gpus(cells: Sequence[Cell]) -> list[str]:
     return visible or [str(index) for index in range(torch.cuda.device_count())]
 
 
-def collect(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any]:
+def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any]:
     """The finished cells as tables, in text, Markdown, CSV, LaTeX and HTML under `output`.
 
     Raises:
@@ -228,7 +236,7 @@ def collect(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any
     )
 
 
-def report_failures(found: Mapping[str, Any]) -> MbcdError | None:
+def report_failures(found: SweepOutcome) -> MbcdError | None:
     """The error that a sweep with failed runs ends with, listing them."""
     if not found["failed"]:
         return None

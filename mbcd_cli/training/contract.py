@@ -20,13 +20,13 @@ import torch.distributed as dist
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import MbcdError
-from mbcd_cli.layers import merge
 from mbcd_cli.methods import checked, method_class, over_defaults
 from mbcd_cli.methods.base import Method, Outputs, Term
 from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import global_states, load_global_states, seed_everything
 from mbcd_cli.settings import ReaderSettings, Settings
+from mbcd_cli.settings.sources import merge
 from mbcd_cli.training.assemble import Training, train_with
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep

@@ -83,7 +83,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _parameters(step: TrainStep, settings: Settings) -> dict[str, Any]:
+def _parameters(step: TrainStep, settings: Settings) -> dict[str, int | dict[str, int]]:
     """Parameters by part: trained (tails, heads and the method's own) and frozen (trunks)."""
     model, own = step.model, step.method
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -27,9 +27,42 @@ from mbcd_cli.training.resume import Progress
 from mbcd_cli.training.trainer import Trainer
 
 
+class EpochAccuracy(TypedDict, total=False):
+    """Accuracies (0 to 1) of the deployed model after an epoch, of the fused head and of each modality's own."""
+
+    epoch: int
+    validation: float
+    validation_unimodal: dict[str, float]
+    target: float
+    target_unimodal: dict[str, float]
+    note: str
+
+
+class TrainingSummary(TypedDict, total=False):
+    """What `train` returns and the run's `done` holds; `oracle` and `processes` only where there are such."""
+
+    run: str
+    method: str
+    target_domain: str | None
+    source_domains: list[str]
+    seed: int
+    deployed: str
+    epochs: int
+    steps: int
+    best: EpochAccuracy
+    last: EpochAccuracy
+    oracle: EpochAccuracy
+    warnings: list[str]
+    seconds: float
+    steps_per_second: float
+    peak_memory_mb: float
+    processes: int
+    plots: list[str]
+
+
 def train(
     settings: Settings, dataset: Dataset, *, run: Path, resume: bool, overwrite: bool, say: Say = SILENT
-) -> dict[str, Any]:
+) -> TrainingSummary:
     """Train into the run folder.
 
     Args:
@@ -104,7 +137,7 @@ def train(
         if group.world > 1:
             summary["processes"] = group.world
 
-        def finish() -> dict[str, Any]:
+        def finish() -> TrainingSummary:
             summary["plots"] = [
                 str(path.relative_to(run)) for path in plot_run(run, parts.step.method.panels(settings.method))
             ]
@@ -137,12 +170,12 @@ def _feed(
     return Feed(dataset, device=device, ahead=settings.runtime.prefetch, read=read, group=group)
 
 
-def summarise(progress: Progress, *, settings: Settings, run: Path) -> dict[str, Any]:
+def summarise(progress: Progress, *, settings: Settings, run: Path) -> TrainingSummary:
     """Accuracies of the best and the last epoch, and (labelled) of the epoch that happened to suit the target."""
     history = progress.history
     deployed = deployed_of(history[-1]["validation"])
 
-    def epoch(record: Mapping[str, Any]) -> dict[str, Any]:
+    def epoch(record: Mapping[str, Any]) -> EpochAccuracy:
         found = {"epoch": record["epoch"]}
         for where in ("validation", "target"):
             if where in record:

@@ -34,7 +34,7 @@ from mbcd_cli.training.figures import Layout, Record
 from mbcd_cli.training.interrupts import Interrupts
 from mbcd_cli.training.resume import Progress, resume, training_state
 from mbcd_cli.training.step import TrainStep
-from mbcd_cli.training.validation import validate
+from mbcd_cli.training.validation import validation_figures
 
 
 def better(figures: Mapping[str, float], best: Mapping[str, float]) -> bool:
@@ -276,7 +276,7 @@ class Trainer:
                 clips, group = self.held_out[name].clips, ALONE
                 if len(clips) >= self.group.world:
                     clips, group = np.array_split(clips, self.group.world)[self.group.rank], self.group
-                record[key] = validate(
+                record[key] = validation_figures(
                     models,
                     lambda clips=clips: self._watched(clips),
                     device=self.device,
@@ -305,7 +305,9 @@ class Trainer:
             progress.best = {"epoch": record["epoch"], "accuracy": fused["accuracy"], "loss": fused["loss"]}
         record["best_epoch"] = progress.best["epoch"]
         progress.history.append(record)
-        for key, text in watch.warnings(progress.history, epochs=self.epochs, alarms=self.step.method.alarms).items():
+        for key, text in watch.training_warnings(
+            progress.history, epochs=self.epochs, alarms=self.step.method.alarms
+        ).items():
             if key not in progress.warnings:
                 progress.warnings[key] = text
                 self._say.warn(text)

@@ -14,7 +14,7 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.parts import distillation, teacher_probabilities
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import ALONE, Group
-from mbcd_cli.scoring.metrics import cross_entropy, finite, top1
+from mbcd_cli.scoring.metrics import finite, mean_cross_entropy, top1
 from mbcd_cli.scoring.predictions import Predictions, predict
 
 
@@ -24,7 +24,7 @@ def figures(predictions: Predictions) -> dict[str, Any]:
     def one(logits: torch.Tensor) -> dict[str, float | None]:
         return {
             "accuracy": top1(logits, predictions.labels),
-            "loss": finite(cross_entropy(logits, predictions.labels)),
+            "loss": finite(mean_cross_entropy(logits, predictions.labels)),
         }
 
     return {
@@ -33,7 +33,7 @@ def figures(predictions: Predictions) -> dict[str, Any]:
     }
 
 
-def validate(
+def validation_figures(
     models: dict[str, MultiModalModel],
     batches: Callable[[], Iterable[Batch]],
     *,

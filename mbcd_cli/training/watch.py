@@ -1,4 +1,4 @@
-"""Signs of a training going wrong (method.md section 6, point 8), each reported once."""
+"""Signs of a training going wrong, each reported once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ LAG = 0.25
 """Validation accuracy by which a teacher may stay behind its student in the second half of a training."""
 
 
-def warnings(history: Sequence[Mapping[str, Any]], *, epochs: int, alarms: Sequence[Alarm] = ()) -> dict[str, str]:
+def training_warnings(
+    history: Sequence[Mapping[str, Any]], *, epochs: int, alarms: Sequence[Alarm] = ()
+) -> dict[str, str]:
     """Key -> text of every warning that the last record of `history` gives reason for.
 
     Args:

@@ -38,13 +38,13 @@ from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.convolution import Conv3d
 from mbcd_cli.encoders.layout import channels_last, weights_channels_last
 from mbcd_cli.encoders.staged import Tail
-from mbcd_cli.layers import resolve, validate
 from mbcd_cli.methods import METHODS, method_class
 from mbcd_cli.methods.base import Context
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.settings import RuntimeSettings, Settings
+from mbcd_cli.settings.merge import resolve, validate
 from mbcd_cli.training.assemble import train_with
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.optimizer import build_optimizer

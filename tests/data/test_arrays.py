@@ -8,30 +8,23 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
-from helpers import write_array
+from helpers import cause, write_array
 
 from mbcd_cli import console
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.media.arrays import read_array, stored_shape
 from mbcd_cli.data.modalities.array import ArrayModality
-from mbcd_cli.data.modalities.base import load_views
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.data.rounding import Rounding
 from mbcd_cli.errors import MediaError
-from mbcd_cli.layers import resolve as resolve_settings
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings.merge import resolve as resolve_settings
 
 DATASET = DatasetSettings()
-
-
-def cause(reading) -> str:
-    with pytest.raises(MediaError) as caught:
-        reading()
-    assert caught.value.remedy
-    return caught.value.cause
 
 
 def clip_of(path: Path) -> Clip:

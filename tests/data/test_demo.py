@@ -48,18 +48,18 @@ def decode(path: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("demo") / "media"
-    demo.generate(root, workers=1, **SMALL)
+    demo.generate_demo(root, workers=1, **SMALL)
     return root
 
 
 def test_same_bytes_for_any_number_of_workers(made, tmp_path):
-    demo.generate(tmp_path / "again", workers=2, **SMALL)
+    demo.generate_demo(tmp_path / "again", workers=2, **SMALL)
     assert digests(tmp_path / "again") == digests(made)
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
 
 
 def test_another_seed_gives_other_clips(made, tmp_path):
-    demo.generate(tmp_path / "other", workers=1, **{**SMALL, "seed": 4})
+    demo.generate_demo(tmp_path / "other", workers=1, **{**SMALL, "seed": 4})
     assert not set(digests(made)) & set(digests(tmp_path / "other")) - {"manifest.csv", "generated.json"}
 
 
@@ -159,7 +159,7 @@ def test_still_frames_have_no_flow():
 
 
 def _generate(root: Path) -> None:
-    demo.generate(root, workers=1, **SMALL)
+    demo.generate_demo(root, workers=1, **SMALL)
 
 
 def test_killed_generation_begins_again(made, tmp_path):
@@ -181,20 +181,20 @@ def test_killed_generation_begins_again(made, tmp_path):
 def test_what_is_in_the_way_is_kept(made, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(ManifestError, match="in the way"):
-        demo.generate(tmp_path / "mine", workers=1, **SMALL)
+    with pytest.raises(ManifestError, match="holds"):
+        demo.generate_demo(tmp_path / "mine", workers=1, **SMALL)
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     before = digests(made)
-    with pytest.raises(ManifestError, match="in the way"):
-        demo.generate(made, workers=1, **{**SMALL, "seed": 5})
-    demo.generate(made, workers=1, **SMALL)
+    with pytest.raises(ManifestError, match="holds"):
+        demo.generate_demo(made, workers=1, **{**SMALL, "seed": 5})
+    demo.generate_demo(made, workers=1, **SMALL)
     assert digests(made) == before
 
 
 def test_wrong_parameters(tmp_path):
     for wrong in ({"shortcut": 1.5}, {"clips_per_class_train": 0}):
         with pytest.raises(ValueError):
-            demo.generate(tmp_path / "x", workers=1, **{**SMALL, **wrong})
+            demo.generate_demo(tmp_path / "x", workers=1, **{**SMALL, **wrong})
 
 
 def test_read_generates_once_and_lists_every_clip(tmp_path, monkeypatch):
@@ -204,7 +204,7 @@ def test_read_generates_once_and_lists_every_clip(tmp_path, monkeypatch):
         calls.append(root)
         generate(root, workers=1)
 
-    generate = functools.partial(demo.generate, **SMALL)
+    generate = functools.partial(demo.generate_demo, **SMALL)
     monkeypatch.setattr(demo, "generate", small)
     settings = DatasetSettings(reader=demo.DemoSettings(), name="demo", root=tmp_path / "media")
     listing = demo.read(settings, {})

@@ -15,16 +15,16 @@ from helpers import numbered_frames, tone, write_video, write_wav
 
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.audio import AudioModality
-from mbcd_cli.data.modalities.base import load_views
 from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import epic_kitchens, read_dataset
 from mbcd_cli.data.readers.places import SplitSettings
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import ManifestError, MediaError, SettingsError
-from mbcd_cli.layers import validate
 from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings.merge import validate
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "mm-sada-splits"
 needs_tables = pytest.mark.skipif(not REAL.is_dir(), reason="the MM-SADA split tables are not beside the clone")

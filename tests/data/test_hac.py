@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from mbcd_cli.cli import app
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.modalities.audio import AudioModality, followed_spans
-from mbcd_cli.data.modalities.base import load_views, view_generator
 from mbcd_cli.data.modalities.flow import FlowModality
 from mbcd_cli.data.modalities.frames import FrameSampling
+from mbcd_cli.data.modalities.modality import load_views, view_generator
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.new_clips import read_new
@@ -25,10 +25,10 @@ from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW, Media
 from mbcd_cli.errors import ManifestError, MediaError
 from mbcd_cli.evaluation.analyses.waveform import corrupted_sounds
-from mbcd_cli.layers import resolve, validate
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings.merge import resolve, validate
 from mbcd_cli.sweep import run as running
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "hac-splits"

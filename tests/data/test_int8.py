@@ -16,9 +16,9 @@ from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.quantise import quantise, restore, scale_shape, squared_error
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import CacheError
-from mbcd_cli.layers import resolve
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.settings.merge import resolve
 
 
 def tree(root: Path, cache: Path, *sets: str):

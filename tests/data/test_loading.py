@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -17,8 +16,8 @@ from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.loading import ResidentRows, keep_on_device, read_ahead, resident_bytes
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import CacheError, SettingsError
-from mbcd_cli.layers import validate
 from mbcd_cli.preparation import prepare as command
+from mbcd_cli.settings.merge import validate
 
 
 def threads() -> list[str]:
@@ -27,21 +26,21 @@ def threads() -> list[str]:
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_order_is_kept_and_reading_stays_ahead_by_depth(depth):
-    read = []
+    taken, ahead, far = [], [], threading.Event()
 
     def batches():
         for number in range(8):
-            read.append(number)
+            ahead.append(number - len(taken))
+            if number == depth:
+                far.set()
             yield number
 
     ready = read_ahead(batches(), depth=depth)
-    assert next(ready) == 0
-    deadline = time.monotonic() + 5
-    while len(read) < 1 + depth and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert 1 + depth <= len(read) <= 2 + depth  # one more may be in the thread's hand
-    assert list(ready) == list(range(1, 8))
+    for number in ready:
+        assert far.wait(60), "the first `depth` batches after it are read without being asked for"
+        taken.append(number)
+    assert taken == list(range(8))
+    assert max(ahead) <= 1 + depth  # one that is not yet taken is on its way, and one more in the thread's hand
     assert not threads()
 
 
@@ -82,7 +81,7 @@ def dataset(tmp_path_factory):
 
 def test_the_open_cache_is_what_the_protocol_says(dataset):
     assert isinstance(dataset, Dataset)
-    held = {field.name for field in fields(memory.MemoryDataset)} | {*dir(memory.MemoryDataset)}
+    held = {field.name for field in fields(memory.ArrayDataset)} | {*dir(memory.ArrayDataset)}
     assert {*Dataset.__annotations__} <= held
 
 

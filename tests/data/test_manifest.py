@@ -23,14 +23,18 @@ from mbcd_cli.data.media.video import read_frames
 from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.audio import AudioModality
-from mbcd_cli.data.modalities.base import load_views
 from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import READERS, Listing, read_dataset
 from mbcd_cli.data.readers.manifest import read
 from mbcd_cli.data.records import Clip, Media
 from mbcd_cli.errors import ManifestError, MediaError, SettingsError
-from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings import DatasetSettings, ManifestSettings
+
+
+def table(path: str) -> ManifestSettings:
+    return ManifestSettings(manifest=Path(path))
 
 
 def row(number: int, **changes) -> dict[str, object]:
@@ -131,7 +135,7 @@ def test_names_of_datasets(tmp_path):
     write_manifest(root / "tables" / "small.csv", FOUR)
     write_manifest(root / "manifest.csv", FOUR)
     assert read(DatasetSettings(root=root), {}).name == "my-data"
-    assert read(DatasetSettings(root=root, manifest=Path("tables/small.csv")), {}).name == "my-data-small"
+    assert read(DatasetSettings(root=root, reader=table("tables/small.csv")), {}).name == "my-data-small"
     assert read(DatasetSettings(root=root, name="digits"), {}).name == "digits"
 
 
@@ -346,13 +350,16 @@ def test_av_digits():
 @needs_av_digits
 def test_broken_manifest_of_av_digits():
     with pytest.raises(ManifestError) as caught:
-        read(DatasetSettings(root=AV_DIGITS, manifest=Path("broken/manifest_broken.csv"), classes=10), {})
+        read(
+            DatasetSettings(root=AV_DIGITS, reader=table("broken/manifest_broken.csv"), classes=10),
+            {},
+        )
     assert bad_lines(caught.value.message) == [6, 8, 16, 17, 24]
 
 
 @needs_av_digits
 def test_bad_media_of_av_digits():
-    root = DatasetSettings(root=AV_DIGITS, manifest=Path("broken/manifest_bad_media.csv"), classes=10)
+    root = DatasetSettings(root=AV_DIGITS, reader=table("broken/manifest_bad_media.csv"), classes=10)
     got = read(root, {})
     assert got.name == "av-digits-manifest_bad_media"
     video, audio = VideoModality(), AudioModality(samples=8000, nperseg=256, noverlap=128)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import (
     AV_DIGITS,
+    cause,
     frame_numbers,
     moving_texture,
     needs_av_digits,
@@ -47,14 +48,6 @@ def every(count: int) -> np.ndarray:
 
 def numbers(path: Path, dataset: DatasetSettings = DATASET, **span) -> list[int]:
     return frame_numbers(read_frames(Media(path, **span), every, dataset=dataset))
-
-
-def cause(reading) -> str:
-    with pytest.raises(MediaError) as caught:
-        reading()
-    assert caught.value.remedy
-    assert caught.value.file in str(caught.value)
-    return caught.value.cause
 
 
 # --- video ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from mbcd_cli.data.media.condition import condition
 from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.media.timeline import beginning
 from mbcd_cli.data.media.video import _upright, read_frames, timeline_of
-from mbcd_cli.data.readers.table import path_fault
+from mbcd_cli.data.readers.csv_table import path_fault
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings

@@ -12,30 +12,21 @@ import helpers
 import numpy as np
 import pytest
 import soundfile
-from helpers import numbered_frames, tone, write_video, write_wav
+from helpers import cause, numbered_frames, tone, write_video, write_wav
 from scipy.signal import resample_poly
 
 from mbcd_cli.data.media import sound as module
 from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.media.soundtrack import Soundtrack
 from mbcd_cli.data.records import Media
-from mbcd_cli.errors import MediaError
-from mbcd_cli.layers import resolve
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.check import check
 from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings.merge import resolve
 
 DATASET = DatasetSettings()
 REJECT = DatasetSettings(missing_frames="reject")
 RATE = 16000
-
-
-def cause(reading) -> str:
-    with pytest.raises(MediaError) as caught:
-        reading()
-    assert caught.value.remedy
-    assert caught.value.file in str(caught.value)
-    return caught.value.cause
 
 
 def heard(path: Path, dataset: DatasetSettings = REJECT, notes: list[str] | None = None, **span) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mbcd_cli.data.readers.tables import read_csv, read_pickled_frame, read_table
+from mbcd_cli.data.readers.pickled_tables import read_csv, read_pickled_frame, read_table
 from mbcd_cli.errors import ManifestError
 
 SPLITS = Path(__file__).resolve().parents[3] / "shared" / "data" / "mm-sada-splits"

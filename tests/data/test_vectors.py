@@ -8,8 +8,8 @@ from sklearn.datasets import load_digits
 
 from mbcd_cli.data.readers import demo, digits, read_dataset, synthetic
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.layers import resolve
 from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings.merge import resolve
 
 
 def nearest_mean(values, labels, train, test):
@@ -20,7 +20,7 @@ def nearest_mean(values, labels, train, test):
 
 
 def test_informativeness_orders_the_modalities():
-    data = synthetic.make((4.0, 2.0, 1.0, 0.0), domain_shift=0.0)
+    data = synthetic.synthetic_vectors((4.0, 2.0, 1.0, 0.0), domain_shift=0.0)
     train = data.splits == 0
     accuracy = [nearest_mean(v, data.labels, train, ~train) for v in data.values.values()]
     assert accuracy[0] > 0.9
@@ -29,7 +29,7 @@ def test_informativeness_orders_the_modalities():
 
 
 def test_domain_shift_hurts_outside_the_sources_only():
-    data = synthetic.make((3.0,), domain_shift=3.0)
+    data = synthetic.synthetic_vectors((3.0,), domain_shift=3.0)
     source = data.domains < 2
     train = source & (data.splits == 0)
     inside = nearest_mean(data.values["m1"], data.labels, train, source & (data.splits == 1))
@@ -38,7 +38,7 @@ def test_domain_shift_hurts_outside_the_sources_only():
 
 
 def test_further_modalities_change_none_of_the_first():
-    four, six = (synthetic.make(a, domain_shift=1.0) for a in ((4, 2, 1, 0.5), (4, 2, 1, 0.5, 0.5, 0.5)))
+    four, six = (synthetic.synthetic_vectors(a, domain_shift=1.0) for a in ((4, 2, 1, 0.5), (4, 2, 1, 0.5, 0.5, 0.5)))
     for name in ("m1", "m2", "m3", "m4"):
         np.testing.assert_array_equal(four.values[name], six.values[name])
     np.testing.assert_array_equal(four.labels, six.labels)
@@ -52,7 +52,7 @@ def test_digits_groups_are_parts_of_the_real_images():
     np.testing.assert_array_equal(whole, images[0])
     np.testing.assert_allclose(found["profile"][3], [*images[3].mean(axis=0), *images[3].mean(axis=1)])
     np.testing.assert_allclose(found["spectrum"][2, 0], images[2].sum() / 8)
-    data = digits.make()
+    data = digits.digit_vectors()
     assert len(data.labels) == 1797
     assert [int((data.domains == d).sum()) for d in range(3)] == [599, 599, 599]
     assert {name: v.shape[1] for name, v in data.values.items()} == {
@@ -95,7 +95,7 @@ def test_another_dataset_in_the_folder_is_never_overwritten(tmp_path):
 
 
 def test_the_demos_shortcut_is_a_setting(tmp_path, monkeypatch):
-    real = demo.generate
+    real = demo.generate_demo
     monkeypatch.setattr(
         demo, "generate", lambda root, **k: real(root, clips_per_class_train=1, clips_per_class_test=1, **k)
     )

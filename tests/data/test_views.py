@@ -23,10 +23,10 @@ from helpers import (
 from mbcd_cli.data.media import video as module
 from mbcd_cli.data.media.video import read_frames
 from mbcd_cli.data.modalities.array import ArrayModality
-from mbcd_cli.data.modalities.audio import AudioModality, audio_view, fit_samples
-from mbcd_cli.data.modalities.base import load_views, view_generator
+from mbcd_cli.data.modalities.audio import AudioModality, audio_view, fit_samples, silence_before
 from mbcd_cli.data.modalities.flow import FlowModality
 from mbcd_cli.data.modalities.frames import crop_box, sample_indices
+from mbcd_cli.data.modalities.modality import load_views, view_generator
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.errors import MediaError
@@ -313,13 +313,13 @@ def test_the_papers_spectrogram_is_257_by_1004(tmp_path):
 
 def test_short_sounds_are_repeated_or_padded():
     short = np.linspace(-0.5, 0.5, 3000)
-    repeated = fit_samples(short, AUDIO, None)
+    repeated = fit_samples(short, AUDIO)
     np.testing.assert_allclose(repeated, np.concatenate([short, short, short[:2000]]))
     padding = AUDIO.model_copy(update={"short": "pad"})
-    padded = fit_samples(short, padding, None)
+    padded = fit_samples(short, padding)
     np.testing.assert_allclose(padded, np.concatenate([short, np.zeros(5000)]))
-    np.testing.assert_allclose(fit_samples(np.full(9000, 0.1), AUDIO, None), np.full(8000, 0.1))
-    one = fit_samples(np.array([0.25]), AUDIO, None)
+    np.testing.assert_allclose(fit_samples(np.full(9000, 0.1), AUDIO), np.full(8000, 0.1))
+    one = fit_samples(np.array([0.25]), AUDIO)
     assert one.tolist() == [0.25] * 8000
 
 
@@ -328,7 +328,7 @@ def test_padded_training_views_begin_at_random_moments():
     short = np.full(3000, 0.3)
     starts = []
     for seed in range(300):
-        got = fit_samples(short, settings, np.random.default_rng(seed))
+        got = fit_samples(short, settings, silence_before(len(short), settings, np.random.default_rng(seed)))
         (places,) = np.nonzero(got)
         assert len(places) == 3000
         starts.append(int(places[0]))

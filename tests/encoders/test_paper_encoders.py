@@ -50,7 +50,7 @@ def test_trained_parameters_with_all_three_modalities():
     tails = {name: build_encoder(name, settings).cut("layer4")[1] for name, settings in PAPER.items()}
     model = MultiModalModel(tails, settings=ModelSettings(), classes=8)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert sum(p.numel() for p in trained.values()) == 55_043_872  # method.md section 3
+    assert sum(p.numel() for p in trained.values()) == 55_043_872
     assert model.fused_head[0].in_features == 2304 + 2048 + 512
     parts = {n.split(".")[2] for n in trained if n.startswith("tails.")}
     assert parts == {"layer4"}
@@ -82,7 +82,7 @@ def test_tensors_at_the_cut_have_the_papers_shapes(name, size, expected):
     ],
 )
 def test_cost_per_clip_is_method_mds(name, size, trunk_gflop, layer4_gflop, nbytes):
-    """2 x multiply-adds, and float16 bytes at the cut (method.md section 3; its 171.0 includes the lateral 0.7)."""
+    """2 x multiply-adds, and float16 bytes at the cut (171.0 with the lateral 0.7)."""
     with torch.device("meta"):
         trunk, tail = build_encoder(name, PAPER[name]).cut("layer4")
         with FlopCounterMode(display=False) as before:

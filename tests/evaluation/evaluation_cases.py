@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from memory import MemoryDataset
+from memory import ArrayDataset
 
-from mbcd_cli.layers import validate
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import validate
 
 
 def make_settings(method: str = "mbcd", **training) -> Settings:
@@ -28,7 +28,7 @@ def make_settings(method: str = "mbcd", **training) -> Settings:
     )
 
 
-def make_dataset(settings: Settings, clips: int = 60, classes: int = 4, seed: int = 0) -> MemoryDataset:
+def make_dataset(settings: Settings, clips: int = 60, classes: int = 4, seed: int = 0) -> ArrayDataset:
     """Clips whose class shows in both modalities, less in video outside the sources."""
     rng = np.random.default_rng(seed)
     labels = np.arange(clips) % classes
@@ -38,7 +38,7 @@ def make_dataset(settings: Settings, clips: int = 60, classes: int = 4, seed: in
     for index, name in enumerate(settings.modalities):
         values = centres[index][labels] + rng.normal(size=(clips, 6)) * (1 + 2 * (domain == 2) * (index == 0))[:, None]
         arrays[name] = torch.tensor(values, dtype=torch.float32)
-    return MemoryDataset(
+    return ArrayDataset(
         arrays=arrays,
         labels=labels.astype(np.int64),
         domain=domain.astype(np.int64),
@@ -49,7 +49,7 @@ def make_dataset(settings: Settings, clips: int = 60, classes: int = 4, seed: in
     )
 
 
-def make_checkpoint(settings: Settings, dataset: MemoryDataset, *, teacher: bool = True, seed: int = 0, epoch: int = 3):
+def make_checkpoint(settings: Settings, dataset: ArrayDataset, *, teacher: bool = True, seed: int = 0, epoch: int = 3):
     """Random weights of the right shape, in the form of a checkpoint."""
 
     def state(seed: int):
@@ -75,5 +75,5 @@ def settings() -> Settings:
 
 
 @pytest.fixture
-def dataset(settings) -> MemoryDataset:
+def dataset(settings) -> ArrayDataset:
     return make_dataset(settings)

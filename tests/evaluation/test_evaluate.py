@@ -8,7 +8,7 @@ import torch
 from evaluation_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli import console
-from mbcd_cli.cli.evaluate import show
+from mbcd_cli.cli.evaluate import show_evaluation
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
 from mbcd_cli.evaluation.evaluate import evaluate
 from mbcd_cli.evaluation.report.history import accuracy_history
@@ -89,7 +89,7 @@ def test_without_teacher_and_without_target(tmp_path, capsys, monkeypatch):
     assert set(figures["models"]["last"]) == {"student"}
     assert set(figures["models"]["last"]["student"]) == {"source"}
     assert figures["models"]["last"]["student"]["source"]["fused"]["clips"] == int((dataset.split == 1).sum())
-    show(figures)
+    show_evaluation(figures)
     printed = capsys.readouterr().out
     assert "last student *" in printed
     assert str(tmp_path / "results.json") in printed
@@ -130,7 +130,7 @@ def test_diverged_weights_are_reported_not_hidden(settings, dataset, tmp_path, c
     assert any("diverged" in w for w in figures["warnings"])
     assert any("another cache of video" in w for w in figures["warnings"])
     assert figures["models"]["best"]["teacher"]["target"]["audio"]["top1"] == 0.0
-    show(figures)
+    show_evaluation(figures)
     assert "diverged" in capsys.readouterr().err
 
 

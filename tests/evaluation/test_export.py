@@ -10,7 +10,7 @@ from sklearn.metrics import silhouette_score
 
 from mbcd_cli.errors import FileError
 from mbcd_cli.evaluation.analyses.embedding import embeddings, spread, tsne
-from mbcd_cli.evaluation.report.export import hardest, prediction_rows, vote_rows, write_csv, write_hdf5
+from mbcd_cli.evaluation.report.export import hardest_rows, prediction_rows, vote_rows, write_csv, write_hdf5
 from mbcd_cli.model import build_model
 from mbcd_cli.scoring.predictions import Predictions, predict
 
@@ -53,9 +53,9 @@ def test_labelled_rows_and_the_hardest(model, dataset):
     rows = prediction_rows(predictions, **names(dataset))
     p = predictions.fused.double().softmax(1)[torch.arange(len(clips)), predictions.labels]
     assert [row["label_probability"] for row in rows] == pytest.approx(p.tolist(), abs=1e-6)
-    worst = hardest(rows, 3)
+    worst = hardest_rows(rows, 3)
     assert [row["id"] for row in worst] == [dataset.clips.ids[clips[i]] for i in p.argsort()[:3]]
-    assert len(hardest(rows, 10_000)) == len(rows)
+    assert len(hardest_rows(rows, 10_000)) == len(rows)
 
 
 def test_a_clip_without_prediction_is_blank(dataset):

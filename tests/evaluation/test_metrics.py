@@ -26,10 +26,10 @@ def test_against_scikit_learn(seed):
     for k in (1, 3, 6):
         theirs = sk.top_k_accuracy_score(labels, logits, k=k, labels=np.arange(7))
         assert m.top_k(logits, labels, k) == pytest.approx(theirs)
-    np.testing.assert_array_equal(m.confusion(logits, labels), sk.confusion_matrix(labels, guesses))
+    np.testing.assert_array_equal(m.confusion_matrix(logits, labels), sk.confusion_matrix(labels, guesses))
     np.testing.assert_allclose(m.class_accuracy(logits, labels), sk.recall_score(labels, guesses, average=None))
     probabilities = torch.tensor(logits).double().softmax(1).numpy()
-    assert m.cross_entropy(logits, labels) == pytest.approx(sk.log_loss(labels, probabilities), rel=1e-9)
+    assert m.mean_cross_entropy(logits, labels) == pytest.approx(sk.log_loss(labels, probabilities), rel=1e-9)
 
 
 @settings(deadline=None, max_examples=60)
@@ -55,7 +55,7 @@ def test_against_plain_loops_with_ties_and_absent_classes(clips, classes, seed):
             assert math.isnan(value)
     assert m.mean_class_accuracy(logits, labels) == pytest.approx(sum(per_class) / len(per_class))
     loss = sum(math.log(sum(math.exp(v) for v in row)) - row[y] for row, y in zip(logits, labels, strict=True))
-    assert m.cross_entropy(logits, labels) == pytest.approx(loss / clips)
+    assert m.mean_cross_entropy(logits, labels) == pytest.approx(loss / clips)
     report = m.summary(
         logits,
         labels,
@@ -103,8 +103,8 @@ def test_non_finite_logits_count_as_wrong_and_are_told():
     assert report["top_k"] == 0.5
     assert report["loss"] is None
     assert np.sum(report["confusion"]) == 2
-    assert np.sum(m.confusion(np.full((2, 2), np.nan), [0, 1])) == 0
+    assert np.sum(m.confusion_matrix(np.full((2, 2), np.nan), [0, 1])) == 0
 
 
 def test_large_logits_do_not_overflow():
-    assert m.cross_entropy(np.array([[1e4, 0.0]], dtype=np.float32), [1]) == pytest.approx(1e4)
+    assert m.mean_cross_entropy(np.array([[1e4, 0.0]], dtype=np.float32), [1]) == pytest.approx(1e4)

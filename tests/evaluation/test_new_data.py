@@ -18,12 +18,13 @@ from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.layers import resolve, to_toml
 from mbcd_cli.model import build_model
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings.merge import resolve
+from mbcd_cli.settings.sources import to_toml
 
 # The video's trunk is frozen and has weights of its own; sound and vectors are cut at the input.
 SMALL = [

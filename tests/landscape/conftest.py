@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from landscape_cases import MemoryDataset, make_dataset, make_model, make_settings
+from landscape_cases import ArrayDataset, make_dataset, make_model, make_settings
 
 from mbcd_cli.settings import Settings
 
@@ -12,7 +12,7 @@ def settings() -> Settings:
 
 
 @pytest.fixture
-def dataset(settings) -> MemoryDataset:
+def dataset(settings) -> ArrayDataset:
     return make_dataset(settings)
 
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from memory import MemoryDataset
+from memory import ArrayDataset
 
-from mbcd_cli.layers import validate
 from mbcd_cli.model import build_model
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.merge import validate
 
 
 class Quadratic:
@@ -60,7 +60,7 @@ def make_settings(**landscape) -> Settings:
     )
 
 
-def make_dataset(settings: Settings, clips: int = 60, seed: int = 0) -> MemoryDataset:
+def make_dataset(settings: Settings, clips: int = 60, seed: int = 0) -> ArrayDataset:
     rng = np.random.default_rng(seed)
     labels = np.arange(clips) % 3
     centres = rng.normal(size=(2, 3, 6))
@@ -68,7 +68,7 @@ def make_dataset(settings: Settings, clips: int = 60, seed: int = 0) -> MemoryDa
         name: torch.tensor(centres[k][labels] + rng.normal(size=(clips, 6)), dtype=torch.float32)
         for k, name in enumerate(settings.modalities)
     }
-    return MemoryDataset(
+    return ArrayDataset(
         arrays=arrays,
         labels=labels.astype(np.int64),
         domain=rng.integers(0, 3, clips).astype(np.int64),
@@ -80,7 +80,7 @@ def make_dataset(settings: Settings, clips: int = 60, seed: int = 0) -> MemoryDa
     )
 
 
-def make_model(settings: Settings, dataset: MemoryDataset, seed: int = 0):
+def make_model(settings: Settings, dataset: ArrayDataset, seed: int = 0):
     """A model whose batch norms have seen data, so that running statistics matter."""
     torch.manual_seed(seed)
     model = build_model(dataset.modalities, settings=settings.model, classes=dataset.classes)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from landscape_cases import make_checkpoint, make_dataset, make_settings
 
-from mbcd_cli.cli.landscape import show
+from mbcd_cli.cli.landscape import show_landscape
 from mbcd_cli.errors import MbcdError, SettingsError
 from mbcd_cli.landscape import drawing
 from mbcd_cli.landscape import measure as command
@@ -48,7 +48,7 @@ def test_measures_and_draws(tmp_path, capsys):
     curve = read_grid(tmp_path / "land" / "curve-best.h5")
     assert curve.loss[0, 9] == pytest.approx(best["loss"], rel=1e-6)
     assert curve.loss[0, 0] == pytest.approx(surface.loss[2, 0], rel=1e-6)
-    show(result)
+    show_landscape(result)
     assert "best" in capsys.readouterr().out
 
 

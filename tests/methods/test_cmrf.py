@@ -8,9 +8,9 @@ from plain import CLOSE, compare, pinned_rows
 from reference_cmrf import CMRFReference
 
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.layers import resolve
 from mbcd_cli.methods.cmrf import interpolation_distance, mixing_quantiles
 from mbcd_cli.methods.parts import unit_rows
+from mbcd_cli.settings.merge import resolve
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from mbcd_cli.files import write_json
-from mbcd_cli.sweep.request import Request, make_plan
+from mbcd_cli.sweep.request import Request, plan_cells
 
 
 def plan_of(preset: str, runs: Path = Path("runs"), sets=(), flags=None, **request):
     """The cells of a request on a shipped preset."""
-    return make_plan(Request(**request), preset=preset, config=None, sets=list(sets), flags=flags or {}, runs_dir=runs)
+    return plan_cells(Request(**request), preset=preset, config=None, sets=list(sets), flags=flags or {}, runs_dir=runs)
 
 
 def finish(cell, *, top1: float, heads: dict[str, float] | None = None, records=(), steps=()) -> None:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from sweep_cases import finish, plan_of
 
-from mbcd_cli.cli.sweep import show
+from mbcd_cli.cli.sweep import show_sweep
 from mbcd_cli.errors import RunError
 from mbcd_cli.files import read_json, write_json
 from mbcd_cli.sweep.collect import axis_tables, links, load, panel_tables, training_means
 from mbcd_cli.sweep.state import beside
-from mbcd_cli.sweep.sweep import collect, report_failures
+from mbcd_cli.sweep.sweep import report_failures, write_tables
 
 BETAS = ("0.9", "0.99", "0.999")
 
@@ -64,7 +64,7 @@ def test_an_axis_of_the_grid_becomes_columns(grid):
 
 
 def test_collect_writes_every_form_and_the_papers_figures(grid, tmp_path):
-    found = collect(grid, output=tmp_path / "out", title="HAC <beta>")
+    found = write_tables(grid, output=tmp_path / "out", title="HAC <beta>")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"comparison.html", "comparison.md", "comparison.json"} <= names
     for table in found["tables"]:
@@ -79,7 +79,7 @@ def test_collect_writes_every_form_and_the_papers_figures(grid, tmp_path):
     assert "mbcd, beta=0.9 - ema, beta=0.9" in page
     assert "0.031" in page, "two-sided sign flips over 3 targets x 2 seeds: 2 / 2^6"
     (grid[0].folder / "report.html").write_text("x")
-    collect(grid, output=tmp_path / "out", title="t")
+    write_tables(grid, output=tmp_path / "out", title="t")
     link = f"../runs/hac/{grid[0].folder.name}/report.html"
     assert f'href="{link}"' in (tmp_path / "out" / "comparison.html").read_text()
     assert (tmp_path / "out" / link).is_file()
@@ -96,7 +96,7 @@ def test_what_is_missing_is_said(grid, tmp_path):
     (grid[0].folder / "results.json").unlink()
     (grid[1].folder / "results.json").unlink()
     write_json(beside(grid[1].folder, "failed"), {"error": "disk full\nmore", "remedy": ""})
-    found = collect(grid, output=tmp_path / "out", title="t")
+    found = write_tables(grid, output=tmp_path / "out", title="t")
     assert f"{grid[1].name} failed: disk full" in found["warnings"]
     assert any("1 of 36 runs are not finished" in note for note in found["warnings"])
 
@@ -111,7 +111,7 @@ def test_a_run_that_cannot_be_read_is_left_out_and_named(grid, tmp_path):
     assert f"Delete {path} and run the sweep again" in notes[0]
     assert "tells of another run (another, ema" in notes[1]
     beside(grid[2].folder, "lock").touch()  # a lock that nobody holds any more
-    collect(grid, output=tmp_path / "out", title="t")
+    write_tables(grid, output=tmp_path / "out", title="t")
     assert "is left out" in (tmp_path / "out" / "comparison.html").read_text()
 
 
@@ -156,7 +156,7 @@ def test_the_terminal_shows_rows_once(tmp_path, capsys):
     cells = plan_of("hac", runs=tmp_path / "runs", table=1, seeds="1")
     for cell in cells:
         finish(cell, top1=0.5)
-    show(collect(cells, output=tmp_path / "out", title="t"))
+    show_sweep(write_tables(cells, output=tmp_path / "out", title="t"))
     shown = capsys.readouterr().out
     assert "hac, multi-source: top-1 accuracy (%) by modalities" in shown
     assert "hac, audio+flow, multi-source: top-1" not in shown
@@ -166,7 +166,7 @@ def test_the_terminal_shows_rows_once(tmp_path, capsys):
 def test_nothing_finished_is_an_error(tmp_path):
     cells = plan_of("hac", runs=tmp_path, seeds="1")
     with pytest.raises(RunError, match="No run of this sweep is finished"):
-        collect(cells, output=tmp_path / "out", title="t")
+        write_tables(cells, output=tmp_path / "out", title="t")
 
 
 def test_failures_end_the_command():

@@ -83,9 +83,13 @@ def test_killed_processes_begin_again_but_not_for_ever(cells):
 def test_gpus_are_dealt_out_by_slot(cells):
     for cell in cells[:2]:
         say(cell, "slow")
-    timer = threading.Timer(0.5, lambda: [beside(c.folder, "go").touch() for c in cells[:2]])
-    timer.start()
-    execute(cells, gpus=["3", "5"])
+
+    def once_both_were_called(board):
+        if all(calls(cell) for cell in cells[:2]):
+            for cell in cells[:2]:
+                beside(cell.folder, "go").touch()
+
+    execute(cells, gpus=["3", "5"], watch=once_both_were_called)
     assert [calls(c)[0].split()[1] for c in cells[:2]] == ["3", "5"]
 
 
@@ -99,31 +103,36 @@ def test_threads_are_divided():
 def test_two_sweeps_share_cells(cells):
     """The second waits for the cell that the first works on, and runs it no second time."""
     say(cells[0], "slow")
-    boards = []
+    boards, looks = [], threading.Semaphore(0)
+
+    def look(board):
+        if state(cells[1].folder) == "done":
+            looks.release()
 
     def second():
-        boards.append(running_quietly(cells[:2]))
+        boards.append(running_quietly(cells[:2], watch=look))
 
     started = running.start(cells[0], threads=1, gpu=None, slot=0)  # the first sweep's process
     while not held(beside(cells[0].folder, "lock")):
         time.sleep(0.01)
     thread = threading.Thread(target=second)
     thread.start()
-    time.sleep(1.0)
+    for _ in range(20):  # nothing but the first sweep's cell is left, and it goes on looking
+        assert looks.acquire(timeout=60)
     assert thread.is_alive()
     beside(cells[0].folder, "go").touch()
-    thread.join(timeout=20)
-    assert started.process.wait(timeout=20) == 0
+    thread.join(timeout=60)
+    assert started.process.wait(timeout=60) == 0
     assert len(boards[0].done) == 2
     assert len(calls(cells[0])) == 1
 
 
-def running_quietly(cells):
+def running_quietly(cells, **options):
     """`execute` outside the main thread, where no signal handler may be set."""
     original = signal.signal
     signal.signal = lambda *args: None
     try:
-        return execute(cells)
+        return execute(cells, **options)
     finally:
         signal.signal = original
 
@@ -149,13 +158,16 @@ def test_a_killed_sweep_leaves_its_processes_to_the_next_one(cells, tmp_path):
     root = HERE.parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{root}"}
     parent = subprocess.Popen([sys.executable, str(script)], env=environment)
-    deadline = time.monotonic() + 60
-    while not calls(cells[0]) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not calls(cells[0]) and parent.poll() is None:
+        time.sleep(0.01)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert state(cells[0].folder) == "running"
-    threading.Timer(0.5, beside(cells[0].folder, "go").touch).start()
-    board = execute(cells)
+
+    def once_the_rest_is_done(board):
+        if len(board.done) == 3:
+            beside(cells[0].folder, "go").touch()
+
+    board = execute(cells, watch=once_the_rest_is_done)
     assert len(board.done) == 4
     assert [len(calls(c)) for c in cells] == [1] * 4

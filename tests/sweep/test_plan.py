@@ -8,8 +8,8 @@ import pytest
 from sweep_cases import finish, plan_of
 
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.layers import resolve
 from mbcd_cli.methods import METHODS
+from mbcd_cli.settings.merge import resolve
 from mbcd_cli.sweep.estimate import checkpoint_bytes, estimate
 from mbcd_cli.sweep.plan import parse_grid, parse_modality_set, settings_key, splits
 
@@ -191,7 +191,7 @@ def test_one_domain_has_no_generalization():
 
 def test_disk_is_what_the_checkpoints_hold_and_time_what_finished_runs_took(tmp_path):
     cells = plan_of("hac", runs=tmp_path, targets="human", methods="mbcd", seeds="3", modality_sets="vaf")
-    # method.md: 55,043,872 trained parameters with all three modalities, of which C = 8 here 7; plus buffers.
+    # 55,043,872 trained parameters with all three modalities, of which C = 8 here 7; plus buffers.
     nbytes = checkpoint_bytes(cells[0])
     assert 4 * 55.0e6 * 6 < nbytes < 4 * 55.5e6 * 6
     unknown = estimate(cells, measure=lambda cell: None)

@@ -45,7 +45,7 @@ def test_cells_run_as_jobs_and_failures_are_told(cells):
 
 def test_before_the_time_limit_the_process_is_stopped_and_the_job_submitted_again(cells):
     beside(cells[0].folder, "say").write_text("slow")
-    task = slurm.Task(str(cells[0].folder), tuple(running.command(cells[0], threads=1)), 1)
+    task = slurm.Task(str(cells[0].folder), tuple(running.cell_command(cells[0], threads=1)), 1)
     import subprocess
 
     task.process = subprocess.Popen(task.line)

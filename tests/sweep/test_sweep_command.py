@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 from mbcd_cli.cli import app
 from mbcd_cli.errors import RunError
 from mbcd_cli.files import lock, read_records
-from mbcd_cli.layers import to_toml
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
+from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.cell import run_cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
-from mbcd_cli.sweep.sweep import dry_run
+from mbcd_cli.sweep.sweep import estimate_sweep
 from mbcd_cli.training import train
 
 # Short trainings: what is tested is how they are run.
@@ -102,13 +102,13 @@ def test_a_killed_child_resumes_to_the_numbers_of_an_uninterrupted_run(cache, tm
 
 def test_dry_run_times_steps_and_writes_nothing(cache, tmp_path):
     cells = cells_of(cache, tmp_path / "runs", methods="erm", seeds="2")
-    found = dry_run(cells, jobs=2)
+    found = estimate_sweep(cells, jobs=2)
     assert found["left"] == 2
     assert found["seconds"] == pytest.approx(found["seconds_one_after_another"] / 2)
     assert 0 < found["seconds"] < 600
     assert found["disk_bytes"] > 0, "the prepared dataset tells the shapes of array modalities"
     with pytest.raises(RunError, match="--jobs 0"):
-        dry_run(cells, jobs=0)
+        estimate_sweep(cells, jobs=0)
     assert not (tmp_path / "runs").exists()
 
 

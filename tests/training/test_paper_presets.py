@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.layers import resolve, validate
 from mbcd_cli.methods import METHODS, over_defaults
 from mbcd_cli.model import MultiModalModel
+from mbcd_cli.settings.merge import resolve, validate
 
 PRESETS = Path(__file__).resolve().parents[2] / "presets"
 REFERENCE = {
@@ -51,7 +51,7 @@ def test_a_method_still_means_itself_over_the_preset(method):
 
 
 def test_what_is_trained_is_layer4_and_heads():
-    """55,043,872 parameters with all three modalities and eight classes (method.md section 3)."""
+    """55,043,872 parameters with all three modalities and eight classes."""
     settings = resolve(preset="epic-kitchens", config=None, environ={}, sets=(), method=None, flags={})
     tails = {}
     for name in settings.model.modalities:

@@ -24,7 +24,7 @@ import numpy as np
 from mbcd_cli.allocator import keep_freed_memory
 from mbcd_cli.data.media.checks import allowed_seconds
 from mbcd_cli.data.media.sharing import Blocks, share
-from mbcd_cli.data.modalities.base import Modality, load_views
+from mbcd_cli.data.modalities.modality import Modality, load_views
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.errors import MbcdError, MediaError, RunError
 from mbcd_cli.settings import DatasetSettings

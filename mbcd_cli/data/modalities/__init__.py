@@ -9,8 +9,8 @@ from pydantic import Field
 
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.audio import AudioModality
-from mbcd_cli.data.modalities.base import Modality
 from mbcd_cli.data.modalities.flow import FlowModality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.modalities.video import VideoModality
 
 KINDS: dict[str, type[Modality]] = {

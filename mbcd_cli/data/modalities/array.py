@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import model_validator
 
-from mbcd_cli.data.modalities.base import Draws, Modality, Parts, each_file, spread_places
+from mbcd_cli.data.modalities.modality import Draws, Modality, Parts, each_file, spread_places
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import Count, DatasetSettings, ForWeights, NonNegative

@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from mbcd_cli.data.modalities.base import Draws, Modality, Parts, each_file
 from mbcd_cli.data.modalities.frames import FrameSampling, frames_to_sample, sample_indices
+from mbcd_cli.data.modalities.modality import Draws, Modality, Parts, each_file
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
@@ -24,7 +24,7 @@ _RATES_OF = 1000  # files, spread over the dataset, whose sample rates are looke
 
 
 class AudioModality(Modality):
-    """Sound as a log-spectrogram (scipy; method.md section 4)."""
+    """Sound as a log-spectrogram (scipy; docs/data.md)."""
 
     words: ClassVar[tuple[str, ...]] = ("audio", "sound", "speech", "wav")
     suffixes: ClassVar[tuple[str, ...]] = (
@@ -188,12 +188,7 @@ def followed_spans(media: Media, settings: AudioModality, guides: Sequence[np.ra
     return spans
 
 
-def fit_samples(samples: np.ndarray, settings: AudioModality, rng: np.random.Generator | None) -> np.ndarray:
-    """Level, length and range of a clip's sound: [n] -> [`samples`] float64 within [-1, 1]."""
-    return _fit_at(samples, settings, _silence_before(len(samples), settings, rng))
-
-
-def _silence_before(count: int, settings: AudioModality, rng: np.random.Generator | None) -> int:
+def silence_before(count: int, settings: AudioModality, rng: np.random.Generator | None) -> int:
     """Samples of silence that a view puts before a clip of `count` samples."""
     room = settings.samples - count
     if rng is None or room <= 0 or settings.short == "repeat" or settings.shift == 0:
@@ -201,7 +196,8 @@ def _silence_before(count: int, settings: AudioModality, rng: np.random.Generato
     return min(int(rng.random() * settings.shift * (room + 1)), room)
 
 
-def _fit_at(samples: np.ndarray, settings: AudioModality, before: int) -> np.ndarray:
+def fit_samples(samples: np.ndarray, settings: AudioModality, before: int = 0) -> np.ndarray:
+    """Level, length and range of a clip's sound: [n] -> [`samples`] float64 within [-1, 1]; `before`: silence first."""
     taken = samples[: settings.samples].astype(np.float64)
     if settings.level != "keep":
         loudness = np.sqrt(np.mean(taken**2)) if settings.level == "rms" else np.abs(taken).max()
@@ -225,13 +221,13 @@ def audio_view(
     """Log-spectrogram of a clip, standardised: [n] samples at `rate` per second -> [1, F, S] float32.
 
     F = nperseg / 2 + 1, S = (samples - noverlap) // (nperseg - noverlap). A training view (`rng` given) then has
-    uniform noise added, and one band of `mask_bins` frequency bins set to zero, the mean (method.md section 4).
+    uniform noise added, and one band of `mask_bins` frequency bins set to zero, the mean.
     `shared` keeps what the views of the same samples have in common, if given.
     """
     shared = {} if shared is None else shared
-    before = _silence_before(len(samples), settings, rng)
+    before = silence_before(len(samples), settings, rng)
     if before not in shared:
-        shared[before] = _spectrogram(_fit_at(samples, settings, before), rate, settings)
+        shared[before] = _spectrogram(fit_samples(samples, settings, before), rate, settings)
     return _noisy_spectrogram(shared[before], settings, rng)[None].astype(np.float32)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from mbcd_cli.data.media.checks import Choose
-from mbcd_cli.data.modalities.base import Draws, Modality, Parts, spread_places
+from mbcd_cli.data.modalities.modality import Draws, Modality, Parts, spread_places
 from mbcd_cli.data.records import Media
 from mbcd_cli.settings import Count, DatasetSettings, Fraction, Positive, Role, Slice
 

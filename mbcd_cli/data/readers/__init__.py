@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.plugins import entry_of, plugins
-from mbcd_cli.settings import DatasetSettings, ReaderSettings
+from mbcd_cli.settings import DatasetSettings, ManifestSettings, ReaderSettings
 
 GROUP = "mbcd.readers"
 
@@ -70,7 +70,7 @@ class ReaderEntry:
     settings: Callable[[], ReaderSettings] = ReaderSettings
 
 
-def _ours(module: str, summary: str, *, settings: str = "") -> ReaderEntry:
+def _ours(module: str, summary: str, *, settings: str | type[ReaderSettings] = ReaderSettings) -> ReaderEntry:
     # Readers import this module for Listing, so the registry imports them when they are called.
     def part(where: str) -> Callable[..., Any]:
         module, _, name = where.partition(":")
@@ -79,12 +79,12 @@ def _ours(module: str, summary: str, *, settings: str = "") -> ReaderEntry:
     def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
         return part(f"{module}:read")(dataset, modalities)
 
-    return ReaderEntry(read, summary, (lambda: part(settings)()) if settings else ReaderSettings)
+    return ReaderEntry(read, summary, (lambda: part(settings)()) if isinstance(settings, str) else settings)
 
 
 _SPLITS = "places:SplitSettings"
 READERS: dict[str, ReaderEntry] = {
-    "manifest": _ours("manifest", "a CSV table of clips with one column per modality"),
+    "manifest": _ours("manifest", "a CSV table of clips with one column per modality", settings=ManifestSettings),
     "demo": _ours("demo", "the embedded demo, generated as media files on first use", settings="demo:DemoSettings"),
     "epic-kitchens": _ours("epic_kitchens", "EPIC-Kitchens, the three MM-SADA kitchens, eight verbs", settings=_SPLITS),
     "hac": _ours("hac", "Human-Animal-Cartoon, seven actions", settings=_SPLITS),
@@ -121,6 +121,6 @@ def read_dataset(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -
             f"Choose one of: {', '.join(dict.fromkeys([*READERS, *plugins(GROUP)]))}.",
         )
     own = type(entry.settings())
-    if not isinstance(dataset.reader, own):  # settings that were not merged by `layers`
+    if not isinstance(dataset.reader, own):  # settings that were not merged by `settings.merge`
         dataset = dataset.model_copy(update={"reader": own.model_validate(dataset.reader.model_dump())})
     return entry.read(dataset, modalities)

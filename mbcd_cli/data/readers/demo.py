@@ -13,15 +13,10 @@ Letters: T frames, H W pixels.
 
 from __future__ import annotations
 
-import csv
-import fcntl
 import hashlib
-import json
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,8 +24,8 @@ import cv2
 import numpy as np
 import soundfile
 
-from mbcd_cli.data.modalities.base import Modality
-from mbcd_cli.data.readers import Listing, manifest
+from mbcd_cli.data.modalities.modality import Modality
+from mbcd_cli.data.readers import Listing, generated, manifest
 from mbcd_cli.data.readers.demo_content import (
     DOMAINS,
     FPS,
@@ -45,8 +40,8 @@ from mbcd_cli.data.readers.demo_content import (
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings, Fraction, ReaderSettings
 
-VERSION = 1
-"""Version of what is generated; a folder of another version is refused."""
+GENERATOR, VERSION = "mbcd demo", 1
+"""Name and version of what is generated; a folder of another version is refused."""
 ROOT = Path("mbcd-demo")
 """Where the dataset is generated when no root is set."""
 
@@ -163,62 +158,18 @@ def _write_all(root: Path, parameters: Parameters, workers: int) -> None:
             pass
     for kind in ("video", "flow", "flow_y"):
         _even_sizes([root / plan.domain / _files(plan.id)[kind] for plan in plans])
-    with (root / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["id", "domain", "split", "label", "label_name", "video", "audio", "flow"])
-        for plan in plans:
-            files = [f"{plan.domain}/{_files(plan.id)[kind]}" for kind in ("video", "audio", "flow")]
-            table.writerow([plan.id, plan.domain, plan.split, plan.label, VERBS[plan.label], *files])
-    (root / "generated.json").write_text(json.dumps(_marker(parameters), indent=1) + "\n", encoding="utf-8")
+    rows = []
+    for plan in plans:
+        files = [f"{plan.domain}/{_files(plan.id)[kind]}" for kind in ("video", "audio", "flow")]
+        rows.append([plan.id, plan.domain, plan.split, plan.label, VERBS[plan.label], *files])
+    generated.write_manifest(root, ("video", "audio", "flow"), rows)
 
 
 def _marker(parameters: Parameters) -> dict:
-    return {"generator": "mbcd demo", "version": VERSION, "parameters": asdict(parameters)}
+    return {"generator": GENERATOR, "version": VERSION, "parameters": asdict(parameters)}
 
 
-def _generated(root: Path) -> dict | None:
-    """The marker of a complete generation in `root`, or None when there is none."""
-    try:
-        marker = json.loads((root / "generated.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return marker if isinstance(marker, dict) and marker.get("generator") == "mbcd demo" else None
-
-
-@contextmanager
-def _aside(root: Path) -> Iterator[Path]:
-    """An empty folder beside `root` that only this process writes to; what a killed generation left there is removed.
-
-    The lock is on the folder itself, so that it goes with the process that holds it, however that ends.
-    """
-    aside = root.parent / f".{root.name}.partial"
-    while True:
-        aside.mkdir(parents=True, exist_ok=True)
-        handle = os.open(aside, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        # Whoever held the lock before may have renamed the folder to `root`: then begin again with a new one.
-        if _same(handle, aside):
-            break
-        os.close(handle)
-    try:
-        for left in aside.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield aside
-    finally:
-        if _same(handle, aside):
-            shutil.rmtree(aside)
-        os.close(handle)
-
-
-def _same(handle: int, path: Path) -> bool:
-    """Whether the open folder `handle` still goes by the name `path`."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def generate(
+def generate_demo(
     root: Path,
     *,
     seed: int = 0,
@@ -245,23 +196,7 @@ def generate(
     parameters = Parameters(seed, clips_per_class_train, clips_per_class_test, shortcut)
     if min(clips_per_class_train, clips_per_class_test) < 1 or not 0 <= shortcut <= 1:
         raise ValueError("at least one clip per class and split, and a shortcut from 0 to 1, are needed")
-    root = Path(root).absolute()
-    try:
-        with _aside(root) as aside:
-            if root.exists() and (not root.is_dir() or any(root.iterdir())):
-                if _generated(root) == _marker(parameters):
-                    return
-                raise ManifestError(
-                    f"{root} is in the way: it is not empty, and holds no demo dataset of this version and parameters.",
-                    "Remove it, or choose another folder with --root.",
-                )
-            _write_all(aside, parameters, workers)
-            aside.replace(root)
-    except OSError as error:
-        raise ManifestError(
-            f"{root}: the demo dataset cannot be written: {error.strerror or error}.",
-            "Choose a folder with room that can be written to with --root.",
-        ) from error
+    generated.generate(root, _marker(parameters), lambda folder: _write_all(folder, parameters, workers))
 
 
 class DemoSettings(ReaderSettings):
@@ -274,21 +209,21 @@ class DemoSettings(ReaderSettings):
 def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
     """The demo dataset's clips, generated first when `dataset.root` (default: mbcd-demo) does not hold them.
 
-    A complete generation of this version is used whatever its parameters, so that `generate` may make another one;
+    A complete generation of this version is used whatever its parameters, so that `generate_demo` may make another one;
     but a `dataset.reader.shortcut` that is set must be the one it was made with.
 
     Raises:
         ManifestError: the folder holds something else, or cannot be written.
     """
     root = dataset.root or ROOT
-    marker = _generated(root)
+    marker = generated.marker_of(root) or {}
     shortcut = dataset.reader.shortcut
     wanted = {} if shortcut is None else {"shortcut": shortcut}
-    if marker is None or marker.get("version") != VERSION:
-        generate(root, **wanted, workers=min(2, os.cpu_count() or 1))
+    if (marker.get("generator"), marker.get("version")) != (GENERATOR, VERSION):
+        generate_demo(root, **wanted, workers=min(2, os.cpu_count() or 1))
     elif shortcut is not None and marker["parameters"].get("shortcut") != shortcut:
         raise ManifestError(
             f"{root} holds a demo dataset of shortcut {marker['parameters'].get('shortcut')}, not {shortcut}.",
             "Generate this one elsewhere: --root DIR, with --name NAME for its cache.",
         )
-    return manifest.read(dataset.model_copy(update={"root": root, "manifest": Path("manifest.csv")}), modalities)
+    return manifest.read(dataset.model_copy(update={"root": root}), modalities)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import rotate
 
-from mbcd_cli.data.modalities.array import ArrayModality
-from mbcd_cli.data.modalities.base import Modality
-from mbcd_cli.data.readers import Listing, manifest, vectors
+from mbcd_cli.data.modalities.modality import Modality
+from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.readers.generated import Vectors, generate, read_vectors, write_vectors
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings
 
@@ -39,7 +39,7 @@ def features(images: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def make(seed: int = 0) -> vectors.Vectors:
+def digit_vectors(seed: int = 0) -> Vectors:
     """The dataset in memory; a quarter of every domain's images is its test split."""
     from sklearn.datasets import load_digits
 
@@ -54,7 +54,7 @@ def make(seed: int = 0) -> vectors.Vectors:
     images[domains == 1] = np.clip(turned, 0, 1)
     noisy = images[domains == 2] + rng.normal(0, NOISE, images[domains == 2].shape)
     images[domains == 2] = np.clip(noisy, 0, 1)
-    return vectors.Vectors(features(images), labels, domains, splits, DOMAINS, [str(digit) for digit in range(10)])
+    return Vectors(features(images), labels, domains, splits, DOMAINS, [str(digit) for digit in range(10)])
 
 
 def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
@@ -70,7 +70,5 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
         )
     root = dataset.root or Path("mbcd-digits")
     marker = {"generator": "mbcd digits", "version": VERSION}
-    if not vectors.is_generated(root, marker):
-        vectors.write(root, make(), marker)
-    asked = dict(modalities) or {name: ArrayModality() for name in MODALITIES}
-    return manifest.read(dataset.model_copy(update={"root": root, "manifest": Path("manifest.csv")}), asked)
+    generate(root, marker, lambda folder: write_vectors(folder, digit_vectors()))
+    return read_vectors(dataset, modalities, root=root, known=MODALITIES)

@@ -1,4 +1,4 @@
-"""EPIC-Kitchens with the MM-SADA domains: kitchens P08, P01, P22 as D1, D2, D3, and eight verbs (method.md section 4).
+"""EPIC-Kitchens with the MM-SADA domains: kitchens P08, P01, P22 as D1, D2, D3, and eight verbs (docs/datasets.md).
 
 Three layouts are read, below the root, the split folder or an EPIC-mp4 folder of either: folders of frames, one mp4 per
 clip, whole videos. Split tables are D1_train.csv, ... with a header, or D1_train.pkl, ... as distributed.
@@ -8,29 +8,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mbcd_cli.data.media.folders import counts_from
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.readers.pickled_tables import read_table
 from mbcd_cli.data.readers.places import (
+    MAKES_FLOW,
     Disk,
     Found,
-    Place,
+    MediaLayout,
+    Row,
     by_kind,
     check_label,
-    describe,
-    locate,
+    check_rows,
+    find_media,
+    modalities_in_use,
     path_of,
     pick_domains,
     root_of,
     split_folder,
     whole_number,
 )
-from mbcd_cli.data.readers.tables import read_table
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings
@@ -76,28 +78,28 @@ _WHOLE_FOLDERS = (
 # As EPIC-Kitchens itself is downloaded: 55 (its training videos hold both of our splits), and 100.
 _OFFICIAL = ("{kind}/train/{participant}/{video}", "frames_rgb_flow/{kind}/train/{participant}/{video}")
 VIDEO = (
-    Place(FRAMES, "rgb/{split}/{domain}/{video}"),
-    *(Place(FRAMES, pattern.replace("{kind}", "rgb")) for pattern in _OFFICIAL),
-    Place(FRAMES, "{participant}/rgb_frames/{video}"),
-    Place(CLIP_FILES, f"video/{_CLIP}"),
-    Place(CLIP_FILES, f"rgb/{_CLIP}"),
-    *(Place(WHOLE, f"{folder}{{video}}.{suffix}") for folder in _WHOLE_FOLDERS for suffix in ("MP4", "mp4")),
+    MediaLayout(FRAMES, "rgb/{split}/{domain}/{video}"),
+    *(MediaLayout(FRAMES, pattern.replace("{kind}", "rgb")) for pattern in _OFFICIAL),
+    MediaLayout(FRAMES, "{participant}/rgb_frames/{video}"),
+    MediaLayout(CLIP_FILES, f"video/{_CLIP}"),
+    MediaLayout(CLIP_FILES, f"rgb/{_CLIP}"),
+    *(MediaLayout(WHOLE, f"{folder}{{video}}.{suffix}") for folder in _WHOLE_FOLDERS for suffix in ("MP4", "mp4")),
 )
 FLOW = (
     *(
-        Place(FRAMES, f"{folder}/u", f"{folder}/v")
+        MediaLayout(FRAMES, f"{folder}/u", f"{folder}/v")
         for folder in (
             "flow/{split}/{domain}/{video}",
             *(pattern.replace("{kind}", "flow") for pattern in _OFFICIAL),
             "{participant}/flow_frames/{video}",
         )
     ),
-    Place(CLIP_FILES, f"{_FLOW_CLIP}_u.mp4", f"{_FLOW_CLIP}_v.mp4"),
+    MediaLayout(CLIP_FILES, f"{_FLOW_CLIP}_u.mp4", f"{_FLOW_CLIP}_v.mp4"),
     # The same, named after the frames of the video.
-    Place(CLIP_FILES, f"flow/{_CLIP_STEM}_u.mp4", f"flow/{_CLIP_STEM}_v.mp4"),
+    MediaLayout(CLIP_FILES, f"flow/{_CLIP_STEM}_u.mp4", f"flow/{_CLIP_STEM}_v.mp4"),
 )
 AUDIO = tuple(
-    Place("one wav per video", f"{folder}{{video}}.wav")
+    MediaLayout("one wav per video", f"{folder}{{video}}.wav")
     for folder in (
         "rgb/{split}/{domain}/",
         "audio/{split}/{domain}/",
@@ -107,11 +109,7 @@ AUDIO = tuple(
     )
 )
 PLACES = {"video": VIDEO, "flow": FLOW, "audio": AUDIO}
-_ABSENT_REMEDY = {
-    "flow": "; --compute-flow makes it from the video",
-    "audio": "; extract one wav per video from the videos",
-    "video": "",
-}
+_ABSENT_REMEDIES = {**MAKES_FLOW, "audio": "; extract one wav per video from the videos"}
 
 
 def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
@@ -137,22 +135,11 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     rows, warnings = _read_splits(splits, domains)
     disk, bases = Disk(), _bases(root, splits)
     notes = [f"split tables: {splits}"]
-    looked = {kind: locate(rows, PLACES[kind], bases, disk) for kind in asked}
+    looked = {kind: find_media(rows, PLACES[kind], bases, disk) for kind in asked}
     found = {kind: places for kind, places in looked.items() if places.hits}
-    for kind, places in found.items():
-        name = asked[kind][0]
-        notes.append(describe(name, places, len(rows)))
-        if places.missing:
-            cause = places.why_missing
-            warnings.append(f"{name}: nothing is on disk for {places.missing} of {len(rows)} clips{cause}")
-    used = {kind: pair for kind, pair in asked.items() if kind in found}
-    for kind, (name, settings) in asked.items():
-        if kind == "flow" and kind not in found and dataset.compute_flow and "video" in found:
-            used[kind] = (name, settings)
-            notes.append(f"{name}: computed from {used['video'][0]}")
-        elif kind not in found:
-            remedy = looked[kind].why_missing or _ABSENT_REMEDY[kind]
-            warnings.append(f"{name}: there is none under {root}, so it is left out{remedy}")
+    computed = asked["video"][0] if dataset.compute_flow and "video" in found else None
+    told = {"root": root, "total": len(rows), "notes": notes, "warnings": warnings}
+    used = modalities_in_use(asked, looked, computed=computed, remedies=_ABSENT_REMEDIES, **told)
     if not used:
         patterns = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind][:2])
         known = "".join(f"\n  {asked[kind][0]}{p.why_missing}" for kind, p in looked.items() if p.why_missing)
@@ -184,7 +171,7 @@ def _bases(root: Path, splits: Path) -> list[Path]:
     return list(dict.fromkeys(near))
 
 
-def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, Any]) -> Media:
+def _media(kind: str, found: Mapping[str, Found], index: int, row: Row) -> Media:
     # Published flow has half the frame rate of the annotations: it is told by every second frame.
     computed = 2 if kind == "flow" and kind not in found else 0
     place = found["video" if computed else kind].places[index]
@@ -208,7 +195,7 @@ def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, 
 # --- the tables ----------------------------------------------------------------------------------------------------
 
 
-def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[Row], list[str]]:
     """The rows of all tables as fields, and what is unusual about them."""
     absent = [
         f"{domain}_{split}"
@@ -239,15 +226,11 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str,
                 warnings.append(
                     f"{path.name}: {domain} is kitchen {PARTICIPANTS[domain]}, and it holds {', '.join(sorted(others))}"
                 )
-    problems += [f"clip {id_} is there twice" for id_, n in Counter(row["id"] for row in rows).items() if n > 1]
-    if problems:
-        shown = "\n".join(f"  {text}" for text in problems[:50])
-        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
-        raise ManifestError(f"{folder}: the split tables are wrong.\n{shown}{more}", "Get the tables again.")
+    check_rows(folder, rows, problems)
     return rows, warnings
 
 
-def _differing(rows: list[dict[str, Any]], path: Path, domain: str, split: str) -> str:
+def _differing(rows: list[Row], path: Path, domain: str, split: str) -> str:
     """How another table of the same clips differs, or an empty string."""
     problems: list[str] = []
     try:
@@ -262,7 +245,7 @@ def _differing(rows: list[dict[str, Any]], path: Path, domain: str, split: str) 
     return f"differs in {len(differing)} clips, the first {differing[0]}" if differing else ""
 
 
-def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[dict[str, Any]]:
+def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[Row]:
     table = read_table(path)
     lacking = [name for name in COLUMNS if name not in table]
     if lacking:
@@ -278,7 +261,7 @@ def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[dict
     return rows
 
 
-def _row(uid: str, cells: list[str], domain: str, split: str) -> dict[str, Any]:
+def _row(uid: str, cells: list[str], domain: str, split: str) -> Row:
     participant, video, start_at, stop_at, start, stop, verb = cells
     for what, value in (("uid", uid), ("participant_id", participant), ("video_id", video)):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", value):  # they become parts of paths

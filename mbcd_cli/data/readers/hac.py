@@ -1,4 +1,4 @@
-"""HAC (Human-Animal-Cartoon): three domains, seven actions (Dong et al., NeurIPS 2023; method.md section 4).
+"""HAC (Human-Animal-Cartoon): three domains, seven actions (Dong et al., NeurIPS 2023; docs/datasets.md).
 
 Split tables are HAC_train_only_human.csv, ... with rows `file.mp4,label` and no header; media lie in
 `{domain}/videos/x.mp4`, `{domain}/flow/x_flow_x.mp4` and `x_flow_y.mp4`, `{domain}/audio/x.wav`.
@@ -12,16 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.places import (
+    MAKES_FLOW,
     Disk,
     Found,
-    Place,
+    MediaLayout,
+    Row,
     by_kind,
     check_label,
-    describe,
-    locate,
+    check_rows,
+    find_media,
+    modalities_in_use,
     path_of,
     pick_domains,
     root_of,
@@ -43,9 +46,9 @@ CLIPS = {
 }
 SPLIT_FOLDERS = ("HAC_Splits", "splits")
 PLACES = {
-    "video": (Place("one file per clip", "{domain}/videos/{file}"),),
-    "flow": (Place("one file per clip", "{domain}/flow/{stem}_flow_x.mp4", "{domain}/flow/{stem}_flow_y.mp4"),),
-    "audio": (Place("one wav per clip", "{domain}/audio/{stem}.wav"),),
+    "video": (MediaLayout("one file per clip", "{domain}/videos/{file}"),),
+    "flow": (MediaLayout("one file per clip", "{domain}/flow/{stem}_flow_x.mp4", "{domain}/flow/{stem}_flow_y.mp4"),),
+    "audio": (MediaLayout("one wav per clip", "{domain}/audio/{stem}.wav"),),
 }
 
 
@@ -73,24 +76,13 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     rows, warnings = _read_splits(splits, domains)
     disk = Disk()
     bases = list(dict.fromkeys([root, root / "HAC", splits, *([root.parent] if root == splits else [])]))
-    found = {kind: locate(rows, PLACES[kind], bases, disk) for kind in asked}
+    found = {kind: find_media(rows, PLACES[kind], bases, disk) for kind in asked}
     # The video tells where the other files should be, and the sound its times.
-    videos = locate(rows, PLACES["video"], bases, disk) if "video" not in found else found["video"]
+    videos = find_media(rows, PLACES["video"], bases, disk) if "video" not in found else found["video"]
     notes = [f"split tables: {splits}"]
-    used: dict[str, tuple[str, Modality]] = {}
-    for kind, (name, settings) in asked.items():
-        if found[kind].hits:
-            used[kind] = (name, settings)
-            notes.append(describe(name, found[kind], len(rows)))
-            if found[kind].missing:
-                cause = found[kind].why_missing
-                warnings.append(f"{name}: nothing is on disk for {found[kind].missing} of {len(rows)} clips{cause}")
-        elif kind == "flow" and dataset.compute_flow and videos.hits:
-            used[kind] = (name, settings)
-            notes.append(f"{name}: computed from the videos")
-        else:
-            remedy = found[kind].why_missing or ("; --compute-flow makes it from the video" if kind == "flow" else "")
-            warnings.append(f"{name}: there is none under {root}, so it is left out{remedy}")
+    computed = "the videos" if dataset.compute_flow and videos.hits else None
+    told = {"root": root, "total": len(rows), "notes": notes, "warnings": warnings}
+    used = modalities_in_use(asked, found, computed=computed, remedies=MAKES_FLOW, **told)
     if not used:
         looked = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind])
         looked += "".join(f"\n  {asked[kind][0]}{p.why_missing}" for kind, p in found.items() if p.why_missing)
@@ -128,9 +120,7 @@ def _follows_flow(asked: Mapping[str, tuple[str, Modality]]) -> bool:
     return follow is not None and "flow" in asked and follow == asked["flow"][0]
 
 
-def _media(
-    kind: str, found: Mapping[str, Found], videos: Found, index: int, row: Mapping[str, Any], follows_flow: bool
-) -> Media:
+def _media(kind: str, found: Mapping[str, Found], videos: Found, index: int, row: Row, follows_flow: bool) -> Media:
     video = Path(path_of(videos.places[index], row))
     if kind == "flow" and not found[kind].hits:
         return Media(video, computed=1)
@@ -146,7 +136,7 @@ def _media(
     return Media(path, clock=video) if kind == "audio" and videos.hits else Media(path)
 
 
-def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[Row], list[str]]:
     """The rows of all tables as fields, and what is unusual about them."""
     rows: list[dict[str, Any]] = []
     warnings: list[str] = []
@@ -171,15 +161,11 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[dict[str,
             labels.setdefault(row["file"], set()).add(row["label"])
         if odd := [file for file, several in labels.items() if len(several) > 1]:
             warnings.append(f"{domain}: {len(odd)} files have two labels, the first {odd[0]} (in train and in test)")
-    problems += [f"clip {id_} is there twice" for id_, n in Counter(row["id"] for row in rows).items() if n > 1]
-    if problems:
-        shown = "\n".join(f"  {text}" for text in problems[:50])
-        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
-        raise ManifestError(f"{folder}: the split tables are wrong.\n{shown}{more}", "Get the tables again.")
+    check_rows(folder, rows, problems)
     return rows, warnings
 
 
-def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[dict[str, Any]]:
+def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             table = [(line, row) for line, row in enumerate(csv.reader(stream), start=1) if any(row)]

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from mbcd_cli.data.modalities import KINDS, default_modality, infer_kind
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
-from mbcd_cli.data.readers.table import Table, inside, lines_error, name_faults, path_fault, read_bytes
+from mbcd_cli.data.readers.csv_table import CsvTable, inside, lines_error, name_faults, path_fault, read_bytes
+from mbcd_cli.data.readers.places import root_of
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.settings import DatasetSettings
+from mbcd_cli.settings import DatasetSettings, ManifestSettings
 
 REQUIRED = ("id", "domain", "split", "label")
 SPANS = {
@@ -46,8 +47,8 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     Raises:
         ManifestError: the table is missing, or wrong; all bad lines are listed together.
     """
-    root, path = locate(dataset)
-    found = parse(Table(read_bytes(path)), dataset, modalities, root=root, path=path)
+    root, path = locate_table(dataset)
+    found = parse(CsvTable(read_bytes(path)), dataset, modalities, root=root, path=path)
     domains = _domains(found.clips, dataset, path)
     clips = [clip for clip in found.clips if clip.domain in domains]
     warnings = _lacking_splits(clips, domains)
@@ -74,7 +75,7 @@ class Parsed:
 
 
 def parse(
-    table: Table, dataset: DatasetSettings, modalities: Mapping[str, Modality], *, root: Path, path: Path
+    table: CsvTable, dataset: DatasetSettings, modalities: Mapping[str, Modality], *, root: Path, path: Path
 ) -> Parsed:
     """The clips of a manifest's table, every row of it.
 
@@ -96,23 +97,19 @@ def parse(
 # --- the file ------------------------------------------------------------------------------------------------------
 
 
-def locate(dataset: DatasetSettings) -> tuple[Path, Path]:
+def locate_table(dataset: DatasetSettings) -> tuple[Path, Path]:
     """The root folder and the table.
 
     Raises:
         ManifestError: one of them is not there.
     """
-    if dataset.root is None:
-        raise ManifestError("The dataset's root folder is not set.", "Name it with --root DIR.")
-    root = Path(dataset.root)
-    if not root.is_dir():
-        what = "is not a folder" if root.exists() else "does not exist"
-        raise ManifestError(f"{root}: the dataset's root {what}.", "Correct --root.")
-    path = root / dataset.manifest
+    root = root_of(dataset)
+    own = dataset.reader if isinstance(dataset.reader, ManifestSettings) else ManifestSettings()
+    path = root / own.manifest
     if not path.is_file():
         raise ManifestError(
             f"{path}: there is no such manifest.",
-            "Write one (one row per clip), or name another with --set dataset.manifest=FILE.",
+            "Write one (one row per clip), or name another with --manifest FILE.",
         )
     return root, path
 
@@ -146,7 +143,7 @@ def _kind_of(name: str, cells: list[str], root: Path) -> str | None:
 
 
 def _columns(
-    table: Table, dataset: DatasetSettings, asked: Mapping[str, Modality], *, root: Path, path: Path
+    table: CsvTable, dataset: DatasetSettings, asked: Mapping[str, Modality], *, root: Path, path: Path
 ) -> _Columns:
     header = table.header
     bad_header = [text for line, text in table.problems if line == 1]

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from mbcd_cli.data.modalities import infer_kind
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
-from mbcd_cli.data.readers.manifest import RATE, REQUIRED, SPANS, default_name, locate, parse
-from mbcd_cli.data.readers.table import Table, name_faults, read_bytes
+from mbcd_cli.data.readers.csv_table import CsvTable, name_faults, read_bytes
+from mbcd_cli.data.readers.manifest import RATE, REQUIRED, SPANS, default_name, locate_table, parse
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings
 
@@ -28,15 +28,15 @@ def read_new(dataset: DatasetSettings, modalities: Mapping[str, Modality], *, la
     """The listing of new clips, all of them of the test split; `UNKNOWN` labels where the table has none.
 
     Args:
-        dataset: `root`, `manifest`, `name` and `compute_flow`.
+        dataset: `root`, `name`, `compute_flow` and the reader's `manifest`.
         modalities: those that the model reads, with its settings.
         label_names: the model's classes.
 
     Raises:
         ManifestError: the table is missing, or wrong; all bad lines are listed together.
     """
-    root, path = locate(dataset)
-    table = Table(read_bytes(path))
+    root, path = locate_table(dataset)
+    table = CsvTable(read_bytes(path))
     notes, labels = _completed(table, modalities, label_names)
     known = dataset.model_copy(update={"classes": len(label_names)})
     found = parse(table, known, modalities, root=root, path=path)
@@ -71,7 +71,7 @@ def given(manifest: Path | None, root: Path | None) -> tuple[Path, Path]:
 
 
 def _completed(
-    table: Table, modalities: Mapping[str, Modality], label_names: Sequence[str]
+    table: CsvTable, modalities: Mapping[str, Modality], label_names: Sequence[str]
 ) -> tuple[list[str], dict[str, int]]:
     """Give `table` every column that a manifest must have; return notes, and id -> label."""
     width = len(table.header)

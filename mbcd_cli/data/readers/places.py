@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mbcd_cli.data.modalities import default_modality
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.errors import ManifestError, SettingsError
 from mbcd_cli.settings import DatasetSettings, ReaderSettings
 
 _ARCHIVES = (".tar", ".tar.gz", ".zip")
 _KINDS = ("video", "audio", "flow")
+MAKES_FLOW = {"flow": "; --compute-flow makes it from the video"}
+Row = dict[str, str | int]
+"""A clip of a split table: its fields, as patterns of paths name them."""
 
 
 class SplitSettings(ReaderSettings):
@@ -63,7 +65,7 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MediaLayout:
     """One way in which a modality may lie on disk.
 
     Attributes:
@@ -89,8 +91,8 @@ class Found:
         denied: folders looked into that may not be read.
     """
 
-    places: list[tuple[str, Place]] = field(default_factory=list)
-    hits: Counter[tuple[str, Place]] = field(default_factory=Counter)
+    places: list[tuple[str, MediaLayout]] = field(default_factory=list)
+    hits: Counter[tuple[str, MediaLayout]] = field(default_factory=Counter)
     missing: int = 0
     archives: list[str] = field(default_factory=list)
     denied: list[str] = field(default_factory=list)
@@ -105,7 +107,7 @@ class Found:
         return "".join(causes)
 
 
-def locate(rows: Sequence[Mapping[str, Any]], places: Sequence[Place], bases: Sequence[Path], disk: Disk) -> Found:
+def find_media(rows: Sequence[Row], places: Sequence[MediaLayout], bases: Sequence[Path], disk: Disk) -> Found:
     """For every row the first place, in the order given, that is on disk; earlier bases win.
 
     Args:
@@ -116,7 +118,7 @@ def locate(rows: Sequence[Mapping[str, Any]], places: Sequence[Place], bases: Se
     """
     candidates = [(str(base), place) for place in places for base in bases if _begins(str(base), place, disk)]
     found = Found()
-    picks: list[tuple[str, Place] | None] = []
+    picks: list[tuple[str, MediaLayout] | None] = []
     for row in rows:
         pick = next((c for c in candidates if disk.has(path_of(c, row))), None)
         picks.append(pick)
@@ -133,25 +135,75 @@ def locate(rows: Sequence[Mapping[str, Any]], places: Sequence[Place], bases: Se
     return found
 
 
-def _begins(base: str, place: Place, disk: Disk) -> bool:
+def _begins(base: str, place: MediaLayout, disk: Disk) -> bool:
     """Whether the fixed beginning of a pattern exists: most layouts are ruled out by one look."""
     first = place.pattern.split("/")[0]
     return bool(disk.names(base)) and ("{" in first or first in disk.names(base))
 
 
-def path_of(candidate: tuple[str, Place], row: Mapping[str, Any], *, second: bool = False) -> str:
+def path_of(candidate: tuple[str, MediaLayout], row: Row, *, second: bool = False) -> str:
     """The path of a row's media at a place."""
     base, place = candidate
     return f"{base}/{(place.second if second else place.pattern).format_map(row)}"
 
 
-def describe(name: str, found: Found, total: int) -> str:
+def found_line(name: str, found: Found, total: int) -> str:
     """One line: how a modality lies on disk and how much of it is there."""
     kinds = Counter({})
     for (base, place), count in found.hits.items():
         kinds[f"{place.layout} under {base}"] += count
     where = ", ".join(f"{kind} ({count})" if len(kinds) > 1 else kind for kind, count in kinds.most_common())
     return f"{name}: {where}; {total - found.missing} of {total} clips found"
+
+
+def modalities_in_use(
+    asked: Mapping[str, tuple[str, Modality]],
+    found: Mapping[str, Found],
+    *,
+    root: Path,
+    total: int,
+    computed: str | None,
+    remedies: Mapping[str, str],
+    notes: list[str],
+    warnings: list[str],
+) -> dict[str, tuple[str, Modality]]:
+    """Of the modalities asked for (kind -> name, settings) those of which anything is on disk, or can be computed.
+
+    Args:
+        found: per kind that was asked for.
+        root, total: the dataset's root, number of its clips.
+        computed: what flow is computed from where there is none; None where it is not.
+        remedies: kind -> what is said where there is none, and nothing else is known.
+        notes, warnings: what is to be told is added.
+    """
+    used = {}
+    for kind, (name, settings) in asked.items():
+        media = found[kind]
+        if media.hits:
+            notes.append(found_line(name, media, total))
+            if media.missing:
+                warnings.append(f"{name}: nothing is on disk for {media.missing} of {total} clips{media.why_missing}")
+        elif kind == "flow" and computed is not None:
+            notes.append(f"{name}: computed from {computed}")
+        else:
+            remedy = media.why_missing or remedies.get(kind, "")
+            warnings.append(f"{name}: there is none under {root}, so it is left out{remedy}")
+            continue
+        used[kind] = (name, settings)
+    return used
+
+
+def check_rows(folder: Path, rows: Sequence[Row], problems: list[str]) -> None:
+    """Refuse split tables with problems, or with one clip twice.
+
+    Raises:
+        ManifestError: all of them, fifty listed.
+    """
+    problems += [f"clip {id_} is there twice" for id_, n in Counter(row["id"] for row in rows).items() if n > 1]
+    if problems:
+        shown = "\n".join(f"  {text}" for text in problems[:50])
+        more = f"\n  ... and {len(problems) - 50} more" if len(problems) > 50 else ""
+        raise ManifestError(f"{folder}: the split tables are wrong.\n{shown}{more}", "Get the tables again.")
 
 
 def root_of(dataset: DatasetSettings) -> Path:

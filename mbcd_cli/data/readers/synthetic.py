@@ -11,13 +11,14 @@ Letters: N clips, D values, C classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from mbcd_cli.data.modalities.array import ArrayModality
-from mbcd_cli.data.modalities.base import Modality
-from mbcd_cli.data.readers import Listing, manifest, vectors
+from mbcd_cli.data.modalities.modality import Modality
+from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.readers.generated import Vectors, generate, read_vectors, write_vectors
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings, NonNegative, ReaderSettings
 
@@ -47,7 +48,7 @@ def _directions(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
 
-def make(informativeness: Sequence[float], *, domain_shift: float, seed: int = 0) -> vectors.Vectors:
+def synthetic_vectors(informativeness: Sequence[float], *, domain_shift: float, seed: int = 0) -> Vectors:
     """The dataset in memory; modality k's draws depend on the seed and k alone, so that more modalities change none."""
     per_domain = CLASSES * (TRAIN + TEST)
     labels = np.tile(np.repeat(np.arange(CLASSES), TRAIN + TEST), len(DOMAINS))
@@ -61,7 +62,7 @@ def make(informativeness: Sequence[float], *, domain_shift: float, seed: int = 0
         noise = rng.normal(size=(len(labels), DIMENSION))
         values[name] = a * means[labels] + domain_shift * displaced[domains, labels] + noise
     order = np.random.default_rng([seed, 1000]).permutation(len(labels))
-    return vectors.Vectors(
+    return Vectors(
         values={name: found[order] for name, found in values.items()},
         labels=labels[order],
         domains=domains[order],
@@ -92,7 +93,6 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
         "informativeness": informativeness,
         "domain_shift": domain_shift,
     }
-    if not vectors.is_generated(root, marker):
-        vectors.write(root, make(informativeness, domain_shift=domain_shift), marker)
-    asked = dict(modalities) or {name: ArrayModality() for name in known}
-    return manifest.read(dataset.model_copy(update={"root": root, "manifest": Path("manifest.csv")}), asked)
+    made = partial(synthetic_vectors, informativeness, domain_shift=domain_shift)
+    generate(root, marker, lambda folder: write_vectors(folder, made()))
+    return read_vectors(dataset, modalities, root=root, known=known)

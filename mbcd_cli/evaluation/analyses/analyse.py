@@ -29,7 +29,7 @@ from mbcd_cli.evaluation.analyses.trust import out_of_distribution, trust
 from mbcd_cli.evaluation.analyses.waveform import sound_corruptions
 from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.evaluation.report import plots
-from mbcd_cli.evaluation.report.export import hardest, prediction_rows, write_csv, write_hdf5
+from mbcd_cli.evaluation.report.export import hardest_rows, prediction_rows, write_csv, write_hdf5
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
@@ -215,7 +215,7 @@ def _insight(a: Analysis) -> None:
     if evaluation.hardest:
         a.figures["hardest"] = {
             "clips": a.main.clip_set.name,
-            "rows": hardest(_rows(a, a.main), evaluation.hardest),
+            "rows": hardest_rows(_rows(a, a.main), evaluation.hardest),
         }
     clips = spread(np.concatenate([one.clip_set.clips for one in a.results]), evaluation.tsne_clips)
     sample = predict(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from mbcd_cli.data.modalities.base import Modality
+from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.staged import Parts
 from mbcd_cli.evaluation.analyses.robustness import Disturbance, clip_noise
 

@@ -5,9 +5,8 @@ Letters: N clips, D features.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.manifold import TSNE
 
 from mbcd_cli.scoring.predictions import Predictions
@@ -18,7 +17,7 @@ ITERATIONS = 500
 """Half of scikit-learn's default: on 600 clips the map keeps its neighbourhoods (trustworthiness 0.990 either way)."""
 
 
-def spread(clips: Any, limit: int) -> np.ndarray:
+def spread(clips: ArrayLike, limit: int) -> np.ndarray:
     """At most `limit` of `clips`, evenly over their order."""
     clips = np.asarray(clips)
     if len(clips) <= limit:
@@ -26,7 +25,7 @@ def spread(clips: Any, limit: int) -> np.ndarray:
     return clips[np.linspace(0, len(clips) - 1, limit).round().astype(np.int64)]
 
 
-def tsne(features: Any, *, seed: int = 0) -> np.ndarray:
+def tsne(features: ArrayLike, *, seed: int = 0) -> np.ndarray:
     """[N, D] -> [N, 2] by t-SNE (perplexity 30, less for few clips; PCA initialisation; fixed by `seed`).
 
     Features that do not differ at all (a collapsed encoder) are one point, the origin.

@@ -11,23 +11,24 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from mbcd_cli.scoring.metrics import cross_entropy, finite, predicted, probabilities
+from mbcd_cli.scoring.metrics import finite, mean_cross_entropy, predicted, probabilities
 from mbcd_cli.scoring.predictions import Predictions
 
 TEMPERATURES = (0.05, 20.0)
 """Range in which a temperature is sought (a model that is always right wants 0)."""
 
 
-def confidence(logits: Any, temperature: float = 1.0) -> np.ndarray:
+def confidence(logits: ArrayLike, temperature: float = 1.0) -> np.ndarray:
     """Maximum softmax probability [N]."""
     return probabilities(logits, temperature).max(axis=1)
 
 
-def reliability(confidences: Any, right: Any, *, bins: int = 15) -> list[dict[str, Any]]:
+def reliability(confidences: ArrayLike, right: ArrayLike, *, bins: int = 15) -> list[dict[str, Any]]:
     """Clips, mean confidence and accuracy in K bins of equal width over (0, 1]; None in an empty bin."""
     confidences, right = np.asarray(confidences, np.float64), np.asarray(right, np.float64)
     # A confidence on an edge belongs to the bin below it (Guo et al. 2017); 0 belongs to the first.
@@ -48,21 +49,21 @@ def reliability(confidences: Any, right: Any, *, bins: int = 15) -> list[dict[st
     ]
 
 
-def calibration_error(confidences: Any, right: Any, *, bins: int = 15) -> float:
+def calibration_error(confidences: ArrayLike, right: ArrayLike, *, bins: int = 15) -> float:
     """Expected calibration error: mean |accuracy - confidence| of the bins, weighted by their clips."""
     table = reliability(confidences, right, bins=bins)
     total = sum(row["clips"] for row in table)
     return sum(r["clips"] * abs(r["accuracy"] - r["confidence"]) for r in table if r["clips"]) / total
 
 
-def brier(logits: Any, labels: Any, temperature: float = 1.0) -> float:
+def brier(logits: ArrayLike, labels: ArrayLike, temperature: float = 1.0) -> float:
     """Mean over clips of sum_c (p_c - [c is the label])^2, from 0 to 2."""
     p = probabilities(logits, temperature)
     p[np.arange(len(p)), np.asarray(labels)] -= 1.0
     return float((p**2).sum(axis=1).mean())
 
 
-def fit_temperature(logits: Any, labels: Any) -> float:
+def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     """The temperature that minimises the cross-entropy of logits / T (Guo et al. 2017), within `TEMPERATURES`.
 
     Clips with non-finite logits are left out; with none left the temperature is 1.
@@ -82,7 +83,7 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     return float(np.exp(found.x))
 
 
-def risk_coverage(confidences: Any, right: Any) -> np.ndarray:
+def risk_coverage(confidences: ArrayLike, right: ArrayLike) -> np.ndarray:
     """Error rate among the k most confident clips, k = 1..N, [N].
 
     Equally confident clips share their errors evenly: the expectation over every order of them.
@@ -93,12 +94,12 @@ def risk_coverage(confidences: Any, right: Any) -> np.ndarray:
     return np.cumsum(shared) / np.arange(1, len(wrong) + 1)
 
 
-def aurc(confidences: Any, right: Any) -> float:
+def aurc(confidences: ArrayLike, right: ArrayLike) -> float:
     """Area under the risk-coverage curve: the mean of `risk_coverage`; lower is better."""
     return float(risk_coverage(confidences, right).mean())
 
 
-def separation(positive: Any, negative: Any) -> dict[str, float | None]:
+def separation(positive: ArrayLike, negative: ArrayLike) -> dict[str, float | None]:
     """How well a score tells positives (expected higher) from negatives; None where either is empty.
 
     Returns:
@@ -119,7 +120,7 @@ def separation(positive: Any, negative: Any) -> dict[str, float | None]:
     }
 
 
-def trust_figures(logits: Any, labels: Any, *, temperature: float, bins: int = 15) -> dict[str, Any]:
+def trust_figures(logits: ArrayLike, labels: ArrayLike, *, temperature: float, bins: int = 15) -> dict[str, Any]:
     """Calibration before and after `temperature`, and misclassification detection, of one head."""
     labels = np.asarray(labels)
     right = predicted(logits) == labels
@@ -130,12 +131,12 @@ def trust_figures(logits: Any, labels: Any, *, temperature: float, bins: int = 1
         "mean_confidence": float(before.mean()),
         "ece": calibration_error(before, right, bins=bins),
         "brier": brier(logits, labels),
-        "loss": finite(cross_entropy(logits, labels)),
+        "loss": finite(mean_cross_entropy(logits, labels)),
         "scaled": {
             "mean_confidence": float(after.mean()),
             "ece": calibration_error(after, right, bins=bins),
             "brier": brier(logits, labels, temperature),
-            "loss": finite(cross_entropy(scaled, labels)),
+            "loss": finite(mean_cross_entropy(scaled, labels)),
         },
         "aurc": aurc(before, right),
         **{k: v for k, v in separation(before[right], before[~right]).items() if k != "aupr"},
@@ -181,7 +182,7 @@ def trust(sets: Mapping[str, Predictions], *, bins: int = 15) -> dict[str, Any]:
     }
 
 
-def ood_scores(logits: Any) -> dict[str, np.ndarray]:
+def ood_scores(logits: ArrayLike) -> dict[str, np.ndarray]:
     """Scores that are higher on familiar input, each [N]: maximum softmax, maximum logit, free energy (negated)."""
     values = np.asarray(logits, np.float64)
     values = np.where(np.isfinite(values).all(axis=1, keepdims=True), values, -np.finfo(np.float32).max)

@@ -6,12 +6,12 @@ All figures in tables are top-1 in percent, of each run's deployed model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from itertools import combinations, permutations
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from scipy.stats import ttest_rel
@@ -23,6 +23,9 @@ from mbcd_cli.paper.published import paper
 
 EXACT_PAIRS = 15
 """Up to this many pairs every sign pattern is tried."""
+
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,8 +406,8 @@ def significance_tables(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
-def _grouped(runs: Sequence[Run], key: Any) -> list[tuple[Any, list[Run]]]:
-    groups: dict[Any, list[Run]] = {}
+def _grouped(runs: Sequence[Run], key: Callable[[Run], Key]) -> list[tuple[Key, list[Run]]]:
+    groups: dict[Key, list[Run]] = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)
     return sorted(groups.items())

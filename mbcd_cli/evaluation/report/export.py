@@ -46,7 +46,7 @@ def prediction_rows(
     return rows
 
 
-def write_csv(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+def write_csv(rows: Iterable[Mapping[str, object]], path: Path) -> Path:
     """Write `rows` (all with the first one's columns) as CSV."""
     with written(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
         writer = None
@@ -112,6 +112,6 @@ def vote_rows(
     return rows
 
 
-def hardest(rows: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
+def hardest_rows(rows: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
     """The `count` rows (of `prediction_rows`) whose label got the least probability, the least first."""
     return [dict(row) for row in sorted(rows, key=lambda row: (row["label_probability"], row["id"]))[:count]]

@@ -108,7 +108,7 @@ def _lead(results: Mapping[str, Any]) -> str:
     )
 
 
-def _pairs(values: Mapping[str, Any]) -> str:
+def _pairs(values: Mapping[str, object]) -> str:
     rows = [[str(key), str(value)] for key, value in values.items()]
     return table_html(Table("pairs", "Where these figures come from", ["what", "value"], rows))
 
@@ -145,15 +145,15 @@ def write_report(
         paths = [p for p in sorted((run / name).glob("*.png")) if p.resolve() not in {s.resolve() for s in skip}]
         return gallery((p.stem.replace("-", " "), p) for p in paths)
 
-    hardest = sections.hardest(results)
+    hardest = sections.hardest_table(results)
     parts = {
-        "Accuracy": tables(sections.accuracy(results), sections.per_domain(results))
+        "Accuracy": tables(sections.accuracy_table(results), sections.domain_table(results))
         + plots("confusion", "classes", "accuracy per epoch")
-        + tables(sections.per_class(results)),
-        "Missing modalities": tables(*sections.missing(results)) + plots("missing"),
-        "Shift and corruptions": tables(sections.shift(results), sections.corruptions(results))
+        + tables(sections.class_table(results)),
+        "Missing modalities": tables(*sections.missing_tables(results)) + plots("missing"),
+        "Shift and corruptions": tables(sections.shift_table(results), sections.corruption_table(results))
         + plots("shift", "corruptions"),
-        "Trust": tables(sections.trust(results), sections.ood(results)) + plots("reliability", "risk"),
+        "Trust": tables(sections.trust_table(results), sections.ood_table(results)) + plots("reliability", "risk"),
         "Embeddings": plots("t-SNE"),
         "Hardest clips": tables(hardest),
         "Loss landscape": folder("landscape"),

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
 
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, save
@@ -25,7 +26,7 @@ def colour(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-def plot_confusion(counts: Any, label_names: Sequence[str], path: Path, *, title: str) -> Path:
+def plot_confusion(counts: ArrayLike, label_names: Sequence[str], path: Path, *, title: str) -> Path:
     """Confusion matrix [C, C] in percent of each row (a label's clips); figures in cells up to 20 classes."""
     counts = np.asarray(counts, dtype=np.float64)
     totals = counts.sum(axis=1, keepdims=True)
@@ -237,7 +238,9 @@ def plot_disturbed(records: Sequence[Mapping[str, Any]], path: Path, *, title: s
     return save(fig, path)
 
 
-def plot_map(points: Any, groups: Mapping[str, tuple[Any, Sequence[str]]], path: Path, *, title: str) -> Path:
+def plot_map(
+    points: ArrayLike, groups: Mapping[str, tuple[ArrayLike, Sequence[str]]], path: Path, *, title: str
+) -> Path:
     """A two-dimensional map [N, 2], one panel per grouping: name -> (indices [N], names of the groups)."""
     points = np.asarray(points)
     fig, axes = figure(1, len(groups), size=(6.0 * len(groups), 4.6), squeeze=False)

@@ -16,6 +16,7 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.files import read_json
+from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.scoring.clip_sets import TARGET, source_domains
 from mbcd_cli.settings import Settings
 
@@ -23,7 +24,7 @@ FORMAT = 1
 """Version of the layout of results.json."""
 
 
-def describe(settings: Settings, dataset: Dataset, checkpoints: Mapping[str, Any]) -> dict[str, Any]:
+def describe_run(settings: Settings, dataset: Dataset, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
     """What was evaluated: dataset, method, domains, seed and checkpoints."""
     training = settings.training
     return {
@@ -41,7 +42,7 @@ def describe(settings: Settings, dataset: Dataset, checkpoints: Mapping[str, Any
     }
 
 
-def weights_sha256(checkpoint: Any) -> str:
+def weights_sha256(checkpoint: Checkpoint) -> str:
     """SHA-256 over names, shapes, types and bytes of all weights of a checkpoint: equal weights, equal digest."""
     digest = hashlib.sha256()
     for model, state in (("student", checkpoint.student), ("teacher", checkpoint.teacher or {})):
@@ -52,7 +53,7 @@ def weights_sha256(checkpoint: Any) -> str:
     return digest.hexdigest()
 
 
-def provenance(dataset: Dataset, checkpoints: Mapping[str, Any], device: torch.device) -> dict[str, str]:
+def provenance(dataset: Dataset, checkpoints: Mapping[str, Checkpoint], device: torch.device) -> dict[str, str]:
     """Versions, weights and caches behind the figures, flat: what -> value."""
     found = {
         "mbcd": mbcd_cli.__version__,
@@ -71,7 +72,7 @@ def provenance(dataset: Dataset, checkpoints: Mapping[str, Any], device: torch.d
     return found
 
 
-def collect(about: Mapping[str, Any], results: Iterable[Evaluated], chosen: tuple[str, str]) -> dict[str, Any]:
+def gathered_results(about: Mapping[str, Any], results: Iterable[Evaluated], chosen: tuple[str, str]) -> dict[str, Any]:
     """`about` with the figures: models[checkpoint][teacher|student][source|target][head], and the headline.
 
     The headline repeats the deployed (`chosen`) model's top-1 of every head on the target (without one, in-domain).
@@ -108,7 +109,7 @@ def read_results(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read: {error}", "Evaluate that run again.") from error
 
 
-def warnings(figures: Mapping[str, Any], checkpoints: Mapping[str, Any]) -> list[str]:
+def result_warnings(figures: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     """What a reader of the figures should know: another cache, diverged models, absent classes."""
     found = []
     for name, checkpoint in checkpoints.items():

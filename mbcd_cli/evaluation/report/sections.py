@@ -43,7 +43,7 @@ def deployed_sets(results: Results) -> dict[str, Any]:
     return {name: sets[name] for name in ("target", "source") if name in sets}
 
 
-def accuracy(results: Results) -> Table:
+def accuracy_table(results: Results) -> Table:
     """A row per checkpoint, model and set of clips, the deployed model first."""
     headline, modalities = results["headline"], results["modalities"]
     models = [(c, m) for c, by_model in results["models"].items() for m in by_model]
@@ -81,7 +81,7 @@ def accuracy(results: Results) -> Table:
     return Table("accuracy", f"Top-1 accuracy (%): {title(results)}", columns, rows, note)
 
 
-def per_domain(results: Results) -> Table | None:
+def domain_table(results: Results) -> Table | None:
     """The deployed model per source domain; None with fewer than two."""
     heads = deployed_sets(results).get("source")
     if not heads or len(heads["fused"]["per_domain"]) < 2:
@@ -94,7 +94,7 @@ def per_domain(results: Results) -> Table | None:
     return Table("domains", "In-domain, per source domain (%)", ["domain", "clips", *names], rows)
 
 
-def per_class(results: Results) -> Table:
+def class_table(results: Results) -> Table:
     """The deployed model per class, on the target where there is one."""
     clip_set, heads = next(iter(deployed_sets(results).items()))
     names = ["fused", *results["modalities"]]
@@ -106,7 +106,7 @@ def per_class(results: Results) -> Table:
     return Table("classes", title, ["class", "clips", *names], rows)
 
 
-def missing(results: Results) -> list[Table]:
+def missing_tables(results: Results) -> list[Table]:
     """Fused accuracy with each subset of modalities, and Shapley values."""
     found = results.get("missing")
     if not found:
@@ -124,7 +124,7 @@ def missing(results: Results) -> list[Table]:
     ]
 
 
-def shift(results: Results) -> Table | None:
+def shift_table(results: Results) -> Table | None:
     """Accuracy under a Gaussian shift of one modality."""
     found = results.get("shift")
     if not found:
@@ -143,7 +143,7 @@ def shift(results: Results) -> Table | None:
     return Table("shift", f"Gaussian shift of one modality: accuracy (%), {where}", columns, rows, note)
 
 
-def corruptions(results: Results) -> Table | None:
+def corruption_table(results: Results) -> Table | None:
     """Fused accuracy per corruption and severity, and the mean over severities."""
     found = results.get("corruptions", {})
     records = found.get("records")
@@ -167,7 +167,7 @@ def corruptions(results: Results) -> Table | None:
     return Table("corruptions", f"Corruptions: fused accuracy (%), {where}", columns, rows, note)
 
 
-def trust(results: Results) -> Table | None:
+def trust_table(results: Results) -> Table | None:
     """Calibration and misclassification detection of every head."""
     found = results.get("trust")
     if not found:
@@ -199,7 +199,7 @@ def trust(results: Results) -> Table | None:
     return Table("trust", "Trust: calibration and detection of own errors (%)", columns, rows, note)
 
 
-def ood(results: Results) -> Table | None:
+def ood_table(results: Results) -> Table | None:
     """Out-of-distribution detection per score."""
     found = results.get("ood")
     if not found:
@@ -213,7 +213,7 @@ def ood(results: Results) -> Table | None:
     return Table("ood", title, ["score", "AUROC", "AUPR", "FPR95"], rows)
 
 
-def hardest(results: Results) -> Table | None:
+def hardest_table(results: Results) -> Table | None:
     """The clips whose class got the least probability."""
     found = results.get("hardest")
     if not found or not found["rows"]:
@@ -233,8 +233,8 @@ def hardest(results: Results) -> Table | None:
     return Table("hardest", title, ["clip", "class", "its probability", "fused", *names], rows)
 
 
-def summary(results: Results) -> list[Table]:
+def summary_tables(results: Results) -> list[Table]:
     """The tables that are printed."""
-    tables = [accuracy(results), per_domain(results), *missing(results)]
-    tables += [shift(results), corruptions(results), trust(results), ood(results)]
+    tables = [accuracy_table(results), domain_table(results), *missing_tables(results)]
+    tables += [shift_table(results), corruption_table(results), trust_table(results), ood_table(results)]
     return [table for table in tables if table is not None]

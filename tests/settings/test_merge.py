@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from mbcd_cli import layers
 from mbcd_cli.data.modalities import KINDS
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS, method_class
 from mbcd_cli.settings import CacheSettings, MethodSettings, Role, Settings, field_role, fields_for, role_of
+from mbcd_cli.settings.merge import load_settings, resolve, validate
+from mbcd_cli.settings.sources import preset_folder, preset_names, to_toml
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def test_precedence_flag_over_set_over_environment_over_config_over_preset_over_
     monkeypatch.setenv("MBCD_TRAINING__SEED", "3")
     monkeypatch.setenv("MBCD_TRAINING__TARGET_DOMAIN", "e")
     monkeypatch.setenv("MBCD_OPTIMIZER__LR", "3.0")
-    settings = layers.resolve(
+    settings = resolve(
         preset=str(preset),
         config=config,
         environ={"MBCD_TRAINING__SEED": "3"},
@@ -56,7 +58,7 @@ def test_precedence_flag_over_set_over_environment_over_config_over_preset_over_
 def test_checks_across_fields_are_not_hidden_by_bad_fields_beside_them():
     sets = ["training.epochs=-1", "training.seed=x", "training.source_domains=a,b", "training.target_domain=a"]
     with pytest.raises(SettingsError) as caught:
-        layers.resolve(sets=[*sets, "landscape.radii=[0.1, -1]", "modalities.audio.nperseg=600", "training.epoch=1"])
+        resolve(sets=[*sets, "landscape.radii=[0.1, -1]", "modalities.audio.nperseg=600", "training.epoch=1"])
     message = caught.value.message
     assert "5 problems" in message
     for words in ("training.epochs:", "training.seed:", "also a source domain", "landscape.radii", "training.epoch:"):
@@ -64,18 +66,18 @@ def test_checks_across_fields_are_not_hidden_by_bad_fields_beside_them():
 
 
 def test_method_is_a_set_of_switches_below_set():
-    settings = layers.resolve(method="ema+gcc", sets=["method.dropout.strategy=fixed"])
+    settings = resolve(method="ema+gcc", sets=["method.dropout.strategy=fixed"])
     assert settings.method.name == "ema+gcc"
     assert settings.average.kind == "ema"
     assert settings.method.dropout.strategy == "fixed"
     assert settings.method.consistency.order == "first"
     assert not settings.method.distillation.enabled
-    assert layers.resolve(method="erm", sets=["average.kind=sma"]).average.kind == "sma"
+    assert resolve(method="erm", sets=["average.kind=sma"]).average.kind == "sma"
 
 
 def test_method_in_a_preset_brings_its_switches(tmp_path):
     preset = write(tmp_path / "p.toml", "[method]\nname='ema'\n[average]\nbeta=0.5\n")
-    settings = layers.resolve(preset=str(preset))
+    settings = resolve(preset=str(preset))
     assert type(settings.method) is MethodSettings
     assert (settings.average.kind, settings.average.beta) == ("ema", 0.5)
 
@@ -83,32 +85,32 @@ def test_method_in_a_preset_brings_its_switches(tmp_path):
 def test_another_class_begins_anew_and_a_variant_keeps_what_was_set(tmp_path):
     text = "[method]\nname='ema+amd'\n[method.consistency]\nalpha=0.5\n[average]\nkind='sma'\nbeta=0.5\n"
     preset = str(write(tmp_path / "p.toml", text))
-    erm = layers.resolve(preset=preset, method="erm")
+    erm = resolve(preset=preset, method="erm")
     assert (erm.average.kind, erm.average.beta) == ("none", 0.5)
-    gcc = layers.resolve(preset=preset, method="ema+gcc")
+    gcc = resolve(preset=preset, method="ema+gcc")
     assert (gcc.method.consistency.order, gcc.method.consistency.alpha) == ("first", 0.5)
     assert gcc.method.dropout.strategy == "none"
-    assert layers.resolve(preset=preset, method="mbcd").method.distillation.enabled
-    assert layers.resolve(preset=preset).average.kind == "sma"
+    assert resolve(preset=preset, method="mbcd").method.distillation.enabled
+    assert resolve(preset=preset).average.kind == "sma"
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_validates(method):
-    assert layers.resolve(method=method).method.name == method
+    assert resolve(method=method).method.name == method
 
 
 def test_a_setting_that_the_method_lacks_is_refused_with_the_nearest():
     with pytest.raises(SettingsError) as caught:
-        layers.resolve(method="erm", sets=["method.unimdal=joint", "method.dropout.strategy=none"])
+        resolve(method="erm", sets=["method.unimdal=joint", "method.dropout.strategy=none"])
     assert "method.unimdal: no such setting; did you mean method.unimodal?" in caught.value.message
     assert "method.dropout: no such setting" in caught.value.message
     with pytest.raises(SettingsError, match="objective: no such setting"):
-        layers.resolve(sets=["objective.teacher.beta=0.9"])
+        resolve(sets=["objective.teacher.beta=0.9"])
 
 
 def test_all_problems_in_one_message_with_their_source():
     with pytest.raises(SettingsError) as caught:
-        layers.resolve(
+        resolve(
             sets=[
                 "landscape.point=3",
                 "evaluation.batch_size=x",
@@ -141,22 +143,22 @@ def test_all_problems_in_one_message_with_their_source():
 )
 def test_wrong_sources_name_the_remedy(call, words):
     with pytest.raises(SettingsError) as caught:
-        layers.resolve(**call)
+        resolve(**call)
     assert words in str(caught.value)
 
 
 def test_broken_toml_names_the_file(tmp_path):
     path = write(tmp_path / "c.toml", "[training\nepochs=1")
     with pytest.raises(SettingsError, match=r"c\.toml is not valid TOML"):
-        layers.resolve(config=path)
+        resolve(config=path)
 
 
-@pytest.mark.parametrize("preset", layers.preset_names())
+@pytest.mark.parametrize("preset", preset_names())
 def test_presets_load_and_round_trip(preset, tmp_path):
-    settings = layers.resolve(preset=preset)
-    path = write(tmp_path / "s.toml", layers.to_toml(settings))
-    assert layers.load_settings(path) == settings
-    header = (layers.preset_folder() / f"{preset}.toml").read_text(encoding="utf-8").split("\n\n")[0]
+    settings = resolve(preset=preset)
+    path = write(tmp_path / "s.toml", to_toml(settings))
+    assert load_settings(path) == settings
+    header = (preset_folder() / f"{preset}.toml").read_text(encoding="utf-8").split("\n\n")[0]
     for word in ("Prepare:", "Run:", "Override:"):
         assert word in header, f"the header of {preset} lacks its {word} line"
 
@@ -166,7 +168,7 @@ def test_settings_are_frozen_and_refuse_unknown_keys():
     with pytest.raises(ValueError, match="frozen"):
         settings.training.epochs = 3
     with pytest.raises(SettingsError, match="no such setting"):
-        layers.validate({"nonsense": 1})
+        validate({"nonsense": 1})
 
 
 def test_every_field_has_a_docstring():
@@ -211,7 +213,7 @@ def test_only_these_settings_may_change_without_other_weights():
         if path.split(".")[0] not in {"", "modalities", *whole} and role_of(f"{path}.{field}") in ("machine", "report")
     }
     assert free == {
-        *(f"runtime.{field}" for field in ("device", "threads", "prefetch", "cache_device")),
+        *(f"runtime.{field}" for field in ("device", "threads", "prefetch", "cache_device", "verify")),
         *(f"cache.{field}" for field in ("dir", "workers", "weights_dir", "shard_clips", "compression")),
         *("dataset.root", "dataset.max_bad", "training.checkpoint_minutes", "training.keep_checkpoints"),
     }
@@ -227,14 +229,14 @@ def test_what_reads_a_view_is_no_part_of_the_view():
 
 
 def test_a_reader_has_settings_of_its_own():
-    named = layers.resolve(sets=["dataset.reader=demo", "dataset.reader.shortcut=0.5"])
+    named = resolve(sets=["dataset.reader=demo", "dataset.reader.shortcut=0.5"])
     assert (named.dataset.reader.name, named.dataset.reader.shortcut) == ("demo", 0.5)
-    assert layers.validate(layers.tomllib.loads(layers.to_toml(named))) == named
-    other = layers.resolve(preset="synthetic-4", flags={"dataset.reader": "hac"})
+    assert validate(tomllib.loads(to_toml(named))) == named
+    other = resolve(preset="synthetic-4", flags={"dataset.reader": "hac"})
     assert other.dataset.reader.model_dump() == {"name": "hac", "splits": None}
-    same = layers.resolve(preset="synthetic-4", flags={"dataset.reader": "synthetic"})
+    same = resolve(preset="synthetic-4", flags={"dataset.reader": "synthetic"})
     assert same.dataset.reader.domain_shift == 1.5
     with pytest.raises(SettingsError, match=r"dataset\.reader\.shortcuts: .*did you mean dataset\.reader\.shortcut\?"):
-        layers.resolve(sets=["dataset.reader=demo", "dataset.reader.shortcuts=0.5"])
+        resolve(sets=["dataset.reader=demo", "dataset.reader.shortcuts=0.5"])
     with pytest.raises(SettingsError, match=r"dataset\.reader\.shortcut: no such setting"):
-        layers.resolve(sets=["dataset.reader.shortcut=0.5"])
+        resolve(sets=["dataset.reader.shortcut=0.5"])

@@ -48,7 +48,7 @@ def test_two_processes_fill_one_cache(tmp_path):
 def test_rank_0_ends_when_the_others_have_died(tmp_path, monkeypatch):
     root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
     settings = settings_for(root, tmp_path / "cache", "cache.shard_clips=1", "model.modalities=audio")
-    monkeypatch.setattr("mbcd_cli.data.ranks.PATIENCE", 0.5)
+    monkeypatch.setattr("mbcd_cli.data.ranks.PATIENCE", 0.0)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RunError, match=r"3 shards of process \[1\]"):

@@ -8,176 +8,34 @@ stands for (a variant's settings, the kind of average) lies right below that lay
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from mbcd_cli.checksums import PLACE
 from mbcd_cli.data.modalities import AnyKind, infer_kind
 from mbcd_cli.data.modalities.frames import FrameSampling
 from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.methods import DEFAULT, method_class, over_defaults, short_name
+from mbcd_cli.methods import DEFAULT, method_class, over_defaults, same_class, short_name
 from mbcd_cli.settings import ReaderSettings, Settings
+from mbcd_cli.settings.sources import Layer, environment_layer, load_preset, merge, nest, read_toml, set_layers
 
-_PACKAGE = Path(__file__).resolve().parent
-ENV_PREFIX = "MBCD_"
 DEFAULT_READER = ReaderSettings().name
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """One source of settings: where it comes from (for messages) and its nested values."""
-
-    source: str
-    values: dict[str, Any]
-
-
-class _Environment(BaseSettings):
-    """MBCD_A__B variables as nested dictionaries of strings (pydantic-settings does the nesting)."""
-
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="ignore")
-    dataset: dict[str, Any] = {}
-    modalities: dict[str, Any] = {}
-    cache: dict[str, Any] = {}
-    model: dict[str, Any] = {}
-    method: dict[str, Any] = {}
-    average: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    evaluation: dict[str, Any] = {}
-    landscape: dict[str, Any] = {}
-    runtime: dict[str, Any] = {}
-
-
-def preset_folder() -> Path:
-    """The folder of shipped presets: inside the wheel, or beside the package in a clone."""
-    inside = _PACKAGE / "presets"
-    return inside if inside.is_dir() else _PACKAGE.parent / "presets"
-
-
-def preset_names() -> list[str]:
-    """Names of the shipped presets."""
-    return sorted(path.stem for path in preset_folder().glob("*.toml"))
-
-
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The values of a TOML file.
-
-    Raises:
-        SettingsError: the file is missing, unreadable or not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SettingsError(f"{what} {path} does not exist.", "Check the path.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{what} {path} cannot be read: {error}.", "It must be a UTF-8 TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"{what} {path} is not valid TOML: {error}.", "Mend that line.") from error
-
-
-def load_preset(name: str) -> Layer:
-    """A preset by name or by path.
-
-    Raises:
-        SettingsError: no such preset.
-    """
-    if name.endswith(".toml") or "/" in name:
-        return Layer(f"preset {name}", read_toml(Path(name), "preset"))
-    if name not in preset_names():
-        close = difflib.get_close_matches(name, preset_names(), n=1)
-        hint = f"Did you mean {close[0]}? " if close else ""
-        raise SettingsError(
-            f"There is no preset {name!r}.",
-            f"{hint}`mbcd list presets` shows them; a path to a TOML file works too.",
-        )
-    return Layer(f"preset {name}", read_toml(preset_folder() / f"{name}.toml", "preset"))
-
-
-def parse_value(text: str) -> Any:
-    """A value as TOML writes it (8, 0.5, true, [1, 2], "x"); anything else is taken as a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def nest(path: str, value: Any) -> dict[str, Any]:
-    """("a.b", 1) -> {"a": {"b": 1}}."""
-    for key in reversed(path.split(".")):
-        value = {key: value}
-    return value
-
-
-def merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
-    """`high` over `low`, dictionary by dictionary; other values replace each other."""
-    merged = dict(low)
-    for key, value in high.items():
-        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def _parse_leaves(values: Any) -> Any:
-    if isinstance(values, Mapping):
-        return {key: _parse_leaves(value) for key, value in values.items()}
-    return parse_value(values) if isinstance(values, str) else values
-
-
-def environment_layer(environ: Mapping[str, str]) -> Layer:
-    """MBCD_TRAINING__EPOCHS=3 and the like.
-
-    Raises:
-        SettingsError: a variable with the prefix names no part of the tree.
-    """
-    unknown = [
-        name
-        for name in environ
-        if name.upper().startswith(ENV_PREFIX)
-        and name[len(ENV_PREFIX) :].split("__")[0].lower() not in Settings.model_fields
-    ]
-    if unknown:
-        raise SettingsError(
-            f"Environment variables that name no setting: {', '.join(sorted(unknown))}.",
-            f"Write {ENV_PREFIX}PART__FIELD, PART being one of {', '.join(Settings.model_fields)}; or unset them.",
-        )
-    return Layer("environment", _parse_leaves(_Environment().model_dump(exclude_defaults=True)))
-
-
-def set_layers(assignments: Sequence[str]) -> list[Layer]:
-    """`--set a.b=v` assignments, one layer each.
-
-    Raises:
-        SettingsError: an assignment without `=`.
-    """
-    bad = [text for text in assignments if "=" not in text or not text.split("=")[0].strip()]
-    if bad:
-        raise SettingsError(f"--set {bad[0]}: not an assignment.", "Write --set part.field=value.")
-    layers = []
-    for text in assignments:
-        path, value = text.split("=", 1)
-        layers.append(Layer(f"--set {text}", nest(path.strip(), parse_value(value.strip()))))
-    return layers
-
-
-def _named(values: Mapping[str, Any]) -> str | None:
+def _named(values: Mapping[str, object]) -> str | None:
     """The method that a layer names, or None."""
     return _name_in(values.get("method"))
 
 
-def _name_in(group: Any) -> str | None:
+def _name_in(group: object) -> str | None:
     name = group.get("name") if isinstance(group, Mapping) else None
     return name if isinstance(name, str) else None
 
 
-def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _merged(layers: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """All layers over each other, the first being the lowest.
 
     Raises:
@@ -189,7 +47,7 @@ def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         name = _named(values)
         if name is not None:
             below = merge(below, above)
-            if method_class(name) is not method_class(chosen):
+            if not same_class(name, chosen):
                 below = {part: group for part, group in below.items() if part != "method"}
             chosen, over, above = name, over_defaults(name), {}
         above = merge(above, values)
@@ -197,7 +55,7 @@ def _merged(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return merge(tree, {"dataset": {"reader": reader}}) if reader else tree
 
 
-def _reader(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _reader(layers: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """The reader of all layers over each other; one that names a reader drops another reader's settings below it."""
     chosen: dict[str, Any] = {}
     for values in layers:
@@ -220,7 +78,7 @@ def resolve(
     environ: Mapping[str, str] | None = None,
     sets: Sequence[str] = (),
     method: str | None = None,
-    flags: Mapping[str, Any] | None = None,
+    flags: Mapping[str, object] | None = None,
 ) -> Settings:
     """The settings that these sources give together; `flags` maps dotted paths to values, None being unset.
 
@@ -280,7 +138,7 @@ def named_dataset(settings: Settings, preset: str | None) -> Settings:
     return settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"name": Path(preset).stem})})
 
 
-def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Settings:
+def validate(values: Mapping[str, object], layers: Sequence[Layer] = ()) -> Settings:
     """Validated settings, with the settings class of the method that they name (else of the default one).
 
     Raises:
@@ -313,7 +171,7 @@ def validate(values: Mapping[str, Any], layers: Sequence[Layer] = ()) -> Setting
     ) from first
 
 
-def _with_kinds(values: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_kinds(values: Mapping[str, object]) -> Mapping[str, object]:
     """`values` with the kinds of the modalities that leave theirs to their name."""
     given = values.get("modalities")
     if not isinstance(given, Mapping):
@@ -325,7 +183,7 @@ def _with_kinds(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**values, "modalities": kinds}
 
 
-def _path(problem: Mapping[str, Any]) -> list[str]:
+def _path(problem: Mapping[str, object]) -> list[str]:
     """Keys of a problem's value, as a user writes them."""
     loc = [str(part) for part in problem["loc"]]
     if len(loc) > 2 and loc[0] == "modalities":
@@ -333,7 +191,7 @@ def _path(problem: Mapping[str, Any]) -> list[str]:
     return loc
 
 
-def _drop(values: dict[str, Any], path: Sequence[str]) -> bool:
+def _drop(values: dict[str, object], path: Sequence[str]) -> bool:
     """Take the value at `path` (or the list around it) out of `values`, copying what is shared; False: not there."""
     node = values
     for depth, key in enumerate(path):
@@ -347,7 +205,7 @@ def _drop(values: dict[str, Any], path: Sequence[str]) -> bool:
     return False
 
 
-def _describe(problem: Mapping[str, Any], layers: Sequence[Layer], tree: type[Settings]) -> str:
+def _describe(problem: Mapping[str, object], layers: Sequence[Layer], tree: type[Settings]) -> str:
     loc = _path(problem)
     path = ".".join(loc)
     message = problem["msg"].removeprefix("Value error, ")
@@ -401,15 +259,6 @@ def _switches(group: BaseModel) -> dict[str, str | bool]:
         elif isinstance(value, str | bool):
             found[key] = value
     return found
-
-
-def to_toml(settings: Settings, *, sealed: bool = False) -> str:
-    """The whole tree as TOML; unset (None) fields are left out and come back as their defaults.
-
-    Args:
-        sealed: for a file that carries its checksum, in a last comment.
-    """
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)) + (f"\n# {PLACE}\n" if sealed else "")
 
 
 def load_settings(path: Path) -> Settings:

@@ -61,7 +61,7 @@ def read_csv(path: Path) -> Table:
 class _Dtype:
     """Stand-in for numpy.dtype: only its name and byte order are kept."""
 
-    def __init__(self, name: str = "O", *_: Any) -> None:
+    def __init__(self, name: str = "O", *_: object) -> None:
         self.name = str(name).lstrip("<>|=")
         self.order = "<"
 
@@ -77,7 +77,7 @@ class _Dtype:
 class _Array:
     """Stand-in for numpy.ndarray: numbers of a few types, or plain Python objects."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         self.values = np.zeros(0, object)
 
     def __setstate__(self, state: tuple) -> None:
@@ -90,7 +90,7 @@ class _Array:
         self.values = flat.reshape(shape, order="F" if fortran else "C")
 
 
-def _frombuffer(data: Any, dtype: _Dtype, shape: tuple, order: str = "C", *_: Any) -> _Array:
+def _frombuffer(data: Any, dtype: _Dtype, shape: tuple, order: str = "C", *_: object) -> _Array:
     array = _Array()
     array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
     return array
@@ -103,14 +103,14 @@ class _Index:
         self.labels = _flat(held) if held is not None else []
 
 
-def _new_index(_: Any, data: Mapping[str, Any]) -> _Index:
+def _new_index(_: object, data: Mapping[str, Any]) -> _Index:
     return _Index(data)
 
 
 class _Backed:
     """Stand-in for pandas' string arrays: they wrap an array of objects."""
 
-    def __init__(self, *_: Any) -> None:
+    def __init__(self, *_: object) -> None:
         self.values = np.zeros(0, object)
 
     def __setstate__(self, state: Any) -> None:
@@ -120,7 +120,7 @@ class _Backed:
         self.values = found[0].values
 
 
-def _unpickle_backed(*args: Any) -> _Backed:
+def _unpickle_backed(*args: object) -> _Backed:
     backed = _Backed()
     if args and isinstance(args[-1], tuple):
         backed.__setstate__(args[-1])
@@ -139,7 +139,7 @@ class _Manager:
         self.blocks = [(block["values"], block["mgr_locs"]) for block in held["blocks"]]
 
 
-def _block(values: Any, placement: Any, *_: Any, **__: Any) -> tuple[Any, Any]:
+def _block(values: Any, placement: Any, *_: object, **__: object) -> tuple[Any, Any]:
     return values, placement
 
 
@@ -154,7 +154,7 @@ class _Frame:
 class _Nothing:
     """Stand-in for types that carry no values of their own (string dtypes, index classes)."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def __setstate__(self, _: Any) -> None:
@@ -200,7 +200,7 @@ class _Unpickler(pickle.Unpickler):
             raise _ForeignNameError(f"{module}.{name}")
         return found
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: object) -> Any:
         raise _ForeignNameError(f"a persistent id ({pid})")
 
 

@@ -18,7 +18,7 @@ _REMEDY = "Correct these lines (they count from 1, the header); nothing was writ
 _LINES_OF_ROW = 100
 
 
-class Table:
+class CsvTable:
     """Header and rows of a CSV file, decoded line by line so that one bad line does not hide the others.
 
     Attributes:

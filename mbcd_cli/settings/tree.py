@@ -1,19 +1,20 @@
 """The settings tree shared by all commands. Every field's docstring is its help and its line in docs/settings.md.
 
-Merging presets, files, environment and flags into one tree is `mbcd_cli.layers`' work.
+Merging presets, files, environment and flags into one tree is `mbcd_cli.settings.merge`'s work.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from mbcd_cli.settings.roles import ForCache, ForMachine, ForWeights, Role, Slice, field_role
 
 
-def _split_commas(value: Any) -> Any:
+def _split_commas(value: object) -> object:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
@@ -24,48 +25,18 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-Role = Literal["weights", "cache", "machine", "report"]
-"""What a setting is for.
-
-weights: trained weights depend on it. cache: so do cached bytes. machine: where and how things are kept and computed,
-and how often; nothing that is stored depends on it. report: what is computed from finished weights.
-"""
-_Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True, slots=True)
-class _For:
-    role: Role
-
-
-# Fields with another role than their group's.
-ForWeights = Annotated[_Value, _For("weights")]
-ForCache = Annotated[_Value, _For("cache")]
-ForMachine = Annotated[_Value, _For("machine")]
-
-
-class Slice(BaseModel):
-    """Base of every part of the tree: frozen, no unknown keys, docstrings as descriptions, finite numbers.
-
-    Attributes:
-        role: what its fields are for, but for those that are marked otherwise; unsaid, the most careful answer.
-    """
-
-    role: ClassVar[Role] = "weights"
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-        validate_default=True,
-    )
-
-
 class ReaderSettings(Slice):
     """What lists the clips: a reader by name, with settings of its own; this is what every reader has."""
 
     name: str = "manifest"
     """Reader that lists the clips; `mbcd list datasets` shows them."""
+
+
+class ManifestSettings(ReaderSettings):
+    """The manifest is a CSV table."""
+
+    manifest: Path = Path("manifest.csv")
+    """CSV table of the manifest reader, relative to the root."""
 
 
 AnyReaderSettings = TypeVar("AnyReaderSettings", bound=ReaderSettings)
@@ -80,8 +51,6 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     """Name of the dataset in the cache and in run folders; default: the root folder's name."""
     root: ForMachine[Path | None] = None
     """Folder that holds the dataset; only `prepare` needs it."""
-    manifest: Path = Path("manifest.csv")
-    """CSV table of the manifest reader, relative to the root."""
     domains: Names = ()
     """Domains to use, in this order; empty means all that the dataset has."""
     classes: Count | None = None
@@ -107,7 +76,7 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
         return _dataset, (dict(self),)
 
 
-def _dataset(values: dict[str, Any]) -> DatasetSettings:
+def _dataset(values: dict[str, object]) -> DatasetSettings:
     return DatasetSettings(**values)
 
 
@@ -400,11 +369,11 @@ AnyModality = TypeVar("AnyModality", bound=ModalitySettings)
 
 
 class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]):
-    """The whole tree; `layers.validate` gives it the settings classes of the method, reader and kinds that it names."""
+    """The whole tree; `merge.validate` gives it the settings classes of the method, reader and kinds that it names."""
 
     dataset: DatasetSettings[AnyReaderSettings] = Field(default_factory=dict)
     """Dataset."""
-    modalities: ForCache[dict[str, AnyModality]] = {}
+    modalities: ForCache[dict[str, AnyModality]] = Field(default={})
     """Modalities by name; empty means whatever the dataset has, each with its kind's defaults."""
     cache: CacheSettings = CacheSettings()
     """Cache."""
@@ -435,7 +404,7 @@ class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]
 
     @field_validator("modalities")
     @classmethod
-    def _names(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _names(cls, value: dict[str, object]) -> dict[str, object]:
         for name in value:
             if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
                 raise ValueError(f"modality name {name!r}: use letters, digits, - and _ only")
@@ -458,13 +427,3 @@ def role_of(path: str) -> Role:
         owner = held if isinstance(held, type) and issubclass(held, Slice) else None
         role = role if owner is None else owner.role
     return role
-
-
-def field_role(group: type[Slice], field: str) -> Role:
-    """What a field of a group is for."""
-    return next((one.role for one in group.model_fields[field].metadata if isinstance(one, _For)), group.role)
-
-
-def fields_for(group: type[Slice], role: Role) -> tuple[str, ...]:
-    """The fields of a group with this role, in their order."""
-    return tuple(field for field in group.model_fields if field_role(group, field) == role)

@@ -1,0 +1,37 @@
+# ruff: noqa: F401
+"""The settings tree and what each field is for; `sources` reads layers, `merge` lays them together."""
+
+from mbcd_cli.settings.roles import (
+    ForCache,
+    ForMachine,
+    ForWeights,
+    Role,
+    Slice,
+    field_role,
+    fields_for,
+)
+from mbcd_cli.settings.tree import (
+    AnyMethodSettings,
+    AnyModality,
+    AnyReaderSettings,
+    AverageSettings,
+    CacheSettings,
+    Count,
+    DatasetSettings,
+    EvaluationSettings,
+    Fraction,
+    LandscapeSettings,
+    ManifestSettings,
+    MethodSettings,
+    ModalitySettings,
+    ModelSettings,
+    Names,
+    NonNegative,
+    OptimizerSettings,
+    Positive,
+    ReaderSettings,
+    RuntimeSettings,
+    Settings,
+    TrainingSettings,
+    role_of,
+)

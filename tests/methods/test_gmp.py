@@ -7,7 +7,7 @@ import torch
 from plain import LABELS, compare, pinned_logits
 from reference_gmp import GMPReference
 
-from mbcd_cli.methods.gmp import confusion, ratios
+from mbcd_cli.methods.gmp import confusion, dominance
 from mbcd_cli.methods.modality_dropout import scores
 from mbcd_cli.methods.parts import modulation
 
@@ -37,7 +37,7 @@ def test_an_adversary_that_never_trains():
 
 def test_pinned_numbers():
     domains = torch.tensor([0, 0, 1, 1, 0, 1])
-    rho = ratios(scores([pinned_logits(k) for k in range(3)], LABELS, score="true_class") / 6)
+    rho = dominance(scores([pinned_logits(k) for k in range(3)], LABELS, score="true_class") / 6)
     sigma = confusion(scores([pinned_logits(5 + k, classes=2) for k in range(3)], domains, score="true_class") / 6)
     found = torch.stack([rho, sigma, modulation(rho, 0.5), modulation(sigma, 0.5)])
     expected = [

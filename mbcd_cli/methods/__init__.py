@@ -69,6 +69,18 @@ METHODS: dict[str, MethodEntry] = {
     "moosa": MethodEntry("moosa:MOOSA", "SimMMDG with entropy-weighted heads, masks and a jigsaw (ECCV 2024)"),
     "cmrf": MethodEntry("cmrf:CMRF", "cross-modal representation flattening by a simple weight average (NeurIPS 2024)"),
     "gmp": MethodEntry("gmp:GMP", "class and domain gradients modulated and projected per modality (AAAI 2026)"),
+    "mer-dg": MethodEntry("mer_dg:MERDG", "an entropy term that keeps each encoder's features apart (ICML 2026)"),
+    # From domain generalization with one modality, on fused and per-modality features.
+    "mixup": MethodEntry("mixup:Mixup", "convex combinations of clips and labels (ICLR 2018)"),
+    "mixup-domains": MethodEntry("mixup:Mixup", "Mixup of clips of different source domains", {"partner": "domain"}),
+    "coral": MethodEntry("coral:CORAL", "means and covariances of source domains aligned (ECCV Workshops 2016)"),
+    "mmd": MethodEntry("mmd:MMD", "mean embeddings of source domains aligned (CVPR 2018)"),
+    "dann": MethodEntry("dann:DANN", "features that a domain discriminator cannot tell apart (JMLR 2016)"),
+    "sam": MethodEntry("sam:SAM", "gradients from the worst point nearby, for flat minima (ICLR 2021)"),
+    "miro": MethodEntry("miro:MIRO", "pooled features that still tell the pretrained ones (ECCV 2022)"),
+    "swad": MethodEntry(
+        "base:Method", "ERM averaged densely over the valley of its validation loss (NeurIPS 2021)", average="swad"
+    ),
 }
 
 
@@ -137,8 +149,8 @@ def checked(found: object, name: str) -> type[Method]:
         problem = "it is no subclass of mbcd_cli.methods.base.Method"
     elif not (isinstance(found.Settings, type) and issubclass(found.Settings, MethodSettings)):
         problem = "its Settings are no subclass of mbcd_cli.settings.MethodSettings"
-    elif found.average not in ("none", "ema", "sma"):
-        problem = f"its average is {found.average!r}, not none, ema or sma"
+    elif found.average not in ("none", "ema", "sma", "swad"):
+        problem = f"its average is {found.average!r}, not none, ema, sma or swad"
     elif found.views not in (1, 2):
         problem = f"its views are {found.views!r}, not 1 or 2"
     else:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mbcd_cli.errors import SettingsError
 from mbcd_cli.processes import Group
 
 TEACHER_FLOOR = 1e-12
@@ -44,6 +45,19 @@ def distillation(teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         logits: the student's logits [B, C] that give p.
     """
     return F.kl_div(full_precision(logits).log_softmax(dim=1), teacher, reduction="batchmean")
+
+
+def need_domains(method: str, sources: int) -> None:
+    """Refuse a method that compares source domains where there is one.
+
+    Raises:
+        SettingsError: there is one.
+    """
+    if sources < 2:
+        raise SettingsError(
+            f"Method {method} compares source domains, and there is one.",
+            "Name several with training.source_domains, or train erm.",
+        )
 
 
 def modulation(ratio: torch.Tensor, alpha: float) -> torch.Tensor:

@@ -35,7 +35,7 @@ from mbcd_cli.model import MultiModalModel
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.settings import RuntimeSettings, Settings
-from mbcd_cli.training.average import Average
+from mbcd_cli.training.assemble import build_average
 from mbcd_cli.training.optimizer import build_optimizer
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
@@ -150,7 +150,7 @@ def ours(tree: Settings, device: torch.device, *, precision: str, last: bool, li
         weights_channels_last(model)
     randomness = Randomness(seed=0, device=device)
     graph = device.type == "cuda"
-    average = Average(model, tree.average)
+    average = build_average(model, tree.average)
     context = Context.of(model, randomness=randomness, average=average, precision=precision)
     step = TrainStep(
         method=method_class(tree.method.name)(tree.method, context),

@@ -21,6 +21,7 @@ TOLD = {
     "moosa": {"hidden": 16, "permutations": 12},
     "cmrf": {"hidden": 16, "beta": 1.0},
     "gmp": {"hidden": 16},
+    "dann": {"hidden": 16, "ramp": 2},
 }
 """Settings with which a method does in a few steps, and with small modules, all that it does.
 
@@ -42,9 +43,9 @@ def test_methods_of_the_registry(method, check):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("average", ["none", "ema", "sma"])
+@pytest.mark.parametrize("average", ["none", "ema", "sma", "swad"])
 def test_every_method_may_be_averaged(average, check):
-    CHECKS[check](Subject(Method, {}, {"kind": average, "start": 2}))
+    CHECKS[check](Subject(Method, {}, {"kind": average, "start": 0 if average == "swad" else 2}))
 
 
 class Reversed(torch.autograd.Function):

@@ -70,6 +70,8 @@ METHODS: dict[str, MethodEntry] = {
     "cmrf": MethodEntry("cmrf:CMRF", "cross-modal representation flattening by a simple weight average (NeurIPS 2024)"),
     "gmp": MethodEntry("gmp:GMP", "class and domain gradients modulated and projected per modality (AAAI 2026)"),
     "mer-dg": MethodEntry("mer_dg:MERDG", "an entropy term that keeps each encoder's features apart (ICML 2026)"),
+    "agm": MethodEntry("agm:AGM", "gradients of Shapley parts scaled by their pace (ICCV 2023)"),
+    "mmpareto": MethodEntry("mmpareto:MMPareto", "fused and uni-modal gradients at their Pareto point (ICML 2024)"),
     # From domain generalization with one modality, on fused and per-modality features.
     "mixup": MethodEntry("mixup:Mixup", "convex combinations of clips and labels (ICLR 2018)"),
     "mixup-domains": MethodEntry("mixup:Mixup", "Mixup of clips of different source domains", {"partner": "domain"}),

@@ -7,7 +7,7 @@ import torch
 from plain import make, small_batch
 
 TOLD = {"rna-net": {}, "ogm-ge": {}, "opm": {"start": 0}, "gmp": {}}
-TOLD |= {method: {} for method in ("mixup", "coral", "mmd", "dann", "mer-dg", "sam", "miro")}
+TOLD |= {method: {} for method in ("mixup", "coral", "mmd", "dann", "mer-dg", "sam", "miro", "agm", "mmpareto")}
 TOLD |= {method: {"hidden": 8} for method in ("simmmdg", "moosa", "cmrf")}
 
 

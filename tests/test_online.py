@@ -147,6 +147,21 @@ def test_fresh_every_epoch_and_the_same_for_any_workers(prepared):
         assert not torch.equal(by_clip[0][clip], by_clip[2][clip])
 
 
+def test_two_views_of_a_clip_from_one_decoding(prepared):
+    settings, _ = prepared
+    dataset, clips = opened(settings)
+    parallel, _ = opened(settings, "cache.workers=2")
+    one, two = taken(dataset, clips, seed=5, epoch=3), taken(dataset, clips, seed=5, epoch=3, views=2)
+    assert same(two, taken(parallel, clips, seed=5, epoch=3, views=2))
+    for single, both in zip(one, two, strict=True):
+        assert torch.equal(both.clips, single.clips.repeat_interleave(2))
+        for name in both.inputs:
+            first, second = both.inputs[name][0][0::2], both.inputs[name][0][1::2]
+            assert torch.equal(first, single.inputs[name][0]) or name == "video"
+            torch.testing.assert_close(first, single.inputs[name][0], rtol=1e-5, atol=1e-6)
+            assert all(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 # ---- trunk_batch_norm = batch: the trunk is part of the model, as in the reference
 
 LIVE = "cache.trunk_batch_norm=batch"
@@ -287,6 +302,21 @@ def test_live_and_frozen_trunks_are_different_caches(prepared, live, tmp_path):
             opened(settings, f"cache.trunk_batch_norm={asked}")
     with pytest.raises(SettingsError, match="trunk_batch_norm = batch needs views = 0"):
         resolve(sets=["cache.views=2", LIVE])
+
+
+@pytest.mark.parametrize("trunk", ["live", "prepared"])
+def test_a_method_of_two_views_trains_on_fresh_ones(trunk, request, tmp_path):
+    settings = request.getfixturevalue(trunk)[0]
+    words = ["--method", "nel", "--set", "method.hidden=8", "--batch-size", 4, *([LIVE] if trunk == "live" else [])]
+    for run in ("one", "two"):
+        result = call("train", settings.cache.dir, "--run", tmp_path / run, "--epochs", 1, *words)
+        assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "one/metrics.jsonl").read_bytes() == (tmp_path / "two/metrics.jsonl").read_bytes()
+    record = json.loads((tmp_path / "one/metrics.jsonl").read_text())
+    assert record["train"]["agreement"] > 0
+    assert record["validation"]["student"]["fused"]["loss"] > 0
+    result = call("train", settings.cache.dir, "--dry-run", *words)
+    assert result.exit_code == 0, result.stderr
 
 
 def test_train_and_evaluate(prepared, tmp_path):

@@ -136,7 +136,7 @@ class CachedDataset:
         drop_last: bool = False,
         start: int = 0,
         share: tuple[int, int] = (0, 1),
-        draw: int = 0,
+        views: int = 1,
         read: Read | None = None,
     ) -> Iterator[Batch]:
         """Batches over `clips`.
@@ -146,7 +146,8 @@ class CachedDataset:
                 fresh one where none are stored; else table order and the test view.
             drop_last: leave out a short last batch.
             start: skip this many batches (to resume inside an epoch).
-            draw: number of the draw of stored training views; the order of the clips is that of draw 0.
+            views: training views of every clip, 1 or 2: rows 2i and 2i + 1 of a batch are two of one clip, which
+                differ in every modality that has two stored ones. Order and first views are those of 1.
             share: (rank, world): of every batch the rank-th of `world` equal runs of rows.
             read: (modality, clips [B], views [B]) -> parts, instead of reading the caches.
         """
@@ -159,30 +160,34 @@ class CachedDataset:
         order = np.asarray(clips, np.int64)
         decoded = self.online.names if training and self.online is not None else ()
         stored = [name for name in self.modalities if name not in decoded]
-        views = {name: np.full(len(order), TEST_VIEW, np.int64) for name in stored}
+        chosen = {name: np.full((len(order), 1), TEST_VIEW, np.int64) for name in stored}
         if training:
             generator = np.random.default_rng([seed, epoch])
             order = order[generator.permutation(len(order))]
-            if draw:
-                generator = np.random.default_rng([seed, epoch, draw])
             # Views are drawn per modality: V views of M modalities give V^M combinations.
-            views = {name: generator.integers(self.caches[name].views, size=len(order)) for name in stored}
+            chosen = {name: generator.integers(self.caches[name].views, size=(len(order), 1)) for name in stored}
+            if views == 2:
+                for name, first in chosen.items():
+                    stride = generator.integers(max(self.caches[name].views - 1, 1), size=first.shape)
+                    chosen[name] = np.hstack([first, (first + 1 + stride) % self.caches[name].views])
             for name in stored:
                 # Sound cut by the frames that a view samples belongs to that view of those frames.
                 guide = self.modalities[name].guide
-                if guide in views and self.caches[guide].views == self.caches[name].views:
-                    views[name] = views[guide]
+                if guide in chosen and self.caches[guide].views == self.caches[name].views:
+                    chosen[name] = chosen[guide]
         stop = len(order) - len(order) % batch_size if drop_last else len(order)
         spans = []
         for first in range(start * batch_size, stop, batch_size):
             size = min(batch_size, stop - first) // world
             spans.append(slice(first + rank * size, first + (rank + 1) * size))
-        fresh = self.online.batches([order[span] for span in spans], seed=seed, epoch=epoch) if decoded else None
+        fresh = None
+        if decoded:
+            fresh = self.online.batches([order[span] for span in spans], seed=seed, epoch=epoch, views=views)
         with closing(fresh) if fresh is not None else nullcontext():
             for span in spans:
-                index = order[span]
+                index = np.repeat(order[span], views)
                 parts = {} if fresh is None else next(fresh)
-                parts |= {name: read(name, index, views[name][span]) for name in stored}
+                parts |= {name: read(name, index, chosen[name][span].ravel()) for name in stored}
                 yield Batch(
                     inputs={name: parts[name] for name in self.modalities},
                     labels=torch.from_numpy(self.clips.labels[index]),

@@ -23,6 +23,8 @@ from mbcd_cli.settings import DatasetSettings, Settings
 
 Parts = tuple[torch.Tensor, ...]
 _FILES = ("path", "path_v", "clock")
+_APART = 2**32
+"""Between the numbers of two views of one epoch: more than there are epochs."""
 
 
 def describe_media(settings: Settings, clips: Sequence[Clip], name: str) -> dict[str, Any]:
@@ -96,12 +98,15 @@ class OnlineViews:
         """Modalities that are decoded on the fly."""
         return tuple(self._media)
 
-    def batches(self, index: Sequence[np.ndarray], *, seed: int, epoch: int) -> Iterator[dict[str, Parts]]:
+    def batches(
+        self, index: Sequence[np.ndarray], *, seed: int, epoch: int, views: int = 1
+    ) -> Iterator[dict[str, Parts]]:
         """Per batch of clips [B] the parts of every modality at the cut, each [B, ...].
 
         Args:
             index: the batches' clips; all of them are decoded ahead of use, some at a time.
             seed, epoch: of the training; another epoch shows other views.
+            views: views of every clip, V, from one decoding: rows [V B], those of a clip after one another.
 
         Raises:
             MediaError: a file can no longer be used.
@@ -112,7 +117,7 @@ class OnlineViews:
                 job = DecodeJob(name, self.modalities[name], self._datasets[name], mixed_seed(self._seeds[name], seed))
                 for row in batch:
                     clip = Clip(self._ids[row], "", "train", 0, "", {name: self._media[name][row]})
-                    items.append((int(row), clip, [epoch], job))
+                    items.append((int(row), clip, [epoch + number * _APART for number in range(views)], job))
         ahead = 2 * len(self._media) * max((len(batch) for batch in index), default=0)
         with Decoder(workers=self._workers) as decoder, closing(decoder.run_jobs(items, ahead=ahead)) as stream:
             for batch in index:
@@ -127,7 +132,7 @@ class OnlineViews:
                         if decoded.notes and self._strict:
                             self._strict = False
                             self.warn(f"mended in a training view, as others may be: {decoded.notes[0]}")
-                        columns.append(decoded.parts[0])
+                        columns.extend(decoded.parts)
                     parts = tuple(torch.from_numpy(np.stack(part)) for part in zip(*columns, strict=True))
                     trunk = self.trunks.get(name)
                     inputs[name] = parts if trunk is None else trunk(parts)

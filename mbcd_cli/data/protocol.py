@@ -69,7 +69,7 @@ class Dataset(Protocol):
         drop_last: bool = False,
         start: int = 0,
         share: tuple[int, int] = (0, 1),
-        draw: int = 0,
+        views: int = 1,
         read: Read | None = None,
     ) -> Iterator[Batch]:
         """Batches over `clips`, as `data.dataset.CachedDataset.batches` gives them."""

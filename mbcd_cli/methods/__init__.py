@@ -45,6 +45,14 @@ class MethodEntry:
 _NO_AMD = {"dropout": {"strategy": "none"}}
 _NO_GCC = {"consistency": {"order": "off"}}
 _NO_DL = {"distillation": {"enabled": False}}
+_JAT_BENCHMARK = {
+    "unimodal_weight": 3.0,
+    "weights_sum": "one",
+    "single_source": "class",
+    "dropout": 0.0,
+    "feature_noise": {"enabled": False},
+    "fused_hidden": 512,
+}
 METHODS: dict[str, MethodEntry] = {
     "erm": MethodEntry("base:Method", "joint training of the fused head; uni-modal heads only probe"),
     "ema": MethodEntry("base:Method", "ERM whose deployed model is the average of its weights", average="ema"),
@@ -60,19 +68,7 @@ METHODS: dict[str, MethodEntry] = {
     "mbcd-true-class": MethodEntry(
         "mbcd:MBCD", "MBCD whose s_k sums the true class's probability", {"dropout": {"score": "true_class"}}
     ),
-    # Its rivals (docs/methods.md).
-    "rna-net": MethodEntry("rna:RNANet", "relative norm alignment (WACV 2022)"),
-    "ogm-ge": MethodEntry("ogm:OGMGE", "gradients of the dominant encoder scaled down, and noised (CVPR 2022)"),
-    "ogm": MethodEntry("ogm:OGMGE", "OGM-GE without its noise", {"noise": False}),
-    "opm": MethodEntry("opm:OPM", "dropout of the dominant modality at the rate of its dominance (T-PAMI 2024)"),
-    "simmmdg": MethodEntry("simmmdg:SimMMDG", "contrast of shared halves, translation, halves apart (NeurIPS 2023)"),
-    "moosa": MethodEntry("moosa:MOOSA", "SimMMDG with entropy-weighted heads, masks and a jigsaw (ECCV 2024)"),
-    "cmrf": MethodEntry("cmrf:CMRF", "cross-modal representation flattening by a simple weight average (NeurIPS 2024)"),
-    "gmp": MethodEntry("gmp:GMP", "class and domain gradients modulated and projected per modality (AAAI 2026)"),
-    "mer-dg": MethodEntry("mer_dg:MERDG", "an entropy term that keeps each encoder's features apart (ICML 2026)"),
-    "agm": MethodEntry("agm:AGM", "gradients of Shapley parts scaled by their pace (ICCV 2023)"),
-    "mmpareto": MethodEntry("mmpareto:MMPareto", "fused and uni-modal gradients at their Pareto point (ICML 2024)"),
-    # From domain generalization with one modality, on fused and per-modality features.
+    # From domain generalization with one modality, on fused and per-modality features (docs/methods.md).
     "mixup": MethodEntry("mixup:Mixup", "convex combinations of clips and labels (ICLR 2018)"),
     "mixup-domains": MethodEntry("mixup:Mixup", "Mixup of clips of different source domains", {"partner": "domain"}),
     "coral": MethodEntry("coral:CORAL", "means and covariances of source domains aligned (ECCV Workshops 2016)"),
@@ -83,6 +79,21 @@ METHODS: dict[str, MethodEntry] = {
     "swad": MethodEntry(
         "base:Method", "ERM averaged densely over the valley of its validation loss (NeurIPS 2021)", average="swad"
     ),
+    # Its rivals (docs/methods.md).
+    "rna-net": MethodEntry("rna:RNANet", "relative norm alignment (WACV 2022)"),
+    "ogm-ge": MethodEntry("ogm:OGMGE", "gradients of the dominant encoder scaled down, and noised (CVPR 2022)"),
+    "ogm": MethodEntry("ogm:OGMGE", "OGM-GE without its noise", {"noise": False}),
+    "opm": MethodEntry("opm:OPM", "dropout of the dominant modality at the rate of its dominance (T-PAMI 2024)"),
+    "mer-dg": MethodEntry("mer_dg:MERDG", "an entropy term that keeps each encoder's features apart (ICML 2026)"),
+    "agm": MethodEntry("agm:AGM", "gradients of Shapley parts scaled by their pace (ICCV 2023)"),
+    "mmpareto": MethodEntry("mmpareto:MMPareto", "fused and uni-modal gradients at their Pareto point (ICML 2024)"),
+    "simmmdg": MethodEntry("simmmdg:SimMMDG", "contrast of shared halves, translation, halves apart (NeurIPS 2023)"),
+    "moosa": MethodEntry("moosa:MOOSA", "SimMMDG with entropy-weighted heads, masks and a jigsaw (ECCV 2024)"),
+    "cmrf": MethodEntry("cmrf:CMRF", "cross-modal representation flattening by a simple weight average (NeurIPS 2024)"),
+    "gmp": MethodEntry("gmp:GMP", "class and domain gradients modulated and projected per modality (AAAI 2026)"),
+    "jat": MethodEntry("jat:JAT", "three adversaries, uni-modal losses weighted by domain confusion (ACM MM 2025)"),
+    "jat-benchmark": MethodEntry("jat:JAT", "JAT as the public benchmark trains it", _JAT_BENCHMARK, average="none"),
+    "nel": MethodEntry("nel:NEL", "two views agree after mean shifts, fused spectrum flat (Neurocomputing 2025)"),
 }
 
 

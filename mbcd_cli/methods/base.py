@@ -205,6 +205,7 @@ class Method(nn.Module):
         ticker: figures beside the loss that the progress line shows.
         alarms: figures to warn about.
         neutral: settings with which it trains ERM's very weights; None: zero weights of all terms that ERM lacks.
+        symmetric: whether another order of the modalities changes nothing but rounding.
 
     Args:
         settings: an instance of `Settings`.
@@ -219,6 +220,7 @@ class Method(nn.Module):
     ticker: ClassVar[tuple[str, ...]] = ("ce_fused",)
     alarms: ClassVar[tuple[Alarm, ...]] = ()
     neutral: ClassVar[Mapping[str, object] | None] = None
+    symmetric: ClassVar[bool] = True
 
     def __init__(self, settings: MethodSettings, context: Context) -> None:
         super().__init__()
@@ -234,6 +236,12 @@ class Method(nn.Module):
     def passes(self) -> int:
         """Forward passes of the student per step, in train mode."""
         return 1
+
+    @property
+    def least_batch(self) -> int:
+        """Clips that a step needs in every process: two rows, where own batch norms take their statistics from them."""
+        normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.modules())
+        return -(-2 // self.views) if normed else 1
 
     # ---- what a method says
 

@@ -38,6 +38,8 @@ class GMPSettings(MethodSettings):
     """Strength of the modulation of the domain gradients."""
     norm_with_head: bool = False
     """The norm of a classification gradient includes its head's part, as in the public benchmark; not in the paper."""
+    adversary: Literal["trained", "frozen"] = "trained"
+    """The adversary trains on the mean of its domain losses, or stays as it was drawn (the public benchmark)."""
     hidden: Count = 512
     """Width of the adversary."""
 
@@ -71,7 +73,7 @@ class GMP(Method):
         if domains > 1:
             self.adversary = DomainAdversary(
                 model.dims, domains=domains, hidden=settings.hidden, strength=settings.reversal
-            )
+            ).requires_grad_(settings.adversary == "trained")
 
     def gradients(self, batch: Batch) -> Figures:
         """Three backward passes: the classification and the domain losses of all modalities, and the fused loss."""
@@ -83,7 +85,7 @@ class GMP(Method):
         g_c = _gradient(settings.unimodal_weight * terms["ce"].value.sum(), [*theta, *heads])
         rho = ratios(self.true_probabilities(list(out.unimodal.values()), batch.labels))
         g_d, sigma = [torch.zeros_like(p) for p in theta], torch.ones_like(rho)
-        own = [] if self.adversary is None else list(self.adversary.parameters())
+        own = [p for p in self.parameters() if p.requires_grad]
         g_own: list[torch.Tensor] = []
         if self.adversary is not None:
             domains = self.context.source_domains(batch)

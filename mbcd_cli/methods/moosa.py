@@ -55,6 +55,7 @@ class MOOSA(SimMMDG):
     Settings = MOOSASettings
     settings: MOOSASettings
     ticker = ("ce_fused", "weighted_ce", "jigsaw")
+    symmetric = False  # the jigsaw's orders are drawn over parts in fusion order
     neutral: ClassVar[Mapping[str, object]] = {
         "weighting": "off",
         **dict.fromkeys(("entropy", "jigsaw", "translation", "contrast", "distance"), 0.0),

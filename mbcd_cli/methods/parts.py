@@ -78,6 +78,27 @@ def projection(inside: int, *, hidden: int, out: int = 128) -> nn.Sequential:
     )
 
 
+def shared_projections(dims: Mapping[str, int], *, hidden: int, method: str) -> nn.ModuleDict:
+    """P_k of the shared half of every feature, [B, floor(D_k / 2)] -> [B, 128].
+
+    Raises:
+        SettingsError: a feature of a single number has no halves.
+    """
+    narrow = [name for name, dim in dims.items() if dim < 2]
+    if narrow:
+        raise SettingsError(
+            f"Method {method} splits features into halves, and {', '.join(narrow)} has a single one.",
+            "Give it an encoder with more features, or leave it out of model.modalities.",
+        )
+    return nn.ModuleDict({name: projection(dim // 2, hidden=hidden) for name, dim in dims.items()})
+
+
+def shared_rows(projections: nn.ModuleDict, features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """z_k = hat(P_k(shared half of h_k)): M times unit rows [B, 128]."""
+    shared = [half for half, _ in halves(features)]
+    return [unit_rows(projections[name](half)) for name, half in zip(features, shared, strict=True)]
+
+
 def unit_rows(x: torch.Tensor) -> torch.Tensor:
     """hat(u) = u / ||u||_2 per row: [B, D] -> [B, D], in float32 at least."""
     return F.normalize(full_precision(x), dim=1)
@@ -112,21 +133,23 @@ class Translators(nn.Module):
     def __init__(self, dims: Mapping[str, int], *, hidden: int) -> None:
         super().__init__()
         self.pairs = list(permutations(dims, 2))
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(dims[j], hidden),
-                nn.ReLU(inplace=True),
-                nn.Linear(hidden, hidden),
-                nn.ReLU(inplace=True),
-                nn.Dropout(0.5),
-                nn.Linear(hidden, dims[k]),
-            )
-            for j, k in self.pairs
+        self.layers = nn.ModuleDict(
+            {
+                f"{j}:{k}": nn.Sequential(
+                    nn.Linear(dims[j], hidden),
+                    nn.ReLU(inplace=True),
+                    nn.Linear(hidden, hidden),
+                    nn.ReLU(inplace=True),
+                    nn.Dropout(0.5),
+                    nn.Linear(hidden, dims[k]),
+                )
+                for j, k in self.pairs
+            }
         )
 
     def forward(self, sources: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         """Features [B, D_j] -> (k, T_{j->k} of them [B, D_k]) of every ordered pair."""
-        return [(k, layer(sources[j])) for (j, k), layer in zip(self.pairs, self.layers, strict=True)]
+        return [(k, self.layers[f"{j}:{k}"](sources[j])) for j, k in self.pairs]
 
 
 def translation(translated: Sequence[tuple[str, torch.Tensor]], targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -166,26 +189,59 @@ def reversed_gradient(x: torch.Tensor, strength: float) -> torch.Tensor:
     return _Reversed.apply(x, strength)
 
 
-class DomainAdversary(nn.Module):
-    """D(Q_k(R_b(h_k))): a projection of each modality, and one discriminator of S source domains for all of them.
+class Adversary(nn.Module):
+    """D(Q_k(R_b(h_k))): a projection of each modality, and one discriminator for all of them.
 
-    Q_k = Linear(D_k, hidden), ReLU, Dropout 0.5;
-    D = Linear(hidden, hidden / 2), BatchNorm, ReLU, Linear(hidden / 2, S).
+    Q_k = Linear(D_k, hidden), ReLU, Dropout 0.5.
+
+    Args:
+        dims: modality -> D_k.
+        discriminator: D, which reads `hidden` features.
+        strength: b.
     """
 
-    def __init__(self, dims: Mapping[str, int], *, domains: int, hidden: int, strength: float) -> None:
+    def __init__(self, dims: Mapping[str, int], discriminator: nn.Module, *, hidden: int, strength: float) -> None:
         super().__init__()
         self.strength = strength
         self.projections = nn.ModuleDict(
             {n: nn.Sequential(nn.Linear(d, hidden), nn.ReLU(inplace=True), nn.Dropout(0.5)) for n, d in dims.items()}
         )
-        half = max(hidden // 2, 1)
-        self.discriminator = nn.Sequential(
-            nn.Linear(hidden, half), nn.BatchNorm1d(half), nn.ReLU(inplace=True), nn.Linear(half, domains)
-        )
+        self.discriminator = discriminator
 
     def forward(self, features: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Features [B, D_k] -> domain logits [B, S] of every modality, one call of D for each."""
+        """Features [B, D_k] -> logits of D of every modality, one call of D for each."""
         return [
             self.discriminator(self.projections[n](reversed_gradient(h, self.strength))) for n, h in features.items()
         ]
+
+
+class DomainAdversary(Adversary):
+    """An adversary whose discriminator tells S source domains apart, [B, S] of every modality.
+
+    D = Linear(hidden, hidden / 2), BatchNorm, ReLU, Linear(hidden / 2, S).
+    """
+
+    def __init__(self, dims: Mapping[str, int], *, domains: int, hidden: int, strength: float) -> None:
+        half = max(hidden // 2, 1)
+        discriminator = nn.Sequential(
+            nn.Linear(hidden, half), nn.BatchNorm1d(half), nn.ReLU(inplace=True), nn.Linear(half, domains)
+        )
+        super().__init__(dims, discriminator, hidden=hidden, strength=strength)
+
+
+class FusedDomainAdversary(nn.Module):
+    """G(R_b(h_1 (+) ... (+) h_M)): a discriminator of S source domains on the concatenated features.
+
+    G = Linear(sum_k D_k, hidden), ReLU, Dropout 0.5, Linear(hidden, S).
+    """
+
+    def __init__(self, dims: Mapping[str, int], *, domains: int, hidden: int, strength: float) -> None:
+        super().__init__()
+        self.strength = strength
+        self.discriminator = nn.Sequential(
+            nn.Linear(sum(dims.values()), hidden), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(hidden, domains)
+        )
+
+    def forward(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Features [B, D_k] -> domain logits [B, S]."""
+        return self.discriminator(reversed_gradient(torch.cat(list(features.values()), dim=1), self.strength))

@@ -35,6 +35,7 @@ class RNANet(Method):
     Settings = RNANetSettings
     settings: RNANetSettings
     ticker = ("ce_fused", "alignment")
+    symmetric = False  # (n_k / n_j - 1)^2 is not: the priority says which one is on top
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
         """ERM's terms and `alignment`."""

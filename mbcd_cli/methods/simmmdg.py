@@ -6,19 +6,16 @@ Letters: B clips, M modalities, D_k features of modality k.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from mbcd_cli.data.records import Batch
-from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.base import Context, Method, Outputs, Term
 from mbcd_cli.methods.parts import (
     Translators,
-    halves,
     halves_apart,
-    projection,
+    shared_projections,
+    shared_rows,
     supervised_contrast,
     translation,
-    unit_rows,
 )
 from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive
 
@@ -52,13 +49,7 @@ class SimMMDG(Method):
     def __init__(self, settings: SimMMDGSettings, context: Context) -> None:
         super().__init__(settings, context)
         dims = context.model.dims
-        narrow = [name for name, dim in dims.items() if dim < 2]
-        if narrow:
-            raise SettingsError(
-                f"Method {settings.name} splits features into halves, and {', '.join(narrow)} has a single one.",
-                "Give it an encoder with more features, or leave it out of model.modalities.",
-            )
-        self.projections = nn.ModuleDict({n: projection(d // 2, hidden=settings.hidden) for n, d in dims.items()})
+        self.projections = shared_projections(dims, hidden=settings.hidden, method=settings.name)
         self.translators = Translators(dims, hidden=settings.hidden)
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
@@ -66,7 +57,7 @@ class SimMMDG(Method):
         settings = self.settings
         with self.context.autocast():
             translated = self.translators(self.translated_from(out))
-            projected = self.projected(out)
+            projected = shared_rows(self.projections, out.features)
         return super().losses(batch, out) | {
             "translation": Term(translation(translated, out.features), settings.translation),
             "contrast": Term(
@@ -81,8 +72,3 @@ class SimMMDG(Method):
     def translated_from(self, out: Outputs) -> dict[str, torch.Tensor]:
         """What the translators read, each [B, D_k]."""
         return dict(out.features)
-
-    def projected(self, out: Outputs) -> list[torch.Tensor]:
-        """z_k: M times unit rows [B, 128]."""
-        shared = [half for half, _ in halves(out.features)]
-        return [unit_rows(self.projections[n](half)) for n, half in zip(out.features, shared, strict=True)]

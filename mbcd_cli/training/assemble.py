@@ -45,8 +45,8 @@ def assemble(
     The model draws from torch's global generator; trunks of views that are not stored are attached to the dataset.
 
     Raises:
-        SettingsError: there is no such method, it reads views that the cache does not have, or a CUDA graph is required
-            where there can be none.
+        SettingsError: there is no such method, it reads views that the cache does not have, batches are too small for
+            it, or a CUDA graph is required where there can be none.
     """
     seed_everything(settings.training.seed)
     attach_trunks(settings, dataset, device=device, say=say)
@@ -59,11 +59,11 @@ def assemble(
         trunk_weights=dataset.trunk_weights if settings.cache.live_trunks else None,
     )
     kind = method_class(settings.method.name)
-    if kind.views > 1 and settings.cache.views < 2:
+    if kind.views > settings.cache.views > 0:
         raise SettingsError(
-            f"Method {settings.method.name} reads {kind.views} stored views of a clip per batch, and "
-            f"cache.views = {settings.cache.views}.",
-            "Prepare with --views 2 or more.",
+            f"Method {settings.method.name} reads {kind.views} views of a clip per batch, and the cache has "
+            f"{settings.cache.views} (cache.views).",
+            "Prepare with --views 2 or more, or with --views 0, which decodes fresh ones.",
         )
     sources = [list(dataset.domains).index(domain) for domain in settings.training.source_domains]
     return train_with(kind, model.to(device), settings, sources=sources, group=group, say=say)
@@ -85,7 +85,7 @@ def train_with(
         sources: indices of the source domains in the dataset's list.
 
     Raises:
-        SettingsError: a CUDA graph is required where there can be none.
+        SettingsError: batches are too small for the method, or a CUDA graph is required where there can be none.
     """
     training, runtime = settings.training, settings.runtime
     device = next(model.parameters()).device
@@ -102,6 +102,7 @@ def train_with(
         model, randomness=randomness, average=average, precision=runtime.precision, group=group, sources=sources
     )
     method = build_method(kind, settings, context)
+    _check_batch(settings, method, group)
     graph = _graph(settings, method, device, group)
     optimizer = build_optimizer(
         [*model.parameters(), *method.parameters()],
@@ -137,6 +138,19 @@ def build_method(kind: type[Method], settings: Settings, context: Context) -> Me
         method = kind(settings.method, context).to(device=device, dtype=like.dtype)
     _agree(method, context.group)
     return method
+
+
+def _check_batch(settings: Settings, method: Method, group: Group) -> None:
+    """Refuse batches with too few clips for the method; there are no smaller ones: a short last batch is left out."""
+    training = settings.training
+    least = method.least_batch if training.batch_norm == "tracked" else 1
+    if training.batch_size // group.world < least:
+        shared = f", shared by {group.world} processes," if group.world > 1 else ""
+        raise SettingsError(
+            f"training.batch_size: method {settings.method.name} has batch norms of its own, which need {least} clips "
+            f"in every process; batches of {training.batch_size}{shared} have fewer.",
+            f"Set training.batch_size to {least * group.world} or more, or training.batch_norm=frozen.",
+        )
 
 
 def _agree(module: torch.nn.Module, group: Group) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -59,13 +59,16 @@ class Subject:
         dropout: float = 0.5,
         group: Group = ALONE,
         kind: type[Method] | None = None,
+        order: Sequence[int] = (),
         **training: object,
     ) -> Training:
-        """A training of a tiny float64 model."""
-        names = [f"m{k}" for k in range(modalities)]
-        array = {"kind": "array", "dimension": DIMENSION, "width": 2}
+        """A training of a tiny float64 model; `order` are numbers of modalities, then of unequal widths."""
+        numbers = order or range(modalities)
+        names = [f"m{k}" for k in numbers]
+        array = {"kind": "array", "dimension": DIMENSION}
+        shapes = {f"m{k}": {**array, "width": 2 + k if order else 2} for k in numbers}
         tree = {
-            "modalities": dict.fromkeys(names, array),
+            "modalities": shapes,
             "model": {"hidden": 8, "dropout": dropout, "modalities": names},
             "method": self.method,
             "average": {"beta": 0.9, **self.average},
@@ -75,7 +78,7 @@ class Subject:
         }
         settings = Settings[self.kind.Settings, ArrayModality, ReaderSettings].model_validate(tree)
         seed_everything(settings.training.seed)
-        arrays = {name: ArrayModality.model_validate(array) for name in names}
+        arrays = {name: ArrayModality.model_validate(shape) for name, shape in shapes.items()}
         model = build_model(arrays, settings=settings.model, classes=CLASSES).double()
         return train_with(kind or self.kind, model, settings, sources=range(sources), group=group)
 
@@ -239,6 +242,90 @@ def check_edges(subject: Subject) -> None:
         assert torch.isfinite(vector).all(), f"figures with labels {labels} of {sources} domains"
     values = [value for value in weights(step).values() if value.is_floating_point()]
     assert all(torch.isfinite(value).all() for value in values), "weights after batches on the edge"
+
+
+def check_order(subject: Subject) -> None:
+    """Another order of the modalities changes nothing but rounding, in a method that is `symmetric`.
+
+    Draws are constants here, so that they are alike for all modalities. Tensors are matched by their names; of those
+    that are the method's own, dimensions of M entries (5, if it takes as many) are taken to stand in fusion order, and
+    of all those of sum_k D_k entries.
+    """
+    if not subject.kind.symmetric:
+        return
+    for count in (5, 4, 3, 2):
+        order = [*range(count)[::-2], *range(count)[-2::-2]]
+        try:
+            pair = [subject.training(order=numbers, dropout=0.0) for numbers in (range(count), order)]
+        except MbcdError:
+            continue
+        break
+    else:
+        raise AssertionError("it takes no two modalities; say symmetric = False")
+    one, other = (training.step for training in pair)
+    for training in pair:
+        _quieten(training)
+    dims, theirs = one.model.dims, _held(other)
+    for name, value in _held(one).items():
+        assert name in theirs, f"{name}: own tensors have other names in another order of the modalities"
+        theirs[name].copy_(_reordered(name, value, dims, order))
+    for seed in range(3):
+        batch = subject.batch(seed, modalities=count)
+        expected, found = (dict(_flat(step, step(batch))) for step in (one, other))
+        assert expected.keys() == found.keys()
+        differing = [name for name, value in expected.items() if abs(found[name] - value) > 1e-8]
+        assert not differing, f"another order of modalities: {', '.join(differing)} differ in step {seed + 1}"
+    for name, value in _held(one).items():
+        if name.startswith("method.") and name.endswith(("running_mean", "running_var")):
+            continue  # those of one batch norm for all modalities remember the last one best; training reads none
+        expected = _reordered(name, value, dims, order)
+        differ = f"another order of modalities: {name} differs"
+        torch.testing.assert_close(theirs[name], expected, rtol=0, atol=1e-8, msg=differ)
+
+
+def _quieten(training: Training) -> None:
+    """Constants instead of draws, and no dropout."""
+    device = training.randomness.device
+
+    def uniform(*shape: int) -> torch.Tensor:
+        return torch.full(shape, 0.3, device=device)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.full(shape, 0.3, dtype=dtype, device=device)
+
+    training.randomness.uniform, training.randomness.normal = uniform, normal
+    for module in training.step.method.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def _held(step: TrainStep) -> dict[str, torch.Tensor]:
+    """Everything that a training changes, as it lies there."""
+    parts = {"student": step.model, "method": step.method}
+    if step.average is not None:
+        parts["average"] = step.average.model
+    return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+
+
+def _reordered(name: str, value: torch.Tensor, dims: Mapping[str, int], order: Sequence[int]) -> torch.Tensor:
+    """A tensor of a model with modalities 0, 1, ... as one with the modalities in `order` has it."""
+    columns = torch.arange(sum(dims.values())).split(list(dims.values()))
+    wanted = {len(torch.cat(columns)): torch.cat([columns[k] for k in order])}
+    if name.startswith("method."):
+        wanted[len(order)] = torch.tensor(order)
+    for dim, size in enumerate(value.shape):
+        if size in wanted:
+            value = value.index_select(dim, wanted[size])
+    return value
+
+
+def _flat(step: TrainStep, vector: torch.Tensor) -> Iterator[tuple[str, float]]:
+    """(name, value) of every figure, those of a modality as MODALITY.NAME."""
+    assert step.layout is not None
+    record = step.layout.unpack(vector.tolist())
+    for modality, row in record.pop("modalities").items():
+        yield from ((f"{modality}.{name}", value) for name, value in row.items())
+    yield from record.items()
 
 
 def check_static(subject: Subject) -> None:

@@ -33,7 +33,15 @@ def dry_run(settings: Settings, dataset: Dataset, *, say: Say = SILENT) -> dict[
         batch.to(device)
         for _, batch in zip(
             range(3),
-            dataset.batches(clips, batch_size=size, training=True, seed=training.seed, epoch=0, drop_last=True),
+            dataset.batches(
+                clips,
+                batch_size=size,
+                training=True,
+                seed=training.seed,
+                epoch=0,
+                drop_last=True,
+                views=step.method.views,
+            ),
             strict=False,
         )
     ]

@@ -6,7 +6,7 @@ Letters: N clips.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
@@ -62,10 +62,7 @@ class Feed:
         if self._group.world > 1:
             options["share"] = (self._group.rank, self._group.world)
         options |= {"batch_size": batch_size, "training": True, "seed": seed, "epoch": epoch, "start": start}
-        batches = self._dataset.batches(clips, drop_last=True, **options)
-        if views > 1:
-            again = [self._dataset.batches(clips, drop_last=True, draw=view, **options) for view in range(1, views)]
-            batches = map(_together, zip(batches, *again, strict=True))
+        batches = self._dataset.batches(clips, drop_last=True, views=views, **options)
         with closing(read_ahead(batches, depth=self._ahead, pin=self._pin)) as ready:
             while True:
                 asked = time.monotonic()
@@ -79,18 +76,3 @@ class Feed:
     def testing(self, clips: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
         """The test view of `clips`, in table order."""
         yield from self._dataset.batches(clips, batch_size=batch_size, training=False, **self._options)
-
-
-def _together(views: Sequence[Batch]) -> Batch:
-    """Batches of the same clips as one: every clip's views after one another."""
-
-    def woven(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack(list(rows), dim=1).flatten(0, 1)
-
-    parts = {name: zip(*(view.inputs[name] for view in views), strict=True) for name in views[0].inputs}
-    return Batch(
-        inputs={name: tuple(map(woven, paths)) for name, paths in parts.items()},
-        labels=woven([view.labels for view in views]),
-        domains=woven([view.domains for view in views]),
-        clips=woven([view.clips for view in views]),
-    )

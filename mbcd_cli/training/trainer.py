@@ -208,7 +208,7 @@ class Trainer:
     def _non_finite(self, what: str, clips: torch.Tensor | None = None) -> None:
         names = ""
         if clips is not None:
-            everyones = [int(i) for part in self.group.gathered(clips.tolist()) for i in part]
+            everyones = dict.fromkeys(int(i) for part in self.group.gathered(clips.tolist()) for i in part)
             names = " Its clips: " + ", ".join(str(self.dataset.clips.ids[i]) for i in everyones) + "."
         kept = (
             f"{self.run.last} is the last good checkpoint."

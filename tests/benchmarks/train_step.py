@@ -2,6 +2,12 @@
 
     python tests/benchmarks/train_step.py --batch 2 --repeats 3 --threads 1
     python tests/benchmarks/train_step.py --device cuda --batch 16 --repeats 20
+    python tests/benchmarks/train_step.py --method all --batch 2 --repeats 2
+
+With `--method`, methods of the registry (`all`: one of every class) against ERM: each in a process of its own, where
+its step and ERM's are timed in turn; `step` and `memory` are ratios to ERM's step and to the peak memory of ERM's
+process. `own` is what the method adds, timed alone, in units of ERM's step: its step on a model without encoders less
+ERM's there, and the teacher's forward pass and the average's update where it has them. `of_sum` is step / (1 + own).
 
 `naive` is written plainly here, as a port of the method would be: it runs the frozen trunk anew for each of its three
 passes, in float32 and eager mode with torch's own convolutions, takes the gradients in separate backward passes and
@@ -17,6 +23,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import subprocess
+import sys
+import tempfile
 import time
 import tomllib
 from pathlib import Path
@@ -28,14 +37,16 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.convolution import Conv3d
 from mbcd_cli.encoders.layout import channels_last, weights_channels_last
-from mbcd_cli.layers import validate
-from mbcd_cli.methods import method_class
+from mbcd_cli.encoders.staged import Tail
+from mbcd_cli.layers import resolve, validate
+from mbcd_cli.methods import METHODS, method_class
 from mbcd_cli.methods.base import Context
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.settings import RuntimeSettings, Settings
-from mbcd_cli.training.assemble import build_average
+from mbcd_cli.training.assemble import train_with
+from mbcd_cli.training.average import Average
 from mbcd_cli.training.optimizer import build_optimizer
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
@@ -150,7 +161,7 @@ def ours(tree: Settings, device: torch.device, *, precision: str, last: bool, li
         weights_channels_last(model)
     randomness = Randomness(seed=0, device=device)
     graph = device.type == "cuda"
-    average = build_average(model, tree.average)
+    average = Average(model, tree.average)
     context = Context.of(model, randomness=randomness, average=average, precision=precision)
     step = TrainStep(
         method=method_class(tree.method.name)(tree.method, context),
@@ -179,6 +190,106 @@ def floor(tree: Settings, device: torch.device, batch: Batch, *, precision: str,
     return call
 
 
+class Scale(torch.nn.Module):
+    """A tail of one parameter: features as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.factor * x
+
+
+def training_of(name: str, device: torch.device, *, encoders: bool = True):
+    """A training of the paper's model with a method of the registry, random weights; without encoders on features."""
+    tree = resolve(preset="epic-kitchens", environ={}, method=name)
+    runtime = tree.runtime.model_copy(update={"device": str(device), "precision": "float32"})
+    tree = tree.model_copy(update={"runtime": runtime})
+    _, model = build(tree, device)
+    if not encoders:
+        tails = {n: Tail({"scale": Scale(), "pool": torch.nn.Identity()}, dim=d) for n, d in model.dims.items()}
+        model = MultiModalModel(tails, settings=tree.model, classes=CLASSES).to(device)
+    return train_with(method_class(name), model, tree, sources=(0, 1)), tree
+
+
+def measured(name: str, cut: dict[str, tuple[torch.Tensor, ...]], options) -> dict[str, float]:
+    """Least seconds of a method's step and ERM's, of what it adds, and the peak memory before ERM's was there."""
+    device = torch.device(options.device)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    views = method_class(name).views
+    clips = torch.arange(options.batch, device=device)
+
+    def batch(inputs, repeats: int) -> Batch:
+        rows = clips.repeat_interleave(repeats)
+        inputs = {n: tuple(part[rows].to(device) for part in parts) for n, parts in inputs.items()}
+        return Batch(inputs=inputs, labels=rows % CLASSES, domains=rows % 2, clips=rows)
+
+    def timed(call) -> float:
+        start = clock()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock() - start
+
+    def run(training, made: Batch):
+        step = training.run_step or training.step
+        return lambda: step(made)
+
+    training, tree = training_of(name, device)
+    calls = {"step": run(training, batch(cut, views))}
+    for _ in range(5 if device.type == "cuda" else 1):  # a graph is captured after three steps
+        calls["step"]()
+    memory = peak_memory_mb(device)
+    calls["erm"] = run(training_of("erm", device)[0], batch(cut, 1))
+    features = {n: (torch.randn(options.batch, d, device=device),) for n, d in training.step.model.dims.items()}
+    for key, method, repeats in (("own", name, views), ("own_erm", "erm", 1)):
+        calls[key] = run(training_of(method, device, encoders=False)[0], batch(features, repeats))
+    average = training.step.average
+    if average is not None:
+        step, inputs = training.step.context.step, batch(cut, views).inputs
+        calls["update"] = lambda: average.update(step)
+        if tree.method.needs_average:
+            calls["teacher"] = torch.no_grad()(lambda: average.model(inputs))
+    for call in calls.values():
+        for _ in range(5 if device.type == "cuda" else 1):
+            timed(call)
+    times: dict[str, list[float]] = {key: [] for key in calls}
+    for _ in range(options.repeats):
+        for key, call in calls.items():
+            times[key].append(timed(call))
+    return {**{key: min(values) for key, values in times.items()}, "memory": memory}
+
+
+def methods_against_erm(options) -> None:
+    """A table of ratios, a line per method."""
+    names = options.method.split(",")
+    if names == ["all"]:
+        names = list({entry.where: name for name, entry in reversed(METHODS.items())}.values())[::-1]
+    tree = resolve(preset="epic-kitchens", environ={}, method="erm")
+    with tempfile.TemporaryDirectory() as folder:
+        trunks, _ = build(tree, torch.device("cpu"))
+        inputs = raw_batch(tree, options.batch, torch.device("cpu"))
+        with torch.no_grad():
+            cut = {name: tuple(part.half() for part in trunks[name]((value,))) for name, value in inputs.items()}
+        torch.save(cut, Path(folder) / "cut.pt")
+        del trunks, inputs
+        found: dict[str, dict[str, float]] = {}
+        print(f"{'method':14} {'step':>6} {'memory':>6} {'own':>6} {'of_sum':>6}", flush=True)
+        for name in ["erm", *(name for name in names if name != "erm")]:
+            words = [sys.executable, __file__, *sys.argv[1:], "--child", f"{name}:{folder}/cut.pt"]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"{name:14} {done.stderr.strip().splitlines()[-1]}", flush=True)
+                continue
+            found[name] = one = json.loads(done.stdout.splitlines()[-1])
+            own = one["own"] - one["own_erm"] + one.get("update", 0) + one.get("teacher", 0)
+            step, own = one["step"] / one["erm"], own / one["erm"]
+            memory = one["memory"] / found.get("erm", one)["memory"]
+            print(f"{name:14} {step:6.2f} {memory:6.2f} {own:6.2f} {step / (1 + own):6.2f}", flush=True)
+    print(json.dumps({"device": options.device, "threads": options.threads, "batch": options.batch, "measured": found}))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -187,9 +298,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-naive", action="store_true", help="leave the naive step out")
     parser.add_argument("--live", action="store_true", help="time the step with live trunks too")
+    parser.add_argument("--method", help="methods against ERM: names of the registry, or all")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--cpu-time", action="store_true", help="count processor seconds (on a busy machine)")
     options = parser.parse_args()
     configure(RuntimeSettings(device=options.device, threads=options.threads, deterministic=False))
+    if options.child:
+        name, _, path = options.child.partition(":")
+        print(json.dumps(measured(name, torch.load(path), options)))
+        return
+    if options.method:
+        methods_against_erm(options)
+        return
     device = torch.device(options.device)
     tree = validate(tomllib.loads(PRESET.read_text(encoding="utf-8")))
     inputs = raw_batch(tree, options.batch, device)

@@ -176,6 +176,40 @@ def test_batches_are_reproducible_complete_and_resumable(prepared):
         assert torch.equal(batch.labels, torch.from_numpy(dataset.clips.labels[batch.clips.numpy()]))
 
 
+@pytest.mark.parametrize("stored", [1, 2, 3])
+def test_two_views_of_a_clip_differ_and_the_first_is_that_of_one(root, tmp_path, stored):
+    settings = settings_for(root, tmp_path, f"cache.views={stored}", "modalities.audio.follow=video")
+    prepare(settings)
+    dataset = open_dataset(settings, name="tiny")
+    clips = dataset.select(domains=["alpha", "beta"], splits=["train"])
+    asked: dict[str, list[np.ndarray]] = {}
+
+    def read(name, index, views):
+        asked.setdefault(name, []).append(views.reshape(-1, 2))
+        return dataset.caches[name].read(index, views)
+
+    seen = set()
+    for epoch in range(12):
+        options = {"batch_size": 4, "training": True, "seed": 1, "epoch": epoch, "drop_last": True}
+        for one, two in zip(dataset.batches(clips, **options), dataset.batches(clips, views=2, **options), strict=True):
+            assert torch.equal(two.clips, one.clips.repeat_interleave(2))
+            assert torch.equal(two.labels, one.labels.repeat_interleave(2))
+            assert torch.equal(two.domains, one.domains.repeat_interleave(2))
+            for name in one.inputs:
+                assert torch.equal(two.inputs[name][0][0::2], one.inputs[name][0])
+        shares = [list(dataset.batches(clips, views=2, share=(rank, 2), read=read, **options)) for rank in range(2)]
+        for parts, two in zip(zip(*shares, strict=True), dataset.batches(clips, views=2, **options), strict=True):
+            assert torch.equal(torch.cat([part.clips for part in parts]), two.clips)
+            for name in two.inputs:
+                assert torch.equal(torch.cat([part.inputs[name][0] for part in parts]), two.inputs[name][0])
+    for name, views in asked.items():
+        pairs = np.concatenate(views)
+        assert ((pairs[:, 0] != pairs[:, 1]) == (stored > 1)).all(), name
+        seen |= set(map(tuple, pairs.tolist()))
+    assert len(seen) == max(stored * (stored - 1), 1)
+    assert all(np.array_equal(*pair) for pair in zip(asked["video"], asked["audio"], strict=True))
+
+
 def test_select_limits_evenly_and_names_what_is_missing(prepared):
     settings, _ = prepared
     dataset = open_dataset(settings, name="tiny")

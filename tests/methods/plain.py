@@ -41,8 +41,10 @@ class Mean(nn.Module):
 def tail(k: int) -> Tail:
     """The second modality's is of images, through a convolution; the others' of vectors, through a linear layer."""
     if k == 1:
-        return Tail({"layer": nn.Sequential(nn.Conv2d(2, WIDTHS[k], 2), Tanh()), "pool": Mean()}, dim=WIDTHS[k])
-    return Tail({"layer": nn.Sequential(nn.Linear(7, WIDTHS[k]), Tanh()), "pool": nn.Identity()}, dim=WIDTHS[k])
+        stages = {"layer": nn.Sequential(nn.Conv2d(2, WIDTHS[k], 2), Tanh()), "pool": Mean()}
+    else:
+        stages = {"layer": nn.Sequential(nn.Linear(7, WIDTHS[k]), Tanh()), "pool": nn.Identity()}
+    return Tail(stages, dim=WIDTHS[k], noise_before=("layer", "pool"))
 
 
 class Plain:
@@ -194,15 +196,17 @@ def make(method, told=None, *, modalities=2, sources=2, average=None, **model):
     return train_with(kind, built, settings, sources=[4, 2][:sources]), settings
 
 
-def small_batch(seed, modalities=2, sources=2, size=6):
-    """Clips of two domains (4 and 2 of the dataset's list), or of one."""
-    g = torch.Generator().manual_seed(seed)
+def small_batch(seed, modalities=2, sources=2, size=6, views=1):
+    """Clips of two domains (4 and 2 of the dataset's list), or of one; their views after one another."""
+    g, rows = torch.Generator().manual_seed(seed), size * views
     shapes = [(2, 4, 4) if k == 1 else (7,) for k in range(modalities)]
     return Batch(
-        inputs={NAMES[k]: (torch.randn(size, *s, generator=g, dtype=torch.float64),) for k, s in enumerate(shapes)},
-        labels=torch.randint(0, CLASSES, (size,), generator=g),
-        domains=torch.tensor([4, 2][:sources])[torch.randint(0, sources, (size,), generator=g)],
-        clips=torch.arange(size),
+        inputs={NAMES[k]: (torch.randn(rows, *s, generator=g, dtype=torch.float64),) for k, s in enumerate(shapes)},
+        labels=torch.randint(0, CLASSES, (size,), generator=g).repeat_interleave(views),
+        domains=torch.tensor([4, 2][:sources])[torch.randint(0, sources, (size,), generator=g)].repeat_interleave(
+            views
+        ),
+        clips=torch.arange(size).repeat_interleave(views),
     )
 
 
@@ -210,12 +214,12 @@ def compare(reference, method, told=None, *, modalities=2, sources=2, steps=5, e
     """The method's step against its reference: figures, every gradient, and after all steps weights and average."""
     torch.set_num_threads(1)
     training, settings = make(method, told, modalities=modalities, sources=sources, **more)
-    step, plain, recorder = training.step, reference(training, settings), Recorder()
-    step.context.randomness = recorder
+    step, plain, recorder = training.step, reference(training, settings), training.randomness
+    recorder.__class__, recorder.draws = Recorder, []  # in its place: parts of a method may hold it too
     step.context.epoch.fill_(epoch)
     plain.epoch = epoch
     for index in range(steps):
-        batch = small_batch(index, modalities, sources)
+        batch = small_batch(index, modalities, sources, views=step.method.views)
         torch.manual_seed(index)
         figures = named(step, step(batch))
         torch.manual_seed(index)

@@ -12,18 +12,23 @@ from torch.nn import functional as F
 class GMPReference(Plain):
     conflicts = 0
 
+    def __init__(self, training, settings):
+        super().__init__(training, settings)
+        own = training.step.method.named_parameters()
+        self.frozen = {f"method.{n}": v.detach().clone() for n, v in own if not v.requires_grad}
+
     def judge(self, h, name):
-        x = F.dropout(torch.relu(self.affine(h, f"method.adversary.projections.{name}.0")), 0.5)
-        prefix = "method.adversary.discriminator"
-        x = torch.relu(self.batch_norm(self.affine(x, f"{prefix}.0"), f"{prefix}.1"))
-        return self.affine(x, f"{prefix}.3")
+        held, prefix = {**self.values, **self.frozen}, "method.adversary.discriminator"
+        x = F.dropout(torch.relu(self.affine(h, f"method.adversary.projections.{name}.0", held)), 0.5)
+        x = torch.relu(self.batch_norm(self.affine(x, f"{prefix}.0", held), f"{prefix}.1", values=held))
+        return self.affine(x, f"{prefix}.3", held)
 
     def loss(self, s):
         self.seen, o = s, self.settings
         terms = self.erm(s)
         terms["ce"] = (terms["ce"][0], o.unimodal_weight)
         self.judged = None
-        if any(n.startswith("method.adversary") for n in self.values):
+        if any(n.startswith("method.adversary") for n in {**self.values, **self.frozen}):
             domains = [[4, 2].index(int(d)) for d in s.domains]
             self.judged = [self.judge(h, n) for h, n in zip(s.h, self.names, strict=True)]
             terms["domain"] = (torch.stack([self.ce(x, domains) for x in self.judged]), o.domain_weight)
@@ -76,5 +81,6 @@ class GMPReference(Plain):
                 result[n] = result[n] + g_c[n] + g_d[n]
         if self.judged is not None:
             own = [n for n in values if n.startswith("method.adversary")]
-            result |= of(self.terms["domain"][0].sum() / len(names), own)
+            if own:
+                result |= of(self.terms["domain"][0].sum() / len(names), own)
         return result

@@ -39,8 +39,8 @@ class SimMMDGReference(Plain):
             x = torch.relu(self.batch_norm(x, f"{prefix}.{first + 1}"))
         return unit(self.affine(x, f"{prefix}.6"))
 
-    def translate(self, x, number):
-        prefix = f"method.translators.layers.{number}"
+    def translate(self, x, j, k):
+        prefix = f"method.translators.layers.{self.names[j]}:{self.names[k]}"
         x = torch.relu(self.affine(torch.relu(self.affine(x, f"{prefix}.0")), f"{prefix}.2"))
         return self.affine(F.dropout(x, 0.5), f"{prefix}.5")
 
@@ -48,7 +48,7 @@ class SimMMDGReference(Plain):
         count, each = len(targets), []
         for j in range(count):
             for k in [k for k in range(count) if k != j]:
-                apart = unit(self.translate(sources[j], len(each))) - unit(targets[k])
+                apart = unit(self.translate(sources[j], j, k)) - unit(targets[k])
                 each.append(torch.sqrt((apart**2).sum(dim=1)).mean())
         return sum(each) / len(each) if each else 0 * targets[0].sum()
 

@@ -16,12 +16,15 @@ from mbcd_cli.settings import MethodSettings
 from mbcd_cli.training.contract import CHECKS, Subject, check_method
 
 TOLD = {
+    "dann": {"hidden": 16, "ramp": 2},
     "opm": {"start": 0},
     "simmmdg": {"hidden": 16},
     "moosa": {"hidden": 16, "permutations": 12},
     "cmrf": {"hidden": 16, "beta": 1.0},
     "gmp": {"hidden": 16},
-    "dann": {"hidden": 16, "ramp": 2},
+    "jat": {"hidden": 16, "fused_hidden": 12},
+    "jat-benchmark": {"hidden": 16, "fused_hidden": 12},
+    "nel": {"hidden": 16},
 }
 """Settings with which a method does in a few steps, and with small modules, all that it does.
 
@@ -173,9 +176,21 @@ class Noisy(Method):
         return super().losses(batch, out) | {"noise": Term((noise * out.fused).mean())}
 
 
+class Ordered(Method):
+    """A ratio of the first modality's norm to the second's."""
+
+    def losses(self, batch, out):
+        first, second, *_ = self.context.group.average([h.norm(dim=1).mean() for h in out.pooled.values()])
+        return super().losses(batch, out) | {"norms": Term(first / second)}
+
+
 @pytest.mark.parametrize(
     ("kind", "check", "words"),
-    [(Careless, "processes", "two processes against one"), (Noisy, "resume", "resumed against whole")],
+    [
+        (Careless, "processes", "two processes against one"),
+        (Noisy, "resume", "resumed against whole"),
+        (Ordered, "order", "another order of modalities: total, norms differ in step 1"),
+    ],
 )
 def test_the_checks_find_what_is_wrong(kind, check, words):
     with pytest.raises(AssertionError, match=words):

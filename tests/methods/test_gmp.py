@@ -27,6 +27,14 @@ def test_the_public_norm_and_another_chassis():
     assert plain.conflicts
 
 
+def test_an_adversary_that_never_trains():
+    step, plain = compare(GMPReference, "gmp", {"hidden": 6, "adversary": "frozen", "domain_weight": 4.0}, modalities=3)
+    assert plain.conflicts
+    assert len(plain.frozen) == 3 * 2 + 6
+    for name, value in step.method.named_parameters():
+        assert torch.equal(value, plain.frozen[f"method.{name}"])
+
+
 def test_pinned_numbers():
     domains = torch.tensor([0, 0, 1, 1, 0, 1])
     rho = ratios(scores([pinned_logits(k) for k in range(3)], LABELS, score="true_class") / 6)

@@ -10,6 +10,7 @@ from reference_moosa import MOOSAReference
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.moosa import branch_entropy, drawn_orders, jigsaw_columns, weighted_cross_entropy
 from mbcd_cli.processes import ALONE
+from mbcd_cli.training.contract import CHECKS, Subject
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])
@@ -39,6 +40,13 @@ def test_pinned_numbers():
     ]
     expected = torch.tensor([1.868454077182, 1.761858360255, 0.668872430143], dtype=torch.float64)
     torch.testing.assert_close(torch.stack([*found, branch_entropy(branches)]), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighting", ["clip", "batch", "off"])
+def test_statistics_of_the_batch_are_those_of_all_processes(weighting):
+    torch.set_num_threads(1)
+    told = {"hidden": 8, "permutations": 6, "weighting": weighting, "entropy": 0.1}
+    CHECKS["processes"](Subject.of("moosa", told))
 
 
 def test_orders_are_distinct_and_all_where_there_are_few():

@@ -84,7 +84,7 @@ class Signalling(MemoryDataset):
 
     def batches(self, clips, **options):
         for batch in super().batches(clips, **options):
-            if options["training"] and not options.get("draw"):
+            if options["training"]:
                 self.left -= 1
                 if self.left == 0:
                     signal.raise_signal(signal.SIGTERM)
@@ -124,7 +124,30 @@ def test_own_modules_are_trained_saved_and_resumed_but_never_deployed(tmp_path, 
     assert not torch.equal(moved["project.left.0.weight"], moved["target.left.0.weight"])
 
 
+@pytest.mark.parametrize(
+    ("method", "refused"),
+    [("simmmdg", True), ("moosa", True), ("cmrf", True), ("gmp", True), ("jat", True), ("nel", False), ("erm", False)],
+)
+def test_a_batch_too_small_for_own_batch_norms_is_refused_before_the_first_step(method, refused):
+    told = {} if method == "erm" else {"hidden": 8}
+    batches = {"epochs": 1, "batch_size": 1}
+    settings = memory_settings(method={"name": method, **told}, training=batches, average={"kind": "ema"})
+    if refused:
+        with pytest.raises(SettingsError, match=f"method {method} has batch norms of its own, which need 2 clips"):
+            assemble(settings, MemoryDataset(), device=torch.device("cpu"))
+        batches["batch_norm"] = "frozen"
+        settings = memory_settings(method={"name": method, **told}, training=batches, average={"kind": "ema"})
+    assemble(settings, MemoryDataset(), device=torch.device("cpu"))
+
+
+def test_one_source_leaves_no_batch_norm_to_fill():
+    training = {"epochs": 1, "batch_size": 1, "source_domains": ("a",)}
+    for method in ("gmp", "jat"):
+        settings = memory_settings(method={"name": method, "hidden": 8}, training=training, average={"kind": "ema"})
+        assert assemble(settings, MemoryDataset(), device=torch.device("cpu")).step.method.least_batch == 1
+
+
 def test_two_views_need_two_stored_ones(settings):
     cache = settings.cache.model_copy(update={"views": 1})
-    with pytest.raises(SettingsError, match="reads 2 stored views of a clip per batch"):
+    with pytest.raises(SettingsError, match="reads 2 views of a clip per batch, and the cache has 1"):
         assemble(settings.model_copy(update={"cache": cache}), MemoryDataset(), device=torch.device("cpu"))

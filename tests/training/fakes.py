@@ -49,18 +49,19 @@ class MemoryDataset:
         )
         return rows[:limit]
 
-    def batches(self, clips, *, batch_size, training, seed=0, epoch=0, drop_last=False, start=0, share=(0, 1), draw=0):
-        order, views = np.asarray(clips), np.zeros(len(clips), np.int64)
+    def batches(self, clips, *, batch_size, training, seed=0, epoch=0, drop_last=False, start=0, share=(0, 1), views=1):
+        order, chosen = np.asarray(clips), np.zeros((len(clips), 1), np.int64)
         if training:
             generator = np.random.default_rng([seed, epoch])
             order = order[generator.permutation(len(order))]
-            generator = np.random.default_rng([seed, epoch, draw]) if draw else generator
-            views = 1 + generator.integers(2, size=len(order))
+            first = generator.integers(2, size=(len(order), 1))
+            chosen = 1 + (first + np.arange(views)) % 2
         stop = len(order) - len(order) % batch_size if drop_last else len(order)
         for first in range(start * batch_size, stop, batch_size):
             rows, view = (
-                np.split(x[first : min(first + batch_size, stop)], share[1])[share[0]] for x in (order, views)
+                np.split(x[first : min(first + batch_size, stop)], share[1])[share[0]] for x in (order, chosen)
             )
+            rows, view = np.repeat(rows, chosen.shape[1]), view.ravel()
             yield Batch(
                 inputs={name: (torch.from_numpy(v[rows, view]),) for name, v in self.values.items()},
                 labels=torch.from_numpy(self.clips.labels[rows]),

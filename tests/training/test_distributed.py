@@ -91,6 +91,32 @@ def test_two_processes_equal_one(tmp_path, order):
     assert json.loads((tmp_path / "two/done").read_text())["processes"] == 2
 
 
+@pytest.mark.parametrize(("method", "told"), [("jat", {"fused_hidden": 8}), ("nel", {})])
+def test_own_modules_and_two_views_in_two_processes(tmp_path, method, told):
+    """Discriminators, feature noise and modality dropout; both views of a clip in one process."""
+    changes = {
+        "training": {"batch_norm": "frozen", "log_steps": 1, "epochs": 1},
+        "method": {"name": method, "hidden": 8, **told},
+        "average": {"kind": "ema"},
+    }
+    train(tmp_path / "one", 1, **changes)
+    train(tmp_path / "two", 2, **changes)
+    alone, shared = (load_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("one", "two"))
+    own = alone.training["method"], shared.training["method"]
+    for one, two in (own, (alone.student, shared.student), (alone.teacher, shared.teacher)):
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    for log in ("steps.jsonl", "metrics.jsonl"):
+        for mine, theirs in zip(*(read_records(tmp_path / name / log) for name in ("one", "two")), strict=True):
+            close(mine, theirs)
+
+
+def test_a_batch_too_small_for_own_batch_norms_is_refused_by_all(tmp_path):
+    changes = {"training": {"batch_size": 2}, "method": {"name": "simmmdg", "hidden": 8}}
+    answers = train(tmp_path / "run", 2, codes=[1, 1], **changes)
+    assert "need 2 clips in every process; batches of 2, shared by 2 processes, have fewer" in answers[0]
+
+
 def close(one, two) -> None:
     """Nested records agree to 1e-5."""
     if isinstance(one, dict):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class MbcdError(Exception):
     """A problem the user can mend; the command line prints it without a traceback and exits with 1.
@@ -9,20 +11,22 @@ class MbcdError(Exception):
     Args:
         message: what is wrong, naming the file, clip or setting.
         remedy: what to do about it, one sentence; may be empty where the message says it.
+        details: what `--json` gives besides.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, remedy: str = "") -> None:
+    def __init__(self, message: str, remedy: str = "", details: Mapping[str, object] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+        self.details = details or {}
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.remedy}" if self.remedy else self.message
 
     def __reduce__(self):  # so that errors cross process boundaries whole
-        return type(self), (self.message, self.remedy)
+        return type(self), (self.message, self.remedy, self.details)
 
 
 class SettingsError(MbcdError):

@@ -219,6 +219,17 @@ def test_bad_clips_are_reported_with_exit_3_unless_allowed(tmp_path):
     assert "2 of 12 clips rejected" in run(*options, code=3).stderr
 
 
+def test_where_all_clips_are_rejected_json_lists_them(tmp_path):
+    root = helpers.write_dataset(tmp_path / "bad")
+    for path in (root / "video").iterdir():
+        path.write_bytes(b"not a video")
+    words = ["prepare", "manifest", "--root", root, "--cache-dir", tmp_path / "cache", *SETS, "--modalities", "video"]
+    data = run(*words, "--json", code=1).data
+    assert data["error"] == "All 12 clips of bad were rejected."
+    assert len(data["rejected"]) == data["clips"] == 12
+    assert all(one["clip"] and one["cause"] and one["remedy"] for one in data["rejected"])
+
+
 def test_entry_point_in_a_process_of_its_own(home):
     command = [sys.executable, "-m", "mbcd_cli", "list", "methods", "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

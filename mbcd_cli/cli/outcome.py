@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import typer
@@ -32,7 +33,7 @@ def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
     except MbcdError as error:
         if debug:
             raise
-        _fail(str(error), error.message, error.remedy, as_json=as_json)
+        _fail(str(error), error.message, error.remedy, as_json=as_json, details=error.details)
         raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as error:
         console.say("Interrupted.")
@@ -50,11 +51,13 @@ def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _fail(text: str, message: str, remedy: str, *, as_json: bool) -> None:
+def _fail(
+    text: str, message: str, remedy: str, *, as_json: bool, details: Mapping[str, object] = MappingProxyType({})
+) -> None:
     rank = _rank()
     console.say(f"error{f' in process {rank}' if rank else ''}: {text}")
     if as_json and not rank:
-        console.emit_json({"error": message, "remedy": remedy})
+        console.emit_json(json_safe({"error": message, "remedy": remedy, **details}))
 
 
 def _rank() -> int:

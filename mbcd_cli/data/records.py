@@ -37,8 +37,9 @@ class Media:
         unit: "s" (seconds) or "frame" (zero-based native frames, stop exclusive).
         computed: for flow that is computed from the RGB video `path`, the frames from one picture of a pair to the
             other; 0 where flow is stored. For sound, the same of `clock`.
-        rate: frames per second: for a video file with a span in seconds those on which views sample, whatever its own
-            are; for a folder of frames, and sound whose `clock` is one, the folder's own, which no file tells.
+        rate: frames per second: for a video file with a span in seconds, or of one clip whose `frames` are counted at
+            it, those on which views sample, whatever its own are; for a folder of frames, and sound whose `clock` is
+            one, the folder's own, which no file tells.
         clock: for sound with a span in frames, the video whose frame times those frames have; for sound that follows
             the frames of another modality's views, that modality's file; for stored flow, the video that it was made
             of, where that tells how many frames it should have.

@@ -78,8 +78,12 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
             ("clip", "modality", "file", "cause", "remedy"),
             _rejected_rows(rejected, settings),
         )
+    listed = [
+        {"clip": r.clip, "modality": r.modality, "file": r.file, "cause": r.cause, "remedy": r.remedy} for r in rejected
+    ]
     if len(bad) == total:
-        raise CacheError(f"All {len(bad)} clips of {listing.name} were rejected.", "The table above says why.")
+        message = f"All {len(bad)} clips of {listing.name} were rejected."
+        raise CacheError(message, "The table above says why.", {"clips": total, "rejected": listed})
     return {
         "dataset": listing.name,
         "cache": str(settings.cache.dir / listing.name),
@@ -87,10 +91,7 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
         "domains": list(listing.domains),
         "classes": len(listing.label_names),
         "modalities": done,
-        "rejected": [
-            {"clip": r.clip, "modality": r.modality, "file": r.file, "cause": r.cause, "remedy": r.remedy}
-            for r in rejected
-        ],
+        "rejected": listed,
         "exit_code": 3 if len(bad) > settings.dataset.max_bad else 0,
     }
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 
 from mbcd_cli.data.media.decoding import Decoded
+from mbcd_cli.data.media.timeline import Deadline
 
 
 def crash(index, clip, views, job):
@@ -22,6 +24,14 @@ def stall(index, clip, views, job):
     """Never answers on clip c1."""
     if clip.id == "c1":
         threading.Event().wait()
+    return Decoded(index, views, [(np.full(3, index, np.float32),)])
+
+
+def granted(index, clip, views, job):
+    """Takes a second on clip c1, as its own deadline allows."""
+    if clip.id == "c1":
+        Deadline(Path(__file__), pixels=10**7)
+        time.sleep(1)
     return Decoded(index, views, [(np.full(3, index, np.float32),)])
 
 

@@ -362,6 +362,14 @@ def test_a_stalled_decoder_costs_only_its_own_clip(monkeypatch):
     assert "did not finish within" in results[1].rejected.cause
 
 
+def test_a_worker_has_the_time_that_its_decoder_gives_itself(monkeypatch):
+    """What many pixels may take is known to the decoder, not to who waits for it."""
+    monkeypatch.setattr(decoding, "decode", decoders.granted)
+    monkeypatch.setattr(decoding, "patience", lambda clip, name: 0.3 if clip.id == "c1" else 300.0)
+    with decoding.Decoder(workers=2, job=JOB) as decoder:
+        assert [r.rejected for r in decoder.run(numbered(4))] == [None] * 4
+
+
 def test_workers_killed_in_the_midst_of_an_answer_cost_nothing(monkeypatch, tmp_path):
     """The pipe of a dead worker ends, whatever part of an answer stands in it; the clip is decoded once more."""
     monkeypatch.setattr(decoding, "decode", decoders.large)

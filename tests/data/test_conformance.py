@@ -8,7 +8,8 @@ from pathlib import Path
 import conformance
 import numpy as np
 import pytest
-from conformance import CODINGS, FFMPEG, STRICT, Coding, differences, encode, every, numbers_of, shown
+from conformance import FFMPEG, STRICT, Coding, differences, encode, every, numbers_of, shown
+from kinds import CODINGS, cuts
 
 from mbcd_cli.data.media import timeline, video
 from mbcd_cli.data.media.flow import read_flow
@@ -70,7 +71,7 @@ def test_seconds_are_the_file_s_own(tmp_path, suffix):
 @pytest.mark.parametrize("name", ["h264 closed", "hevc open"])
 def test_lossless_cuts(tmp_path, name):
     source = made(tmp_path, name, ".mp4")
-    paths = conformance.cuts(tmp_path / "cuts", source, 1.92, [".mp4"])
+    paths = cuts(tmp_path / "cuts", source, 1.92, [".mp4"])
     assert len(paths) > 8
     # Which frames at a cut's ends can be decoded differs between FFmpeg's versions: PyAV's own decides.
     truth = {path: conformance.shown_by_pyav(path) for path in paths.values()}

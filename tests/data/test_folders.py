@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,9 @@ from mbcd_cli.data.media.flow import read_flow
 from mbcd_cli.data.media.folders import counts_from, frames_of, names_digest
 from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.media.video import read_frames
+from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.frames import FrameSampling
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
@@ -243,3 +247,29 @@ def test_a_recordings_folder_is_listed_once_for_all_its_clips(tmp_path, monkeypa
     assert len(listed) <= 2
     (folder / "frame_0000000003.jpg").unlink()
     assert names_digest(folder) != digest
+
+
+def test_folders_that_count_from_0_and_from_1_are_told(tmp_path):
+    """Where nothing says that a folder lost its frame 0, it counts from 1: only its like show that it may have."""
+    for name, first in (("a", 0), ("b", 0), ("c", 1)):
+        write_frames(tmp_path / name, numbered_frames(6), first=first)
+    clips = [Media(tmp_path / name, start=1, stop=4, unit="frame") for name in "abc"]
+    (text,) = VideoModality().warnings(clips, name="video")
+    assert text.startswith("video: 2 folders of frames have a frame 0")
+    assert str(tmp_path / "c") in text
+    assert VideoModality().warnings(clips[:2], name="video") == []
+    assert VideoModality().warnings([Media(clip.path) for clip in clips], name="video") == []
+
+
+def test_sound_follows_the_frames_of_a_folder(tmp_path):
+    """By the rate that the manifest gives: frames 5 to 15 of 20 at 10 per second are the second half of a second on."""
+    folder = write_frames(tmp_path / "clip", numbered_frames(20))
+    samples = tone(2.0)
+    sound = Media(write_wav(tmp_path / "a.wav", samples), clock=folder, rate=10.0)
+    kind = AudioModality(follow="video", followed=FrameSampling(frames=2, interval=0))
+    (span,), sounds = kind.sounds(sound, [None], dataset=DATASET)
+    assert (span.start, span.stop) == (0.5, 1.5)
+    np.testing.assert_allclose(sounds[span][0], samples[4000:12000], atol=1e-4)
+    with pytest.raises(MediaError, match="nothing tells their times") as caught:
+        kind.sounds(replace(sound, rate=None), [None], dataset=DATASET)
+    assert "fps" in caught.value.remedy

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pickle
 import struct
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -172,6 +175,17 @@ def test_sizes_that_decoders_pad(tmp_path, width, height):
     got = read_frames(Media(write_video(tmp_path / "a.avi", frames)), every, dataset=DATASET)
     assert got.shape == frames.shape
     assert np.abs(got.astype(int) - frames).mean() < 12
+
+
+def test_a_clip_s_own_file_of_another_rate_shows_the_annotated_moments(tmp_path):
+    """Half the frames at half the rate are the whole clip; half of the clip is said."""
+    path = write_video(tmp_path / "a.mp4", numbered_frames(20), fps=10)
+    for frames, rate, expected in ((40, 20.0, [n // 2 for n in range(40)]), (10, 5.0, [2 * n for n in range(10)])):
+        got = read_frames(Media(path, frames=frames, rate=rate), every, dataset=REJECT)
+        assert frame_numbers(got) == expected
+    assert frame_numbers(read_frames(Media(path, frames=21, rate=10.0), every, dataset=REJECT)) == list(range(20))
+    short = Media(path, frames=80, rate=20.0)
+    assert "20 frames where the annotation gives 80" in cause(lambda: read_frames(short, every, dataset=REJECT))
 
 
 def test_too_few_frames(tmp_path):
@@ -408,6 +422,52 @@ def test_flow_frames_missing_in_one_direction(tmp_path):
     got = read_flow(folders, every, dataset=DATASET).astype(int)
     assert np.abs(got[..., 0] + got[..., 1] - 255).max() <= 4  # both directions are of the same moment
     assert "1 of 8 frames are missing" in cause(lambda: read_flow(folders, every, dataset=REJECT))
+
+
+def test_flow_files_out_of_step_are_named(tmp_path):
+    """One direction begins two frames later by its own time stamps, or lacks a frame in its middle."""
+    u, v = flow_pair()
+    first = write_video(tmp_path / "a_u.mp4", u)
+    late = restamped(write_video(tmp_path / "b.mp4", v[2:]), tmp_path / "b_v.mkv", lambda n: n + 2)
+    gap = restamped(write_video(tmp_path / "c.mp4", v[:-1]), tmp_path / "c_v.mkv", lambda n: n + (n > 3))
+    shifted = restamped(write_video(tmp_path / "d.mp4", v), tmp_path / "d_v.mkv", lambda n: n + 1)
+    for path, number in ((late, 0), (gap, 4), (shifted, 0)):
+        for span in ({}, {"start": 0.0, "stop": 0.4}):
+            why = cause(lambda media=Media(first, path, **span): read_flow(media, every, dataset=DATASET))
+            assert why.startswith(f"its frame {number} is shown at ")
+    same = restamped(first, tmp_path / "same.mkv", lambda n: n)
+    assert len(read_flow(Media(first, same), every, dataset=REJECT)) == len(u)
+
+
+def restamped(source: Path, target: Path, place: Callable[[int], int]) -> Path:
+    """The frames of a video, the n-th of them shown at the place of another."""
+    with av.open(str(source)) as container, av.open(str(target), "w") as out:
+        stream = out.add_stream_from_template(container.streams.video[0])
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+        step = packets[1].pts - packets[0].pts
+        for number, packet in enumerate(packets):
+            packet.pts = packet.dts = place(number) * step
+            packet.stream = stream
+            out.mux(packet)
+    return target
+
+
+def test_flow_folders_of_which_one_lacks_its_first_frame(tmp_path):
+    """The other one counts from 0: so do the spans of both."""
+    u, v = flow_pair()
+    folders = Media(
+        write_frames(tmp_path / "f/u", u, first=0),
+        write_frames(tmp_path / "f/v", v, first=0),
+        start=1,
+        stop=5,
+        unit="frame",
+    )
+    whole = read_flow(folders, every, dataset=REJECT)
+    (tmp_path / "f/u/frame_0000000000.jpg").unlink()
+    np.testing.assert_array_equal(read_flow(folders, every, dataset=REJECT), whole)
+    begin, notes = replace(folders, start=0), []
+    assert len(read_flow(begin, every, dataset=DATASET, notes=notes)) == 5
+    assert "the first is frame_0000000000.jpg" in notes[0]
 
 
 def test_flow_has_one_frame_fewer_than_its_span(tmp_path):

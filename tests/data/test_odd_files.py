@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
+from conformance import numbers_of
 from helpers import numbered_frames, write_frames, write_video
+from test_whole import video
 
+from mbcd_cli.data.media import timeline
+from mbcd_cli.data.media.checks import allowed_seconds
+from mbcd_cli.data.media.condition import condition
+from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.media.timeline import beginning
 from mbcd_cli.data.media.video import _upright, read_frames, timeline_of
 from mbcd_cli.data.readers.table import path_fault
@@ -18,6 +26,7 @@ from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
 
 DATASET = DatasetSettings()
+STRICT = DatasetSettings(missing_frames="reject", min_frames=1)
 
 
 def every(count: int) -> np.ndarray:
@@ -54,6 +63,56 @@ def test_decimal_times_behind_a_prefix_are_no_numbers(tmp_path):
         path.rename(folder / f"t_0.1{number}.jpg")
     with pytest.raises(MediaError, match="t_0"):
         read_frames(Media(folder), every, dataset=DATASET)
+
+
+def test_a_deadline_has_time_for_bytes_and_pixels(tmp_path, monkeypatch):
+    path, clock, told = tmp_path / "a.mp4", SimpleNamespace(now=0.0), []
+    path.write_bytes(bytes(2_000_000))
+    monkeypatch.setattr(timeline.time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(timeline.Deadline, "told", told.append)
+    assert allowed_seconds(path) == 32
+    for pixels, seconds in ((0, 32), (640 * 480 * 1000, 32 + 30.72)):
+        clock.now = 0.0
+        deadline = timeline.Deadline(path, pixels=pixels)
+        clock.now = seconds - 0.1
+        deadline.check()
+        clock.now = seconds + 0.1
+        with pytest.raises(MediaError, match=f"did not finish within {seconds:.0f} s"):
+            deadline.check()
+    assert told == [pytest.approx(62.72)]
+
+
+def test_a_time_stamp_said_twice_belongs_to_two_frames(tmp_path):
+    """Those after it keep their own times."""
+    path = video(tmp_path / "a.avi", 100)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "b.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(p for p in source.demux(video=0) if p.size):
+            packet.pts = packet.dts = 4 if number == 5 else number + 50 * (number > 50)
+            packet.stream = stream
+            target.mux(packet)
+    assert timeline_of(tmp_path / "b.mkv").starts[[4, 5, 6, 51]] == pytest.approx([0.16, 0.16, 0.24, 4.04], abs=1e-3)
+    for span, expected in (
+        ({}, range(100)),
+        ((0.4, 0.8), range(10, 20)),
+        ((0.16, 0.28), (4, 5, 6)),
+        ((4.4, 4.8), range(60, 70)),
+    ):
+        media = Media(tmp_path / "b.mkv", *([None, *span] if span else []))
+        assert numbers_of(read_frames(media, every, dataset=STRICT)) == list(expected)
+
+
+def test_loops_of_links_are_said(tmp_path):
+    """A link to itself, two that lead to each other, and one on the way: of a video, a sound, a folder of frames."""
+    (tmp_path / "self.mp4").symlink_to("self.mp4")
+    (tmp_path / "a.wav").symlink_to("b.wav")
+    (tmp_path / "b.wav").symlink_to("a.wav")
+    (tmp_path / "round").symlink_to("round")
+    for path in (tmp_path / "self.mp4", tmp_path / "a.wav", tmp_path / "round", tmp_path / "round/a.mp4"):
+        for read in (partial(read_frames, choose=every), read_audio):
+            with pytest.raises(MediaError, match="symbolic links"):
+                read(Media(path), dataset=DATASET)
+        assert condition(Media(path))
 
 
 def test_endless_names_are_bad_lines():

@@ -7,13 +7,15 @@ printed per codec and per container.
 from __future__ import annotations
 
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import conformance
 import numpy as np
 import pytest
-from conformance import CODINGS, FFMPEG, ILLEGIBLE, SUFFIXES, differences, encode, every, numbers_of, rewrap, shown
+from conformance import FFMPEG, ILLEGIBLE, differences, encode, every, numbers_of, rewrap, shown
+from kinds import CODINGS, SUFFIXES, cuts, wrappings
+from tally import Tally
 
 from mbcd_cli.data.media import timeline, video
 from mbcd_cli.data.media.video import read_frames
@@ -39,36 +41,24 @@ def _compared(path: Path, truth: conformance.Shown) -> tuple[list[str], str]:
         return [], error.cause
 
 
-class Tally:
-    """Counts per kind, printed at the end of the module."""
+def looked(tally: Tally, codec: str, path: Path, *, stream: int = 0) -> list[str]:
+    """Compares one file; what differs. Files that ffmpeg itself shows nothing of do not count.
 
-    def __init__(self) -> None:
-        self.files: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self.causes: list[str] = []
-
-    def look(self, codec: str, path: Path, *, stream: int = 0) -> list[str]:
-        """Compares one file; what differs. Files that ffmpeg itself shows nothing of do not count."""
-        truth = shown(path, stream=stream)
-        if truth is None:
-            return []
-        wrong, cause = _compared(path, truth)
-        outcome = "illegible" if ILLEGIBLE in truth.numbers else "equal"
-        if wrong or cause:
-            # Of a cut within a group of pictures another FFmpeg shows a frame more or less at its ends.
-            plain = conformance.shown_by_pyav(path, stream)
-            outcome = "rejected" if cause else "wrong"
-            if plain is not None and _compared(path, plain) == ([], ""):
-                wrong, outcome, cause = [], _OTHER_FFMPEG, _OTHER_FFMPEG
-        if cause:
-            self.causes.append(f"{codec} {path.name}: {cause}")
-        for kind in (codec, path.suffix, "all"):
-            self.files[kind][outcome] += 1
-        return wrong
-
-    def close(self) -> None:
-        """Prints the counts. `illegible`: equal, and not every number can be read."""
-        lines = [f"{kind:12} {dict(counts)}" for kind, counts in self.files.items()]
-        print("\n" + "\n".join([*lines, *self.causes]), file=sys.stderr)
+    `illegible` in the tally: equal, and not every number can be read.
+    """
+    truth = shown(path, stream=stream)
+    if truth is None:
+        return []
+    wrong, cause = _compared(path, truth)
+    outcome = "illegible" if ILLEGIBLE in truth.numbers else "equal"
+    if wrong or cause:
+        # Of a cut within a group of pictures another FFmpeg shows a frame more or less at its ends.
+        plain = conformance.shown_by_pyav(path, stream)
+        outcome = "rejected" if cause else "wrong"
+        if plain is not None and _compared(path, plain) == ([], ""):
+            wrong, outcome, cause = [], _OTHER_FFMPEG, _OTHER_FFMPEG
+    tally.add(codec, path, outcome, cause)
+    return wrong
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +86,7 @@ def test_every_codec_in_every_container(tmp_path, monkeypatch, tally, name):
         source = source or path
         if path is not None:
             monkeypatch.setattr(timeline, "_HELD_BYTES", (64 * 2**20, 0)[number % 2])  # a long recording is sought in
-            wrong += tally.look(codec, path)
+            wrong += looked(tally, codec, path)
     assert wrong == []
 
 
@@ -109,12 +99,12 @@ def test_every_wrapping(tmp_path, monkeypatch, tally, name, held):
     if source is None:
         pytest.skip("its encoder is not there")
     seconds = CODINGS[name].frames / 25
-    paths = conformance.wrappings(tmp_path / "wrapped", source, seconds)
+    paths = wrappings(tmp_path / "wrapped", source, seconds)
     if held:
         cut = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".flv", ".ts", ".mpg", ".nut")
-        paths |= conformance.cuts(tmp_path / "cuts", source, seconds, cut)
+        paths |= cuts(tmp_path / "cuts", source, seconds, cut)
     valid = [path for path in paths.values() if path.suffix not in _NOT_VALID.get(codec, ())]
-    assert [line for path in valid for line in tally.look(codec, path)] == []
+    assert [line for path in valid for line in looked(tally, codec, path)] == []
 
 
 def test_enough_is_accepted(tally):

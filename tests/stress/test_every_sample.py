@@ -9,13 +9,12 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
-import sys
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from tally import Tally
 
 from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.records import Media
@@ -104,24 +103,6 @@ def make(path: Path, codec: str, rate: int, kind: str, seed: int) -> bool:
     channels = 2 if kind == "two channels" else 1
     written = ffmpeg(*sound, *picture, "-map", "0:a", "-c:a", codec, "-ac", channels, "-strict", -2, path, data=raw)
     return written is not None and path.is_file()
-
-
-class Tally:
-    """Counts per container, printed at the end."""
-
-    def __init__(self) -> None:
-        self.files: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self.causes: list[str] = []
-
-    def add(self, codec: str, path: Path, outcome: str, cause: str = "") -> None:
-        for kind in (path.suffix, codec, "all"):
-            self.files[kind][outcome] += 1
-        if cause:
-            self.causes.append(f"{codec} {path.name}: {cause}")
-
-    def close(self) -> None:
-        lines = [f"{kind:14} {dict(counts)}" for kind, counts in self.files.items()]
-        print("\n" + "\n".join([*lines, *self.causes]), file=sys.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -31,18 +31,22 @@ from mbcd_cli.settings import DatasetSettings
 
 _HANDED = 4
 """Clips that a worker is handed at most, the one in its hands included: it never waits for this process."""
+_OUTER = 2
+"""By how much those who wait are more patient than the decoder itself."""
+_PAUSES = (0.01, 0.1, 1.0)
+"""Seconds before another attempt to start a worker."""
 _STARTS = 3
 """Workers in a row that may end before they begin."""
 
 
 def patience(clip: Clip, name: str) -> float:
-    """Seconds after which a worker that decodes a clip is given up.
+    """Seconds after which a worker that decodes a clip is given up, unless its decoder takes more (`Deadline.told`).
 
-    The decoder itself stops after `allowed_seconds`; twice that is for one that no longer answers (a file system that
-    hangs).
+    The decoder itself stops after `allowed_seconds`; `_OUTER` times that is for one that no longer answers (a file
+    system that hangs).
     """
     media = clip.media[name]
-    return 2 * allowed_seconds(media.path, media.path_v, media.clock)
+    return _OUTER * allowed_seconds(media.path, media.path_v, media.clock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,10 @@ def _serve(connection: Connection) -> None:
 
     One thread per worker: the workers are the parallelism. Ctrl-C is the parent's to handle.
     """
+    from mbcd_cli.data.media.timeline import Deadline
+
     cv2.setNumThreads(1)
+    Deadline.told = connection.send
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -138,16 +145,22 @@ class _Worker:
     Attributes:
         tasks: handed to it and not answered; it is at the first.
         since: when it began with that one; infinite before it said that it is there.
+        granted: until when its decoder itself may take, of that one.
     """
 
     process: BaseProcess
     connection: Connection
     tasks: deque[_Task] = field(default_factory=deque)
     since: float = math.inf
+    granted: float = 0.0
 
     @property
     def deadline(self) -> float:
-        return self.since + self.tasks[0].patience if self.tasks else math.inf
+        return max(self.since + self.tasks[0].patience, self.granted) if self.tasks else math.inf
+
+    def begin(self) -> None:
+        """It turns to the next task."""
+        self.since, self.granted = time.monotonic(), 0.0
 
     def end(self) -> None:
         self.connection.close()
@@ -224,7 +237,7 @@ class Decoder:
             task = todo.popleft()
             task.block = self._blocks.lend()
             if not worker.tasks and worker.since < math.inf:
-                worker.since = time.monotonic()
+                worker.begin()
             worker.tasks.append(task)
             with contextlib.suppress(OSError):  # it has just ended, which is heard next
                 worker.connection.send((task.block, decode, task.item))
@@ -235,9 +248,13 @@ class Decoder:
         )
         ours, its = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(its,), daemon=True)
-        try:
-            process.start()
-        except (OSError, EOFError):  # the fork server has just been killed; the next start brings a new one
+        for pause in _PAUSES:
+            try:
+                process.start()
+                break
+            except (OSError, EOFError):  # the fork server was killed; once it is gone, a start brings a new one
+                time.sleep(pause)
+        else:
             process.start()
         its.close()
         return _Worker(process, ours)
@@ -254,11 +271,15 @@ class Decoder:
                 except (EOFError, OSError):
                     self._lose(worker, todo, done, "the decoder crashed on this file")
                     continue
+                if isinstance(answer, float):  # the seconds of its decoder's own deadline
+                    worker.granted = max(worker.granted, time.monotonic() + _OUTER * answer)
+                    continue
                 if worker.since < math.inf:
                     self._take(worker.tasks.popleft(), answer, done)
-                worker.since, self._lost_starts = time.monotonic(), 0
+                worker.begin()
+                self._lost_starts = 0
             elif worker.deadline <= time.monotonic():
-                limit = worker.tasks[0].patience
+                limit = worker.deadline - worker.since
                 self._lose(worker, todo, done, f"the decoder did not finish within {limit:.0f} s")
 
     def _take(self, task: _Task, answer: object, done: dict[int, Decoded]) -> None:

@@ -6,6 +6,7 @@ Letters: N frames chosen, T frames, H W pixels; the two channels are u (to the r
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import cv2
@@ -14,6 +15,7 @@ import numpy as np
 from mbcd_cli.data.media.arrays import load_npy
 from mbcd_cli.data.media.checks import REPLACE, Choose, Notes, chosen_indices, is_folder, span_in_frames, tolerate
 from mbcd_cli.data.media.folders import beginnings, counts_from, folder_span, frames_of, read_folder
+from mbcd_cli.data.media.timeline import Timeline
 from mbcd_cli.data.media.video import read_frames, resize_short_side, timeline_of
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
@@ -86,9 +88,14 @@ def _told_by_video(media: Media) -> Media:
 
 
 def _read_pair(media: Media, choose: Choose, *, dataset: DatasetSettings, notes: Notes) -> list[np.ndarray]:
-    """The same frames [N, H, W] of both files, among those that both have."""
+    """The same frames [N, H, W] of both files, among those that both have.
+
+    Raises:
+        MediaError: the files are not in step, or of lengths that differ by more than rounding.
+    """
     pair = (media, replace(media, path=media.path_v, path_v=None))
     counts = [0, 0]
+    timelines: list[Timeline | None] = [None, None]
     limit: int | None = None
 
     def read(side: int) -> np.ndarray:
@@ -96,9 +103,11 @@ def _read_pair(media: Media, choose: Choose, *, dataset: DatasetSettings, notes:
             counts[side] = count
             return choose(count if limit is None else limit)
 
-        return read_frames(pair[side], counted, dataset=dataset, notes=notes, slack=1)[..., 0]
+        told = partial(timelines.__setitem__, side)
+        return read_frames(pair[side], counted, dataset=dataset, notes=notes, slack=1, told=told)[..., 0]
 
     both = [read(0), read(1)]
+    _check_in_step(media, *timelines)
     if counts[0] == counts[1]:
         return both
     cause = f"{counts[1]} frames, and its other direction {media.path.name} has {counts[0]}"
@@ -107,6 +116,23 @@ def _read_pair(media: Media, choose: Choose, *, dataset: DatasetSettings, notes:
     tolerate(media.path_v, cause, dataset, notes, used="the frames that both have")
     limit = min(counts)
     return [read(0), read(1)]
+
+
+def _check_in_step(media: Media, u: Timeline | None, v: Timeline | None) -> None:
+    """Frames of one number are shown at one time in both files.
+
+    Raises:
+        MediaError: one file begins later, or lacks a frame in its middle.
+    """
+    if u is None or v is None:
+        return
+    moments = [one.starts[: min(len(u), len(v))] + one.zero for one in (u, v)]
+    apart = np.abs(moments[0] - moments[1]) > u.step / 2
+    if apart.any():
+        number = int(apart.argmax())
+        ours, others = (float(at[number]) for at in reversed(moments))
+        cause = f"its frame {number} is shown at {ours:.3f} s, that of {media.path.name} at {others:.3f} s"
+        raise MediaError(media.path_v, cause, "Make the flow of this clip again.")
 
 
 def _flow_array(media: Media, choose: Choose, *, dataset: DatasetSettings, bound: float, notes: Notes) -> np.ndarray:

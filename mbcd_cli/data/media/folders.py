@@ -9,10 +9,12 @@ Letters: N frames chosen or in a folder, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -78,12 +80,44 @@ def frames_of(folder: Path) -> Frames:
     return _frames(folder, _changed(folder))
 
 
-def counts_from(folder: Path) -> int:
-    """`Frames.base` of a folder; 1 where its frames cannot be told, which is said when it is decoded."""
+def count_frames(folder: Path) -> int:
+    """Frames of a folder that holds one clip, with those that are missing between its first and its last.
+
+    Raises:
+        MediaError: as `frames_of`.
+    """
+    numbers = frames_of(folder).numbers
+    return int(numbers[-1] - numbers[0]) + 1
+
+
+def counting_differs(media: Sequence[Media]) -> str:
+    """What to know of folders of frames, some of which count from 0 and others from 1, where spans are counted."""
+    folders = dict.fromkeys(one.path for one in media if (one.start, one.stop) != (None, None) and _is_dir(one.path))
+    begins: dict[int, list[Path]] = {}
+    for folder in folders:
+        begins.setdefault(counts_from(folder), []).append(folder)
+    if len(begins) < 2:
+        return ""
+    return (
+        f"{len(begins[0])} folders of frames have a frame 0, from which spans count, and {len(begins[1])} have none "
+        f"and count from 1, the first {begins[1][0]}: where it lost its frame 0, its clips are one frame late"
+    )
+
+
+def _is_dir(path: Path) -> bool:
     try:
-        return _summary(folder, _changed(folder))[0]
-    except MediaError:
-        return 1
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def counts_from(*folders: Path | None) -> int:
+    """The least `Frames.base` of folders; 1 where their frames cannot be told, which is said when they are decoded."""
+    bases = [1]
+    for folder in folders:
+        with contextlib.suppress(MediaError):
+            bases += [_summary(folder, _changed(folder))[0]] if folder is not None else []
+    return min(bases)
 
 
 def names_digest(folder: Path) -> str:
@@ -170,7 +204,9 @@ def folder_span(media: Media, frames: Frames) -> tuple[int, int]:
     Raises:
         MediaError: the span is in seconds, and nothing says how many frames there are in one.
     """
-    start, stop, base = media.start, media.stop, frames.base
+    start, stop = media.start, media.stop
+    # Of a pair that counts from 0 one folder may lack its first frame.
+    base = counts_from(media.path, media.path_v)
     if start is None and stop is None:
         return int(frames.numbers[0]), int(frames.numbers[-1]) + 1
     if media.unit == "s":

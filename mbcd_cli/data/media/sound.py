@@ -9,13 +9,10 @@ Letters: S samples.
 
 from __future__ import annotations
 
-import mmap
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +22,7 @@ from mbcd_cli.data.media.checks import REPLACE, Notes, check_present, file_versi
 from mbcd_cli.data.media.soundtrack import Soundtrack
 from mbcd_cli.data.media.timeline import open_container
 from mbcd_cli.data.media.video import frame_times
+from mbcd_cli.data.media.whole import check_length, check_whole
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
@@ -179,26 +177,19 @@ def _plain(path: Path, head: bytes) -> _Plain | None:
     except (soundfile.LibsndfileError, TypeError):  # TypeError: named .raw, and nothing says how to read it
         return None
     # ffmpeg's IMA decoder rounds as the standard says, libsndfile's does not; libsndfile takes the floats of a w64 for
-    # integers; a FLAC from a pipe states no length.
-    if file.format not in _PROVEN or file.subtype.startswith(("MPEG", "IMA")) or file.frames >= _ENDLESS:
+    # integers; a FLAC from a pipe states no length, a wav from one may state 0.
+    if file.format not in _PROVEN or file.subtype.startswith(("MPEG", "IMA")) or not 0 < file.frames < _ENDLESS:
         file.close()
         return None
-    cause = ""
-    if not 0 < file.samplerate <= _HIGHEST_RATE:
-        cause = f"its header claims {file.samplerate} samples per second"
-    elif file.format == "FLAC" and _joins_flac(file_version(path)):
-        cause = "two FLAC files are joined in it, and its header tells of the first only"
-    if cause:
+    try:
+        if not 0 < file.samplerate <= _HIGHEST_RATE:
+            raise MediaError(path, f"its header claims {file.samplerate} samples per second", REPLACE)
+        if file.format == "FLAC":
+            check_whole(path, "flac")
+    except BaseException:
         file.close()
-        raise MediaError(path, cause, REPLACE)
+        raise
     return _Plain(path, file)
-
-
-@lru_cache(maxsize=256)
-def _joins_flac(version: tuple[Path, int, int, int]) -> bool:
-    """Whether a second stream (its marker and the head of its STREAMINFO) begins within a FLAC file."""
-    with version[0].open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return data.find(b"fLaC\0\0\0\x22", 4) >= 0
 
 
 def _span(
@@ -250,69 +241,3 @@ def _tell_gaps(
     if lost:
         cause = f"{lost} packet{'' if lost == 1 else 's'} of its sound cannot be decoded: the data are damaged"
         tolerate(path, cause, dataset, notes, used="what can be decoded")
-
-
-# Of formats that state the length of their samples: the first bytes, those at 8, where the first chunk begins; the
-# bytes of a chunk's name, how its length is packed, whether that counts the chunk's head, to what chunks are padded.
-_CHUNKED = {
-    b"RIFF": (b"WAVE", 12, 4, "<I", False, 2),
-    b"RF64": (b"WAVE", 12, 4, "<I", False, 2),
-    b"FORM": (b"AIF", 12, 4, ">I", False, 2),
-    b"riff": (b"", 40, 16, "<Q", True, 8),  # Sony Wave64
-    b"caff": (b"", 8, 4, ">Q", False, 1),
-}
-_SAMPLES = (b"data", b"SSND")
-_NO_CLAIM = 0xFFFF0000  # recorders that write to a pipe leave a length of 0xFFFFFFFF or close to it
-
-
-def check_length(path: Path) -> bytes:
-    """A file of samples (wav, RF64, aiff, w64, caf, au) that is as long as its header claims; others pass unseen.
-
-    Returns:
-        The file's first bytes.
-
-    Raises:
-        MediaError: missing, empty, shorter than claimed, or so long that the header cannot say it.
-    """
-    check_present(path)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(12)
-        if head.startswith(b".snd"):
-            at, claimed = struct.unpack(">II", head[4:])
-            _compare(path, claimed, size - at, 1, head[:4])
-        form, at, name, packed, counts_head, padding = _CHUNKED.get(head[:4], (b"-", 0, 0, "", False, 1))
-        if not head[8:].startswith(form):
-            return head
-        ahead, block, stated = name + struct.calcsize(packed), 1, None
-        while at + ahead <= size:
-            file.seek(at)
-            kind, (length,) = file.read(name)[:4], struct.unpack(packed, file.read(ahead - name))
-            length -= ahead if counts_head else 0
-            if kind == b"ds64" and at + ahead + 16 <= size:
-                _, stated = struct.unpack("<QQ", file.read(16))
-            if kind == b"fmt " and length >= 16 and at + ahead + 16 <= size:
-                block = max(struct.unpack("<HHIIHH", file.read(16))[4], 1)
-            if kind in _SAMPLES:
-                _compare(path, stated if stated is not None else length, size - at - ahead, block, head[:4])
-                break
-            at += ahead + max(length, 0)
-            at += -at % padding
-    return head
-
-
-def _compare(path: Path, claimed: int, there: int, block: int, kind: bytes) -> None:
-    """Bytes of samples that a header claims, and those that there are after it; `block` bytes a sample."""
-    unit = "samples" if block > 1 else "bytes of sound"
-    if kind in (b"RIFF", b"FORM", b".snd"):
-        if there >= 2**32:  # lengths of 32 bits: wrapped, or none
-            cause = f"its header claims {claimed / 1e9:.1f} GB of sound, and {there / 1e9:.1f} GB are there: a length "
-            cause += "over 4 GB does not fit into it"
-            raise MediaError(path, cause, "Rewrite it: ffmpeg -ignore_length 1 -i IN -c copy -rf64 auto OUT.wav.")
-        if claimed >= _NO_CLAIM:
-            return
-    elif claimed >= 2**63:  # -1: unknown
-        return
-    if there // block < claimed // block:
-        cause = f"cut short: its header claims {claimed // block} {unit}, and {there // block} are there"
-        raise MediaError(path, cause, REPLACE)

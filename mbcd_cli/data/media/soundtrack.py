@@ -22,17 +22,15 @@ from av.stream import Disposition
 
 from mbcd_cli.data.media.checks import REENCODE, REPLACE
 from mbcd_cli.data.media.timeline import Deadline, beginning, open_container
+from mbcd_cli.data.media.whole import check_seconds, mp3_frames
 from mbcd_cli.errors import MediaError
 
 # Containers whose time stamps are a recorder's, not a count of what was read.
 _CLOCKED = ("mov", "matroska", "mpegts", "mpeg", "flv", "asf", "nut", "mxf", "ogg")
-_STATES_LENGTH = ("matroska", "flv", "asf")
 _JITTER = 0.1  # seconds that time stamps may run ahead of the samples; more is a pause, as in ffmpeg's aresample
 _LONGEST_PAUSE = 600.0  # seconds; a longer jump of the time stamps is taken for damage
-_CUT_SHORT = 0.04  # share of the stated length that may be lacking: streams end at different times
 _TOLERATED = 0.1  # share of the packets that may be damaged
 _IN_MEMORY = 32 * 2**20  # bytes of decoded sound; more goes to a temporary file
-_PAGE = 65_307  # bytes of the longest Ogg page
 
 
 class Soundtrack:
@@ -136,7 +134,8 @@ class Soundtrack:
             place += pause + len(block)
             yield block
         if place is None:
-            raise MediaError(self.path, "none of its sound can be decoded", REENCODE)
+            none = "none of its sound can be decoded" if self._packets else "it has a header but no samples"
+            raise MediaError(self.path, none, REENCODE)
         self._check_whole(place)
 
     def _silence(self, samples: int, place: int) -> int:
@@ -187,24 +186,16 @@ class Soundtrack:
         if len(self.faults) > _TOLERATED * self._packets:
             cause = f"{len(self.faults)} of its {self._packets} packets cannot be decoded: the data are damaged"
             raise MediaError(self.path, cause, REENCODE)
-        kind = self._container.format.name
-        stated, end = 0.0, max(self._end, there / self.rate)  # packets need not say how long they are
+        kind, claimed = self._container.format.name, 0
         if kind.startswith("mov"):
             claimed = len(self._stream.index_entries)
-            if self._packets < claimed:
-                cause = f"cut short: it claims {claimed} packets of sound, and {self._packets} are there whole"
-                raise MediaError(self.path, cause, REPLACE)
-        elif kind == "avi":  # whose duration is that of what is there
-            stated = float(self._stream.frames * self._stream.time_base)
-        elif kind.startswith(_STATES_LENGTH):
-            stated = (self._container.duration or 0) / 1e6
-        elif kind == "mp3" and _counts_frames(self.path):
-            stated, end = float((self._stream.duration or 0) * self._stream.time_base), there / self.rate
-        elif kind == "ogg" and not _ends_with_a_page(self.path):
-            cause = f"cut short: it ends within a page, {there / self.rate:.2f} s are there"
+        elif kind == "mp3":  # encoders count the packet that says so, or one that flushes them
+            claimed = (mp3_frames(self.path) or 0) - 2
+        if self._packets < claimed:
+            cause = f"cut short: it claims {claimed} packets of sound, and {self._packets} are there whole"
             raise MediaError(self.path, cause, REPLACE)
-        if stated - end > max(_CUT_SHORT * stated, 0.5):
-            raise MediaError(self.path, f"cut short: it claims {stated:.2f} s, and {end:.2f} s are there", REPLACE)
+        end = max(self._end, there / self.rate)  # packets need not say how long they are
+        check_seconds(self.path, kind, (self._container.duration or 0) / 1e6, end)
 
 
 def _pick(path: Path, container: InputContainer) -> AudioStream:
@@ -240,26 +231,3 @@ def _mono(frame: AudioFrame) -> np.ndarray:
     elif kind.kind == "i":
         values /= 2.0 ** (8 * kind.itemsize - 1)
     return values.mean(axis=0).astype(np.float32, copy=False)
-
-
-def _counts_frames(path: Path) -> bool:
-    """Whether an mp3 says how many frames it has; without, its length is guessed from its first frame."""
-    with path.open("rb") as file:
-        head = file.read(10)
-        if head.startswith(b"ID3"):
-            size = 0
-            for byte in head[6:10]:
-                size = size << 7 | byte & 127
-            file.seek(10 + size)
-            head = b""
-        head += file.read(256)
-    return any(name in head for name in (b"Xing", b"Info", b"VBRI"))
-
-
-def _ends_with_a_page(path: Path) -> bool:
-    """Whether the last page of an Ogg is there to its end (RFC 3533, section 6)."""
-    with path.open("rb") as file:
-        file.seek(max(path.stat().st_size - _PAGE, 0))
-        tail = file.read()
-    page = tail[tail.rfind(b"OggS") :]
-    return len(page) > 26 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])

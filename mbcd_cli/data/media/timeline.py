@@ -10,9 +10,11 @@ Letters: N frames presented, K key frames.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import av
 import numpy as np
@@ -21,6 +23,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from mbcd_cli.data.media.checks import REENCODE, REPLACE, allowed_seconds, check_present
+from mbcd_cli.data.media.whole import check_seconds, check_whole, stated_bytes, why_not_opened
 from mbcd_cli.errors import MediaError
 
 DECODER = "PyAV " + av.__version__ + ", libavcodec " + ".".join(map(str, av.library_versions["libavcodec"]))
@@ -40,20 +43,29 @@ _ONE_FRAME_A_PACKET = (
 )
 _UNTIMED = ("avi", "asf")  # packets have one time only, that of decoding, and frames follow each other in that rhythm
 _RATELESS = ("h264", "hevc", "m4v", "mjpeg", "mpegvideo", "obu", "vc1", "h263", "cavsvideo")  # bare streams
-_STATES_LENGTH = ("flv", "asf")  # of others the length is estimated from what is there
-_CUT_SHORT = 0.04  # share of the stated length that may be lacking: streams end at different times
 _ODD_TIMES = 0.02  # share of the frames that may have the time of the one before
 _PIXELS_PER_SECOND = 1e7  # a slow core on a busy machine decodes more
 _RUN_IN = 1.0  # seconds
 _MOST_FRAMES = 50_000_000  # nine days at 60 frames per second; a damaged index may claim billions
 _HELD_BYTES = 64 * 2**20
 _HIDDEN_VP8 = 0x10  # cleared in the first byte of a frame that only others are predicted from
+_OGG_HEADERS = (b"\x80theora", b"\x81theora", b"\x82theora", b"OVP80")  # where files are joined, they come again
 _IDR = 5
 
 
 _NOTHING = 16  # bytes
-_Row = tuple[int | None, int | None, bool, bool, int]
-"""Of one packet: times of presentation and of decoding, whether it is a key frame, whether it is shown, its bytes."""
+
+
+class _Row(NamedTuple):
+    """Of one packet: times of presentation and of decoding, for how long, a key frame, shown, its bytes, torn."""
+
+    pts: int | None
+    dts: int | None
+    lasts: int
+    key: bool
+    shown: bool
+    size: int
+    torn: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +78,8 @@ class Timeline:
         starts: [N] float64, ascending: seconds at which each frame is first shown, on the file's own timeline, which
             begins with the earliest of its picture and sound streams.
         step: seconds from one frame to the next, as a rule (the median).
+        zero: seconds, by the file's time stamps, at which its own timeline begins.
+        until: seconds to which the last frame is shown, where that is told; it is shown for a `step` at least.
         in_order: nothing but a sequential read tells the frames.
         lost: those of `stamps` that are there and cannot be decoded.
         faults: packets that could not be decoded; told by decoding only.
@@ -75,6 +89,8 @@ class Timeline:
     stamps: np.ndarray
     starts: np.ndarray
     step: float
+    zero: float = 0.0
+    until: float = 0.0
     in_order: bool = False
     lost: tuple[int, ...] = ()
     faults: int = 0
@@ -86,7 +102,7 @@ class Timeline:
     @property
     def end(self) -> float:
         """Seconds at which the last frame ends."""
-        return float(self.starts[-1]) + self.step
+        return max(float(self.starts[-1]) + self.step, self.until)
 
     @property
     def _slack(self) -> float:
@@ -98,11 +114,12 @@ class Timeline:
         A frame that is shown for longer than usual has its middle where a usual one would; a span between two middles
         has the frame that is shown at its start.
         """
-        shown = np.minimum(np.diff(self.starts, append=self.end), self.step)
+        shown = np.minimum(np.diff(self.starts, append=np.inf), self.step)
         middles = self.starts + shown / 2 + self._slack
         first = 0 if start is None else int(np.searchsorted(middles, start))
         last = len(self) if stop is None else int(np.searchsorted(middles, stop))
-        if last <= first < len(self) and start is not None and self.starts[0] <= start + self._slack:
+        there = start is not None and self.starts[0] <= start + self._slack and start < self.end - self.step / 2
+        if last <= first and there:
             first = int(np.searchsorted(self.starts, start + self._slack, side="right")) - 1
             last = first + 1
         return first, last
@@ -113,10 +130,18 @@ class Timeline:
 
 
 class Deadline:
-    """Ends the reading of one file that stalls: after what its bytes, and the `pixels` to be decoded, may take."""
+    """Ends the reading of one file that stalls: after what its bytes, and the `pixels` to be decoded, may take.
+
+    Attributes:
+        told: is given the seconds, where pixels are to be decoded, so that nobody who waits gives up before.
+    """
+
+    told: ClassVar[Callable[[float], None]] = lambda seconds: None
 
     def __init__(self, path: Path, *, pixels: int = 0) -> None:
         self._path, self._seconds = path, allowed_seconds(path) + pixels / _PIXELS_PER_SECOND
+        if pixels:
+            Deadline.told(self._seconds)
         self._at = time.monotonic() + self._seconds
 
     def check(self) -> None:
@@ -131,25 +156,24 @@ def open_container(path: Path) -> InputContainer:
     """A local media file, in a format that names no other file.
 
     Raises:
-        MediaError: missing, empty, a list of other files, or nothing that can be opened.
+        MediaError: missing, empty, a list of other files, nothing that can be opened, or not whole.
     """
     check_present(path)
     try:
-        return av.open(
+        container = av.open(
             f"file:{path.absolute()}",
             options={"protocol_whitelist": "file", "format_whitelist": _FORMATS},
             metadata_errors="replace",
         )
     except (av.FFmpegError, ValueError, OSError) as error:
-        raise MediaError(path, _why_not_opened(path, error), REPLACE) from None
-
-
-def _why_not_opened(path: Path, error: Exception) -> str:
-    with path.open("rb") as file:
-        head = file.read(8)
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide"):
-        return "cut short before its index (moov), or its index is damaged"
-    return f"not a video or sound file that can be opened ({getattr(error, 'strerror', None) or error})"
+        other = f"not a video or sound file that can be opened ({getattr(error, 'strerror', None) or error})"
+        raise MediaError(path, why_not_opened(path) or other, REPLACE) from None
+    try:
+        check_whole(path, container.format.name)
+    except BaseException:
+        container.close()
+        raise
+    return container
 
 
 def beginning(container: InputContainer) -> float:
@@ -187,7 +211,7 @@ class Packets:
         if not pictures:
             raise MediaError(path, "its picture is of a codec that cannot be decoded", REENCODE)
         self._zero = beginning(container)
-        self._end, self._torn, size = 0.0, 0, 0
+        self._end, size = 0.0, 0
         closed: dict[int, set[int | None]] = {index: set() for index in pictures}
         rows: dict[int, list[_Row]] = {index: [] for index in pictures}
         held: dict[int, list[av.Packet]] | None = {index: [] for index in pictures}
@@ -199,11 +223,14 @@ class Packets:
                 index = packet.stream_index
                 if not packet.size or index not in pictures:
                     continue
-                self._torn += packet.is_corrupt
                 shown = not packet.is_discard
                 if pictures[index].codec_context.name == "vp8":
                     shown = shown and bool(memoryview(packet)[0] & _HIDDEN_VP8)
-                rows[index].append((packet.pts, packet.dts, packet.is_keyframe, shown, packet.size))
+                row = _Row(
+                    *(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe),
+                    *(shown, packet.size, packet.is_corrupt),
+                )
+                rows[index].append(row)
                 if packet.is_keyframe and _is_closed(packet, pictures[index]):
                     closed[index].add(packet.pts)
                 if len(rows[index]) > _MOST_FRAMES:
@@ -218,11 +245,15 @@ class Packets:
         self.count = len(rows[self.stream.index])
         # Kept by value: the file may be opened anew, and what belongs to a closed one must not be touched.
         self._codec, self._unit = self.stream.codec_context.name, float(self.stream.time_base)
+        length, begins = self.stream.duration, self.stream.start_time
+        self._ends = begins + length if length and begins is not None else None
         self._rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
         self._rows, promised = rows[self.stream.index], closed[self.stream.index]
-        self.keys = sorted((pts, pts in promised) for pts, _, key, *_ in self._rows if key and pts is not None)
+        self.keys = sorted((row.pts, row.pts in promised) for row in self._rows if row.key and row.pts is not None)
         self.held = held[self.stream.index] if held is not None else None
-        self._check_whole((container.duration or 0) / 1e6)
+        self._alone = len(container.streams) == 1
+        self._stated = (container.duration or 0) / 1e6
+        self._check_whole()
 
     def _note_end(self, packet: av.Packet) -> None:
         moment = packet.pts if packet.pts is not None else packet.dts
@@ -247,8 +278,8 @@ class Packets:
             f"Keep one of them: ffmpeg -i IN -map 0:{candidates[0].index} -map 0:a? -c copy OUT.",
         )
 
-    def _check_whole(self, stated: float) -> None:
-        """Nothing is lacking of what the file claims to hold: frames of an index, bytes, or `stated` seconds."""
+    def _check_whole(self) -> None:
+        """Nothing is lacking of what the file claims to hold: frames of an index, or seconds."""
         there, torn = len(self._rows), self._torn
         # The index of an mp4, cut to what is shown, has a packet for each of its entries.
         claimed = len(self.stream.index_entries) if self._format.startswith("mov") else 0
@@ -260,29 +291,31 @@ class Packets:
             raise MediaError(self.path, f"cut short: {claim}", REPLACE)
         if not there:
             raise MediaError(self.path, "it holds no frames that can be decoded", REENCODE)
-        if self._format.startswith("matroska"):
-            lacking = _segment_lacks(self.path)
-        elif self._format == "avi":  # frames and seconds of its header count what was dropped while recording as well
-            lacking = _riff_lacks(self.path)
-        else:
-            lacking = self._format.startswith(_STATES_LENGTH) and stated - self._end > max(_CUT_SHORT * stated, 0.5)
-        if lacking:
-            cause = f"cut short: it claims {stated:.2f} s, and {self._end:.2f} s are there"
-            raise MediaError(self.path, cause, REPLACE)
+        check_seconds(self.path, self._format, self._stated, self._end)
+
+    @property
+    def _torn(self) -> int:
+        """Packets that are not whole. Where recordings are joined time goes back, and what is before looks torn too."""
+        torn = [number for number, row in enumerate(self._rows) if row.torn]
+        return sum(not self._is_joined_behind(number) for number in torn)
+
+    def _is_joined_behind(self, number: int) -> bool:
+        near = pairwise(self._rows[number : number + 3])
+        return any(row.key and None not in (row.dts, before.dts) and row.dts <= before.dts for before, row in near)
 
     @property
     def tell(self) -> bool:
         """Whether the packets alone say which frames are presented: the proof, for all frames but damaged ones."""
-        shown = [pts for pts, _, _, there, _ in self._rows if there]
+        shown = [row.pts for row in self._rows if row.shown]
         if not self._format.startswith(_TIMED) or self._codec not in _ONE_FRAME_A_PACKET or not shown or None in shown:
             return False
-        first, _, key, *_ = self._rows[0]
+        first, key = self._rows[0].pts, self._rows[0].key
         # Pictures shown before the first key frame may lean on a frame that is not in the file.
         return len(set(shown)) == len(shown) and key and first is not None and first <= min(shown)
 
     def timeline(self, *, without: Collection[int] = (), **known: object) -> Timeline:
         """As the packets have it."""
-        shown = {pts for pts, _, _, shown, _ in self._rows if shown} - set(without)
+        shown = {row.pts for row in self._rows if row.shown} - set(without)
         stamps = np.array(sorted(shown), dtype=np.int64)
         return self._build(stamps, self._seconds(stamps), **known)
 
@@ -291,7 +324,21 @@ class Packets:
 
     def _build(self, stamps: np.ndarray, starts: np.ndarray, **known: object) -> Timeline:
         step = float(np.median(np.diff(starts))) if len(starts) > 1 else 1 / self._rate
-        return Timeline(stamps, starts, step, rateless=self._format in _RATELESS, **known)
+        until = self._last_until() if len(starts) else 0.0
+        return Timeline(stamps, starts, step, self._zero, until, rateless=self._format in _RATELESS, **known)
+
+    def _last_until(self) -> float:
+        """Seconds to which the last frame is shown, as far as its packet or the header of a whole file says."""
+        if self._alone and ((self._format == "flv" and stated_bytes(self.path, "flv")) or "matroska" in self._format):
+            return self._stated - self._zero
+        if not self._format.startswith(_TIMED):
+            return 0.0
+        shown = [row for row in self._rows if row.shown and row.pts is not None]
+        last = max(shown, key=lambda row: row.pts, default=None)
+        until = last.pts + last.lasts if last else 0
+        if self._ends is not None:  # an edit list may end within the frame
+            until = min(until, self._ends)
+        return until * self._unit - self._zero
 
     def decode(self, frames: Iterable[av.VideoFrame | None]) -> Timeline:
         """As a sequential read of the whole file has it.
@@ -303,7 +350,7 @@ class Packets:
             MediaError: nothing can be decoded.
         """
         seen: list[int | None] = []
-        faults, begun = 0, self._rows[0][2]
+        faults, begun = 0, self._rows[0].key
         for frame in frames:
             clean = frame is not None and not frame.is_corrupt
             faults += not clean and begun  # what comes before, of a file that begins within a group, is no damage
@@ -318,10 +365,11 @@ class Packets:
             missing = set(self.timeline().stamps.tolist()) - set(seen)
             # What comes before the first frame leans on one that is not in the file; a packet of a few bytes says
             # that the frame before it stays. Neither is shown, and neither is damage.
-            hidden = {pts for pts, *_, size in self._rows if pts in missing and (size <= _NOTHING or pts < min(seen))}
+            first = min(seen)
+            hidden = {row.pts for row in self._rows if row.size <= _NOTHING or row.pts < first} & missing
             return self.timeline(without=hidden, lost=tuple(sorted(missing - hidden)), faults=faults)
         if self._format in _UNTIMED:
-            times = sorted(dts for _, dts, _, shown, _ in self._rows if shown and dts is not None)[: len(seen)]
+            times = sorted(row.dts for row in self._rows if row.shown and row.dts is not None)[: len(seen)]
         else:
             times = [moment for moment in seen if moment is not None]
         starts = self._seconds(np.array(times, dtype=np.int64))
@@ -332,13 +380,6 @@ class Packets:
         else:  # times that are missing or go back: frames follow each other at the file's rate
             starts = (starts[0] if len(starts) else 0.0) + np.arange(len(seen)) / self._rate
         return self._build(np.arange(len(seen), dtype=np.int64), starts, in_order=True, faults=faults)
-
-
-def _riff_lacks(path: Path) -> bool:
-    """Whether an AVI is shorter than its first bytes say; a live one says nothing, a long one goes on behind them."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8)[4:], "little")
-        return size < 2**32 - 1 and file.seek(0, 2) < size
 
 
 def _is_closed(packet: av.Packet, stream: VideoStream) -> bool:
@@ -393,17 +434,6 @@ def decoded_frames(
         except av.EOFError:
             return
         except (av.FFmpegError, ValueError):
-            yield None
+            if packet is None or not bytes(packet).startswith(_OGG_HEADERS):
+                yield None
         deadline.check()
-
-
-def _segment_lacks(path: Path) -> bool:
-    """Whether a Matroska file ends before its segment does; a live one states no size (RFC 9559, 5.1; RFC 8794, 4)."""
-    with path.open("rb") as file:
-        head = file.read(4096)
-    at = head.find(b"\x18\x53\x80\x67") + 4
-    if at < 4 or not head[at : at + 1] or not head[at]:
-        return False
-    length = 9 - head[at].bit_length()
-    size = int.from_bytes(head[at : at + length], "big") & ((1 << 7 * length) - 1)
-    return size != (1 << 7 * length) - 1 and at + length + size > path.stat().st_size

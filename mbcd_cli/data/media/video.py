@@ -277,7 +277,13 @@ def _video(media: Media) -> Iterator[Video]:
 
 
 def read_frames(
-    media: Media, choose: Choose, *, dataset: DatasetSettings, notes: Notes = None, slack: int = 0
+    media: Media,
+    choose: Choose,
+    *,
+    dataset: DatasetSettings,
+    notes: Notes = None,
+    slack: int = 0,
+    told: Callable[[Timeline], object] | None = None,
 ) -> np.ndarray:
     """Chosen frames of a video file or of a folder of frames, turned upright.
 
@@ -287,6 +293,7 @@ def read_frames(
         dataset: `min_frames` and `missing_frames`.
         notes: collects what was mended (missing frames), if given.
         slack: frames that the span may reach past the end without a word (flow has one fewer than its video).
+        told: is given the file's timeline.
 
     Returns:
         [N, H, W, 3] or [N, 2, H, W, 3] uint8, RGB. The indices of [N] are taken ascending, each once.
@@ -300,8 +307,10 @@ def read_frames(
 
     def pick(timeline: Timeline) -> tuple[np.ndarray, int]:
         mended.clear()
+        if told is not None:
+            told(timeline)
         first, last = _span(media, timeline, dataset=dataset, notes=mended, slack=slack)
-        if media.rate is not None and media.unit == "s":
+        if _has_own_rate(media, timeline):
             numbers = _at_rate(media, media.rate, choose, timeline)
         else:
             numbers = first + chosen_indices(choose, last - first)
@@ -316,6 +325,17 @@ def read_frames(
     return frames
 
 
+def _has_own_rate(media: Media, timeline: Timeline) -> bool:
+    """Whether a clip's frames are those at `media.rate`, whatever the file's own rate is.
+
+    Of a file that holds one clip, where it is as long as its annotation says and has not as many frames.
+    """
+    if media.rate is None or media.unit != "s" or media.frames is None:
+        return media.rate is not None and media.unit == "s"
+    apart = abs(timeline.end - float(timeline.starts[0]) - media.frames / media.rate)
+    return abs(len(timeline) - media.frames) > _FEWER and apart <= _FEWER * max(timeline.step, 1 / media.rate)
+
+
 def _at_rate(media: Media, rate: float, choose: Choose, timeline: Timeline) -> np.ndarray:
     """Native frames shown at the chosen moments of a clip whose frames are counted at `rate` per second."""
     begin = media.start or 0.0
@@ -326,7 +346,7 @@ def _at_rate(media: Media, rate: float, choose: Choose, timeline: Timeline) -> n
 def _span(media: Media, timeline: Timeline, *, dataset: DatasetSettings, notes: Notes, slack: int) -> tuple[int, int]:
     """First frame and end (exclusive) of a clip's span in its file."""
     total, start, stop = len(timeline), media.start, media.stop
-    if media.frames is not None and total < media.frames - _FEWER:
+    if media.frames is not None and total < media.frames - _FEWER and not _has_own_rate(media, timeline):
         cause = f"{total} frames where the annotation gives {media.frames}"
         tolerate(media.path, cause, dataset, notes, used="the frames that are there")
     if media.unit == "frame" or (start is None and stop is None):

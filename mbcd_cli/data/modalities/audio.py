@@ -14,6 +14,7 @@ from mbcd_cli.data.modalities.base import Draws, Modality, Parts, each_file
 from mbcd_cli.data.modalities.frames import FrameSampling, frames_to_sample, sample_indices
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Media
+from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import Count, DatasetSettings, ForWeights, Fraction, NonNegative, Positive
 
 RMS_LEVEL = 0.1
@@ -159,15 +160,28 @@ def followed_spans(media: Media, settings: AudioModality, guides: Sequence[np.ra
         media: sound with its video as `clock`.
         settings: `followed`, as the video samples, and the rate that gives frames times.
         guides: the video views' own random numbers, of which sampling draws the first; None for the test view.
+
+    Raises:
+        MediaError: the frames cannot be told, or are a folder's whose rate nothing tells.
     """
+    from mbcd_cli.data.media.checks import is_folder
+    from mbcd_cli.data.media.folders import count_frames
     from mbcd_cli.data.media.video import timeline_of
 
-    count = len(timeline_of(media.clock)) - media.computed  # flow lies between frames
+    rate = settings.follow_rate
+    if is_folder(media.clock):
+        count, rate = count_frames(media.clock), media.rate
+        if rate is None:
+            cause = f"it follows the frames of {media.clock.name}/, a folder, and nothing tells their times"
+            raise MediaError(media.path, cause, "Give the frames per second in a column `fps`.")
+    else:
+        count = len(timeline_of(media.clock))
+    count -= media.computed  # flow lies between frames
     count = frames_to_sample(count, settings.followed, Media(media.clock))
     spans = []
     for rng in guides:
         pick = sample_indices(count, settings.followed, rng)
-        start, stop = float(pick[0]) / settings.follow_rate, float(pick[-1]) / settings.follow_rate
+        start, stop = float(pick[0]) / rate, float(pick[-1]) / rate
         # In a clip shorter than what is sampled the last frame may come before the first: then all is heard.
         ends = {"start": start, "stop": stop} if stop > start else {"start": None, "stop": None}
         spans.append(replace(media, unit="s", clock=None, computed=0, **ends))

@@ -6,6 +6,7 @@ Letters: N frames decoded, T frames of a view, H W pixels, C channels.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -61,6 +62,13 @@ class FrameModality(FrameSampling, Modality):
             if size > self.short_side:
                 raise ValueError(f"a crop of {size} pixels does not fit a short side of {self.short_side}")
         return self
+
+    def warnings(self, media: Sequence[Media], *, name: str) -> list[str]:
+        """Of folders that count from different numbers."""
+        from mbcd_cli.data.media.folders import counting_differs
+
+        text = counting_differs(media)
+        return [f"{name}: {text}"] if text else []
 
     @abstractmethod
     def read(self, media: Media, choose: Choose, *, dataset: DatasetSettings, notes: list[str] | None) -> np.ndarray:

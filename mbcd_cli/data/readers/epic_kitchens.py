@@ -195,10 +195,11 @@ def _media(kind: str, found: Mapping[str, Found], index: int, row: Mapping[str, 
         rate = None if kind == "audio" else RATE
         return Media(path, second, row["start_s"], row["stop_s"], "s", computed, rate=rate)
     if place[1].layout == CLIP_FILES:
-        frames = row["flow_stop"] - row["flow_start"] if second else row["stop"] - row["start"]
-        return Media(path, second, computed=computed, frames=frames)
+        if second:
+            return Media(path, second, frames=row["flow_stop"] - row["flow_start"])
+        return Media(path, computed=computed, frames=row["stop"] - row["start"], rate=RATE)
     # File names carry the annotation's numbers; spans count from the folder's first number, 0 or 1.
-    base = counts_from(path)
+    base = counts_from(path, second)
     first, last = (row["flow_start"], row["flow_stop"]) if second else (row["start"], row["stop"])
     start = max(first - base, 0)
     return Media(path, second, start, start + last - first, "frame", computed)

@@ -68,11 +68,25 @@ METHODS: dict[str, MethodEntry] = {
     "mbcd-true-class": MethodEntry(
         "mbcd:MBCD", "MBCD whose s_k sums the true class's probability", {"dropout": {"score": "true_class"}}
     ),
+    # From domain generalization with one modality, on fused and per-modality features (docs/methods.md).
+    "mixup": MethodEntry("mixup:Mixup", "convex combinations of clips and labels (ICLR 2018)"),
+    "mixup-domains": MethodEntry("mixup:Mixup", "Mixup of clips of different source domains", {"partner": "domain"}),
+    "coral": MethodEntry("coral:CORAL", "means and covariances of source domains aligned (ECCV Workshops 2016)"),
+    "mmd": MethodEntry("mmd:MMD", "mean embeddings of source domains aligned (CVPR 2018)"),
+    "dann": MethodEntry("dann:DANN", "features that a domain discriminator cannot tell apart (JMLR 2016)"),
+    "sam": MethodEntry("sam:SAM", "gradients from the worst point nearby, for flat minima (ICLR 2021)"),
+    "miro": MethodEntry("miro:MIRO", "pooled features that still tell the pretrained ones (ECCV 2022)"),
+    "swad": MethodEntry(
+        "base:Method", "ERM averaged densely over the valley of its validation loss (NeurIPS 2021)", average="swad"
+    ),
     # Its rivals (docs/methods.md).
     "rna-net": MethodEntry("rna:RNANet", "relative norm alignment (WACV 2022)"),
     "ogm-ge": MethodEntry("ogm:OGMGE", "gradients of the dominant encoder scaled down, and noised (CVPR 2022)"),
     "ogm": MethodEntry("ogm:OGMGE", "OGM-GE without its noise", {"noise": False}),
     "opm": MethodEntry("opm:OPM", "dropout of the dominant modality at the rate of its dominance (T-PAMI 2024)"),
+    "mer-dg": MethodEntry("mer_dg:MERDG", "an entropy term that keeps each encoder's features apart (ICML 2026)"),
+    "agm": MethodEntry("agm:AGM", "gradients of Shapley parts scaled by their pace (ICCV 2023)"),
+    "mmpareto": MethodEntry("mmpareto:MMPareto", "fused and uni-modal gradients at their Pareto point (ICML 2024)"),
     "simmmdg": MethodEntry("simmmdg:SimMMDG", "contrast of shared halves, translation, halves apart (NeurIPS 2023)"),
     "moosa": MethodEntry("moosa:MOOSA", "SimMMDG with entropy-weighted heads, masks and a jigsaw (ECCV 2024)"),
     "cmrf": MethodEntry("cmrf:CMRF", "cross-modal representation flattening by a simple weight average (NeurIPS 2024)"),
@@ -154,8 +168,8 @@ def checked(found: object, name: str) -> type[Method]:
         problem = "it is no subclass of mbcd_cli.methods.base.Method"
     elif not (isinstance(found.Settings, type) and issubclass(found.Settings, MethodSettings)):
         problem = "its Settings are no subclass of mbcd_cli.settings.MethodSettings"
-    elif found.average not in ("none", "ema", "sma"):
-        problem = f"its average is {found.average!r}, not none, ema or sma"
+    elif found.average not in ("none", "ema", "sma", "swad"):
+        problem = f"its average is {found.average!r}, not none, ema, sma or swad"
     elif found.views not in (1, 2):
         problem = f"its views are {found.views!r}, not 1 or 2"
     else:

@@ -215,7 +215,7 @@ class Method(nn.Module):
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     views: ClassVar[int] = 1
     capturable: ClassVar[bool] = True
-    average: ClassVar[Literal["none", "ema", "sma"]] = "none"
+    average: ClassVar[Literal["none", "ema", "sma", "swad"]] = "none"
     average_start: ClassVar[int] = 0
     ticker: ClassVar[tuple[str, ...]] = ("ce_fused",)
     alarms: ClassVar[tuple[Alarm, ...]] = ()

@@ -47,6 +47,19 @@ def distillation(teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return F.kl_div(full_precision(logits).log_softmax(dim=1), teacher, reduction="batchmean")
 
 
+def need_domains(method: str, sources: int) -> None:
+    """Refuse a method that compares source domains where there is one.
+
+    Raises:
+        SettingsError: there is one.
+    """
+    if sources < 2:
+        raise SettingsError(
+            f"Method {method} compares source domains, and there is one.",
+            "Name several with training.source_domains, or train erm.",
+        )
+
+
 def modulation(ratio: torch.Tensor, alpha: float) -> torch.Tensor:
     """1 - tanh(alpha ratio) where the ratio is over 1, else 1; any shape. Not continuous at 1 (OGM-GE, GMP)."""
     return torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)

@@ -187,12 +187,24 @@ class MethodSettings(Slice):
 class AverageSettings(Slice):
     """The average of the student's weights (the teacher); where there is one, it is the deployed model."""
 
-    kind: Literal["none", "ema", "sma"] = "none"
-    """No average, an exponential moving one, or the simple mean of all steps; the default is the method's own."""
+    kind: Literal["none", "ema", "sma", "swad"] = "none"
+    """No average, an exponential one, the mean of all steps, or SWAD's; the default is the method's own."""
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """ema: Theta_EMA <- beta Theta_EMA + (1 - beta) Theta after every step."""
     start: Annotated[int, Field(ge=0)] = 0
-    """Step from which weights are averaged; until then the average is a copy of the student."""
+    """ema, sma: step from which weights are averaged; until then the average is a copy of the student."""
+    converge: Count = 3
+    """swad: epochs (N_s) whose first has their least validation loss where the valley begins."""
+    leave: Count = 6
+    """swad: epochs (N_e) that are all above the threshold where the valley has ended."""
+    tolerance: Annotated[float, Field(ge=1)] = 1.3
+    """swad: the threshold (r), times the mean validation loss of the first N_s epochs of the valley."""
+
+    @model_validator(mode="after")
+    def _swad_starts_itself(self):
+        if self.kind == "swad" and self.start:
+            raise ValueError("start is of ema and sma: swad finds its first epoch itself")
+        return self
 
 
 class OptimizerSettings(Slice):
@@ -398,7 +410,7 @@ class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]
     @classmethod
     def _there_where_it_is_needed(cls, value: AverageSettings, info: ValidationInfo) -> AverageSettings:
         method = info.data.get("method")
-        if method is not None and method.needs_average and value.kind == "none":
+        if method is not None and method.needs_average and value.kind in ("none", "swad"):
             raise ValueError("the method distils from the weight average: set average.kind to ema or sma")
         return value
 

@@ -18,12 +18,13 @@ from mbcd_cli.randomness import Randomness, seed_everything
 from mbcd_cli.runs.trunks import attach_trunks
 from mbcd_cli.runtime import use_channels_last
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import AverageSettings, Settings
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.optimizer import build_optimizer
 from mbcd_cli.training.shared_dropout import share_dropout
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
+from mbcd_cli.training.swad import SWAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def train_with(
     if last:
         weights_channels_last(model)
     _agree(model, group)
-    average = Average(model, settings.average) if settings.average.kind != "none" else None
+    average = build_average(model, settings.average)
     if runtime.compile:
         for one in (model, *([average.model] if average is not None else [])):
             compile_tails(one)
@@ -116,6 +117,13 @@ def train_with(
     if graph:
         run_step = StaticStep(step, randomness=randomness, device=device, required=runtime.cuda_graph == "on", say=say)
     return Training(step=step, randomness=randomness, run_step=run_step)
+
+
+def build_average(model: MultiModalModel, settings: AverageSettings) -> Average | None:
+    """The average of `model`'s weights, or None where there is to be none."""
+    if settings.kind == "none":
+        return None
+    return (SWAD if settings.kind == "swad" else Average)(model, settings)
 
 
 def build_method(kind: type[Method], settings: Settings, context: Context) -> Method:

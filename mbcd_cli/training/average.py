@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +32,9 @@ class Average:
         settings: its kind (not none), beta and first step.
     """
 
+    reads_validation: ClassVar[bool] = False
+    """Whether it is to be told of the student's validation loss (`validated`)."""
+
     def __init__(self, student: MultiModalModel, settings: AverageSettings) -> None:
         self.student = student
         self.settings = settings
@@ -47,6 +51,13 @@ class Average:
         self.followed.append(copied)
         return copied
 
+    @property
+    def tensors(self) -> _Tensors:
+        """What is averaged."""
+        if self._tensors is None:  # not before: modules may move to the device after they are followed
+            self._tensors = _Tensors.of(self._modules)
+        return self._tensors
+
     @torch.no_grad()
     def update(self, step: torch.Tensor) -> None:
         """One averaging step; call it after every optimizer step.
@@ -54,9 +65,7 @@ class Average:
         Args:
             step: how many optimizer steps were done, [] on the device (a captured step reads it anew).
         """
-        if self._tensors is None:  # not before: modules may move to the device after they are followed
-            self._tensors = _Tensors.of(self._modules)
-        mine, theirs = self._tensors.mine, self._tensors.theirs
+        mine, theirs = self.tensors.mine, self.tensors.theirs
         kind, start = self.settings.kind, self.settings.start
         if kind == "ema" and start == 0:
             if mine:
@@ -70,8 +79,18 @@ class Average:
             difference = torch._foreach_sub(theirs, mine)
             torch._foreach_mul_(difference, weight)
             torch._foreach_add_(mine, difference)
-        for own, counter in self._tensors.counters:
+        for own, counter in self.tensors.counters:
             own.copy_(counter)
+
+    def validated(self, loss: float, step: int) -> None:
+        """After step `step` the student's validation loss is `loss`; only called where `reads_validation`."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside `model`: tensors and plain values."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
 
     @torch.no_grad()
     def model_for_evaluation(self) -> MultiModalModel:

@@ -171,7 +171,8 @@ def check_learning(subject: Subject) -> None:
     vectors = [step(batch) for _ in range(40)]
     assert step.layout is not None
     losses = [step.layout.unpack(vector.tolist())["ce_fused"] for vector in vectors]
-    assert losses[-1] < 0.7 * losses[0], f"the fused cross-entropy went from {losses[0]:.3f} to {losses[-1]:.3f}"
+    last = sum(losses[-10:]) / 10  # draws of a step may be hard
+    assert last < 0.7 * losses[0], f"the fused cross-entropy went from {losses[0]:.3f} to {last:.3f}"
 
 
 def check_resume(subject: Subject) -> None:
@@ -183,6 +184,7 @@ def check_resume(subject: Subject) -> None:
     torch.save(
         {
             "weights": weights(whole.step),
+            "average": None if whole.step.average is None else whole.step.average.state(),
             "optimizer": whole.step.optimizer.state_dict(),
             "randomness": whole.randomness.state(),
             "global": global_states(),
@@ -197,6 +199,7 @@ def check_resume(subject: Subject) -> None:
     parts = {"student": again.step.model, "method": again.step.method}
     if again.step.average is not None:
         parts["average"] = again.step.average.model
+        again.step.average.load(state["average"])
     for part, module in parts.items():
         mine = {k.removeprefix(f"{part}."): v for k, v in state["weights"].items() if k.startswith(f"{part}.")}
         module.load_state_dict(mine)

@@ -39,10 +39,11 @@ class Progress:
 
 
 def training_state(progress: Progress, step: TrainStep, randomness: Randomness, run: RunFolder) -> dict[str, Any]:
-    """What a checkpoint holds beside the model: own modules, optimizer, random states, figures, log positions."""
+    """What a checkpoint holds beside the models: own modules, average, optimizer, random states, figures, logs."""
     return {
         "optimizer": step.optimizer.state_dict(),
         "method": step.method.state_dict(),
+        "average": {} if step.average is None else step.average.state(),
         "randomness": randomness.state(),
         "global": global_states(),
         "pending": [[clips, vector] for clips, vector in progress.pending],
@@ -79,6 +80,7 @@ def resume(
         step.model.load_state_dict(saved.student)
         if step.average is not None:
             step.average.model.load_state_dict(saved.teacher or {})
+            step.average.load(state["average"])
         step.method.load_state_dict(state["method"])
         step.optimizer.load_state_dict(state["optimizer"])
         progress.epoch, progress.epoch_step, progress.step = saved.epoch, saved.epoch_step, saved.step

@@ -19,6 +19,7 @@ import torch
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
@@ -265,6 +266,11 @@ class Trainer:
         progress = self.progress
         models = {"student": self.step.model}
         if self.step.average is not None:
+            if self.step.average.reads_validation:  # before the averaged weights are known
+                loss = self._validated(models, SOURCE)["student"]["fused"]["loss"]
+                if loss is None:
+                    self._non_finite("The validation loss is not finite")
+                self.step.average.validated(loss, progress.step)
             models = {"teacher": self.step.average.model_for_evaluation(), **models}
         record: dict[str, Any] = {
             "epoch": progress.epoch + 1,
@@ -273,19 +279,23 @@ class Trainer:
         }
         for key, name in (("validation", SOURCE), ("target", TARGET)):
             if name in self.held_out:
-                clips, group = self.held_out[name].clips, ALONE
-                if len(clips) >= self.group.world:
-                    clips, group = np.array_split(clips, self.group.world)[self.group.rank], self.group
-                record[key] = validation_figures(
-                    models,
-                    lambda clips=clips: self._watched(clips),
-                    device=self.device,
-                    precision=self.settings.runtime.precision,
-                    group=group,
-                )
+                record[key] = self._validated(models, name)
         if any(record["validation"][model]["fused"]["loss"] is None for model in models):
             self._non_finite("The validation loss is not finite")
         return record
+
+    def _validated(self, models: dict[str, MultiModalModel], name: str) -> dict[str, Any]:
+        """`validation_figures` on the clip set `name`, shared among the processes."""
+        clips, group = self.held_out[name].clips, ALONE
+        if len(clips) >= self.group.world:
+            clips, group = np.array_split(clips, self.group.world)[self.group.rank], self.group
+        return validation_figures(
+            models,
+            lambda: self._watched(clips),
+            device=self.device,
+            precision=self.settings.runtime.precision,
+            group=group,
+        )
 
     def _watched(self, clips: np.ndarray) -> Iterator[Batch]:
         for batch in self.feed.testing(clips, batch_size=self.settings.evaluation.batch_size):

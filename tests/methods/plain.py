@@ -133,6 +133,10 @@ class Plain:
         """Gradients by name, as the optimizer takes them."""
         return gradients
 
+    def decay(self, name):
+        """Weight decay of one tensor."""
+        return 1e-2
+
     # ---- the step
 
     def step(self, batch, draws):
@@ -154,7 +158,7 @@ class Plain:
         self.gradients = self.changed({k: g for k, g in zip(keys, found, strict=True) if g is not None}, s)
         with torch.no_grad():
             for key, gradient in self.gradients.items():
-                g, (m, v) = gradient + 1e-2 * self.values[key], self.moments[key]
+                g, (m, v) = gradient + self.decay(key) * self.values[key], self.moments[key]
                 m.copy_(0.9 * m + 0.1 * g)
                 v.copy_(0.999 * v + 0.001 * g * g)
                 step = (m / (1 - 0.9**self.time)) / (torch.sqrt(v / (1 - 0.999**self.time)) + 1e-8)

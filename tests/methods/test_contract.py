@@ -16,6 +16,7 @@ from mbcd_cli.settings import MethodSettings
 from mbcd_cli.training.contract import CHECKS, Subject, check_method
 
 TOLD = {
+    "dann": {"hidden": 16, "ramp": 2},
     "opm": {"start": 0},
     "simmmdg": {"hidden": 16},
     "moosa": {"hidden": 16, "permutations": 12},
@@ -45,9 +46,9 @@ def test_methods_of_the_registry(method, check):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("average", ["none", "ema", "sma"])
+@pytest.mark.parametrize("average", ["none", "ema", "sma", "swad"])
 def test_every_method_may_be_averaged(average, check):
-    CHECKS[check](Subject(Method, {}, {"kind": average, "start": 2}))
+    CHECKS[check](Subject(Method, {}, {"kind": average, "start": 0 if average == "swad" else 2}))
 
 
 class Reversed(torch.autograd.Function):

@@ -155,7 +155,7 @@ def test_a_grid_over_modalities_replaces_their_sets():
     [
         ({"table": 6}, "no such table"),
         ({"targets": "D9"}, "no domain 'D9'"),
-        ({"methods": "mbcd,dann"}, "no method 'dann'"),
+        ({"methods": "mbcd,mcbd"}, "no method 'mcbd'"),
         ({"modality_sets": "vx"}, "not a set of this dataset's modalities"),
         ({"seeds": "0"}, "no seeds"),
         ({"seeds": "a,b"}, "no seeds"),

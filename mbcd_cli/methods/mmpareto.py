@@ -1,0 +1,90 @@
+"""MMPareto: Pareto integration of multi-modal and uni-modal gradients (Wei, Hu, ICML 2024, arXiv 2405.17730).
+
+Letters: M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import torch
+
+from mbcd_cli.data.records import Batch
+from mbcd_cli.methods import gradient_consistency as gcc
+from mbcd_cli.methods.base import Context, Figures, Method, total
+from mbcd_cli.settings import MethodSettings, Positive
+
+FLOOR = 1e-12
+"""Least squared norm, and norm, that is divided by."""
+
+
+class MMParetoSettings(MethodSettings):
+    """MMPareto."""
+
+    unimodal: Literal["joint", "probe"] = "joint"
+    """Uni-modal heads train with their encoders, or only probe detached features, to be reported."""
+    gamma: Positive = 1.5
+    """What every encoder's gradient is multiplied with at last."""
+
+
+class MMPareto(Method):
+    """Every encoder takes gamma s h, h = 2 a m + 2 (1 - a) u, with m = grad CE(fused) and u = grad CE_k.
+
+    a = 1/2 where m and u agree; where m . u < 0 it gives the shortest h, a = u . (u - m) / ||m - u||^2. s, of each
+    tensor, makes h as long as m + u where it is shorter. Heads take the plain sum.
+    """
+
+    Settings = MMParetoSettings
+    settings: MMParetoSettings
+    ticker = ("ce_fused", "share")
+    neutral: ClassVar[dict[str, object]] = {"unimodal": "probe", "gamma": 1.0}
+
+    def __init__(self, settings: MMParetoSettings, context: Context) -> None:
+        super().__init__(settings, context)
+        self._theta = gcc.tail_parameters(context.model)
+
+    def gradients(self, batch: Batch) -> Figures:
+        """Two backward passes: the fused loss's, and one of all uni-modal losses, each with an encoder of its own."""
+        batch = self.at_cut(batch)
+        out = self(batch)
+        terms = self.losses(batch, out)
+        theta = gcc.in_order(self._theta)
+        heads = [p for p in self.context.model.heads.parameters() if p.requires_grad]
+        alone = terms["ce"].value.sum()
+        found = torch.autograd.grad(alone, [*theta, *heads], retain_graph=True, materialize_grads=True)
+        u, own = list(found[: len(theta)]), found[len(theta) :]
+        terms["ce_fused"].value.backward()
+        for head, gradient in zip(heads, own, strict=True):
+            head.grad = gradient
+        m = [torch.zeros_like(p) if p.grad is None else p.grad for p in theta]
+        self.context.group.average_([*m, *u])
+        of_m, of_u, shares = iter(m), iter(u), []
+        for weights in self._theta.values():
+            tensors = list(weights.values())
+            multi, single = [next(of_m) for _ in tensors], [next(of_u) for _ in tensors]
+            share = pareto_share(multi, single)
+            shares.append(share)
+            for parameter, change in zip(tensors, combined(multi, single, share, self.settings.gamma), strict=True):
+                parameter.grad = change
+        return self.figures(batch, out, total(terms).detach(), terms, share=torch.stack(shares))
+
+
+def pareto_share(m: Sequence[torch.Tensor], u: Sequence[torch.Tensor]) -> torch.Tensor:
+    """a, [], of one encoder's gradients m and u by parameter, taken as one vector each."""
+    dot = sum((x * y).sum() for x, y in zip(m, u, strict=True))
+    to_m = sum((y * (y - x)).sum() for x, y in zip(m, u, strict=True))
+    apart = sum((x - y).square().sum() for x, y in zip(m, u, strict=True))
+    return torch.where(dot < 0, to_m / apart.clamp(min=FLOOR), 0.5)
+
+
+def combined(
+    m: Sequence[torch.Tensor], u: Sequence[torch.Tensor], share: torch.Tensor, gamma: float
+) -> list[torch.Tensor]:
+    """gamma h max(1, ||m + u|| / ||h||) of every tensor."""
+    changes = []
+    for x, y in zip(m, u, strict=True):
+        h = 2 * share * x + 2 * (1 - share) * y
+        longer = ((x + y).norm() / h.norm().clamp(min=FLOOR)).clamp(min=1)
+        changes.append(gamma * (longer * h))
+    return changes

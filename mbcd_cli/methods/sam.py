@@ -1,0 +1,57 @@
+"""SAM: sharpness-aware minimisation (Foret, Kleiner, Mobahi, Neyshabur, ICLR 2021, arXiv 2010.01412)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from mbcd_cli.data.records import Batch
+from mbcd_cli.methods.base import Context, Figures, Method, total
+from mbcd_cli.settings import MethodSettings, NonNegative
+
+
+class SAMSettings(MethodSettings):
+    """SAM."""
+
+    rho: NonNegative = 0.05
+    """Radius of the step up the slope, in weights."""
+
+
+class SAM(Method):
+    """The gradient of L at w + eps, eps = rho g / ||g||_2, g the gradient of L at w, applied at w.
+
+    g and its norm are those of the global batch over all trained weights; heads that only probe are left where they
+    are, since what they measure must not change what is deployed. Running statistics are those of the pass at w. The
+    figures are those at w, too; `sharpness` is L(w + eps) - L(w).
+    """
+
+    Settings = SAMSettings
+    settings: SAMSettings
+    ticker = ("ce_fused", "sharpness")
+    neutral: ClassVar[dict[str, object]] = {"rho": 0.0}
+
+    def __init__(self, settings: SAMSettings, context: Context) -> None:
+        super().__init__(settings, context)
+        probing = settings.unimodal == "probe"
+        named = context.model.named_parameters()
+        self._moved = [p for n, p in named if p.requires_grad and not (probing and n.startswith("heads."))]
+
+    def gradients(self, batch: Batch) -> Figures:
+        """Two passes; after the second the weights are w again, bit for bit, and so are the running statistics."""
+        batch = self.at_cut(batch)
+        out = self(batch)
+        terms = self.losses(batch, out)
+        loss = total(terms)
+        slopes = torch.autograd.grad(loss, self._moved, materialize_grads=True)
+        self.context.group.average_(slopes)
+        with torch.no_grad():
+            norm = torch.stack(torch._foreach_norm(slopes)).norm()
+            moved = [*self._moved, *self.context.model.buffers()]
+            kept = [value.clone() for value in moved]
+            torch._foreach_add_(self._moved, torch._foreach_mul(slopes, self.settings.rho / (norm + 1e-12)))
+        up = total(self.losses(batch, self(batch)))
+        up.backward()
+        with torch.no_grad():
+            torch._foreach_copy_(moved, kept)
+        return self.figures(batch, out, loss, terms, sharpness=up.detach() - loss.detach())

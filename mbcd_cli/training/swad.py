@@ -1,0 +1,139 @@
+"""SWAD: the mean of all weights between two moments that the validation loss shows (Cha et al., NeurIPS 2021).
+
+A segment is what lies between two validations: an epoch. Letters: E_t validation loss at the end of segment t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mbcd_cli.model import MultiModalModel
+from mbcd_cli.settings import AverageSettings
+from mbcd_cli.training.average import Average
+
+
+class SWAD(Average):
+    """Every step's weights enter the mean of their segment; `model` is the mean of the segments of the valley so far.
+
+    The valley (`valley`) is found from the student's loss on the source domains' test split. Segments weigh as many
+    steps as they have. Of those that may still be in or out, at most max(N_s, N_e) are kept, on the CPU. Until a valley
+    begins, `model` is the last segment's mean; within the first epoch it is the student as it was at first.
+
+    Args:
+        student, settings: as for `Average`; `converge` is N_s, `leave` N_e, `tolerance` r.
+    """
+
+    reads_validation = True
+
+    def __init__(self, student: MultiModalModel, settings: AverageSettings) -> None:
+        super().__init__(student, settings)
+        self.losses: list[float] = []
+        self._running: list[torch.Tensor] = []
+        self._begun = torch.zeros((), dtype=torch.int64, device=next(student.parameters()).device)
+        self._sure: list[torch.Tensor] = []  # the mean of the segments that are in for good
+        self._sure_steps = 0
+        self._undecided: dict[int, tuple[int, list[torch.Tensor]]] = {}  # segment -> its steps and mean
+
+    @torch.no_grad()
+    def update(self, step: torch.Tensor) -> None:
+        """Take in the weights after an optimizer step; `step` [] is how many were done."""
+        theirs = self.tensors.theirs
+        if not self._running:
+            self._running = [value.clone() for value in theirs]
+        if theirs:
+            difference = torch._foreach_sub(theirs, self._running)
+            torch._foreach_mul_(difference, 1 / (step - self._begun).to(theirs[0].dtype))
+            torch._foreach_add_(self._running, difference)
+
+    @torch.no_grad()
+    def validated(self, loss: float, step: int) -> None:
+        """A segment ends with step `step`, where the student's validation loss is `loss`."""
+        count, steps = len(self.losses), step - int(self._begun)
+        if steps == 0:
+            return
+        self.losses.append(loss)
+        self._undecided[count] = steps, [value.to("cpu", copy=True) for value in self._running]
+        self._begun.fill_(step)
+        self._decide()
+        first, end = self._valley(closed=True) or (count, count + 1)
+        mean, weight = [value.clone() for value in self._sure], self._sure_steps
+        for t, (steps, segment) in self._undecided.items():
+            if first <= t < end:
+                mean, weight = _merged(mean, weight, segment, steps)
+        for own, value in zip(self.tensors.mine, mean, strict=True):
+            own.copy_(value)
+        for own, counter in self.tensors.counters:
+            own.copy_(counter)
+
+    def _decide(self) -> None:
+        """Move what is in for good into the mean, forget what is out."""
+        count, settings = len(self.losses), self.settings
+        found = self._valley(closed=False)
+        if found is None:
+            kept = range(count - max(settings.converge - 1, 1), count)
+        else:
+            first, end = found
+            sure = min(end, count - settings.leave + 1)
+            for t in [t for t in self._undecided if first <= t < sure]:
+                steps, segment = self._undecided[t]
+                self._sure, self._sure_steps = _merged(self._sure, self._sure_steps, segment, steps)
+            kept = range(max(first, sure), end if end == count else 0)
+        self._undecided = {t: held for t, held in self._undecided.items() if t in kept}
+
+    def _valley(self, *, closed: bool) -> tuple[int, int] | None:
+        o = self.settings
+        return valley(self.losses, converge=o.converge, leave=o.leave, tolerance=o.tolerance, closed=closed)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside `model`: tensors and plain values."""
+        return {
+            "losses": list(self.losses),
+            "begun": int(self._begun),
+            "running": self._running,
+            "sure": self._sure,
+            "sure_steps": self._sure_steps,
+            "undecided": [[t, steps, segment] for t, (steps, segment) in self._undecided.items()],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.losses = list(state["losses"])
+        self._begun.fill_(state["begun"])
+        self._running = [value.to(self._begun.device, copy=True) for value in state["running"]]
+        self._sure, self._sure_steps = list(state["sure"]), state["sure_steps"]
+        self._undecided = {t: (steps, list(segment)) for t, steps, segment in state["undecided"]}
+
+
+def valley(
+    losses: Sequence[float], *, converge: int, leave: int, tolerance: float, closed: bool
+) -> tuple[int, int] | None:
+    """The segments first, ..., end - 1 of the valley of the losses E_0, E_1, ..., or None before it begins.
+
+    first is the first t with E_t = min(E_t, ..., E_{t + N_s - 1}), end the first t with
+    min(E_t, ..., E_{t + N_e - 1}) > r mean(E_first, ..., E_{first + N_s - 1}); where there is none, all are in.
+
+    Args:
+        losses: E. converge, leave, tolerance: N_s, N_e, r.
+        closed: no more losses come: the last windows are as long as they are.
+    """
+    count = len(losses)
+    starts = range(count - converge + 1)
+    first = next((t for t in starts if losses[t] == min(losses[t : t + converge])), None)
+    if first is None:
+        return None
+    threshold = tolerance * sum(losses[first : first + converge]) / converge
+    ends = range(first + 1, count if closed else count - leave + 1)
+    return first, next((t for t in ends if min(losses[t : t + leave]) > threshold), count)
+
+
+def _merged(
+    mean: list[torch.Tensor], weight: int, other: list[torch.Tensor], steps: int
+) -> tuple[list[torch.Tensor], int]:
+    """The mean of `mean` (of `weight` steps, or none) and `other` (of `steps`), and its steps."""
+    if not weight:
+        return [value.clone() for value in other], steps
+    share = steps / (weight + steps)
+    return [a + share * (b - a) for a, b in zip(mean, other, strict=True)], weight + steps

@@ -50,7 +50,7 @@ class AGM(Method):
         """One pass of the tails, and one of the fused head for each set of modalities."""
         batch = self.at_cut(batch)
         out = self(batch)
-        parts = shapley(self.logits(out), len(out.features))
+        parts = logit_shares(self.logits(out), len(out.features))
         with torch.no_grad():
             alone = torch.stack([negative_log_likelihood(phi, batch.labels) for phi in parts])
             (alone,) = self.context.group.average([alone])
@@ -84,7 +84,7 @@ class AGM(Method):
         return found
 
 
-def shapley(logits: Mapping[Subset, torch.Tensor], count: int) -> list[torch.Tensor]:
+def logit_shares(logits: Mapping[Subset, torch.Tensor], count: int) -> list[torch.Tensor]:
     """phi_k = sum over S without k of (f(S and k) - f(S)) / (M binom(M - 1, |S|)), f(none) = 0; M times [B, C]."""
     parts = [torch.zeros_like(next(iter(logits.values()))) for _ in range(count)]
     for some, value in logits.items():

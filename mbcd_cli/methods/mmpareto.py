@@ -65,7 +65,7 @@ class MMPareto(Method):
             multi, single = [next(of_m) for _ in tensors], [next(of_u) for _ in tensors]
             share = pareto_share(multi, single)
             shares.append(share)
-            for parameter, change in zip(tensors, combined(multi, single, share, self.settings.gamma), strict=True):
+            for parameter, change in zip(tensors, pareto_step(multi, single, share, self.settings.gamma), strict=True):
                 parameter.grad = change
         return self.figures(batch, out, total(terms).detach(), terms, share=torch.stack(shares))
 
@@ -78,7 +78,7 @@ def pareto_share(m: Sequence[torch.Tensor], u: Sequence[torch.Tensor]) -> torch.
     return torch.where(dot < 0, to_m / apart.clamp(min=FLOOR), 0.5)
 
 
-def combined(
+def pareto_step(
     m: Sequence[torch.Tensor], u: Sequence[torch.Tensor], share: torch.Tensor, gamma: float
 ) -> list[torch.Tensor]:
     """gamma h max(1, ||m + u|| / ||h||) of every tensor."""

@@ -7,7 +7,7 @@ import torch
 from plain import LABELS, compare, pinned_logits
 from reference_agm import AGMReference
 
-from mbcd_cli.methods.agm import coefficients, negative_log_likelihood, shapley
+from mbcd_cli.methods.agm import coefficients, logit_shares, negative_log_likelihood
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])
@@ -30,7 +30,7 @@ def close(found, *expected):
 
 
 def test_pinned_numbers_of_two():
-    parts = shapley(of((0, 0), (1, 1), (3, 0, 1)), 2)
+    parts = logit_shares(of((0, 0), (1, 1), (3, 0, 1)), 2)
     torch.testing.assert_close(sum(parts), pinned_logits(3))
     alone = torch.stack([negative_log_likelihood(phi, LABELS) for phi in parts])
     close(coefficients(alone, torch.zeros(2).double(), alpha=2.5, cap=10), 0.458327504802, 1.812327064188)
@@ -40,7 +40,7 @@ def test_pinned_numbers_of_two():
 
 
 def test_pinned_numbers_of_three():
-    parts = shapley(of((0, 0), (1, 1), (2, 2), (4, 0, 1), (5, 0, 2), (6, 1, 2), (3, 0, 1, 2)), 3)
+    parts = logit_shares(of((0, 0), (1, 1), (2, 2), (4, 0, 1), (5, 0, 2), (6, 1, 2), (3, 0, 1, 2)), 3)
     close(torch.stack([phi.abs().sum() for phi in parts]), 9.834399429054, 8.456415317117, 10.564336226954)
     alone = torch.stack([negative_log_likelihood(phi, LABELS) for phi in parts])
     history = torch.tensor([1.2, 1.0, 0.8], dtype=torch.float64)

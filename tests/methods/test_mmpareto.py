@@ -7,7 +7,7 @@ import torch
 from plain import compare
 from reference_mmpareto import MMParetoReference
 
-from mbcd_cli.methods.mmpareto import combined, pareto_share
+from mbcd_cli.methods.mmpareto import pareto_share, pareto_step
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])
@@ -36,12 +36,12 @@ def test_pinned_numbers():
     share = pareto_share(tensors(0), tensors(1))
     close(torch.stack([share, 1 - share]), 0.494603179609, 0.505396820391)
     close(
-        torch.cat(combined(tensors(0), tensors(1), share, 1.5)),
+        torch.cat(pareto_step(tensors(0), tensors(1), share, 1.5)),
         *(-0.699311464680, 0.043262818276, -1.147358804645, -2.255562948586, -1.257959973234, 0.941493373985),
     )
     share = pareto_share(tensors(2), tensors(3))
     assert share == 0.5
     close(
-        torch.cat(combined(tensors(2), tensors(3), share, 1.5)),
+        torch.cat(pareto_step(tensors(2), tensors(3), share, 1.5)),
         *(1.556346659710, 0.126249068811, 0.683807396780, 2.342492520200, 0.380049277705, -2.488910296205),
     )

@@ -205,7 +205,7 @@ def test_read_generates_once_and_lists_every_clip(tmp_path, monkeypatch):
         generate(root, workers=1)
 
     generate = functools.partial(demo.generate_demo, **SMALL)
-    monkeypatch.setattr(demo, "generate", small)
+    monkeypatch.setattr(demo, "generate_demo", small)
     settings = DatasetSettings(reader=demo.DemoSettings(), name="demo", root=tmp_path / "media")
     listing = demo.read(settings, {})
     again = demo.read(settings, {})

@@ -97,7 +97,7 @@ def test_another_dataset_in_the_folder_is_never_overwritten(tmp_path):
 def test_the_demos_shortcut_is_a_setting(tmp_path, monkeypatch):
     real = demo.generate_demo
     monkeypatch.setattr(
-        demo, "generate", lambda root, **k: real(root, clips_per_class_train=1, clips_per_class_test=1, **k)
+        demo, "generate_demo", lambda root, **k: real(root, clips_per_class_train=1, clips_per_class_test=1, **k)
     )
     settings = DatasetSettings(reader=demo.DemoSettings(shortcut=0.25), root=tmp_path / "d")
     demo.read(settings, {})

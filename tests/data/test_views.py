@@ -334,7 +334,7 @@ def test_padded_training_views_begin_at_random_moments():
         starts.append(int(places[0]))
     assert 0 <= min(starts) < 100
     assert 2400 < max(starts) <= 2500
-    assert np.nonzero(fit_samples(short, settings, None))[0][0] == 0
+    assert np.nonzero(fit_samples(short, settings))[0][0] == 0
 
 
 def test_levels():

@@ -70,6 +70,7 @@ def written(path: Path, **where: str) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial(path.parent, of=path.name, ours=_of_the_dead)
         yield aside
         seal(aside, path.name)
         sync(aside)
@@ -133,11 +134,18 @@ def sync(path: Path) -> None:
 
 
 def remove(*paths: Path) -> None:
-    """Delete files, whether or not they are there, and bring that to the disk."""
+    """Delete files, whether or not they are there, and bring that to the disk.
+
+    Raises:
+        FileError: this user may not, or the disk can only be read.
+    """
     for path in paths:
-        path.unlink(missing_ok=True)
-    for folder in {path.parent for path in paths}:
-        sync(folder)
+        try:
+            if path.exists():
+                path.unlink()
+                sync(path.parent)
+        except OSError as error:
+            raise unwritable(path, error) from error
 
 
 def free_bytes(folder: Path) -> int:
@@ -151,6 +159,17 @@ def free_bytes(folder: Path) -> int:
 def is_partial(path: Path, of: str = "") -> bool:
     """Whether this is what a killed process left half written (of the file named `of`)."""
     return re.fullmatch(rf"\.{re.escape(of) or '.+'}\.\d+\.partial", path.name) is not None
+
+
+def _of_the_dead(partial: Path) -> bool:
+    """Whether the process that left this half written is gone from this machine."""
+    try:
+        os.kill(int(partial.name.split(".")[-2]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def remove_partial(folder: Path, *, of: str = "", ours: Callable[[Path], bool] = lambda path: True) -> None:

@@ -12,7 +12,7 @@ import torch
 from mbcd_cli import checksums
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.files import write_json
+from mbcd_cli.files import remove, write_json
 from mbcd_cli.landscape import analyses, drawing
 from mbcd_cli.landscape.analyses import Study
 from mbcd_cli.landscape.bench import Bench
@@ -78,7 +78,7 @@ def landscape(
     with joined(torch.device("cpu"), say=say, patience=86400.0) as group:
         bench = Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite, group, say)
         if group.main:
-            (output / SUMMARY).unlink(missing_ok=True)  # it would speak of what is measured anew
+            remove(output / SUMMARY)  # it would speak of what is measured anew
         result, files = _measure(bench, checkpoints, towards, epochs)
         drawn = _draw(files, output) if group.main else {}
         if group.main:

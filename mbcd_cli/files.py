@@ -287,8 +287,41 @@ def open_hdf5(path: Path, mode: str = "r", **options: object) -> h5py.File:
 @contextmanager
 def written_hdf5(path: Path, *, libver: str | None = None, **where: str) -> Iterator[h5py.File]:
     """`written`, for an HDF5 file that is open inside the block."""
-    with written(path, **where) as aside, open_hdf5(aside, "w", libver=libver, userblock_size=USER_BLOCK) as file:
-        yield file
+    import h5py
+
+    with written(path, **where) as aside, _Remembering(aside, "w+") as raw:
+        try:
+            with h5py.File(raw, "w", libver=libver, userblock_size=USER_BLOCK) as file:
+                yield file
+        finally:
+            if raw.error is not None:
+                raise raw.error
+
+
+class _Remembering(FileIO):
+    """A file whose first failure is kept, and told to nobody meanwhile.
+
+    HDF5 drops errors on its way out of an object, prints others, and would leave a file with a hole in it.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        while self.error is None and done < len(view):
+            try:
+                done += super().write(view[done:])
+            except OSError as error:
+                self.error = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
 
 
 def append_record(path: Path, record: Mapping[str, object], **where: str) -> None:

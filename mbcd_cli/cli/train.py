@@ -20,6 +20,7 @@ _TRAINS = [
     "training.target_domain",
     "training.source_domains",
     "method.name",
+    "training.chassis",
     "model.modalities",
     "dataset.name",
     "training.epochs",
@@ -38,6 +39,7 @@ _TRAINS = [
     examples=(
         "mbcd train --preset av-digits --target-domain street",
         "mbcd train --preset av-digits --target-domain street --method erm --seed 1",
+        "mbcd train --preset hac --target-domain cartoon --method cmrf --chassis published",
         "mbcd train --target-domain D2 --modalities video,audio",
     ),
 )

@@ -270,7 +270,7 @@ def _describe(problem: Mapping[str, object], layers: Sequence[Layer], tree: type
     path = ".".join(loc)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        message = "no such setting" + _nearest(loc, tree)
+        message = "no such setting" + (_nearest(loc, tree) or _of_method(loc, tree))
         given = ""
     else:
         value = problem.get("input")
@@ -288,6 +288,14 @@ def _nearest(loc: Sequence[str], tree: type[Settings]) -> str:
             return ""
     close = difflib.get_close_matches(loc[-1], list(node.model_fields), n=1)
     return f"; did you mean {'.'.join([*loc[:-1], close[0]])}?" if close else ""
+
+
+def _of_method(loc: Sequence[str], tree: type[Settings]) -> str:
+    """What the method has instead, where it is the method that lacks a setting."""
+    if loc[0] != "method" or len(loc) != 2:
+        return ""
+    has = [name for name in tree.model_fields["method"].annotation.model_fields if name != "name"]
+    return f"; the method has {', '.join(has)}"
 
 
 def _source(loc: Sequence[str], layers: Sequence[Layer]) -> str | None:

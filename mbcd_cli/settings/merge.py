@@ -106,8 +106,8 @@ def resolve(
         if value is not None:
             layers.append(Layer(f"--{path.rsplit('.', 1)[-1].replace('_', '-')}", nest(path, value)))
     merged = _merged([layer.values for layer in layers])
-    if base is None and _chassis_of(merged) == "published":
-        name = str(merged["method"]["name"])
+    name = _named(merged)
+    if base is None and name is not None and _chassis_of(merged) == "published":
         chassis = published_settings(name, merged)
         if not any(_named(layer.values) for layer in layers[of_preset:]):
             layers.insert(of_preset, Layer(f"method {name}", {"method": {"name": name}}))

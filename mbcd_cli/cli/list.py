@@ -21,10 +21,11 @@ KINDS = ("presets", "datasets", "encoders", "methods")
 def list(asked: Asked, what: Annotated[str, typer.Argument(help="presets, datasets, encoders or methods.")]) -> Shown:
     """List what can be chosen."""
     columns, rows = choices(what, asked.flags.get("cache.dir") or Path("cache"))
-    return [dict(zip(columns, row, strict=True)) for row in rows], partial(console.table, what, columns, rows)
+    shown = [["yes" if cell is True else "" if cell in (None, False) else cell for cell in row] for row in rows]
+    return [dict(zip(columns, row, strict=True)) for row in rows], partial(console.table, what, columns, shown)
 
 
-def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
+def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[object, ...]]]:
     """Column names and rows for one kind of choice.
 
     Raises:
@@ -45,7 +46,9 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str
     if what == "methods":
         from mbcd_cli.methods import method_summaries
 
-        return ("method", "what"), method_summaries()
+        return ("method", "paper", "year", "what", "published"), [
+            (row["method"], row["paper"], row["year"], row["what"], row["published"]) for row in method_summaries()
+        ]
     raise SettingsError(f"There is nothing called {what!r} to list.", f"Use one of {', '.join(KINDS)}.")
 
 

@@ -33,6 +33,7 @@ FLAGS = {
     "training.target_domain": "--target-domain",
     "training.source_domains": "--source-domains",
     "training.epochs": "--epochs",
+    "training.chassis": "--chassis",
     "training.batch_size": "--batch-size",
     "training.seed": "--seed",
     "training.limit_clips": "--limit-clips",

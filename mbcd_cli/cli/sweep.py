@@ -16,10 +16,12 @@ from mbcd_cli.cli.options import Asked, Shown, command, dataset_preset
 
 @command(
     "dataset.name",
+    "training.chassis",
     preset=True,
     examples=(
         "mbcd sweep --preset av-digits --targets all --methods erm,mbcd --seeds 3",
         "mbcd sweep --preset epic-kitchens --table 1 --dry-run",
+        "mbcd sweep --preset hac --table 1 --chassis published",
         "mbcd sweep --preset av-digits --grid average.beta=0.9,0.99",
     ),
 )

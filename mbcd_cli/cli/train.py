@@ -20,6 +20,7 @@ _TRAINS = [
     "training.target_domain",
     "training.source_domains",
     "method.name",
+    "training.chassis",
     "model.modalities",
     "dataset.name",
     "training.epochs",
@@ -38,6 +39,7 @@ _TRAINS = [
     examples=(
         "mbcd train --preset av-digits --target-domain street",
         "mbcd train --preset av-digits --target-domain street --method erm --seed 1",
+        "mbcd train --preset hac --target-domain cartoon --method cmrf --chassis published",
         "mbcd train --target-domain D2 --modalities video,audio",
     ),
 )
@@ -84,9 +86,10 @@ def show_training(summary: TrainingSummary) -> None:
     best, last, oracle = summary["best"], summary["last"], summary.get("oracle")
     heads = list(best["validation_unimodal"])
     rows = []
-    for label, record in (("best (deployed)", best), ("last", last), ("oracle: chosen on the target", oracle)):
+    for label, record in (("best", best), ("last", last), ("oracle: chosen on the target", oracle)):
         if record is None:
             continue
+        label += " (deployed)" if label == summary["tested"] else ""
         row = [label, record["epoch"], f"{100 * record['validation']:.1f}"]
         if "target" in record:
             unimodal = [f"{100 * record['target_unimodal'][head]:.1f}" for head in heads]

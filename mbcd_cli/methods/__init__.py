@@ -31,15 +31,20 @@ class MethodEntry:
 
     Attributes:
         where: `module:Class` in this package.
-        summary: what it is, in a line.
+        summary: what it adds to ERM (a variant: to its method), in a line.
+        paper: where it was published, and `year`; "" and None for what is nobody's paper.
         settings: what is laid over the class's defaults, as in the tree's group `method`.
         average: kind of its weight average, where it is not the class's.
+        published: its authors' own chassis, as `Method.published` says; None where none is known.
     """
 
     where: str
     summary: str
+    paper: str = ""
+    year: int | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
     average: str | None = None
+    published: Mapping[str, object] | None = None
 
 
 _NO_AMD = {"dropout": {"strategy": "none"}}
@@ -53,47 +58,143 @@ _JAT_BENCHMARK = {
     "feature_noise": {"enabled": False},
     "fused_hidden": 512,
 }
+
+# Chassis of the field: what of each one's setup is a setting here. docs/methods.md says what is not.
+_ADAM = {
+    "optimizer.name": "adam",
+    "optimizer.lr": 1e-4,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.momentum": 0.9,
+    "optimizer.schedule": "constant",
+    "training.epochs": 20,
+    "training.batch_size": 16,
+    "training.batch_norm": "tracked",
+    "evaluation.checkpoints": ("best", "last"),
+}
+_SGD = _ADAM | {"optimizer.name": "sgd", "optimizer.lr": 1e-3, "training.batch_size": 64}
+_HEADS = {"model.hidden": 512, "model.dropout": 0.5}
+_BARE = _HEADS | {  # features as the video and flow encoders' own heads leave them
+    "model.norm": "none",
+    "model.feature_dropout": 0.5,
+    "model.feature_dropout_on": ("video", "flow"),
+    "model.unimodal_head": "linear",
+}
+_NORMED = _HEADS | {"model.norm": "layer", "model.feature_dropout": 0.0, "model.unimodal_head": "mlp"}
+_PLAIN = _HEADS | {"model.norm": "none", "model.feature_dropout": 0.0, "model.unimodal_head": "linear"}
+_LAST = {"optimizer.weight_decay": 0.0, "training.epochs": 15, "evaluation.checkpoints": ("last",)}
+_BENCHMARK = _BARE | _ADAM
+_MBCD = _NORMED | _ADAM | {"average.kind": "ema", "average.beta": 0.999, "average.start": 0}
+_OGM = (
+    _PLAIN
+    | _SGD
+    | {
+        "optimizer.schedule": "step",
+        "optimizer.drops": (70,),
+        "training.epochs": 100,
+    }
+)
+
+_VARIANT = {"paper": "AAAI", "year": 2026, "published": _MBCD}
 METHODS: dict[str, MethodEntry] = {
-    "erm": MethodEntry("base:Method", "joint training of the fused head; uni-modal heads only probe"),
-    "ema": MethodEntry("base:Method", "ERM whose deployed model is the average of its weights", average="ema"),
-    "mbcd": MethodEntry("mbcd:MBCD", "modality-balanced collaborative distillation (AAAI 2026)"),
+    "erm": MethodEntry("base:Method", "fused head alone; uni-modal heads probe", published=_BENCHMARK),
+    "ema": MethodEntry("base:Method", "exponential weight average", average="ema", published=_MBCD),
+    "mbcd": MethodEntry("mbcd:MBCD", "balance, gradient consistency, distillation", **_VARIANT),
     # The paper's ablation: MBCD with only one of its three parts beside the weight average.
-    "ema+amd": MethodEntry("mbcd:MBCD", "MBCD with adaptive modality dropout only", _NO_GCC | _NO_DL),
-    "ema+gcc": MethodEntry("mbcd:MBCD", "MBCD with gradient consistency only", _NO_AMD | _NO_DL),
-    "ema+dl": MethodEntry("mbcd:MBCD", "MBCD with distillation only", _NO_AMD | _NO_GCC),
+    "ema+amd": MethodEntry("mbcd:MBCD", "MBCD: adaptive modality dropout only", settings=_NO_GCC | _NO_DL, **_VARIANT),
+    "ema+gcc": MethodEntry("mbcd:MBCD", "MBCD: gradient consistency only", settings=_NO_AMD | _NO_DL, **_VARIANT),
+    "ema+dl": MethodEntry("mbcd:MBCD", "MBCD: distillation only", settings=_NO_AMD | _NO_GCC, **_VARIANT),
     # The paper's comparison of dropout strategies.
-    "mbcd-no-dropout": MethodEntry("mbcd:MBCD", "MBCD without modality dropout", _NO_AMD),
-    "mbcd-fixed-dropout": MethodEntry("mbcd:MBCD", "MBCD with a fixed drop rate", {"dropout": {"strategy": "fixed"}}),
+    "mbcd-no-dropout": MethodEntry("mbcd:MBCD", "MBCD without modality dropout", settings=_NO_AMD, **_VARIANT),
+    "mbcd-fixed-dropout": MethodEntry(
+        "mbcd:MBCD", "MBCD with a fixed drop rate", settings={"dropout": {"strategy": "fixed"}}, **_VARIANT
+    ),
     # Beyond the paper: s_k from the true class's probability.
     "mbcd-true-class": MethodEntry(
-        "mbcd:MBCD", "MBCD whose s_k sums the true class's probability", {"dropout": {"score": "true_class"}}
+        "mbcd:MBCD", "MBCD: s_k from the true class", settings={"dropout": {"score": "true_class"}}
     ),
     # From domain generalization with one modality, on fused and per-modality features (docs/methods.md).
-    "mixup": MethodEntry("mixup:Mixup", "convex combinations of clips and labels (ICLR 2018)"),
-    "mixup-domains": MethodEntry("mixup:Mixup", "Mixup of clips of different source domains", {"partner": "domain"}),
-    "coral": MethodEntry("coral:CORAL", "means and covariances of source domains aligned (ECCV Workshops 2016)"),
-    "mmd": MethodEntry("mmd:MMD", "mean embeddings of source domains aligned (CVPR 2018)"),
-    "dann": MethodEntry("dann:DANN", "features that a domain discriminator cannot tell apart (JMLR 2016)"),
-    "sam": MethodEntry("sam:SAM", "gradients from the worst point nearby, for flat minima (ICLR 2021)"),
-    "miro": MethodEntry("miro:MIRO", "pooled features that still tell the pretrained ones (ECCV 2022)"),
-    "swad": MethodEntry(
-        "base:Method", "ERM averaged densely over the valley of its validation loss (NeurIPS 2021)", average="swad"
+    "mixup": MethodEntry("mixup:Mixup", "mixtures of clips and of labels", "ICLR", 2018),
+    "mixup-domains": MethodEntry(
+        "mixup:Mixup", "Mixup across source domains", "ICLR", 2018, settings={"partner": "domain"}
     ),
+    "coral": MethodEntry("coral:CORAL", "covariances of sources aligned", "ECCV-W", 2016),
+    "mmd": MethodEntry("mmd:MMD", "kernel means of sources aligned", "CVPR", 2018),
+    "dann": MethodEntry("dann:DANN", "a domain discriminator to be fooled", "JMLR", 2016),
+    "sam": MethodEntry("sam:SAM", "gradients from the worst point nearby", "ICLR", 2021),
+    "miro": MethodEntry("miro:MIRO", "features that tell the pretrained ones", "ECCV", 2022),
+    "swad": MethodEntry("base:Method", "weights averaged over a valley of the loss", "NeurIPS", 2021, average="swad"),
     # Its rivals (docs/methods.md).
-    "rna-net": MethodEntry("rna:RNANet", "relative norm alignment (WACV 2022)"),
-    "ogm-ge": MethodEntry("ogm:OGMGE", "gradients of the dominant encoder scaled down, and noised (CVPR 2022)"),
-    "ogm": MethodEntry("ogm:OGMGE", "OGM-GE without its noise", {"noise": False}),
-    "opm": MethodEntry("opm:OPM", "dropout of the dominant modality at the rate of its dominance (T-PAMI 2024)"),
-    "mer-dg": MethodEntry("mer_dg:MERDG", "an entropy term that keeps each encoder's features apart (ICML 2026)"),
-    "agm": MethodEntry("agm:AGM", "gradients of Shapley parts scaled by their pace (ICCV 2023)"),
-    "mmpareto": MethodEntry("mmpareto:MMPareto", "fused and uni-modal gradients at their Pareto point (ICML 2024)"),
-    "simmmdg": MethodEntry("simmmdg:SimMMDG", "contrast of shared halves, translation, halves apart (NeurIPS 2023)"),
-    "moosa": MethodEntry("moosa:MOOSA", "SimMMDG with entropy-weighted heads, masks and a jigsaw (ECCV 2024)"),
-    "cmrf": MethodEntry("cmrf:CMRF", "cross-modal representation flattening by a simple weight average (NeurIPS 2024)"),
-    "gmp": MethodEntry("gmp:GMP", "class and domain gradients modulated and projected per modality (AAAI 2026)"),
-    "jat": MethodEntry("jat:JAT", "three adversaries, uni-modal losses weighted by domain confusion (ACM MM 2025)"),
-    "jat-benchmark": MethodEntry("jat:JAT", "JAT as the public benchmark trains it", _JAT_BENCHMARK, average="none"),
-    "nel": MethodEntry("nel:NEL", "two views agree after mean shifts, fused spectrum flat (Neurocomputing 2025)"),
+    "rna-net": MethodEntry("rna:RNANet", "feature norms aligned", "WACV", 2022, published=_BENCHMARK),
+    "ogm-ge": MethodEntry("ogm:OGMGE", "dominant encoder's gradient damped, noised", "CVPR", 2022, published=_OGM),
+    "ogm": MethodEntry("ogm:OGMGE", "OGM-GE without noise", "CVPR", 2022, settings={"noise": False}, published=_OGM),
+    "opm": MethodEntry(
+        "opm:OPM",
+        "dominant modality dropped by clip",
+        "T-PAMI",
+        2024,
+        published=_PLAIN
+        | _ADAM
+        | {
+            "optimizer.name": "adamw",
+            "optimizer.lr": 5e-5,
+            "optimizer.weight_decay": 0.01,
+            "training.epochs": 100,
+            "training.batch_size": 32,
+        },
+    ),
+    "mer-dg": MethodEntry(
+        "mer_dg:MERDG",
+        "entropy of each encoder's features",
+        "ICML",
+        2026,
+        published=_BENCHMARK | {"method.on": "feature", "training.epochs": 25, "training.batch_size": 48},
+    ),
+    "agm": MethodEntry("agm:AGM", "gradients of Shapley parts paced", "ICCV", 2023),
+    "mmpareto": MethodEntry(
+        "mmpareto:MMPareto",
+        "fused and uni-modal gradients' Pareto point",
+        "ICML",
+        2024,
+        published=_PLAIN
+        | _SGD
+        | {"optimizer.lr": 2e-3, "optimizer.schedule": "step", "optimizer.drops": (30,), "training.epochs": 50},
+    ),
+    "simmmdg": MethodEntry(
+        "simmmdg:SimMMDG", "shared halves contrasted, translated", "NeurIPS", 2023, published=_BENCHMARK
+    ),
+    "moosa": MethodEntry("moosa:MOOSA", "SimMMDG, entropy weights, masks, jigsaw", "ECCV", 2024, published=_BENCHMARK),
+    "cmrf": MethodEntry(
+        "cmrf:CMRF",
+        "representations flattened by a weight average",
+        "NeurIPS",
+        2024,
+        published=_BENCHMARK
+        | {"training.epochs": 15, "average.kind": "sma", "average.start": {"epic-kitchens": 400, "default": 100}},
+    ),
+    "gmp": MethodEntry(
+        "gmp:GMP",
+        "class and domain gradients projected",
+        "AAAI",
+        2026,
+        published=_BENCHMARK | {"model.hidden": 256, "method.hidden": 256, "optimizer.weight_decay": 0.0},
+    ),
+    "jat": MethodEntry("jat:JAT", "three adversaries, weights by confusion", "ACM MM", 2025, published=_MBCD),
+    "jat-benchmark": MethodEntry(
+        "jat:JAT",
+        "JAT as the public benchmark trains it",
+        "ACM MM",
+        2025,
+        settings=_JAT_BENCHMARK,
+        average="none",
+        published=_BENCHMARK | _LAST | {"average.kind": "none"},
+    ),
+    "nel": MethodEntry(
+        "nel:NEL",
+        "views agree, fused spectrum stays flat",
+        "Neurocomp.",
+        2025,
+        published=_BENCHMARK | {"training.epochs": 15, "optimizer.schedule": "cosine", "optimizer.least_lr": 1e-6},
+    ),
 }
 
 
@@ -191,12 +292,34 @@ def over_defaults(name: str) -> dict[str, dict[str, object]]:
     return {"method": {**(entry.settings if entry else {}), "name": name}, "average": average}
 
 
-def method_summaries() -> list[tuple[str, str]]:
-    """(name, one line) of every method; a plug-in that cannot be imported says why."""
-    lines = [(name, entry.summary) for name, entry in METHODS.items()]
-    for name in method_names()[len(lines) :]:
+def published_chassis(name: str) -> Mapping[str, object]:
+    """A method's own chassis, as `Method.published` says.
+
+    Raises:
+        SettingsError: none is known; or there is no such method.
+    """
+    chassis = METHODS[name].published if name in METHODS else method_class(name).published
+    if chassis is None:
+        own = "declare `published` in its class" if name not in METHODS else "`mbcd list methods` shows who has one"
+        raise SettingsError(
+            f"There is no published chassis of method {name}.", f"Use --chassis shared, or leave it out; {own}."
+        )
+    return chassis
+
+
+def method_summaries() -> list[dict[str, object]]:
+    """Every method: its name, paper, year, what it adds, whether it has a published chassis; a plug-in that cannot be
+    imported says why."""
+    rows = [
+        {"method": name, "paper": e.paper, "year": e.year, "what": e.summary, "published": e.published is not None}
+        for name, e in METHODS.items()
+    ]
+    for name in method_names()[len(rows) :]:
+        row = {"method": name, "paper": "", "year": None, "published": False}
         try:
-            lines.append((name, (method_class(name).__doc__ or "").strip().partition("\n")[0]))
+            kind = method_class(name)
+            what, has = (kind.__doc__ or "").strip().partition("\n")[0], kind.published is not None
+            rows.append(row | {"what": what, "published": has})
         except MbcdError as error:
-            lines.append((name, f"error: {error.message}"))
-    return lines
+            rows.append(row | {"what": f"error: {error.message}"})
+    return rows

@@ -204,6 +204,8 @@ class Method(nn.Module):
         average_start: step from which it averages unless `average.start` says otherwise.
         ticker: figures beside the loss that the progress line shows.
         alarms: figures to warn about.
+        published: its authors' own chassis (`--chassis published`): dotted settings to values or, where the paper
+            differs per dataset, to {dataset: value} with a "default" among them; None: there is none.
         neutral: settings with which it trains ERM's very weights; None: zero weights of all terms that ERM lacks.
         symmetric: whether another order of the modalities changes nothing but rounding.
 
@@ -219,6 +221,7 @@ class Method(nn.Module):
     average_start: ClassVar[int] = 0
     ticker: ClassVar[tuple[str, ...]] = ("ce_fused",)
     alarms: ClassVar[tuple[Alarm, ...]] = ()
+    published: ClassVar[Mapping[str, object] | None] = None
     neutral: ClassVar[Mapping[str, object] | None] = None
     symmetric: ClassVar[bool] = True
 

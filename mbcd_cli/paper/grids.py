@@ -20,17 +20,20 @@ class PaperTable:
 
 
 _V, _A, _F = MODALITY_ORDER
+_RIVALS = ("rna-net", "simmmdg", "moosa", "cmrf")  # RNA-Net is not in the in-domain table
 
 
 TABLES: dict[int, PaperTable] = {
     1: PaperTable(
         "multi-source domain generalization",
         "multi-source",
-        ("erm", "mbcd"),
+        ("erm", *_RIVALS, "mbcd"),
         ((_V, _A), (_V, _F), (_A, _F), (_V, _A, _F)),
     ),
-    2: PaperTable("single-source domain generalization", "single-source", ("erm", "mbcd"), ((_V, _A, _F),)),
-    3: PaperTable("in-domain accuracy", "in-domain", ("erm", "mbcd"), ((_V, _A, _F),), ("epic-kitchens",)),
+    2: PaperTable("single-source domain generalization", "single-source", ("erm", *_RIVALS, "mbcd"), ((_V, _A, _F),)),
+    3: PaperTable(
+        "in-domain accuracy", "in-domain", ("erm", *_RIVALS[1:], "mbcd"), ((_V, _A, _F),), ("epic-kitchens",)
+    ),
     4: PaperTable(
         "ablation of the three parts",
         "multi-source",
@@ -46,4 +49,4 @@ TABLES: dict[int, PaperTable] = {
         ("hac",),
     ),
 }
-"""The paper's tables, with those of its methods that this tool trains (CMRF is another paper's)."""
+"""The paper's tables, with all of its methods, and ERM in table 3, where the paper has none."""

@@ -2,7 +2,8 @@
 
 Precedence: flag > --set a.b=v > MBCD_A__B > --config > --preset > default. `--method` sits just below `--set`. A layer
 that names a method drops the `method` settings of the layers below where those are another class's, and what the name
-stands for (a variant's settings, the kind of average) lies right below that layer.
+stands for (a variant's settings, the kind of average; with `training.chassis = "published"` its authors' chassis) lies
+right below that layer, and above the preset in any case.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from mbcd_cli.data.modalities import AnyKind, infer_kind
 from mbcd_cli.data.modalities.frames import FrameSampling
 from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.methods import DEFAULT, method_class, over_defaults, same_class, short_name
+from mbcd_cli.methods import DEFAULT, method_class, over_defaults, published_chassis, same_class, short_name
 from mbcd_cli.settings import ReaderSettings, Settings
 from mbcd_cli.settings.sources import Layer, environment_layer, load_preset, merge, nest, read_toml, set_layers
 
 DEFAULT_READER = ReaderSettings().name
+PUBLISHED = "-published"
+"""How a method on its authors' chassis is marked, in names of runs and in tables."""
 
 
 def _named(values: Mapping[str, object]) -> str | None:
@@ -35,13 +38,14 @@ def _name_in(group: object) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _merged(layers: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """All layers over each other, the first being the lowest.
+def _merged(layers: Sequence[Mapping[str, object]], chassis: Mapping[str, object] | None = None) -> dict[str, object]:
+    """All layers over each other, the first being the lowest; `chassis` over what the method that is chosen stands for.
 
     Raises:
         SettingsError: there is no such method.
     """
-    chosen, below, over = DEFAULT, {}, over_defaults(DEFAULT)
+    chassis = chassis or {}
+    chosen, below, over = DEFAULT, {}, merge(over_defaults(DEFAULT), chassis)
     above: dict[str, Any] = {}
     for values in layers:
         name = _named(values)
@@ -49,7 +53,7 @@ def _merged(layers: Sequence[Mapping[str, object]]) -> dict[str, object]:
             below = merge(below, above)
             if not same_class(name, chosen):
                 below = {part: group for part, group in below.items() if part != "method"}
-            chosen, over, above = name, over_defaults(name), {}
+            chosen, over, above = name, merge(over_defaults(name), chassis), {}
         above = merge(above, values)
     tree, reader = merge(merge(below, over), above), _reader(layers)
     return merge(tree, {"dataset": {"reader": reader}}) if reader else tree
@@ -90,6 +94,7 @@ def resolve(
     layers: list[Layer] = [] if base is None else [base]
     if preset is not None:
         layers.append(load_preset(preset))
+    of_preset = len(layers)
     if config is not None:
         layers.append(Layer(f"config {config}", read_toml(config, "config file")))
     if environ is not None:
@@ -100,7 +105,62 @@ def resolve(
     for path, value in (flags or {}).items():
         if value is not None:
             layers.append(Layer(f"--{path.rsplit('.', 1)[-1].replace('_', '-')}", nest(path, value)))
-    return _with_followed_frames(validate(_merged([layer.values for layer in layers]), layers))
+    merged = _merged([layer.values for layer in layers])
+    name = _named(merged)
+    if base is None and name is not None and _chassis_of(merged) == "published":
+        chassis = published_settings(name, merged)
+        if not any(_named(layer.values) for layer in layers[of_preset:]):
+            layers.insert(of_preset, Layer(f"method {name}", {"method": {"name": name}}))
+        merged = _merged([layer.values for layer in layers], chassis)
+        layers.insert(0, Layer(f"the published chassis of {name}", chassis))
+    return _with_followed_frames(validate(merged, layers))
+
+
+def _chassis_of(values: Mapping[str, object]) -> object:
+    training = values.get("training")
+    return training.get("chassis") if isinstance(training, Mapping) else None
+
+
+def published_settings(name: str, values: Mapping[str, object]) -> dict[str, object]:
+    """What the published chassis of a method sets, as groups of the tree.
+
+    Args:
+        values: of all layers, for the dataset's name or its reader's, and the modalities, of which only those that take
+            part are dropped out.
+
+    Raises:
+        SettingsError: the method has none, or nothing names the modalities.
+    """
+    dataset = values.get("dataset")
+    dataset = dataset if isinstance(dataset, Mapping) else {}
+    names = (dataset.get("name"), _name_in(dataset.get("reader")))
+    found: dict[str, object] = {}
+    for path, value in published_chassis(name).items():
+        if isinstance(value, Mapping):
+            value = next((value[known] for known in names if known in value), value["default"])
+        found = merge(found, nest(path, value))
+    model = found.get("model")
+    if isinstance(model, dict) and "feature_dropout_on" in model:
+        taking_part = _named_modalities(values)
+        if not taking_part:
+            raise SettingsError(
+                f"The published chassis of {name} depends on the modalities, and none is named.",
+                "Name them with --set model.modalities=video,audio.",
+            )
+        model["feature_dropout_on"] = [m for m in model["feature_dropout_on"] if m in taking_part]
+        if not model["feature_dropout_on"]:  # which would mean all of them
+            model["feature_dropout"] = 0.0
+    return found
+
+
+def _named_modalities(values: Mapping[str, object]) -> tuple[str, ...]:
+    """The modalities that are chosen, else all that are described."""
+    model, described = values.get("model"), values.get("modalities")
+    chosen = model.get("modalities") if isinstance(model, Mapping) else None
+    if isinstance(chosen, str):
+        chosen = [part.strip() for part in chosen.split(",")]
+    chosen = chosen if isinstance(chosen, list | tuple) else ()
+    return tuple(chosen) or tuple(described if isinstance(described, Mapping) else ())
 
 
 def _with_followed_frames(settings: Settings) -> Settings:
@@ -210,7 +270,7 @@ def _describe(problem: Mapping[str, object], layers: Sequence[Layer], tree: type
     path = ".".join(loc)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        message = "no such setting" + _nearest(loc, tree)
+        message = "no such setting" + (_nearest(loc, tree) or _of_method(loc, tree))
         given = ""
     else:
         value = problem.get("input")
@@ -230,6 +290,14 @@ def _nearest(loc: Sequence[str], tree: type[Settings]) -> str:
     return f"; did you mean {'.'.join([*loc[:-1], close[0]])}?" if close else ""
 
 
+def _of_method(loc: Sequence[str], tree: type[Settings]) -> str:
+    """What the method has instead, where it is the method that lacks a setting."""
+    if loc[0] != "method" or len(loc) != 2:
+        return ""
+    has = [name for name in tree.model_fields["method"].annotation.model_fields if name != "name"]
+    return f"; the method has {', '.join(has)}"
+
+
 def _source(loc: Sequence[str], layers: Sequence[Layer]) -> str | None:
     for layer in reversed(layers):
         node: Any = layer.values
@@ -243,11 +311,13 @@ def _source(loc: Sequence[str], layers: Sequence[Layer]) -> str | None:
 
 
 def method_label(settings: Settings) -> str:
-    """The method's name, marked `-custom` when its switches (settings that are no numbers) were changed one by one."""
+    """The method's name, marked `-custom` when its switches (settings that are no numbers) were changed one by one, and
+    `-published` on the chassis of its authors."""
     name = settings.method.name
     plain = validate(over_defaults(name))
     same = _switches(settings.method) == _switches(plain.method) and settings.average.kind == plain.average.kind
-    return short_name(name) + ("" if same else "-custom")
+    published = settings.training.chassis == "published"
+    return short_name(name) + ("" if same else "-custom") + (PUBLISHED if published else "")
 
 
 def _switches(group: BaseModel) -> dict[str, str | bool]:

@@ -213,16 +213,30 @@ class OptimizerSettings(Slice):
     name: Literal["adam", "adamw", "sgd"] = "adam"
     """Adam with coupled weight decay (the paper), AdamW, or SGD with momentum."""
     lr: Positive = 1e-4
-    """Learning rate, constant."""
+    """Learning rate, of the first epoch at least."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """Learning rate by epoch: constant, falling along half a cosine, or a tenth after each of `drops`."""
+    least_lr: NonNegative = 1e-6
+    """cosine: the learning rate that it would reach after the last epoch."""
+    drops: tuple[Count, ...] = (70,)
+    """step: epochs after each of which the learning rate is a tenth of what it was."""
     weight_decay: NonNegative = 1e-4
     """Weight decay."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD; beta_1 of Adam."""
 
+    @model_validator(mode="after")
+    def _falls(self):
+        if self.schedule == "cosine" and self.least_lr > self.lr:
+            raise ValueError(f"least_lr: {self.least_lr:g} is above the learning rate {self.lr:g}")
+        return self
+
 
 class TrainingSettings(Slice):
     """Domains, length and seed of a training."""
 
+    chassis: Literal["shared", "published"] = "shared"
+    """Heads, optimizer, epochs and selection: one for all methods, or (published) what each one's authors used."""
     target_domain: str | None = None
     """Unseen domain, only used to report; none trains and reports in-domain."""
     source_domains: Names = ()

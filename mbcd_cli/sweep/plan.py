@@ -18,6 +18,7 @@ from mbcd_cli.errors import SettingsError
 from mbcd_cli.files import flatten
 from mbcd_cli.methods import short_name
 from mbcd_cli.settings import Settings, role_of
+from mbcd_cli.settings.merge import PUBLISHED
 from mbcd_cli.settings.sources import parse_value
 
 PROTOCOLS = ("multi-source", "single-source", "in-domain")
@@ -57,7 +58,12 @@ class Cell:
     def label(self, leave_out: Iterable[str] = ()) -> str:
         """The method and the grid's values, as a row of a table is called: `mbcd, beta=0.99`."""
         parts = [f"{k.rsplit('.', 1)[-1]}={v}" for k, v in self.values if k not in (*_GROUPED, *leave_out)]
-        return ", ".join([self.method, *parts])
+        return ", ".join([self.method + (PUBLISHED if self.published else ""), *parts])
+
+    @property
+    def published(self) -> bool:
+        """Whether it is on its method's published chassis, unless the chassis is an axis of the grid, which tells."""
+        return self.settings.training.chassis == "published" and "training.chassis" not in dict(self.values)
 
     @property
     def name(self) -> str:

@@ -167,13 +167,15 @@ def title_of(request: Request, cells: Sequence[Cell]) -> str:
     methods = ", ".join(dict.fromkeys(cell.method for cell in cells))
     what = f"table {request.table}: {TABLES[request.table].title}" if request.table else f"sweep of {methods}"
     axes = ", ".join(text.split("=")[0] for text in request.grid)
-    return f"{', '.join(names)}, {what}" + (f" over {axes}" if axes else "")
+    chassis = ", published chassis" if cells[0].published else ""
+    return f"{', '.join(names)}, {what}{chassis}" + (f" over {axes}" if axes else "")
 
 
 def output_of(request: Request, cells: Sequence[Cell]) -> Path:
-    """The default folder of the collected tables: `sweeps/<dataset>[-table-N][-axis...]`."""
+    """The default folder of the collected tables: `sweeps/<dataset>[-table-N][-published][-axis...]`."""
     parts = [str(cells[0].settings.dataset.name)]
     parts += [f"table-{request.table}"] if request.table else []
     parts += [request.protocol] if request.protocol else []
+    parts += ["published"] if cells[0].published else []
     parts += [text.split("=")[0].strip().rsplit(".", 1)[-1] for text in request.grid]
     return Path("sweeps") / "-".join(parts)

@@ -1,8 +1,10 @@
-"""The one optimizer of tails, heads and the method's own modules."""
+"""The one optimizer of tails, heads and the method's own modules, and its learning rate by epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +25,8 @@ def build_optimizer(
     Args:
         parameters: all that train; those of `groups` are among them.
         groups: which of them have a learning rate or a weight decay of their own.
-        capturable: keep the step count on the GPU, so that a CUDA graph can hold the update.
+        capturable: keep the step count on the GPU, and a learning rate that is to change, so that a CUDA graph can hold
+            the update.
     """
     trained = [p for p in parameters if p.requires_grad]
     fused = all(p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point() for p in trained)
@@ -33,7 +36,44 @@ def build_optimizer(
     for group in groups:
         own = {"lr": group.lr, "weight_decay": group.weight_decay}
         sets.append({"params": list(group.parameters), **{k: v for k, v in own.items() if v is not None}})
+    for group in sets:
+        group["first_lr"] = group.get("lr", settings.lr)
+        if capturable and settings.schedule != "constant":
+            group["lr"] = torch.tensor(group["first_lr"], device=trained[0].device)
     if settings.name == "sgd":
         return torch.optim.SGD(sets, momentum=settings.momentum, **common)
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
     return kind(sets, betas=(settings.momentum, 0.999), capturable=capturable, **common)
+
+
+def rate_factor(settings: OptimizerSettings, *, epoch: int, epochs: int) -> float:
+    """What the learning rate of the first epoch is multiplied with when `epoch` of `epochs` are finished.
+
+    cosine: from 1 along (1 + cos(pi epoch / epochs)) / 2 to least_lr / lr; step: 0.1 for each of `drops` that is over.
+    """
+    if settings.schedule == "cosine":
+        least = settings.least_lr / settings.lr
+        return least + (1 - least) * (1 + math.cos(math.pi * epoch / epochs)) / 2
+    return 0.1 ** sum(epoch >= drop for drop in settings.drops) if settings.schedule == "step" else 1.0
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Learning rates of the first epoch times `factor`, in place where they are tensors: a captured step reads them."""
+    for group in optimizer.param_groups:
+        rate = group["first_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load `state`; learning rates stay where they are, since every epoch sets them.
+
+    Raises:
+        ValueError: it belongs to another optimizer.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

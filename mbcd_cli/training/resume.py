@@ -13,6 +13,7 @@ from mbcd_cli.randomness import Randomness, global_states, load_global_states
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.runs.folder import RunFolder
 from mbcd_cli.training.figures import Layout
+from mbcd_cli.training.optimizer import load_optimizer
 from mbcd_cli.training.step import TrainStep
 
 
@@ -82,7 +83,7 @@ def resume(
             step.average.model.load_state_dict(saved.teacher or {})
             step.average.load(state["average"])
         step.method.load_state_dict(state["method"])
-        step.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(step.optimizer, state["optimizer"])
         progress.epoch, progress.epoch_step, progress.step = saved.epoch, saved.epoch_step, saved.step
         progress.pending = [(clips, vector) for clips, vector in state["pending"]]
         progress.sums, progress.clips = state["sums"], state["clips"]

@@ -47,6 +47,7 @@ class TrainingSummary(TypedDict, total=False):
     source_domains: list[str]
     seed: int
     deployed: str
+    tested: str
     epochs: int
     steps: int
     best: EpochAccuracy
@@ -192,6 +193,7 @@ def summarise(progress: Progress, *, settings: Settings, run: Path) -> TrainingS
         "source_domains": list(settings.training.source_domains),
         "seed": settings.training.seed,
         "deployed": deployed,
+        "tested": "best" if "best" in settings.evaluation.checkpoints else "last",
         "epochs": len(history),
         "steps": progress.step,
         "best": epoch(best),

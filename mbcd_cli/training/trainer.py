@@ -33,6 +33,7 @@ from mbcd_cli.training import watch
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.figures import Layout, Record
 from mbcd_cli.training.interrupts import Interrupts
+from mbcd_cli.training.optimizer import rate_factor, set_rates
 from mbcd_cli.training.resume import Progress, resume, training_state
 from mbcd_cli.training.step import TrainStep
 from mbcd_cli.training.validation import validation_figures
@@ -141,6 +142,8 @@ class Trainer:
         started, first_step = time.monotonic(), progress.step
         self.feed.reset()
         self.step.context.epoch.fill_(progress.epoch)
+        rates = self.settings.optimizer
+        set_rates(self.step.optimizer, rate_factor(rates, epoch=progress.epoch, epochs=training.epochs))
         if progress.step < self.total_steps:
             batches = self.feed.training(
                 self.clips,

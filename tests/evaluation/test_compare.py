@@ -120,11 +120,14 @@ def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):
         *(f"epic-kitchens: {n}" for n in names),
         *(f"hac: {n}" for n in hac),
     ]
+    ours = ("erm", "mbcd")
+    papers = [f"{name} (paper)" for name in ("ERM", "RNA-Net", "SimMMDG", "MOOSA", "CMRF", "MBCD")]
+    others = [f"{name} (MER-DG's paper)" for name in ("ERM", "SimMMDG", "CMRF")]
     assert [row[:2] for row in table.rows] == [
-        *(["audio+flow", m] for m in ("erm", "mbcd", "ERM (paper)", "CMRF (paper)", "MBCD (paper)")),
-        *(["video+audio+flow", m] for m in ("erm", "mbcd", "ERM (paper)", "CMRF (paper)", "MBCD (paper)")),
+        *(["audio+flow", m] for m in (*ours, *papers)),
+        *(["video+audio+flow", m] for m in (*ours, *papers, *others)),
     ]
-    ours, whole = table.rows[1][2:], table.rows[6][2:]
+    ours, whole = table.rows[1][2:], table.rows[9][2:]
     for cell, target in zip(ours[:3], names, strict=False):
         assert cell.value == pytest.approx(np.mean([one["mbcd", target, s] for s in range(3)]))
     for cell, target in zip(ours[4:7], hac, strict=False):
@@ -132,7 +135,7 @@ def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):
     assert whole[3].value == pytest.approx(np.mean([all_three["mbcd", d, 0] for d in names[:3]]))
     assert [cell.value for cell in whole[4:]] == [None] * 4
     assert all(cell.best for cell in ours)
-    assert [cell.value for cell in table.rows[9][2:]] == [63.63, 73.18, 65.92, 67.58, 81.28, 78.11, 55.48, 71.62]
+    assert [cell.value for cell in table.rows[15][2:]] == [63.63, 73.18, 65.92, 67.58, 81.28, 78.11, 55.48, 71.62]
     assert table.note == "Mean and standard deviation over 1 to 3 seeds."
     # One dataset with one set of modalities needs no joint table.
     assert c.joint_tables([c.load_run(f) for f in done if "hac" in str(f)]) == []
@@ -141,7 +144,7 @@ def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):
 def test_the_papers_averages_are_those_of_its_figures():
     """Transcription check: each average in paper.toml is the mean of its targets (the paper rounds to 0.01)."""
     for entry in paper()["multi_source"]:
-        for dataset in PAPER_DATASETS:
+        for dataset in PAPER_DATASETS if "source" not in entry else ():  # other papers' averages alone are told
             values = [v for k, v in entry[dataset].items() if k != "average"]
             assert len(values) == 3
             assert np.mean(values) == pytest.approx(entry[dataset]["average"], abs=0.012), entry

@@ -240,3 +240,13 @@ def test_a_reader_has_settings_of_its_own():
         resolve(sets=["dataset.reader=demo", "dataset.reader.shortcuts=0.5"])
     with pytest.raises(SettingsError, match=r"dataset\.reader\.shortcut: no such setting"):
         resolve(sets=["dataset.reader.shortcut=0.5"])
+
+
+def test_a_setting_that_a_method_lacks_is_told_with_those_it_has():
+    for sets, words in (
+        (["method.dropout.rate=0.5"], r"method\.dropout: no such setting; the method has unimodal \[from --set"),
+        (["method.weigth=1"], r"did you mean method\.weight\?"),
+        (["method=erm", "training.chassis=published"], "method: Input should be a valid dictionary"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            resolve(method="rna-net" if "weigth" in sets[0] else "erm", sets=sets)

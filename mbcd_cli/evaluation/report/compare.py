@@ -20,6 +20,7 @@ from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report.results import FORMAT, read_results
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.paper.published import paper
+from mbcd_cli.settings.merge import PUBLISHED
 
 EXACT_PAIRS = 15
 """Up to this many pairs every sign pattern is tried."""
@@ -134,9 +135,14 @@ def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
 
 
 def order_methods(methods: Iterable[str]) -> list[str]:
-    """ERM first, then the weight average, then the others by name, MBCD last."""
+    """ERM first, then the weight average, then the others by name, MBCD last, whatever their chassis."""
     first, last = {"erm": 0, "ema": 1}, {"mbcd": 1}
-    return sorted(set(methods), key=lambda m: (last.get(m, 0), first.get(m, 2), m))
+
+    def place(method: str) -> tuple[int, int, str]:
+        plain = method.removesuffix(PUBLISHED)
+        return last.get(plain, 0), first.get(plain, 2), method
+
+    return sorted(set(methods), key=place)
 
 
 def averages(runs: Sequence[Run], columns: Sequence[str], value: str = "fused") -> Score:
@@ -173,7 +179,7 @@ def marked(rows: Sequence[Sequence[str | Score]]) -> list[list[str | Score]]:
 
 
 def paper_rows(table: str, dataset: str, modalities: Sequence[str], columns: Sequence[str]) -> list[list[str | Score]]:
-    """The paper's rows for the same dataset and modalities; none where the setting does not match.
+    """The papers' rows for the same dataset and modalities; none where the setting does not match.
 
     Its averages are over all domains (or ordered pairs): they are left out where `columns` are fewer or others.
     """
@@ -184,7 +190,9 @@ def paper_rows(table: str, dataset: str, modalities: Sequence[str], columns: Seq
             figures = entry[dataset]
             cells = [Score(figures.get(column)) for column in (*columns, *(["average"] if whole else []))]
             if any(cell.value is not None for cell in cells):
-                rows.append([f"{entry['method']} (paper)", *cells, *([] if whole else [Score(None)])])
+                rows.append(
+                    [f"{entry['method']} ({entry.get('source', 'paper')})", *cells, *([] if whole else [Score(None)])]
+                )
     return rows
 
 

@@ -108,6 +108,7 @@ def _serve(connection: Connection) -> None:
         connection.send(None)
         while True:
             block, work, item = connection.recv()
+            connection.send(0.0)  # from here on the clip may be to blame
             try:
                 answer = share(work(*item), block)
             except MbcdError as error:
@@ -146,6 +147,7 @@ class _Worker:
         tasks: handed to it and not answered; it is at the first.
         since: when it began with that one; infinite before it said that it is there.
         granted: until when its decoder itself may take, of that one.
+        at_work: whether it has said that it has that one in its hands.
     """
 
     process: BaseProcess
@@ -153,6 +155,7 @@ class _Worker:
     tasks: deque[_Task] = field(default_factory=deque)
     since: float = math.inf
     granted: float = 0.0
+    at_work: bool = False
 
     @property
     def deadline(self) -> float:
@@ -160,7 +163,7 @@ class _Worker:
 
     def begin(self) -> None:
         """It turns to the next task."""
-        self.since, self.granted = time.monotonic(), 0.0
+        self.since, self.granted, self.at_work = time.monotonic(), 0.0, False
 
     def end(self) -> None:
         self.connection.close()
@@ -272,14 +275,14 @@ class Decoder:
                     self._lose(worker, todo, done, "the decoder crashed on this file")
                     continue
                 if isinstance(answer, float):  # the seconds of its decoder's own deadline
-                    worker.granted = max(worker.granted, time.monotonic() + _OUTER * answer)
+                    worker.granted, worker.at_work = max(worker.granted, time.monotonic() + _OUTER * answer), True
                     continue
                 if worker.since < math.inf:
                     self._take(worker.tasks.popleft(), answer, done)
                 worker.begin()
                 self._lost_starts = 0
             elif worker.deadline <= time.monotonic():
-                limit = worker.deadline - worker.since
+                limit, worker.at_work = worker.deadline - worker.since, True
                 self._lose(worker, todo, done, f"the decoder did not finish within {limit:.0f} s")
 
     def _take(self, task: _Task, answer: object, done: dict[int, Decoded]) -> None:
@@ -291,7 +294,7 @@ class Decoder:
         """A worker has ended, or must: what it was at is tried once more or rejected, the rest is still to do."""
         begun = worker.since < math.inf
         self._dismiss(worker)
-        if begun and worker.tasks:
+        if worker.at_work and worker.tasks:
             task = worker.tasks[0]
             task.failures += 1
             if task.failures > 1:

@@ -28,7 +28,7 @@ _PLAIN_WIDTH = 140
 
 
 def _console(*, stderr: bool) -> Console:
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    made = Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _PLAIN_WIDTH  # a pipe or a log file has no width of its own: the same everywhere
     return made
@@ -111,10 +111,10 @@ terminal = Terminal(say)
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False) -> None:
     """Print a table; columns of figures are right-aligned, those with text left-aligned."""
     cells = [[str(cell) for cell in row] for row in rows]
-    grid = Table(title=title, title_justify="left", title_style="bold")
+    grid = Table(title=Text(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         figures = bool(cells) and all(_FIGURE.fullmatch(row[index]) for row in cells)
-        grid.add_column(column, justify="right" if figures else "left", overflow="fold")
+        grid.add_column(Text(column), justify="right" if figures else "left", overflow="fold")
     for row in cells:
         grid.add_row(*map(Text, row))
     (err if to_stderr else out).print(grid)

@@ -55,7 +55,10 @@ def configure(settings: RuntimeSettings) -> torch.device:
     if settings.deterministic:
         # cuBLAS reads this when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    if settings.compile:
+        torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    else:  # the same, without importing the compiler, which takes longer than all the rest of torch
+        torch._C._set_deterministic_algorithms(settings.deterministic, warn_only=True)
     # Nothing here reads memory it did not write; filling it would cost time in every step.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = settings.deterministic

@@ -11,7 +11,7 @@ import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command, listed
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import UsageError
 
 _NEW = "New clips"
 
@@ -67,15 +67,15 @@ def evaluate(
     With --data-root, new clips (labelled or not) are prepared and predicted: predict.csv.
     """
     if sum(given is not None for given in (run, checkpoint, runs)) != 1:
-        raise RunError("Name what to evaluate.", "Use one of --run RUN, --checkpoint FILE and --runs PATTERN.")
+        raise UsageError("Name what to evaluate.", "Use one of --run RUN, --checkpoint FILE and --runs PATTERN.")
     new = data_root is not None or manifest is not None
     if new and (runs is not None or ood is not None):
-        raise RunError(
+        raise UsageError(
             "New clips are predicted by one model alone.",
             "Leave out --runs and --ood with --data-root or --manifest.",
         )
     if not new and max_bad is not None:
-        raise RunError("--max-bad is about new clips.", "Name their folder with --data-root.")
+        raise UsageError("--max-bad is about new clips.", "Name their folder with --data-root.")
     from mbcd_cli.runs import opening
     from mbcd_cli.runs.names import run_checkpoints, run_of
     from mbcd_cli.runtime import configure

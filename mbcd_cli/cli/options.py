@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from typer.models import CommandInfo
 
+from mbcd_cli import console
 from mbcd_cli.cli.outcome import finish, outcome
 from mbcd_cli.settings import ManifestSettings, MethodSettings, Settings
 
@@ -134,6 +135,7 @@ def command(
 
         @wraps(function)
         def run(**given: object) -> None:
+            given = {name: _at_home(value) for name, value in given.items()}
             debug = given.pop("debug")
             asked = Asked(
                 flags={path: value for name, path in names.items() if (value := given.pop(name)) is not None},
@@ -170,6 +172,13 @@ def command(
         return CommandInfo(function.__name__, callback=run, epilog=lines, context_settings=help_names)
 
     return make
+
+
+def _at_home(value: object) -> object:
+    """`~` at the beginning of a path; the shell leaves it as it is in --output=~/x."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value  # noqa: PTH111
 
 
 def _option(path: str) -> object:
@@ -218,8 +227,11 @@ def dataset_preset(asked: Asked) -> str | None:
     return preset_of(asked, *([asked.flags["dataset.name"]] if "dataset.name" in asked.flags else unnamed))
 
 
-def emit_settings(settings: Settings) -> None:
-    """The resolved tree as TOML, on stdout."""
+def emit_settings(settings: Settings, *, as_json: bool) -> None:
+    """The resolved tree on stdout, as TOML or as one JSON object."""
+    if as_json:
+        console.emit_json(settings.model_dump(mode="json", exclude_none=True))
+        return
     from mbcd_cli.settings.sources import to_toml
 
     typer.echo(to_toml(settings), nl=False)

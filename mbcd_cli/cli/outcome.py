@@ -41,13 +41,33 @@ def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
         raise typer.Exit(0) from error
     except (typer.Exit, SystemExit):
         raise
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        _refuse(*_of_the_machine(error), as_json=as_json)
+        raise typer.Exit(1) from error
     except Exception as error:
         if debug:
             raise
+        if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            _refuse(*_of_the_machine(MemoryError()), as_json=as_json)
+            raise typer.Exit(1) from error
         message = f"Unexpected {type(error).__name__}: {error}"
         remedy = "Run the command again with --debug and report what it shows."
-        _fail(f"{message}\n{remedy}", message, remedy, as_json=as_json)
+        _refuse(message, remedy, as_json=as_json)
         raise typer.Exit(1) from error
+
+
+def _of_the_machine(error: OSError | MemoryError) -> tuple[str, str]:
+    """What is wrong with the machine or its files, and what to do."""
+    if isinstance(error, MemoryError):
+        return "There is not enough memory.", "Ask for less: smaller batches, smaller sizes, fewer clips."
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}.", "Check that path, this user's rights there, and the disk."
+
+
+def _refuse(message: str, remedy: str, *, as_json: bool) -> None:
+    _fail(f"{message}\n{remedy}", message, remedy, as_json=as_json)
 
 
 def _fail(

@@ -11,7 +11,7 @@ import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command, dataset_preset, emit_settings
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mbcd_cli.training.train import TrainingSummary
@@ -58,11 +58,11 @@ def train(
     Without --preset, --config or --dataset the preset is epic-kitchens.
     """
     if resume and overwrite:
-        raise RunError("--resume and --overwrite contradict each other.", "Use one of them.")
+        raise UsageError("--resume and --overwrite contradict each other.", "Use one of them.")
     preset = dataset_preset(asked)
     settings = asked.resolve(preset, named=True)
     if show_settings:
-        return emit_settings(settings)
+        return emit_settings(settings, as_json=asked.as_json)
     from mbcd_cli.runs.names import run_name
     from mbcd_cli.runs.opening import open_for_training
     from mbcd_cli.runtime import configure

@@ -21,6 +21,7 @@ from mbcd_cli.data.protocol import Read
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import flatten
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.settings import CacheSettings, Settings, fields_for
 
 PREPARED = fields_for(CacheSettings, "cache")
@@ -109,7 +110,7 @@ class CachedDataset:
         if unknown:
             raise CacheError(
                 f"Dataset {self.name} has no domain {unknown[0]!r}.",
-                f"Its domains are {', '.join(self.domains)}.",
+                f"{did_you_mean(unknown[0], self.domains)}Its domains are {', '.join(self.domains)}.",
             )
         domain_ids = [self.domains.index(domain) for domain in domains]
         split_ids = [SPLITS.index(split) for split in splits]
@@ -221,7 +222,7 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
         have = f"Prepared so far: {', '.join(known)}." if known else "Nothing is prepared there yet."
         raise CacheError(
             f"There is no cache of dataset {name!r} in {settings.cache.dir}.",
-            f"{have} Run `mbcd prepare` first, or name the folder with --cache-dir.",
+            f"{did_you_mean(name, known)}{have} Run `mbcd prepare` first, or name the folder with --cache-dir.",
         )
     found: dict[str, list[ModalityCache]] = {}
     foreign: dict[str, OtherVersionError] = {}
@@ -242,7 +243,8 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
     if missing:
         raise CacheError(
             f"Modality {missing[0]!r} of dataset {name} is not prepared.",
-            f"Prepared are {', '.join(sorted(found))}; run `mbcd prepare` for it, or choose with --modalities.",
+            f"{did_you_mean(missing[0], found)}Prepared are {', '.join(sorted(found))}; run `mbcd prepare` for it, or "
+            "choose with --modalities.",
         )
     chosen: dict[str, ModalityCache] = {}
     resolved: dict[str, Modality] = {}

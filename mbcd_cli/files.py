@@ -171,11 +171,17 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
     What a killed process left there is removed. The lock is on the folder itself, so that it goes with the process
     that holds it, however that ends.
+
+    Raises:
+        FileError: it cannot be made.
     """
     aside = path.parent / f".{path.name}.partial"
     while True:
-        aside.mkdir(parents=True, exist_ok=True)
-        handle = os.open(aside, os.O_RDONLY)
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            handle = os.open(aside, os.O_RDONLY)
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
         fcntl.flock(handle, fcntl.LOCK_EX)
         if _same(handle, aside):
             break

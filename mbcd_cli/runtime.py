@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import warnings
 
 import torch
 
@@ -65,9 +66,19 @@ def configure(settings: RuntimeSettings) -> torch.device:
     torch.backends.cudnn.benchmark = not settings.deterministic
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu" and settings.precision == "bfloat16" and not _has_bfloat16():
+        warnings.warn(
+            "This processor has no bfloat16 units: a step takes many times as long as in float32. Use --set "
+            "runtime.precision=float32.",
+            stacklevel=2,
+        )
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+def _has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def use_channels_last(settings: RuntimeSettings, device: torch.device) -> bool:

@@ -79,6 +79,7 @@ def main() -> None:
     """Entry point of the `mbcd` script."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a letter is no error
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands its own to what it starts
     if not 0 < _columns() < 10_000:
         os.environ.pop("COLUMNS", None)
     sys.exit(app())

@@ -42,7 +42,8 @@ def evaluate(
         typer.Option("--ood", help="Cache folder of another dataset, for out-of-distribution detection."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder for what is written (default: the run folder).")
+        Path | None,
+        typer.Option("--output", help="Folder for what is written (default: RUN, or CHECKPOINT-evaluation)."),
     ] = None,
     data_root: Annotated[
         Path | None, typer.Option("--data-root", help="Folder of new clips to predict.", rich_help_panel=_NEW)
@@ -116,7 +117,7 @@ def evaluate(
         checkpoints,
         device=configure(settings.runtime),
         run=folder,
-        output=output or folder or checkpoint.parent,
+        output=output or run or checkpoint.with_name(f"{checkpoint.stem}-evaluation"),
         ood=opening.open_other(settings, ood) if ood is not None else None,
         say=console.terminal,
     )

@@ -20,9 +20,12 @@ from mbcd_cli.say import SILENT
 def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
     """Errors become one message and an exit code: 1 the user's to mend, 3 too many rejected clips.
 
-    A scheduler's SIGTERM is answered like Ctrl-C, so that helper processes and shared memory go too.
+    A scheduler's SIGTERM, and a terminal that closes, are answered like Ctrl-C, so that helper processes and shared
+    memory go too.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(one) is not signal.SIG_IGN:  # nohup
+            signal.signal(one, signal.default_int_handler)
     try:
         with warnings.catch_warnings():
             if not debug:  # one line each, as all that is said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -101,8 +102,8 @@ def show_training(summary: TrainingSummary) -> None:
         f"{summary['steps']} steps in {summary['seconds']:.0f} s ({summary['steps_per_second']:.1f}/s), "
         f"peak memory {summary['peak_memory_mb']:.0f} MB"
     )
-    console.say(f"Next: mbcd evaluate --run {summary['run']}")
-    console.say(f"      mbcd landscape --checkpoint {summary['run']}/checkpoints/best.pt")
+    console.say(f"Next: mbcd evaluate --run {shlex.quote(summary['run'])}")
+    console.say(f"      mbcd landscape --checkpoint {shlex.quote(summary['run'] + '/checkpoints/best.pt')}")
 
 
 def show_dry_run(plan: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ def _split_commas(value: object) -> object:
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Radius = Annotated[float, Field(ge=0, le=1e6)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -230,7 +231,8 @@ class OptimizerSettings(Slice):
     """Adam with coupled weight decay (the paper), AdamW, or SGD with momentum."""
     lr: Positive = 1e-4
     """Learning rate, constant."""
-    weight_decay: NonNegative = 1e-4
+    weight_decay: Radius = Annotated[float, Field(ge=0, le=1e6)]
+NonNegative = 1e-4
     """Weight decay."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD; beta_1 of Adam."""
@@ -313,7 +315,14 @@ class LandscapeSettings(Slice):
     """Points per axis of the 2-D surface (1-D curves use four times as many, less one)."""
     span: Positive = 1.0
     """The axes run from -span to +span in units of the filter-normalised directions."""
-    radii: tuple[NonNegative, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    radii: Annotated[tuple[Radius, ...], Field(min_length=1)] = (
+        0.0,
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+    )
     """Relative radii of the random perturbations for the flatness curve."""
     directions: Count = 10
     """Random directions per radius."""

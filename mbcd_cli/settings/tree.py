@@ -22,8 +22,8 @@ def _split_commas(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
 Radius = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -231,8 +231,7 @@ class OptimizerSettings(Slice):
     """Adam with coupled weight decay (the paper), AdamW, or SGD with momentum."""
     lr: Positive = 1e-4
     """Learning rate, constant."""
-    weight_decay: Radius = Annotated[float, Field(ge=0, le=1e6)]
-NonNegative = 1e-4
+    weight_decay: NonNegative = 1e-4
     """Weight decay."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD; beta_1 of Adam."""

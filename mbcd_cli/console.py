@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.progress import (
@@ -22,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from mbcd_cli.files import write_table
 from mbcd_cli.say import Say, Ticker
 
 _PLAIN_WIDTH = 140
@@ -38,6 +40,9 @@ err = _console(stderr=True)
 """Messages, progress and warnings: stderr, so that stdout stays clean for `--json`."""
 out = _console(stderr=False)
 """Results a person asked for: tables and paths."""
+
+tables_folder: Path | None = None
+"""Where every table that is printed is written as CSV too; None: nowhere."""
 
 _FIGURE = re.compile(r"[-+]?[0-9.,]*( ?(±|\+-) ?[0-9.]+)?%?")
 
@@ -120,6 +125,9 @@ terminal = Terminal(say)
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False) -> None:
     """Print a table; columns of figures are right-aligned, those with text left-aligned."""
     cells = [[str(cell) for cell in row] for row in rows]
+    if tables_folder is not None:
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80]
+        write_table(tables_folder / f"{name or 'table'}.csv", columns, cells, place="--csv")
     grid = Table(title=Text(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         figures = bool(cells) and all(_FIGURE.fullmatch(row[index]) for row in cells)

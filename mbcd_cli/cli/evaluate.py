@@ -57,8 +57,10 @@ def evaluate(
         ),
     ] = None,
     max_bad: Annotated[
-        int | None,
-        typer.Option("--max-bad", min=0, help="Rejected new clips tolerated (default: 0).", rich_help_panel=_NEW),
+        str | None,
+        typer.Option(
+            "--max-bad", help="Rejected new clips tolerated: a number, or a share (5%).", rich_help_panel=_NEW
+        ),
     ] = None,
 ) -> Shown:
     """Measure a run on its domains, predict new clips with it, or compare runs.
@@ -101,7 +103,7 @@ def evaluate(
             cache_dir=flags.get("cache.dir"),
             output=output,
             device=configure(settings.runtime),
-            max_bad=max_bad or 0,
+            max_bad=max_bad or "0",
             say=console.terminal,
         )
         return predicted, partial(show_predicted, predicted)

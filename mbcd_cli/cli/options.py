@@ -67,6 +67,10 @@ Sets = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, messages on stderr.", rich_help_panel=OUTPUT)
 ]
+Csv = Annotated[
+    Path | None,
+    typer.Option("--csv", help="Folder for the printed tables, as CSV files too.", rich_help_panel=OUTPUT),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=OUTPUT)]
 ShowSettings = Annotated[
     bool,
@@ -144,6 +148,7 @@ def command(
                 sets=given.pop("set_", None) or (),
                 as_json=given.pop("as_json"),
             )
+            console.tables_folder = given.pop("csv_")
             with outcome(as_json=asked.as_json, debug=debug):
                 shown = function(asked, **given)
                 if shown is not None:
@@ -161,7 +166,7 @@ def command(
                 if n not in last
             ),
             *(parameter(p.name, p.annotation, p.default) for p in own),
-            *(parameter(name, option, None) for name, option in (common | last).items()),
+            *(parameter(name, option, None) for name, option in (common | last | {"csv_": Csv}).items()),
             *(parameter(name, option, False) for name, option in switches.items()),
         ]
         parameters.sort(key=lambda p: p.default is not needed)

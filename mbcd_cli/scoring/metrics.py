@@ -59,6 +59,16 @@ def mean_class_accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
     return float(np.nanmean(class_accuracy(logits, labels)))
 
 
+def macro_f1(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Mean over the classes that have clips of F1 = 2 TP / (clips of the class + clips predicted as it)."""
+    labels, guesses = np.asarray(labels), predicted(logits)
+    classes = np.asarray(logits).shape[1]
+    clips = np.bincount(labels, minlength=classes)
+    told = np.bincount(guesses[guesses >= 0], minlength=classes)
+    right = np.bincount(labels[guesses == labels], minlength=classes)
+    return float((2 * right / np.maximum(clips + told, 1))[clips > 0].mean())
+
+
 def domain_accuracy(logits: ArrayLike, labels: ArrayLike, domains: ArrayLike, count: int) -> np.ndarray:
     """Accuracy on each domain's clips, [count] float64; NaN for a domain without clips."""
     return _group_accuracy(logits, labels, np.asarray(domains), count)
@@ -103,7 +113,7 @@ def summary(
         domains: [N] indices into `domain_names`; None leaves the domains out.
 
     Returns:
-        clips, top1, top_k and k, mean_class_accuracy, loss, unpredicted (clips with non-finite logits),
+        clips, top1, top_k and k, mean_class_accuracy, macro_f1, loss, unpredicted (clips with non-finite logits),
         per_class and per_domain (name -> clips, accuracy), confusion [C][C].
     """
     labels = np.asarray(labels)
@@ -114,6 +124,7 @@ def summary(
         "k": k,
         "top_k": top_k(logits, labels, k),
         "mean_class_accuracy": mean_class_accuracy(logits, labels),
+        "macro_f1": macro_f1(logits, labels),
         "loss": finite(mean_cross_entropy(logits, labels)),
         "unpredicted": int((predicted(logits) < 0).sum()),
         "per_class": _named(label_names, labels, class_accuracy(logits, labels)),

@@ -27,6 +27,11 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Allowed = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+    Field(pattern=r"^([0-9]{1,9}|[0-9]{1,2}(\.[0-9]{1,6})?%|100%)$"),
+]
 Held = TypeVar("Held", bound=Iterable[str])
 
 
@@ -70,8 +75,8 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     """Rows of the target domain that are tested: its test split, or all of its clips."""
     min_frames: ForCache[Count] = 2
     """A video or flow with fewer frames than this is rejected."""
-    max_bad: ForMachine[Annotated[int, Field(ge=0, lt=2**31)]] = 0
-    """Rejected clips that `prepare` tolerates before it exits with 3."""
+    max_bad: ForMachine[Allowed] = "0"
+    """Rejected clips that `prepare` tolerates before it exits with 3: a number, or a share of all (5%)."""
     missing_frames: ForCache[Literal["nearest", "reject"]] = "nearest"
     """What to do when single frames of a clip are missing: use the nearest present frame, or reject the clip."""
     compute_flow: bool = False
@@ -87,6 +92,11 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     @classmethod
     def _named(cls, value: object) -> object:
         return {"name": value} if isinstance(value, str) else value
+
+    def tolerates(self, rejected: int, clips: int) -> bool:
+        """Whether so many rejected clips of so many in all are as `max_bad` allows."""
+        share = self.max_bad.removesuffix("%")
+        return rejected <= (float(share) / 100 * clips if share != self.max_bad else int(share))
 
     def __reduce__(self):
         # The class of one reader's dataset has no name in this module, so that decoding processes could not find it.

@@ -111,6 +111,7 @@ def train(
             group=group,
             say=say,
         )
+        _warn_of_long_memory(settings, trainer.total_steps, say)
         started, first = time.monotonic(), trainer.progress.step
         try:
             progress = trainer.fit()
@@ -145,6 +146,18 @@ def train(
             return summary
 
         return group.on_main(finish) or {}
+
+
+def _warn_of_long_memory(settings: Settings, steps: int, say: Say) -> None:
+    """Warn of a weight average that still is, at the end, in good part what it began with: the initial weights."""
+    average = settings.average
+    left = average.beta**steps if average.kind == "ema" and not average.start else 0.0
+    if left > 0.1:
+        fitting = max(0.0, round(1 - 5 / steps, 4))
+        say.warn(
+            f"After {steps} steps the weight average still holds {100 * left:.0f} % of the initial weights "
+            f"(average.beta = {average.beta:g}): train longer, or use --set average.beta={fitting:g}."
+        )
 
 
 def _run_folder(run: Path, settings: Settings, *, resume: bool, overwrite: bool, group: Group) -> RunFolder:

@@ -5,6 +5,7 @@ Merging presets, files, environment and flags into one tree is `mbcd_cli.setting
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -23,15 +24,11 @@ def _split_commas(value: object) -> object:
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Radius = Annotated[float, Field(ge=0, le=1e6)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=1e30)]
+NonNegative = Annotated[float, Field(ge=0, le=1e30)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Allowed = Annotated[
-    str,
-    BeforeValidator(lambda value: str(value) if type(value) is int else value),
-    Field(pattern=r"^([0-9]{1,9}|[0-9]{1,2}(\.[0-9]{1,6})?%|100%)$"),
-]
+Allowed = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 Held = TypeVar("Held", bound=Iterable[str])
 
 
@@ -86,6 +83,13 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     @classmethod
     def _folder(cls, value: str | None) -> str | None:
         _fit([] if value is None else [value], partial(name_faults, "dataset name"))
+        return value
+
+    @field_validator("max_bad")
+    @classmethod
+    def _number_or_share(cls, value: str) -> str:
+        if not re.fullmatch(r"[0-9]{1,9}|[0-9]{1,2}(\.[0-9]{1,6})?%|100%", value):
+            raise ValueError("neither a number of clips nor a share of them such as 5%")
         return value
 
     @field_validator("reader", mode="before")

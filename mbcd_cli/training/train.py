@@ -153,10 +153,10 @@ def _warn_of_long_memory(settings: Settings, steps: int, say: Say) -> None:
     average = settings.average
     left = average.beta**steps if average.kind == "ema" and not average.start else 0.0
     if left > 0.1:
-        fitting = max(0.0, round(1 - 5 / steps, 4))
+        lower = f", or use --set average.beta={1 - 5 / steps:.4g}" if steps > 10 else ""
         say.warn(
             f"After {steps} steps the weight average still holds {100 * left:.0f} % of the initial weights "
-            f"(average.beta = {average.beta:g}): train longer, or use --set average.beta={fitting:g}."
+            f"(average.beta = {average.beta:g}): train longer{lower}."
         )
 
 

@@ -5,7 +5,7 @@ Letters: N clips, B clips in a batch, V stored training views.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -233,6 +233,11 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
             foreign[index.parent.name.rsplit("-", 1)[0]] = error
             continue
         found.setdefault(cache.recipe["modality"], []).append(cache)
+    if lost := _without_index(folder, modalities, found):
+        raise CacheError(
+            f"The cache {lost} has no index: its preparation was interrupted, or the file is lost.",
+            "Run the same `mbcd prepare` again, or choose others with --modalities.",
+        )
     for caches in found.values():
         caches.sort(key=lambda cache: cache.prepared_at, reverse=True)
     names = list(modalities) or modality_order(list(settings.modalities) or list(found))
@@ -257,6 +262,13 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
         chosen[modality] = _matching(settings, modality, wanted, found[modality])
         resolved[modality] = _resolved(wanted, chosen[modality].modality)
     return CachedDataset(name, chosen, resolved, root=settings.dataset.root, workers=settings.cache.workers)
+
+
+def _without_index(folder: Path, wanted: Sequence[str], found: Mapping[str, object]) -> Path | None:
+    """A cache with shards and no index, of a modality that is asked for (by name, or as one of all) and not found."""
+    shards = {path.parent for path in folder.glob("*/shard-*.h5") if not (path.parent / "index.h5").exists()}
+    names = {path: path.name.rpartition("-")[0] for path in sorted(shards)}
+    return next((p for p, name in names.items() if name not in found and (not wanted or name in wanted)), None)
 
 
 def _newest(settings: Settings, name: str, caches: Sequence[ModalityCache]) -> ModalityCache:
@@ -326,5 +338,6 @@ def _matching(settings: Settings, name: str, wanted: Modality, caches: Sequence[
     raise CacheError(
         f"The cache of {name} is stale ({caches[closest].folder}):\n"
         + "\n".join(f"  {line}" for line in differences[closest]),
-        f"Run `mbcd prepare` with these settings{only}, or change them back.",
+        f"Run `mbcd prepare` with these settings{only}, or change them back. What `prepare` was given with --config, "
+        "--preset or --set modalities... is to be given here too.",
     )

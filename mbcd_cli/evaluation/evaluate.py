@@ -11,7 +11,6 @@ import torch
 from mbcd_cli.checksums import checksum, of_file
 from mbcd_cli.data.cache import listing_digest
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.data.records import Clip
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, earlier, give_place
@@ -22,13 +21,14 @@ from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import describe_run, gathered_results, provenance, result_warnings
 from mbcd_cli.files import folder_aside, read_records, write_json
+from mbcd_cli.integrity import PREPARED_WITH
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
 from mbcd_cli.settings import DatasetSettings, Settings
-from mbcd_cli.settings.merge import method_label
+from mbcd_cli.settings.merge import load_settings, method_label
 from mbcd_cli.settings.sources import to_toml
 
 
@@ -123,9 +123,7 @@ def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[list[Clip], Data
     if not root.is_dir():
         return None, f"the media are not at {root} (--set dataset.root=DIR says where they are)"
     try:
-        reader = settings.dataset.reader
-        if reader.name != cache.provenance["reader"]:  # the settings name the prepared dataset only
-            reader = reader_settings(cache.provenance["reader"])
+        reader = load_settings(cache.folder / PREPARED_WITH).dataset.reader  # the run's settings name the dataset only
         there = settings.dataset.model_copy(update={"root": root, "reader": reader})
         listing = read_listing(settings.model_copy(update={"dataset": there}))
     except MbcdError as error:

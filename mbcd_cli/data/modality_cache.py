@@ -149,7 +149,7 @@ class ModalityCache:
         """
         count, shards = len(self.clips), len(self.files)
         limits = {
-            "label": (self.clips.labels, 0, len(self.label_names)),
+            "label": (self.clips.labels, -1, len(self.label_names)),  # -1: new clips without one
             "domain": (self.clips.domains, 0, len(self.domains)),
             "split": (self.clips.splits, 0, len(SPLITS)),
             "clip": (clip, 0, count),

@@ -119,6 +119,8 @@ def of_row(*parts: np.ndarray, clip: int, view: int) -> int:
 
 def _place(path: Path) -> int:
     """Where the digits of a file's checksum are; 0 where it has none."""
+    if path.exists() and not path.is_file():
+        raise DamagedError("it is no plain file")
     with path.open("rb") as file:
         if file.read(len(MARK)) == MARK:
             return len(MARK)

@@ -8,8 +8,9 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,13 +23,14 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from mbcd_cli.files import write_table
 from mbcd_cli.say import Say, Ticker
 
 _PLAIN_WIDTH = 140
 
 
 def _console(*, stderr: bool) -> Console:
-    made = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    made = Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)
     if not made.is_terminal and "COLUMNS" not in os.environ:
         made.width = _PLAIN_WIDTH  # a pipe or a log file has no width of its own: the same everywhere
     return made
@@ -39,6 +41,9 @@ err = _console(stderr=True)
 out = _console(stderr=False)
 """Results a person asked for: tables and paths."""
 
+tables_folder: Path | None = None
+"""Where every table that is printed is written as CSV too; None: nowhere."""
+
 _FIGURE = re.compile(r"[-+]?[0-9.,]*( ?(±|\+-) ?[0-9.]+)?%?")
 
 
@@ -46,6 +51,16 @@ class _Rate(ProgressColumn):
     def render(self, task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{speed:.1f}/s" if speed else "")
+
+
+class _Progress(Progress):
+    """The note stands on a line of its own: beside the bar a narrow terminal has no room for it."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
 
 
 class _Bar(Ticker):
@@ -98,9 +113,8 @@ class Terminal(Say):
             _Rate(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=err, transient=True) as bar:
+        with _Progress(*columns, console=err, transient=True) as bar:
             yield _Bar(label, total, bar)
 
 
@@ -111,10 +125,13 @@ terminal = Terminal(say)
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False) -> None:
     """Print a table; columns of figures are right-aligned, those with text left-aligned."""
     cells = [[str(cell) for cell in row] for row in rows]
-    grid = Table(title=title, title_justify="left", title_style="bold")
+    if tables_folder is not None:
+        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80]
+        write_table(tables_folder / f"{name or 'table'}.csv", columns, cells, place="--csv")
+    grid = Table(title=Text(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         figures = bool(cells) and all(_FIGURE.fullmatch(row[index]) for row in cells)
-        grid.add_column(column, justify="right" if figures else "left", overflow="fold")
+        grid.add_column(Text(column), justify="right" if figures else "left", overflow="fold")
     for row in cells:
         grid.add_row(*map(Text, row))
     (err if to_stderr else out).print(grid)

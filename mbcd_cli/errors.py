@@ -29,6 +29,12 @@ class MbcdError(Exception):
         return type(self), (self.message, self.remedy, self.details)
 
 
+class UsageError(MbcdError):
+    """Options that contradict each other, or one that is needed and missing."""
+
+    exit_code = 2
+
+
 class SettingsError(MbcdError):
     """Settings that do not validate, or contradict each other."""
 

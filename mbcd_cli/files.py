@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import json
@@ -9,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -124,6 +125,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], **where: str) -> Path:
+    """`written`, for a table as CSV; returns `path`."""
+    with written(path, **where) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([columns, *rows])
+    return path
+
+
+def size_text(count: int) -> str:
+    """Bytes in words: 1.2 GB, 340 MB, 12 kB."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
+    return f"{count / unit:.{1 if unit == 1e9 else 0}f} {name}"
+
+
 def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk, so that a power cut does not undo them."""
     handle = os.open(path, os.O_RDONLY)
@@ -190,11 +204,17 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
     What a killed process left there is removed. The lock is on the folder itself, so that it goes with the process
     that holds it, however that ends.
+
+    Raises:
+        FileError: it cannot be made.
     """
     aside = path.parent / f".{path.name}.partial"
     while True:
-        aside.mkdir(parents=True, exist_ok=True)
-        handle = os.open(aside, os.O_RDONLY)
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            handle = os.open(aside, os.O_RDONLY)
+        except OSError as error:
+            raise unwritable(path.parent, error) from error
         fcntl.flock(handle, fcntl.LOCK_EX)
         if _same(handle, aside):
             break
@@ -281,6 +301,8 @@ def open_hdf5(path: Path, mode: str = "r", **options: object) -> h5py.File:
     """
     import h5py  # what only locks or reads lines starts without it
 
+    if mode == "r" and path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise OSError("it is no plain file")
     return h5py.File(path, mode, locking=False, **options)
 
 

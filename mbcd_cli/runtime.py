@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import warnings
 
 import torch
 
@@ -55,16 +56,29 @@ def configure(settings: RuntimeSettings) -> torch.device:
     if settings.deterministic:
         # cuBLAS reads this when its first handle is made.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    if settings.compile:
+        torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    else:  # the same, without importing the compiler, which takes longer than all the rest of torch
+        torch._C._set_deterministic_algorithms(settings.deterministic, warn_only=True)
     # Nothing here reads memory it did not write; filling it would cost time in every step.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.deterministic = settings.deterministic
     torch.backends.cudnn.benchmark = not settings.deterministic
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu" and settings.precision == "bfloat16" and not _has_bfloat16():
+        warnings.warn(
+            "This processor has no bfloat16 units: a step takes many times as long as in float32. Use --set "
+            "runtime.precision=float32.",
+            stacklevel=2,
+        )
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+def _has_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def use_channels_last(settings: RuntimeSettings, device: torch.device) -> bool:

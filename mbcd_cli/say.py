@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-PLAIN_SECONDS = 20.0
+PLAIN_SECONDS = 60.0
 """Between two lines about one piece of long work, where there is no terminal to draw a bar on."""
 
 
@@ -36,7 +36,11 @@ class Ticker:
         self._last = now
         rate = self._done / max(now - self._started, 1e-9)
         total = f"/{self._total}" if self._total else ""
-        left = f", {(self._total - self._done) / rate:.0f} s left" if self._total and rate > 0 else ""
+        left = ""
+        if self._total and rate > 0:
+            seconds = max(self._total - self._done, 0) / rate
+            day = "%a %H:%M" if seconds > 43200 else "%H:%M"
+            left = f", {seconds:.0f} s left, until {time.strftime(day, time.localtime(time.time() + seconds))}"
         self._write(f"{self._label}: {self._done}{total} ({rate:.1f}/s{left}) {self._note}".rstrip())
 
     def describe(self, note: str) -> None:

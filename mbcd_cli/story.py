@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import RunError
+from mbcd_cli.data.readers.demo_content import DOMAINS
+from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation import evaluate
 from mbcd_cli.landscape import measure
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.preparation import prepare
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints, run_name
@@ -49,6 +51,12 @@ def demo(
         raise RunError(f"{directory} is a file.", "Name another folder with --dir.")
     flags = {**flags, "dataset.root": directory / "media", "cache.dir": directory / "cache"}
     settings = {m: resolve(preset="demo", environ=os.environ, method=m, flags=flags) for m in METHODS}
+    target = settings["mbcd"].training.target_domain
+    if target is not None and target not in DOMAINS:  # told before minutes of generating and preparing
+        raise SettingsError(
+            f"The demo has no domain {target!r}.",
+            f"{did_you_mean(target, DOMAINS)}Its domains are {', '.join(DOMAINS)}.",
+        )
     here = {path: value for path, value in flags.items() if path.startswith(("cache.", "runtime."))}
     torch_device = configure(settings["mbcd"].runtime)
     seconds: dict[str, float] = {}

@@ -115,7 +115,7 @@ def test_limits_make_a_quick_run(home):
 def test_resume_and_overwrite_rules(home):
     before = (home / "one/checkpoints/best.pt").read_bytes()
     assert "--resume" in train(home, "one", code=1).stderr
-    assert "contradict" in train(home, "one", "--resume", "--overwrite", code=1).stderr
+    assert "contradict" in train(home, "one", "--resume", "--overwrite", code=2).stderr
     assert "optimizer.lr" in train(home, "one", "--resume", "--lr", 0.5, code=1).stderr
     assert (home / "one/checkpoints/best.pt").read_bytes() == before
     train(home, "one", "--resume", "--json")  # finished: nothing to do
@@ -139,7 +139,6 @@ def test_resume_and_overwrite_rules(home):
         (["train", "--dataset", "tiny", "--device", "abacus"], "abacus"),
         (["evaluate", "--run", "nowhere"], "is not a run folder"),
         (["evaluate", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
-        (["evaluate"], "Name what to evaluate"),
         (["landscape", "--checkpoint", "nowhere.pt"], "nowhere.pt"),
         (["prepare", "parquet", "--root", "."], "no reader 'parquet'"),
         (["prepare", "manifest", "--root", "nowhere"], "nowhere"),
@@ -254,3 +253,41 @@ class TestAvDigits:
         for line in (6, 8, 16, 17, 24):
             assert f"line {line}:" in result.stderr
         assert not (tmp_path / "cache").exists()
+
+
+def test_usage_is_exit_code_2():
+    assert "Name what to evaluate" in run("evaluate", code=2).stderr
+    run("train", "--resume", "--overwrite", code=2)
+
+
+def test_settings_as_json_and_tables_as_csv(home):
+    assert run("train", "--preset", "none", "--show-settings", "--json").data["training"]["seed"] == 0
+    run("evaluate", "--run", home / "one", "--csv", home / "tables")
+    (table,) = (home / "tables").glob("top-1-accuracy*")
+    assert table.read_text().startswith("model,tested on,clips,fused,")
+    assert "macro F1" in table.read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(28, "No space left on device", "/full"), "/full: No space left on device"),
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
+    ],
+)
+def test_faults_of_the_machine_are_no_surprise(monkeypatch, error, told):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("mbcd_cli.cli.list.choices", failing)
+    stderr = run("list", "presets", code=1).stderr
+    assert told in stderr
+    assert "Unexpected" not in stderr
+
+
+def test_results_of_another_checkpoint_lie_beside_it(home):
+    before = (home / "one" / "results.json").read_bytes()
+    files = run("evaluate", "--checkpoint", home / "one/checkpoints/last.pt", "--json").data["files"]
+    assert Path(files["results"]).parent == (home / "one/checkpoints/last-evaluation").resolve()
+    assert (home / "one" / "results.json").read_bytes() == before

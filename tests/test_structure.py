@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mbcd_cli"
 # From the bottom; a room imports what stands on lower lines, and itself. Rooms of one line do not know each other.
 # settings/merge.py stands above its room: the settings' classes of methods, readers and kinds come together there.
 FLOORS = (
-    "__init__ errors say allocator randomness checksums",
+    "__init__ errors say allocator randomness checksums naming",
     "files processes settings plugins",
     "runtime plotting data integrity",
     "encoders",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -44,7 +45,7 @@ app = typer.Typer(
     name="mbcd",
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=_MARKUP,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -69,6 +70,16 @@ def _root(
     pass
 
 
+def _columns() -> int:
+    told = os.environ.get("COLUMNS", "")
+    return int(told) if told.isdecimal() and len(told) < 9 else 0
+
+
 def main() -> None:
     """Entry point of the `mbcd` script."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a letter is no error
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook hands its own to what it starts
+    if not 0 < _columns() < 10_000:
+        os.environ.pop("COLUMNS", None)
     sys.exit(app())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,12 +44,12 @@ def show_demo(result: dict[str, Any], methods: tuple[str, ...]) -> None:
     for file in result["files"]:
         console.out.print(f"  {file}", markup=False)
     total = sum(result["seconds"].values())
-    folder = result["directory"]
+    cache, run = shlex.quote(f"{result['directory']}/cache"), result["runs"]["mbcd"]
     console.out.print(f"\nDone in {total:.0f} s. Next:")
     for line in (
-        f"mbcd evaluate --run {result['runs']['mbcd']} --cache-dir {folder}/cache",
-        f"mbcd landscape --checkpoint {result['runs']['mbcd']}/checkpoints/best.pt --cache-dir {folder}/cache",
-        f"mbcd train --preset demo --cache-dir {folder}/cache --method ema",
+        f"mbcd evaluate --run {shlex.quote(run)} --cache-dir {cache}",
+        f"mbcd landscape --checkpoint {shlex.quote(f'{run}/checkpoints/best.pt')} --cache-dir {cache}",
+        f"mbcd train --preset demo --cache-dir {cache} --method ema",
         "mbcd prepare manifest --root YOUR_DATASET      (docs/data.md says what it needs)",
     ):
         console.out.print(f"  {line}", markup=False)

@@ -11,7 +11,7 @@ import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command, listed
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import UsageError
 
 _NEW = "New clips"
 
@@ -42,7 +42,8 @@ def evaluate(
         typer.Option("--ood", help="Cache folder of another dataset, for out-of-distribution detection."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder for what is written (default: the run folder).")
+        Path | None,
+        typer.Option("--output", help="Folder for what is written (default: RUN, or CHECKPOINT-evaluation)."),
     ] = None,
     data_root: Annotated[
         Path | None, typer.Option("--data-root", help="Folder of new clips to predict.", rich_help_panel=_NEW)
@@ -56,8 +57,10 @@ def evaluate(
         ),
     ] = None,
     max_bad: Annotated[
-        int | None,
-        typer.Option("--max-bad", min=0, help="Rejected new clips tolerated (default: 0).", rich_help_panel=_NEW),
+        str | None,
+        typer.Option(
+            "--max-bad", help="Rejected new clips tolerated: a number, or a share (5%).", rich_help_panel=_NEW
+        ),
     ] = None,
 ) -> Shown:
     """Measure a run on its domains, predict new clips with it, or compare runs.
@@ -67,15 +70,15 @@ def evaluate(
     With --data-root, new clips (labelled or not) are prepared and predicted: predict.csv.
     """
     if sum(given is not None for given in (run, checkpoint, runs)) != 1:
-        raise RunError("Name what to evaluate.", "Use one of --run RUN, --checkpoint FILE and --runs PATTERN.")
+        raise UsageError("Name what to evaluate.", "Use one of --run RUN, --checkpoint FILE and --runs PATTERN.")
     new = data_root is not None or manifest is not None
     if new and (runs is not None or ood is not None):
-        raise RunError(
+        raise UsageError(
             "New clips are predicted by one model alone.",
             "Leave out --runs and --ood with --data-root or --manifest.",
         )
     if not new and max_bad is not None:
-        raise RunError("--max-bad is about new clips.", "Name their folder with --data-root.")
+        raise UsageError("--max-bad is about new clips.", "Name their folder with --data-root.")
     from mbcd_cli.runs import opening
     from mbcd_cli.runs.names import run_checkpoints, run_of
     from mbcd_cli.runtime import configure
@@ -100,7 +103,7 @@ def evaluate(
             cache_dir=flags.get("cache.dir"),
             output=output,
             device=configure(settings.runtime),
-            max_bad=max_bad or 0,
+            max_bad=max_bad or "0",
             say=console.terminal,
         )
         return predicted, partial(show_predicted, predicted)
@@ -116,7 +119,7 @@ def evaluate(
         checkpoints,
         device=configure(settings.runtime),
         run=folder,
-        output=output or folder or checkpoint.parent,
+        output=output or run or checkpoint.with_name(f"{checkpoint.stem}-evaluation"),
         ood=opening.open_other(settings, ood) if ood is not None else None,
         say=console.terminal,
     )

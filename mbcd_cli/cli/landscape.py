@@ -11,6 +11,7 @@ import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command
+from mbcd_cli.errors import UsageError
 
 
 @command(
@@ -47,6 +48,8 @@ def landscape(
     if plot_only:
         drawn = measure.redraw(folder)
         return drawn, partial(show_landscape, drawn)
+    if to and len({path.resolve() for path in to}) < len(to):
+        raise UsageError("--to names one checkpoint twice.", "Leave one out.")
     labelled = names.label_checkpoints([*checkpoint, *(to or [])])
     settings, data, checkpoints = opening.open_checkpoints(
         labelled, config=asked.config, sets=asked.sets, flags=asked.flags
@@ -71,13 +74,15 @@ def show_landscape(result: Mapping[str, Any]) -> None:
     """Print what `landscape` returned: tables, then the paths (nothing where another process does)."""
     if result["rank"] != 0:
         return
+    from mbcd_cli.landscape.drawing import with_error
+
     rows = []
     curvature = []
     for label, figures in result["checkpoints"].items():
         if "curvature" in figures:
             found = figures["curvature"]
-            top = f"{found['eigenvalues'][0]:.4g} ± {found['errors'][0]:.1g}"
-            trace = f"{found['trace']:.4g} ± {found['trace_error']:.1g}"
+            top = with_error(found["eigenvalues"][0], found["errors"][0])
+            trace = with_error(found["trace"], found["trace_error"])
             settled = f"{sum(found['converged'])} of {len(found['converged'])}"
             curvature.append([label, top, trace, settled, found["parameters"]])
         flat = figures.get("flatness", {})

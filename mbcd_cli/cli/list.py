@@ -12,6 +12,7 @@ import typer
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import summaries_of
 
 KINDS = ("presets", "datasets", "encoders", "methods")
@@ -49,7 +50,9 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[obj
         return ("method", "paper", "year", "what", "published"), [
             (row["method"], row["paper"], row["year"], row["what"], row["published"]) for row in method_summaries()
         ]
-    raise SettingsError(f"There is nothing called {what!r} to list.", f"Use one of {', '.join(KINDS)}.")
+    raise SettingsError(
+        f"There is nothing called {what!r} to list.", f"{did_you_mean(what, KINDS)}Use one of {', '.join(KINDS)}."
+    )
 
 
 def _purpose(name: str) -> str:

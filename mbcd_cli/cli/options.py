@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 from typer.models import CommandInfo
 
+from mbcd_cli import console
 from mbcd_cli.cli.outcome import finish, outcome
 from mbcd_cli.settings import ManifestSettings, MethodSettings, Settings
 
@@ -66,6 +67,10 @@ Sets = Annotated[
 ]
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout, messages on stderr.", rich_help_panel=OUTPUT)
+]
+Csv = Annotated[
+    Path | None,
+    typer.Option("--csv", help="Folder for the printed tables, as CSV files too.", rich_help_panel=OUTPUT),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=OUTPUT)]
 ShowSettings = Annotated[
@@ -135,6 +140,7 @@ def command(
 
         @wraps(function)
         def run(**given: object) -> None:
+            given = {name: _at_home(value) for name, value in given.items()}
             debug = given.pop("debug")
             asked = Asked(
                 flags={path: value for name, path in names.items() if (value := given.pop(name)) is not None},
@@ -143,6 +149,7 @@ def command(
                 sets=given.pop("set_", None) or (),
                 as_json=given.pop("as_json"),
             )
+            console.tables_folder = given.pop("csv_")
             with outcome(as_json=asked.as_json, debug=debug):
                 shown = function(asked, **given)
                 if shown is not None:
@@ -160,7 +167,7 @@ def command(
                 if n not in last
             ),
             *(parameter(p.name, p.annotation, p.default) for p in own),
-            *(parameter(name, option, None) for name, option in (common | last).items()),
+            *(parameter(name, option, None) for name, option in (common | last | {"csv_": Csv}).items()),
             *(parameter(name, option, False) for name, option in switches.items()),
         ]
         parameters.sort(key=lambda p: p.default is not needed)
@@ -171,6 +178,13 @@ def command(
         return CommandInfo(function.__name__, callback=run, epilog=lines, context_settings=help_names)
 
     return make
+
+
+def _at_home(value: object) -> object:
+    """`~` at the beginning of a path; the shell leaves it as it is in --output=~/x."""
+    if isinstance(value, list):
+        return [_at_home(one) for one in value]
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value  # noqa: PTH111
 
 
 def _option(path: str) -> object:
@@ -219,8 +233,11 @@ def dataset_preset(asked: Asked) -> str | None:
     return preset_of(asked, *([asked.flags["dataset.name"]] if "dataset.name" in asked.flags else unnamed))
 
 
-def emit_settings(settings: Settings) -> None:
-    """The resolved tree as TOML, on stdout."""
+def emit_settings(settings: Settings, *, as_json: bool) -> None:
+    """The resolved tree on stdout, as TOML or as one JSON object."""
+    if as_json:
+        console.emit_json(settings.model_dump(mode="json", exclude_none=True))
+        return
     from mbcd_cli.settings.sources import to_toml
 
     typer.echo(to_toml(settings), nl=False)

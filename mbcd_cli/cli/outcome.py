@@ -20,9 +20,12 @@ from mbcd_cli.say import SILENT
 def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
     """Errors become one message and an exit code: 1 the user's to mend, 3 too many rejected clips.
 
-    A scheduler's SIGTERM is answered like Ctrl-C, so that helper processes and shared memory go too.
+    A scheduler's SIGTERM, and a terminal that closes, are answered like Ctrl-C, so that helper processes and shared
+    memory go too.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for one in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(one) is not signal.SIG_IGN:  # nohup
+            signal.signal(one, signal.default_int_handler)
     try:
         with warnings.catch_warnings():
             if not debug:  # one line each, as all that is said
@@ -41,13 +44,33 @@ def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
         raise typer.Exit(0) from error
     except (typer.Exit, SystemExit):
         raise
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        _refuse(*_of_the_machine(error), as_json=as_json)
+        raise typer.Exit(1) from error
     except Exception as error:
         if debug:
             raise
+        if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            _refuse(*_of_the_machine(MemoryError()), as_json=as_json)
+            raise typer.Exit(1) from error
         message = f"Unexpected {type(error).__name__}: {error}"
         remedy = "Run the command again with --debug and report what it shows."
-        _fail(f"{message}\n{remedy}", message, remedy, as_json=as_json)
+        _refuse(message, remedy, as_json=as_json)
         raise typer.Exit(1) from error
+
+
+def _of_the_machine(error: OSError | MemoryError) -> tuple[str, str]:
+    """What is wrong with the machine or its files, and what to do."""
+    if isinstance(error, MemoryError):
+        return "There is not enough memory.", "Ask for less: smaller batches, smaller sizes, fewer clips."
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}.", "Check that path, this user's rights there, and the disk."
+
+
+def _refuse(message: str, remedy: str, *, as_json: bool) -> None:
+    _fail(f"{message}\n{remedy}", message, remedy, as_json=as_json)
 
 
 def _fail(

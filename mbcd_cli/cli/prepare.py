@@ -61,7 +61,7 @@ def prepare(
         console.say(f"Using preset {preset} (--preset none for the bare defaults).")
     settings = asked.resolve(preset)
     if show_settings:
-        return emit_settings(settings)
+        return emit_settings(settings, as_json=asked.as_json)
     from mbcd_cli.preparation import check as checking
     from mbcd_cli.preparation.prepare import prepare
     from mbcd_cli.runtime import configure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command, dataset_preset, emit_settings
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mbcd_cli.training.train import TrainingSummary
@@ -60,11 +61,11 @@ def train(
     Without --preset, --config or --dataset the preset is epic-kitchens.
     """
     if resume and overwrite:
-        raise RunError("--resume and --overwrite contradict each other.", "Use one of them.")
+        raise UsageError("--resume and --overwrite contradict each other.", "Use one of them.")
     preset = dataset_preset(asked)
     settings = asked.resolve(preset, named=True)
     if show_settings:
-        return emit_settings(settings)
+        return emit_settings(settings, as_json=asked.as_json)
     from mbcd_cli.runs.names import run_name
     from mbcd_cli.runs.opening import open_for_training
     from mbcd_cli.runtime import configure
@@ -104,8 +105,8 @@ def show_training(summary: TrainingSummary) -> None:
         f"{summary['steps']} steps in {summary['seconds']:.0f} s ({summary['steps_per_second']:.1f}/s), "
         f"peak memory {summary['peak_memory_mb']:.0f} MB"
     )
-    console.say(f"Next: mbcd evaluate --run {summary['run']}")
-    console.say(f"      mbcd landscape --checkpoint {summary['run']}/checkpoints/best.pt")
+    console.say(f"Next: mbcd evaluate --run {shlex.quote(summary['run'])}")
+    console.say(f"      mbcd landscape --checkpoint {shlex.quote(summary['run'] + '/checkpoints/best.pt')}")
 
 
 def show_dry_run(plan: Mapping[str, Any]) -> None:

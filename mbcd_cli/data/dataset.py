@@ -5,7 +5,7 @@ Letters: N clips, B clips in a batch, V stored training views.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mbcd_cli.data.protocol import Read
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import flatten
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.settings import CacheSettings, Settings, fields_for
 
 PREPARED = fields_for(CacheSettings, "cache")
@@ -109,7 +110,7 @@ class CachedDataset:
         if unknown:
             raise CacheError(
                 f"Dataset {self.name} has no domain {unknown[0]!r}.",
-                f"Its domains are {', '.join(self.domains)}.",
+                f"{did_you_mean(unknown[0], self.domains)}Its domains are {', '.join(self.domains)}.",
             )
         domain_ids = [self.domains.index(domain) for domain in domains]
         split_ids = [SPLITS.index(split) for split in splits]
@@ -221,7 +222,7 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
         have = f"Prepared so far: {', '.join(known)}." if known else "Nothing is prepared there yet."
         raise CacheError(
             f"There is no cache of dataset {name!r} in {settings.cache.dir}.",
-            f"{have} Run `mbcd prepare` first, or name the folder with --cache-dir.",
+            f"{did_you_mean(name, known)}{have} Run `mbcd prepare` first, or name the folder with --cache-dir.",
         )
     found: dict[str, list[ModalityCache]] = {}
     foreign: dict[str, OtherVersionError] = {}
@@ -232,6 +233,11 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
             foreign[index.parent.name.rsplit("-", 1)[0]] = error
             continue
         found.setdefault(cache.recipe["modality"], []).append(cache)
+    if lost := _without_index(folder, modalities, found):
+        raise CacheError(
+            f"The cache {lost} has no index: its preparation was interrupted, or the file is lost.",
+            "Run the same `mbcd prepare` again, or choose others with --modalities.",
+        )
     for caches in found.values():
         caches.sort(key=lambda cache: cache.prepared_at, reverse=True)
     names = list(modalities) or modality_order(list(settings.modalities) or list(found))
@@ -242,7 +248,8 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
     if missing:
         raise CacheError(
             f"Modality {missing[0]!r} of dataset {name} is not prepared.",
-            f"Prepared are {', '.join(sorted(found))}; run `mbcd prepare` for it, or choose with --modalities.",
+            f"{did_you_mean(missing[0], found)}Prepared are {', '.join(sorted(found))}; run `mbcd prepare` for it, or "
+            "choose with --modalities.",
         )
     chosen: dict[str, ModalityCache] = {}
     resolved: dict[str, Modality] = {}
@@ -255,6 +262,13 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
         chosen[modality] = _matching(settings, modality, wanted, found[modality])
         resolved[modality] = _resolved(wanted, chosen[modality].modality)
     return CachedDataset(name, chosen, resolved, root=settings.dataset.root, workers=settings.cache.workers)
+
+
+def _without_index(folder: Path, wanted: Sequence[str], found: Mapping[str, object]) -> Path | None:
+    """A cache with shards and no index, of a modality that is asked for (by name, or as one of all) and not found."""
+    shards = {path.parent for path in folder.glob("*/shard-*.h5") if not (path.parent / "index.h5").exists()}
+    names = {path: path.name.rpartition("-")[0] for path in sorted(shards)}
+    return next((p for p, name in names.items() if name not in found and (not wanted or name in wanted)), None)
 
 
 def _newest(settings: Settings, name: str, caches: Sequence[ModalityCache]) -> ModalityCache:
@@ -324,5 +338,6 @@ def _matching(settings: Settings, name: str, wanted: Modality, caches: Sequence[
     raise CacheError(
         f"The cache of {name} is stale ({caches[closest].folder}):\n"
         + "\n".join(f"  {line}" for line in differences[closest]),
-        f"Run `mbcd prepare` with these settings{only}, or change them back.",
+        f"Run `mbcd prepare` with these settings{only}, or change them back. What `prepare` was given with --config, "
+        "--preset or --set modalities... is to be given here too.",
     )

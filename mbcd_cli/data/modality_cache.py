@@ -20,7 +20,7 @@ from mbcd_cli.data.cache import FORMAT, group_of, read_rejected, shard_path
 from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.quantise import restore
-from mbcd_cli.data.records import TEST_VIEW
+from mbcd_cli.data.records import SPLITS, TEST_VIEW
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import open_hdf5
 
@@ -125,10 +125,11 @@ class ModalityCache:
                 clip, view = rows["clip"][()], rows["view"][()]
                 self.rejected = read_rejected(file)
                 self.online = json.loads(file["online"].asstr()[()]) if "online" in file else None
+                self._check_indices(clip, view)
         except (KeyError, ValidationError) as error:
             lacks = "its settings are not those of this version" if isinstance(error, ValidationError) else str(error)
             raise OtherVersionError(folder, version, lacks.strip("'\"")) from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise CacheError(
                 f"Cache {folder} cannot be read: {error}.", f"`mbcd repair {folder}` makes it whole again."
             ) from error
@@ -139,6 +140,29 @@ class ModalityCache:
         self._seen = np.zeros(len(clip), bool)
         self.views = views
         self._maps: dict[tuple[int, str], list[_Part]] = {}
+
+    def _check_indices(self, clip: np.ndarray, view: np.ndarray) -> None:
+        """Refuse an index whose numbers lead out of its own tables.
+
+        Raises:
+            ValueError: they do.
+        """
+        count, shards = len(self.clips), len(self.files)
+        limits = {
+            "label": (self.clips.labels, -1, len(self.label_names)),  # -1: new clips without one
+            "domain": (self.clips.domains, 0, len(self.domains)),
+            "split": (self.clips.splits, 0, len(SPLITS)),
+            "clip": (clip, 0, count),
+            "view": (view, TEST_VIEW, 1 << 15),
+            "shard": (self._shard, 0, shards),
+            "row": (self._row, 0, 1 << 31),
+        }
+        for name, (values, least, end) in limits.items():
+            wanted = count if name in ("label", "domain", "split") else len(clip)
+            if values.shape != (wanted,) or values.dtype.kind not in "iu":
+                raise ValueError(f"its {name}s are no list of whole numbers of the right length")
+            if len(values) and not least <= values.min() <= values.max() < end:
+                raise ValueError(f"a {name} is out of range")
 
     def stored(self, view: int) -> np.ndarray:
         """[N] bool: clips that have `view`."""
@@ -187,6 +211,8 @@ class ModalityCache:
                 parts: list[_Part] = []
                 for index in range(int(file[group].attrs["parts"])):
                     data = file[f"{group}/part{index}"]
+                    if data.is_virtual or data.external:
+                        raise checksums.DamagedError("it takes its values from another file")
                     key = f"{group}/part{index}_scale"
                     scales = file[key][()] if key in file else None
                     sums = file[f"{group}/part{index}_sum"][()]
@@ -203,7 +229,7 @@ class ModalityCache:
                     file.close()
             except KeyError as error:
                 raise OtherVersionError(path, self.provenance.get("mbcd_version", "unknown"), str(error)) from error
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise self._damaged(path, error) from error
             self._maps[number, group] = parts
         return self._maps[number, group]
@@ -227,6 +253,9 @@ class ModalityCache:
             source = self._shard_parts(int(self._shard[row]), group)
             out = out or [np.empty((len(rows), *part.shape), part.dtype) for part in source]
             at = int(self._row[row])
+            if any(at >= min(len(part.rows), len(part.sums)) for part in source):
+                path = shard_path(self.folder, int(self._shard[row]))
+                raise self._damaged(path, f"it has no row {at}")
             unknown = self._verify != "off" and not (self._seen[row] and self._verify == "first")
             for part, target in zip(source, out, strict=True):
                 stored = part.rows[at]

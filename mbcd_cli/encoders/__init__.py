@@ -12,6 +12,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import array_mlp, audio_resnet, resnet3d, small
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import entry_of
 
 GROUP = "mbcd.encoders"
@@ -50,7 +51,7 @@ def build_encoder(name: str, settings: Modality) -> StagedEncoder:
     if entry is None:
         raise SettingsError(
             f"modalities.{name}.encoder: there is no encoder {settings.encoder!r}.",
-            "`mbcd list encoders` shows the choices.",
+            f"{did_you_mean(settings.encoder, ENCODERS)}`mbcd list encoders` shows the choices.",
         )
     if entry.kind != settings.kind:
         raise SettingsError(

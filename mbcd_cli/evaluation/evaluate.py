@@ -8,27 +8,27 @@ from typing import Any
 
 import torch
 
-from mbcd_cli.checksums import of_file
+from mbcd_cli.checksums import checksum, of_file
 from mbcd_cli.data.cache import listing_digest
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.data.records import Clip
 from mbcd_cli.errors import MbcdError
-from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, clear
+from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, earlier, give_place
 from mbcd_cli.evaluation.analyses.robustness import subset_variants
 from mbcd_cli.evaluation.evaluator import evaluate_models
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import describe_run, gathered_results, provenance, result_warnings
-from mbcd_cli.files import read_records, write_json
+from mbcd_cli.files import folder_aside, read_records, write_json
+from mbcd_cli.integrity import PREPARED_WITH
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
 from mbcd_cli.settings import DatasetSettings, Settings
-from mbcd_cli.settings.merge import method_label
+from mbcd_cli.settings.merge import load_settings, method_label
 from mbcd_cli.settings.sources import to_toml
 
 
@@ -57,45 +57,61 @@ def evaluate(
     Returns:
         What results.json holds, and `files`: name -> path of everything written.
     """
-    results, model = evaluate_models(
-        settings,
-        dataset,
-        checkpoints,
-        device=device,
-        say=say,
-        variants=subset_variants if "missing" in settings.evaluation.analyses else lambda model: {},
-    )
-    chosen = deployed(checkpoints)
-    about = {**describe_run(settings, dataset, checkpoints), "method": method_label(settings)}
-    figures = gathered_results(about, results, chosen)
-    figures["warnings"] = result_warnings(figures, checkpoints)
-    of_chosen = [one for one in results if (one.checkpoint, one.model) == chosen]
-    clips, missing = _media(settings, dataset) if "corruptions" in settings.evaluation.analyses else (None, "")
-    analysis = Analysis(
-        settings=settings,
-        dataset=dataset,
-        clips=clips,
-        clips_missing=missing,
-        model=model,
-        results=sorted(of_chosen, key=lambda one: one.clip_set.name != TARGET),
-        device=device,
-        output=output,
-        say=say,
-    )
-    clear(output)
-    _accuracy_plots(analysis)
-    _history(figures, analysis, run, checkpoints[chosen[0]])
-    analyse(analysis, ood=ood)
-    figures |= analysis.figures
-    figures["provenance"] = provenance(dataset, checkpoints, device)
-    files = dict(analysis.files)
-    if settings.evaluation.report:
-        path = output / "report.html"
-        text = to_toml(settings)
-        files["report"] = write_report(path, figures, files=analysis.files, settings=text, run=run)
-    sums = {p.relative_to(output).as_posix(): of_file(p) for p in files.values() if p.is_relative_to(output)}
-    files["results"] = write_json(output / "results.json", {**figures, "files": sums})
+    with folder_aside(output / "evaluation") as aside:  # before the work: it tells whether there is a place
+        results, model = evaluate_models(
+            settings,
+            dataset,
+            checkpoints,
+            device=device,
+            say=say,
+            variants=subset_variants if "missing" in settings.evaluation.analyses else lambda model: {},
+        )
+        chosen = deployed(checkpoints)
+        about = {**describe_run(settings, dataset, checkpoints), "method": method_label(settings)}
+        figures = gathered_results(about, results, chosen)
+        figures["warnings"] = result_warnings(figures, checkpoints)
+        figures["checkpoints"] = _checksums(run, checkpoints)
+        of_chosen = [one for one in results if (one.checkpoint, one.model) == chosen]
+        clips, missing = _media(settings, dataset) if "corruptions" in settings.evaluation.analyses else (None, "")
+        analysis = Analysis(
+            settings=settings,
+            dataset=dataset,
+            clips=clips,
+            clips_missing=missing,
+            model=model,
+            results=sorted(of_chosen, key=lambda one: one.clip_set.name != TARGET),
+            device=device,
+            output=aside,
+            say=say,
+        )
+        _accuracy_plots(analysis)
+        _history(figures, analysis, run, checkpoints[chosen[0]])
+        analyse(analysis, ood=ood)
+        figures |= analysis.figures
+        figures["warnings"] += analysis.warnings
+        figures["provenance"] = provenance(dataset, checkpoints, device)
+        files = dict(analysis.files)
+        if settings.evaluation.report:
+            shown = {"files": analysis.files, "run": run, "skip": earlier(output)}
+            files["report"] = write_report(aside / "report.html", figures, settings=to_toml(settings), **shown)
+        ours = {name: path.relative_to(aside) for name, path in files.items() if path.is_relative_to(aside)}
+        sums = {path.as_posix(): of_file(aside / path) for path in ours.values()}
+        sums |= {p.relative_to(output).as_posix(): of_file(p) for p in _beside(files, aside, output)}
+        write_json(aside / "results.json", {**figures, "files": sums})
+        give_place(aside, output, [*ours.values(), Path("results.json")])
+    files |= {name: output / path for name, path in ours.items()} | {"results": output / "results.json"}
     return {**figures, "files": {name: str(path) for name, path in files.items()}}
+
+
+def _beside(files: Mapping[str, Path], aside: Path, output: Path) -> list[Path]:
+    """Files that the training has left under `output`, and the evaluation speaks of."""
+    return [p for p in files.values() if p.is_relative_to(output) and not p.is_relative_to(aside)]
+
+
+def _checksums(run: Path | None, checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """The checksum of every checkpoint's file, so that readers of the results can tell whether it is still there."""
+    files = {} if run is None else {name: run / "checkpoints" / f"{name}.pt" for name in checkpoints}
+    return {name: checksum(path) for name, path in files.items() if path.is_file()}
 
 
 def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[list[Clip], DatasetSettings] | None, str]:
@@ -107,9 +123,7 @@ def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[list[Clip], Data
     if not root.is_dir():
         return None, f"the media are not at {root} (--set dataset.root=DIR says where they are)"
     try:
-        reader = settings.dataset.reader
-        if reader.name != cache.provenance["reader"]:  # the settings name the prepared dataset only
-            reader = reader_settings(cache.provenance["reader"])
+        reader = load_settings(cache.folder / PREPARED_WITH).dataset.reader  # the run's settings name the dataset only
         there = settings.dataset.model_copy(update={"root": root, "reader": reader})
         listing = read_listing(settings.model_copy(update={"dataset": there}))
     except MbcdError as error:
@@ -124,13 +138,17 @@ def _accuracy_plots(analysis: Analysis) -> None:
     for one in analysis.results:
         key, where = one.clip_set.name, analysis.name(one)
         fused = one.figures["fused"]
-        analysis.files[f"confusion on {key}"] = plots.plot_confusion(
+        analysis.draw(
+            f"confusion on {key}",
+            plots.plot_confusion,
             fused["confusion"],
             names,
             analysis.plot(f"confusion-{key}.png"),
             title=f"{where}: {100 * fused['top1']:.1f} % right",
         )
-        analysis.files[f"classes on {key}"] = plots.plot_per_class(
+        analysis.draw(
+            f"classes on {key}",
+            plots.plot_per_class,
             {head: [c["accuracy"] for c in f["per_class"].values()] for head, f in one.figures.items()},
             names,
             analysis.plot(f"classes-{key}.png"),

@@ -34,7 +34,7 @@ def predict_new(
     cache_dir: Path | None,
     output: Path | None,
     device: torch.device,
-    max_bad: int = 0,
+    max_bad: str = "0",
     say: Say = SILENT,
 ) -> dict[str, Any]:
     """Prepare new clips as the run's own were, and predict them with the deployed model.

@@ -44,8 +44,8 @@ def _clips(settings: Settings, dataset: Dataset) -> np.ndarray:
     return _evenly(np.asarray(clips), chosen.max_clips)
 
 
-def _evenly(clips: np.ndarray, limit: int | None) -> np.ndarray:
-    if limit is None or limit >= len(clips):
+def _evenly(clips: np.ndarray, limit: int) -> np.ndarray:
+    if limit == 0 or limit >= len(clips):
         return clips
     return clips[np.linspace(0, len(clips) - 1, limit).round().astype(int)]
 

@@ -20,6 +20,17 @@ _LEVELS = 18
 _PLAIN = ticker.FuncFormatter(lambda value, _: f"{value:g}")
 
 
+def with_error(value: float, error: float) -> str:
+    """`250 ± 12`: two digits of the error, the value to the same place; without an error the value alone."""
+    value, error = float(value), float(error)
+    if not (np.isfinite(value) and np.isfinite(error)) or error <= 0:
+        return f"{value:.4g}"
+    places = 1 - int(np.floor(np.log10(error)))
+    if not -2 <= places <= 6:
+        return f"{value:.4g} ± {error:.2g}"
+    return f"{round(value, places):.{max(places, 0)}f} ± {round(error, places):.{max(places, 0)}f}"
+
+
 def _read(files: Mapping[str, Path]) -> dict[str, Grid]:
     return {label: read_grid(path) for label, path in files.items()}
 
@@ -128,6 +139,8 @@ def _plain_ticks(where, levels: np.ndarray, *, logarithmic: bool) -> None:
         ticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if levels[0] <= m * 10.0**d <= levels[-1]]
         where.set_major_locator(ticker.FixedLocator(ticks))
         where.set_minor_locator(ticker.NullLocator())
+    else:
+        where.set_major_locator(ticker.MaxNLocator(7))
     where.set_major_formatter(_PLAIN)
 
 
@@ -149,7 +162,9 @@ def plot_surfaces_3d(files: Mapping[str, Path], path: Path, *, title: str = "Los
     for axes, (label, grid) in zip(panels.flat, grids.items(), strict=False):
         a, b = np.meshgrid(grid.x, grid.y)
         z = np.where(np.isfinite(grid.loss), grid.loss, np.nan)
-        colours = _colours(scale, np.clip(np.nan_to_num(z, nan=levels[-1]), levels[0], levels[-1]))
+        corners = np.clip(np.nan_to_num(z, nan=levels[-1]), levels[0], levels[-1])
+        faces = (corners[:-1, :-1] + corners[1:, :-1] + corners[:-1, 1:] + corners[1:, 1:]) / 4
+        colours = _colours(scale, faces)
         axes.plot_surface(
             a, b, height(np.clip(z, levels[0], None)), facecolors=colours, rstride=1, cstride=1, shade=False,
             edgecolor="#ffffff55", linewidth=0.3, antialiased=True,
@@ -191,8 +206,16 @@ def plot_curves(
         colour = plotting.PALETTE[number % len(plotting.PALETTE)]
         holes = _holes(grid)
         shown = np.where(np.isfinite(grid.loss[0]), grid.loss[0], np.nan)
-        top.plot(grid.x, shown, color=colour, label=f"{label} ({holes})" if holes else label)
-        bottom.plot(grid.x, 100 * grid.accuracy[0], color=colour)
+        dots = "." if holes else None  # a point between holes has no line
+        top.plot(
+            grid.x,
+            shown,
+            color=colour,
+            marker=dots,
+            label=plotting.legend_label(f"{label} ({holes})" if holes else label),
+        )
+        known = np.where(np.isfinite(shown), grid.accuracy[0], np.nan)
+        bottom.plot(grid.x, 100 * known, color=colour, marker=dots)
         for axes in (top, bottom):
             for mark, (x, _) in zip(grid.mark_labels, grid.marks, strict=True):
                 if len(grid.marks) > 1:
@@ -272,7 +295,7 @@ def plot_spectra(files: Mapping[str, Path], path: Path, *, title: str = "Spectra
                 [value], [0.03 + 0.04 * number], xerr=[error], fmt="|", color=colour, markersize=9,
                 transform=axes.get_xaxis_transform(),
             )  # fmt: skip
-        plain = f"trace {arrays['trace']:.3g} ± {arrays['trace_error']:.1g}, top {arrays['eigenvalues'][0]:.3g}"
+        plain = f"trace {with_error(arrays['trace'], arrays['trace_error'])}, top {arrays['eigenvalues'][0]:.3g}"
         axes.plot([], [], color=colour, label=f"{label}: {plain}")
     if len(values):
         axes.set_yscale("log")

@@ -11,7 +11,7 @@ import torch
 
 from mbcd_cli import checksums
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import SettingsError
+from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.files import remove, write_json
 from mbcd_cli.landscape import analyses, drawing
 from mbcd_cli.landscape.analyses import Study
@@ -21,6 +21,7 @@ from mbcd_cli.landscape.curvature import run_curvature
 from mbcd_cli.landscape.store import load_arrays, read_grid
 from mbcd_cli.processes import joined
 from mbcd_cli.runs.checkpoint import Checkpoint
+from mbcd_cli.runs.names import REPEATED
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
@@ -79,6 +80,7 @@ def landscape(
         bench = Bench(settings, dataset, output, device or pick_device(settings.runtime), overwrite, group, say)
         if group.main:
             remove(output / SUMMARY)  # it would speak of what is measured anew
+        _warn_of_others(settings, [*checkpoints, *towards], say)
         result, files = _measure(bench, checkpoints, towards, epochs)
         drawn = _draw(files, output) if group.main else {}
         if group.main:
@@ -86,6 +88,27 @@ def landscape(
             finite = json.loads(json.dumps(result), parse_constant=lambda name: None)
             drawn["summary"] = str(write_json(output / SUMMARY, {**finite, "files": sums}))
     return {**result, "files": drawn, "rank": group.rank}
+
+
+def _warn_of_others(settings: Settings, checkpoints: Sequence[tuple[str, Checkpoint]], say: Say) -> None:
+    """Warn of checkpoints whose unseen domain is another: all are measured on the clips of one.
+
+    Raises:
+        CheckpointError: one was trained on another dataset.
+    """
+    wanted = settings.dataset.name, settings.training.target_domain
+    for label, checkpoint in checkpoints:
+        dataset, target = checkpoint.settings.dataset.name, checkpoint.settings.training.target_domain
+        if dataset != wanted[0]:
+            raise CheckpointError(
+                f"Checkpoint {label} was trained on dataset {dataset}, and the clips are those of {wanted[0]}.",
+                "Measure it by a command of its own.",
+            )
+        if target != wanted[1]:
+            say.warn(
+                f"Checkpoint {label} was trained for target {target}, and all are measured on the clips chosen for "
+                f"target {wanted[1]}: its own unseen domain may be among them."
+            )
 
 
 def redraw(output: Path) -> dict[str, Any]:
@@ -126,14 +149,16 @@ def _measure(
         for name, summary in figures.items():
             files[name][label] = Path(summary["file"])
         if number == 0 and towards:
-            # A path from a checkpoint's student to its own teacher has the same label at both ends.
-            named = {o if o != label else f"{o} ({chosen.to_weights})": c for o, c in towards}
+            named, start = dict(towards), label
+            if chosen.weights != chosen.to_weights:  # a student and its own teacher, say: one checkpoint at both ends
+                named = {f"{o.rstrip(REPEATED)} ({chosen.to_weights})": c for o, c in towards}
+                start = f"{label} ({chosen.weights})"
             ends = bench.ends(model, {o: bench.model(o, c, chosen.to_weights) for o, c in named.items()})
             for other in named:
-                summary = result["paths"][f"{label} to {other}"] = run_path(study, ends, other)
-                files["path"][f"{label} to {other}"] = Path(summary["file"])
+                summary = result["paths"][f"{start} to {other}"] = run_path(study, ends, other)
+                files["path"][f"{start} to {other}"] = Path(summary["file"])
             result["plane"] = run_plane(study, ends)
-            files["plane"][" to ".join([label, *named][:3])] = Path(result["plane"]["file"])
+            files["plane"][" to ".join([start, *named][:3])] = Path(result["plane"]["file"])
         if number == 0 and epochs:
             models = {f"epoch {e}": bench.model(f"epoch {e}", c, chosen.weights) for e, c in sorted(epochs)}
             result["trajectory"] = run_trajectory(study, bench.ends(model, models))

@@ -29,8 +29,8 @@ from mbcd_cli.files import flatten, lock, open_hdf5, remove, remove_partial, wri
 
 FORMAT = "mbcd-surface-1"
 ARRAYS_FORMAT = "mbcd-arrays-1"
-_DIGITS = 9
-"""Coordinates that agree to this many decimals are the same point."""
+_DIGITS = 12
+"""Coordinates that agree to this many significant digits are the same point."""
 
 
 class StoreError(MbcdError):
@@ -73,7 +73,7 @@ def axis(span: float, points: int) -> np.ndarray:
 
 
 def _key(x: float, y: float) -> tuple[float, float]:
-    return round(x, _DIGITS) + 0.0, round(y, _DIGITS) + 0.0
+    return float(f"{x:.{_DIGITS}g}") + 0.0, float(f"{y:.{_DIGITS}g}") + 0.0
 
 
 def _journals(path: Path) -> list[Path]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.nn import ModuleDict
+
 from mbcd_cli.data.cache import (
     GROUPS,
     fingerprint,
@@ -21,6 +23,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import Clip
 from mbcd_cli.errors import ManifestError
+from mbcd_cli.naming import modality_faults, name_faults
 from mbcd_cli.preparation.trunk import (
     Shapes,
     cached_shapes,
@@ -46,8 +49,18 @@ def read_listing(settings: Settings) -> Listing:
             "\n".join([f"{', '.join(absent)}: asked for, and not in the dataset.", *(f"  {line}" for line in reasons)]),
             "Complete the dataset, or leave it out of --modalities.",
         )
+    faults = name_faults("dataset name", listing.name)
+    for name in listing.modalities:
+        faults += modality_faults(name)
+        if hasattr(_MODULES, name):  # torch keeps a model's parts as attributes
+            faults.append(f"modality name {name!r} is used by torch: choose another")
+    if faults:
+        raise ManifestError("\n".join(faults), "Rename it in the dataset's table, or the dataset with --name.")
     listing.survey()
     return listing
+
+
+_MODULES = ModuleDict()
 
 
 @dataclass(frozen=True, slots=True)

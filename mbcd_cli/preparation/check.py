@@ -53,7 +53,7 @@ def check(settings: Settings) -> dict[str, Any]:
     needed = sum(one["bytes_to_write"] + one["weights_to_write"] for one in modalities.values())
     free = free_bytes(settings.cache.dir)
     weights = [one["weights"] for one in modalities.values() if one["weights"] and not one["weights"]["present"]]
-    exit_code = 3 if len(lost) > settings.dataset.max_bad else 0
+    exit_code = 0 if settings.dataset.tolerates(len(lost), len(listing.clips) + len(listing.rejected)) else 3
     return {
         "dataset": listing.name,
         "reader": settings.dataset.reader.name,

@@ -22,7 +22,7 @@ from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, CheckpointError
-from mbcd_cli.files import free_bytes, write_text
+from mbcd_cli.files import free_bytes, size_text, write_table, write_text
 from mbcd_cli.integrity import PREPARED_WITH
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
@@ -110,9 +110,14 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
             ("clip", "modality", "file", "cause", "remedy"),
             _rejected_rows(rejected, settings),
         )
+    table = settings.cache.dir / listing.name / "rejected.csv"
     listed = [
         {"clip": r.clip, "modality": r.modality, "file": r.file, "cause": r.cause, "remedy": r.remedy} for r in rejected
     ]
+    if listed:
+        write_table(table, list(listed[0]), [list(row.values()) for row in listed], place="--cache-dir")
+    else:
+        table.unlink(missing_ok=True)  # of an earlier time
     if len(bad) == total:
         message = f"All {len(bad)} clips of {listing.name} were rejected."
         raise CacheError(message, "The table above says why.", {"clips": total, "rejected": listed})
@@ -124,7 +129,7 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
         "classes": len(listing.label_names),
         "modalities": done,
         "rejected": listed,
-        "exit_code": 3 if len(bad) > settings.dataset.max_bad else 0,
+        "exit_code": 0 if settings.dataset.tolerates(len(bad), total) else 3,
     }
 
 
@@ -167,7 +172,9 @@ def _rejected_rows(rejected: Sequence[Rejected], settings: Settings) -> list[tup
     for (modality, _), alike in kinds.items():
         rows += [(r.clip, modality, _short(r.file, settings), r.cause, r.remedy) for r in alike[:_SHOWN]]
         if len(alike) > _SHOWN:
-            rows.append((f"... and {len(alike) - _SHOWN} more", modality, "", "of the same kind", "--json lists them"))
+            rows.append(
+                (f"... and {len(alike) - _SHOWN} more", modality, "", "of the same kind", "rejected.csv lists them")
+            )
     return rows
 
 
@@ -321,6 +328,6 @@ def _check_disk(folder: Path, needed: int) -> None:
     free = free_bytes(folder)
     if needed > free:
         raise CacheError(
-            f"The cache needs {needed / 1e9:.1f} GB more, and {folder} has {free / 1e9:.1f} GB free.",
+            f"The cache needs {size_text(needed)} more, and {folder} has {size_text(free)} free.",
             "Free some space, name another disk with --cache-dir, or store fewer views (--set cache.views=1).",
         )

@@ -123,6 +123,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise
     except Exception as error:  # whatever a damaged or hostile file provokes in the reader
         reason = str(error).strip().splitlines()
+        if "weights_only" in str(error):  # torch would advise to trust the file
+            reason = ["its pickle asks for code"]
         raise CheckpointError(
             f"{path} is no readable checkpoint ({type(error).__name__}: {reason[0][:200] if reason else ''}).",
             "It is truncated, or holds more than tensors and plain values (nothing in it was executed); "

@@ -9,6 +9,9 @@ from mbcd_cli.errors import RunError
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.merge import method_label
 
+REPEATED = "'"
+"""Ends the label of a checkpoint that is named once more."""
+
 
 def run_name(settings: Settings) -> str:
     """`<method>-<modalities>-<target>-s<seed>`: mbcd-va-street-s0."""
@@ -50,6 +53,6 @@ def label_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:
         if label in labels and run is not None:
             label = f"{run.name}/{path.stem}"
         while label in labels:
-            label += "'"
+            label += REPEATED
         labels[label] = path
     return labels

@@ -10,6 +10,7 @@ from typing import Any
 from mbcd_cli.data.dataset import PREPARED, CachedDataset, as_prepared, open_dataset
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import CacheError, CheckpointError, SettingsError
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.runs.checkpoint import Checkpoint, load_checkpoint
 from mbcd_cli.runs.names import run_of
 from mbcd_cli.settings import CacheSettings, Settings, role_of
@@ -40,7 +41,7 @@ def open_for_training(settings: Settings) -> tuple[Settings, CachedDataset]:
     if unknown:
         raise SettingsError(
             f"Dataset {name} has no domain {', '.join(map(repr, unknown))}.",
-            f"Its domains are {', '.join(dataset.domains)}.",
+            f"{did_you_mean(unknown[0], dataset.domains)}Its domains are {', '.join(dataset.domains)}.",
         )
     if not sources:
         raise SettingsError("No source domain is left to train on.", "Name them with --source-domains.")

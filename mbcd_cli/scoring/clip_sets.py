@@ -12,6 +12,7 @@ import numpy as np
 
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import CacheError, MbcdError, SettingsError
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.settings import Settings
 
 SOURCE, TARGET = "source", "target"
@@ -45,12 +46,19 @@ def clip_sets(settings: Settings, dataset: Dataset) -> list[ClipSet]:
     if missing:
         raise SettingsError(
             f"There is no domain {', '.join(map(repr, missing))} in the prepared dataset.",
-            f"It has: {', '.join(dataset.domains)}.",
+            f"{did_you_mean(missing[0], dataset.domains)}It has: {', '.join(dataset.domains)}.",
         )
     sets = [_clip_set(SOURCE, dataset, sources, ("test",))]
     if target is not None:
         splits = ("test",) if settings.dataset.target_split == "test" else ("train", "test")
         sets.append(_clip_set(TARGET, dataset, (target,), splits))
+        if not len(sets[-1].clips):
+            raise SettingsError(
+                f"The target domain {target!r} has no usable clips of the {' or '.join(splits)} split: "
+                "nothing would be tested on it.",
+                "Choose another --target-domain, or test all of its clips: --set dataset.target_split=all, given to "
+                "`mbcd prepare` and here.",
+            )
     sets = [s for s in sets if len(s.clips)]
     if not sets:
         raise MbcdError(

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import log_softmax, softmax
-from sklearn.metrics import confusion_matrix as sklearn_confusion
 
 from mbcd_cli.scoring.predictions import Predictions
 
@@ -44,9 +43,8 @@ def confusion_matrix(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
     """Counts [C, C]: row the label, column the prediction; clips without a prediction are left out."""
     guesses, labels = predicted(logits), np.asarray(labels)
     classes, known = np.asarray(logits).shape[1], guesses >= 0
-    if not known.any():
-        return np.zeros((classes, classes), dtype=np.int64)
-    return sklearn_confusion(labels[known], guesses[known], labels=np.arange(classes))
+    pairs = labels[known] * classes + guesses[known]
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def class_accuracy(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
@@ -57,6 +55,16 @@ def class_accuracy(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
 def mean_class_accuracy(logits: ArrayLike, labels: ArrayLike) -> float:
     """Mean of the accuracies of the classes that have clips (balanced accuracy)."""
     return float(np.nanmean(class_accuracy(logits, labels)))
+
+
+def macro_f1(logits: ArrayLike, labels: ArrayLike) -> float:
+    """Mean over the classes that have clips of F1 = 2 TP / (clips of the class + clips predicted as it)."""
+    labels, guesses = np.asarray(labels), predicted(logits)
+    classes = np.asarray(logits).shape[1]
+    clips = np.bincount(labels, minlength=classes)
+    told = np.bincount(guesses[guesses >= 0], minlength=classes)
+    right = np.bincount(labels[guesses == labels], minlength=classes)
+    return float((2 * right / np.maximum(clips + told, 1))[clips > 0].mean())
 
 
 def domain_accuracy(logits: ArrayLike, labels: ArrayLike, domains: ArrayLike, count: int) -> np.ndarray:
@@ -103,7 +111,7 @@ def summary(
         domains: [N] indices into `domain_names`; None leaves the domains out.
 
     Returns:
-        clips, top1, top_k and k, mean_class_accuracy, loss, unpredicted (clips with non-finite logits),
+        clips, top1, top_k and k, mean_class_accuracy, macro_f1, loss, unpredicted (clips with non-finite logits),
         per_class and per_domain (name -> clips, accuracy), confusion [C][C].
     """
     labels = np.asarray(labels)
@@ -114,6 +122,7 @@ def summary(
         "k": k,
         "top_k": top_k(logits, labels, k),
         "mean_class_accuracy": mean_class_accuracy(logits, labels),
+        "macro_f1": macro_f1(logits, labels),
         "loss": finite(mean_cross_entropy(logits, labels)),
         "unpredicted": int((predicted(logits) < 0).sum()),
         "per_class": _named(label_names, labels, class_accuracy(logits, labels)),

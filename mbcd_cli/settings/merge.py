@@ -9,6 +9,7 @@ right below that layer, and above the preset in any case.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from mbcd_cli.data.modalities.frames import FrameSampling
 from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import DEFAULT, method_class, over_defaults, published_chassis, same_class, short_name
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.settings import ReaderSettings, Settings
 from mbcd_cli.settings.sources import Layer, environment_layer, load_preset, merge, nest, read_toml, set_layers
 
+_SHOWN = 80
+"""Characters of a wrong value that a message repeats."""
 DEFAULT_READER = ReaderSettings().name
 PUBLISHED = "-published"
 """How a method on its authors' chassis is marked, in names of runs and in tables."""
@@ -274,9 +278,25 @@ def _describe(problem: Mapping[str, object], layers: Sequence[Layer], tree: type
         given = ""
     else:
         value = problem.get("input")
-        given = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+        given = f" (got {_quoted(value)})" if isinstance(value, str | int | float | bool) else ""
+        if problem["type"] == "union_tag_invalid":
+            path, value = f"{path}.kind", str(problem["ctx"]["tag"])
+            message, given = f"Input should be one of {problem['ctx']['expected_tags']}", f" (got {_quoted(value)})"
+        if problem["type"] in ("literal_error", "union_tag_invalid") and isinstance(value, str):
+            choices = re.findall(r"'([^']*)'", str(problem["ctx"].get("expected", problem["ctx"].get("expected_tags"))))
+            hint = did_you_mean(value, choices).strip()
+            message += f". {hint}" if hint else ""
     source = _source(loc, layers)
-    return f"{path}: {message}{given}{f' [from {source}]' if source else ''}"
+    return f"{path}: {message}{given}{f' [from {_cut(source)}]' if source else ''}"
+
+
+def _quoted(value: object) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _nearest(loc: Sequence[str], tree: type[Settings]) -> str:

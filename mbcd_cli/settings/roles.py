@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 Role = Literal["weights", "cache", "machine", "report"]
 """What a setting is for.
@@ -42,6 +44,11 @@ class Slice(BaseModel):
         allow_inf_nan=False,
         validate_default=True,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: object) -> object:
+        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value  # noqa: PTH111
 
 
 def field_role(group: type[Slice], field: str) -> Role:

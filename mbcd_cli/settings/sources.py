@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mbcd_cli.checksums import PLACE
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.settings.tree import Settings
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -63,12 +63,12 @@ def read_toml(path: Path, what: str) -> dict[str, object]:
         SettingsError: the file is missing, unreadable or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise SettingsError(f"{what} {path} does not exist.", "Check the path.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError) as error:  # before ValueError, which the latter is
         raise SettingsError(f"{what} {path} cannot be read: {error}.", "It must be a UTF-8 TOML file.") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, deep nesting
         raise SettingsError(f"{what} {path} is not valid TOML: {error}.", "Mend that line.") from error
 
 
@@ -81,11 +81,9 @@ def load_preset(name: str) -> Layer:
     if name.endswith(".toml") or "/" in name:
         return Layer(f"preset {name}", read_toml(Path(name), "preset"))
     if name not in preset_names():
-        close = difflib.get_close_matches(name, preset_names(), n=1)
-        hint = f"Did you mean {close[0]}? " if close else ""
         raise SettingsError(
             f"There is no preset {name!r}.",
-            f"{hint}`mbcd list presets` shows them; a path to a TOML file works too.",
+            f"{did_you_mean(name, preset_names())}`mbcd list presets` shows them; a path to a TOML file works too.",
         )
     return Layer(f"preset {name}", read_toml(preset_folder() / f"{name}.toml", "preset"))
 
@@ -93,9 +91,10 @@ def load_preset(name: str) -> Layer:
 def parse_value(text: str) -> object:
     """A value as TOML writes it (8, 0.5, true, [1, 2], "x"); anything else is taken as a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        values = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # no TOML, numbers of thousands of digits, deep nesting
         return text
+    return values["value"] if len(values) == 1 else text  # more than one line
 
 
 def nest(path: str, value: object) -> dict[str, object]:
@@ -137,7 +136,20 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
             f"Environment variables that name no setting: {', '.join(sorted(unknown))}.",
             f"Write {ENV_PREFIX}PART__FIELD, PART being one of {', '.join(Settings.model_fields)}; or unset them.",
         )
-    return Layer("environment", _parse_leaves(_Environment().model_dump(exclude_defaults=True)))
+    try:
+        values = _parse_leaves(_Environment().model_dump(exclude_defaults=True))
+    except (ValueError, RecursionError) as error:  # of a whole part: no JSON, or no object
+        bad = [name for name in environ if name.upper().startswith(ENV_PREFIX) and "__" not in name]
+        raise SettingsError(
+            f"The environment variable {', '.join(sorted(bad))} does not hold a part's settings.",
+            f"Write {ENV_PREFIX}PART__FIELD=value, a field each.",
+        ) from error
+    for name in environ:  # names of modalities keep their capitals, unless all of the variable is in capitals
+        part, _, rest = name[len(ENV_PREFIX) :].partition("__")
+        modality = rest.partition("__")[0]
+        if part.upper() == "MODALITIES" and modality != modality.upper() and modality.lower() in values["modalities"]:
+            values["modalities"][modality] = values["modalities"].pop(modality.lower())
+    return Layer("environment", values)
 
 
 def set_layers(assignments: Sequence[str]) -> list[Layer]:

@@ -6,11 +6,14 @@ Merging presets, files, environment and flags into one tree is `mbcd_cli.setting
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from mbcd_cli.naming import modality_faults, name_faults
 from mbcd_cli.settings.roles import ForCache, ForMachine, ForWeights, Role, Slice, field_role
 
 
@@ -20,9 +23,19 @@ def _split_commas(value: object) -> object:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split_commas)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Radius = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=3e38)]
+NonNegative = Annotated[float, Field(ge=0, le=3e38)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Allowed = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
+Held = TypeVar("Held", bound=Iterable[str])
+
+
+def _fit(names: Held, faults: Callable[[str], list[str]]) -> Held:
+    if problems := [problem for name in names for problem in faults(name)]:
+        raise ValueError("; ".join(problems))
+    return names
 
 
 class ReaderSettings(Slice):
@@ -59,17 +72,35 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     """Rows of the target domain that are tested: its test split, or all of its clips."""
     min_frames: ForCache[Count] = 2
     """A video or flow with fewer frames than this is rejected."""
-    max_bad: ForMachine[Annotated[int, Field(ge=0)]] = 0
-    """Rejected clips that `prepare` tolerates before it exits with 3."""
+    max_bad: ForMachine[Allowed] = "0"
+    """Rejected clips that `prepare` tolerates before it exits with 3: a number, or a share of all (5%)."""
     missing_frames: ForCache[Literal["nearest", "reject"]] = "nearest"
     """What to do when single frames of a clip are missing: use the nearest present frame, or reject the clip."""
     compute_flow: bool = False
     """Compute optical flow (OpenCV DIS) from the video where the dataset has none."""
 
+    @field_validator("name")
+    @classmethod
+    def _folder(cls, value: str | None) -> str | None:
+        _fit([] if value is None else [value], partial(name_faults, "dataset name"))
+        return value
+
+    @field_validator("max_bad")
+    @classmethod
+    def _number_or_share(cls, value: str) -> str:
+        if not re.fullmatch(r"[0-9]{1,9}|[0-9]{1,2}(\.[0-9]{1,6})?%|100%", value):
+            raise ValueError("neither a number of clips nor a share of them such as 5%")
+        return value
+
     @field_validator("reader", mode="before")
     @classmethod
     def _named(cls, value: object) -> object:
         return {"name": value} if isinstance(value, str) else value
+
+    def tolerates(self, rejected: int, clips: int) -> bool:
+        """Whether so many rejected clips of so many in all are as `max_bad` allows."""
+        share = self.max_bad.removesuffix("%")
+        return rejected <= (float(share) / 100 * clips if share != self.max_bad else int(share))
 
     def __reduce__(self):
         # The class of one reader's dataset has no name in this module, so that decoding processes could not find it.
@@ -106,7 +137,7 @@ class CacheSettings(Slice):
 
     dir: Path = Path("cache")
     """Folder of all caches."""
-    views: ForCache[Annotated[int, Field(ge=0)]] = 4
+    views: ForCache[Annotated[int, Field(ge=0, lt=2**31)]] = 4
     """Random training views stored per training clip; 0: `train` decodes a fresh one every epoch and runs the trunk."""
     trunk_batch_norm: ForCache[Literal["running", "batch"]] = "running"
     """Batch norm of the trunk with views = 0: as in the weights, or following train and eval mode (the reference)."""
@@ -116,13 +147,13 @@ class CacheSettings(Slice):
     """Clips per shard file; a killed `prepare` loses at most the shard in flight."""
     compression: Literal["none", "gzip", "lzf"] = "none"
     """HDF5 compression; uncompressed shards are memory-mapped."""
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, lt=2**31)] = 2
     """Processes that decode media; 0 decodes in the main process."""
     weights_dir: Path = Path("weights")
     """Folder of the encoders' pretrained weights."""
     random_weights: ForWeights[bool] = False
     """Allow a frozen trunk with random weights (for tests and timings; never silently)."""
-    seed: ForCache[int] = 0
+    seed: ForCache[Seed] = 0
     """Seed of the random views; with the clip's id it fixes every view, whatever the number of workers."""
 
     @model_validator(mode="after")
@@ -160,7 +191,7 @@ class ModelSettings(Slice):
     def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if len(set(value)) != len(value):
             raise ValueError("a modality is named twice")
-        return value
+        return _fit(value, modality_faults)
 
     @model_validator(mode="after")
     def _known(self):
@@ -191,7 +222,7 @@ class AverageSettings(Slice):
     """No average, an exponential one, the mean of all steps, or SWAD's; the default is the method's own."""
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """ema: Theta_EMA <- beta Theta_EMA + (1 - beta) Theta after every step."""
-    start: Annotated[int, Field(ge=0)] = 0
+    start: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """ema, sma: step from which weights are averaged; until then the average is a copy of the student."""
     converge: Count = 3
     """swad: epochs (N_s) whose first has their least validation loss where the valley begins."""
@@ -245,7 +276,7 @@ class TrainingSettings(Slice):
     """Passes over the source domains' training clips."""
     batch_size: Count = 16
     """Clips per step."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights, order, views, masks and noise."""
     batch_norm: Literal["tracked", "frozen"] = "tracked"
     """Batch norm of the tails: train mode with tracked statistics, or frozen statistics."""
@@ -292,13 +323,13 @@ class EvaluationSettings(Slice):
     """Bins of the calibration error and the reliability diagram."""
     tsne_clips: Count = 600
     """Clips drawn in the t-SNE maps, at most, spread evenly over source and target."""
-    hardest: Annotated[int, Field(ge=0)] = 20
+    hardest: Annotated[int, Field(ge=0, lt=2**31)] = 20
     """How many of the clips whose class got the least probability are listed."""
     export: tuple[Literal["csv", "hdf5"], ...] = ("csv",)
     """Files written per set of clips: predictions as CSV, logits and embeddings as HDF5."""
     report: bool = True
     """Write one self-contained HTML report."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the shifts, corruptions and maps."""
 
 
@@ -311,17 +342,24 @@ class LandscapeSettings(Slice):
     """Points per axis of the 2-D surface (1-D curves use four times as many, less one)."""
     span: Positive = 1.0
     """The axes run from -span to +span in units of the filter-normalised directions."""
-    radii: tuple[NonNegative, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    radii: Annotated[tuple[Radius, ...], Field(min_length=1)] = (
+        0.0,
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+    )
     """Relative radii of the random perturbations for the flatness curve."""
     directions: Count = 10
     """Random directions per radius."""
     data: Literal["validation", "target", "train"] = "validation"
     """Clips on which the loss is measured."""
-    max_clips: Annotated[int, Field(ge=0)] = 256
+    max_clips: Annotated[int, Field(ge=0, lt=2**31)] = 256
     """At most this many clips, drawn evenly; 0 uses all."""
     batch_size: Count = 64
     """Clips per forward pass."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the directions."""
     analyses: tuple[Literal["surface", "curve", "flatness", "worst_case", "curvature"], ...] = (
         "surface",
@@ -343,7 +381,7 @@ class LandscapeSettings(Slice):
     """Length of a direction: that of the weights per filter, layer or value (adaptive) or in all, or 1."""
     biases: Literal["still", "move"] = "still"
     """Biases and batch-norm parameters: not moved (Li et al. 2018), or moved like one filter per tensor."""
-    points_per_pass: Annotated[int, Field(ge=0)] = 0
+    points_per_pass: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Points evaluated together by vmap; 0 chooses (many when only heads move, one otherwise)."""
     ascent_steps: Count = 10
     """Gradient ascent steps of the worst-case loss increase."""
@@ -353,13 +391,13 @@ class LandscapeSettings(Slice):
     """Relative error at which an eigenvalue counts as converged."""
     trace_probes: Count = 32
     """Random vectors of Hutchinson's estimate of the Hessian's trace."""
-    density_probes: Annotated[int, Field(ge=0)] = 4
+    density_probes: Annotated[int, Field(ge=0, lt=2**31)] = 4
     """Random vectors of the Hessian's spectral density (stochastic Lanczos quadrature); 0 leaves it out."""
     density_steps: Count = 60
     """Lanczos steps per random vector of the spectral density."""
     curvature_dtype: Literal["float32", "float64"] = "float32"
     """Precision of Hessian-vector products (the recurrences are always float64)."""
-    exact_limit: Annotated[int, Field(ge=0)] = 0
+    exact_limit: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """The whole Hessian is computed when at most this many parameters move; 0 never."""
 
 
@@ -370,7 +408,7 @@ class RuntimeSettings(Slice):
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    threads: Annotated[int, Field(ge=0)] = 0
+    threads: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """CPU threads; 0 leaves it to torch."""
     precision: ForWeights[Literal["float32", "bfloat16"]] = "float32"
     """Precision of convolutions and products (weights stay float32)."""
@@ -384,7 +422,7 @@ class RuntimeSettings(Slice):
     """Capture the whole training step in a CUDA graph; auto does so on one GPU and falls back to single kernels."""
     cache_device: Literal["auto", "host", "cuda"] = "auto"
     """Where the selected clips' cache lies in training: mapped from disk, or on the GPU (auto: when it fits)."""
-    prefetch: Annotated[int, Field(ge=0)] = 2
+    prefetch: Annotated[int, Field(ge=0, lt=2**31)] = 2
     """Batches that a background thread reads ahead; 0 reads each when it is needed."""
     verify: Literal["first", "always", "off"] = "first"
     """When a cached row is compared with its checksum: when a process first reads it, at every reading, or never."""
@@ -431,10 +469,7 @@ class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]
     @field_validator("modalities")
     @classmethod
     def _names(cls, value: dict[str, object]) -> dict[str, object]:
-        for name in value:
-            if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
-                raise ValueError(f"modality name {name!r}: use letters, digits, - and _ only")
-        return value
+        return _fit(value, modality_faults)
 
 
 def role_of(path: str) -> Role:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from mbcd_cli import plotting
+from mbcd_cli.errors import MbcdError
 from mbcd_cli.files import read_records
 from mbcd_cli.methods.base import Panel
 
@@ -20,13 +23,22 @@ def plot_run(run: Path, panels: Sequence[Panel] = ()) -> list[Path]:
     What no panel shows, and is no accuracy, is taken for a loss.
     """
     steps, epochs = read_records(run / "steps.jsonl"), read_records(run / "metrics.jsonl")
-    written = []
+    folder = run / "plots"
+    apart = {name for panel in panels for name in panel.figures}
+    plots: list[Callable[[], Path]] = []
     if steps:
-        apart = {name for panel in panels for name in panel.figures}
-        written.append(_losses(steps, apart, run / "plots" / "losses.png"))
-        written += [_panel(steps, panel, run / "plots" / f"{panel.name}.png") for panel in panels]
+        plots.append(lambda: _losses(steps, apart, folder / "losses.png"))
+        plots += [partial(_panel, steps, panel, folder / f"{panel.name}.png") for panel in panels]
     if epochs:
-        written.append(_accuracy(epochs, run / "plots" / "accuracy.png"))
+        plots.append(lambda: _accuracy(epochs, folder / "accuracy.png"))
+    written = []
+    for plot in plots:
+        try:
+            written.append(plot())
+        except (MbcdError, OSError):
+            raise
+        except Exception as error:  # whatever a value provokes in matplotlib: it must not cost the training its end
+            warnings.warn(f"A plot could not be drawn ({type(error).__name__}: {error}).", stacklevel=2)
     return written
 
 

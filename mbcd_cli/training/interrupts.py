@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request that the loop answers when it is safe."""
+"""Signals that ask a training to stop as a request that the loop answers when it is safe."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import signal
 import threading
 from types import FrameType
 
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""SIGUSR1 is Slurm's warning that time is up, SIGHUP a terminal that was closed."""
+
 
 class Interrupts:
-    """Inside the block the first SIGTERM or SIGINT is only noted; a second one interrupts at once.
+    """Inside the block the first signal to stop is only noted; a second one interrupts at once.
 
     Attributes:
         signal: the signal that came, or None.
@@ -26,7 +29,9 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         # Only the main thread may set handlers; elsewhere (a notebook's worker) signals keep their meaning.
         if threading.current_thread() is threading.main_thread():
-            for one in (signal.SIGTERM, signal.SIGINT):
+            for one in _STOP:
+                if signal.getsignal(one) is signal.SIG_IGN:  # nohup
+                    continue
                 self._before[one] = signal.signal(one, self._note)
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,7 +17,7 @@ from mbcd_cli.processes import ALONE, Group, joined
 from mbcd_cli.runs.folder import RunFolder, open_run
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.scoring.clip_sets import clip_sets
+from mbcd_cli.scoring.clip_sets import ClipSet, clip_sets
 from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import assemble
@@ -112,6 +112,8 @@ def train(
             group=group,
             say=say,
         )
+        _warn_of_unseen_classes(dataset, clips, held_out, say)
+        _warn_of_long_memory(settings, trainer.total_steps, say)
         started, first = time.monotonic(), trainer.progress.step
         try:
             progress = trainer.fit()
@@ -146,6 +148,27 @@ def train(
             return summary
 
         return group.on_main(finish) or {}
+
+
+def _warn_of_long_memory(settings: Settings, steps: int, say: Say) -> None:
+    """Warn of a weight average that still is, at the end, in good part what it began with: the initial weights."""
+    average = settings.average
+    left = average.beta**steps if average.kind == "ema" and not average.start else 0.0
+    if left > 0.1:
+        lower = f", or use --set average.beta={1 - 5 / steps:.4g}" if steps > 10 else ""
+        say.warn(
+            f"After {steps} steps the weight average still holds {100 * left:.0f} % of the initial weights "
+            f"(average.beta = {average.beta:g}): train longer{lower}."
+        )
+
+
+def _warn_of_unseen_classes(dataset: Dataset, clips: np.ndarray, held_out: Sequence[ClipSet], say: Say) -> None:
+    """Warn of classes that are tested and that no training clip has."""
+    labels = dataset.clips.labels
+    for one in held_out:
+        if unseen := sorted({*labels[one.clips].tolist()} - {*labels[clips].tolist()}):
+            names = ", ".join(dataset.label_names[label] for label in unseen)
+            say.warn(f"No training clip is of class {names}, which {one.name} clips ({', '.join(one.domains)}) are of.")
 
 
 def _run_folder(run: Path, settings: Settings, *, resume: bool, overwrite: bool, group: Group) -> RunFolder:

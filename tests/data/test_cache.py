@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -473,3 +474,101 @@ def test_random_trunk_must_be_asked_for(root, tmp_path):
     settings = settings_for(root, tmp_path, "modalities.video.cut=layer3", "model.modalities=video")
     with pytest.raises(Exception, match="--random-weights"):
         prepare(settings)
+
+
+def copied(prepared, tmp_path: Path) -> Path:
+    """A copy of the prepared caches, and the folder of the array-like rows that is going to be damaged."""
+    settings, _ = prepared
+    shutil.copytree(settings.cache.dir, tmp_path / "cache")
+    return next((tmp_path / "cache").glob("*/video-*"))
+
+
+def resealed(path: Path, change) -> None:
+    """Change an HDF5 file and give it a checksum that fits: what malice could do, and damage could not."""
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with path.open("r+b") as file:
+        file.write(bytes(checksums.USER_BLOCK))
+    checksums.seal(path)
+
+
+def put(name: str, value):
+    def change(file: h5py.File) -> None:
+        values = file[name][()]
+        del file[name]
+        file[name] = np.full(values.shape, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (put("clips/label", 10**6), "a label is out of range"),
+        (put("clips/label", -3), "a label is out of range"),
+        (put("clips/domain", 99), "a domain is out of range"),
+        (put("rows/clip", 10**6), "a clip is out of range"),
+        (put("rows/view", -5), "a view is out of range"),
+        (put("rows/row", 1.5), "no list of whole numbers"),
+        (lambda file: file.attrs.__setitem__("recipe", "[" * 100_000), "cannot be read"),
+    ],
+)
+def test_an_index_that_leads_out_of_its_tables_is_one_message(prepared, tmp_path, change, told):
+    folder = copied(prepared, tmp_path)
+    resealed(folder / "index.h5", change)
+    with pytest.raises(CacheError, match=told):
+        ModalityCache(folder)
+
+
+def outside(file: h5py.File) -> None:
+    data = file["test/part0"]
+    shape, dtype = data.shape, data.dtype
+    del file["test/part0"]
+    size = int(np.prod(shape)) * dtype.itemsize
+    file.create_dataset("test/part0", shape, dtype, external=[("/etc/passwd", 0, size)])
+
+
+def virtual(file: h5py.File) -> None:
+    data = file["test/part0"]
+    layout = h5py.VirtualLayout(data.shape, data.dtype)
+    layout[:] = h5py.VirtualSource("/etc/passwd", "x", data.shape)
+    del file["test/part0"]
+    file.create_virtual_dataset("test/part0", layout)
+
+
+@pytest.mark.parametrize("change", [outside, virtual])
+def test_values_from_another_file_are_refused(prepared, tmp_path, change):
+    folder = copied(prepared, tmp_path)
+    shard = folder / "shard-00000.h5"
+    resealed(shard, change)
+
+    def told(file: h5py.File) -> None:
+        files = json.loads(file["files"].asstr()[()]) | {shard.name: checksums.checksum(shard)}
+        del file["files"]
+        file["files"] = json.dumps(files)
+
+    resealed(folder / "index.h5", told)
+    with pytest.raises(CacheError, match="another file"):
+        ModalityCache(folder).shapes()
+
+
+@pytest.mark.parametrize("name", ["index.h5", "shard-00000.h5"])
+def test_a_pipe_in_place_of_a_file_is_one_message(prepared, tmp_path, name):
+    folder = copied(prepared, tmp_path)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CacheError, match="no plain file"):
+        ModalityCache(folder).shapes()
+
+
+def test_rejected_clips_are_a_table_beside_the_cache(tmp_path):
+    root = helpers.write_dataset(tmp_path / "tiny")
+    spoilt = next(root.rglob("*.wav"))
+    spoilt.write_bytes(b"")
+    found = prepare(settings_for(root, tmp_path / "cache", "dataset.max_bad=50%"))
+    assert found["exit_code"] == 0
+    table = tmp_path / "cache" / "tiny" / "rejected.csv"
+    assert str(spoilt) in table.read_text()
+    helpers.write_wav(spoilt, helpers.tone(1.0))
+    prepare(settings_for(root, tmp_path / "cache"))
+    assert not table.exists()

@@ -8,9 +8,10 @@ from itertools import permutations, product
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import permutation_test, ttest_rel
 
-from mbcd_cli import console
+from mbcd_cli import checksums, console
 from mbcd_cli.cli.evaluate import show_comparison
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report import compare as c
@@ -27,7 +28,9 @@ def write_run(root, *, dataset, modalities, method, target, sources, seed, top1,
     folder.mkdir(parents=True)
     heads = {"fused": top1 / 100, **dict.fromkeys(modalities, (top1 - 5) / 100)}
     results = {
-        "format": 1,
+        "format": 2,
+        "settings": {"optimizer.lr": "0.0001", "training.seed": str(seed)},
+        "fingerprints": {"audio": "feedc0ffee12"},
         "dataset": dataset,
         "modalities": list(modalities),
         "method": method,
@@ -324,3 +327,40 @@ def test_comparison_command_writes_every_form(tmp_path, capsys, monkeypatch):
     assert "not evaluated" in captured.err
     with pytest.raises(RunError, match="not evaluated"):
         compare_runs([str(tmp_path / "runs" / "not-yet")], output=tmp_path / "out2")
+
+
+def change(folder, **values):
+    results = json.loads((folder / "results.json").read_text()) | values
+    results.pop("checksum")
+    write_json(folder / "results.json", results)
+
+
+def test_runs_with_other_settings_are_no_seeds_of_one_another(tmp_path):
+    about = {"dataset": "pets", "modalities": ("audio",), "method": "erm", "target": "c", "sources": ["a", "b"]}
+    folders = [write_run(tmp_path / str(n), **about, seed=n % 2, top1=50 + n) for n in range(3)]
+    change(folders[1], settings={"optimizer.lr": "0.1", "training.seed": "1"})
+    change(folders[2], fingerprints={"audio": "other"})
+    runs, warnings = c.distinct(c.told_apart([c.load_run(f) for f in folders]))
+    assert not warnings
+    names = {run.path: run.method for run in runs}
+    assert names[folders[1]] == "erm (lr 0.1, audio cache feedc0ffee12)"
+    assert len(set(names.values())) == 3
+
+
+def test_results_of_other_weights_than_the_deployed_ones_are_refused(tmp_path):
+    about = {"dataset": "pets", "modalities": ("audio",), "method": "erm", "target": "c", "sources": ["a"], "seed": 0}
+    folder = write_run(tmp_path, **about, top1=50)
+    files = {name: folder / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
+    for name, path in files.items():
+        path.parent.mkdir(exist_ok=True)
+        torch.save({"name": name}, path)
+        checksums.seal(path)
+    change(folder, checkpoints={"best": checksums.checksum(files["best"])})
+    assert c.load_run(folder).heads["fused"] == 50
+    change(folder, checkpoints={"best": checksums.checksum(files["last"])})
+    with pytest.raises(RunError, match="other weights than the run's best ones"):
+        c.load_run(folder)
+    (folder / "settings.toml").write_text("")
+    (inside := folder / "checkpoints" / "epoch-001-evaluation").mkdir()
+    (folder / "results.json").rename(inside / "results.json")
+    assert c.find_runs([str(tmp_path / "**")])[0] == []

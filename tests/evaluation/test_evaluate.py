@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -145,5 +146,31 @@ def test_what_does_not_fit_is_one_clear_error(settings, dataset):
     with pytest.raises(SettingsError, match="no domain 'cellar'"):
         clip_sets(make_settings(target_domain="cellar"), dataset)
     dataset.split[:] = 0
-    with pytest.raises(MbcdError, match="clips to test"):
+    with pytest.raises(SettingsError, match="target domain 'street' has no usable clips of the test split"):
         clip_sets(settings, dataset)
+    with pytest.raises(MbcdError, match="clips to test"):
+        clip_sets(make_settings(target_domain=None), dataset)
+
+
+def test_a_plot_that_fails_costs_no_figures_and_an_interrupt_keeps_the_earlier_results(
+    settings, dataset, tmp_path, monkeypatch
+):
+    def run():
+        return evaluate(settings, dataset, {"best": checkpoint}, device=CPU, run=None, output=tmp_path)
+
+    def failing(*_, **__):
+        raise ValueError("a label that cannot be drawn")
+
+    checkpoint = make_checkpoint(settings, dataset)
+    before = run()
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        patch.setattr("mbcd_cli.evaluation.report.plots.plot_per_class", lambda *_, **__: os.kill(os.getpid(), 2))
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
+    monkeypatch.setattr("mbcd_cli.evaluation.report.plots.plot_confusion", failing)
+    after = run()
+    assert after["headline"] == before["headline"]
+    assert any("confusion on target could not be drawn" in w for w in after["warnings"])
+    assert not list(tmp_path.glob("plots/confusion-*"))

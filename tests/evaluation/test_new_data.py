@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_one_clear_error(run, media, tmp_path):
     assert code == 1
     assert "nowhere" in found["error"]
     code, found = predict(run, "--data-root", root, "--ood", root)
-    assert code == 1
+    assert code == 2
     assert "one model alone" in found["error"]
 
 

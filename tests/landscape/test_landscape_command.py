@@ -9,11 +9,13 @@ import torch
 from landscape_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli.cli.landscape import show_landscape
-from mbcd_cli.errors import MbcdError, SettingsError
+from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
 from mbcd_cli.landscape import drawing
 from mbcd_cli.landscape import measure as command
+from mbcd_cli.landscape.drawing import with_error
 from mbcd_cli.landscape.objective import ModelObjective
 from mbcd_cli.landscape.store import GridStore, StoreError, axis, read_grid
+from mbcd_cli.say import Say
 
 EVERYTHING = ("surface", "curve", "flatness", "worst_case")
 
@@ -103,6 +105,37 @@ def test_clips(tmp_path, data):
     }[data]
     assert run(tmp_path, data=data, analyses=())["data"]["clips"] == expected.sum()
     assert run(tmp_path, data=data, analyses=(), max_clips=4)["data"]["clips"] == 4
+    assert run(tmp_path, data=data, analyses=(), max_clips=0)["data"]["clips"] == expected.sum()
+
+
+def test_a_student_and_its_own_teacher_have_names_of_their_own(tmp_path, undrawn):
+    settings = make_settings(weights="student", to_weights="teacher", analyses=())
+    dataset = make_dataset(settings)
+    pair = [(label, make_checkpoint(settings, dataset, teacher=True)) for label in ("best", "best'")]
+    result = command.landscape(settings, dataset, pair[:1], towards=pair[1:], output=tmp_path)
+    assert list(result["paths"]) == ["best (student) to best (teacher)"]
+
+
+def test_checkpoints_of_other_targets_are_told_and_those_of_other_datasets_refused(tmp_path, undrawn):
+    settings = make_settings(analyses=())
+    dataset = make_dataset(settings)
+    said = []
+
+    def measured(part, **changed):
+        other = settings.model_copy(update={part: getattr(settings, part).model_copy(update=changed)})
+        checkpoints = [("a", make_checkpoint(settings, dataset)), ("b", make_checkpoint(other, dataset))]
+        return command.landscape(settings, dataset, checkpoints, output=tmp_path, say=Say(said.append))
+
+    measured("training", target_domain="tilted")
+    assert "b was trained for target tilted" in said[0]
+    with pytest.raises(CheckpointError, match="b was trained on dataset other"):
+        measured("dataset", name="other")
+
+
+def test_figures_with_their_errors():
+    assert with_error(250.4, 12.3) == "250 ± 12"
+    assert with_error(3.14159, 0.0123) == "3.142 ± 0.012"
+    assert with_error(2.5, float("nan")) == "2.5"
 
 
 def test_errors_name_the_remedy(tmp_path):
@@ -132,7 +165,7 @@ def test_several_checkpoints_in_one_figure_redrawn_from_files(tmp_path):
     for picture in pictures:
         picture.unlink()
     again = command.redraw(tmp_path / "land")
-    assert again["files"] == result["files"]
+    assert again["files"] == {name: path for name, path in result["files"].items() if name != "summary"}
     assert [p.read_bytes() for p in pictures] == before
 
 

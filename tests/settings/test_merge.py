@@ -250,3 +250,49 @@ def test_a_setting_that_a_method_lacks_is_told_with_those_it_has():
     ):
         with pytest.raises(SettingsError, match=words):
             resolve(method="rna-net" if "weigth" in sets[0] else "erm", sets=sets)
+
+
+def test_files_and_assignments_as_people_write_them(tmp_path):
+    assert resolve(config=write(tmp_path / "bom.toml", "\ufeff[training]\nepochs = 2\n")).training.epochs == 2
+    assert resolve(sets=["cache.dir=~/x"]).cache.dir == Path.home() / "x"
+    assert resolve(sets=["dataset.max_bad=3"]).dataset.max_bad == "3"
+    share = resolve(sets=["dataset.max_bad=5%"]).dataset
+    assert share.tolerates(5, 100)
+    assert not share.tolerates(6, 100)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("training.epochs=1\ntraining.seed=5", "training.epochs"),
+        (f"training.epochs={'1' * 5000}", "training.epochs"),
+        (f"training.epochs={'[' * 5000}", "training.epochs"),
+        ("training.seed=-1", "training.seed"),
+        ("model.hidden=100000000000000000000", "model.hidden"),
+        ("optimizer.lr=1e308", "optimizer.lr"),
+        ("dataset.max_bad=200%", "such as 5%"),
+        ("landscape.radii=[]", "landscape.radii"),
+        ("modalities.video.kind=vidoe", "Did you mean video?"),
+        ("cache.dtype=float", "Did you mean float"),
+    ],
+)
+def test_values_that_cannot_be_are_one_short_message(text, told):
+    with pytest.raises(SettingsError) as caught:
+        resolve(sets=[text])
+    assert told in caught.value.message
+    assert len(caught.value.message) < 600
+
+
+@pytest.mark.parametrize("value", ["5", "{bad", "[]", "x"])
+def test_a_variable_for_a_whole_part_is_named(monkeypatch, value):
+    monkeypatch.setenv("MBCD_TRAINING", value)
+    with pytest.raises(SettingsError, match="MBCD_TRAINING"):
+        resolve(environ={"MBCD_TRAINING": value})
+
+
+def test_a_variable_reaches_a_modality_with_capitals(monkeypatch):
+    environ = {"MBCD_MODALITIES__RGBfeat__WIDTH": "3", "MBCD_MODALITIES__VIDEO__WIDTH": "4"}
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    found = resolve(environ=environ).modalities
+    assert {name: one.width for name, one in found.items()} == {"RGBfeat": 3, "video": 4}

@@ -21,7 +21,9 @@ def finish(cell, *, top1: float, heads: dict[str, float] | None = None, records=
     names = cell.settings.model.modalities
     figures = {"fused": top1, **(heads or dict.fromkeys(names, top1 - 0.1))}
     results = {
-        "format": 1,
+        "format": 2,
+        "settings": {},
+        "fingerprints": {},
         "dataset": cell.settings.dataset.name,
         "modalities": list(names),
         "method": cell.settings.method.name,

@@ -158,7 +158,7 @@ class Signalling(MemoryDataset):
 # Batches 1-4 of an epoch train, 5 and 6 validate teacher and student, 7 and 8 report the target.
 @pytest.mark.parametrize(
     ("number", "one"),
-    [(2, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGTERM), (8, signal.SIGTERM), (15, signal.SIGTERM)],
+    [(2, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGHUP), (8, signal.SIGUSR1), (15, signal.SIGTERM)],
 )
 def test_signals_checkpoint_and_leave_cleanly(whole, tmp_path, number, one):
     run = tmp_path / "run"

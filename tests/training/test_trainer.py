@@ -230,3 +230,29 @@ def test_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):
 
 def test_the_dataset_in_memory_is_what_the_protocol_says():
     assert isinstance(MemoryDataset(), Dataset)
+
+
+def test_an_average_that_remembers_longer_than_the_training_is_told(tmp_path, no_plots, capsys):
+    run_training(tmp_path / "a", memory_settings(training={"epochs": 1}, method={"name": "mbcd"}))
+    assert "% of the initial weights (average.beta = 0.9): train longer" in capsys.readouterr().err
+    run_training(tmp_path / "b", memory_settings(training={"epochs": 1}, method={"name": "erm"}))
+    assert "initial weights" not in capsys.readouterr().err
+
+
+def test_a_plot_that_fails_does_not_cost_the_training_its_end(tmp_path, monkeypatch):
+    def failing(*_, **__):
+        raise ValueError("a value that cannot be drawn")
+
+    monkeypatch.setattr("mbcd_cli.training.curves._losses", failing)
+    with pytest.warns(UserWarning, match="A plot could not be drawn"):
+        summary = run_training(tmp_path / "run", memory_settings(training={"epochs": 1}))
+    assert (tmp_path / "run" / "done").is_file()
+    assert "plots/accuracy.png" in summary["plots"]
+
+
+def test_classes_that_are_only_tested_are_told(tmp_path, no_plots, capsys):
+    dataset = MemoryDataset()
+    sources = dataset.select(domains=("a", "b"), splits=("train",))
+    dataset.labels[sources] = 0
+    run_training(tmp_path / "run", memory_settings(training={"epochs": 1}), dataset)
+    assert "No training clip is of class" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import ClassVar, Literal, Self
 
 import numpy as np
@@ -12,6 +13,10 @@ from mbcd_cli.data.modalities.modality import Draws, Modality, Parts, each_file,
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import Count, DatasetSettings, ForWeights, NonNegative
+
+_FAR = 10.0
+"""Mean, spread or its inverse from which on a column counts as not standardised."""
+_LOOKED_AT = 64
 
 
 class ArrayModality(Modality):
@@ -120,6 +125,33 @@ class ArrayModality(Modality):
                     f"modalities.{name}.length sets another length, modalities.{name}.fit how they get there"
                 )
         return self.model_copy(update={"dimension": dimension, "length": length})
+
+    def warnings(self, media: Sequence[Media], *, name: str) -> list[str]:
+        """Of columns far from mean 0 and spread 1: nothing standardises arrays. A sample of the files tells."""
+        if self.whole or not (rows := _sample(media)):
+            return []
+        values = np.concatenate(rows)
+        mean, spread = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+        off = (spread > 0) & ((abs(mean) > _FAR) | (spread > _FAR) | (spread < 1 / _FAR))
+        if not off.any():
+            return []
+        worst = int(np.argmax(np.where(off, abs(np.log(np.where(off, spread, 1))) + abs(mean), -1)))
+        return [
+            f"{name}: {int(off.sum())} of {off.size} columns are far from mean 0 and spread 1 (column {worst}: mean "
+            f"{mean[worst]:.3g}, spread {spread[worst]:.3g}), and nothing standardises them; do so where they are made"
+        ]
+
+
+def _sample(media: Sequence[Media]) -> list[np.ndarray]:
+    """Rows [T, D] of a few files, spread evenly; those that cannot be read, or have another width, are left out."""
+    from mbcd_cli.data.media.arrays import read_array
+
+    rows: list[np.ndarray] = []
+    for item in media[:: -(-len(media) // _LOOKED_AT) or 1]:
+        with suppress(MediaError):
+            found = np.atleast_2d(read_array(item))
+            rows += [found] if not rows or found.shape[1] == rows[0].shape[1] else []
+    return rows
 
 
 def _first_shape(media: Sequence[Media]) -> tuple[tuple[int, ...], MediaError | None]:

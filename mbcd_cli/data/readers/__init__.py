@@ -10,6 +10,7 @@ from typing import Any
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.records import Clip, Rejected
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import entry_of, plugins
 from mbcd_cli.settings import DatasetSettings, ManifestSettings, ReaderSettings
 
@@ -116,9 +117,10 @@ def read_dataset(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -
     """
     entry = entry_of(dataset.reader.name, GROUP, READERS, ReaderEntry)
     if entry is None:
+        names = dict.fromkeys([*READERS, *plugins(GROUP)])
         raise SettingsError(
             f"dataset.reader: there is no reader {dataset.reader.name!r}.",
-            f"Choose one of: {', '.join(dict.fromkeys([*READERS, *plugins(GROUP)]))}.",
+            f"{did_you_mean(dataset.reader.name, names)}Choose one of: {', '.join(names)}.",
         )
     own = type(entry.settings())
     if not isinstance(dataset.reader, own):  # settings that were not merged by `settings.merge`

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import posixpath
 import re
-import unicodedata
 from io import StringIO
 from pathlib import Path
 
@@ -100,20 +99,6 @@ def lines_error(path: Path, problems: list[tuple[int, str]]) -> ManifestError:
     count = len({line for line, _ in problems})
     head = f"{path}: {count} bad line{'' if count == 1 else 's'}."
     return ManifestError("\n".join([head, *lines]), _REMEDY)
-
-
-def name_faults(what: str, value: str) -> list[str]:
-    """Ids and domains become file names, command-line words and table cells."""
-    if not value:
-        return [f"{what} is empty"]
-    if (
-        len(value.encode()) > 200
-        or value.startswith((".", "-"))
-        or re.search(r'[/\\:*?"<>|]', value)
-        or any(unicodedata.category(character)[0] == "C" for character in value)
-    ):
-        return [f"{what} {value[:60]!r} cannot serve as a name"]
-    return []
 
 
 def inside(root: Path, cell: str) -> Path | None:

@@ -18,10 +18,11 @@ from pathlib import Path, PurePosixPath
 from mbcd_cli.data.modalities import KINDS, default_modality, infer_kind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
-from mbcd_cli.data.readers.csv_table import CsvTable, inside, lines_error, name_faults, path_fault, read_bytes
+from mbcd_cli.data.readers.csv_table import CsvTable, inside, lines_error, path_fault, read_bytes
 from mbcd_cli.data.readers.places import root_of
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError
+from mbcd_cli.naming import name_faults
 from mbcd_cli.settings import DatasetSettings, ManifestSettings
 
 REQUIRED = ("id", "domain", "split", "label")

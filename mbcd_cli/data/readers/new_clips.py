@@ -13,9 +13,10 @@ from pathlib import Path, PurePosixPath
 from mbcd_cli.data.modalities import infer_kind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
-from mbcd_cli.data.readers.csv_table import CsvTable, name_faults, read_bytes
+from mbcd_cli.data.readers.csv_table import CsvTable, read_bytes
 from mbcd_cli.data.readers.manifest import RATE, REQUIRED, SPANS, default_name, locate_table, parse
 from mbcd_cli.errors import ManifestError
+from mbcd_cli.naming import name_faults
 from mbcd_cli.settings import DatasetSettings
 
 UNKNOWN = -1

@@ -15,7 +15,7 @@ import torch
 
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch, Clip
-from mbcd_cli.errors import CheckpointError, MediaError
+from mbcd_cli.errors import CheckpointError, MbcdError, MediaError
 from mbcd_cli.evaluation.analyses.corruptions import SPECTROGRAM_NOISE, corruptions
 from mbcd_cli.evaluation.analyses.embedding import embeddings, spread
 from mbcd_cli.evaluation.analyses.robustness import (
@@ -30,6 +30,7 @@ from mbcd_cli.evaluation.analyses.waveform import sound_corruptions
 from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.export import hardest_rows, prediction_rows, write_csv, write_hdf5
+from mbcd_cli.files import sync
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
@@ -55,6 +56,7 @@ class Analysis:
         output: folder under which `plots/` and `evaluation/` are written.
         figures: JSON-able, by name of the analysis.
         files: name -> path of everything written.
+        warnings: plots that could not be drawn.
     """
 
     settings: Settings
@@ -68,6 +70,7 @@ class Analysis:
     say: Say = SILENT
     figures: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def main(self) -> Evaluated:
@@ -92,12 +95,34 @@ class Analysis:
         """Path of a plot."""
         return self.output / "plots" / file
 
+    def draw(self, name: str, plot: Callable[..., Path], *what: Any, **how: Any) -> None:
+        """Make the plot `name`; one that fails is a warning, and costs no figures."""
+        try:
+            self.files[name] = plot(*what, **how)
+        except (MbcdError, OSError):
+            raise
+        except Exception as error:  # whatever a name or a value provokes in matplotlib
+            self.warnings.append(f"The plot of {name} could not be drawn ({type(error).__name__}: {error}).")
 
-def clear(output: Path) -> None:
-    """Delete the plots and exports of an earlier evaluation in `output`: what is there must fit results.json."""
-    for pattern in _OWN:
-        for path in output.glob(pattern):
-            path.unlink()
+
+def earlier(output: Path) -> list[Path]:
+    """The plots and exports of an earlier evaluation in `output`."""
+    return [path for pattern in _OWN for path in output.glob(pattern)]
+
+
+def give_place(aside: Path, output: Path, files: Sequence[Path]) -> None:
+    """Move `files` (relative) from `aside` to `output`, in their order, in place of an earlier evaluation's.
+
+    The earlier results go first: what is there always fits results.json, or there is none.
+    """
+    (output / "results.json").unlink(missing_ok=True)
+    for path in earlier(output):
+        path.unlink()
+    for file in files:
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        (aside / file).replace(output / file)
+    for folder in {(output / file).parent for file in files}:
+        sync(folder)
 
 
 def analyse(analysis: Analysis, *, ood: Dataset | None = None) -> None:
@@ -131,7 +156,7 @@ def _missing(a: Analysis) -> None:
         found[one.clip_set.name] = {"top1": values, "shapley": shares}
         path = a.plot(f"missing-{one.clip_set.name}.png")
         title = f"Missing modalities: {a.name(one)}"
-        a.files[f"missing modalities on {one.clip_set.name}"] = plots.plot_subsets(values, shares, path, title=title)
+        a.draw(f"missing modalities on {one.clip_set.name}", plots.plot_subsets, values, shares, path, title=title)
     if found:
         a.figures["missing"] = found
 
@@ -148,7 +173,7 @@ def _disturbed(a: Analysis, disturbances: list[Disturbance], key: str, *, title:
     )
     a.figures[key] = {"clips": a.main.clip_set.name, "records": records}
     title = f"{title}: {a.name(a.main)}"
-    a.files[key] = plots.plot_disturbed(records, a.plot(f"{key}.png"), title=title, xlabel=xlabel)
+    a.draw(key, plots.plot_disturbed, records, a.plot(f"{key}.png"), title=title, xlabel=xlabel)
 
 
 def _shift(a: Analysis) -> None:
@@ -191,10 +216,16 @@ def _trust(a: Analysis) -> None:
         if found["temperature_fitted"]:
             scaled = f"temperature {found['temperature']['fused']:.2f}"
             tables[scaled] = heads["fused"]["reliability_scaled"]
-        a.files[f"reliability on {name}"] = plots.plot_reliability(
-            tables, a.plot(f"reliability-{name}.png"), title=f"Reliability, fused: {a.name(one)}"
+        a.draw(
+            f"reliability on {name}",
+            plots.plot_reliability,
+            tables,
+            a.plot(f"reliability-{name}.png"),
+            title=f"Reliability, fused: {a.name(one)}",
         )
-        a.files[f"risk and coverage on {name}"] = plots.plot_risk(
+        a.draw(
+            f"risk and coverage on {name}",
+            plots.plot_risk,
             {f"{head} (AURC {100 * f['aurc']:.1f} %)": f["risk"] for head, f in heads.items()},
             a.plot(f"risk-coverage-{name}.png"),
             title=f"Risk and coverage: {a.name(one)}",
@@ -231,7 +262,7 @@ def _insight(a: Analysis) -> None:
     for space, points in maps.items():
         groups = {"class": (sample.labels, list(a.dataset.label_names)), "domain": (sample.domains, names)}
         path, title = a.plot(f"tsne-{space}.png"), f"t-SNE of the {space} embeddings"
-        a.files[f"t-SNE, {space}"] = plots.plot_map(points, groups, path, title=title)
+        a.draw(f"t-SNE, {space}", plots.plot_map, points, groups, path, title=title)
     if maps:
         rows = [
             {

@@ -5,17 +5,19 @@ All figures in tables are top-1 in percent, of each run's deployed model.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from itertools import combinations, permutations
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.stats import ttest_rel
 
+from mbcd_cli import checksums
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report.results import FORMAT, read_results
 from mbcd_cli.evaluation.report.tables import Score, Table
@@ -25,6 +27,9 @@ from mbcd_cli.settings.merge import PUBLISHED
 EXACT_PAIRS = 15
 """Up to this many pairs every sign pattern is tried."""
 
+
+_VARIED = ("training.seed", "training.target_domain", "training.source_domains", "dataset.target_split")
+"""Settings in which the runs of one method and table may differ."""
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -40,6 +45,7 @@ class Run:
         heads: head -> top-1 (%) on the target, or in-domain without one.
         in_domain: fused top-1 (%) on the sources' test split, None when not measured.
         provenance: versions, weights and caches behind the figures: what -> value.
+        settings: what the weights depend on, dotted name -> value, and the cache of every modality.
     """
 
     path: Path
@@ -52,6 +58,7 @@ class Run:
     heads: Mapping[str, float]
     in_domain: float | None
     provenance: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def setting(self) -> str:
@@ -77,7 +84,8 @@ def find_runs(patterns: Iterable[str]) -> tuple[list[Path], list[Path]]:
     patterns = list(patterns)
     folders = sorted({Path(name) for pattern in patterns for name in glob(pattern, recursive=True)})  # noqa: PTH207
     folders = [f.parent if f.name in ("results.json", "settings.toml") else f for f in folders]
-    folders = sorted(set(folders))
+    # What was made of another checkpoint lies inside a run, and is none.
+    folders = sorted(f for f in set(folders) if not any((above / "settings.toml").is_file() for above in f.parents))
     done = [f for f in folders if (f / "results.json").is_file()]
     waiting = [f for f in folders if f not in done and (f / "settings.toml").is_file()]
     if not done and not waiting:
@@ -101,6 +109,7 @@ def load_run(folder: Path) -> Run:
                 "Evaluate that run again.",
             )
         headline = results["headline"]
+        _check_current(folder, results)
         source = results["models"][headline["checkpoint"]][headline["model"]].get("source")
         return Run(
             path=folder,
@@ -113,12 +122,47 @@ def load_run(folder: Path) -> Run:
             heads={head: 100 * float(value) for head, value in headline["top1"].items()},
             in_domain=None if source is None else 100 * float(source["fused"]["top1"]),
             provenance=dict(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
+            settings={**results["settings"], **{f"{m} cache": f for m, f in results["fingerprints"].items()}},
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RunError(
             f"{folder / 'results.json'} is no evaluation of ours ({type(error).__name__}: {error}).",
             "Evaluate that run again.",
         ) from error
+
+
+def _check_current(folder: Path, results: Mapping[str, Any]) -> None:
+    """Refuse results of other weights than those that the run deploys now.
+
+    Raises:
+        RunError: they are such; or the run's checkpoint is damaged.
+    """
+    files = {name: folder / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
+    there = [name for name, path in files.items() if path.is_file()]
+    if not there:
+        return  # results that were copied, or written elsewhere, without the run
+    wanted, told = there[0], results["headline"]["checkpoint"]
+    try:
+        now = checksums.checksum(files[wanted])
+    except (OSError, checksums.DamagedError) as error:
+        raise RunError(f"{files[wanted]} cannot be read: {error}.", "`mbcd verify` says what is damaged.") from error
+    if told != wanted or results["checkpoints"].get(wanted) != now:
+        raise RunError(
+            f"{folder / 'results.json'} is of other weights than the run's {wanted} ones now.",
+            f"Run `mbcd evaluate --run {shlex.quote(str(folder))}` again.",
+        )
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """`runs`; where those of one method have other settings or caches, what differs stands in the method's name."""
+    out: list[Run] = []
+    for _, group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting, r.method)):
+        keys = dict.fromkeys(key for run in group for key in run.settings if key not in _VARIED)
+        differ = [key for key in keys if len({run.settings.get(key) for run in group}) > 1]
+        for run in group:
+            words = ", ".join(f"{key.rpartition('.')[2]} {run.settings.get(key, 'unset')}" for key in differ)
+            out.append(replace(run, method=f"{run.method} ({words})") if words else run)
+    return sorted(out, key=lambda run: run.path)
 
 
 def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:

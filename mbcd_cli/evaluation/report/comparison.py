@@ -9,7 +9,15 @@ from typing import Any
 from mbcd_cli.checksums import of_file
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report import plots
-from mbcd_cli.evaluation.report.compare import Run, compare, distinct, find_runs, load_run, main_tables
+from mbcd_cli.evaluation.report.compare import (
+    Run,
+    compare,
+    distinct,
+    find_runs,
+    load_run,
+    main_tables,
+    told_apart,
+)
 from mbcd_cli.evaluation.report.html import runs_html, write_comparison
 from mbcd_cli.evaluation.report.tables import Table, as_values, comma_separated, latex, markdown
 from mbcd_cli.files import write_json, write_text
@@ -32,8 +40,26 @@ def compare_runs(patterns: Sequence[str], *, output: Path) -> dict[str, Any]:
     notes = [f"{folder} is not evaluated: left out. Run `mbcd evaluate --run {folder}`." for folder in waiting]
     if not done:
         raise RunError(notes[0], "Evaluate the runs first.")
-    runs, repeats = distinct([load_run(folder) for folder in done])
+    runs, repeats = distinct(told_apart(_loaded(done, notes)))
     return write_comparison_files(runs, compare(runs), notes=[*notes, *repeats], output=output, title="Runs compared")
+
+
+def _loaded(folders: Sequence[Path], notes: list[str]) -> list[Run]:
+    """The runs that can be compared; the others go to `notes`.
+
+    Raises:
+        RunError: there is none.
+    """
+    runs, bad = [], []
+    for folder in folders:
+        try:
+            runs.append(load_run(folder))
+        except RunError as error:
+            bad.append(error)
+    if not runs:
+        raise bad[0]
+    notes += [f"{error.message.rstrip('.')}: left out. {error.remedy}" for error in bad]
+    return runs
 
 
 def write_comparison_files(

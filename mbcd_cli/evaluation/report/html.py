@@ -120,6 +120,7 @@ def write_report(
     files: Mapping[str, Path],
     settings: str,
     run: Path | None = None,
+    skip: Iterable[Path] = (),
 ) -> Path:
     """Write the report of one evaluation.
 
@@ -127,7 +128,7 @@ def write_report(
         results: what results.json holds.
         files: caption -> plot, as `evaluate` made them.
         settings: the resolved settings as TOML.
-        run: the run folder; its training and landscape plots are shown too.
+        run: the run folder; its training and landscape plots are shown too, but for those to `skip`.
 
     Raises:
         RunError: it cannot be written.
@@ -157,7 +158,7 @@ def write_report(
         "Embeddings": plots("t-SNE"),
         "Hardest clips": tables(hardest),
         "Loss landscape": folder("landscape"),
-        "Training": folder("plots", skip=files.values()),
+        "Training": folder("plots", skip=[*files.values(), *skip]),
         "Settings": f"<details><summary>settings.toml</summary><pre>{escape(settings)}</pre></details>",
         "Provenance": _pairs(results.get("provenance", {})) if results.get("provenance") else "",
     }

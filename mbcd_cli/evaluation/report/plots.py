@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 from mbcd_cli.evaluation.report.tables import Score, Table
-from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, save
+from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, legend_label, save
 
 _MARKERS = "osD^vPX*"
 
@@ -257,7 +257,7 @@ def plot_map(
                 linewidths=0,
                 color=colour(at),
                 marker=_MARKERS[(at // len(PALETTE)) % len(_MARKERS)],
-                label=names[group],
+                label=legend_label(names[group]),
             )
         ax.grid(False)
         ax.set(xticks=[], yticks=[], title=f"by {name}")

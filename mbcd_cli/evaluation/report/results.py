@@ -15,12 +15,12 @@ import mbcd_cli
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.evaluator import Evaluated
-from mbcd_cli.files import read_json
+from mbcd_cli.files import flatten, read_json
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.scoring.clip_sets import TARGET, source_domains
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import Settings, role_of
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout of results.json."""
 
 
@@ -38,8 +38,15 @@ def describe_run(settings: Settings, dataset: Dataset, checkpoints: Mapping[str,
         "source_domains": list(source_domains(settings, dataset)),
         "seed": training.seed,
         "label_names": list(dataset.label_names),
+        "settings": weights_settings(settings),
         "epochs": {name: int(checkpoint.epoch) for name, checkpoint in checkpoints.items()},
     }
+
+
+def weights_settings(settings: Settings) -> dict[str, str]:
+    """Dotted name -> value of every setting that trained weights depend on."""
+    flat = flatten(settings.model_dump(mode="json"))
+    return {key: str(value) for key, value in flat.items() if role_of(key) in ("weights", "cache")}
 
 
 def weights_sha256(checkpoint: Checkpoint) -> str:

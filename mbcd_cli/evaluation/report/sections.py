@@ -65,16 +65,17 @@ def accuracy_table(results: Results) -> Table:
                     percent(fused["top1"]),
                     *(percent(heads[m]["top1"]) for m in modalities),
                     percent(fused["mean_class_accuracy"]),
+                    percent(fused.get("macro_f1")),
                     percent(fused["top_k"]),
                     number(fused["loss"]),
                 ]
             )
     oracle = results.get("oracle")
     if oracle:
-        blank = ["-"] * (len(modalities) + 3)
+        blank = ["-"] * (len(modalities) + 4)
         row = [f"oracle {oracle['model']} (epoch {oracle['epoch']})", clips_name(results, "target"), "-"]
         rows.append([*row, percent(oracle["top1"]), *blank])
-    columns = ["model", "tested on", "clips", "fused", *modalities, "mean class", f"top-{k}", "loss"]
+    columns = ["model", "tested on", "clips", "fused", *modalities, "mean class", "macro F1", f"top-{k}", "loss"]
     note = "* the deployed model."
     if oracle:
         note += " The oracle is selected on the target itself: not a fair figure."

@@ -1,0 +1,42 @@
+"""What a terminal of 80 columns, and a pipe, show."""
+
+from __future__ import annotations
+
+import re
+import time
+from io import StringIO
+
+from rich.console import Console
+
+from mbcd_cli import console, say
+
+
+def test_the_bar_fits_80_columns_and_its_note_has_a_line_of_its_own(monkeypatch):
+    screen = Console(file=StringIO(), width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(console, "err", screen)
+    note = "epoch 1/3 loss 2.173 (fused 0.661, KL 0.010) video r 1.02 p 0.02 audio r 0.98 p 0.03"
+    with console.terminal.progress("training", 96) as bar:
+        bar.advance(12)
+        bar.describe(note)
+        time.sleep(0.3)
+    lines = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", screen.file.getvalue()).replace("\r", "\n").splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert any("12/96" in line and "training" in line for line in lines)
+    assert any("loss 2.173 (fused 0.661, KL 0.010) video r 1.02 p 0.02" in line for line in lines)
+
+
+def test_a_pipe_hears_rate_and_end_once_a_minute(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr(say.time, "monotonic", lambda: now[0])
+    ticker = say.Ticker("work", 300, lines.append)
+    for second in range(150):
+        now[0] = float(second + 1)
+        ticker.advance()
+    assert len(lines) == 2
+    assert re.fullmatch(r"work: 60/300 \(1\.0/s, 240 s left, until \d\d:\d\d\)", lines[0])
+
+
+def test_names_are_shown_as_they_are(capsys, monkeypatch):
+    console.table("[bold]:cat:", ("[red]a", "b"), [(":dog:", "[x]")], to_stderr=True)
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in ("[bold]:cat:", "[red]a", ":dog:", "[x]"))

@@ -1,0 +1,54 @@
+"""Plots show names as they are written, whatever the user's matplotlib says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from mbcd_cli import plotting
+from mbcd_cli.evaluation.report import plots
+
+NAMES = ["Ba$$in", "_lab", "漢字"]
+
+
+def test_names_of_the_users_are_no_formulas(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for path in (
+            plots.plot_confusion(np.eye(3), NAMES, tmp_path / "c.png", title="a $x_"),
+            plots.plot_map(np.eye(3)[:, :2], {"class": (np.arange(3), NAMES)}, tmp_path / "m.png", title="$"),
+        ):
+            assert path.stat().st_size
+    assert plotting.legend_label("_lab") == " _lab"
+
+
+def test_powers_and_panels_are_formulas(tmp_path):
+    fig, axes = plotting.figure()
+    axes.set_yscale("log")
+    axes.plot([1, 2], [1e-3, 10], label="video: $r_k$")
+    label = axes.legend().get_texts()[0]
+    plotting.save(fig, tmp_path / "a.png")
+    assert label.get_parse_math()
+    assert all(text.get_parse_math() for text in axes.get_yticklabels())
+    assert not axes.title.get_parse_math()
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_notebooks_backend_and_settings_are_not_inherited(tmp_path, backend):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 40\n")
+    code = (
+        "import sys; sys.argv = ['mbcd', '--version']\n"
+        "from mbcd_cli.cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "import matplotlib; from mbcd_cli import plotting\n"
+        "assert not matplotlib.rcParams['text.usetex'] and matplotlib.rcParams['font.size'] == 10"
+    )
+    environ = {**os.environ, "MPLBACKEND": backend, "MATPLOTLIBRC": str(tmp_path), "COLUMNS": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("mbcd ")

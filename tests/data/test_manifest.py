@@ -382,7 +382,7 @@ def test_bad_media_of_av_digits():
         17: "cut short: it claims 16 frames, and 3 are there whole",
         18: "no such file",
         20: "it has a header but no samples",
-        22: "cut short before its index (moov), or its index is damaged",
+        22: "cut short: its last part (mdat) lacks 617 bytes, and the index (moov) behind it",
         23: "the file is empty (0 bytes)",
     }
 

@@ -89,6 +89,15 @@ def verified(path: Path) -> str:
     return told
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a file carries a checksum and is what was written."""
+    try:
+        verified(path)
+    except (OSError, DamagedError):
+        return False
+    return True
+
+
 def of_file(path: Path) -> str:
     """XXH3 of all bytes of a file, for those that cannot carry their own."""
     return _computed(path, 0, "").decode()

@@ -388,8 +388,8 @@ class CacheWriter:
         return Finished(rejected, mended, float(np.sqrt(errors[0] / errors[1])) if errors[1] else None, lost)
 
     def _lost_before(self) -> str:
-        try:
-            with open_hdf5(self.folder / "index.h5") as file:
-                return str(file.attrs.get("float16_loss", ""))
-        except OSError:
+        index = self.folder / "index.h5"
+        if not checksums.is_whole(index):
             return ""
+        with open_hdf5(index) as file:
+            return str(file.attrs.get("float16_loss", ""))

@@ -127,12 +127,12 @@ class ModalityCache:
                 self.online = json.loads(file["online"].asstr()[()]) if "online" in file else None
                 self._check_indices(clip, view)
         except (KeyError, ValidationError) as error:
+            if not checksums.is_whole(folder / "index.h5"):
+                raise self._damaged(folder / "index.h5", error) from error
             lacks = "its settings are not those of this version" if isinstance(error, ValidationError) else str(error)
             raise OtherVersionError(folder, version, lacks.strip("'\"")) from error
         except (OSError, ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise CacheError(
-                f"Cache {folder} cannot be read: {error}.", f"`mbcd repair {folder}` makes it whole again."
-            ) from error
+            raise self._damaged(folder / "index.h5", error) from error
         views = int(view.max(initial=TEST_VIEW)) + 1
         # _where[clip, view + 1] is the row of that view, -1 where it is not stored.
         self._where = np.full((len(self.clips), views + 1), -1, np.int64)
@@ -227,9 +227,7 @@ class ModalityCache:
                     parts.append(_Part(mapped, scales, sums))
                 if all(isinstance(part.rows, np.ndarray) for part in parts):
                     file.close()
-            except KeyError as error:
-                raise OtherVersionError(path, self.provenance.get("mbcd_version", "unknown"), str(error)) from error
-            except (OSError, ValueError, TypeError, AttributeError) as error:
+            except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
                 raise self._damaged(path, error) from error
             self._maps[number, group] = parts
         return self._maps[number, group]

@@ -510,7 +510,7 @@ def put(name: str, value):
         (put("rows/clip", 10**6), "a clip is out of range"),
         (put("rows/view", -5), "a view is out of range"),
         (put("rows/row", 1.5), "no list of whole numbers"),
-        (lambda file: file.attrs.__setitem__("recipe", "[" * 100_000), "cannot be read"),
+        (lambda file: file.attrs.__setitem__("recipe", "[" * 100_000), "is damaged"),
     ],
 )
 def test_an_index_that_leads_out_of_its_tables_is_one_message(prepared, tmp_path, change, told):

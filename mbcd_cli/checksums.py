@@ -26,8 +26,11 @@ PLACE = MARK.decode() + "0" * _DIGITS
 USER_BLOCK = 512
 """Bytes before an HDF5 file's first, for its checksum."""
 TELLERS = ("index.h5", "done", "results.json", "comparison.json", "landscape.json")
-"""Files that hold the checksums of others in their folder. Found by name, they are sealed with it: none can stand for
-another."""
+"""Files that hold the checksums of others in their folder."""
+PREPARED_WITH, TRAINED_WITH = "prepare.toml", "settings.toml"
+"""Files of settings, of a cache and of a run."""
+NAMED = (*TELLERS, PREPARED_WITH, TRAINED_WITH)
+"""Files that are found by their names are sealed with them: none can stand for another."""
 _NEAR_END = 1 << 12
 _ZIP_END = b"PK\5\6"
 _ZIP_END_BYTES = 22
@@ -143,7 +146,7 @@ def _place(path: Path) -> int:
 
 def _computed(path: Path, place: int, name: str) -> bytes:
     """XXH3 of a file whose checksum is at `place` (0: it has none), as hexadecimal digits."""
-    digest = xxhash.xxh3_128(name.encode() if name in TELLERS else b"")
+    digest = xxhash.xxh3_128(name.encode() if name in NAMED else b"")
     with path.open("rb") as file:
         if not file.seek(0, 2):
             return digest.hexdigest().encode()

@@ -11,9 +11,6 @@ from pathlib import Path
 from mbcd_cli import checksums
 from mbcd_cli.files import is_partial, open_hdf5, read_json
 
-PREPARED_WITH = "prepare.toml"
-"""File of a cache: the settings that it was prepared with."""
-_SEALED = (*checksums.TELLERS, PREPARED_WITH, "settings.toml")
 _OUR_LOCKS = ".lock"
 
 
@@ -77,7 +74,7 @@ def examine(path: Path, *, seen: Callable[[int], None] = lambda count: None) -> 
     found.missing = sorted(file for file in told if file not in there and path in (file, *file.parents))
     shards = {file.parent for file in files if file.name.startswith("shard-") and file.suffix == ".h5"}
     whole_caches = [
-        folder / name for folder in sorted(shards | set(found.roots)) for name in ("index.h5", PREPARED_WITH)
+        folder / name for folder in sorted(shards | set(found.roots)) for name in ("index.h5", checksums.PREPARED_WITH)
     ]
     found.missing += [file for file in whole_caches if file not in there and not path.is_file()]
     runs = [file.parent for file in files if file.name == "last.pt" and file.parent.name == "checkpoints"]
@@ -107,7 +104,7 @@ def _fault(file: Path, told: str | None) -> str | None:
         own = checksums.verified(file)
     except checksums.NoChecksumError:
         if told is None:
-            return "it carries no checksum" if file.suffix in (".pt", ".h5") or file.name in _SEALED else None
+            return "it carries no checksum" if file.suffix in (".pt", ".h5") or file.name in checksums.NAMED else None
         return "" if checksums.of_file(file) == told else "its bytes are not those that were written"
     except checksums.DamagedError as error:
         return str(error)

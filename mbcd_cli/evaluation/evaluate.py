@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mbcd_cli.checksums import checksum, of_file
+from mbcd_cli.checksums import PREPARED_WITH, checksum, of_file
 from mbcd_cli.data.cache import listing_digest
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Clip
@@ -21,7 +21,6 @@ from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import describe_run, gathered_results, provenance, result_warnings
 from mbcd_cli.files import folder_aside, read_records, write_json
-from mbcd_cli.integrity import PREPARED_WITH
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say

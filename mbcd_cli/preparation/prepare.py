@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from mbcd_cli.checksums import PREPARED_WITH
 from mbcd_cli.data import ranks
 from mbcd_cli.data.cache import CacheWriter, Finished
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
@@ -23,7 +24,6 @@ from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, CheckpointError
 from mbcd_cli.files import free_bytes, size_text, write_table, write_text
-from mbcd_cli.integrity import PREPARED_WITH
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.trunk import (

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from mbcd_cli import checksums
+from mbcd_cli.checksums import PREPARED_WITH
 from mbcd_cli.data.cache import shard_path
 from mbcd_cli.data.modality_cache import ModalityCache
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.errors import CacheError, MbcdError
 from mbcd_cli.files import open_hdf5, remove_partial, sync
-from mbcd_cli.integrity import PREPARED_WITH, examine
+from mbcd_cli.integrity import examine
 from mbcd_cli.preparation.cache_plan import plan_cache, read_listing
 from mbcd_cli.preparation.prepare import close_cache, fill, writer_of
 from mbcd_cli.preparation.trunk import build_trunk, save_weights

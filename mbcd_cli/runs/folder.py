@@ -30,7 +30,7 @@ from mbcd_cli.settings import Settings, role_of
 from mbcd_cli.settings.merge import load_settings
 from mbcd_cli.settings.sources import to_toml
 
-SETTINGS = "settings.toml"
+SETTINGS = checksums.TRAINED_WITH
 DONE = "done"
 LOGS = ("metrics.jsonl", "steps.jsonl", "timing.jsonl")
 _LOCK = ".lock"

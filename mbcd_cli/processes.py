@@ -294,8 +294,15 @@ def joined(device: torch.device, *, say: Callable[[str], None], patience: float 
         ) from error
     try:
         yield Group(place.rank, place.world, place.local, control)
-    finally:
+    except (MbcdError, SystemExit):  # all of them leave, in agreement
         dist.destroy_process_group()
+        raise
+    except BaseException:
+        # To destroy it would be to wait for an exchange under way, to which the others may never come.
+        for one in filter(None, (dist.group.WORLD, control)):
+            one.abort()
+        raise
+    dist.destroy_process_group()
 
 
 def _meet(place: Place, say: Callable[[str], None], patience: float) -> dist.Store:

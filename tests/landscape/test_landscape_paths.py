@@ -157,7 +157,7 @@ def test_student_to_teacher(tmp_path, monkeypatch):
     dataset = make_dataset(settings)
     both = make_checkpoint(settings, dataset, teacher=True)
     result = command.landscape(settings, dataset, [("best", both)], output=tmp_path, towards=[("best", both)])
-    assert list(result["paths"]) == ["best to best (teacher)"]
+    assert list(result["paths"]) == ["best (student) to best (teacher)"]
 
 
 def test_one_group_and_trajectory_are_drawn(tmp_path):

@@ -13,7 +13,7 @@ from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command
 from mbcd_cli.errors import FileError
 
-Paths = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Folders of caches, runs, sweeps, landscapes.")]
+Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders of caches, runs, sweeps, landscapes.")]
 _LINES = 20
 
 

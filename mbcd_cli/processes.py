@@ -9,8 +9,10 @@ Letters: B clips of the global batch, W processes, b = B / W clips of one proces
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -297,12 +299,17 @@ def joined(device: torch.device, *, say: Callable[[str], None], patience: float 
     except (MbcdError, SystemExit):  # all of them leave, in agreement
         dist.destroy_process_group()
         raise
-    except BaseException:
-        # To destroy it would be to wait for an exchange under way, to which the others may never come.
-        for one in filter(None, (dist.group.WORLD, control)):
-            one.abort()
+    except BaseException as error:
+        # To destroy it, as leaving the interpreter does too, would be to wait for an exchange that may never end.
+        atexit.register(_leave_at_once, 130 if isinstance(error, KeyboardInterrupt) else 1)
         raise
     dist.destroy_process_group()
+
+
+def _leave_at_once(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _meet(place: Place, say: Callable[[str], None], patience: float) -> dist.Store:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,39 @@ with files.written(Path(sys.argv[1])) as aside:
     print("writing", flush=True)
     sys.stdin.read()
 """
+
+
+def test_the_next_writer_of_a_file_clears_what_the_dead_left_of_it(tmp_path):
+    dead = run("")
+    dead.wait()
+    left = [tmp_path / f".file.{pid}.partial" for pid in (dead.pid, os.getppid())]
+    other = tmp_path / f".another.{dead.pid}.partial"
+    for path in (*left, other):
+        path.touch()
+    files.write_text(tmp_path / "file", "x")
+    assert [path.exists() for path in (*left, other)] == [False, True, True]
+
+
+def test_a_write_that_fails_once_inside_hdf5_is_told(tmp_path):
+    """HDF5 drops some errors, and would go on: the file would have a hole."""
+    old = files.write_text(tmp_path / "file.h5", "old").read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write() -> None:
+        with files.written_hdf5(tmp_path / "file.h5") as file:
+            file["x"] = np.arange(10)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+            try:
+                file["y"] = np.zeros(1 << 17)
+                file.flush()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            file["z"] = np.arange(10)
+
+    with pytest.raises(FileError, match="cannot be written"):
+        write()
+    assert (tmp_path / "file.h5").read_text() == old
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_kill_9_leaves_the_old_file_and_a_rest_that_its_owner_removes(tmp_path):

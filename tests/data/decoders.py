@@ -45,3 +45,15 @@ def large(index, clip, views, job):
 def no_worker(connection):
     """Ends before it begins."""
     os._exit(1)
+
+
+def once(index, clip, views, job):
+    """On clip c2 waits until it may go on, and the first time kills its process."""
+    beside = Path(str(clip.media["m"].path))
+    if clip.id == "c2":
+        while not beside.with_suffix(".go").exists():
+            time.sleep(0.001)
+        if not beside.with_suffix(".done").exists():
+            beside.with_suffix(".done").touch()
+            os._exit(1)
+    return Decoded(index, views, [(np.full(3, index, np.float32),)])

@@ -43,8 +43,8 @@ def check_whole(path: Path, kind: str) -> None:
     stated, size = stated_bytes(path, kind), path.stat().st_size
     if stated is not None and size < stated - (_RIFF_HEAD if kind == "avi" else 0):
         raise MediaError(path, f"cut short: it claims {stated} bytes, and {size} are there", REPLACE)
-    if kind == "ogg" and (cause := _ogg_lacks(path)):
-        raise MediaError(path, f"cut short: {cause}", REPLACE)
+    if kind == "ogg" and _ogg_is_torn(path):
+        raise MediaError(path, "cut short: it ends within a page", REPLACE)
     at = _joined_at(file_version(path), kind)
     if at is not None:
         cause = f"another file begins {size - at} bytes before its end: files are joined in it, and only the first "
@@ -172,15 +172,13 @@ def _segment_end(head: bytes) -> int | None:
     return at + length + size if size != (1 << 7 * length) - 1 else None
 
 
-def _ogg_lacks(path: Path) -> str:
-    """What the last page of an Ogg lacks: its end, or the mark that its stream ends with it (RFC 3533, 6)."""
+def _ogg_is_torn(path: Path) -> bool:
+    """Whether the last page of an Ogg lacks its end (RFC 3533, 6); recordings of a live stream often lack its mark."""
     with path.open("rb") as file:
         file.seek(max(path.stat().st_size - _PAGE, 0))
         tail = file.read()
     page = tail[tail.rfind(b"OggS") :]
-    if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
-        return "it ends within a page"
-    return "" if page[5] & 4 else "its last page does not end its stream"
+    return len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 # --- files of samples ------------------------------------------------------------------------------------------------

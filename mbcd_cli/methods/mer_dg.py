@@ -13,7 +13,7 @@ from torch import nn
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Method, Outputs, Term
-from mbcd_cli.methods.parts import full_precision, supervised_contrast, unit_rows
+from mbcd_cli.methods.parts import full_precision, projection, supervised_contrast, unit_rows
 from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive
 
 FLOOR = 1e-4
@@ -60,7 +60,9 @@ class MERDG(Method):
     def __init__(self, settings: MERDGSettings, context: Context) -> None:
         super().__init__(settings, context)
         dims = context.model.dims if settings.on == "projection" else {}
-        self.projections = nn.ModuleDict({name: _projection(dim, settings.hidden) for name, dim in dims.items()})
+        self.projections = nn.ModuleDict(
+            {name: projection(dim, hidden=settings.hidden, norm=nn.LayerNorm) for name, dim in dims.items()}
+        )
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
         """ERM's terms, `marginal` [M], `spectral` [M], and `contrast` where it has a weight."""
@@ -81,19 +83,6 @@ class MERDG(Method):
             )
             terms["contrast"] = Term(contrast, settings.contrast)
         return terms
-
-
-def _projection(inside: int, hidden: int, out: int = 128) -> nn.Sequential:
-    """P': three linear layers with layer norm between, [B, inside] -> [B, out]."""
-    return nn.Sequential(
-        nn.Linear(inside, hidden),
-        nn.LayerNorm(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, hidden),
-        nn.LayerNorm(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, out),
-    )
 
 
 def exact(x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ S source domains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 
 import torch
@@ -65,14 +65,16 @@ def modulation(ratio: torch.Tensor, alpha: float) -> torch.Tensor:
     return torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)
 
 
-def projection(inside: int, *, hidden: int, out: int = 128) -> nn.Sequential:
-    """P: three linear layers with batch norm between, [B, inside] -> [B, out]."""
+def projection(
+    inside: int, *, hidden: int, out: int = 128, norm: Callable[[int], nn.Module] = nn.BatchNorm1d
+) -> nn.Sequential:
+    """P: three linear layers with a norm between, [B, inside] -> [B, out]."""
     return nn.Sequential(
         nn.Linear(inside, hidden),
-        nn.BatchNorm1d(hidden),
+        norm(hidden),
         nn.ReLU(inplace=True),
         nn.Linear(hidden, hidden),
-        nn.BatchNorm1d(hidden),
+        norm(hidden),
         nn.ReLU(inplace=True),
         nn.Linear(hidden, out),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from plain import Plain
+from plain import Plain, Scaled
 from torch.nn import functional as F
 
 LIST = [4, 2]
@@ -73,17 +73,6 @@ class MMDReference(AlignmentReference):
         return mmd(h, domains, self.settings.gammas)
 
 
-class Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x * 1
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return -ctx.factor * gradient, None
-
-
 class DANNReference(Plain):
     def judge(self, h, which, name):
         prefix = f"method.{which}"
@@ -98,7 +87,7 @@ class DANNReference(Plain):
         if o.ramp:
             grown = 2 / (1 + math.exp(-10 * min(self.time / o.ramp, 1.0))) - 1
         domains = [LIST.index(int(d)) for d in s.domains]
-        h = [Reverse.apply(h, o.reversal * grown) for h in s.h]
+        h = [Scaled.apply(h, -o.reversal * grown) for h in s.h]
         if o.on != "unimodal":
             judged = self.judge(torch.cat(h, dim=1), "fused", "fused")
             terms["domain_fused"] = (self.ce(judged, domains), o.weight)

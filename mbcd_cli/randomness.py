@@ -41,6 +41,16 @@ class Randomness:
         self.generator.set_state(state.cpu())
 
 
+def step_seed(seed: int) -> int:
+    """The seed of the step's own draws in a training of this seed.
+
+    Not the same one: torch's global generator, seeded with it, draws the first weights, and a generator of equal seed
+    would begin with the very same uniform numbers.
+    """
+    words = np.random.SeedSequence([seed % 2**64, 1]).generate_state(2, np.uint32)
+    return int(words[0]) << 31 | int(words[1]) >> 1
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch (all devices)."""
     random.seed(seed)

@@ -14,7 +14,7 @@ from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Context, Method
 from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.processes import ALONE, Group
-from mbcd_cli.randomness import Randomness, seed_everything
+from mbcd_cli.randomness import Randomness, seed_everything, step_seed
 from mbcd_cli.runs.trunks import attach_trunks
 from mbcd_cli.runtime import use_channels_last
 from mbcd_cli.say import SILENT, Say
@@ -97,7 +97,7 @@ def train_with(
     if runtime.compile:
         for one in (model, *([average.model] if average is not None else [])):
             compile_tails(one)
-    randomness = Randomness(seed=training.seed, device=device)
+    randomness = Randomness(seed=step_seed(training.seed), device=device)
     context = Context.of(
         model, randomness=randomness, average=average, precision=runtime.precision, group=group, sources=sources
     )

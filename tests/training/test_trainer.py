@@ -14,6 +14,7 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import read_records
 from mbcd_cli.methods.mbcd import MBCD
+from mbcd_cli.randomness import Randomness, seed_everything, step_seed
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.scoring.deployed import build_models
 from mbcd_cli.training import train as command
@@ -256,3 +257,11 @@ def test_classes_that_are_only_tested_are_told(tmp_path, no_plots, capsys):
     dataset.labels[sources] = 0
     run_training(tmp_path / "run", memory_settings(training={"epochs": 1}), dataset)
     assert "No training clip is of class" in capsys.readouterr().err
+
+
+def test_the_steps_draws_are_not_those_of_the_weights():
+    for seed in (0, 1, -1, 2**63):
+        seed_everything(seed)
+        weights, draws = torch.rand(64), Randomness(seed=step_seed(seed)).uniform(64)
+        assert not torch.isin(weights, draws).any()
+    assert len({step_seed(seed) for seed in range(100)}) == 100

@@ -75,6 +75,17 @@ class MultiModalModel(nn.Module):
             }
         )
         self.fused_head = head(sum(self.dims.values()), settings=settings, classes=classes)
+        self._trained = {
+            name: tuple(key for key, value in tail.named_parameters() if value.requires_grad)
+            for name, tail in self.tails.items()
+        }
+
+    def theta(self) -> dict[str, dict[str, torch.Tensor]]:
+        """theta_k: the parameters of every tail that train, as they are now."""
+        return {
+            name: {key: value for key, value in self.tails[name].named_parameters() if key in self._trained[name]}
+            for name in self.modalities
+        }
 
     def at_cut(self, inputs: Mapping[str, Parts]) -> dict[str, Parts]:
         """Inputs as the dataset gives them -> parts at the cut: through the live trunks, where there are any."""

@@ -23,6 +23,7 @@ class Randomness:
         self.device = torch.device(device)
         self.generator = torch.Generator(device=self.device)
         self.generator.manual_seed(seed)
+        self._globals: dict = {}
 
     def uniform(self, *shape: int) -> torch.Tensor:
         """Uniform in [0, 1), float32."""
@@ -31,6 +32,29 @@ class Randomness:
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Standard normal of floating type `dtype`."""
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
+
+    def own_globals(self) -> None:
+        """From now on the global generators' draws are this object's own (`kept`), going on from where they are."""
+        self._globals = global_states()
+        self.dropout = torch.Generator()
+        self.dropout.set_state(self._globals["torch"])
+
+    def kept(self, *shape: int, rate: float, dtype: torch.dtype) -> torch.Tensor:
+        """Dropout's factors, as nn.Dropout draws them on a CPU: 0 with probability `rate`, else 1 / (1 - rate)."""
+        kept = torch.empty(shape, dtype=dtype).bernoulli_(1 - rate, generator=self.dropout).div_(1 - rate)
+        return kept.to(self.device)
+
+    def globals(self) -> dict:
+        """States of the global generators, or of what stands for them here (see `global_states`)."""
+        return self._globals | {"torch": self.dropout.get_state()} if self._globals else global_states()
+
+    def load_globals(self, states: dict) -> None:
+        """Go on from what `globals` returned."""
+        if self._globals:
+            self._globals = states
+            self.dropout.set_state(states["torch"].cpu())
+        else:
+            load_global_states(states)
 
     def state(self) -> torch.Tensor:
         """State to go on from, a CPU uint8 tensor."""

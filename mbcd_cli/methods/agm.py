@@ -58,7 +58,7 @@ class AGM(Method):
             self.history += (alone - self.history) / self.context.step
         terms = self.losses(batch, out) | {"ce_fused": self.modulated(batch, out, parts, kappa)}
         loss = total(terms)
-        loss.backward()
+        self.context.backward(loss)
         return self.figures(batch, out, loss, terms, alone=alone, kappa=kappa)
 
     def modulated(self, batch: Batch, out: Outputs, parts: list[torch.Tensor], kappa: torch.Tensor) -> Term:

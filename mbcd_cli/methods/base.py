@@ -127,6 +127,35 @@ class Context:
             step=zeros[1],
         )
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`, [], to what `gradient` gives of every parameter."""
+        loss.backward()
+
+    def gradients(
+        self,
+        loss: torch.Tensor,
+        parameters: Sequence[torch.Tensor],
+        *,
+        create_graph: bool = False,
+        retain_graph: bool | None = None,
+    ) -> list[torch.Tensor]:
+        """The gradient of `loss`, [], with respect to each parameter (zeros where it does not depend on it)."""
+        if not parameters:
+            return []
+        return list(
+            torch.autograd.grad(
+                loss, parameters, create_graph=create_graph, retain_graph=retain_graph, materialize_grads=True
+            )
+        )
+
+    def gradient(self, parameter: torch.Tensor) -> torch.Tensor:
+        """What the optimizer will take for the gradient of `parameter` (zeros where nothing was added yet)."""
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    def set_gradient(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Have the optimizer take `gradient` for that of `parameter`."""
+        parameter.grad = gradient
+
     def autocast(self) -> AbstractContextManager:
         """The context of forward passes: bfloat16 where `precision` says so."""
         return torch.autocast(self.step.device.type, dtype=torch.bfloat16, enabled=self.precision == "bfloat16")
@@ -194,7 +223,9 @@ class Method(nn.Module):
     A method overrides `losses`, or `gradients` where it takes more than one pass or changes gradients on their way.
     Modules and parameters that it owns are trained by the same optimizer, averaged over the processes and saved with
     the training; they are never part of the deployed model. A step may neither branch on data nor wait for the device:
-    `torch.where` instead of `if`, `context.step` instead of a Python number, no `.item()`.
+    `torch.where` instead of `if`, `context.step` instead of a Python number, no `.item()`. Gradients are taken by the
+    context (`backward`, `gradients`, `set_gradient`) and parameters looked up when they are used, so that many members
+    of a population can take one step at once.
 
     Attributes:
         Settings: the method's own settings group.
@@ -263,7 +294,7 @@ class Method(nn.Module):
         out = self(batch)
         terms = self.losses(batch, out)
         loss = total(terms)
-        loss.backward()
+        self.context.backward(loss)
         return self.figures(batch, out, loss, terms)
 
     def after_update(self) -> None:

@@ -91,7 +91,7 @@ class CMRF(Method):
             "distillation": Term(self.distilled(rows, targets), settings.distillation * begun * self.modality_weights),
         }
         loss = total(terms)
-        loss.backward()
+        context.backward(loss)
         return self.figures(batch, out, loss, terms)
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:

@@ -67,8 +67,6 @@ class GMP(Method):
     def __init__(self, settings: GMPSettings, context: Context) -> None:
         super().__init__(settings, context)
         model, domains = context.model, len(context.sources)
-        self._theta = gcc.tail_parameters(model)
-        self._heads = {n: [p for p in model.heads[n].parameters() if p.requires_grad] for n in model.modalities}
         self.adversary = None
         if domains > 1:
             self.adversary = DomainAdversary(
@@ -77,15 +75,17 @@ class GMP(Method):
 
     def gradients(self, batch: Batch) -> Figures:
         """Three backward passes: the classification and the domain losses of all modalities, and the fused loss."""
-        settings, group = self.settings, self.context.group
+        settings, context, model = self.settings, self.context, self.context.model
         batch = self.at_cut(batch)
         out = self(batch)
         terms = self.losses(batch, out)
-        theta, heads = gcc.in_order(self._theta), [p for one in self._heads.values() for p in one]
-        g_c = _gradient(settings.unimodal_weight * terms["ce"].value.sum(), [*theta, *heads])
+        weights, heads = model.theta(), {name: list(model.heads[name].parameters()) for name in model.modalities}
+        theta, classifiers = gcc.in_order(weights), [p for one in heads.values() for p in one]
+        alone = settings.unimodal_weight * terms["ce"].value.sum()
+        g_c = context.gradients(alone, [*theta, *classifiers], retain_graph=True)
         rho = dominance(self.true_probabilities(list(out.unimodal.values()), batch.labels))
         g_d, sigma = [torch.zeros_like(p) for p in theta], torch.ones_like(rho)
-        own = [p for p in self.parameters() if p.requires_grad]
+        own = list(self.parameters()) if settings.adversary == "trained" else []
         g_own: list[torch.Tensor] = []
         if self.adversary is not None:
             domains = self.context.source_domains(batch)
@@ -93,25 +93,25 @@ class GMP(Method):
                 judged = self.adversary(out.features)
             loss = torch.stack([cross_entropy(logits, domains) for logits in judged])
             terms["domain"] = Term(loss, settings.domain_weight)
-            found = _gradient(loss.sum(), [*theta, *own])
-            g_d, g_own = found[: len(theta)], found[len(theta) :]
-            torch._foreach_mul_(g_d, settings.domain_weight)
+            found = context.gradients(loss.sum(), [*theta, *own], retain_graph=True)
+            g_d, g_own = [settings.domain_weight * g for g in found[: len(theta)]], found[len(theta) :]
             sigma = confusion(self.true_probabilities(judged, domains))
-        terms["ce_fused"].value.backward()
-        group.average_([*g_c, *g_d])
+        context.backward(terms["ce_fused"].value)
+        context.group.average_([*g_c, *g_d])
         kappa, p = modulation(rho, settings.alpha_class), modulation(sigma, settings.alpha_domain)
         for parameter, gradient in zip(own, g_own, strict=True):
-            parameter.grad = gradient / len(rho)
+            context.set_gradient(parameter, gradient / len(rho))
         class_tail, class_head, domain = iter(g_c[: len(theta)]), iter(g_c[len(theta) :]), iter(g_d)
-        for k, (name, weights) in enumerate(self._theta.items()):
-            c = [kappa[k] * next(class_tail) for _ in weights]
-            head = [kappa[k] * next(class_head) for _ in self._heads[name]]
-            d = [p[k] * next(domain) for _ in weights]
+        for k, name in enumerate(model.modalities):
+            tail = list(weights[name].values())
+            c = [kappa[k] * next(class_tail) for _ in tail]
+            head = [kappa[k] * next(class_head) for _ in heads[name]]
+            d = [p[k] * next(domain) for _ in tail]
             more = head if settings.norm_with_head else []
-            for parameter, change in zip(weights.values(), combined(c, d, more, rho[k] >= sigma[k]), strict=True):
-                parameter.grad = change if parameter.grad is None else parameter.grad + change
-            for parameter, gradient in zip(self._heads[name], head, strict=True):
-                parameter.grad = gradient
+            for parameter, change in zip(tail, combined(c, d, more, rho[k] >= sigma[k]), strict=True):
+                context.set_gradient(parameter, context.gradient(parameter) + change)
+            for parameter, gradient in zip(heads[name], head, strict=True):
+                context.set_gradient(parameter, gradient)
         return self.figures(batch, out, total(terms), terms, rho=rho, sigma=sigma, kappa=kappa, p=p)
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
@@ -123,10 +123,6 @@ class GMP(Method):
         """Mean probability of the truth in the global batch, [M]."""
         group = self.context.group
         return group.sum_(amd.scores(logits, truth, score="true_class")) / (len(truth) * group.world)
-
-
-def _gradient(loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True))
 
 
 def dominance(q: torch.Tensor) -> torch.Tensor:

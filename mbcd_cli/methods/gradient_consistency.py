@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from mbcd_cli.encoders.layout import laid_out_like
-from mbcd_cli.model import MultiModalModel, TailWeights
+from mbcd_cli.model import TailWeights
 from mbcd_cli.settings import NonNegative, Slice
 
 
@@ -19,14 +19,6 @@ class ConsistencySettings(Slice):
     """No inner step, one whose gradient is a constant (the reference), or one that is differentiated through."""
     alpha: NonNegative = 1e-4
     """Learning rate of the inner step."""
-
-
-def tail_parameters(model: MultiModalModel) -> TailWeights:
-    """theta_k: the trained parameters of every tail."""
-    return {
-        name: {key: value for key, value in model.tails[name].named_parameters() if value.requires_grad}
-        for name in model.modalities
-    }
 
 
 def inner_step(theta: TailWeights, gradients: Sequence[torch.Tensor], *, alpha: float) -> TailWeights:

@@ -107,8 +107,6 @@ class MBCD(Method):
             if noisy
             else None
         )
-        self._theta = gcc.tail_parameters(context.model)
-        self._heads = [p for p in context.model.heads.parameters() if p.requires_grad]
 
     @classmethod
     def panels(cls, settings: MBCDSettings) -> tuple[Panel, ...]:
@@ -146,11 +144,11 @@ class MBCD(Method):
         ce_fused = cross_entropy(fused, batch.labels)
         kl_fused = torch.zeros_like(ce_fused) if target is None else distillation(target, fused)
         if self.settings.consistency.order == "first":
-            (ce_fused + weight * kl_fused).backward()  # on top of what the inner step left
+            self.context.backward(ce_fused + weight * kl_fused)  # on top of what the inner step left
             total = _total(*(term.detach() for term in (ce_fused, ce, kl_fused, kl)), weight)
         else:
             total = _total(ce_fused, ce, kl_fused, kl, weight)
-            total.backward()
+            self.context.backward(total)
         terms = {"ce_fused": Term(ce_fused), "kl_fused": Term(kl_fused, weight), "ce": Term(ce), "kl": Term(kl, weight)}
         out = Outputs(pooled, features, unimodal, fused)
         dropped = torch.zeros_like(balance.p) if balance.keep is None else 1 - balance.keep.mean(dim=0)
@@ -163,21 +161,22 @@ class MBCD(Method):
         rest at once frees the first pass' activations before the second pass makes its own.
         """
         order, alpha = self.settings.consistency.order, self.settings.consistency.alpha
-        theta, group = gcc.in_order(self._theta), self.context.group
         if order == "off":
             return None
+        context, weights = self.context, self.context.model.theta()
+        theta = gcc.in_order(weights)
         if order == "second":
-            gradients = torch.autograd.grad(ce.sum(), theta, create_graph=True) if theta else ()
-            return gcc.inner_step(self._theta, group.average(gradients), alpha=alpha)
-        trained = [*theta, *self._heads]
-        gradients = list(torch.autograd.grad(ce.sum(), trained, retain_graph=kl is not None))
-        group.average_(gradients)
-        # The graph of theta' is the identity to theta, so that the fused gradient accumulates in theta's .grad.
-        stepped = gcc.inner_step(self._theta, gradients[: len(theta)], alpha=alpha)
+            gradients = context.gradients(ce.sum(), theta, create_graph=True)
+            return gcc.inner_step(weights, context.group.average(gradients), alpha=alpha)
+        trained = [*theta, *context.model.heads.parameters()]
+        gradients = context.gradients(ce.sum(), trained, retain_graph=kl is not None)
+        context.group.average_(gradients)
+        # The graph of theta' is the identity to theta, so that the fused gradient accumulates in theta's own.
+        stepped = gcc.inner_step(weights, gradients[: len(theta)], alpha=alpha)
         for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient
+            context.set_gradient(parameter, gradient)
         if kl is not None:
-            kl.backward()
+            context.backward(kl)
         return stepped
 
     @torch.no_grad()

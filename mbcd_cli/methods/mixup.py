@@ -70,7 +70,7 @@ class Mixup(Method):
         own, other = self.losses(batch, out), self.losses(theirs, out)
         terms = {n: Term(kept * own[n].value + (1 - kept) * other[n].value, own[n].weight) for n in own}
         loss = total(terms)
-        loss.backward()
+        context.backward(loss)
         return self.figures(batch, out, loss, terms, kept=kept)
 
     @torch.no_grad()

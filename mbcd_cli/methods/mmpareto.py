@@ -12,7 +12,7 @@ import torch
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import gradient_consistency as gcc
-from mbcd_cli.methods.base import Context, Figures, Method, total
+from mbcd_cli.methods.base import Figures, Method, total
 from mbcd_cli.settings import MethodSettings, Positive
 
 FLOOR = 1e-12
@@ -40,33 +40,28 @@ class MMPareto(Method):
     ticker = ("ce_fused", "share")
     neutral: ClassVar[dict[str, object]] = {"unimodal": "probe", "gamma": 1.0}
 
-    def __init__(self, settings: MMParetoSettings, context: Context) -> None:
-        super().__init__(settings, context)
-        self._theta = gcc.tail_parameters(context.model)
-
     def gradients(self, batch: Batch) -> Figures:
         """Two backward passes: the fused loss's, and one of all uni-modal losses, each with an encoder of its own."""
         batch = self.at_cut(batch)
         out = self(batch)
         terms = self.losses(batch, out)
-        theta = gcc.in_order(self._theta)
-        heads = [p for p in self.context.model.heads.parameters() if p.requires_grad]
-        alone = terms["ce"].value.sum()
-        found = torch.autograd.grad(alone, [*theta, *heads], retain_graph=True, materialize_grads=True)
-        u, own = list(found[: len(theta)]), found[len(theta) :]
-        terms["ce_fused"].value.backward()
+        context, encoders = self.context, self.context.model.theta()
+        theta, heads = gcc.in_order(encoders), list(context.model.heads.parameters())
+        found = context.gradients(terms["ce"].value.sum(), [*theta, *heads], retain_graph=True)
+        u, own = found[: len(theta)], found[len(theta) :]
+        context.backward(terms["ce_fused"].value)
         for head, gradient in zip(heads, own, strict=True):
-            head.grad = gradient
-        m = [torch.zeros_like(p) if p.grad is None else p.grad for p in theta]
-        self.context.group.average_([*m, *u])
+            context.set_gradient(head, gradient)
+        m = [context.gradient(p) for p in theta]
+        context.group.average_([*m, *u])
         of_m, of_u, shares = iter(m), iter(u), []
-        for weights in self._theta.values():
+        for weights in encoders.values():
             tensors = list(weights.values())
             multi, single = [next(of_m) for _ in tensors], [next(of_u) for _ in tensors]
             share = pareto_share(multi, single)
             shares.append(share)
             for parameter, change in zip(tensors, pareto_step(multi, single, share, self.settings.gamma), strict=True):
-                parameter.grad = change
+                context.set_gradient(parameter, change)
         return self.figures(batch, out, total(terms).detach(), terms, share=torch.stack(shares))
 
 

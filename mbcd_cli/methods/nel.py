@@ -88,7 +88,8 @@ def mean_shift(rows: torch.Tensor, neighbours: int) -> torch.Tensor:
         neighbours: K, at most N - 1 are taken.
     """
     count = min(neighbours, len(rows) - 1)
-    likeness = (rows.detach() @ rows.detach().T).fill_diagonal_(-2.0)  # under any cosine
+    itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    likeness = (rows.detach() @ rows.detach().T).masked_fill(itself, -2.0)  # under any cosine
     nearest = torch.zeros_like(likeness).scatter(1, likeness.topk(count, dim=1).indices, 1 / count)
     return unit_rows(0.5 * rows + 0.5 * (nearest @ rows))
 

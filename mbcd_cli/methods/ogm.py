@@ -50,7 +50,8 @@ class OGMGE(Method):
 
     def __init__(self, settings: OGMGESettings, context: Context) -> None:
         super().__init__(settings, context)
-        self._modulated = [modulated(context.model.tails[name]) for name in context.model.modalities]
+        model = context.model
+        self._modulated = {name: modulated(model.tails[name]) for name in model.modalities}
 
     def gradients(self, batch: Batch) -> Figures:
         """ERM's gradients, modulated."""
@@ -58,7 +59,7 @@ class OGMGE(Method):
         out = self(batch)
         terms = self.losses(batch, out)
         loss = total(terms)
-        loss.backward()
+        self.context.backward(loss)
         rho = self.ratios(batch, out)
         return self.figures(batch, out, loss, terms, rho=rho, kappa=self.modulate(rho))
 
@@ -73,18 +74,25 @@ class OGMGE(Method):
         settings, epoch = self.settings, self.context.epoch
         active = (epoch >= settings.start) & (epoch < settings.stop)
         kappa = torch.where(active, modulation(rho, settings.alpha), 1.0)
-        self.context.group.average_([p.grad for weights in self._modulated for p in weights if p.grad is not None])
-        for factor, weights in zip(kappa, self._modulated, strict=True):
-            for gradient in (p.grad for p in weights if p.grad is not None):
-                deviation = active * (gradient.std() + 1e-8)
-                gradient.mul_(factor)
+        context, weights = self.context, self._weights()
+        gradients = [[context.gradient(p) for p in of_one] for of_one in weights]
+        context.group.average_([gradient for of_one in gradients for gradient in of_one])
+        for factor, parameters, theirs in zip(kappa, weights, gradients, strict=True):
+            for parameter, gradient in zip(parameters, theirs, strict=True):
+                changed = gradient * factor
                 if settings.noise:
-                    noise = self.context.randomness.normal(*gradient.shape, dtype=gradient.dtype)
-                    gradient.add_(noise * deviation)
+                    noise = context.randomness.normal(*gradient.shape, dtype=gradient.dtype)
+                    changed = changed + noise * (active * (gradient.std() + 1e-8))
+                context.set_gradient(parameter, changed)
         return kappa
 
+    def _weights(self) -> list[list[torch.Tensor]]:
+        tails = self.context.model.tails
+        named = [(dict(tails[modality].named_parameters()), names) for modality, names in self._modulated.items()]
+        return [[parameters[name] for name in names] for parameters, names in named]
 
-def modulated(tail: nn.Module) -> list[nn.Parameter]:
+
+def modulated(tail: nn.Module) -> list[str]:
     """Weights of a tail whose gradients are changed: of its 2-D and 3-D convolutions, else all its matrices."""
-    trained = [p for p in tail.parameters() if p.requires_grad and p.numel() > 1]
-    return [p for p in trained if p.dim() >= 4] or [p for p in trained if p.dim() >= 2]
+    trained = [(name, p) for name, p in tail.named_parameters() if p.requires_grad and p.numel() > 1]
+    return [name for name, p in trained if p.dim() >= 4] or [name for name, p in trained if p.dim() >= 2]

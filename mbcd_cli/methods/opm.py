@@ -57,7 +57,7 @@ class OPM(Method):
             out = Outputs(pooled, features, unimodal, model.fuse(features, keep / (1 - theta)))
         terms = self.losses(batch, out)
         loss = total(terms)
-        loss.backward()
+        self.context.backward(loss)
         return self.figures(batch, out, loss, terms, rho=rho, q=q)
 
     @torch.no_grad()

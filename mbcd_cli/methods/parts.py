@@ -44,7 +44,9 @@ def distillation(teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         teacher: p_EMA [B, C].
         logits: the student's logits [B, C] that give p.
     """
-    return F.kl_div(full_precision(logits).log_softmax(dim=1), teacher, reduction="batchmean")
+    # F.kl_div's own formula: that one has no rule for vmap.
+    log_probabilities = full_precision(logits).log_softmax(dim=1)
+    return (torch.xlogy(teacher, teacher) - teacher * log_probabilities).sum() / len(teacher)
 
 
 def need_domains(method: str, sources: int) -> None:
@@ -177,13 +179,23 @@ def halves_apart(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 class _Reversed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor, strength: float) -> torch.Tensor:
-        ctx.strength = strength
+    def forward(x: torch.Tensor, strength: float | torch.Tensor) -> torch.Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.strength = inputs[1]
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         return -ctx.strength * gradient, None
+
+    @staticmethod
+    def vmap(info, in_dims, x: torch.Tensor, strength: float | torch.Tensor):
+        x = x.movedim(in_dims[0], 0)
+        if in_dims[1] is not None:
+            strength = strength.reshape(-1, *([1] * (x.dim() - 1)))
+        return _Reversed.apply(x, strength), 0
 
 
 def reversed_gradient(x: torch.Tensor, strength: float) -> torch.Tensor:

@@ -35,7 +35,7 @@ class SAM(Method):
         super().__init__(settings, context)
         probing = settings.unimodal == "probe"
         named = context.model.named_parameters()
-        self._moved = [p for n, p in named if p.requires_grad and not (probing and n.startswith("heads."))]
+        self._moved = {n for n, p in named if p.requires_grad and not (probing and n.startswith("heads."))}
 
     def gradients(self, batch: Batch) -> Figures:
         """Two passes; after the second the weights are w again, bit for bit, and so are the running statistics."""
@@ -43,15 +43,19 @@ class SAM(Method):
         out = self(batch)
         terms = self.losses(batch, out)
         loss = total(terms)
-        slopes = torch.autograd.grad(loss, self._moved, materialize_grads=True)
+        model = self.context.model
+        weights = [p for n, p in model.named_parameters() if n in self._moved]
+        slopes = self.context.gradients(loss, weights)
         self.context.group.average_(slopes)
         with torch.no_grad():
-            norm = torch.stack(torch._foreach_norm(slopes)).norm()
-            moved = [*self._moved, *self.context.model.buffers()]
+            norm = torch.stack([slope.norm() for slope in slopes]).norm()
+            moved = [*weights, *model.buffers()]
             kept = [value.clone() for value in moved]
-            torch._foreach_add_(self._moved, torch._foreach_mul(slopes, self.settings.rho / (norm + 1e-12)))
+            for weight, slope in zip(weights, slopes, strict=True):
+                weight.add_(slope * (self.settings.rho / (norm + 1e-12)))
         up = total(self.losses(batch, self(batch)))
-        up.backward()
+        self.context.backward(up)
         with torch.no_grad():
-            torch._foreach_copy_(moved, kept)
+            for value, before in zip(moved, kept, strict=True):
+                value.copy_(before)
         return self.figures(batch, out, loss, terms, sharpness=up.detach() - loss.detach())

@@ -51,6 +51,10 @@ class Average:
         self.followed.append(copied)
         return copied
 
+    def moved(self) -> None:
+        """Tensors of student or average lie elsewhere now."""
+        self._tensors = None
+
     @property
     def tensors(self) -> _Tensors:
         """What is averaged."""

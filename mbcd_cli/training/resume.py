@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mbcd_cli.errors import CheckpointError
-from mbcd_cli.randomness import Randomness, global_states, load_global_states
+from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.runs.folder import RunFolder
 from mbcd_cli.training.figures import Layout
@@ -46,7 +46,7 @@ def training_state(progress: Progress, step: TrainStep, randomness: Randomness, 
         "method": step.method.state_dict(),
         "average": {} if step.average is None else step.average.state(),
         "randomness": randomness.state(),
-        "global": global_states(),
+        "global": randomness.globals(),
         "pending": [[clips, vector] for clips, vector in progress.pending],
         "sums": progress.sums,
         "layout": None if step.layout is None else [list(step.layout.scalars), list(step.layout.rows)],
@@ -94,7 +94,7 @@ def resume(
         progress.warnings = state["warning_keys"]
         run.cut(state["logs"])
         randomness.load(state["randomness"])
-        load_global_states(state["global"])
+        randomness.load_globals(state["global"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{run.last} does not fit this run: {str(error).splitlines()[0]}", "Start anew with --overwrite."

@@ -53,7 +53,7 @@ class TrainStep:
         self.layout: Layout | None = None
         self._channels_last = channels_last
         self._group = self.context.group
-        frozen = batch_norm == "frozen"
+        self._is_frozen = frozen = batch_norm == "frozen"
         still = [*self.model.tails.modules(), *method.modules()] if frozen else []
         self._frozen = [m for m in still if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._dtype = next(self.model.parameters()).dtype
@@ -63,26 +63,45 @@ class TrainStep:
         for trunk in self.model.trunks.values():
             trunk.update_as_if(method.passes)
 
+    def like(self, method: Method, average: Average | None) -> TrainStep:
+        """A step of the same kind of another method and average, without an optimizer: for its gradients only."""
+        return TrainStep(
+            method=method,
+            optimizer=self.optimizer,
+            average=average,
+            batch_norm="frozen" if self._is_frozen else "tracked",
+            channels_last=self._channels_last,
+        )
+
     def __call__(self, batch: Batch) -> torch.Tensor:
         """One step on `batch` (already on the device), updating everything in place; its figures as one vector."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.context.step += 1
+        vector = self.gradients(batch)
+        self._group.average_([p.grad for p in self._trained if p.grad is not None])
+        for parameter in self._trained:
+            match_layout(parameter)
+        self.update()
+        return vector
+
+    def gradients(self, batch: Batch) -> torch.Tensor:
+        """The first half of a step: gradients of everything that trains; its figures as one vector."""
         self.model.train()
         self.method.train()
         for module in (*self._frozen, *(self.average.followed if self.average is not None else ())):
             module.eval()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.context.step += 1
         figures = self.method.gradients(self._prepared(batch))
-        self._group.average_([p.grad for p in self._trained if p.grad is not None])
-        for parameter in self._trained:
-            match_layout(parameter)
+        if self.layout is None:
+            self.layout = Layout.of(figures, self.model.modalities)
+        return self.layout.pack(figures)
+
+    def update(self) -> None:
+        """The second half: what the gradients change."""
         self.optimizer.step()
         self._group.average_(self._statistics)
         if self.average is not None:
             self.average.update(self.context.step)
         self.method.after_update()
-        if self.layout is None:
-            self.layout = Layout.of(figures, self.model.modalities)
-        return self.layout.pack(figures)
 
     def _prepared(self, batch: Batch) -> Batch:
         """Inputs in the weights' type and layout: converted once, not in every pass."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
 from mbcd_cli.runs.events import Events
 from mbcd_cli.runs.folder import RunFolder
-from mbcd_cli.say import SILENT, Say
+from mbcd_cli.say import SILENT, Say, Ticker
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet
 from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.settings import Settings
@@ -124,20 +124,33 @@ class Trainer:
         Raises:
             RunError: a non-finite loss, a full disk, or a signal (after a checkpoint; says how to resume).
         """
-        progress = self.progress
+        left = self.total_steps - self.progress.step
+        with Interrupts() as interrupts, self._say.progress("training", left) as ticker:
+            asking = self.training(interrupts, ticker)
+            with closing(asking):
+                try:
+                    batch = next(asking)
+                    while True:
+                        batch = asking.send(self.run_step(batch))
+                except StopIteration:
+                    return self.progress
+
+    def training(self, interrupts: Interrupts, ticker: Ticker) -> Generator[Batch, torch.Tensor, None]:
+        """The whole training, which asks for every step: it yields a batch and is sent the figures of its step.
+
+        Raises:
+            RunError: as `fit`.
+        """
+        self._interrupts, self._ticker = interrupts, ticker
         self._saved_at = time.monotonic()
-        left = self.total_steps - progress.step
         try:
-            with Interrupts() as interrupts, self._say.progress("training", left) as ticker:
-                self._interrupts, self._ticker = interrupts, ticker
-                while progress.step < self.total_steps or progress.epoch_step > 0:
-                    self._epoch()
+            while self.progress.step < self.total_steps or self.progress.epoch_step > 0:
+                yield from self._epoch()
         finally:
             if self._events is not None:
                 self._events.close()
-        return progress
 
-    def _epoch(self) -> None:
+    def _epoch(self) -> Generator[Batch, torch.Tensor, None]:
         progress, training = self.progress, self.settings.training
         started, first_step = time.monotonic(), progress.step
         self.feed.reset()
@@ -155,7 +168,7 @@ class Trainer:
             )
             with closing(batches):
                 for clips, batch in batches:
-                    self._one(clips, batch)
+                    self._one(clips, (yield batch))
                     if progress.step >= self.total_steps:
                         break
         seconds = time.monotonic() - started
@@ -173,9 +186,8 @@ class Trainer:
             },
         )
 
-    def _one(self, clips: torch.Tensor, batch: Batch) -> None:
+    def _one(self, clips: torch.Tensor, vector: torch.Tensor) -> None:
         progress, training = self.progress, self.settings.training
-        vector = self.run_step(batch)
         self.group.average_([vector])
         progress.step += 1
         progress.epoch_step += 1

@@ -65,8 +65,10 @@ def _board_table(board: Board) -> Grid:
     for column in ("run", "epoch", "validation", "target", "time"):
         grid.add_column(column, justify="left" if column == "run" else "right")
     for _, job in sorted(board.running.items()):
-        known = progress(job.cell.folder)
+        cell = job.cells[0]
+        known = progress(cell.folder)
         figures = ["" if v is None else f"{100 * v:.1f}" for v in (known.validation, known.target)]
-        epoch = f"{known.epochs}/{job.cell.settings.training.epochs}"
-        grid.add_row(Text(job.cell.name), epoch, *figures, console.duration(time.monotonic() - job.started))
+        name = cell.name + (f", and {len(job.cells) - 1} like it" if len(job.cells) > 1 else "")
+        epoch = f"{known.epochs}/{cell.settings.training.epochs}"
+        grid.add_row(Text(name), epoch, *figures, console.duration(time.monotonic() - job.started))
     return grid

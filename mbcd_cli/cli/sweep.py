@@ -49,6 +49,9 @@ def sweep(
     collect: Annotated[bool, typer.Option("--collect", help="Only collect the runs that are done.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, one GPU each where there are GPUs.")] = 1,
+    pack: Annotated[
+        str, typer.Option("--pack", help="Runs that a process trains together: auto, off, or how many.")
+    ] = "auto",
     launcher: Annotated[str, typer.Option("--launcher", help="local processes, or slurm (by submitit).")] = "local",
     slurm: Annotated[
         list[str] | None, typer.Option("--slurm", help="submitit parameter, e.g. timeout_min=240; repeatable.")
@@ -84,7 +87,7 @@ def sweep(
         return planned, partial(show_plan, planned, planned.pop("estimate"))
     done: dict[str, Any] = {"failed": {}}
     if not collect:
-        how = {"jobs": jobs, "launcher": launcher, "slurm": slurm or (), "retry_failed": retry_failed}
+        how = {"jobs": jobs, "launcher": launcher, "slurm": slurm or (), "pack": pack, "retry_failed": retry_failed}
         with Watch() as watch:
             done = sweeping.run(cells, **how, root=root, watch=watch, say=say)
     failure = sweeping.report_failures(done)

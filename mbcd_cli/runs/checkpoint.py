@@ -89,15 +89,21 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "label_names": list(checkpoint.label_names),
         "domains": list(checkpoint.domains),
         "fingerprints": dict(checkpoint.fingerprints),
-        "student": {key: value.detach() for key, value in checkpoint.student.items()},
+        "student": {key: _alone(value) for key, value in checkpoint.student.items()},
         "teacher": None
         if checkpoint.teacher is None
-        else {key: value.detach() for key, value in checkpoint.teacher.items()},
+        else {key: _alone(value) for key, value in checkpoint.teacher.items()},
     }
     payload |= {key: getattr(checkpoint, key) for key in _PLAIN}
     kept = "go on with --resume (the previous checkpoint is kept)"
     with written(path, place="--run", then=kept) as aside, aside.open("wb") as file:
         torch.save(payload, file)
+
+
+def _alone(value: torch.Tensor) -> torch.Tensor:
+    """The tensor without a graph, and without those that it shares its memory with: torch would save them all."""
+    value = value.detach()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 _PLAIN = ("dataset", "epoch", "epoch_step", "step", "history", "best", "warnings", "training")

@@ -21,8 +21,11 @@ from mbcd_cli.settings.sources import Layer
 _FREE = tuple(part for part in Settings.model_fields if role_of(part) in ("machine", "report"))
 
 
-def open_for_training(settings: Settings) -> tuple[Settings, CachedDataset]:
+def open_for_training(settings: Settings, opened: CachedDataset | None = None) -> tuple[Settings, CachedDataset]:
     """The prepared dataset, and the settings with domains and modalities resolved against it.
+
+    Args:
+        opened: the dataset, where settings that differ in the training only have opened it already.
 
     Raises:
         SettingsError: unknown domains, no source left.
@@ -33,7 +36,7 @@ def open_for_training(settings: Settings) -> tuple[Settings, CachedDataset]:
         raise SettingsError(
             "No dataset is named.", "Use --preset NAME or --dataset NAME; `mbcd list datasets` shows them."
         )
-    dataset = open_dataset(settings, name=name, modalities=settings.model.modalities)
+    dataset = opened or open_dataset(settings, name=name, modalities=settings.model.modalities)
     domains = list(settings.dataset.domains or dataset.domains)
     target = settings.training.target_domain
     sources = list(settings.training.source_domains) or [domain for domain in domains if domain != target]

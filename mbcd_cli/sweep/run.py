@@ -9,12 +9,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbcd_cli.files import write_text
 from mbcd_cli.processes import LAUNCH_VARIABLES
 from mbcd_cli.settings.sources import ENV_PREFIX, to_toml
+from mbcd_cli.sweep.packing import WIDTH, take
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
 
@@ -22,13 +24,15 @@ KILLS = 2
 """Times that a cell whose process was killed is begun again by one sweep."""
 WORKER = "mbcd_cli.sweep.cell"
 """Module that trains and evaluates one cell: `python -m WORKER RUN_FOLDER THREADS`."""
+PACKER = "mbcd_cli.sweep.pack"
+"""Module that does so with several, as one population: `python -m PACKER THREADS WIDTH`, run folders on stdin."""
 
 
 @dataclass(slots=True)
 class Job:
-    """A cell's process."""
+    """A process and the cells that it trains: one, or a population."""
 
-    cell: Cell
+    cells: Sequence[Cell]
     process: subprocess.Popen
     slot: int
     started: float
@@ -63,7 +67,7 @@ class Board:
             return None
         mean = sum(self.seconds) / len(self.seconds)
         now = time.monotonic()
-        under_way = sum(max(mean - (now - job.started), 0.0) for job in self.running.values())
+        under_way = sum(max(mean * len(job.cells) - (now - job.started), 0.0) for job in self.running.values())
         return (under_way + mean * len(self.waiting)) / max(len(self.running), 1)
 
 
@@ -113,20 +117,26 @@ def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
     return found
 
 
-def start(cell: Cell, *, threads: int, gpu: str | None, slot: int) -> Job:
-    """Begin (or go on with) a cell in a process of its own; its output goes to `X.log`."""
-    write_settings(cell)
-    with beside(cell.folder, "log").open("ab") as log:
+def start(cells: Sequence[Cell], *, threads: int, width: int, gpu: str | None, slot: int) -> Job:
+    """Begin (or go on with) a cell, or a population, in a process of its own; its output goes to the first's `X.log`."""
+    for cell in cells:
+        write_settings(cell)
+    line = cell_command(cells[0], threads=threads)
+    if len(cells) > 1:
+        line = [sys.executable, "-m", PACKER, str(threads), str(width)]
+    with beside(cells[0].folder, "log").open("ab") as log:
         process = subprocess.Popen(
-            cell_command(cell, threads=threads),
-            stdin=subprocess.DEVNULL,
+            line,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment(threads=threads, gpu=gpu),
             # Ctrl-C reaches the sweep alone, which then asks its processes to write their checkpoints.
             start_new_session=True,
         )
-    return Job(cell, process, slot, time.monotonic())
+    with suppress(BrokenPipeError), process.stdin as names:
+        names.write("".join(f"{cell.folder}\n" for cell in cells).encode())
+    return Job(cells, process, slot, time.monotonic())
 
 
 def execute(
@@ -134,6 +144,7 @@ def execute(
     *,
     jobs: int,
     threads: int,
+    width: int | None = 0,
     gpus: Sequence[str] = (),
     retry_failed: bool = False,
     watch: Callable[[Board], None] = lambda board: None,
@@ -147,6 +158,7 @@ def execute(
     Args:
         jobs: processes at a time.
         threads: CPU threads of each.
+        width: trainings that a process has under way at a time, as `packing.take` reads it.
         gpus: visible GPUs, dealt out by slot; empty leaves the choice to the cell's settings.
         retry_failed: run failed cells again.
         watch: called at every change and every `poll` seconds.
@@ -160,7 +172,7 @@ def execute(
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         while board.waiting or board.running or board.elsewhere:
-            _fill(board, jobs=jobs, threads=threads, gpus=gpus)
+            _fill(board, jobs=jobs, threads=threads, width=width, gpus=gpus)
             watch(board)
             time.sleep(poll)
             for job in list(board.running.values()):
@@ -182,20 +194,29 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _fill(board: Board, *, jobs: int, threads: int, gpus: Sequence[str]) -> None:
+def _fill(board: Board, *, jobs: int, threads: int, width: int | None, gpus: Sequence[str]) -> None:
     for slot in range(jobs):
         if slot not in board.running and board.waiting:
-            cell = board.waiting.popleft()
+            cells = take(board.waiting, width=width, among=jobs - len(board.running))
             gpu = gpus[slot % len(gpus)] if gpus else None
-            board.running[slot] = start(cell, threads=threads, gpu=gpu, slot=slot)
+            board.running[slot] = start(cells, threads=threads, width=width or WIDTH, gpu=gpu, slot=slot)
 
 
 def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
-    """Where a cell goes whose process has ended with `code` (negative: the signal that killed it)."""
-    cell = job.cell
-    if code == DONE_CODE:
+    """Where the cells go whose process has ended with `code` (negative: the signal that killed it)."""
+    seconds = (time.monotonic() - job.started) / len(job.cells)
+    for cell in job.cells:
+        own = code
+        if len(job.cells) > 1 and code in (DONE_CODE, FAILED_CODE):
+            own = {"done": DONE_CODE, "failed": FAILED_CODE, "running": BUSY_CODE}.get(state(cell.folder), -1)
+        _settle_one(board, cell, own, kills)
+        if own == DONE_CODE:
+            board.seconds.append(seconds)
+
+
+def _settle_one(board: Board, cell: Cell, code: int, kills: dict[str, int]) -> None:
+    if code == DONE_CODE or (code < 0 and state(cell.folder) == "done"):
         board.done.append(cell)
-        board.seconds.append(time.monotonic() - job.started)
     elif code == BUSY_CODE:
         board.elsewhere.append(cell)
     elif code == FAILED_CODE:

@@ -21,6 +21,7 @@ from mbcd_cli.settings.merge import resolve
 from mbcd_cli.sweep import collect as collecting
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.estimate import counts, estimate
+from mbcd_cli.sweep.packing import width_of
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.request import (
     named,
@@ -155,6 +156,7 @@ def run(
     jobs: int,
     launcher: str = "local",
     slurm: Sequence[str] = (),
+    pack: str = "auto",
     retry_failed: bool = False,
     root: Path | None = None,
     poll: float = 0.5,
@@ -165,7 +167,7 @@ def run(
 
     Args:
         cells: of the plan.
-        jobs, launcher, slurm, retry_failed: how.
+        jobs, launcher, slurm, retry_failed: how. pack: auto, off, or how many trainings a process has under way.
         root: the dataset's folder, where what is not prepared is to be prepared.
         poll: seconds between looks at the children.
         watch: called with the board at every look.
@@ -179,6 +181,7 @@ def run(
         RunError: an unknown launcher, or submitit is missing.
     """
     check_execution(jobs, launcher)
+    width = width_of(pack)
     check_prepared(cells, root=root, say=say)
     started = time.monotonic()
     asked = cells[0].settings.runtime.threads if cells else 0
@@ -191,6 +194,7 @@ def run(
             cells,
             jobs=jobs,
             threads=running.threads_per_job(jobs, asked),
+            width=width,
             gpus=_gpus(cells),
             retry_failed=retry_failed,
             watch=watch,

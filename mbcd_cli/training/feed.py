@@ -23,6 +23,7 @@ class Feed:
     """Batches of a dataset, read ahead and brought to the device.
 
     Attributes:
+        device: where batches go.
         waited: seconds the loop has waited for batches since `reset`.
 
     Args:
@@ -37,7 +38,7 @@ class Feed:
         self, dataset: Dataset, *, device: torch.device, ahead: int = 0, read: Read | None = None, group: Group = ALONE
     ) -> None:
         self._dataset = dataset
-        self._device = device
+        self.device = device
         self._ahead = 0 if read is not None else ahead
         self._pin = device.type == "cuda" and read is None
         self._options: dict[str, Any] = {} if read is None else {"read": read}
@@ -69,7 +70,7 @@ class Feed:
                 batch = next(ready, None)
                 if batch is None:
                     return
-                on_device = batch.to(self._device, non_blocking=True)
+                on_device = batch.to(self.device, non_blocking=True)
                 self.waited += time.monotonic() - asked
                 yield batch.clips, on_device
 

@@ -1,15 +1,14 @@
 """Many trainings as one: the gradients of all members of a population in one step on stacked weights.
 
-A member is an ordinary training whose weights are views of stacked tensors. Where its loop asks for a step, all members'
-batches go through `torch.func.vmap` of the method's `gradients` together; optimizer, average, validation, logs and
-checkpoints are each member's own. Letters: K members, B clips.
+A member is an ordinary training whose weights are views of stacked tensors. Where its loop asks for a step, all
+members' batches go through `torch.func.vmap` of the method's `gradients` together; optimizer, average, validation,
+logs and checkpoints are each member's own. Letters: K members, B clips.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -42,6 +41,7 @@ class StackedStep:
             if self._stacked[name].requires_grad
         ]
         device = self._context.sources.device
+        self._optimizer = _JointOptimizer([step.optimizer for step in steps])
         self._members = torch.arange(len(steps), device=device)
         self._sources = torch.stack([step.context.sources for step in steps])
 
@@ -65,9 +65,10 @@ class StackedStep:
             gradients = [None] * len(parameters) if leaf.grad is None else leaf.grad.unbind()
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
+        self._optimizer.step()
         for step in self.steps:
             step.layout = self._step.layout
-            step.update()
+            step.follow()
         return list(vectors.unbind())
 
     def _one(
@@ -143,6 +144,42 @@ def _template(step: TrainStep, draws: Randomness, context: StackedContext) -> Tr
     for module in (context.model, method):
         _replace_dropout(module, context.randomness)
     return step.like(method, average)
+
+
+class _JointOptimizer:
+    """The optimizers of all members as one, so that one call updates all; their states stay their own.
+
+    Parameters of equal settings stand in one group. Learning rates are the members': where one changes, the groups are
+    made anew.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._own = list(optimizers)
+        self._rates: list[float] = []
+        self._joint: torch.optim.Optimizer | None = None
+
+    def step(self) -> None:
+        """One step of every member's optimizer."""
+        rates = [group["lr"] for one in self._own for group in one.param_groups]
+        if self._joint is None or rates != self._rates:
+            self._rates, self._joint = rates, self._joined()
+        self._joint.step()
+        for one in self._own:
+            if not one.state:  # of a first step
+                for group in one.param_groups:
+                    one.state.update({p: self._joint.state[p] for p in group["params"] if p in self._joint.state})
+
+    def _joined(self) -> torch.optim.Optimizer:
+        groups: dict[tuple, dict] = {}
+        for one in self._own:
+            for group in one.param_groups:
+                settings = {key: value for key, value in group.items() if key not in ("params", "first_lr")}
+                alike = groups.setdefault(tuple(settings.values()), {**settings, "params": []})
+                alike["params"].extend(group["params"])
+        joint = type(self._own[0])(list(groups.values()))
+        for one in self._own:
+            joint.state.update(one.state)
+        return joint
 
 
 # ---- draws

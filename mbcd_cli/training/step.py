@@ -98,6 +98,10 @@ class TrainStep:
     def update(self) -> None:
         """The second half: what the gradients change."""
         self.optimizer.step()
+        self.follow()
+
+    def follow(self) -> None:
+        """What follows the optimizer's step."""
         self._group.average_(self._statistics)
         if self.average is not None:
             self.average.update(self.context.step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,7 +21,7 @@ from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import ClipSet, clip_sets
 from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.settings import Settings
-from mbcd_cli.training.assemble import assemble
+from mbcd_cli.training.assemble import Training, assemble
 from mbcd_cli.training.curves import plot_run
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.resume import Progress
@@ -84,9 +85,8 @@ def train(
         SettingsError, CacheError: domains, splits or sizes that the dataset does not have.
         RunError: the folder is in the way, or training had to stop (a signal, a non-finite loss, a full disk).
     """
-    held_out = clip_sets(settings, dataset)
+    clips = Clips.of(settings, dataset)
     training = settings.training
-    clips = dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips)
     device = configure(settings.runtime)
     with (
         joined(device, say=say) as group,
@@ -98,22 +98,8 @@ def train(
             say(f"{run} is complete; nothing to resume.")
             return folder.summary if group.main else {}
         parts = assemble(settings, dataset, device=device, group=group, say=say)
-        trainer = Trainer(
-            settings=settings,
-            dataset=dataset,
-            step=parts.step,
-            randomness=parts.randomness,
-            clips=clips,
-            held_out=held_out,
-            run=folder,
-            device=device,
-            feed=_feed(settings, dataset, clips, [one.clips for one in held_out], device=device, group=group),
-            run_step=parts.run_step,
-            group=group,
-            say=say,
-        )
-        _warn_of_unseen_classes(dataset, clips, held_out, say)
-        _warn_of_long_memory(settings, trainer.total_steps, say)
+        feed = _feed(settings, dataset, clips, device=device, group=group)
+        trainer = trainer_of(parts, settings, dataset, clips, folder=folder, feed=feed, group=group, say=say)
         started, first = time.monotonic(), trainer.progress.step
         try:
             progress = trainer.fit()
@@ -129,14 +115,9 @@ def train(
                 "training.batch_size: batch norm has no statistics in a batch of one clip.",
                 "Raise it, or set training.batch_norm=frozen.",
             ) from error
-        seconds = time.monotonic() - started
         summary = summarise(progress, settings=settings, run=run)
         memory = max(group.gathered(peak_memory_mb(device)))
-        summary |= {
-            "seconds": round(seconds, 3),
-            "steps_per_second": round((progress.step - first) / max(seconds, 1e-9), 3),
-            "peak_memory_mb": memory,
-        }
+        summary |= speed(progress, first=first, seconds=time.monotonic() - started, memory=memory)
         if group.world > 1:
             summary["processes"] = group.world
 
@@ -148,6 +129,67 @@ def train(
             return summary
 
         return group.on_main(finish) or {}
+
+
+@dataclass(frozen=True, slots=True)
+class Clips:
+    """What a training reads: its training clips [N], indices into the clip table, and sets that are held out."""
+
+    training: np.ndarray
+    held_out: list[ClipSet]
+
+    @classmethod
+    def of(cls, settings: Settings, dataset: Dataset) -> Clips:
+        """Those of the source and target domains.
+
+        Raises:
+            SettingsError, CacheError: domains or splits that the dataset does not have.
+        """
+        training = settings.training
+        held_out = clip_sets(settings, dataset)
+        return cls(
+            dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips), held_out
+        )
+
+
+def trainer_of(
+    parts: Training,
+    settings: Settings,
+    dataset: Dataset,
+    clips: Clips,
+    *,
+    folder: RunFolder,
+    feed: Feed,
+    group: Group = ALONE,
+    say: Say = SILENT,
+) -> Trainer:
+    """The trainer of an assembled training, after a warning of what is known to go wrong."""
+    trainer = Trainer(
+        settings=settings,
+        dataset=dataset,
+        step=parts.step,
+        randomness=parts.randomness,
+        clips=clips.training,
+        held_out=clips.held_out,
+        run=folder,
+        device=parts.step.context.step.device,
+        feed=feed,
+        run_step=parts.run_step,
+        group=group,
+        say=say,
+    )
+    _warn_of_unseen_classes(dataset, clips.training, clips.held_out, say)
+    _warn_of_long_memory(settings, trainer.total_steps, say)
+    return trainer
+
+
+def speed(progress: Progress, *, first: int, seconds: float, memory: float) -> TrainingSummary:
+    """Seconds, steps per second since step `first`, and peak memory in MB."""
+    return {
+        "seconds": round(seconds, 3),
+        "steps_per_second": round((progress.step - first) / max(seconds, 1e-9), 3),
+        "peak_memory_mb": memory,
+    }
 
 
 def _warn_of_long_memory(settings: Settings, steps: int, say: Say) -> None:
@@ -180,16 +222,20 @@ def _run_folder(run: Path, settings: Settings, *, resume: bool, overwrite: bool,
 def _feed(
     settings: Settings,
     dataset: Dataset,
-    training: np.ndarray,
-    testing: list[np.ndarray],
+    clips: Clips,
     *,
     device: torch.device,
     group: Group = ALONE,
 ) -> Feed:
     resident = None
     if dataset.caches:
-        where = settings.runtime.cache_device
-        resident = keep_on_device(dataset, where=where, training=training, testing=testing, device=device)
+        resident = keep_on_device(
+            dataset,
+            where=settings.runtime.cache_device,
+            training=clips.training,
+            testing=[one.clips for one in clips.held_out],
+            device=device,
+        )
     read = None if resident is None else resident.read
     return Feed(dataset, device=device, ahead=settings.runtime.prefetch, read=read, group=group)
 

@@ -1,0 +1,108 @@
+"""Cells of a sweep that are trained together, as one population in one process.
+
+    python -m mbcd_cli.sweep.pack THREADS WIDTH < run folders, one a line
+
+`sweep.packing` says which cells those are.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from mbcd_cli.data.protocol import Dataset
+from mbcd_cli.errors import MbcdError
+from mbcd_cli.evaluation.evaluate import evaluate
+from mbcd_cli.files import lock
+from mbcd_cli.runs.folder import DONE
+from mbcd_cli.runs.names import run_checkpoints
+from mbcd_cli.runs.opening import load_checkpoints, open_for_training
+from mbcd_cli.runtime import configure
+from mbcd_cli.say import SILENT, Say
+from mbcd_cli.settings.merge import load_settings
+from mbcd_cli.sweep.state import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
+from mbcd_cli.training.together import Outcome, Wanted, train_together
+
+
+def run_pack(folders: Sequence[Path], *, threads: int, width: int, say: Say = SILENT) -> int:
+    """Train and evaluate the cells of these run folders, whatever of it is done already; the exit code.
+
+    What became of each is told by its folder and the files beside it (`state`); the log lies beside the first.
+    """
+    held: dict[Path, ExitStack] = {}
+    wanted: list[Wanted] = []
+    stopped = False
+    dataset: Dataset | None = None
+
+    def ended(one: Wanted, outcome: Outcome) -> None:
+        nonlocal stopped
+        with held.pop(one.run):
+            if isinstance(outcome, Exception):
+                if getattr(outcome, "message", "").startswith("Stopped by "):
+                    stopped = True
+                    return
+                _failed(one.run, outcome, say)
+                return
+            try:
+                _evaluate(one, dataset, say)
+                beside(one.run, "failed").unlink(missing_ok=True)
+            except Exception as error:
+                _failed(one.run, error, say)
+
+    for folder in folders:
+        with ExitStack() as opened:
+            mine = lock(beside(folder, "lock"), place="--runs-dir")
+            if mine is None or state(folder) == "done":
+                continue
+            opened.enter_context(mine)
+            try:
+                settings = load_settings(beside(folder, "toml"))
+                runtime = settings.runtime.model_copy(update={"threads": threads})
+                settings = settings.model_copy(update={"runtime": runtime})
+                if dataset is None:
+                    settings, dataset = open_for_training(settings)
+                else:
+                    settings, _ = open_for_training(settings, dataset)
+            except Exception as error:
+                _failed(folder, error, say)
+                continue
+            wanted.append(Wanted(settings, folder))
+            held[folder] = opened.pop_all()
+    if wanted:
+        train_together(wanted, dataset, width=width, ended=ended, say=say)
+    if stopped:
+        return STOPPED_CODE
+    return DONE_CODE if all(state(folder) == "done" for folder in folders) else FAILED_CODE
+
+
+def _failed(folder: Path, error: Exception, say: Say) -> None:
+    if not isinstance(error, MbcdError):
+        traceback.print_exception(error)
+    say(f"error: {folder.name}: {error}")
+    write_failure(folder, error)
+
+
+def _evaluate(one: Wanted, dataset: Dataset, say: Say) -> None:
+    """As the cell's own settings say, but for the report, its maps and pictures: `mbcd evaluate` makes those of a few."""
+    assert (one.run / DONE).is_file()
+    settings, checkpoints = load_checkpoints(run_checkpoints(one.run), config=None, sets=(), flags={})
+    asked = one.settings.evaluation
+    analyses = tuple(name for name in asked.analyses if name != "insight")
+    evaluation = asked.model_copy(update={"analyses": analyses, "report": False})
+    settings = settings.model_copy(update={"evaluation": evaluation, "runtime": one.settings.runtime})
+    chosen = {name: checkpoints[name] for name in settings.evaluation.checkpoints if name in checkpoints}
+    evaluate(settings, dataset, chosen, device=configure(settings.runtime), run=one.run, output=one.run, say=SILENT)
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_pack(
+            [Path(line) for line in sys.stdin.read().splitlines()],
+            threads=int(sys.argv[1]),
+            width=int(sys.argv[2]),
+            say=Say(lambda line: print(line, file=sys.stderr, flush=True)),
+        )
+    )

@@ -1,0 +1,186 @@
+"""A population of trainings in one process: what `mbcd sweep` does with many small cells of one kind.
+
+Every member is a `Trainer` that asks for its steps; all members' steps are taken at once (`population.StackedStep`).
+Members that end make room for those that wait. Letters: N clips.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mbcd_cli.data.loading import ResidentRows, resident_bytes
+from mbcd_cli.data.protocol import Dataset
+from mbcd_cli.data.records import Batch
+from mbcd_cli.errors import MbcdError
+from mbcd_cli.runs.folder import SETTINGS, open_run
+from mbcd_cli.runtime import configure, peak_memory_mb
+from mbcd_cli.say import SILENT, Say, Ticker
+from mbcd_cli.settings import Settings
+from mbcd_cli.training.assemble import assemble
+from mbcd_cli.training.feed import Feed
+from mbcd_cli.training.interrupts import Interrupts
+from mbcd_cli.training.population import StackedStep
+from mbcd_cli.training.train import Clips, TrainingSummary, speed, summarise, trainer_of
+from mbcd_cli.training.trainer import Trainer
+
+RESIDENT_BYTES = 2**31
+"""Rows that are kept in memory for all members: at most so many bytes of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A training of a population: its settings, resolved against the dataset, and its run folder."""
+
+    settings: Settings
+    run: Path
+    say: Say = SILENT
+
+
+Outcome = TrainingSummary | Exception
+
+
+@dataclass(slots=True)
+class _Member:
+    """A training under way: its trainer, what it asks for, and the batch of its next step."""
+
+    wanted: Wanted
+    trainer: Trainer
+    asking: Generator[Batch, torch.Tensor, None]
+    batch: Batch
+    held: ExitStack
+    started: float
+    first: int
+
+
+def train_together(
+    wanted: Iterable[Wanted],
+    dataset: Dataset,
+    *,
+    width: int,
+    ended: Callable[[Wanted, Outcome], None],
+    say: Say = SILENT,
+) -> None:
+    """Train all of them, each into its own run folder; a folder that holds a run already is gone on with.
+
+    Args:
+        wanted: of one kind: settings that differ in the seed, the target and the sources (as many) only.
+        dataset: prepared, of all of them.
+        width: trainings under way at a time.
+        ended: told of each as soon as it ends: what `done` holds, or the error that ended it (a stop by a signal too).
+        say: told how it goes.
+    """
+    waiting, clips = deque(wanted), {}
+    for one in list(waiting):
+        try:
+            clips[one.run] = Clips.of(one.settings, dataset)
+        except MbcdError as error:
+            waiting.remove(one)
+            ended(one, error)
+    if not waiting:
+        return
+    device = configure(waiting[0].settings.runtime)
+    read = _resident(dataset, list(clips.values()), device=device)
+    live: list[_Member] = []
+    with Interrupts() as interrupts, say.progress("trainings", len(waiting)) as ticker:
+
+        def end(one: Wanted, outcome: Outcome) -> None:
+            ended(one, outcome)
+            ticker.advance()
+
+        stacked = None
+        while live or waiting:
+            while waiting and len(live) < width and interrupts.signal is None:
+                one = waiting.popleft()
+                feed = Feed(dataset, device=device, read=read)
+                member = _begin(one, dataset, clips[one.run], feed, interrupts, end)
+                if member is not None:
+                    live.append(member)
+                    stacked = None
+            if not live:
+                return
+            if stacked is None:
+                stacked = StackedStep(
+                    [member.trainer.step for member in live], [member.trainer.randomness for member in live]
+                )
+            vectors = stacked([member.batch for member in live])
+            going = [member for member, vector in zip(live, vectors, strict=True) if _goes_on(member, vector, end)]
+            if len(going) < len(live):
+                live, stacked = going, None
+
+
+def _begin(
+    one: Wanted,
+    dataset: Dataset,
+    clips: Clips,
+    feed: Feed,
+    interrupts: Interrupts,
+    end: Callable[[Wanted, Outcome], None],
+) -> _Member | None:
+    """A member at its first step; None where it ended before."""
+    with ExitStack() as held:
+        try:
+            resume = (one.run / SETTINGS).is_file()
+            folder = held.enter_context(open_run(one.run, settings=one.settings, resume=resume, overwrite=False))
+            if folder.resumed and folder.summary is not None:
+                end(one, folder.summary)
+                return None
+            parts = assemble(one.settings, dataset, device=feed.device, say=one.say)
+            parts.randomness.own_globals()
+            trainer = trainer_of(parts, one.settings, dataset, clips, folder=folder, feed=feed, say=one.say)
+            asking = trainer.training(interrupts, Ticker())
+            held.callback(asking.close)
+            member = _Member(one, trainer, asking, None, held, time.monotonic(), trainer.progress.step)
+        except Exception as error:
+            end(one, error)
+            return None
+        if not _goes_on(member, None, end):
+            return None
+        member.held = held.pop_all()
+        return member
+
+
+def _goes_on(member: _Member, vector: torch.Tensor | None, end: Callable[[Wanted, Outcome], None]) -> bool:
+    """Hand a member the figures of its step (None: it begins); whether it asks for another one."""
+    try:
+        member.batch = member.asking.send(vector)
+        return True
+    except StopIteration:
+        outcome: Outcome = _finished(member)
+    except Exception as error:
+        outcome = error
+    member.held.close()
+    end(member.wanted, outcome)
+    return False
+
+
+def _finished(member: _Member) -> Outcome:
+    """What `done` holds, written; or why it could not be."""
+    one, progress = member.wanted, member.trainer.progress
+    try:
+        summary = summarise(progress, settings=one.settings, run=one.run)
+        memory = peak_memory_mb(member.trainer.device)
+        summary |= speed(progress, first=member.first, seconds=time.monotonic() - member.started, memory=memory)
+        summary["plots"] = []  # `mbcd evaluate` draws them; a thousand members would wait for them
+        member.trainer.run.finish(summary)
+        return summary
+    except Exception as error:
+        return error
+
+
+def _resident(dataset: Dataset, clips: Sequence[Clips], *, device: torch.device):
+    """Reads rows that lie once in memory for all members, or None where they are too many."""
+    if not dataset.caches or dataset.online is not None:
+        return None
+    training = np.unique(np.concatenate([one.training for one in clips]))
+    testing = np.unique(np.concatenate([held.clips for one in clips for held in one.held_out]))
+    if resident_bytes(dataset, training=training, testing=testing) > RESIDENT_BYTES:
+        return None
+    return ResidentRows(dataset, training=training, testing=testing, device=device).read

@@ -231,6 +231,7 @@ class Method(nn.Module):
         Settings: the method's own settings group.
         views: views of a clip per batch; with 2, rows 2i and 2i + 1 are two views of one clip.
         capturable: whether a CUDA graph may hold the step.
+        stackable: whether many trainings may take the step at once (`training.population`).
         average: kind of the weight average unless `average.kind` says otherwise.
         average_start: step from which it averages unless `average.start` says otherwise.
         ticker: figures beside the loss that the progress line shows.
@@ -248,6 +249,7 @@ class Method(nn.Module):
     Settings: ClassVar[type[MethodSettings]] = MethodSettings
     views: ClassVar[int] = 1
     capturable: ClassVar[bool] = True
+    stackable: ClassVar[bool] = True
     average: ClassVar[Literal["none", "ema", "sma", "swad"]] = "none"
     average_start: ClassVar[int] = 0
     ticker: ClassVar[tuple[str, ...]] = ("ce_fused",)

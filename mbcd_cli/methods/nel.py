@@ -106,7 +106,9 @@ def spectral_negative_entropy(rows: torch.Tensor) -> torch.Tensor:
 
     They are those of the N x N matrix E E^T / N, which is the smaller one.
     """
-    spectrum = torch.linalg.eigvalsh(rows @ rows.T / len(rows))
+    # What is not finite shows in the other terms; the solver would raise.
+    gram = torch.nan_to_num(rows @ rows.T / len(rows), nan=0.0, posinf=0.0, neginf=0.0)
+    spectrum = torch.linalg.eigvalsh(gram)
     kept = torch.where(spectrum > LEAST, spectrum, 0.0)
     shares = kept / kept.sum().clamp(min=LEAST)
     return (shares * (shares + 1e-10).log()).sum()

@@ -86,7 +86,7 @@ def _failed(folder: Path, error: Exception, say: Say) -> None:
 
 
 def _evaluate(one: Wanted, dataset: Dataset, say: Say) -> None:
-    """As the cell's own settings say, but for the report, its maps and pictures: `mbcd evaluate` makes those of a few."""
+    """As the cell's settings say, but for the report and what is only drawn: `mbcd evaluate` makes those."""
     assert (one.run / DONE).is_file()
     settings, checkpoints = load_checkpoints(run_checkpoints(one.run), config=None, sets=(), flags={})
     asked = one.settings.evaluation

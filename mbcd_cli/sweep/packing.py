@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.methods import method_class
 from mbcd_cli.settings import Settings
 from mbcd_cli.sweep.plan import Cell, settings_key
 
@@ -38,7 +39,7 @@ def take(waiting: deque[Cell], *, width: int | None, among: int) -> Sequence[Cel
         among: processes that share the cells, this one among them.
     """
     first = waiting.popleft()
-    if width == 0 or (width is None and not small(first.settings)):
+    if width == 0 or not (method_class(first.settings.method.name).stackable and (width or small(first.settings))):
         return [first]
     alike = [cell for cell in waiting if kind(cell.settings) == kind(first.settings)]
     taken = [first, *alike[: -(-(len(alike) + 1) // among) - 1]]

@@ -118,7 +118,7 @@ def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
 
 
 def start(cells: Sequence[Cell], *, threads: int, width: int, gpu: str | None, slot: int) -> Job:
-    """Begin (or go on with) a cell, or a population, in a process of its own; its output goes to the first's `X.log`."""
+    """Begin (or go on with) a cell, or a population, in a process of its own; its log is the first's `X.log`."""
     for cell in cells:
         write_settings(cell)
     line = cell_command(cells[0], threads=threads)

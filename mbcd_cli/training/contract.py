@@ -28,6 +28,7 @@ from mbcd_cli.randomness import global_states, load_global_states, seed_everythi
 from mbcd_cli.settings import ReaderSettings, Settings
 from mbcd_cli.settings.sources import merge
 from mbcd_cli.training.assemble import Training, train_with
+from mbcd_cli.training.population import StackedStep
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
 
@@ -340,6 +341,34 @@ def check_static(subject: Subject) -> None:
         torch.manual_seed(seed)
         assert torch.equal(static(subject.batch(seed)), expected), f"figures of step {seed + 1}"
     _equal(weights(buffered.step), weights(plain.step), "static against plain")
+
+
+def check_population(subject: Subject) -> None:
+    """Each member of a population does what it does alone, beside one whose weights turn infinite too."""
+    if not subject.kind.stackable:
+        return
+    seeds, broken = range(3), 1
+    alone: dict[int, tuple[list[torch.Tensor], dict[str, torch.Tensor]]] = {}
+    for seed in seeds:
+        training = subject.training(seed=seed)
+        figures = [training.step(subject.batch(10 * seed + number)) for number in range(4)]
+        alone[seed] = figures, weights(training.step)
+    members = []
+    for seed in seeds:
+        members.append(subject.training(seed=seed))
+        members[-1].randomness.own_globals()
+    stacked = StackedStep([member.step for member in members], [member.randomness for member in members])
+    with torch.no_grad():
+        next(members[broken].step.model.parameters()).fill_(float("inf"))
+    for number in range(4):
+        vectors = stacked([subject.batch(10 * seed + number) for seed in seeds])
+        for seed in set(seeds) - {broken}:
+            differ = f"figures of step {number + 1} differ from those of a training alone"
+            torch.testing.assert_close(vectors[seed], alone[seed][0][number], rtol=0, atol=1e-9, msg=differ)
+    for seed in set(seeds) - {broken}:
+        for name, value in weights(members[seed].step).items():
+            differ = f"{name} differs from that of a training alone"
+            torch.testing.assert_close(value, alone[seed][1][name], rtol=0, atol=1e-9, msg=differ)
 
 
 def check_processes(subject: Subject) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
 from mbcd_cli.data.records import Batch
+from mbcd_cli.errors import MbcdError
 from mbcd_cli.methods.base import Context
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.training.step import TrainStep
@@ -43,10 +45,17 @@ class StackedStep:
         device = self._context.sources.device
         self._optimizer = _JointOptimizer([step.optimizer for step in steps])
         self._members = torch.arange(len(steps), device=device)
+        self._draws = list(draws)
+        self._tried = False
         self._sources = torch.stack([step.context.sources for step in steps])
 
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """One step of every member on its batch; its figures as one vector each."""
+        """One step of every member on its batch; its figures as one vector each.
+
+        Raises:
+            StackingError: at the first step, a member's gradients are not those that it finds alone.
+        """
+        alone = None if self._tried else _alone(self.steps[0], self._draws[0], batches[0])
         for step in self.steps:
             step.context.step += 1
         for leaf, _ in self._trained:
@@ -61,6 +70,9 @@ class StackedStep:
             vectors = vmap(self._one)(
                 self._stacked, self._members, self._sources, *counters, inputs, labels, domains, clips
             )
+        if alone is not None:
+            _compare(alone, vectors[0], [None if leaf.grad is None else leaf.grad[0] for leaf, _ in self._trained])
+            self._tried = True
         for leaf, parameters in self._trained:
             gradients = [None] * len(parameters) if leaf.grad is None else leaf.grad.unbind()
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -89,6 +101,53 @@ class StackedStep:
         context.randomness.member = member
         batch = Batch(inputs=inputs, labels=labels, domains=domains, clips=clips)
         return functional_call(self._whole, weights, (batch,))
+
+
+class StackingError(MbcdError):
+    """A method's step cannot be taken for many trainings at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    """A member's figures and gradients (of what trains, in order), found without the others."""
+
+    vector: torch.Tensor
+    gradients: list[torch.Tensor | None]
+
+
+def _alone(step: TrainStep, draws: Randomness, batch: Batch) -> _Alone:
+    """What a step of this member begins with, after which everything is as it was."""
+    whole = _Whole(step)
+    buffers = [(buffer, buffer.clone()) for buffer in whole.buffers()]
+    drawn, dropout, outside = draws.state(), draws.dropout.get_state(), torch.get_rng_state()
+    step.context.step += 1
+    torch.set_rng_state(dropout)
+    try:
+        vector = step.gradients(batch)
+    finally:
+        torch.set_rng_state(outside)
+        step.context.step -= 1
+        draws.load(drawn)
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    found = _Alone(vector, [parameter.grad for parameter in whole.parameters() if parameter.requires_grad])
+    step.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def _compare(alone: _Alone, vector: torch.Tensor, gradients: Sequence[torch.Tensor | None]) -> None:
+    """A method that takes gradients by itself, or keeps parameters from before, is told by this alone."""
+    pairs = [(alone.vector, vector)]
+    for one, other in zip(alone.gradients, gradients, strict=True):
+        if one is not None or other is not None:
+            pairs.append((torch.zeros_like(other) if one is None else one, other))
+    for one, other in pairs:
+        apart = other is None or not (one - other).norm() <= 1e-2 * (one.norm() + 1e-3)
+        if apart and bool(one.isfinite().all()):
+            raise StackingError(
+                "A method's gradients in a population are not those of a training alone.",
+                "Take them by its context, and look parameters up when they are used; or say stackable = False.",
+            )
 
 
 _OF_CLIPS = ("labels", "domains", "clips")
@@ -137,6 +196,10 @@ def _template(step: TrainStep, draws: Randomness, context: StackedContext) -> Tr
         id(draws): context.randomness,
         id(step.context.group): step.context.group,
     }
+    # Nothing may compute with what the stacked weights do not stand for: a list of parameters kept from __init__, say.
+    whole = _Whole(step)
+    memo |= {id(p): nn.Parameter(p.to("meta"), requires_grad=p.requires_grad) for p in whole.parameters()}
+    memo |= {id(buffer): buffer.to("meta") for buffer in whole.buffers()}
     method = copy.deepcopy(step.method, memo)
     context.model = copy.deepcopy(step.model, memo)
     average = copy.deepcopy(step.average, memo)

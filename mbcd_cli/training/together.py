@@ -27,8 +27,8 @@ from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.interrupts import Interrupts
-from mbcd_cli.training.population import StackedStep
-from mbcd_cli.training.train import Clips, TrainingSummary, speed, summarise, trainer_of
+from mbcd_cli.training.population import StackedStep, StackingError
+from mbcd_cli.training.train import Clips, TrainingSummary, speed, summarise, train, trainer_of
 from mbcd_cli.training.trainer import Trainer
 
 RESIDENT_BYTES = 2**31
@@ -70,6 +70,8 @@ def train_together(
 ) -> None:
     """Train all of them, each into its own run folder; a folder that holds a run already is gone on with.
 
+    A method whose step vmap cannot take (a branch on data, say) trains them one after another.
+
     Args:
         wanted: of one kind: settings that differ in the seed, the target and the sources (as many) only.
         dataset: prepared, of all of them.
@@ -110,7 +112,18 @@ def train_together(
                 stacked = StackedStep(
                     [member.trainer.step for member in live], [member.trainer.randomness for member in live]
                 )
-            vectors = stacked([member.batch for member in live])
+            try:
+                vectors = stacked([member.batch for member in live])
+            except (RuntimeError, TypeError, StackingError) as error:
+                if any(member.trainer.progress.step > member.first for member in live):
+                    raise
+                say.warn(
+                    f"These trainings cannot be stacked, and go on one after another: {str(error).splitlines()[0]}"
+                )
+                for member in live:
+                    member.held.close()
+                _one_by_one([*(member.wanted for member in live), *waiting], dataset, interrupts, end)
+                return
             going = [member for member, vector in zip(live, vectors, strict=True) if _goes_on(member, vector, end)]
             if len(going) < len(live):
                 live, stacked = going, None
@@ -145,6 +158,20 @@ def _begin(
             return None
         member.held = held.pop_all()
         return member
+
+
+def _one_by_one(
+    wanted: Sequence[Wanted], dataset: Dataset, interrupts: Interrupts, end: Callable[[Wanted, Outcome], None]
+) -> None:
+    """Train them alone."""
+    for one in wanted:
+        if interrupts.signal is None:
+            try:
+                resume = (one.run / SETTINGS).is_file()
+                outcome = train(one.settings, dataset, run=one.run, resume=resume, overwrite=False, say=one.say)
+            except Exception as error:
+                outcome = error
+            end(one, outcome)
 
 
 def _goes_on(member: _Member, vector: torch.Tensor | None, end: Callable[[Wanted, Outcome], None]) -> bool:

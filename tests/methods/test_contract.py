@@ -64,6 +64,8 @@ class Reversed(torch.autograd.Function):
 class Adversary(Method):
     """A domain adversary on every modality, with an optimizer group of its own and a statistic of the whole batch."""
 
+    stackable = False  # `Reversed` has no rule for vmap
+
     def __init__(self, settings, context):
         super().__init__(settings, context)
         domains = max(len(context.sources), 2)
@@ -106,6 +108,7 @@ class Sharp(Method):
     """SAM: the gradient at the point up the slope."""
 
     capturable = False
+    stackable = False
 
     @property
     def passes(self):
@@ -136,6 +139,7 @@ class Modulated(Method):
     """Gradients of the tails are scaled by how much their modality dominates, and noised."""
 
     neutral = None
+    stackable = False
 
     def gradients(self, batch):
         figures = super().gradients(batch)

@@ -96,7 +96,7 @@ class Analysis:
         return self.output / "plots" / file
 
     def draw(self, name: str, plot: Callable[..., Path], *what: Any, **how: Any) -> None:
-        """Make the plot `name` for the report, where one is written; one that fails is a warning, and costs no figures."""
+        """Make the plot `name`, where there is to be a report; one that fails is a warning, and costs no figures."""
         if not self.settings.evaluation.report:
             return
         try:

@@ -89,10 +89,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "label_names": list(checkpoint.label_names),
         "domains": list(checkpoint.domains),
         "fingerprints": dict(checkpoint.fingerprints),
-        "student": {key: _alone(value) for key, value in checkpoint.student.items()},
+        "student": {key: by_itself(value) for key, value in checkpoint.student.items()},
         "teacher": None
         if checkpoint.teacher is None
-        else {key: _alone(value) for key, value in checkpoint.teacher.items()},
+        else {key: by_itself(value) for key, value in checkpoint.teacher.items()},
     }
     payload |= {key: getattr(checkpoint, key) for key in _PLAIN}
     kept = "go on with --resume (the previous checkpoint is kept)"
@@ -100,7 +100,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         torch.save(payload, file)
 
 
-def _alone(value: torch.Tensor) -> torch.Tensor:
+def by_itself(value: torch.Tensor) -> torch.Tensor:
     """The tensor without a graph, and without those that it shares its memory with: torch would save them all."""
     value = value.detach()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()

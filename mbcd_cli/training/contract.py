@@ -28,7 +28,7 @@ from mbcd_cli.randomness import global_states, load_global_states, seed_everythi
 from mbcd_cli.settings import ReaderSettings, Settings
 from mbcd_cli.settings.sources import merge
 from mbcd_cli.training.assemble import Training, train_with
-from mbcd_cli.training.population import StackedStep
+from mbcd_cli.training.population import Member, StackedStep
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
 
@@ -357,7 +357,7 @@ def check_population(subject: Subject) -> None:
     for seed in seeds:
         members.append(subject.training(seed=seed))
         members[-1].randomness.own_globals()
-    stacked = StackedStep([member.step for member in members], [member.randomness for member in members])
+    stacked = StackedStep([Member(member.step, member.randomness) for member in members])
     with torch.no_grad():
         next(members[broken].step.model.parameters()).fill_(float("inf"))
     for number in range(4):

@@ -22,19 +22,31 @@ from mbcd_cli.randomness import Randomness
 from mbcd_cli.training.step import TrainStep
 
 
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A training's step, and its draws."""
+
+    step: TrainStep
+    randomness: Randomness
+
+
 class StackedStep:
     """`step(batches)`: one step of every member, equal to what each would do alone but for rounding.
 
     Args:
-        steps: of the members: one method with the same settings, models of the same shapes, on one device. Their
-            tensors become views of stacked ones; a later `StackedStep` of some of them takes them over.
-        draws: of each, with dropout's generator of its own (`Randomness.own_globals`).
+        members: of one method with the same settings, with models of the same shapes, on one device, each with its
+            draws to itself (`Randomness.own_globals`). Their tensors become views of stacked ones; a later
+            `StackedStep` of some of them takes them over. None is a row that is computed for nobody.
     """
 
-    def __init__(self, steps: Sequence[TrainStep], draws: Sequence[Randomness]) -> None:
-        self.steps = list(steps)
+    def __init__(self, members: Sequence[Member | None]) -> None:
+        first = next(member for member in members if member is not None)
+        self.steps = [member.step for member in members if member is not None]
+        everyone = [member or _nobody(first) for member in members]
+        steps, draws = [member.step for member in everyone], [member.randomness for member in everyone]
+        self._everyone = steps
         self._context = StackedContext.of_members(steps, draws)
-        self._step = _template(steps[0], draws[0], self._context)
+        self._step = _template(first.step, first.randomness, self._context)
         self._whole = _Whole(self._step)
         self._stacked = _stack([_Whole(step) for step in steps])
         self._trained = [
@@ -43,10 +55,10 @@ class StackedStep:
             if self._stacked[name].requires_grad
         ]
         device = self._context.sources.device
-        self._optimizer = _JointOptimizer([step.optimizer for step in steps])
+        self._optimizer = _JointOptimizer([step.optimizer for step in self.steps])
         self._members = torch.arange(len(steps), device=device)
-        self._draws = list(draws)
-        self._tried = False
+        self._first: Member | None = first
+        self._at = next(k for k, member in enumerate(members) if member is not None)
         self._sources = torch.stack([step.context.sources for step in steps])
 
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
@@ -55,7 +67,7 @@ class StackedStep:
         Raises:
             StackingError: at the first step, a member's gradients are not those that it finds alone.
         """
-        alone = None if self._tried else _alone(self.steps[0], self._draws[0], batches[0])
+        alone = None if self._first is None else _alone(self._first.step, self._first.randomness, batches[self._at])
         for step in self.steps:
             step.context.step += 1
         for leaf, _ in self._trained:
@@ -65,14 +77,15 @@ class StackedStep:
             for name in batches[0].inputs
         }
         labels, domains, clips = (torch.stack([getattr(batch, of) for batch in batches]) for of in _OF_CLIPS)
-        counters = [torch.stack([getattr(step.context, of) for step in self.steps]) for of in ("step", "epoch")]
+        counters = [torch.stack([getattr(step.context, of) for step in self._everyone]) for of in ("step", "epoch")]
         with torch.enable_grad():
             vectors = vmap(self._one)(
                 self._stacked, self._members, self._sources, *counters, inputs, labels, domains, clips
             )
         if alone is not None:
-            _compare(alone, vectors[0], [None if leaf.grad is None else leaf.grad[0] for leaf, _ in self._trained])
-            self._tried = True
+            gradients = [None if leaf.grad is None else leaf.grad[self._at] for leaf, _ in self._trained]
+            _compare(alone, vectors[self._at], gradients)
+            self._first = None
         for leaf, parameters in self._trained:
             gradients = [None] * len(parameters) if leaf.grad is None else leaf.grad.unbind()
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -103,6 +116,16 @@ class StackedStep:
         return functional_call(self._whole, weights, (batch,))
 
 
+def _nobody(like: Member) -> Member:
+    """A copy of a member whose results nobody reads."""
+    memo: dict[int, object] = {id(like.step.context.group): like.step.context.group}
+    randomness = Randomness(seed=0, device=like.randomness.device)
+    randomness.own_globals()
+    memo[id(like.randomness)] = randomness
+    method = copy.deepcopy(like.step.method, memo)
+    return Member(like.step.like(method, copy.deepcopy(like.step.average, memo)), randomness)
+
+
 class StackingError(MbcdError):
     """A method's step cannot be taken for many trainings at once."""
 
@@ -120,6 +143,7 @@ def _alone(step: TrainStep, draws: Randomness, batch: Batch) -> _Alone:
     whole = _Whole(step)
     buffers = [(buffer, buffer.clone()) for buffer in whole.buffers()]
     drawn, dropout, outside = draws.state(), draws.dropout.get_state(), torch.get_rng_state()
+    step.optimizer.zero_grad(set_to_none=True)
     step.context.step += 1
     torch.set_rng_state(dropout)
     try:

@@ -10,7 +10,7 @@ import torch
 
 from mbcd_cli.errors import CheckpointError
 from mbcd_cli.randomness import Randomness
-from mbcd_cli.runs.checkpoint import load_checkpoint
+from mbcd_cli.runs.checkpoint import by_itself, load_checkpoint
 from mbcd_cli.runs.folder import RunFolder
 from mbcd_cli.training.figures import Layout
 from mbcd_cli.training.optimizer import load_optimizer
@@ -43,7 +43,7 @@ def training_state(progress: Progress, step: TrainStep, randomness: Randomness, 
     """What a checkpoint holds beside the models: own modules, average, optimizer, random states, figures, logs."""
     return {
         "optimizer": step.optimizer.state_dict(),
-        "method": step.method.state_dict(),
+        "method": {name: by_itself(value) for name, value in step.method.state_dict().items()},
         "average": {} if step.average is None else step.average.state(),
         "randomness": randomness.state(),
         "global": randomness.globals(),

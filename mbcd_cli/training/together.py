@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.interrupts import Interrupts
-from mbcd_cli.training.population import StackedStep, StackingError
+from mbcd_cli.training.population import Member, StackedStep, StackingError
 from mbcd_cli.training.train import Clips, TrainingSummary, speed, summarise, train, trainer_of
 from mbcd_cli.training.trainer import Trainer
 
@@ -61,7 +61,7 @@ class _Member:
 
 
 def train_together(
-    wanted: Iterable[Wanted],
+    wanted: Sequence[Wanted],
     dataset: Dataset,
     *,
     width: int,
@@ -70,7 +70,10 @@ def train_together(
 ) -> None:
     """Train all of them, each into its own run folder; a folder that holds a run already is gone on with.
 
-    A method whose step vmap cannot take (a branch on data, say) trains them one after another.
+    There are as many places as trainings under way. Each training has its place by its number in `wanted`, and a place
+    that has nothing left to do is computed all the same: so what a member rounds to depends on nothing but its place,
+    and a population that was stopped, and is given the same list again, ends in the same bits. A method whose step vmap
+    cannot take (a branch on data, say) trains them one after another.
 
     Args:
         wanted: of one kind: settings that differ in the seed, the target and the sources (as many) only.
@@ -79,54 +82,76 @@ def train_together(
         ended: told of each as soon as it ends: what `done` holds, or the error that ended it (a stop by a signal too).
         say: told how it goes.
     """
-    waiting, clips = deque(wanted), {}
-    for one in list(waiting):
-        try:
-            clips[one.run] = Clips.of(one.settings, dataset)
-        except MbcdError as error:
-            waiting.remove(one)
-            ended(one, error)
-    if not waiting:
+    if not wanted:
         return
-    device = configure(waiting[0].settings.runtime)
-    read = _resident(dataset, list(clips.values()), device=device)
-    live: list[_Member] = []
-    with Interrupts() as interrupts, say.progress("trainings", len(waiting)) as ticker:
+    device = configure(wanted[0].settings.runtime)
+    with Interrupts() as interrupts, say.progress("trainings", len(wanted)) as ticker:
 
         def end(one: Wanted, outcome: Outcome) -> None:
             ended(one, outcome)
             ticker.advance()
 
-        stacked = None
-        while live or waiting:
-            while waiting and len(live) < width and interrupts.signal is None:
-                one = waiting.popleft()
-                feed = Feed(dataset, device=device, read=read)
-                member = _begin(one, dataset, clips[one.run], feed, interrupts, end)
-                if member is not None:
-                    live.append(member)
-                    stacked = None
+        clips = _clips(wanted, dataset, end)
+        feed = Feed(dataset, device=device, read=_resident(dataset, list(clips.values()), device=device))
+        tick = Interrupts()  # what members see of a signal: all stop after the same step
+        places = [
+            _Place(deque(one for one in wanted[k::width] if one.run in clips)) for k in range(min(width, len(wanted)))
+        ]
+        stacked: StackedStep | None = None
+        while True:
+            for place in places:
+                while not place.live and place.waiting and interrupts.signal is None:
+                    one = place.waiting.popleft()
+                    place.member = _begin(one, dataset, clips[one.run], feed, tick, end)
+                    place.live = place.member is not None
+                    stacked = stacked if place.member is None else None
+            live = [place for place in places if place.live]
             if not live:
                 return
+            tried = stacked is not None
             if stacked is None:
-                stacked = StackedStep(
-                    [member.trainer.step for member in live], [member.trainer.randomness for member in live]
-                )
+                stacked = StackedStep([place.row for place in places])
+            tick.signal = interrupts.signal
             try:
-                vectors = stacked([member.batch for member in live])
+                vectors = stacked([place.member.batch if place.live else live[0].member.batch for place in places])
             except (RuntimeError, TypeError, StackingError) as error:
-                if any(member.trainer.progress.step > member.first for member in live):
+                if tried:
                     raise
-                say.warn(
-                    f"These trainings cannot be stacked, and go on one after another: {str(error).splitlines()[0]}"
-                )
-                for member in live:
-                    member.held.close()
-                _one_by_one([*(member.wanted for member in live), *waiting], dataset, interrupts, end)
+                cause = str(error).splitlines()[0]
+                say.warn(f"These trainings cannot be stacked, and go on one after another: {cause}")
+                left = [place.member.wanted for place in live]
+                for place in live:
+                    place.member.held.close()
+                left += [one for place in places for one in place.waiting]
+                _one_by_one(left, dataset, interrupts, end)
                 return
-            going = [member for member, vector in zip(live, vectors, strict=True) if _goes_on(member, vector, end)]
-            if len(going) < len(live):
-                live, stacked = going, None
+            for place, vector in zip(places, vectors, strict=True):
+                place.live = place.live and _goes_on(place.member, vector, end)
+
+
+@dataclass(slots=True)
+class _Place:
+    """A row of the stacked tensors: the training that has it, and those that will; `live` until it has ended."""
+
+    waiting: deque[Wanted]
+    member: _Member | None = None
+    live: bool = False
+
+    @property
+    def row(self) -> Member | None:
+        """What is stacked for it."""
+        return Member(self.member.trainer.step, self.member.trainer.randomness) if self.live else None
+
+
+def _clips(wanted: Sequence[Wanted], dataset: Dataset, end: Callable[[Wanted, Outcome], None]) -> dict[Path, Clips]:
+    """What each reads; those whose domains or splits are not there have ended."""
+    found = {}
+    for one in wanted:
+        try:
+            found[one.run] = Clips.of(one.settings, dataset)
+        except MbcdError as error:
+            end(one, error)
+    return found
 
 
 def _begin(
@@ -204,7 +229,7 @@ def _finished(member: _Member) -> Outcome:
 
 def _resident(dataset: Dataset, clips: Sequence[Clips], *, device: torch.device):
     """Reads rows that lie once in memory for all members, or None where they are too many."""
-    if not dataset.caches or dataset.online is not None:
+    if not clips or not dataset.caches or dataset.online is not None:
         return None
     training = np.unique(np.concatenate([one.training for one in clips]))
     testing = np.unique(np.concatenate([held.clips for one in clips for held in one.held_out]))

@@ -1,0 +1,126 @@
+"""Many trainings at once: what each leaves is what it would have left alone, whatever becomes of the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from fakes import MemoryDataset, memory_settings
+
+from mbcd_cli.errors import RunError
+from mbcd_cli.files import read_records
+from mbcd_cli.methods.base import Method, total
+from mbcd_cli.runs.checkpoint import load_checkpoint
+from mbcd_cli.say import SILENT, Say
+from mbcd_cli.training.together import Wanted, train_together
+from mbcd_cli.training.train import train
+
+
+def settings_of(seed, *, target="c", method="mbcd", **training):
+    sources = tuple(domain for domain in "abc" if domain != target)
+    chosen = {"seed": seed, "target_domain": target, "source_domains": sources, **training}
+    return memory_settings(training=chosen, method={"name": method}, model={"dropout": 0.3})
+
+
+def together(folder, settings, *, dataset=None, width=8, say=SILENT, told=SILENT):
+    """Trained into `folder`/0, 1, ...; what each ended with."""
+    outcomes = {}
+    wanted = [Wanted(one, folder / str(number), told) for number, one in enumerate(settings)]
+    train_together(
+        wanted,
+        dataset or MemoryDataset(),
+        width=width,
+        ended=lambda one, outcome: outcomes.update({one.run.name: outcome}),
+        say=say,
+    )
+    return outcomes
+
+
+def alone(run, settings, dataset=None):
+    return train(settings, dataset or MemoryDataset(), run=run, resume=False, overwrite=False)
+
+
+def close(one, other):
+    """Records alike but for rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            close(one[key], other[key])
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, abs=2e-3, rel=2e-3)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("method", ["erm", "mbcd", "swad", "jat"])
+def test_members_leave_what_they_would_have_left_alone(tmp_path, method, monkeypatch):
+    monkeypatch.setattr("mbcd_cli.training.train.plot_run", lambda *args: [])
+    members = [settings_of(0, method=method), settings_of(1, target="a", method=method), settings_of(2, method=method)]
+    outcomes = together(tmp_path / "population", members, width=2)
+    for number, settings in enumerate(members):
+        summary = alone(tmp_path / str(number), settings)
+        assert outcomes[str(number)]["steps"] == summary["steps"]
+        assert outcomes[str(number)]["best"]["epoch"] == summary["best"]["epoch"]
+        mine, theirs = tmp_path / "population" / str(number), tmp_path / str(number)
+        for log in ("metrics.jsonl", "steps.jsonl"):
+            for one, other in zip(read_records(mine / log), read_records(theirs / log), strict=True):
+                close(one, other)
+        one, other = (load_checkpoint(run / "checkpoints/last.pt") for run in (mine, theirs))
+        assert one.settings == other.settings
+        for name, value in one.student.items():
+            torch.testing.assert_close(value, other.student[name], rtol=0, atol=5e-3)  # Adam makes much of little
+        sizes = [(run / "checkpoints/last.pt").stat().st_size for run in (mine, theirs)]
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.01), "no tensor drags the others' memory along"
+
+
+def test_a_member_that_diverges_stops_alone(tmp_path):
+    dataset = MemoryDataset()
+    for name in dataset.training:
+        dataset.training[name][dataset.domain == 0] = float("inf")
+    outcomes = together(
+        tmp_path, [settings_of(0, target="a"), settings_of(1), settings_of(2, target="a")], dataset=dataset
+    )
+    assert isinstance(outcomes["1"], RunError)
+    assert "not finite" in outcomes["1"].message
+    assert [(tmp_path / str(number) / "done").is_file() for number in range(3)] == [True, False, True]
+
+
+def test_stopped_and_gone_on_with_a_population_ends_in_the_same_bits(tmp_path):
+    members = [settings_of(seed, epochs=3) for seed in range(3)]
+    together(tmp_path / "whole", members)
+
+    lines = []
+
+    def stop(line):
+        lines.append(line)
+        if line.startswith("epoch 2/3") and len([one for one in lines if one.startswith("epoch 2/3")]) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    outcomes = together(tmp_path / "cut", members, told=Say(stop))
+    assert all("Stopped by SIGTERM" in outcome.message for outcome in outcomes.values())
+    together(tmp_path / "cut", members)
+    for number in "012":
+        whole, cut = tmp_path / "whole" / number, tmp_path / "cut" / number
+        for log in ("metrics.jsonl", "steps.jsonl"):
+            assert (whole / log).read_bytes() == (cut / log).read_bytes()
+        one, other = (load_checkpoint(run / "checkpoints/last.pt") for run in (whole, cut))
+        assert all(torch.equal(value, other.student[name]) for name, value in one.student.items())
+        assert all(torch.equal(value, other.teacher[name]) for name, value in one.teacher.items())
+
+
+def test_what_cannot_be_stacked_trains_one_after_another(tmp_path, monkeypatch):
+    def gradients(self, batch):
+        out = self(batch)
+        terms = self.losses(batch, out)
+        loss = total(terms)
+        loss.backward()
+        return self.figures(batch, out, loss, terms)
+
+    monkeypatch.setattr(Method, "gradients", gradients)
+    monkeypatch.setattr("mbcd_cli.training.train.plot_run", lambda *args: [])
+    lines = []
+    outcomes = together(tmp_path, [settings_of(seed, method="erm") for seed in range(2)], say=Say(lines.append))
+    assert any("cannot be stacked" in line for line in lines)
+    assert [outcomes[number]["steps"] for number in "01"] == [8, 8]

@@ -33,7 +33,7 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int, say: Say = SI
     What became of each is told by its folder and the files beside it (`state`); the log lies beside the first.
     """
     held: dict[Path, ExitStack] = {}
-    wanted: list[Wanted] = []
+    wanted: list[Wanted | None] = []
     stopped = False
     dataset: Dataset | None = None
 
@@ -54,10 +54,13 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int, say: Say = SI
 
     for folder in folders:
         with ExitStack() as opened:
+            wanted.append(None)  # its place among the others is kept
             mine = lock(beside(folder, "lock"), place="--runs-dir")
-            if mine is None or state(folder) == "done":
+            if mine is None:
                 continue
             opened.enter_context(mine)
+            if state(folder) == "done" or beside(folder, "failed").is_file():
+                continue
             try:
                 settings = load_settings(beside(folder, "toml"))
                 runtime = settings.runtime.model_copy(update={"threads": threads})
@@ -69,9 +72,9 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int, say: Say = SI
             except Exception as error:
                 _failed(folder, error, say)
                 continue
-            wanted.append(Wanted(settings, folder))
+            wanted[-1] = Wanted(settings, folder)
             held[folder] = opened.pop_all()
-    if wanted:
+    if dataset is not None:
         train_together(wanted, dataset, width=width, ended=ended, say=say)
     if stopped:
         return STOPPED_CODE

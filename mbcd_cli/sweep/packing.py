@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 
 from mbcd_cli.errors import SettingsError
@@ -29,23 +28,23 @@ def width_of(text: str) -> int | None:
     )
 
 
-def take(waiting: deque[Cell], *, width: int | None, among: int) -> Sequence[Cell]:
-    """Take out of `waiting` what the next process trains: its first cell, and its share of those like it.
+def units(cells: Sequence[Cell], *, width: int | None, jobs: int) -> dict[str, Sequence[Cell]]:
+    """Cell's key -> the cells that one process trains, this one among them.
 
-    Cells are alike when their settings differ in the seed, the target and the sources (as many) only.
+    Cells are alike when their settings differ in the seed, the target and the sources (as many) only; `jobs` processes
+    share them. It depends on the plan alone, not on what is done: a cell's place among the others stays (and with it,
+    what it rounds to).
 
     Args:
         width: of a population; 0: there are none; None: where models are small.
-        among: processes that share the cells, this one among them.
     """
-    first = waiting.popleft()
-    if width == 0 or not (method_class(first.settings.method.name).stackable and (width or small(first.settings))):
-        return [first]
-    alike = [cell for cell in waiting if kind(cell.settings) == kind(first.settings)]
-    taken = [first, *alike[: -(-(len(alike) + 1) // among) - 1]]
-    for cell in taken[1:]:
-        waiting.remove(cell)
-    return taken
+    alike: dict[str, list[Cell]] = {}
+    for cell in cells:
+        stackable = width != 0 and method_class(cell.settings.method.name).stackable
+        together = stackable and (width is not None or small(cell.settings))
+        alike.setdefault(kind(cell.settings) if together else cell.key, []).append(cell)
+    shares = [group[part::jobs] for group in alike.values() for part in range(min(jobs, len(group)))]
+    return {cell.key: share for share in shares for cell in share}
 
 
 def small(settings: Settings) -> bool:

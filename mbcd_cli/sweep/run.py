@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from mbcd_cli.files import write_text
 from mbcd_cli.processes import LAUNCH_VARIABLES
 from mbcd_cli.settings.sources import ENV_PREFIX, to_toml
-from mbcd_cli.sweep.packing import WIDTH, take
+from mbcd_cli.sweep.packing import WIDTH, units
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
 
@@ -117,9 +117,17 @@ def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
     return found
 
 
-def start(cells: Sequence[Cell], *, threads: int, width: int, gpu: str | None, slot: int) -> Job:
-    """Begin (or go on with) a cell, or a population, in a process of its own; its log is the first's `X.log`."""
-    for cell in cells:
+def start(
+    cells: Sequence[Cell], left: Sequence[Cell], *, threads: int, gpu: str | None, slot: int, width: int = WIDTH
+) -> Job:
+    """Begin (or go on with) a cell, or a population, in a process of its own; its log is the first's `X.log`.
+
+    Args:
+        cells: of the process. left: those of them that are not done.
+        threads, gpu: that it may use. slot: its number among those that run.
+        width: trainings of a population under way at a time.
+    """
+    for cell in left:
         write_settings(cell)
     line = cell_command(cells[0], threads=threads)
     if len(cells) > 1:
@@ -136,7 +144,7 @@ def start(cells: Sequence[Cell], *, threads: int, width: int, gpu: str | None, s
         )
     with suppress(BrokenPipeError), process.stdin as names:
         names.write("".join(f"{cell.folder}\n" for cell in cells).encode())
-    return Job(cells, process, slot, time.monotonic())
+    return Job(left, process, slot, time.monotonic())
 
 
 def execute(
@@ -158,7 +166,7 @@ def execute(
     Args:
         jobs: processes at a time.
         threads: CPU threads of each.
-        width: trainings that a process has under way at a time, as `packing.take` reads it.
+        width: trainings that a process has under way at a time, as `packing.units` reads it.
         gpus: visible GPUs, dealt out by slot; empty leaves the choice to the cell's settings.
         retry_failed: run failed cells again.
         watch: called at every change and every `poll` seconds.
@@ -167,12 +175,13 @@ def execute(
         KeyboardInterrupt: after the processes have stopped.
     """
     board = begin(cells, retry_failed=retry_failed)
+    together = units(cells, width=width, jobs=jobs)
     kills: dict[str, int] = {}
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         while board.waiting or board.running or board.elsewhere:
-            _fill(board, jobs=jobs, threads=threads, width=width, gpus=gpus)
+            _fill(board, together, jobs=jobs, threads=threads, width=width or WIDTH, gpus=gpus)
             watch(board)
             time.sleep(poll)
             for job in list(board.running.values()):
@@ -194,12 +203,17 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _fill(board: Board, *, jobs: int, threads: int, width: int | None, gpus: Sequence[str]) -> None:
+def _fill(
+    board: Board, together: Mapping[str, Sequence[Cell]], *, jobs: int, threads: int, width: int, gpus: Sequence[str]
+) -> None:
     for slot in range(jobs):
         if slot not in board.running and board.waiting:
-            cells = take(board.waiting, width=width, among=jobs - len(board.running))
+            cells = together[board.waiting[0].key]
+            left = [cell for cell in cells if cell in board.waiting]
+            for cell in left:
+                board.waiting.remove(cell)
             gpu = gpus[slot % len(gpus)] if gpus else None
-            board.running[slot] = start(cells, threads=threads, width=width or WIDTH, gpu=gpu, slot=slot)
+            board.running[slot] = start(cells, left, threads=threads, width=width, gpu=gpu, slot=slot)
 
 
 def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:

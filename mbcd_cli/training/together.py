@@ -33,6 +33,8 @@ from mbcd_cli.training.trainer import Trainer
 
 RESIDENT_BYTES = 2**31
 """Rows that are kept in memory for all members: at most so many bytes of them."""
+POPULATION_BYTES = 2**30
+"""What the weights of the trainings under way, with gradients, moments and averages, take at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ class _Member:
 
 
 def train_together(
-    wanted: Sequence[Wanted],
+    wanted: Sequence[Wanted | None],
     dataset: Dataset,
     *,
     width: int,
@@ -76,26 +78,30 @@ def train_together(
     cannot take (a branch on data, say) trains them one after another.
 
     Args:
-        wanted: of one kind: settings that differ in the seed, the target and the sources (as many) only.
+        wanted: of one kind: settings that differ in the seed, the target and the sources (as many) only. None keeps
+            the place of one that is done already.
         dataset: prepared, of all of them.
-        width: trainings under way at a time.
+        width: trainings under way at a time, at most: fewer where they would take more than `POPULATION_BYTES`.
         ended: told of each as soon as it ends: what `done` holds, or the error that ended it (a stop by a signal too).
         say: told how it goes.
     """
-    if not wanted:
+    left = [one for one in wanted if one is not None]
+    if not left:
         return
-    device = configure(wanted[0].settings.runtime)
-    with Interrupts() as interrupts, say.progress("trainings", len(wanted)) as ticker:
+    device = configure(left[0].settings.runtime)
+    with Interrupts() as interrupts, say.progress("trainings", len(left)) as ticker:
 
         def end(one: Wanted, outcome: Outcome) -> None:
             ended(one, outcome)
             ticker.advance()
 
-        clips = _clips(wanted, dataset, end)
+        clips = _clips(left, dataset, end)
         feed = Feed(dataset, device=device, read=_resident(dataset, list(clips.values()), device=device))
         tick = Interrupts()  # what members see of a signal: all stop after the same step
+        width = _fitting(left[0].settings, dataset, width=width, device=device)
         places = [
-            _Place(deque(one for one in wanted[k::width] if one.run in clips)) for k in range(min(width, len(wanted)))
+            _Place(deque(one for one in wanted[k::width] if one is not None and one.run in clips))
+            for k in range(min(width, len(wanted)))
         ]
         stacked: StackedStep | None = None
         while True:
@@ -119,14 +125,25 @@ def train_together(
                     raise
                 cause = str(error).splitlines()[0]
                 say.warn(f"These trainings cannot be stacked, and go on one after another: {cause}")
-                left = [place.member.wanted for place in live]
+                stranded = [place.member.wanted for place in live]
                 for place in live:
                     place.member.held.close()
-                left += [one for place in places for one in place.waiting]
-                _one_by_one(left, dataset, interrupts, end)
+                stranded += [one for place in places for one in place.waiting]
+                _one_by_one(stranded, dataset, interrupts, end)
                 return
             for place, vector in zip(places, vectors, strict=True):
                 place.live = place.live and _goes_on(place.member, vector, end)
+
+
+def _fitting(settings: Settings, dataset: Dataset, *, width: int, device: torch.device) -> int:
+    """How many trainings like this one `POPULATION_BYTES` are enough for, `width` at most; whatever else is in memory.
+
+    Weights, their gradients and two moments of them; an average's weights.
+    """
+    step = assemble(settings, dataset, device=device).step
+    modules = [step.model, step.method, *([] if step.average is None else [step.average.model])]
+    each = sum(value.nbytes * (4 if value.requires_grad else 1) for module in modules for value in module.parameters())
+    return max(min(width, POPULATION_BYTES // max(each, 1)), 1)
 
 
 @dataclass(slots=True)

@@ -112,7 +112,7 @@ def test_two_sweeps_share_cells(cells):
     def second():
         boards.append(running_quietly(cells[:2], watch=look))
 
-    started = running.start(cells[0], threads=1, gpu=None, slot=0)  # the first sweep's process
+    started = running.start(cells[:1], cells[:1], threads=1, gpu=None, slot=0)  # the first sweep's process
     while not held(beside(cells[0].folder, "lock")):
         time.sleep(0.01)
     thread = threading.Thread(target=second)

@@ -11,6 +11,7 @@ from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS
 from mbcd_cli.settings.merge import resolve
 from mbcd_cli.sweep.estimate import checkpoint_bytes, estimate
+from mbcd_cli.sweep.packing import units, width_of
 from mbcd_cli.sweep.plan import parse_grid, parse_modality_set, settings_key, splits
 from mbcd_cli.sweep.request import Request, output_of, title_of
 
@@ -220,3 +221,25 @@ def test_cells_on_their_methods_published_chassis_are_told_apart():
     assert "published" not in title_of(Request(grid=(axis,)), both[2:])
     with pytest.raises(SettingsError, match="no published chassis of method sam"):
         plan_of("hac", flags={"training.chassis": "published"}, targets="human", methods="erm,sam")
+
+
+def test_what_trains_together_depends_on_the_plan_alone():
+    cells = plan_of("digits-4", methods="erm,mbcd", targets="all", seeds="4")
+    together = units(cells, width=None, jobs=2)
+    assert {len(share) for share in together.values()} == {6}
+    for share in together.values():
+        assert len({cell.method for cell in share}) == 1
+        assert all(together[cell.key] is share for cell in share)
+    assert {len(share) for share in units(cells, width=0, jobs=2).values()} == {1}
+    convolutions = plan_of("hac", methods="erm", targets="all", seeds="4", modality_sets="va")
+    assert {len(share) for share in units(convolutions, width=None, jobs=2).values()} == {1}
+    assert {len(share) for share in units(convolutions, width=4, jobs=2).values()} == {6}
+    other = plan_of("digits-4", methods="erm", targets="all", seeds="2", grid=["optimizer.lr=1e-3,2e-3"])
+    assert {len(share) for share in units(other, width=None, jobs=1).values()} == {6}
+
+
+def test_how_many_train_together_is_auto_off_or_a_number():
+    assert [width_of(text) for text in ("auto", "off", "1", "32")] == [None, 0, 0, 32]
+    for text in ("0", "-3", "many", "1.5"):
+        with pytest.raises(SettingsError, match="neither auto, off nor a number"):
+            width_of(text)

@@ -97,7 +97,7 @@ def evaluate(
         sums = {path.as_posix(): of_file(aside / path) for path in ours.values()}
         sums |= {p.relative_to(output).as_posix(): of_file(p) for p in _beside(files, aside, output)}
         write_json(aside / "results.json", {**figures, "files": sums})
-        give_place(aside, output, [*ours.values(), Path("results.json")])
+        give_place(aside, output, list(ours.values()))
     files |= {name: output / path for name, path in ours.items()} | {"results": output / "results.json"}
     return {**figures, "files": {name: str(path) for name, path in files.items()}}
 

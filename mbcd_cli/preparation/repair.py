@@ -18,7 +18,7 @@ from mbcd_cli.data.cache import shard_path
 from mbcd_cli.data.modality_cache import ModalityCache
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.errors import CacheError, MbcdError
-from mbcd_cli.files import open_hdf5, remove_partial, sync
+from mbcd_cli.files import open_hdf5, remove_partial, rename
 from mbcd_cli.integrity import examine
 from mbcd_cli.preparation.cache_plan import plan_cache, read_listing
 from mbcd_cli.preparation.prepare import close_cache, fill, writer_of
@@ -167,7 +167,5 @@ def _put_back(folder: Path, aside: Path, names: Sequence[str]) -> bool:
                 f"them (torch was {torch_version}, and is {torch.__version__}).",
                 "Bring back the media, and the versions, that it was prepared with; or prepare anew elsewhere.",
             )
-    for name in names:
-        (aside / name).replace(folder / name)
-    sync(folder)
+    rename({aside / name: folder / name for name in names})
     return stale

@@ -141,7 +141,7 @@ def test_killed_prepare_resumes_to_the_same_cache(root, prepared, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(tmp_path.glob("tiny/audio-*/index.h5"))
-    leftover = next(tmp_path.glob("tiny/*/shard-*.h5")).with_name(".shard-00007.h5.1.partial")
+    leftover = next(tmp_path.glob("tiny/*/shard-*.h5")).with_name(".shard-00007.h5.host.1.partial")
     leftover.write_bytes(b"torn")
     done = prepare(settings_for(root, tmp_path, "cache.shard_clips=1"))
     assert done["modalities"]["video"]["shards_reused"] >= 2

@@ -87,9 +87,18 @@ def test_no_name_is_used_twice():
     assert not twice, "\n".join(f"{name}: {', '.join(places)}" for name, places in twice.items())
 
 
-def test_only_the_command_line_uses_the_console():
-    users = {room(path) for path in PACKAGE.rglob("*.py") if "console" in imports(path)}
-    assert users == {"cli"}
+def prints(path: Path) -> bool:
+    """Whether a file prints, or imports what shows things on a terminal."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    shows = any(str(name).split(".")[0] in ("rich", "typer") or name == "mbcd_cli.console" for name in modules)
+    return shows or "console" in imports(path) or bool(called & {"print", "traceback.print_exc"})
+
+
+def test_only_the_command_line_prints():
+    assert {room(path) for path in PACKAGE.rglob("*.py") if prints(path)} == {"cli", "console"}
 
 
 def test_help_is_quick():

@@ -1,4 +1,4 @@
-"""The flags: one table from a setting to its flag, and how a command is made of a function and some of them.
+"""How a command is made of a function and the flags of some settings (`settings.flags`).
 
 A flag's help, type and choices are those of its setting; a value that is not given leaves the layers below as they are.
 """
@@ -18,38 +18,8 @@ from typer.models import CommandInfo
 
 from mbcd_cli import console
 from mbcd_cli.cli.outcome import finish, outcome
-from mbcd_cli.settings import ManifestSettings, MethodSettings, Settings
+from mbcd_cli.settings import FLAGS, ManifestSettings, MethodSettings, Settings
 
-FLAGS = {
-    "dataset.reader": "DATASET",
-    "dataset.root": "--root",
-    "dataset.reader.manifest": "--manifest",
-    "dataset.name": "--dataset --name",
-    "dataset.compute_flow": "--compute-flow/--no-compute-flow",
-    "dataset.max_bad": "--max-bad",
-    "dataset.missing_frames": "--missing-frames",
-    "model.modalities": "--modalities",
-    "method.name": "--method",
-    "optimizer.lr": "--lr",
-    "training.target_domain": "--target-domain",
-    "training.source_domains": "--source-domains",
-    "training.epochs": "--epochs",
-    "training.chassis": "--chassis",
-    "training.batch_size": "--batch-size",
-    "training.seed": "--seed",
-    "training.limit_clips": "--limit-clips",
-    "training.max_steps": "--max-steps",
-    "evaluation.analyses": "--analyses",
-    "evaluation.export": "--export",
-    "cache.dir": "--cache-dir",
-    "cache.views": "--views",
-    "cache.workers": "--workers",
-    "cache.weights_dir": "--weights-dir",
-    "cache.random_weights": "--random-weights",
-    "runtime.device": "--device",
-    "runtime.threads": "--threads",
-}
-"""Setting -> its flag; a name without dashes is an argument, and needed."""
 COMMON = ("cache.dir", "runtime.device", "runtime.threads")
 """Settings whose flags every layered command has."""
 SETTINGS, RUNTIME, OUTPUT = "Settings", "Runtime", "Output"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli import checksums
-from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.errors import BusyError, RunError, SettingsError
 from mbcd_cli.files import (
     append_record,
     flatten,
@@ -125,7 +125,8 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
         overwrite: delete the run that is there first; only a folder with settings.toml is ever deleted.
 
     Raises:
-        RunError: the folder is in the way, in use, not a run, or its run has other settings (they are named).
+        RunError: the folder is in the way, not a run, or its run has other settings (they are named).
+        BusyError: another process trains in it.
         FileError: it cannot be written to.
     """
     path = Path(path)
@@ -141,7 +142,7 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
         raise RunError(f"{path} already holds a run.", "Go on with --resume, or replace it with --overwrite.")
     held = lock(path / _LOCK, place="--run")
     if held is None:
-        raise RunError(f"Another process is training in {path}.", "Wait for it, or name another --run.")
+        raise BusyError(f"Another process is training in {path}.", "Wait for it, or name another --run.")
     try:
         if resume:
             _compare(path, settings)

@@ -22,7 +22,7 @@ from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import DEFAULT, method_class, over_defaults, published_chassis, same_class, short_name
 from mbcd_cli.naming import did_you_mean
-from mbcd_cli.settings import ReaderSettings, Settings
+from mbcd_cli.settings import ReaderSettings, Settings, flag_of
 from mbcd_cli.settings.sources import Layer, environment_layer, load_preset, merge, nest, read_toml, set_layers
 
 _SHOWN = 80
@@ -108,7 +108,7 @@ def resolve(
     layers.extend(set_layers(sets))
     for path, value in (flags or {}).items():
         if value is not None:
-            layers.append(Layer(f"--{path.rsplit('.', 1)[-1].replace('_', '-')}", nest(path, value)))
+            layers.append(Layer(flag_of(path), nest(path, value)))
     merged = _merged([layer.values for layer in layers])
     name = _named(merged)
     if base is None and name is not None and _chassis_of(merged) == "published":

@@ -19,6 +19,7 @@ from mbcd_cli.evaluation.report import tables as t
 from mbcd_cli.evaluation.report.comparison import compare_runs
 from mbcd_cli.files import write_json
 from mbcd_cli.paper.published import PAPER_DATASETS, paper
+from mbcd_cli.paper.rows import is_published
 
 METHODS = {"erm": 50.0, "mbcd": 60.0}
 
@@ -130,6 +131,7 @@ def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):
         *(["audio+flow", m] for m in (*ours, *papers)),
         *(["video+audio+flow", m] for m in (*ours, *papers, *others)),
     ]
+    assert [is_published(row[1]) for row in table.rows] == [row[1] not in ours for row in table.rows]
     ours, whole = table.rows[1][2:], table.rows[9][2:]
     for cell, target in zip(ours[:3], names, strict=False):
         assert cell.value == pytest.approx(np.mean([one["mbcd", target, s] for s in range(3)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -106,6 +107,13 @@ def test_a_setting_that_the_method_lacks_is_refused_with_the_nearest():
     assert "method.dropout: no such setting" in caught.value.message
     with pytest.raises(SettingsError, match="objective: no such setting"):
         resolve(sets=["objective.teacher.beta=0.9"])
+
+
+def test_a_flag_is_blamed_by_its_own_name():
+    with pytest.raises(SettingsError) as caught:
+        resolve(flags={"cache.dir": 3, "dataset.reader": 4, "landscape.points": -1})
+    for told in ("cache.dir", r"--cache-dir"), ("dataset.reader", "DATASET"), ("landscape.points", "the command line"):
+        assert re.search(rf"{told[0]}: .* \[from {told[1]}\]", caught.value.message)
 
 
 def test_all_problems_in_one_message_with_their_source():

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
-from itertools import combinations, permutations
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,8 @@ from mbcd_cli import checksums
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report.results import FORMAT, read_results
 from mbcd_cli.evaluation.report.tables import Score, Table
-from mbcd_cli.paper.published import paper
+from mbcd_cli.paper.published import published_domains
+from mbcd_cli.paper.rows import place_of_set, published_rows
 from mbcd_cli.settings.merge import PUBLISHED
 
 EXACT_PAIRS = 15
@@ -222,46 +223,18 @@ def marked(rows: Sequence[Sequence[str | Score]]) -> list[list[str | Score]]:
     return out
 
 
-def paper_rows(table: str, dataset: str, modalities: Sequence[str], columns: Sequence[str]) -> list[list[str | Score]]:
-    """The papers' rows for the same dataset and modalities; none where the setting does not match.
-
-    Its averages are over all domains (or ordered pairs): they are left out where `columns` are fewer or others.
-    """
-    rows: list[list[str | Score]] = []
-    whole = set(columns) == _paper_columns(table, dataset)
-    for entry in paper().get(table, []):
-        if dataset in entry and set(entry["modalities"]) == set(modalities):
-            figures = entry[dataset]
-            cells = [Score(figures.get(column)) for column in (*columns, *(["average"] if whole else []))]
-            if any(cell.value is not None for cell in cells):
-                rows.append(
-                    [f"{entry['method']} ({entry.get('source', 'paper')})", *cells, *([] if whole else [Score(None)])]
-                )
-    return rows
-
-
-def _paper_columns(table: str, dataset: str) -> set[str]:
-    """What the paper's average in one of its tables is over."""
-    domains = [name for name in paper()["multi_source"][0].get(dataset, {}) if name != "average"]
-    if table == "single_source":
-        return {f"{source} to {target}" for source, target in permutations(domains, 2)}
-    return set(domains)
-
-
-def _comparable(dataset: str, columns: Sequence[str]) -> bool:
-    """Whether the targets are those of the paper."""
-    names = {column for entry in paper()["multi_source"] for column in entry.get(dataset, {})} - {"average"}
-    return bool(names) and set(columns) <= names
-
-
 def _columns(runs: Sequence[Run], dataset: str) -> list[str]:
     """The targets (or source-target pairs) of a dataset's runs, in the paper's order where it has them."""
     columns = sorted({run.column for run in runs if run.dataset == dataset})
-    known = [c for c in paper()["multi_source"][0].get(dataset, {}) if c in columns]
+    known = [c for c in published_domains(dataset) if c in columns]
     return known + [c for c in columns if c not in known]
 
 
-_PAPER_TABLES = {"multi-source": "multi_source", "single-source": "single_source", "in-domain": "in_domain"}
+def _published(
+    setting: str, dataset: str, modalities: Sequence[str], columns: Sequence[str], *, ablations: bool = False
+) -> list[list[str | Score]]:
+    rows = published_rows(setting, dataset, modalities, columns, ablations=ablations)
+    return [[label, *map(Score, figures)] for label, figures in rows]
 
 
 def joint_tables(runs: Sequence[Run]) -> list[Table]:
@@ -270,7 +243,6 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
     Only for settings with several datasets or sets of modalities; with one of each the main table says it all.
     """
     tables = []
-    paper_sets = [set(entry["modalities"]) for entry in paper()["multi_source"]]
     for setting, group in _grouped(runs, lambda r: r.setting):
         datasets = sorted({run.dataset for run in group})
         if len(datasets) > 2:
@@ -279,8 +251,7 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
                 own = joint_tables([run for run in group if run.dataset == dataset])
                 tables += [replace(table, name=f"{dataset}-{table.name}") for table in own]
             continue
-        sets = sorted({run.modalities for run in group}, key=lambda m: (len(m), m))
-        sets.sort(key=lambda m: paper_sets.index(set(m)) if set(m) in paper_sets else len(paper_sets))
+        sets = sorted({run.modalities for run in group}, key=lambda m: (place_of_set(m), len(m), m))
         if len(datasets) == len(sets) == 1:
             continue
         columns = {dataset: _columns(group, dataset) for dataset in datasets}
@@ -301,9 +272,8 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
             block = marked(block)
             theirs: dict[str, dict[str, list[str | Score]]] = {}
             for dataset in datasets:
-                if setting != "multi-source" or _comparable(dataset, columns[dataset]):
-                    for row in paper_rows(_PAPER_TABLES[setting], dataset, modalities, columns[dataset]):
-                        theirs.setdefault(str(row[0]), {})[dataset] = row[1:]
+                for row in _published(setting, dataset, modalities, columns[dataset]):
+                    theirs.setdefault(str(row[0]), {})[dataset] = row[1:]
             for name, found in theirs.items():
                 parts = [found.get(d, [Score(None)] * (len(columns[d]) + 1)) for d in datasets]
                 block.append([name, *(cell for part in parts for cell in part)])
@@ -332,18 +302,7 @@ def main_tables(runs: Sequence[Run]) -> list[Table]:
             mine = [r for r in group if r.method == method]
             cells = [Score.over([r.heads["fused"] for r in mine if r.column == column]) for column in columns]
             rows.append([method, *cells, averages(mine, columns)])
-        rows = marked(rows)
-        if setting == "multi-source" and _comparable(dataset, columns):
-            rows += paper_rows("multi_source", dataset, modalities, columns)
-            if dataset == "epic-kitchens" and set(modalities) == {"audio", "flow"}:
-                rows += [
-                    [f"ablation: {row[0]}", *row[1:]] for row in paper_rows("ablation", dataset, modalities, columns)
-                ]
-            rows += paper_rows("dropout", dataset, modalities, columns)
-        elif setting == "single-source":
-            rows += paper_rows("single_source", dataset, modalities, columns)
-        elif setting == "in-domain":
-            rows += paper_rows("in_domain", dataset, modalities, columns)
+        rows = marked(rows) + _published(setting, dataset, modalities, columns, ablations=True)
         tables.append(
             Table(
                 f"{dataset}-{'-'.join(modalities)}-{setting}",

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 from mbcd_cli.evaluation.report.tables import Score, Table
+from mbcd_cli.paper.rows import is_published
 from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, legend_label, save
 
 _MARKERS = "osD^vPX*"
@@ -82,9 +83,9 @@ def _whole(row: Sequence[str | Score]) -> bool:
 def plot_methods(table: Table, path: Path) -> Path:
     """A table of methods (rows) by targets (columns) as grouped bars in percent, spread over seeds as error bars.
 
-    The paper's rows are hatched; those of which only the average is known are left out.
+    Papers' rows are hatched; those of which only the average is known are left out.
     """
-    rows = [row for row in table.rows if "(paper)" not in str(row[0]) or _whole(row)]
+    rows = [row for row in table.rows if not is_published(str(row[0])) or _whole(row)]
     groups, columns = len(rows), list(table.columns[1:])
     fig, ax = figure(size=(float(np.clip(3 + 0.3 * groups * len(columns), 6.4, 18)), 4.0))
     width = 0.84 / max(groups, 1)
@@ -102,7 +103,7 @@ def plot_methods(table: Table, path: Path) -> Path:
             error_kw={"elinewidth": 1},
             label=str(row[0]),
             color=colour(index),
-            hatch="///" if "(paper)" in str(row[0]) else None,
+            hatch="///" if is_published(str(row[0])) else None,
             edgecolor="white",
             linewidth=0,
         )

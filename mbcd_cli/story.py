@@ -15,13 +15,14 @@ from mbcd_cli.evaluation import evaluate
 from mbcd_cli.landscape import measure
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.preparation import prepare
+from mbcd_cli.resolved import changed, load_settings, resolve
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints, run_name
 from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
+from mbcd_cli.scoring.deployed import deployed_checkpoint
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import load_settings, resolve
 from mbcd_cli.training import train
 
 METHODS = ("erm", "mbcd")
@@ -85,7 +86,7 @@ def demo(
         results[method] = evaluate.evaluate(
             opened, dataset, found, device=torch_device, run=runs[method], output=runs[method], say=say
         )
-        checkpoints[method] = found["best"]
+        checkpoints[method] = found[deployed_checkpoint(found)]
         seconds[f"evaluate {method}"] = time.monotonic() - started
 
     say("4/4 landscape: both methods on one scale")
@@ -115,11 +116,7 @@ def _train(settings: Settings, dataset: Dataset, run: Path, say: Say) -> None:
     """Train, or keep the finished run of the same settings; an interrupted one goes on."""
     same = False
     if (run / SETTINGS).is_file():
-        saved = load_settings(run / SETTINGS)
-        same = all(
-            getattr(saved, part) == getattr(settings, part)
-            for part in ("modalities", "model", "method", "average", "optimizer", "training", "dataset")
-        )
+        same = not changed(load_settings(run / SETTINGS), settings)
     if same and (run / DONE).is_file():
         say(f"  {run} is trained already; delete it to train again.")
         return

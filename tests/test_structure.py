@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mbcd_cli"
 # From the bottom; a room imports what stands on lower lines, and itself. Rooms of one line do not know each other.
-# settings/merge.py stands above its room: the settings' classes of methods, readers and kinds come together there.
 FLOORS = (
     "__init__ errors say allocator randomness checksums naming",
     "files processes settings plugins",
@@ -23,7 +22,7 @@ FLOORS = (
     "encoders",
     "model",
     "methods",
-    "settings.merge",
+    "resolved",
     "preparation runs scoring paper",
     "training evaluation landscape",
     "sweep",
@@ -35,26 +34,19 @@ FLOORS = (
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
-def floor(module: str) -> str:
-    """The room of a dotted module of the package, or the module itself where it has a floor of its own."""
-    parts = module.split(".")
-    return next((name for name in (".".join(parts[:2]), parts[0]) if name in HEIGHT), parts[0])
-
-
 def room(path: Path) -> str:
-    return floor(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(path: Path):
     """Rooms that a file imports, or names in a string (a module to be run or loaded later)."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mbcd_cli":
-            inside = node.module.split(".", 1)[1:]
-            yield from {floor(".".join([*inside, alias.name])) for alias in node.names}
+            yield from {(*node.module.split("."), alias.name)[1] for alias in node.names}
         elif isinstance(node, ast.Import):
-            yield from (floor(a.name.split(".", 1)[1]) for a in node.names if a.name.startswith("mbcd_cli."))
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("mbcd_cli."))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield from map(floor, re.findall(r"^mbcd_cli\.([\w.]+)$", node.value))
+            yield from re.findall(r"^mbcd_cli\.(\w+)[\w.]*$", node.value)
 
 
 def test_imports_go_downward_only():
@@ -117,7 +109,7 @@ def test_help_is_quick():
 def test_the_design_shows_every_room():
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     told = set(re.findall(r"`([a-z_]+)(?:/|\.py)`", "\n".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE))))
-    there = {room(path).partition(".")[0] for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
+    there = {room(path) for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
     assert told == there, f"missing: {there - told}, gone: {told - there}"
 
 

@@ -67,7 +67,7 @@ class Asked:
 
     def resolve(self, preset: str | None, *, named: bool = False) -> Settings:
         """The settings of all layers, `preset` being the lowest; `named`: it names a dataset without a name."""
-        from mbcd_cli.settings.merge import (  # late: it needs the kinds of modality, help does not
+        from mbcd_cli.resolved import (  # late: it needs the kinds of modality, help does not
             named_dataset,
             resolve,
         )

@@ -22,12 +22,12 @@ from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import describe_run, gathered_results, provenance, result_warnings
 from mbcd_cli.files import folder_aside, read_records, write_json
 from mbcd_cli.preparation.cache_plan import read_listing
+from mbcd_cli.resolved import load_settings, method_label
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
 from mbcd_cli.settings import DatasetSettings, Settings
-from mbcd_cli.settings.merge import load_settings, method_label
 from mbcd_cli.settings.sources import to_toml
 
 

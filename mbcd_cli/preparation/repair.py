@@ -23,10 +23,10 @@ from mbcd_cli.integrity import examine
 from mbcd_cli.preparation.cache_plan import plan_cache, read_listing
 from mbcd_cli.preparation.prepare import close_cache, fill, writer_of
 from mbcd_cli.preparation.trunk import build_trunk, save_weights
+from mbcd_cli.resolved import load_settings, resolve, validate
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import load_settings, resolve, validate
 from mbcd_cli.settings.sources import Layer
 
 _ASIDE = ".repair"

@@ -20,8 +20,8 @@ from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.files import written
+from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import validate
 
 FORMAT = "mbcd-checkpoint"
 VERSION = 2

@@ -13,12 +13,12 @@ from pathlib import Path
 from mbcd_cli.errors import BusyError, MbcdError, StoppedError
 from mbcd_cli.evaluation import evaluate
 from mbcd_cli.files import lock
+from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.settings.merge import load_settings
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
 from mbcd_cli.training import train
 

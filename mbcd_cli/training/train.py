@@ -18,7 +18,7 @@ from mbcd_cli.runs.folder import RunFolder, open_run
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import ClipSet, clip_sets
-from mbcd_cli.scoring.deployed import deployed_of
+from mbcd_cli.scoring.deployed import deployed_checkpoint, deployed_of
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.curves import plot_run
@@ -216,7 +216,7 @@ def summarise(progress: Progress, *, settings: Settings, run: Path) -> TrainingS
         "source_domains": list(settings.training.source_domains),
         "seed": settings.training.seed,
         "deployed": deployed,
-        "tested": "best" if "best" in settings.evaluation.checkpoints else "last",
+        "tested": deployed_checkpoint(settings.evaluation.checkpoints),
         "epochs": len(history),
         "steps": progress.step,
         "best": epoch(best),

@@ -31,7 +31,7 @@ from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.preparation.trunk import weights_bytes
-from mbcd_cli.settings.merge import resolve
+from mbcd_cli.resolved import resolve
 
 
 def settings_for(root: Path, cache: Path, *sets: str):

@@ -20,10 +20,10 @@ from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.model import build_model
 from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.settings import DatasetSettings
-from mbcd_cli.settings.merge import resolve
 from mbcd_cli.settings.sources import to_toml
 
 # The video's trunk is frozen and has weights of its own; sound and vectors are cut at the input.

@@ -9,8 +9,8 @@ import torch
 from memory import ArrayDataset
 
 from mbcd_cli.model import build_model
+from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import validate
 
 
 class Quadratic:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from memory import ArrayDataset
 
+from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import validate
 
 
 class MemoryDataset(ArrayDataset):

@@ -9,9 +9,9 @@ from torch import nn
 
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.methods.base import ParameterGroup
+from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.settings import OptimizerSettings
-from mbcd_cli.settings.merge import resolve
 from mbcd_cli.training import train as command
 from mbcd_cli.training.optimizer import build_optimizer, load_optimizer, rate_factor, set_rates
 

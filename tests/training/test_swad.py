@@ -13,9 +13,9 @@ from torch import nn
 
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.model import MultiModalModel
+from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.settings import AverageSettings, ModelSettings
-from mbcd_cli.settings.merge import resolve
 from mbcd_cli.training import train as command
 from mbcd_cli.training.swad import SWAD, valley
 

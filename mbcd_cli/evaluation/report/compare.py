@@ -23,7 +23,9 @@ from mbcd_cli.evaluation.report.results import FORMAT, read_results
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.paper.published import published_domains
 from mbcd_cli.paper.rows import place_of_set, published_rows
-from mbcd_cli.settings.merge import PUBLISHED
+from mbcd_cli.resolved import PUBLISHED
+from mbcd_cli.runs.names import run_checkpoints
+from mbcd_cli.scoring.deployed import deployed_checkpoint
 
 EXACT_PAIRS = 15
 """Up to this many pairs every sign pattern is tried."""
@@ -138,11 +140,11 @@ def _check_current(folder: Path, results: Mapping[str, Any]) -> None:
     Raises:
         RunError: they are such; or the run's checkpoint is damaged.
     """
-    files = {name: folder / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
-    there = [name for name, path in files.items() if path.is_file()]
-    if not there:
+    try:
+        files = run_checkpoints(folder)
+    except RunError:
         return  # results that were copied, or written elsewhere, without the run
-    wanted, told = there[0], results["headline"]["checkpoint"]
+    wanted, told = deployed_checkpoint(files), results["headline"]["checkpoint"]
     try:
         now = checksums.checksum(files[wanted])
     except (OSError, checksums.DamagedError) as error:

@@ -20,9 +20,10 @@ from mbcd_cli.data.modalities import AnyKind, infer_kind
 from mbcd_cli.data.modalities.frames import FrameSampling
 from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.files import flatten
 from mbcd_cli.methods import DEFAULT, method_class, over_defaults, published_chassis, same_class, short_name
 from mbcd_cli.naming import did_you_mean
-from mbcd_cli.settings import ReaderSettings, Settings, flag_of
+from mbcd_cli.settings import ReaderSettings, Settings, flag_of, role_of
 from mbcd_cli.settings.sources import Layer, environment_layer, load_preset, merge, nest, read_toml, set_layers
 
 _SHOWN = 80
@@ -349,6 +350,16 @@ def _switches(group: BaseModel) -> dict[str, str | bool]:
         elif isinstance(value, str | bool):
             found[key] = value
     return found
+
+
+def changed(saved: Settings, now: Settings) -> dict[str, tuple[object, object]]:
+    """The settings that differ, of those that weights or cached bytes depend on: dotted name -> (saved, now)."""
+    before, after = (flatten(settings.model_dump(mode="json")) for settings in (saved, now))
+    return {
+        path: (before.get(path), after.get(path))
+        for path in dict.fromkeys([*before, *after])
+        if before.get(path) != after.get(path) and role_of(path) in ("weights", "cache")
+    }
 
 
 def load_settings(path: Path) -> Settings:

@@ -39,7 +39,7 @@ matplotlib.rcParams.update(
 
 
 def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (6.4, 4.2), **subplots: object):
-    """A figure and its axes, as `plt.subplots` returns them; `size` in inches is the whole figure's."""
+    """A figure and its axes, as `matplotlib.pyplot.subplots` returns them; `size` in inches is the whole figure's."""
     fig = Figure(figsize=size, layout="constrained")
     return fig, fig.subplots(rows, columns, **subplots)
 

@@ -67,7 +67,7 @@ def train(
     """Train into the run folder.
 
     Args:
-        settings: with modalities and source domains resolved against the dataset (`common.open_for_training`).
+        settings: with modalities and source domains resolved against the dataset (`opening.open_for_training`).
         dataset: prepared, matching `settings` (`open_dataset`).
         run: the run folder.
         resume: go on with the run that is there; a finished one is left as it is.

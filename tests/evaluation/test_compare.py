@@ -352,6 +352,7 @@ def test_runs_with_other_settings_are_no_seeds_of_one_another(tmp_path):
 def test_results_of_other_weights_than_the_deployed_ones_are_refused(tmp_path):
     about = {"dataset": "pets", "modalities": ("audio",), "method": "erm", "target": "c", "sources": ["a"], "seed": 0}
     folder = write_run(tmp_path, **about, top1=50)
+    (folder / "settings.toml").write_text("")
     files = {name: folder / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
     for name, path in files.items():
         path.parent.mkdir(exist_ok=True)
@@ -362,7 +363,6 @@ def test_results_of_other_weights_than_the_deployed_ones_are_refused(tmp_path):
     change(folder, checkpoints={"best": checksums.checksum(files["last"])})
     with pytest.raises(RunError, match="other weights than the run's best ones"):
         c.load_run(folder)
-    (folder / "settings.toml").write_text("")
     (inside := folder / "checkpoints" / "epoch-001-evaluation").mkdir()
     (folder / "results.json").rename(inside / "results.json")
     assert c.find_runs([str(tmp_path / "**")])[0] == []

@@ -38,7 +38,7 @@ class Modality(ModalitySettings, ABC):
         clocked: a span in frames is one of the video's frames.
         computed_from: kind of the modality that it can be computed from.
         raw: values are what the files hold, in the shape they have there: it matters what rounding takes from them.
-        corruptions: names of those of `evaluation.corruptions` that its decoded views can suffer.
+        corruptions: names of those corruptions of an evaluation that its decoded views can suffer.
         stated_seconds: of one worker for one clip, where no clip is there to be timed.
     """
 

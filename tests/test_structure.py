@@ -75,6 +75,10 @@ def test_no_name_is_used_twice():
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                 natural = users_word(path) and node.name in (path.stem, "read")
                 named[node.name] += [] if natural else [where]
+            for name in ast.walk(node) if isinstance(node, ast.Assign | ast.AnnAssign) else ():
+                # A type's name: one more letter than a type variable's, and no constant's capitals.
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store) and re.match("[A-Z].*[a-z]", name.id):
+                    named[name.id].append(where)
     twice = {name: places for name, places in named.items() if len(places) > 1}
     assert not twice, "\n".join(f"{name}: {', '.join(places)}" for name, places in twice.items())
 

@@ -22,30 +22,35 @@ from mbcd_cli.settings import FLAGS, ManifestSettings, MethodSettings, Settings
 
 COMMON = ("cache.dir", "runtime.device", "runtime.threads")
 """Settings whose flags every layered command has."""
-SETTINGS, RUNTIME, OUTPUT = "Settings", "Runtime", "Output"
-_PANELS = {"model.modalities": SETTINGS, "cache.dir": SETTINGS, "runtime.device": RUNTIME, "runtime.threads": RUNTIME}
+_SETTINGS, _RUNTIME, _OUTPUT = "Settings", "Runtime", "Output"
+_PANELS = {
+    "model.modalities": _SETTINGS,
+    "cache.dir": _SETTINGS,
+    "runtime.device": _RUNTIME,
+    "runtime.threads": _RUNTIME,
+}
 Preset = Annotated[
     str | None,
-    typer.Option("--preset", help="Preset by name or path; `none` for the bare defaults.", rich_help_panel=SETTINGS),
+    typer.Option("--preset", help="Preset by name or path; `none` for the bare defaults.", rich_help_panel=_SETTINGS),
 ]
 Config = Annotated[
-    Path | None, typer.Option("--config", help="TOML file laid over the preset.", rich_help_panel=SETTINGS)
+    Path | None, typer.Option("--config", help="TOML file laid over the preset.", rich_help_panel=_SETTINGS)
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="One setting, as part.field=value; repeatable.", rich_help_panel=SETTINGS),
+    typer.Option("--set", help="One setting, as part.field=value; repeatable.", rich_help_panel=_SETTINGS),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object on stdout, messages on stderr.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--json", help="One JSON object on stdout, messages on stderr.", rich_help_panel=_OUTPUT)
 ]
 Csv = Annotated[
     Path | None,
-    typer.Option("--csv", help="Folder for the printed tables, as CSV files too.", rich_help_panel=OUTPUT),
+    typer.Option("--csv", help="Folder for the printed tables, as CSV files too.", rich_help_panel=_OUTPUT),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=_OUTPUT)]
 ShowSettings = Annotated[
     bool,
-    typer.Option("--show-settings", help="Print the resolved settings as TOML and stop.", rich_help_panel=SETTINGS),
+    typer.Option("--show-settings", help="Print the resolved settings as TOML and stop.", rich_help_panel=_SETTINGS),
 ]
 
 
@@ -82,13 +87,13 @@ class Asked:
 
 _HANDED = ("asked", "show_settings")
 """Parameters of a command that are no options of its own."""
-Shown = tuple[dict[str, Any] | list[Any], Callable[[], None]]
+Reply = tuple[dict[str, Any] | list[Any], Callable[[], None]]
 """A command's result, and what shows it to a person; `exit_code` in it is the command's."""
 
 
 def command(
     *flags: str, examples: Sequence[str], layered: bool = True, preset: bool = False, show_settings: bool = False
-) -> Callable[[Callable[..., Shown | None]], CommandInfo]:
+) -> Callable[[Callable[..., Reply | None]], CommandInfo]:
     """Make a command of a function: its parameters, and the options of some settings.
 
     The function gets `asked` and its own parameters; it returns what is to be emitted and shown, or None.
@@ -100,7 +105,7 @@ def command(
         show_settings: --show-settings, handed to the function.
     """
 
-    def make(function: Callable[..., Shown | None]) -> CommandInfo:
+    def make(function: Callable[..., Reply | None]) -> CommandInfo:
         names = {path.replace(".", "__"): path for path in (*flags, *(COMMON if layered else ()))}
         options = {name: _option(path) for name, path in names.items()}
         last = {name: option for name, option in options.items() if names[name] in _PANELS}

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mbcd_cli.data.records import Parts
 from mbcd_cli.errors import SettingsError
 
-Parts = tuple[torch.Tensor, ...]
 Noise = Callable[[Parts], Parts]
 TOGETHER = 16
 """Clips that a trunk takes at once in eval mode: its activations are many times what it returns."""

@@ -22,7 +22,7 @@ from mbcd_cli.landscape.directions import Vector
 from mbcd_cli.landscape.fold import fold_batch_norms
 from mbcd_cli.model import MultiModalModel
 
-Term = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
+BatchLoss = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 _BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _HEAD_POINTS = 32
 _VARIANCE = ".running_var"
@@ -45,7 +45,7 @@ class LossFunction(Protocol):
     def measure_many(self, moved: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[P, 2]: the same for P points, every tensor stacked along dimension 0."""
 
-    def terms(self) -> Sequence[Term]:
+    def terms(self) -> Sequence[BatchLoss]:
         """Differentiable functions of the moving tensors that sum to the loss (one per batch)."""
 
 
@@ -237,7 +237,7 @@ class ModelObjective:
             total += torch.stack((loss.double(), correct.double()), dim=1)
         return total / self.clips
 
-    def terms(self) -> list[Term]:
+    def terms(self) -> list[BatchLoss]:
         """One differentiable term per batch; they sum to the mean loss over all clips.
 
         Batch norm uses the running statistics; with recalibration, those recalibrated at the checkpoint.

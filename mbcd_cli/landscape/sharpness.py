@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from mbcd_cli.landscape.directions import Sphere, Vector, move
-from mbcd_cli.landscape.objective import LossFunction, Term
+from mbcd_cli.landscape.objective import BatchLoss, LossFunction
 from mbcd_cli.landscape.store import Grid
 
 
@@ -53,7 +53,7 @@ def flatness_curve(grid: Grid, *, centre: float, level: float = 0.95) -> Flatnes
     return FlatnessCurve(grid.x, mean, half, accuracy, count, grid.non_finite)
 
 
-def gradient(terms: Sequence[Term], at: Vector) -> Vector:
+def gradient(terms: Sequence[BatchLoss], at: Vector) -> Vector:
     """Gradient of the summed terms at `at`, one term's graph in memory at a time."""
     total = {name: torch.zeros_like(tensor) for name, tensor in at.items()}
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in at.items()}

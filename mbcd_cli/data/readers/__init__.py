@@ -53,7 +53,7 @@ class Listing:
             self.warnings += modality.warnings(media, name=name)
 
 
-Read = Callable[[DatasetSettings, Mapping[str, Modality]], Listing]
+ReadListing = Callable[[DatasetSettings, Mapping[str, Modality]], Listing]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class ReaderEntry:
         settings: its settings' class, where it has some of its own (or what else makes their defaults).
     """
 
-    read: Read
+    read: ReadListing
     summary: str
     settings: Callable[[], ReaderSettings] = ReaderSettings
 

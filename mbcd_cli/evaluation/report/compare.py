@@ -19,7 +19,7 @@ from scipy.stats import ttest_rel
 
 from mbcd_cli import checksums
 from mbcd_cli.errors import RunError
-from mbcd_cli.evaluation.report.results import FORMAT, read_results
+from mbcd_cli.evaluation.report.results import RESULTS_FORMAT, read_results
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.paper.published import published_domains
 from mbcd_cli.paper.rows import place_of_set, published_rows
@@ -106,9 +106,9 @@ def load_run(folder: Path) -> Run:
     """
     results = read_results(folder / "results.json")
     try:
-        if results["format"] != FORMAT:
+        if results["format"] != RESULTS_FORMAT:
             raise RunError(
-                f"{folder / 'results.json'} has format {results['format']}, this mbcd reads {FORMAT}.",
+                f"{folder / 'results.json'} has format {results['format']}, this mbcd reads {RESULTS_FORMAT}.",
                 "Evaluate that run again.",
             )
         headline = results["headline"]

@@ -20,7 +20,7 @@ from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.scoring.clip_sets import TARGET, source_domains
 from mbcd_cli.settings import Settings, role_of
 
-FORMAT = 2
+RESULTS_FORMAT = 2
 """Version of the layout of results.json."""
 
 
@@ -28,7 +28,7 @@ def describe_run(settings: Settings, dataset: Dataset, checkpoints: Mapping[str,
     """What was evaluated: dataset, method, domains, seed and checkpoints."""
     training = settings.training
     return {
-        "format": FORMAT,
+        "format": RESULTS_FORMAT,
         "dataset": dataset.name,
         "fingerprints": dict(dataset.fingerprints),
         "method": settings.method.name,

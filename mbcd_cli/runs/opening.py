@@ -17,8 +17,8 @@ from mbcd_cli.runs.names import run_of
 from mbcd_cli.settings import CacheSettings, Settings
 from mbcd_cli.settings.sources import Layer
 
-_FREE = "dataset.target_split"
-"""Open in a finished run, as runtime is, though cached bytes depend on it: which clips are tested is asked now."""
+_FREE = ("dataset.target_split", "cache.random_weights")
+"""Open in a finished run, as runtime is, whatever its role: which clips are tested, and what `prepare` tolerates."""
 
 
 def open_for_training(settings: Settings) -> tuple[Settings, CachedDataset]:
@@ -87,11 +87,11 @@ def check_unchanged(saved: Settings, now: Settings) -> None:
     Raises:
         SettingsError: names the settings that differ.
     """
-    names = [name for name in changed(saved, now) if name != _FREE and not name.startswith("runtime.")]
+    names = [name for name in changed(saved, now) if name not in _FREE and not name.startswith("runtime.")]
     if names:
         raise SettingsError(
             f"These settings belong to the training and cannot be changed here: {', '.join(names)}.",
-            f"Only those of evaluation, landscape and runtime, {_FREE}, and where things lie can; train again to "
+            f"Only those of evaluation, landscape and runtime, {_FREE[0]}, and where things lie can; train again to "
             "change the others.",
         )
 

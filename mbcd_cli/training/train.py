@@ -141,9 +141,9 @@ def train(
             summary["processes"] = group.world
 
         def finish() -> TrainingSummary:
-            summary["plots"] = [
-                str(path.relative_to(run)) for path in plot_run(run, parts.step.method.panels(settings.method))
-            ]
+            method = parts.step.method
+            plots = plot_run(run, method.panels(settings.method), method.terms)
+            summary["plots"] = [str(path.relative_to(run)) for path in plots]
             folder.finish(summary)
             return summary
 

@@ -157,7 +157,7 @@ def _accuracy_plots(analysis: Analysis) -> None:
 
 def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, checkpoint: Checkpoint) -> None:
     records = read_records(run / "metrics.jsonl") if run is not None else []
-    history = accuracy_history(records or list(getattr(checkpoint, "history", [])))
+    history = accuracy_history(records or checkpoint.history)
     if history is None:
         return
     oracle = history.oracle(figures["headline"]["model"])

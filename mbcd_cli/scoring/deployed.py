@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -20,7 +20,7 @@ class Weights(Protocol):
 
     student: StateDict
     teacher: StateDict | None
-    label_names: Any
+    label_names: Sequence[str]
     epoch: int
 
 

@@ -280,7 +280,7 @@ def _insight(a: Analysis) -> None:
 
 
 def _ood(a: Analysis, other: Dataset) -> None:
-    name = getattr(other, "name", "another dataset")
+    name = other.name
     missing = [m for m in a.model.modalities if m not in other.modalities]
     if missing:
         raise CheckpointError(

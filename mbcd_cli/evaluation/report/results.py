@@ -74,7 +74,7 @@ def provenance(dataset: Dataset, checkpoints: Mapping[str, Checkpoint], device: 
     for name, fingerprint in dataset.fingerprints.items():
         found[f"{name} cache"] = fingerprint
     for name, cache in dataset.caches.items():
-        for key, value in getattr(cache, "provenance", {}).items():
+        for key, value in cache.provenance.items():
             found[f"{name} cache, {key.replace('_', ' ')}"] = str(value)
     return found
 
@@ -120,7 +120,7 @@ def result_warnings(figures: Mapping[str, Any], checkpoints: Mapping[str, Checkp
     """What a reader of the figures should know: another cache, diverged models, absent classes."""
     found = []
     for name, checkpoint in checkpoints.items():
-        trained = dict(getattr(checkpoint, "fingerprints", None) or {})
+        trained = checkpoint.fingerprints
         changed = [m for m, f in figures["fingerprints"].items() if m in trained and trained[m] != f]
         if changed:
             found.append(f"The {name} checkpoint was trained on another cache of {', '.join(changed)}.")

@@ -134,6 +134,12 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
     return path
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]], **where: str) -> Path:
+    """`write_table`, of rows that all have the first one's columns."""
+    rows = list(rows)
+    return write_table(path, list(rows[0]) if rows else [], ([*row.values()] for row in rows), **where)
+
+
 def rename(places: Mapping[Path, Path]) -> None:
     """Rename files or folders, `{from: to}`, in their order, and bring their new names to the disk."""
     for source, target in places.items():

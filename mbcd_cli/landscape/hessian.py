@@ -328,25 +328,17 @@ def hutchinson_trace(
 @dataclass(frozen=True, slots=True)
 class Quadrature:
     """Stochastic Lanczos quadrature of the spectral density: nodes and weights, both [P, m]; weights sum to
-    1 per probe.
-
-    `reorthogonalised` tells whether the basis fitted into memory; without, converged nodes repeat, which
-    the weights account for.
+    1 per probe. Where the basis did not fit into memory converged nodes repeat, which the weights account for.
     """
 
     nodes: np.ndarray
     weights: np.ndarray
-    reorthogonalised: bool
 
     def density(self, at: np.ndarray, *, width: float) -> np.ndarray:
         """Density at `at` [g], smoothed by Gaussians of standard deviation `width`; integrates to 1."""
         z = (at[:, None, None] - self.nodes) / width
         smooth = np.exp(-0.5 * z**2) / (width * np.sqrt(2 * np.pi))
         return (smooth * self.weights).sum(2).mean(1)
-
-    def moment(self, power: int) -> float:
-        """Estimate of tr(H^power) / n."""
-        return float((self.weights * self.nodes**power).sum(1).mean())
 
 
 def spectral_density(
@@ -402,4 +394,4 @@ def spectral_density(
             nodes[probe, :done], weights[probe, :done] = values, s[0] ** 2
         else:
             nodes[probe], weights[probe] = np.nan, np.nan
-    return Quadrature(nodes, weights, full)
+    return Quadrature(nodes, weights)

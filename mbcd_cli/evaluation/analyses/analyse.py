@@ -29,8 +29,8 @@ from mbcd_cli.evaluation.analyses.trust import out_of_distribution, trust
 from mbcd_cli.evaluation.analyses.waveform import sound_corruptions
 from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.evaluation.report import plots
-from mbcd_cli.evaluation.report.export import hardest_rows, prediction_rows, write_csv, write_hdf5
-from mbcd_cli.files import remove, rename
+from mbcd_cli.evaluation.report.export import hardest_rows, prediction_rows, write_hdf5
+from mbcd_cli.files import remove, rename, write_rows
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
@@ -276,7 +276,7 @@ def _insight(a: Analysis) -> None:
                 zip(sample.clips.tolist(), sample.domains.tolist(), sample.labels.tolist(), strict=True)
             )
         ]
-        a.files["t-SNE points"] = write_csv(rows, a.output / "evaluation" / "tsne.csv")
+        a.files["t-SNE points"] = write_rows(a.output / "evaluation" / "tsne.csv", rows)
 
 
 def _ood(a: Analysis, other: Dataset) -> None:
@@ -315,7 +315,7 @@ def _export(a: Analysis) -> None:
         name, folder = one.clip_set.name, a.output / "evaluation"
         if "csv" in wanted:
             path = folder / f"predictions-{name}.csv"
-            a.files[f"predictions on {name}"] = write_csv(_rows(a, one), path)
+            a.files[f"predictions on {name}"] = write_rows(path, _rows(a, one))
         if "hdf5" in wanted:
             full = predict(
                 a.model,

@@ -286,7 +286,7 @@ def plot_spectra(files: Mapping[str, Path], path: Path) -> Path:
     for number, (label, (arrays, _)) in enumerate(loaded.items()):
         colour = plotting.PALETTE[number % len(plotting.PALETTE)]
         if "nodes" in arrays and np.isfinite(arrays["nodes"]).all():
-            density = Quadrature(arrays["nodes"], arrays["weights"], True).density(at, width=width)
+            density = Quadrature(arrays["nodes"], arrays["weights"]).density(at, width=width)
             axes.plot(at, density, color=colour, linewidth=1.3)
         for value, error in zip(arrays["eigenvalues"], arrays["errors"], strict=True):
             axes.errorbar(

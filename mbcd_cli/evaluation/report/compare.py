@@ -35,6 +35,7 @@ _VARIED = ("training.seed", "training.target_domain", "training.source_domains",
 """Settings in which the runs of one method and table may differ."""
 
 Key = TypeVar("Key", bound=Hashable)
+TableRows = list[list[str | Score]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,7 @@ def _value(run: Run, value: str) -> float:
     return run.heads[value]
 
 
-def marked(rows: Sequence[Sequence[str | Score]]) -> list[list[str | Score]]:
+def marked(rows: Sequence[Sequence[str | Score]]) -> TableRows:
     """`rows` with the largest figure of every column marked best (all of them where several are equal)."""
     out = [list(row) for row in rows]
     for column in range(1, max((len(row) for row in out), default=0)):
@@ -234,7 +235,7 @@ def _columns(runs: Sequence[Run], dataset: str) -> list[str]:
 
 def _published(
     setting: str, dataset: str, modalities: Sequence[str], columns: Sequence[str], *, ablations: bool = False
-) -> list[list[str | Score]]:
+) -> TableRows:
     rows = published_rows(setting, dataset, modalities, columns, ablations=ablations)
     return [[label, *map(Score, figures)] for label, figures in rows]
 
@@ -257,14 +258,13 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
         if len(datasets) == len(sets) == 1:
             continue
         columns = {dataset: _columns(group, dataset) for dataset in datasets}
-        rows: list[list[str | Score]] = []
+        rows: TableRows = []
         for modalities in sets:
-            mine = [run for run in group if run.modalities == modalities]
-            block: list[list[str | Score]] = []
-            for method in order_methods(run.method for run in mine):
+            block: TableRows = []
+            for method, of_method in _by_method([run for run in group if run.modalities == modalities]):
                 cells: list[Score] = []
                 for dataset in datasets:
-                    here = [run for run in mine if (run.dataset, run.method) == (dataset, method)]
+                    here = [run for run in of_method if run.dataset == dataset]
                     cells += [
                         Score.over([r.heads["fused"] for r in here if r.column == column])
                         for column in columns[dataset]
@@ -276,8 +276,8 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
             for dataset in datasets:
                 for row in _published(setting, dataset, modalities, columns[dataset]):
                     theirs.setdefault(str(row[0]), {})[dataset] = row[1:]
-            for name, found in theirs.items():
-                parts = [found.get(d, [Score(None)] * (len(columns[d]) + 1)) for d in datasets]
+            for name, by_dataset in theirs.items():
+                parts = [by_dataset.get(d, [Score(None)] * (len(columns[d]) + 1)) for d in datasets]
                 block.append([name, *(cell for part in parts for cell in part)])
             rows += [["+".join(modalities), *row] for row in block]
         header = [f"{d}: {c}" if len(datasets) > 1 else c for d in datasets for c in [*columns[d], "average"]]
@@ -294,55 +294,49 @@ def _seeds(runs: Sequence[Run]) -> str:
     return "One seed." if high == 1 else f"Mean and standard deviation over {count} seeds."
 
 
-def main_tables(runs: Sequence[Run]) -> list[Table]:
-    """One table per dataset, modalities and setting: methods down, targets across, the average last."""
+def _per_setting(
+    runs: Sequence[Run], suffix: str, title: str, fill: Callable[[list[Run]], tuple[TableRows, Sequence[str], str]]
+) -> list[Table]:
+    """A table per dataset, modalities and setting; `fill` gives rows (none: no table), columns, note."""
     tables = []
     for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
-        columns = _columns(group, dataset)
-        rows: list[list[str | Score]] = []
-        for method in order_methods(r.method for r in group):
-            mine = [r for r in group if r.method == method]
-            cells = [Score.over([r.heads["fused"] for r in mine if r.column == column]) for column in columns]
-            rows.append([method, *cells, averages(mine, columns)])
-        rows = marked(rows) + _published(setting, dataset, modalities, columns, ablations=True)
-        tables.append(
-            Table(
-                f"{dataset}-{'-'.join(modalities)}-{setting}",
-                f"{dataset}, {'+'.join(modalities)}, {setting}: top-1 accuracy (%)",
-                ["method", *columns, "average"],
-                rows,
-                _seeds(group),
-            )
-        )
+        rows, columns, note = fill(group)
+        if rows:
+            name = f"{dataset}-{'-'.join(modalities)}-{setting}{suffix}"
+            tables.append(Table(name, f"{dataset}, {'+'.join(modalities)}, {setting}: {title}", columns, rows, note))
     return tables
+
+
+def main_tables(runs: Sequence[Run]) -> list[Table]:
+    """One table per dataset, modalities and setting: methods down, targets across, the average last."""
+
+    def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
+        first = group[0]
+        columns = _columns(group, first.dataset)
+        rows: TableRows = []
+        for method, of_method in _by_method(group):
+            cells = [Score.over([r.heads["fused"] for r in of_method if r.column == column]) for column in columns]
+            rows.append([method, *cells, averages(of_method, columns)])
+        published = _published(first.setting, first.dataset, first.modalities, columns, ablations=True)
+        return marked(rows) + published, ["method", *columns, "average"], _seeds(group)
+
+    return _per_setting(runs, "", "top-1 accuracy (%)", fill)
 
 
 def modality_tables(runs: Sequence[Run]) -> list[Table]:
     """One table per dataset, modalities and setting: fused, each modality's own head and in-domain, over targets."""
-    tables = []
-    for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
-        columns = sorted({run.column for run in group})
-        rows: list[list[str | Score]] = []
-        for method in order_methods(r.method for r in group):
-            mine = [r for r in group if r.method == method]
-            tested = [r for r in mine if r.in_domain is not None]
-            rows.append(
-                [
-                    method,
-                    *(averages(mine, columns, head) for head in ("fused", *modalities)),
-                    averages(tested, columns, "in-domain"),
-                ]
-            )
-        tables.append(
-            Table(
-                f"{dataset}-{'-'.join(modalities)}-{setting}-modalities",
-                f"{dataset}, {'+'.join(modalities)}, {setting}: by head, average over targets (%)",
-                ["method", "fused", *modalities, "in-domain"],
-                marked(rows),
-                "In-domain is the fused accuracy on the source domains' test split.",
-            )
-        )
-    return tables
+
+    def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
+        columns, heads = sorted({run.column for run in group}), ("fused", *group[0].modalities)
+        rows: TableRows = []
+        for method, of_method in _by_method(group):
+            tested = [run for run in of_method if run.in_domain is not None]
+            cells = [averages(of_method, columns, head) for head in heads]
+            rows.append([method, *cells, averages(tested, columns, "in-domain")])
+        note = "In-domain is the fused accuracy on the source domains' test split."
+        return marked(rows), ["method", *heads, "in-domain"], note
+
+    return _per_setting(runs, "-modalities", "by head, average over targets (%)", fill)
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float | int | None]:
@@ -383,40 +377,29 @@ def _p_text(p: float | int | None) -> str:
 
 def significance_tables(runs: Sequence[Run]) -> list[Table]:
     """Every two methods on the (target, seed) pairs that both have."""
-    tables = []
-    for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
-        rows: list[list[str | Score]] = []
-        for one, other in combinations(order_methods(r.method for r in group), 2):
-            by_key = {
-                method: {(r.column, r.seed): r.heads["fused"] for r in group if r.method == method}
-                for method in (one, other)
-            }
-            common = sorted(set(by_key[one]) & set(by_key[other]))
-            found = paired([by_key[one][key] for key in common], [by_key[other][key] for key in common])
-            if not found["pairs"]:
-                continue
-            p = [found["p_permutation"], found["p_t"]]
-            rows.append(
-                [
-                    f"{other} - {one}",
-                    str(found["pairs"]),
-                    f"{found['difference']:+.2f}",
-                    *map(_p_text, p),
-                ]
-            )
-        if rows:
-            tables.append(
-                Table(
-                    f"{dataset}-{'-'.join(modalities)}-{setting}-significance",
-                    f"{dataset}, {'+'.join(modalities)}, {setting}: significance, paired over targets and seeds",
-                    ["methods", "pairs", "difference (points)", "p (sign flips)", "p (t-test)"],
-                    rows,
-                    "Difference of top-1, the first minus the second. p: chance of one at least as large if both were "
-                    "equal and all pairs independent, not corrected for the number of rows. With n pairs the sign-flip "
-                    "test cannot give less than 2 / 2^n.",
-                )
-            )
-    return tables
+
+    def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
+        rows: TableRows = []
+        for (one, of_one), (other, of_other) in combinations(_by_method(group), 2):
+            first, second = ({(r.column, r.seed): r.heads["fused"] for r in of} for of in (of_one, of_other))
+            common = sorted(set(first) & set(second))
+            test = paired([first[key] for key in common], [second[key] for key in common])
+            if test["pairs"]:
+                p = map(_p_text, (test["p_permutation"], test["p_t"]))
+                rows.append([f"{other} - {one}", str(test["pairs"]), f"{test['difference']:+.2f}", *p])
+        note = (
+            "Difference of top-1, the first minus the second. p: chance of one at least as large if both were "
+            "equal and all pairs independent, not corrected for the number of rows. With n pairs the sign-flip "
+            "test cannot give less than 2 / 2^n."
+        )
+        return rows, ["methods", "pairs", "difference (points)", "p (sign flips)", "p (t-test)"], note
+
+    return _per_setting(runs, "-significance", "significance, paired over targets and seeds", fill)
+
+
+def _by_method(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """The runs of each method, in the order of tables."""
+    return [(method, [r for r in runs if r.method == method]) for method in order_methods(r.method for r in runs)]
 
 
 def _grouped(runs: Sequence[Run], key: Callable[[Run], Key]) -> list[tuple[Key, list[Run]]]:

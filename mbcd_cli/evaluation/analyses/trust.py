@@ -2,7 +2,8 @@
 
 Confidence is the maximum softmax probability. A clip with non-finite logits has confidence 0 and is wrong.
 
-Letters: N clips, C classes, K bins.
+Letters: N clips, C classes, K bins. Every function takes logits [N, C], labels [N], and confidences and `right` (0 or
+1) [N].
 """
 
 from __future__ import annotations

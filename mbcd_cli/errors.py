@@ -70,7 +70,15 @@ class CheckpointError(MbcdError):
 
 
 class RunError(MbcdError):
-    """A run folder is in the way, missing or incomplete, or training had to stop."""
+    """A run folder is in the way, missing or incomplete, or training had to end."""
+
+
+class StoppedError(RunError):
+    """A signal stopped the training, at a checkpoint."""
+
+
+class BusyError(RunError):
+    """Another process works on the run."""
 
 
 class FileError(MbcdError):

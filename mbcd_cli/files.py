@@ -11,7 +11,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +29,10 @@ _FORBIDDEN = {
     errno.EACCES: "this user may not",
     errno.EPERM: "this user may not",
 }
-# What NFS, Lustre and the like answer where locks are off; EWOULDBLOCK alone says that another process holds one.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+# What NFS, Lustre and the like answer where locks are off (or, EBADF, to one on a folder); EWOULDBLOCK alone says that
+# another process holds one.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
+_HOST = re.sub(r"[^\w-]", "-", os.uname().nodename)
 
 
 class NoLocksWarning(UserWarning):
@@ -59,8 +61,8 @@ def written(path: Path, **where: str) -> Iterator[Path]:
     """Where to write a file that appears under its name only when it is complete and on disk.
 
     Until then `path` is what it was before; when the block raises nothing is left behind. Folders are made. What a
-    kill leaves lies beside it as `.NAME.PID.partial` (see `remove_partial`). A file with a place for its checksum gets
-    it (`checksums.seal`).
+    kill leaves lies beside it as `.NAME.HOST.PID.partial` (see `remove_partial`). A file with a place for its checksum
+    gets it (`checksums.seal`).
 
     Args:
         where: `place` and `then` of `unwritable`.
@@ -68,7 +70,7 @@ def written(path: Path, **where: str) -> Iterator[Path]:
     Raises:
         FileError: it cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_partial(path.parent, of=path.name, ours=_of_the_dead)
@@ -132,6 +134,21 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
     return path
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, object]], **where: str) -> Path:
+    """`write_table`, of rows that all have the first one's columns."""
+    rows = list(rows)
+    return write_table(path, list(rows[0]) if rows else [], ([*row.values()] for row in rows), **where)
+
+
+def rename(places: Mapping[Path, Path]) -> None:
+    """Rename files or folders, `{from: to}`, in their order, and bring their new names to the disk."""
+    for source, target in places.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.replace(target)
+    for folder in dict.fromkeys(target.parent for target in places.values()):
+        sync(folder)
+
+
 def size_text(count: int) -> str:
     """Bytes in words: 1.2 GB, 340 MB, 12 kB."""
     unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))
@@ -145,6 +162,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_all(folder: Path) -> None:
+    """`sync`, of everything in a folder."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def remove(*paths: Path) -> None:
@@ -172,13 +195,16 @@ def free_bytes(folder: Path) -> int:
 
 def is_partial(path: Path, of: str = "") -> bool:
     """Whether this is what a killed process left half written (of the file named `of`)."""
-    return re.fullmatch(rf"\.{re.escape(of) or '.+'}\.\d+\.partial", path.name) is not None
+    return re.fullmatch(rf"\.{re.escape(of) or '.+'}\.[\w-]+\.\d+\.partial", path.name) is not None
 
 
 def _of_the_dead(partial: Path) -> bool:
-    """Whether the process that left this half written is gone from this machine."""
+    """Whether this was left half written by a process of this machine that is gone."""
+    _, host, pid, _ = partial.name.rsplit(".", 3)
+    if host != _HOST:
+        return False
     try:
-        os.kill(int(partial.name.split(".")[-2]), 0)
+        os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
     except PermissionError:
@@ -203,30 +229,31 @@ def folder_aside(path: Path) -> Iterator[Path]:
     """An empty folder beside `path`, this process' alone, to be filled and given that name; else it is removed.
 
     What a killed process left there is removed. The lock is on the folder itself, so that it goes with the process
-    that holds it, however that ends.
+    that holds it, however that ends; on a file system without locks it warns (`NoLocksWarning`) and goes on.
 
     Raises:
         FileError: it cannot be made.
     """
     aside = path.parent / f".{path.name}.partial"
     while True:
-        try:
-            aside.mkdir(parents=True, exist_ok=True)
-            handle = os.open(aside, os.O_RDONLY)
-        except OSError as error:
-            raise unwritable(path.parent, error) from error
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if _same(handle, aside):
-            break
-        os.close(handle)  # who held it before has given it its name: this lock would keep nobody out
-    try:
-        for left in aside.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield aside
-    finally:
-        if _same(handle, aside):
-            shutil.rmtree(aside)
-        os.close(handle)
+        with ExitStack() as stack:
+            try:
+                aside.mkdir(parents=True, exist_ok=True)
+                handle = os.open(aside, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                _locked(handle, aside, fcntl.LOCK_EX)
+            except OSError as error:
+                raise unwritable(path.parent, error) from error
+            if not _same(handle, aside):
+                continue  # who held it before has given it its name: this lock would keep nobody out
+            try:
+                for left in aside.iterdir():
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                yield aside
+            finally:
+                if _same(handle, aside):
+                    shutil.rmtree(aside)
+            return
 
 
 def _same(handle: int, path: Path) -> bool:
@@ -256,7 +283,7 @@ def lock(path: Path, *, shared: bool = False, **where: str) -> FileIO | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
             file = path.open("a+b", buffering=0)
-            if not _locked(file, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+            if not _locked(file, path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
                 file.close()
                 return None
             if _same(file.fileno(), path):
@@ -270,14 +297,14 @@ def held(path: Path) -> bool:
     """Whether another process holds the file `path` now."""
     try:
         with path.open("rb", buffering=0) as file:
-            return not _locked(file, path, fcntl.LOCK_SH)
+            return not _locked(file, path, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
         return False
 
 
-def _locked(file: FileIO, path: Path, kind: int) -> bool:
+def _locked(file: FileIO | int, path: Path, kind: int) -> bool:
     try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        fcntl.flock(file, kind)
     except BlockingIOError:
         return False
     except OSError as error:

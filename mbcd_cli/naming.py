@@ -37,8 +37,8 @@ def modality_faults(name: str) -> list[str]:
     return []
 
 
-def did_you_mean(word: str, names: Iterable[str], *, prefix: str = "") -> str:
+def did_you_mean(word: str, names: Iterable[str]) -> str:
     """`Did you mean video? `, or nothing where no name is near."""
     folded = {name.lower(): name for name in names}
     close = difflib.get_close_matches(word.lower(), list(folded), n=1)
-    return f"Did you mean {prefix}{folded[close[0]]}? " if close else ""
+    return f"Did you mean {folded[close[0]]}? " if close else ""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import warnings
+from collections.abc import Container
 from pathlib import Path
 
 import matplotlib
@@ -15,7 +15,6 @@ from mbcd_cli.files import written
 
 # Okabe and Ito's palette without its yellow, which is too light for lines on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_FORMULA = re.compile(r"\$\w_k\$")  # a panel's figures
 SEQUENTIAL = "cividis"
 """Colour map for ordered values; readable with every kind of colour vision and in grey."""
 
@@ -39,7 +38,7 @@ matplotlib.rcParams.update(
 
 
 def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (6.4, 4.2), **subplots: object):
-    """A figure and its axes, as `plt.subplots` returns them; `size` in inches is the whole figure's."""
+    """A figure and its axes, as `matplotlib.pyplot.subplots` returns them; `size` in inches is the whole figure's."""
     fig = Figure(figsize=size, layout="constrained")
     return fig, fig.subplots(rows, columns, **subplots)
 
@@ -49,27 +48,35 @@ def legend_label(name: str) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def _as_written(fig: Figure) -> None:
-    """Dollar signs in names are dollar signs; formulas are what panels show and what matplotlib makes of powers."""
+def as_formula(name: str) -> str:
+    """A name of a user's inside a formula: its dollar signs are dollar signs."""
+    return name.replace("$", r"\$")
+
+
+def _as_written(fig: Figure, formulas: Container[str]) -> None:
+    """Dollar signs in names are dollar signs, but in `formulas` and in what matplotlib makes of powers."""
     axes = [axis for one in fig.axes for axis in one._axis_map.values()]
     made = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
-    formulas = {text for axis in made for text in axis.get_ticklabels(which="both")}
+    powers = {text for axis in made for text in axis.get_ticklabels(which="both")}
     for text in fig.findobj(Text):
-        if text not in formulas and not _FORMULA.search(text.get_text()):
+        if text not in powers and text.get_text() not in formulas:
             text.set_parse_math(False)
 
 
-def save(fig: Figure, path: Path, *, dpi: int = 130) -> Path:
+def save(fig: Figure, path: Path, *, formulas: Container[str] = ()) -> Path:
     """Write `fig` tightly cropped (the format follows the suffix) aside, then rename it to `path`.
+
+    Args:
+        formulas: texts of the figure in which dollar signs enclose formulas.
 
     Raises:
         FileError: it cannot be written.
     """
     path = Path(path)
-    _as_written(fig)
+    _as_written(fig, formulas)
     # Without software version and date the same figure gives the same bytes.
     metadata = {".png": {"Software": None}, ".svg": {"Date": None}}.get(path.suffix)
     with written(path) as aside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a letter that the font lacks is a box
-        fig.savefig(aside, format=path.suffix[1:], dpi=dpi, bbox_inches="tight", metadata=metadata)
+        fig.savefig(aside, format=path.suffix[1:], dpi=130, bbox_inches="tight", metadata=metadata)
     return path

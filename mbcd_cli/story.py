@@ -15,16 +15,17 @@ from mbcd_cli.evaluation import evaluate
 from mbcd_cli.landscape import measure
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.preparation import prepare
+from mbcd_cli.resolved import changed, load_settings, resolve
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints, run_name
 from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
+from mbcd_cli.scoring.deployed import deployed_checkpoint
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import load_settings, resolve
 from mbcd_cli.training import train
 
-METHODS = ("erm", "mbcd")
+COMPARED = ("erm", "mbcd")
 PICTURES = ("report", "accuracy per epoch", "confusion on target")
 """What `evaluate` writes that the demo points at; the report shows the rest."""
 
@@ -50,7 +51,7 @@ def demo(
     if directory.exists() and not directory.is_dir():
         raise RunError(f"{directory} is a file.", "Name another folder with --dir.")
     flags = {**flags, "dataset.root": directory / "media", "cache.dir": directory / "cache"}
-    settings = {m: resolve(preset="demo", environ=os.environ, method=m, flags=flags) for m in METHODS}
+    settings = {m: resolve(preset="demo", environ=os.environ, method=m, flags=flags) for m in COMPARED}
     target = settings["mbcd"].training.target_domain
     if target is not None and target not in DOMAINS:  # told before minutes of generating and preparing
         raise SettingsError(
@@ -69,7 +70,7 @@ def demo(
     runs: dict[str, Path] = {}
     results: dict[str, Any] = {}
     checkpoints = {}
-    for method in METHODS:
+    for method in COMPARED:
         resolved, dataset = open_for_training(settings[method])
         runs[method] = directory / "runs" / run_name(resolved)
         say(f"2/4 train {method}: target {resolved.training.target_domain}")
@@ -77,7 +78,7 @@ def demo(
         _train(resolved, dataset, runs[method], say)
         seconds[f"train {method}"] = time.monotonic() - started
 
-    for method in METHODS:
+    for method in COMPARED:
         say(f"3/4 evaluate {method}")
         started = time.monotonic()
         files = run_checkpoints(runs[method])
@@ -85,7 +86,7 @@ def demo(
         results[method] = evaluate.evaluate(
             opened, dataset, found, device=torch_device, run=runs[method], output=runs[method], say=say
         )
-        checkpoints[method] = found["best"]
+        checkpoints[method] = found[deployed_checkpoint(found)]
         seconds[f"evaluate {method}"] = time.monotonic() - started
 
     say("4/4 landscape: both methods on one scale")
@@ -99,11 +100,11 @@ def demo(
         "target_domain": opened.training.target_domain,
         "modalities": list(opened.model.modalities),
         "runs": {method: str(path) for method, path in runs.items()},
-        "target_accuracy": {m: results[m]["headline"]["top1"] for m in METHODS},
-        "source_accuracy": {m: _source_accuracy(results[m]) for m in METHODS},
+        "target_accuracy": {m: results[m]["headline"]["top1"] for m in COMPARED},
+        "source_accuracy": {m: _source_accuracy(results[m]) for m in COMPARED},
         "landscape": surfaces,
         "files": [
-            *(results[m]["files"][key] for m in METHODS for key in PICTURES if key in results[m]["files"]),
+            *(results[m]["files"][key] for m in COMPARED for key in PICTURES if key in results[m]["files"]),
             *(path for path in surfaces["files"].values() if str(path).endswith(".png")),
         ],
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
@@ -115,11 +116,7 @@ def _train(settings: Settings, dataset: Dataset, run: Path, say: Say) -> None:
     """Train, or keep the finished run of the same settings; an interrupted one goes on."""
     same = False
     if (run / SETTINGS).is_file():
-        saved = load_settings(run / SETTINGS)
-        same = all(
-            getattr(saved, part) == getattr(settings, part)
-            for part in ("modalities", "model", "method", "average", "optimizer", "training", "dataset")
-        )
+        same = not changed(load_settings(run / SETTINGS), settings)
     if same and (run / DONE).is_file():
         say(f"  {run} is trained already; delete it to train again.")
         return

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from mbcd_cli.data.modality_cache import ClipTable
 from mbcd_cli.data.records import SPLITS, Batch
 from mbcd_cli.errors import CacheError
+from mbcd_cli.runs.checkpoint import Checkpoint
 
 
 @dataclass
@@ -44,7 +45,7 @@ class ArrayDataset:
     @property
     def clips(self):
         ids = [f"{self.domains[d]}_{i}" for i, d in enumerate(self.domain)]
-        return SimpleNamespace(ids=ids, domains=self.domain, splits=self.split, labels=self.labels)
+        return ClipTable(ids=ids, domains=self.domain, splits=self.split, labels=self.labels)
 
     def has_test_views(self, clips) -> bool:
         return True
@@ -89,3 +90,23 @@ class ArrayDataset:
                 domains=torch.from_numpy(self.domain[rows]),
                 clips=torch.from_numpy(rows),
             )
+
+
+def checkpoint_of(settings, dataset: ArrayDataset, *, student: dict, teacher: dict | None, epoch: int) -> Checkpoint:
+    """A checkpoint that only holds weights, of a training on the dataset."""
+    return Checkpoint(
+        settings=settings,
+        modalities=dataset.modalities,
+        dataset=dataset.name,
+        label_names=tuple(dataset.label_names),
+        domains=tuple(dataset.domains),
+        fingerprints=dict(dataset.fingerprints),
+        student=student,
+        teacher=teacher,
+        epoch=epoch,
+        epoch_step=0,
+        step=epoch,
+        history=[],
+        best=None,
+        warnings=[],
+    )

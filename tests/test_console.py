@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from io import StringIO
 
 from rich.console import Console
@@ -18,7 +17,6 @@ def test_the_bar_fits_80_columns_and_its_note_has_a_line_of_its_own(monkeypatch)
     with console.terminal.progress("training", 96) as bar:
         bar.advance(12)
         bar.describe(note)
-        time.sleep(0.3)
     lines = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", screen.file.getvalue()).replace("\r", "\n").splitlines()
     assert all(len(line) <= 80 for line in lines)
     assert any("12/96" in line and "training" in line for line in lines)

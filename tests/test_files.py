@@ -65,7 +65,8 @@ def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path, monkey
     monkeypatch.setattr(Path, "replace", lambda self, to: done.append("rename") or replace(self, to))
     files.write_text(tmp_path / "file", "x")
     files.remove(tmp_path / "file", tmp_path / "none")
-    assert done == [str(tmp_path / f".file.{os.getpid()}.partial"), "rename", str(tmp_path), str(tmp_path)]
+    aside = tmp_path / f".file.{files._HOST}.{os.getpid()}.partial"
+    assert done == [str(aside), "rename", str(tmp_path), str(tmp_path)]
     assert not list(tmp_path.iterdir())
 
 
@@ -83,12 +84,13 @@ with files.written(Path(sys.argv[1])) as aside:
 def test_the_next_writer_of_a_file_clears_what_the_dead_left_of_it(tmp_path):
     dead = run("")
     dead.wait()
-    left = [tmp_path / f".file.{pid}.partial" for pid in (dead.pid, os.getppid())]
-    other = tmp_path / f".another.{dead.pid}.partial"
-    for path in (*left, other):
+    here = files._HOST
+    left = [tmp_path / f".file.{here}.{pid}.partial" for pid in (dead.pid, os.getppid())]
+    others = [tmp_path / f".another.{here}.{dead.pid}.partial", tmp_path / f".file.elsewhere.{dead.pid}.partial"]
+    for path in (*left, *others):
         path.touch()
     files.write_text(tmp_path / "file", "x")
-    assert [path.exists() for path in (*left, other)] == [False, True, True]
+    assert [path.exists() for path in (*left, *others)] == [False, True, True, True]
 
 
 def test_a_write_that_fails_once_inside_hdf5_is_told(tmp_path):
@@ -285,6 +287,10 @@ def test_other_answers_to_flock_are_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(files.fcntl, "flock", broken)
     with pytest.raises(FileError, match="Input/output error"):
         files.lock(tmp_path / ".lock")
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(FileError, match="Input/output error"), files.folder_aside(tmp_path / "made"):
+        pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
 def test_the_warning_of_a_folder_comes_once(tmp_path, monkeypatch):
@@ -297,6 +303,8 @@ def test_the_warning_of_a_folder_comes_once(tmp_path, monkeypatch):
         for _ in range(3):
             files.lock(tmp_path / ".lock").close()
     assert [warning.category for warning in caught] == [files.NoLocksWarning]
+    with pytest.warns(files.NoLocksWarning), files.folder_aside(tmp_path / "made") as aside:
+        assert aside.is_dir()
 
 
 # ---- lines of JSON, nested settings

@@ -13,8 +13,8 @@ from mbcd_cli.data.readers import READERS, reader_settings
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.files import flatten
 from mbcd_cli.methods import METHODS, method_class
+from mbcd_cli.resolved import resolve, validate
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import resolve, validate
 from mbcd_cli.settings.sources import to_toml
 
 LONGEST = 20_000

@@ -24,8 +24,8 @@ from mbcd_cli.files import read_json, write_json, written, written_hdf5
 from mbcd_cli.integrity import examine
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.preparation.repair import repair
+from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.checkpoint import load_checkpoint
-from mbcd_cli.settings.merge import resolve
 
 CUTS = ("modalities.video.cut=layer3", "cache.random_weights=true")
 

@@ -8,7 +8,7 @@ from helpers import write_array, write_manifest
 from mbcd_cli.errors import ManifestError, SettingsError
 from mbcd_cli.naming import did_you_mean, modality_faults, name_faults
 from mbcd_cli.preparation.cache_plan import read_listing
-from mbcd_cli.settings.merge import resolve
+from mbcd_cli.resolved import resolve
 
 
 @pytest.mark.parametrize("name", ["../x", "/abs", "a/b", "a\nb", "-x", ".x", "", "n" * 201, "\x1b[31m"])

@@ -23,11 +23,11 @@ from mbcd_cli.errors import CacheError, MediaError, SettingsError
 from mbcd_cli.evaluation.analyses.robustness import disturbed_accuracy, gaussian_shift
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.scoring.deployed import build_models
 from mbcd_cli.scoring.predictions import predict
-from mbcd_cli.settings.merge import resolve
 from mbcd_cli.training.assemble import assemble
 
 ONLINE = [*helpers.SMALL, "cache.views=0", "cache.random_weights=true", "modalities.video.cut=layer3"]

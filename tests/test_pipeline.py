@@ -16,8 +16,8 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.opening import open_for_training
-from mbcd_cli.settings.merge import resolve
 from mbcd_cli.training.assemble import assemble
 
 

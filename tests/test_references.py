@@ -27,7 +27,11 @@ PAGES = {
     path: path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-PLACEHOLDERS = {"a.b", "part.field", "MBCD_PART__FIELD"}
+PLACEHOLDERS = {"a.b", "part.field", "MBCD_PART__FIELD", "MBCD_A__B", "video_left"}
+MADE_UP = re.compile(r"(X|RUN_FOLDER|NAME|x_flow_[xy])\.\w+")
+"""Files of a name that stands for another."""
+INSTANCES = {"model": "MultiModalModel", "loss": "LossFunction"}
+"""What things are called that are of a class of another name."""
 OTHERS_FLAGS = {"--group", "--nproc-per-node"}
 """Flags of uv and torchrun."""
 LIBRARIES = ("numpy", "torch", "torch.nn", "matplotlib.pyplot")
@@ -59,11 +63,23 @@ def identifiers() -> frozenset[str]:
     words = {path.stem for path in SOURCES} | {path.parent.name for path in SOURCES}
     for text in SOURCES.values():
         words |= {t.string for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.NAME}
-        told = {id(n.value) for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Expr)}
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
-                words |= set(re.findall(r"\w+", node.value))
-    return frozenset(words)
+    return frozenset(words).union(*(re.findall(r"\w+", string) for string in strings()))
+
+
+@cache
+def strings() -> frozenset[str]:
+    """Every string of the package's code that is no docstring."""
+    return frozenset(
+        node.value
+        for text in SOURCES.values()
+        for node in _apart_from_docstrings(ast.parse(text))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+
+
+def _apart_from_docstrings(tree: ast.AST) -> list[ast.AST]:
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return [node for node in ast.walk(tree) if id(node) not in told]
 
 
 @cache
@@ -88,7 +104,7 @@ def members() -> dict[str, set[str]]:
 
 def is_setting(path: str) -> bool:
     """Whether there is a setting, or a group, of this dotted path in some tree."""
-    first, *rest = path.removesuffix(".*").split(".")
+    first, *rest = path.removeprefix("settings.").removesuffix(".*").split(".")
     if first not in Settings.model_fields:
         return False
     groups: list[type[Slice]]
@@ -121,9 +137,11 @@ def _importable(word: str) -> bool:
 
 
 def is_name(word: str) -> bool:
-    """Whether `a.b` is an attribute of a module, a class or an instance called like its class."""
+    """Whether `a.b` is a module, or an attribute of a module, a class or an instance called like its class."""
     *_, owner, attribute = word.split(".")
-    like = [owner, "".join(part.capitalize() for part in owner.split("_"))]
+    if any(path.with_suffix("").as_posix().endswith(f"/{word.replace('.', '/')}") for path in SOURCES):
+        return True
+    like = [owner, "".join(part.capitalize() for part in owner.split("_")), INSTANCES.get(owner, "")]
     return any(attribute in members().get(name, ()) for name in like) or _importable(word)
 
 
@@ -137,7 +155,7 @@ def is_file(word: str) -> bool:
             any(path.as_posix().endswith(f"/{word}") for path in (*SOURCES, *OURS, *PAGES))
             or (ROOT / word).exists()
             or (ROOT / "mbcd_cli" / word).exists()
-            or any(re.search(rf"\b{re.escape(name)}\b", text) for text in SOURCES.values())
+            or any(name in string for string in strings())
         )
     )
 
@@ -179,7 +197,9 @@ def test_pages_and_their_sections():
 def test_what_stands_in_ticks(path):
     wrong = []
     for word in in_ticks(path):
-        if re.fullmatch(r"[\w/.*-]+\.(py|md|toml)", word):
+        if MADE_UP.fullmatch(word):
+            good = True
+        elif re.fullmatch(r"[\w/.*-]+\.(py|md|toml)", word):
             good = is_file(word)
         elif re.fullmatch(r"[A-Za-z_]+(\.\w+)*\.[A-Za-z_]\w*", word) or re.fullmatch(r"[a-z_.]+\.\*", word):
             good = is_setting(word) or is_file(word) or is_name(word)

@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mbcd_cli"
 # From the bottom; a room imports what stands on lower lines, and itself. Rooms of one line do not know each other.
-# settings/merge.py stands above its room: the settings' classes of methods, readers and kinds come together there.
 FLOORS = (
     "__init__ errors say allocator randomness checksums naming",
     "files processes settings plugins",
@@ -23,7 +22,7 @@ FLOORS = (
     "encoders",
     "model",
     "methods",
-    "settings.merge",
+    "resolved",
     "preparation runs scoring paper",
     "training evaluation landscape",
     "sweep",
@@ -35,26 +34,19 @@ FLOORS = (
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 
-def floor(module: str) -> str:
-    """The room of a dotted module of the package, or the module itself where it has a floor of its own."""
-    parts = module.split(".")
-    return next((name for name in (".".join(parts[:2]), parts[0]) if name in HEIGHT), parts[0])
-
-
 def room(path: Path) -> str:
-    return floor(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(path: Path):
     """Rooms that a file imports, or names in a string (a module to be run or loaded later)."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mbcd_cli":
-            inside = node.module.split(".", 1)[1:]
-            yield from {floor(".".join([*inside, alias.name])) for alias in node.names}
+            yield from {(*node.module.split("."), alias.name)[1] for alias in node.names}
         elif isinstance(node, ast.Import):
-            yield from (floor(a.name.split(".", 1)[1]) for a in node.names if a.name.startswith("mbcd_cli."))
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("mbcd_cli."))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield from map(floor, re.findall(r"^mbcd_cli\.([\w.]+)$", node.value))
+            yield from re.findall(r"^mbcd_cli\.(\w+)[\w.]*$", node.value)
 
 
 def test_imports_go_downward_only():
@@ -83,13 +75,26 @@ def test_no_name_is_used_twice():
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                 natural = users_word(path) and node.name in (path.stem, "read")
                 named[node.name] += [] if natural else [where]
+            for name in ast.walk(node) if isinstance(node, ast.Assign | ast.AnnAssign) else ():
+                # A type's name: one more letter than a type variable's, and no constant's capitals.
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store) and re.match("[A-Z].*[a-z]", name.id):
+                    named[name.id].append(where)
     twice = {name: places for name, places in named.items() if len(places) > 1}
     assert not twice, "\n".join(f"{name}: {', '.join(places)}" for name, places in twice.items())
 
 
-def test_only_the_command_line_uses_the_console():
-    users = {room(path) for path in PACKAGE.rglob("*.py") if "console" in imports(path)}
-    assert users == {"cli"}
+def prints(path: Path) -> bool:
+    """Whether a file prints, or imports what shows things on a terminal."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    shows = any(str(name).split(".")[0] in ("rich", "typer") or name == "mbcd_cli.console" for name in modules)
+    return shows or "console" in imports(path) or bool(called & {"print", "traceback.print_exc"})
+
+
+def test_only_the_command_line_prints():
+    assert {room(path) for path in PACKAGE.rglob("*.py") if prints(path)} == {"cli", "console"}
 
 
 def test_help_is_quick():
@@ -108,7 +113,7 @@ def test_help_is_quick():
 def test_the_design_shows_every_room():
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     told = set(re.findall(r"`([a-z_]+)(?:/|\.py)`", "\n".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE))))
-    there = {room(path).partition(".")[0] for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
+    there = {room(path) for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
     assert told == there, f"missing: {there - told}, gone: {told - there}"
 
 

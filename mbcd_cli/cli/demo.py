@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command
+from mbcd_cli.cli.options import Asked, Reply, command
 
 
 @command(
@@ -23,12 +23,12 @@ def demo(
     directory: Annotated[Path, typer.Option("--dir", help="Folder for the demo's media, cache and runs.")] = Path(
         "mbcd-demo"
     ),
-) -> Shown:
+) -> Reply:
     """Run the whole story on an embedded dataset: prepare, train ERM and MBCD, evaluate, landscape."""
     from mbcd_cli import story
 
     result = story.demo(directory, flags=asked.flags, say=console.terminal)
-    return result, partial(show_demo, result, story.METHODS)
+    return result, partial(show_demo, result, story.COMPARED)
 
 
 def show_demo(result: dict[str, Any], methods: tuple[str, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command, listed
+from mbcd_cli.cli.options import Asked, Reply, command, listed
 from mbcd_cli.errors import UsageError
 
 _NEW = "New clips"
@@ -62,7 +62,7 @@ def evaluate(
             "--max-bad", help="Rejected new clips tolerated: a number, or a share (5%).", rich_help_panel=_NEW
         ),
     ] = None,
-) -> Shown:
+) -> Reply:
     """Measure a run on its domains, predict new clips with it, or compare runs.
 
     Accuracy fused and per modality, missing modalities, calibration, t-SNE, an HTML report.

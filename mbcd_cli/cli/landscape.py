@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command
+from mbcd_cli.cli.options import Asked, Reply, command
 from mbcd_cli.errors import UsageError
 
 
@@ -38,7 +38,7 @@ def landscape(
     ] = None,
     plot_only: Annotated[bool, typer.Option("--plot-only", help="Draw the files again, measure nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Measure anew instead of resuming.")] = False,
-) -> Shown | None:
+) -> Reply | None:
     """Show where training ended: loss surfaces, flatness and curvature around checkpoints, paths between them."""
     from mbcd_cli.landscape import measure
     from mbcd_cli.runs import names, opening

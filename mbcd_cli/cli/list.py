@@ -10,16 +10,16 @@ from typing import Annotated
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command
+from mbcd_cli.cli.options import Asked, Reply, command
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import summaries_of
 
-KINDS = ("presets", "datasets", "encoders", "methods")
+LISTS = ("presets", "datasets", "encoders", "methods")
 
 
 @command("cache.dir", layered=False, examples=("mbcd list presets", "mbcd list datasets --cache-dir cache"))
-def list(asked: Asked, what: Annotated[str, typer.Argument(help="presets, datasets, encoders or methods.")]) -> Shown:
+def list(asked: Asked, what: Annotated[str, typer.Argument(help="presets, datasets, encoders or methods.")]) -> Reply:
     """List what can be chosen."""
     columns, rows = choices(what, asked.flags.get("cache.dir") or Path("cache"))
     shown = [["yes" if cell is True else "" if cell in (None, False) else cell for cell in row] for row in rows]
@@ -51,7 +51,7 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[obj
             (row["method"], row["paper"], row["year"], row["what"], row["published"]) for row in method_summaries()
         ]
     raise SettingsError(
-        f"There is nothing called {what!r} to list.", f"{did_you_mean(what, KINDS)}Use one of {', '.join(KINDS)}."
+        f"There is nothing called {what!r} to list.", f"{did_you_mean(what, LISTS)}Use one of {', '.join(LISTS)}."
     )
 
 

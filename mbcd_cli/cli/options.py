@@ -1,4 +1,4 @@
-"""The flags: one table from a setting to its flag, and how a command is made of a function and some of them.
+"""How a command is made of a function and the flags of some settings (`settings.flags`).
 
 A flag's help, type and choices are those of its setting; a value that is not given leaves the layers below as they are.
 """
@@ -18,64 +18,39 @@ from typer.models import CommandInfo
 
 from mbcd_cli import console
 from mbcd_cli.cli.outcome import finish, outcome
-from mbcd_cli.settings import ManifestSettings, MethodSettings, Settings
+from mbcd_cli.settings import FLAGS, ManifestSettings, MethodSettings, Settings
 
-FLAGS = {
-    "dataset.reader": "DATASET",
-    "dataset.root": "--root",
-    "dataset.reader.manifest": "--manifest",
-    "dataset.name": "--dataset --name",
-    "dataset.compute_flow": "--compute-flow/--no-compute-flow",
-    "dataset.max_bad": "--max-bad",
-    "dataset.missing_frames": "--missing-frames",
-    "model.modalities": "--modalities",
-    "method.name": "--method",
-    "optimizer.lr": "--lr",
-    "training.target_domain": "--target-domain",
-    "training.source_domains": "--source-domains",
-    "training.epochs": "--epochs",
-    "training.chassis": "--chassis",
-    "training.batch_size": "--batch-size",
-    "training.seed": "--seed",
-    "training.limit_clips": "--limit-clips",
-    "training.max_steps": "--max-steps",
-    "evaluation.analyses": "--analyses",
-    "evaluation.export": "--export",
-    "cache.dir": "--cache-dir",
-    "cache.views": "--views",
-    "cache.workers": "--workers",
-    "cache.weights_dir": "--weights-dir",
-    "cache.random_weights": "--random-weights",
-    "runtime.device": "--device",
-    "runtime.threads": "--threads",
-}
-"""Setting -> its flag; a name without dashes is an argument, and needed."""
 COMMON = ("cache.dir", "runtime.device", "runtime.threads")
 """Settings whose flags every layered command has."""
-SETTINGS, RUNTIME, OUTPUT = "Settings", "Runtime", "Output"
-_PANELS = {"model.modalities": SETTINGS, "cache.dir": SETTINGS, "runtime.device": RUNTIME, "runtime.threads": RUNTIME}
+_SETTINGS, _RUNTIME, _OUTPUT = "Settings", "Runtime", "Output"
+_PANELS = {
+    "model.modalities": _SETTINGS,
+    "cache.dir": _SETTINGS,
+    "runtime.device": _RUNTIME,
+    "runtime.threads": _RUNTIME,
+}
 Preset = Annotated[
     str | None,
-    typer.Option("--preset", help="Preset by name or path; `none` for the bare defaults.", rich_help_panel=SETTINGS),
+    typer.Option("--preset", help="Preset by name or path; `none` for the bare defaults.", rich_help_panel=_SETTINGS),
 ]
 Config = Annotated[
-    Path | None, typer.Option("--config", help="TOML file laid over the preset.", rich_help_panel=SETTINGS)
+    Path | None, typer.Option("--config", help="TOML file laid over the preset.", rich_help_panel=_SETTINGS)
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="One setting, as part.field=value; repeatable.", rich_help_panel=SETTINGS),
+    typer.Option("--set", help="One setting, as part.field=value; repeatable.", rich_help_panel=_SETTINGS),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object on stdout, messages on stderr.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--json", help="One JSON object on stdout, messages on stderr.", rich_help_panel=_OUTPUT)
 ]
 Csv = Annotated[
     Path | None,
-    typer.Option("--csv", help="Folder for the printed tables, as CSV files too.", rich_help_panel=OUTPUT),
+    typer.Option("--csv", help="Folder for the printed tables, as CSV files too.", rich_help_panel=_OUTPUT),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", rich_help_panel=_OUTPUT)]
 ShowSettings = Annotated[
     bool,
-    typer.Option("--show-settings", help="Print the resolved settings as TOML and stop.", rich_help_panel=SETTINGS),
+    typer.Option("--show-settings", help="Print the resolved settings as TOML and stop.", rich_help_panel=_SETTINGS),
 ]
 
 
@@ -97,7 +72,7 @@ class Asked:
 
     def resolve(self, preset: str | None, *, named: bool = False) -> Settings:
         """The settings of all layers, `preset` being the lowest; `named`: it names a dataset without a name."""
-        from mbcd_cli.settings.merge import (  # late: it needs the kinds of modality, help does not
+        from mbcd_cli.resolved import (  # late: it needs the kinds of modality, help does not
             named_dataset,
             resolve,
         )
@@ -112,13 +87,13 @@ class Asked:
 
 _HANDED = ("asked", "show_settings")
 """Parameters of a command that are no options of its own."""
-Shown = tuple[dict[str, Any] | list[Any], Callable[[], None]]
+Reply = tuple[dict[str, Any] | list[Any], Callable[[], None]]
 """A command's result, and what shows it to a person; `exit_code` in it is the command's."""
 
 
 def command(
     *flags: str, examples: Sequence[str], layered: bool = True, preset: bool = False, show_settings: bool = False
-) -> Callable[[Callable[..., Shown | None]], CommandInfo]:
+) -> Callable[[Callable[..., Reply | None]], CommandInfo]:
     """Make a command of a function: its parameters, and the options of some settings.
 
     The function gets `asked` and its own parameters; it returns what is to be emitted and shown, or None.
@@ -130,7 +105,7 @@ def command(
         show_settings: --show-settings, handed to the function.
     """
 
-    def make(function: Callable[..., Shown | None]) -> CommandInfo:
+    def make(function: Callable[..., Reply | None]) -> CommandInfo:
         names = {path.replace(".", "__"): path for path in (*flags, *(COMMON if layered else ()))}
         options = {name: _option(path) for name, path in names.items()}
         last = {name: option for name, option in options.items() if names[name] in _PANELS}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command, emit_settings, preset_of
+from mbcd_cli.cli.options import Asked, Reply, command, emit_settings, preset_of
 
 if TYPE_CHECKING:
     from mbcd_cli.preparation.prepare import Prepared
@@ -49,7 +49,7 @@ def prepare(
     check: Annotated[
         bool, typer.Option("--check", help="Only say what is there, what is missing, how much space and time it takes.")
     ] = False,
-) -> Shown | None:
+) -> Reply | None:
     """Decode a dataset once, run the frozen trunks, fill the cache.
 
     Bad clips are reported and left out. What is prepared already is reused; a killed run resumes.

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command
+from mbcd_cli.cli.options import Asked, Reply, command
 
 
 @command(
@@ -21,7 +21,7 @@ from mbcd_cli.cli.options import Asked, Shown, command
 def repair(
     asked: Asked,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A cache's folder, a dataset's, or the one of all.")],
-) -> Shown:
+) -> Reply:
     """Compute what is damaged or missing of caches anew from the media, only that, bit for bit as it was.
 
     Where the media have changed nothing is touched.

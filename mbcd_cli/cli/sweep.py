@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command, dataset_preset
+from mbcd_cli.cli.options import Asked, Reply, command, dataset_preset
 
 
 @command(
@@ -58,7 +58,7 @@ def sweep(
     ] = None,
     runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")] = Path("runs"),
     output: Annotated[Path | None, typer.Option("--output", help="Folder of the tables (default: sweeps/...).")] = None,
-) -> Shown:
+) -> Reply:
     """Run the grid of runs behind a table, then collect it: mean and spread over seeds, significance, curves.
 
     Runs that are done are never repeated, killed ones resume, failed ones are listed.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command, dataset_preset, emit_settings
+from mbcd_cli.cli.options import Asked, Reply, command, dataset_preset, emit_settings
 from mbcd_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def train(
     runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")] = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
-) -> Shown | None:
+) -> Reply | None:
     """Train on the source domains from the cache; the target is only reported.
 
     Without --preset, --config or --dataset the preset is epic-kitchens.

@@ -10,15 +10,15 @@ from typing import Annotated
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Shown, command
+from mbcd_cli.cli.options import Asked, Reply, command
 from mbcd_cli.errors import FileError
 
-Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders of caches, runs, sweeps, landscapes.")]
+_Folders = Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders of caches, runs, sweeps, landscapes.")]
 _LINES = 20
 
 
 @command(layered=False, examples=("mbcd verify cache", "mbcd verify runs landscape --json"))
-def verify(asked: Asked, paths: Paths) -> Shown:
+def verify(asked: Asked, paths: _Folders) -> Reply:
     """Compare every byte of caches, runs, sweeps and landscapes with its checksum.
 
     Exit code 1 where something is damaged or missing.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from mbcd_cli.data.dataset import CachedDataset
+from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import TEST_VIEW, Batch
 from mbcd_cli.errors import SettingsError
 
@@ -94,9 +94,7 @@ class ResidentRows:
         device: where.
     """
 
-    def __init__(
-        self, dataset: CachedDataset, *, training: np.ndarray, testing: np.ndarray, device: torch.device
-    ) -> None:
+    def __init__(self, dataset: Dataset, *, training: np.ndarray, testing: np.ndarray, device: torch.device) -> None:
         self._device = device
         self._parts: dict[tuple[str, bool], tuple[torch.Tensor, ...]] = {}
         self._where: dict[str, np.ndarray] = {}
@@ -134,7 +132,7 @@ def _rows(stored: int, training: np.ndarray, testing: np.ndarray) -> list[tuple[
     return [group for group in groups if len(group[1])]
 
 
-def resident_bytes(dataset: CachedDataset, *, training: np.ndarray, testing: np.ndarray) -> int:
+def resident_bytes(dataset: Dataset, *, training: np.ndarray, testing: np.ndarray) -> int:
     """Bytes that `ResidentRows` would take."""
     total = 0
     for cache in dataset.caches.values():
@@ -145,7 +143,7 @@ def resident_bytes(dataset: CachedDataset, *, training: np.ndarray, testing: np.
 
 
 def keep_on_device(
-    dataset: CachedDataset, *, where: str, training: np.ndarray, testing: Sequence[np.ndarray], device: torch.device
+    dataset: Dataset, *, where: str, training: np.ndarray, testing: Sequence[np.ndarray], device: torch.device
 ) -> ResidentRows | None:
     """The selected rows on the GPU as `runtime.cache_device` asks, or None where the cache is read from disk.
 

@@ -17,11 +17,10 @@ import torch
 
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.data.records import Clip, Media
+from mbcd_cli.data.records import Clip, Media, Parts
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings, Settings
 
-Parts = tuple[torch.Tensor, ...]
 _FILES = ("path", "path_v", "clock")
 _APART = 2**32
 """Between the numbers of two views of one epoch: more than there are epochs."""

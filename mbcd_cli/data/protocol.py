@@ -14,9 +14,9 @@ import torch
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.modality_cache import ClipTable, ModalityCache
 from mbcd_cli.data.online import OnlineViews
-from mbcd_cli.data.records import SPLITS, Batch, Rejected
+from mbcd_cli.data.records import SPLITS, Batch, Parts, Rejected
 
-Read = Callable[[str, np.ndarray, np.ndarray], tuple[torch.Tensor, ...]]
+Read = Callable[[str, np.ndarray, np.ndarray], Parts]
 """(modality, clips [B], views [B]) -> parts, each [B, ...]."""
 
 

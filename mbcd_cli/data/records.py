@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:  # the processes that decode media need no torch: seconds of start and 280 MB each
     import torch
 
+Parts = tuple["torch.Tensor", ...]
+"""What a trunk takes and returns: a tensor [B, ...] per path of the encoder."""
 SPLITS = ("train", "test")
 # Fusion concatenates in this order (the reference's); other modalities follow in the order given.
 MODALITY_ORDER = ("video", "audio", "flow")

@@ -31,7 +31,7 @@ def weights_channels_last(module: nn.Module) -> None:
 
 
 def match_layout(parameter: nn.Parameter) -> None:
-    """Give `parameter.grad` the parameter's strides: fused optimizers walk both in memory order."""
+    """Give the gradient of `parameter` the parameter's strides: fused optimizers walk both in memory order."""
     gradient = parameter.grad
     if gradient is None or gradient.stride() == parameter.stride():
         return

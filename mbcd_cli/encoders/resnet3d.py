@@ -25,7 +25,7 @@ SPEED = 4
 FAST_FRACTION = 8
 """The fast path has this fraction of the slow path's channels."""
 
-Paths = tuple[torch.Tensor, torch.Tensor]
+_Paths = tuple[torch.Tensor, torch.Tensor]
 
 
 class ConvNorm(nn.Module):
@@ -97,7 +97,7 @@ class SplitPaths(nn.Module):
         super().__init__()
         self.normalise = normalise
 
-    def forward(self, x: torch.Tensor) -> Paths:
+    def forward(self, x: torch.Tensor) -> _Paths:
         """uint8 RGB [B, 3, T, H, W] -> (slow [B, 3, T / 4, H, W], fast [B, 3, T, H, W])."""
         x = self.normalise(x)
         return x[:, :, : x.shape[2] - x.shape[2] % SPEED : SPEED], x
@@ -111,7 +111,7 @@ class TwoPaths(nn.Module):
         self.slow = slow
         self.fast = fast
 
-    def forward(self, parts: Paths) -> Paths:
+    def forward(self, parts: _Paths) -> _Paths:
         """(slow, fast) -> (slow, fast)."""
         return self.slow(parts[0]), self.fast(parts[1])
 
@@ -123,7 +123,7 @@ class Lateral(nn.Module):
         super().__init__()
         self.conv = nn.Conv3d(fast_channels, 2 * fast_channels, (7, 1, 1), (SPEED, 1, 1), (3, 0, 0), bias=False)
 
-    def forward(self, parts: Paths) -> Paths:
+    def forward(self, parts: _Paths) -> _Paths:
         """(slow [B, C, T / 4, H, W], fast [B, c, T, H, W]) -> (slow with 2 c more channels, fast)."""
         slow, fast = parts
         return torch.cat((slow, self.conv(fast)), dim=1), fast
@@ -136,7 +136,7 @@ class PathsPool(nn.Module):
         super().__init__()
         self.pool = GlobalPool()
 
-    def forward(self, parts: Paths) -> torch.Tensor:
+    def forward(self, parts: _Paths) -> torch.Tensor:
         """(slow [B, 2048, ...], fast [B, 256, ...]) -> [B, 2304]."""
         slow, fast = parts
         return torch.cat((self.pool(fast), self.pool(slow)), dim=1)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mbcd_cli.data.records import Parts
 from mbcd_cli.errors import SettingsError
 
-Parts = tuple[torch.Tensor, ...]
 Noise = Callable[[Parts], Parts]
 TOGETHER = 16
 """Clips that a trunk takes at once in eval mode: its activations are many times what it returns."""
@@ -193,9 +193,9 @@ class GlobalPool(nn.Module):
 class Adapter(nn.Module):
     """A small residual MLP on pooled features [B, D]; it begins as the identity."""
 
-    def __init__(self, dim: int, hidden: int | None = None) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.down = nn.Linear(dim, hidden or max(dim // 4, 8))
+        self.down = nn.Linear(dim, max(dim // 4, 8))
         self.up = nn.Linear(self.down.out_features, dim)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)

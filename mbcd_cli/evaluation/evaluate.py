@@ -22,12 +22,12 @@ from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import describe_run, gathered_results, provenance, result_warnings
 from mbcd_cli.files import folder_aside, read_records, write_json
 from mbcd_cli.preparation.cache_plan import read_listing
+from mbcd_cli.resolved import load_settings, method_label
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
 from mbcd_cli.settings import DatasetSettings, Settings
-from mbcd_cli.settings.merge import load_settings, method_label
 from mbcd_cli.settings.sources import to_toml
 
 
@@ -97,7 +97,7 @@ def evaluate(
         sums = {path.as_posix(): of_file(aside / path) for path in ours.values()}
         sums |= {p.relative_to(output).as_posix(): of_file(p) for p in _beside(files, aside, output)}
         write_json(aside / "results.json", {**figures, "files": sums})
-        give_place(aside, output, [*ours.values(), Path("results.json")])
+        give_place(aside, output, list(ours.values()))
     files |= {name: output / path for name, path in ours.items()} | {"results": output / "results.json"}
     return {**figures, "files": {name: str(path) for name, path in files.items()}}
 
@@ -157,7 +157,7 @@ def _accuracy_plots(analysis: Analysis) -> None:
 
 def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, checkpoint: Checkpoint) -> None:
     records = read_records(run / "metrics.jsonl") if run is not None else []
-    history = accuracy_history(records or list(getattr(checkpoint, "history", [])))
+    history = accuracy_history(records or checkpoint.history)
     if history is None:
         return
     oracle = history.oracle(figures["headline"]["model"])

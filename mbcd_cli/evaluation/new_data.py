@@ -13,9 +13,9 @@ import torch
 
 from mbcd_cli.data.dataset import CachedDataset, ModalityCache
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
-from mbcd_cli.evaluation.report.export import vote_rows, write_csv
+from mbcd_cli.evaluation.report.export import vote_rows
 from mbcd_cli.evaluation.report.results import provenance
-from mbcd_cli.files import write_json
+from mbcd_cli.files import write_json, write_rows
 from mbcd_cli.preparation.prepare import prepare_listing
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
@@ -85,9 +85,9 @@ def predict_new(
         clips = CachedDataset(listing.name, caches, {name: settings.modalities[name] for name in names})
         figures, rows = _predicted(whole, clips, checkpoints, device, say)
     folder = output or Path(listing.name.replace("new-", "predict-", 1))
-    files = {"predictions": write_csv(rows, folder / "predict.csv")}
+    files = {"predictions": write_rows(folder / "predict.csv", rows)}
     if prepared["rejected"]:
-        files["rejected"] = write_csv(prepared["rejected"], folder / "rejected.csv")
+        files["rejected"] = write_rows(folder / "rejected.csv", prepared["rejected"])
     else:
         (folder / "rejected.csv").unlink(missing_ok=True)  # of an earlier time
     figures |= {"clips": prepared["clips"], "rejected": prepared["rejected"], "data_root": str(root)}

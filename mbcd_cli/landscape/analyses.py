@@ -64,6 +64,46 @@ class Study:
         return loss, accuracy
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Figures of a finished analysis; `file` holds all of it. Increases are relative to the checkpoint's loss."""
+
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class GridFigures(Measured):
+    """Of a filled grid: points that were measured, without finite loss, and not measured; None without a finite one."""
+
+    points: int
+    non_finite: int
+    missing: int
+    mean_increase: float | None
+    max_increase: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class FlatnessFigures(Measured):
+    """Of random directions, a value per radius: mean increase, half of its 95 % interval, accuracy, directions."""
+
+    radii: list[float]
+    mean_increase: list[float]
+    half_width_95: list[float]
+    accuracy: list[float]
+    directions: list[int]
+    non_finite: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorstCaseFigures(Measured):
+    """Of gradient ascent, a value per radius."""
+
+    radii: list[float]
+    increase: list[float]
+    accuracy: list[float]
+    non_finite: int
+
+
 def file_of(folder: Path, analysis: str, label: str) -> Path:
     """`folder/ANALYSIS-label.h5`, with characters that file names do not bear replaced."""
     safe = "".join(c if c.isalnum() or c in "-_.+" else "-" for c in label)
@@ -117,7 +157,7 @@ def _axis_name(study: Study, number: int) -> str:
     return f"direction {number} ({study.settings.normalisation}-normalised)"
 
 
-def run_surface(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
+def run_surface(study: Study, centre: tuple[float, float]) -> GridFigures:
     """2-D plane of two random directions (Li et al. 2018) -> summary."""
     s = study.settings
     coordinates = axis(s.span, s.points)
@@ -132,10 +172,10 @@ def run_surface(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         marks={study.label: (0.0, 0.0)},
         fill=lambda store, advance: fill_grid(store, study.loss, directions, place=study.group, advance=advance),
     )
-    return grid_summary(grid, centre)
+    return grid_figures(grid, centre)
 
 
-def run_curve(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
+def run_curve(study: Study, centre: tuple[float, float]) -> GridFigures:
     """1-D line along one random direction -> summary."""
     s = study.settings
     direction = study.sphere.sample(seed=s.seed, index=0)
@@ -149,23 +189,23 @@ def run_curve(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         marks={study.label: (0.0, 0.0)},
         fill=lambda store, advance: fill_grid(store, study.loss, [direction], place=study.group, advance=advance),
     )
-    return grid_summary(grid, centre)
+    return grid_figures(grid, centre)
 
 
-def grid_summary(grid: Grid, centre: tuple[float, float]) -> dict[str, Any]:
-    """Figures of a filled grid; increases are relative to the checkpoint."""
+def grid_figures(grid: Grid, centre: tuple[float, float]) -> GridFigures:
+    """Figures of a filled grid around a checkpoint of this loss and accuracy."""
     finite = grid.loss[np.isfinite(grid.loss)]
-    return {
-        "file": str(grid.path),
-        "points": int(grid.computed.sum()),
-        "non_finite": grid.non_finite,
-        "missing": grid.missing,
-        "mean_increase": float(finite.mean() - centre[0]) if len(finite) else None,
-        "max_increase": float(finite.max() - centre[0]) if len(finite) else None,
-    }
+    return GridFigures(
+        file=str(grid.path),
+        points=int(grid.computed.sum()),
+        non_finite=grid.non_finite,
+        missing=grid.missing,
+        mean_increase=float(finite.mean() - centre[0]) if len(finite) else None,
+        max_increase=float(finite.max() - centre[0]) if len(finite) else None,
+    )
 
 
-def run_flatness(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
+def run_flatness(study: Study, centre: tuple[float, float]) -> FlatnessFigures:
     """Mean loss increase over random directions of every radius (Cha et al. 2021) -> summary."""
     s = study.settings
     grid = run_grid(
@@ -180,18 +220,18 @@ def run_flatness(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         ),
     )
     curve = flatness_curve(grid, centre=centre[0])
-    return {
-        "file": str(grid.path),
-        "radii": curve.radii.tolist(),
-        "mean_increase": curve.mean.tolist(),
-        "half_width_95": curve.half_width.tolist(),
-        "accuracy": curve.accuracy.tolist(),
-        "directions": curve.directions.tolist(),
-        "non_finite": curve.non_finite,
-    }
+    return FlatnessFigures(
+        file=str(grid.path),
+        radii=curve.radii.tolist(),
+        mean_increase=curve.mean.tolist(),
+        half_width_95=curve.half_width.tolist(),
+        accuracy=curve.accuracy.tolist(),
+        directions=curve.directions.tolist(),
+        non_finite=curve.non_finite,
+    )
 
 
-def run_worst_case(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
+def run_worst_case(study: Study, centre: tuple[float, float]) -> WorstCaseFigures:
     """Largest loss increase that gradient ascent finds at every radius -> summary."""
     s = study.settings
 
@@ -214,10 +254,10 @@ def run_worst_case(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
         about=about_of(study, centre),
         fill=fill,
     )
-    return {
-        "file": str(grid.path),
-        "radii": grid.x.tolist(),
-        "increase": (grid.loss[0] - centre[0]).tolist(),
-        "accuracy": grid.accuracy[0].tolist(),
-        "non_finite": grid.non_finite,
-    }
+    return WorstCaseFigures(
+        file=str(grid.path),
+        radii=grid.x.tolist(),
+        increase=(grid.loss[0] - centre[0]).tolist(),
+        accuracy=grid.accuracy[0].tolist(),
+        non_finite=grid.non_finite,
+    )

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.landscape.analyses import Study
@@ -111,7 +110,7 @@ class Bench:
         return self.dataset.batches(clips, batch_size=chosen.batch_size, training=True, seed=chosen.seed)
 
     def _tested(self, clips: np.ndarray) -> bool:
-        return not isinstance(self.dataset, CachedDataset) or self.dataset.has_test_views(clips)
+        return self.dataset.has_test_views(clips)
 
     def _names(self, model: MultiModalModel) -> tuple[str, ...]:
         return moving_names(model, group=self.settings.landscape.group, loss=self.settings.landscape.loss)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
-from mbcd_cli.landscape.analyses import Study, about_of, directions_identity, grid_summary, run_grid
+from mbcd_cli.landscape.analyses import (
+    GridFigures,
+    Measured,
+    Study,
+    about_of,
+    directions_identity,
+    grid_figures,
+    run_grid,
+)
 from mbcd_cli.landscape.directions import Sphere, Vector, norm
 from mbcd_cli.landscape.objective import LossFunction
 from mbcd_cli.landscape.paths import Plane, barrier, line, plane, trajectory_plane
@@ -32,7 +39,27 @@ class Ends:
     digests: Mapping[str, str]
 
 
-def run_path(study: Study, ends: Ends, label: str) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class PathFigures(Measured):
+    """Of a straight path: losses at its ends, the barrier's height and place (0 to 1), the distance gone."""
+
+    from_loss: float
+    to_loss: float
+    barrier: float
+    barrier_at: float
+    length: float
+    non_finite: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryFigures(GridFigures):
+    """Of a training's plane: shares of variance that its axes explain, and where the epochs lie in it."""
+
+    explained: list[float]
+    places: dict[str, tuple[float, float]]
+
+
+def run_path(study: Study, ends: Ends, label: str) -> PathFigures:
     """Straight path from the checkpoint to `label` -> summary with the barrier."""
     study = replace(study, loss=ends.loss)
     name = f"{study.label} to {label}"
@@ -47,19 +74,19 @@ def run_path(study: Study, ends: Ends, label: str) -> dict[str, Any]:
         marks={study.label: (0.0, 0.0), label: (1.0, 0.0)},
         fill=lambda store, advance: fill_grid(store, study.loss, [direction], place=study.group, advance=advance),
     )
-    found = barrier(grid)
-    return {
-        "file": str(grid.path),
-        "from_loss": float(grid.loss[0, 0]),
-        "to_loss": float(grid.loss[0, -1]),
-        "barrier": found.height,
-        "barrier_at": found.at,
-        "length": norm({n: direction[n] for n in ends.names}),
-        "non_finite": found.non_finite,
-    }
+    highest = barrier(grid)
+    return PathFigures(
+        file=str(grid.path),
+        from_loss=float(grid.loss[0, 0]),
+        to_loss=float(grid.loss[0, -1]),
+        barrier=highest.height,
+        barrier_at=highest.at,
+        length=norm({n: direction[n] for n in ends.names}),
+        non_finite=highest.non_finite,
+    )
 
 
-def run_plane(study: Study, ends: Ends) -> dict[str, Any]:
+def run_plane(study: Study, ends: Ends) -> GridFigures:
     """Plane through the checkpoint and one or two others -> summary."""
     study = replace(study, loss=ends.loss)
     s = study.settings
@@ -78,15 +105,15 @@ def run_plane(study: Study, ends: Ends) -> dict[str, Any]:
     return _run_plane(study, " to ".join([study.label, *names]), "plane", through, identity, about)
 
 
-def run_trajectory(study: Study, ends: Ends) -> dict[str, Any]:
+def run_trajectory(study: Study, ends: Ends) -> TrajectoryFigures:
     """Plane of the two principal components of the training's epochs around the checkpoint -> summary."""
     study = replace(study, loss=ends.loss)
     through = trajectory_plane(study.loss.start, ends.towards, names=ends.names, label=study.label)
     identity = {"analysis": "trajectory", "epochs": dict(ends.digests)}
     first, second = (f"component {n} ({100 * part:.0f} %)" for n, part in enumerate(through.explained, start=1))
     about = {"x": first, "y": second, "equal": False}
-    summary = _run_plane(study, study.label, "trajectory", through, identity, about)
-    return {**summary, "explained": list(through.explained), "places": through.places}
+    figures = _run_plane(study, study.label, "trajectory", through, identity, about)
+    return TrajectoryFigures(**asdict(figures), explained=list(through.explained), places=through.places)
 
 
 def _run_plane(
@@ -96,7 +123,7 @@ def _run_plane(
     through: Plane,
     identity: Mapping[str, object],
     about: Mapping[str, object],
-) -> dict[str, Any]:
+) -> GridFigures:
     x, y = through.axes(study.settings.points, square=about.get("equal", True))
     directions = [through.first, through.second]
     centre = study.centre()
@@ -111,4 +138,4 @@ def _run_plane(
         marks=through.places,
         fill=lambda store, advance: fill_grid(store, study.loss, directions, place=study.group, advance=advance),
     )
-    return grid_summary(grid, centre)
+    return grid_figures(grid, centre)

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from mbcd_cli.landscape.analyses import Study, about_of
+from mbcd_cli.landscape.analyses import Measured, Study, about_of
 from mbcd_cli.landscape.hessian import Hessian, hutchinson_trace, spectral_density, top_eigenvalues
 from mbcd_cli.landscape.store import load_arrays, save_arrays
 from mbcd_cli.landscape.surface import Advance
 
 
-def run_curvature(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class CurvatureFigures(Measured):
+    """Of the Hessian: eigenvalues with their errors, trace with its error, Hessian-vector products that it took."""
+
+    parameters: int
+    eigenvalues: list[float]
+    errors: list[float]
+    converged: list[bool]
+    spectral_norm: float
+    trace: float
+    trace_error: float
+    exact: bool
+    products: int
+
+
+def run_curvature(study: Study, centre: tuple[float, float]) -> CurvatureFigures:
     """Top eigenvalues, trace and spectral density of the Hessian -> summary; a finished file is used as it is."""
     s = study.settings
     keys = ("seed", "eigenvalues", "tolerance", "trace_probes", "density_probes", "density_steps")
@@ -27,18 +42,18 @@ def run_curvature(study: Study, centre: tuple[float, float]) -> dict[str, Any]:
     study.group.barrier()
     arrays, _ = load_arrays(path, identity=identity)
     values = arrays["eigenvalues"]
-    return {
-        "file": str(path),
-        "parameters": int(arrays["parameters"]),
-        "eigenvalues": values.tolist(),
-        "errors": arrays["errors"].tolist(),
-        "converged": arrays["converged"].tolist(),
-        "spectral_norm": float(np.abs(values).max()),
-        "trace": float(arrays["trace"]),
-        "trace_error": float(arrays["trace_error"]),
-        "exact": bool(arrays["exact"]),
-        "products": int(arrays["products"]),
-    }
+    return CurvatureFigures(
+        file=str(path),
+        parameters=int(arrays["parameters"]),
+        eigenvalues=values.tolist(),
+        errors=arrays["errors"].tolist(),
+        converged=arrays["converged"].tolist(),
+        spectral_norm=float(np.abs(values).max()),
+        trace=float(arrays["trace"]),
+        trace_error=float(arrays["trace_error"]),
+        exact=bool(arrays["exact"]),
+        products=int(arrays["products"]),
+    )
 
 
 def _curvature(study: Study) -> dict[str, np.ndarray]:

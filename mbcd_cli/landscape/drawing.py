@@ -144,7 +144,7 @@ def _plain_ticks(where, levels: np.ndarray, *, logarithmic: bool) -> None:
     where.set_major_formatter(_PLAIN)
 
 
-def plot_surfaces_3d(files: Mapping[str, Path], path: Path, *, title: str = "Loss surface") -> Path:
+def plot_surfaces_3d(files: Mapping[str, Path], path: Path) -> Path:
     """The same grids in perspective, one panel each, on one height and colour scale."""
     grids = _read(files)
     levels, scale = _levels(list(grids.values()))
@@ -188,7 +188,7 @@ def plot_surfaces_3d(files: Mapping[str, Path], path: Path, *, title: str = "Los
         axes.set_title(f"{label}\n({holes})" if holes else label)
     for axes in panels.flat[len(grids) :]:
         axes.set_visible(False)
-    fig.suptitle(_title(title, grids.values()))
+    fig.suptitle(_title("Loss surface", grids.values()))
     return plotting.save(fig, path)
 
 
@@ -245,8 +245,6 @@ def plot_flatness(
     path: Path,
     *,
     worst: Mapping[str, Path] | None = None,
-    title: str = "Loss increase around the checkpoint",
-    xlabel: str = "radius of the perturbation",
 ) -> Path:
     """Mean loss increase with 95 % confidence bands (label -> file), and beside it the worst case's."""
     labels = list(dict.fromkeys([*files, *(worst or {})]))
@@ -268,14 +266,14 @@ def plot_flatness(
                 loss = np.where(np.isfinite(grid.loss[0]), grid.loss[0], np.nan)
                 axes.plot(grid.x, loss - grid.about["centre_loss"], "--s", **style)
         axes.set_title("mean over random directions, 95 % band" if panel == "mean" else "worst case (ascent)")
-        axes.set_xlabel(f"{xlabel} {_distance(grids)}".rstrip())
+        axes.set_xlabel(f"radius of the perturbation {_distance(grids)}".rstrip())
         axes.set_ylabel("loss increase")
         axes.legend(loc="upper left")
-    fig.suptitle(_title(title, grids))
+    fig.suptitle(_title("Loss increase around the checkpoint", grids))
     return plotting.save(fig, path)
 
 
-def plot_spectra(files: Mapping[str, Path], path: Path, *, title: str = "Spectral density of the Hessian") -> Path:
+def plot_spectra(files: Mapping[str, Path], path: Path) -> Path:
     """Smoothed spectral densities (label -> file) on one logarithmic scale; ticks mark the computed eigenvalues."""
     loaded = {label: load_arrays(file) for label, file in files.items()}
     fig, axes = plotting.figure(size=(6.8, 4.4))
@@ -288,7 +286,7 @@ def plot_spectra(files: Mapping[str, Path], path: Path, *, title: str = "Spectra
     for number, (label, (arrays, _)) in enumerate(loaded.items()):
         colour = plotting.PALETTE[number % len(plotting.PALETTE)]
         if "nodes" in arrays and np.isfinite(arrays["nodes"]).all():
-            density = Quadrature(arrays["nodes"], arrays["weights"], True).density(at, width=width)
+            density = Quadrature(arrays["nodes"], arrays["weights"]).density(at, width=width)
             axes.plot(at, density, color=colour, linewidth=1.3)
         for value, error in zip(arrays["eigenvalues"], arrays["errors"], strict=True):
             axes.errorbar(
@@ -304,5 +302,6 @@ def plot_spectra(files: Mapping[str, Path], path: Path, *, title: str = "Spectra
     axes.set_ylabel("density")
     axes.legend(loc="upper right", fontsize=9)
     subjects = dict.fromkeys(about.get("subject", "") for _, about in loaded.values())
+    title = "Spectral density of the Hessian"
     axes.set_title(f"{title} ({next(iter(subjects))})" if len(subjects) == 1 else title)
     return plotting.save(fig, path)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def fold_batch_norms(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
@@ -55,7 +55,7 @@ def fold_batch_norms(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
     layers = [layer for layer, _ in outputs.values()]
     for key, (layer, _) in outputs.items():
         norms = receivers.get(key, [])
-        if len(norms) == 1 and isinstance(norms[0], _NORMS) and layers.count(layer) == 1:
+        if len(norms) == 1 and isinstance(norms[0], BATCH_NORMS) and layers.count(layer) == 1:
             norm = norms[0]
             if norm.track_running_stats and norm.affine and not norm.training:
                 pairs.append((layer, norm))

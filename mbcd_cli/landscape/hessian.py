@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from mbcd_cli.landscape.directions import Vector, gaussian
-from mbcd_cli.landscape.objective import Term
+from mbcd_cli.landscape.objective import BatchLoss
+from mbcd_cli.landscape.surface import Advance
 
-Advance = Callable[[int], None]
 Product = Callable[[torch.Tensor], torch.Tensor]
 _CHUNK = 1 << 20
 _BASIS_BYTES = 4 << 30
@@ -35,7 +35,7 @@ class Hessian:
         graph_bytes: memory for kept graphs; 0 keeps none.
     """
 
-    def __init__(self, terms: Sequence[Term], at: Vector, *, graph_bytes: float = 2e9) -> None:
+    def __init__(self, terms: Sequence[BatchLoss], at: Vector, *, graph_bytes: float = 2e9) -> None:
         self._terms = list(terms)
         self._leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in at.items()}
         self._sizes = [tensor.numel() for tensor in at.values()]
@@ -58,12 +58,12 @@ class Hessian:
         """Type in which products are computed."""
         return next(iter(self._leaves.values())).dtype
 
-    def _gradient(self, term: Term) -> list[torch.Tensor | None]:
+    def _gradient(self, term: BatchLoss) -> list[torch.Tensor | None]:
         return list(
             torch.autograd.grad(term(self._leaves), list(self._leaves.values()), create_graph=True, allow_unused=True)
         )
 
-    def _measured_gradient(self, term: Term) -> tuple[list[torch.Tensor | None], int]:
+    def _measured_gradient(self, term: BatchLoss) -> tuple[list[torch.Tensor | None], int]:
         """The gradient with its graph, and the bytes that the graph keeps (each storage counted once)."""
         storages: dict[int, int] = {}
 
@@ -328,25 +328,17 @@ def hutchinson_trace(
 @dataclass(frozen=True, slots=True)
 class Quadrature:
     """Stochastic Lanczos quadrature of the spectral density: nodes and weights, both [P, m]; weights sum to
-    1 per probe.
-
-    `reorthogonalised` tells whether the basis fitted into memory; without, converged nodes repeat, which
-    the weights account for.
+    1 per probe. Where the basis did not fit into memory converged nodes repeat, which the weights account for.
     """
 
     nodes: np.ndarray
     weights: np.ndarray
-    reorthogonalised: bool
 
     def density(self, at: np.ndarray, *, width: float) -> np.ndarray:
         """Density at `at` [g], smoothed by Gaussians of standard deviation `width`; integrates to 1."""
         z = (at[:, None, None] - self.nodes) / width
         smooth = np.exp(-0.5 * z**2) / (width * np.sqrt(2 * np.pi))
         return (smooth * self.weights).sum(2).mean(1)
-
-    def moment(self, power: int) -> float:
-        """Estimate of tr(H^power) / n."""
-        return float((self.weights * self.nodes**power).sum(1).mean())
 
 
 def spectral_density(
@@ -402,4 +394,4 @@ def spectral_density(
             nodes[probe, :done], weights[probe, :done] = values, s[0] ** 2
         else:
             nodes[probe], weights[probe] = np.nan, np.nan
-    return Quadrature(nodes, weights, full)
+    return Quadrature(nodes, weights)

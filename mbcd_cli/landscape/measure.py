@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.files import remove, write_json
 from mbcd_cli.landscape import analyses, drawing
-from mbcd_cli.landscape.analyses import Study
+from mbcd_cli.landscape.analyses import Measured, Study
 from mbcd_cli.landscape.bench import Bench
 from mbcd_cli.landscape.connections import run_path, run_plane, run_trajectory
 from mbcd_cli.landscape.curvature import run_curvature
@@ -26,7 +27,7 @@ from mbcd_cli.runtime import pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
-ANALYSES: dict[str, Callable[[Study, tuple[float, float]], dict[str, Any]]] = {
+ANALYSES: dict[str, Callable[[Study, tuple[float, float]], Measured]] = {
     "surface": analyses.run_surface,
     "curve": analyses.run_curve,
     "flatness": analyses.run_flatness,
@@ -144,10 +145,12 @@ def _measure(
         model = bench.model(label, checkpoint, chosen.weights)
         study = bench.study(label, model)
         centre = study.centre()
-        figures = {name: ANALYSES[name](study, centre) for name in chosen.analyses}
-        result["checkpoints"][label] = {"loss": centre[0], "accuracy": centre[1], **figures}
-        for name, summary in figures.items():
-            files[name][label] = Path(summary["file"])
+        of_checkpoint: dict[str, Any] = {"loss": centre[0], "accuracy": centre[1]}
+        for name in chosen.analyses:
+            figures = ANALYSES[name](study, centre)
+            of_checkpoint[name] = asdict(figures)
+            files[name][label] = Path(figures.file)
+        result["checkpoints"][label] = of_checkpoint
         if number == 0 and towards:
             named, start = dict(towards), label
             if chosen.weights != chosen.to_weights:  # a student and its own teacher, say: one checkpoint at both ends
@@ -155,14 +158,17 @@ def _measure(
                 start = f"{label} ({chosen.weights})"
             ends = bench.ends(model, {o: bench.model(o, c, chosen.to_weights) for o, c in named.items()})
             for other in named:
-                summary = result["paths"][f"{start} to {other}"] = run_path(study, ends, other)
-                files["path"][f"{start} to {other}"] = Path(summary["file"])
-            result["plane"] = run_plane(study, ends)
-            files["plane"][" to ".join([start, *named][:3])] = Path(result["plane"]["file"])
+                path = run_path(study, ends, other)
+                result["paths"][f"{start} to {other}"] = asdict(path)
+                files["path"][f"{start} to {other}"] = Path(path.file)
+            plane = run_plane(study, ends)
+            result["plane"] = asdict(plane)
+            files["plane"][" to ".join([start, *named][:3])] = Path(plane.file)
         if number == 0 and epochs:
             models = {f"epoch {e}": bench.model(f"epoch {e}", c, chosen.weights) for e, c in sorted(epochs)}
-            result["trajectory"] = run_trajectory(study, bench.ends(model, models))
-            files["trajectory"][label] = Path(result["trajectory"]["file"])
+            trajectory = run_trajectory(study, bench.ends(model, models))
+            result["trajectory"] = asdict(trajectory)
+            files["trajectory"][label] = Path(trajectory.file)
     return result, files
 
 

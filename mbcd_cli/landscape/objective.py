@@ -16,14 +16,14 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from mbcd_cli.data.records import Batch
+from mbcd_cli.encoders.layout import channels_last
 from mbcd_cli.encoders.staged import Parts, Stages
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.landscape.directions import Vector
-from mbcd_cli.landscape.fold import fold_batch_norms
+from mbcd_cli.landscape.fold import BATCH_NORMS, fold_batch_norms
 from mbcd_cli.model import MultiModalModel
 
-Term = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
-_BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+BatchLoss = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 _HEAD_POINTS = 32
 _VARIANCE = ".running_var"
 
@@ -45,7 +45,7 @@ class LossFunction(Protocol):
     def measure_many(self, moved: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """[P, 2]: the same for P points, every tensor stacked along dimension 0."""
 
-    def terms(self) -> Sequence[Term]:
+    def terms(self) -> Sequence[BatchLoss]:
         """Differentiable functions of the moving tensors that sum to the loss (one per batch)."""
 
 
@@ -149,7 +149,8 @@ class ModelObjective:
             # Without a stage before, the input stays as it is cached (uint8, float16): that takes less
             # memory.
             parts = Stages(before).run(self._cast(parts)) if before else parts
-            inputs[name] = tuple(map(_channels_last, parts)) if batch.labels.device.type == "cpu" else parts
+            # In that layout convolutions and poolings on a CPU are about half as dear again; values are the same.
+            inputs[name] = tuple(map(channels_last, parts)) if batch.labels.device.type == "cpu" else parts
         return _Data(inputs, batch.labels)
 
     def _features(self, data: _Data) -> dict[str, torch.Tensor]:
@@ -237,7 +238,7 @@ class ModelObjective:
             total += torch.stack((loss.double(), correct.double()), dim=1)
         return total / self.clips
 
-    def terms(self) -> list[Term]:
+    def terms(self) -> list[BatchLoss]:
         """One differentiable term per batch; they sum to the mean loss over all clips.
 
         Batch norm uses the running statistics; with recalibration, those recalibrated at the checkpoint.
@@ -249,12 +250,6 @@ def coordinate(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """How a tensor enters a vector: running variances by their logarithm, so that they stay positive wherever a path
     or a plane leads; all others as they are."""
     return tensor.clamp_min(1e-12).log() if name.endswith(_VARIANCE) else tensor
-
-
-def _channels_last(part: torch.Tensor) -> torch.Tensor:
-    """The layout in which convolutions and poolings on a CPU are about half as dear again; values are the same."""
-    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return part.contiguous(memory_format=layouts[part.dim()]) if part.dim() in layouts else part
 
 
 class _Caller(nn.Module):
@@ -274,7 +269,7 @@ def _batch_norms(module: nn.Module, root: nn.Module | None = None) -> list[tuple
     return [
         (name, m)
         for name, m in (root or module).named_modules()
-        if id(m) in inside and isinstance(m, _BATCH_NORM) and m.running_mean is not None
+        if id(m) in inside and isinstance(m, BATCH_NORMS) and m.running_mean is not None
     ]
 
 

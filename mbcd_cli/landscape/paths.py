@@ -85,16 +85,16 @@ class Plane:
     places: dict[str, tuple[float, float]]
     explained: tuple[float, float] = (1.0, 1.0)
 
-    def axes(self, points: int, *, margin: float = 0.3, square: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """x and y axes [points] around all places, `margin` of the larger extent beyond them.
+    def axes(self, points: int, *, square: bool = True) -> tuple[np.ndarray, np.ndarray]:
+        """x and y axes [points] around all places, 0.3 of the larger extent beyond them.
 
         `square` makes both equally long; else an axis along which the places hardly differ is half the larger extent.
         """
         places = np.array(list(self.places.values()))
         low, high = places.min(0), places.max(0)
         longest = float((high - low).max())
-        least = (0.5 + margin if square else 0.25) * longest
-        room = np.maximum(margin * longest, least - (high - low) / 2)
+        least = (0.8 if square else 0.25) * longest
+        room = np.maximum(0.3 * longest, least - (high - low) / 2)
         x, y = (np.linspace(a, b, points) for a, b in zip(low - room, high + room, strict=True))
         return x, y
 

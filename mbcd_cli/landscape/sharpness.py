@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 from mbcd_cli.landscape.directions import Sphere, Vector, move
-from mbcd_cli.landscape.objective import LossFunction, Term
+from mbcd_cli.landscape.objective import BatchLoss, LossFunction
 from mbcd_cli.landscape.store import Grid
 
 
@@ -39,8 +39,8 @@ class FlatnessCurve:
     non_finite: int
 
 
-def flatness_curve(grid: Grid, *, centre: float, level: float = 0.95) -> FlatnessCurve:
-    """Statistics over the random directions (rows) of a grid filled by `fill_radii`; `centre` is L(w)."""
+def flatness_curve(grid: Grid, *, centre: float) -> FlatnessCurve:
+    """Statistics over the random directions (rows) of a grid that `fill_radii` filled, 95 % bands; `centre` is L(w)."""
     finite = np.isfinite(grid.loss)
     count = finite.sum(axis=0)
     increase = np.where(finite, grid.loss - centre, 0.0)
@@ -48,12 +48,12 @@ def flatness_curve(grid: Grid, *, centre: float, level: float = 0.95) -> Flatnes
         mean = np.where(count > 0, increase.sum(axis=0) / count, np.nan)
         accuracy = np.where(count > 0, np.where(finite, grid.accuracy, 0.0).sum(axis=0) / count, np.nan)
         spread = np.where(finite, (increase - mean) ** 2, 0.0).sum(axis=0)
-        half = stats.t.ppf(0.5 + level / 2, count - 1) * np.sqrt(spread / (count - 1) / count)
+        half = stats.t.ppf(0.975, count - 1) * np.sqrt(spread / (count - 1) / count)
     half = np.where(count > 1, half, np.nan)
     return FlatnessCurve(grid.x, mean, half, accuracy, count, grid.non_finite)
 
 
-def gradient(terms: Sequence[Term], at: Vector) -> Vector:
+def gradient(terms: Sequence[BatchLoss], at: Vector) -> Vector:
     """Gradient of the summed terms at `at`, one term's graph in memory at a time."""
     total = {name: torch.zeros_like(tensor) for name, tensor in at.items()}
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in at.items()}

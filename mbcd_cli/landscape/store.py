@@ -27,7 +27,7 @@ from mbcd_cli import checksums
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.files import flatten, lock, open_hdf5, remove, remove_partial, written_hdf5
 
-FORMAT = "mbcd-surface-1"
+GRID_FORMAT = "mbcd-surface-1"
 ARRAYS_FORMAT = "mbcd-arrays-1"
 _DIGITS = 12
 """Coordinates that agree to this many significant digits are the same point."""
@@ -120,8 +120,8 @@ def _load(path: Path) -> Grid:
     try:
         checksums.verified(path)
         with open_hdf5(path) as file:
-            if file.attrs.get("format") != FORMAT:
-                raise _damaged(path, f"its format is {file.attrs.get('format')!r}, not {FORMAT!r}")
+            if file.attrs.get("format") != GRID_FORMAT:
+                raise _damaged(path, f"its format is {file.attrs.get('format')!r}, not {GRID_FORMAT!r}")
             marks = file["marks"]
             grid = Grid(
                 path=path,
@@ -290,7 +290,7 @@ class GridStore:
             self._points.update(_by_key(_replay(journal, self._identity)))
         loss, accuracy, computed = _arrange(self.x, self.y, self._points)
         with written_hdf5(self.path) as file:
-            file.attrs["format"] = FORMAT
+            file.attrs["format"] = GRID_FORMAT
             file.attrs["identity"] = json.dumps(self._identity, sort_keys=True)
             file.attrs["about"] = json.dumps(self.about, sort_keys=True)
             arrays = {"x": self.x, "y": self.y, "loss": loss, "accuracy": accuracy, "computed": computed}

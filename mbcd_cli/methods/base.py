@@ -236,6 +236,7 @@ class Method(nn.Module):
         average_start: step from which it averages unless `average.start` says otherwise.
         ticker: figures beside the loss that the progress line shows.
         alarms: figures to warn about.
+        terms: names of the figures that are terms of the loss, once a step was done.
         published: its authors' own chassis (`--chassis published`): dotted settings to values or, where the paper
             differs per dataset, to {dataset: value} with a "default" among them; None: there is none.
         neutral: settings with which it trains ERM's very weights; None: zero weights of all terms that ERM lacks.
@@ -254,6 +255,7 @@ class Method(nn.Module):
     average_start: ClassVar[int] = 0
     ticker: ClassVar[tuple[str, ...]] = ("ce_fused",)
     alarms: ClassVar[tuple[Alarm, ...]] = ()
+    terms: tuple[str, ...] = ()
     published: ClassVar[Mapping[str, object] | None] = None
     neutral: ClassVar[Mapping[str, object] | None] = None
     symmetric: ClassVar[bool] = True
@@ -347,6 +349,7 @@ class Method(nn.Module):
         def accuracy(logits: torch.Tensor) -> torch.Tensor:
             return (full_precision(logits).argmax(dim=1) == batch.labels).sum() / len(batch)
 
+        self.terms = tuple(terms)
         return {
             "total": loss.detach(),
             **{name: term.value.detach() for name, term in terms.items()},

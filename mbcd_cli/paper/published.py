@@ -17,8 +17,12 @@ def paper() -> dict[str, list[dict[str, Any]]]:
     return tomllib.loads(text)
 
 
+def published_domains(dataset: str) -> tuple[str, ...]:
+    """The domains of a dataset in the order of the paper's tables, () where it has none of it."""
+    return tuple(domain for domain in paper()["multi_source"][0].get(dataset, {}) if domain != "average")
+
+
 def paper_domains(settings: Settings) -> tuple[str, ...]:
-    """The domains of a dataset of the paper in the tables' order, () for other datasets."""
+    """`published_domains` of the settings' dataset, by its name or by its reader's."""
     name = settings.dataset.name if settings.dataset.name in PAPER_DATASETS else settings.dataset.reader.name
-    figures = paper()["multi_source"][0].get(name, {})
-    return tuple(domain for domain in figures if domain != "average")
+    return published_domains(name)

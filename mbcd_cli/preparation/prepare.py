@@ -23,7 +23,7 @@ from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders.pretrained import checked_weights
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, CheckpointError
-from mbcd_cli.files import free_bytes, size_text, write_table, write_text
+from mbcd_cli.files import free_bytes, size_text, write_rows, write_text
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.trunk import (
@@ -115,7 +115,7 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
         {"clip": r.clip, "modality": r.modality, "file": r.file, "cause": r.cause, "remedy": r.remedy} for r in rejected
     ]
     if listed:
-        write_table(table, list(listed[0]), [list(row.values()) for row in listed], place="--cache-dir")
+        write_rows(table, listed, place="--cache-dir")
     else:
         table.unlink(missing_ok=True)  # of an earlier time
     if len(bad) == total:

@@ -18,15 +18,15 @@ from mbcd_cli.data.cache import shard_path
 from mbcd_cli.data.modality_cache import ModalityCache
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.errors import CacheError, MbcdError
-from mbcd_cli.files import open_hdf5, remove_partial, sync
+from mbcd_cli.files import open_hdf5, remove_partial, rename
 from mbcd_cli.integrity import examine
 from mbcd_cli.preparation.cache_plan import plan_cache, read_listing
 from mbcd_cli.preparation.prepare import close_cache, fill, writer_of
 from mbcd_cli.preparation.trunk import build_trunk, save_weights
+from mbcd_cli.resolved import load_settings, resolve, validate
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import load_settings, resolve, validate
 from mbcd_cli.settings.sources import Layer
 
 _ASIDE = ".repair"
@@ -167,7 +167,5 @@ def _put_back(folder: Path, aside: Path, names: Sequence[str]) -> bool:
                 f"them (torch was {torch_version}, and is {torch.__version__}).",
                 "Bring back the media, and the versions, that it was prepared with; or prepare anew elsewhere.",
             )
-    for name in names:
-        (aside / name).replace(folder / name)
-    sync(folder)
+    rename({aside / name: folder / name for name in names})
     return stale

@@ -20,14 +20,14 @@ from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.files import written
+from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import validate
 
-FORMAT = "mbcd-checkpoint"
-VERSION = 2
+_FORMAT = "mbcd-checkpoint"
+_VERSION = 2
 _MODALITIES = TypeAdapter(dict[str, AnyKind])
 
-State = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class Checkpoint:
     label_names: tuple[str, ...]
     domains: tuple[str, ...]
     fingerprints: dict[str, str]
-    student: State
-    teacher: State | None
+    student: Tensors
+    teacher: Tensors | None
     epoch: int
     epoch_step: int
     step: int
@@ -82,8 +82,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         FileError: it cannot be written (a full disk, no permission); the previous file is untouched.
     """
     payload = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": _FORMAT,
+        "version": _VERSION,
         "settings": checkpoint.settings.model_dump(mode="json"),
         "modalities": {name: m.model_dump(mode="json") for name, m in checkpoint.modalities.items()},
         "label_names": list(checkpoint.label_names),
@@ -136,13 +136,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
             "It is truncated, or holds more than tensors and plain values (nothing in it was executed); "
             "use another checkpoint.",
         ) from error
-    if not isinstance(payload, Mapping) or payload.get("format") != FORMAT:
+    if not isinstance(payload, Mapping) or payload.get("format") != _FORMAT:
         raise CheckpointError(
             f"{path} was not written by mbcd train.", "Encoder weights are set with modalities.NAME.weights."
         )
-    if payload.get("version") != VERSION:
+    if payload.get("version") != _VERSION:
         raise CheckpointError(
-            f"{path} has format version {payload.get('version')}, this mbcd reads {VERSION}.",
+            f"{path} has format version {payload.get('version')}, this mbcd reads {_VERSION}.",
             "Use the mbcd that wrote it, or train again.",
         )
     try:
@@ -179,7 +179,7 @@ def _parse(payload: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def _state(value: object, what: str) -> State:
+def _state(value: object, what: str) -> Tensors:
     if not isinstance(value, Mapping) or not all(isinstance(t, torch.Tensor) for t in value.values()):
         raise TypeError(f"{what} is no state dict")
     return dict(value)

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli import checksums
-from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.errors import BusyError, RunError, SettingsError
 from mbcd_cli.files import (
     append_record,
-    flatten,
     is_partial,
     lock,
     read_json,
@@ -26,8 +25,8 @@ from mbcd_cli.files import (
     write_json,
     write_text,
 )
-from mbcd_cli.settings import Settings, role_of
-from mbcd_cli.settings.merge import load_settings
+from mbcd_cli.resolved import changed, load_settings
+from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml
 
 SETTINGS = checksums.TRAINED_WITH
@@ -125,7 +124,8 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
         overwrite: delete the run that is there first; only a folder with settings.toml is ever deleted.
 
     Raises:
-        RunError: the folder is in the way, in use, not a run, or its run has other settings (they are named).
+        RunError: the folder is in the way, not a run, or its run has other settings (they are named).
+        BusyError: another process trains in it.
         FileError: it cannot be written to.
     """
     path = Path(path)
@@ -141,7 +141,7 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
         raise RunError(f"{path} already holds a run.", "Go on with --resume, or replace it with --overwrite.")
     held = lock(path / _LOCK, place="--run")
     if held is None:
-        raise RunError(f"Another process is training in {path}.", "Wait for it, or name another --run.")
+        raise BusyError(f"Another process is training in {path}.", "Wait for it, or name another --run.")
     try:
         if resume:
             _compare(path, settings)
@@ -161,17 +161,12 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
 
 def _compare(path: Path, settings: Settings) -> None:
     try:
-        saved = flatten(load_settings(path / SETTINGS).model_dump(mode="json"))
+        saved = load_settings(path / SETTINGS)
     except SettingsError as error:
         raise RunError(f"{path / SETTINGS} cannot be read: {error.message}", "Start anew with --overwrite.") from error
-    now = flatten(settings.model_dump(mode="json"))
-    changed = [
-        f"  {key}: was {saved.get(key)}, now {now.get(key)}"
-        for key in dict.fromkeys([*saved, *now])
-        if saved.get(key) != now.get(key) and role_of(key) in ("weights", "cache")
-    ]
-    if changed:
+    if differences := changed(saved, settings):
+        lines = [f"  {name}: was {before}, now {after}" for name, (before, after) in differences.items()]
         raise RunError(
-            f"The run in {path} has other settings:\n" + "\n".join(changed),
+            f"The run in {path} has other settings:\n" + "\n".join(lines),
             "Resume with the settings of the run, or start another one with --run.",
         )

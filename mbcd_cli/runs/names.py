@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mbcd_cli.errors import RunError
+from mbcd_cli.resolved import method_label
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import method_label
 
 REPEATED = "'"
 """Ends the label of a checkpoint that is named once more."""

@@ -11,14 +11,14 @@ from mbcd_cli.data.dataset import PREPARED, CachedDataset, as_prepared, open_dat
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import CacheError, CheckpointError, SettingsError
 from mbcd_cli.naming import did_you_mean
+from mbcd_cli.resolved import changed, load_settings, resolve
 from mbcd_cli.runs.checkpoint import Checkpoint, load_checkpoint
 from mbcd_cli.runs.names import run_of
-from mbcd_cli.settings import CacheSettings, Settings, role_of
-from mbcd_cli.settings.merge import load_settings, resolve
+from mbcd_cli.settings import CacheSettings, Settings
 from mbcd_cli.settings.sources import Layer
 
-# Groups that a finished run leaves open; everything else is what the weights were trained with.
-_FREE = tuple(part for part in Settings.model_fields if role_of(part) in ("machine", "report"))
+_FREE = ("dataset.target_split", "cache.random_weights")
+"""Open in a finished run, as runtime is, whatever its role: which clips are tested, and what `prepare` tolerates."""
 
 
 def open_for_training(settings: Settings, opened: CachedDataset | None = None) -> tuple[Settings, CachedDataset]:
@@ -88,17 +88,14 @@ def check_unchanged(saved: Settings, now: Settings) -> None:
     """Refuse flags that would make the weights mean something else.
 
     Raises:
-        SettingsError: names the parts that differ.
+        SettingsError: names the settings that differ.
     """
-    parts = [
-        part
-        for part in Settings.model_fields
-        if part not in (*_FREE, "dataset") and getattr(saved, part) != getattr(now, part)
-    ]
-    if parts:
+    names = [name for name in changed(saved, now) if name not in _FREE and not name.startswith("runtime.")]
+    if names:
         raise SettingsError(
-            f"These settings belong to the training and cannot be changed here: {', '.join(parts)}.",
-            f"Only {', '.join(_FREE)} and dataset.target_split can; train again to change the others.",
+            f"These settings belong to the training and cannot be changed here: {', '.join(names)}.",
+            f"Only those of evaluation, landscape and runtime, {_FREE[0]}, and where things lie can; train again to "
+            "change the others.",
         )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from typing import Any, Protocol
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -20,7 +20,7 @@ class Weights(Protocol):
 
     student: StateDict
     teacher: StateDict | None
-    label_names: Any
+    label_names: Sequence[str]
     epoch: int
 
 
@@ -87,7 +87,13 @@ def deployed_of(models: Container[str]) -> str:
     return "teacher" if "teacher" in models else "student"
 
 
+def deployed_checkpoint(names: Iterable[str]) -> str:
+    """Which of a run's checkpoints is deployed: best where there is one, else the first, which is the last epoch's."""
+    names = list(names)
+    return "best" if "best" in names else next(iter(names), "last")
+
+
 def deployed(checkpoints: Mapping[str, Weights]) -> tuple[str, str]:
     """(checkpoint, model) that is deployed: best where there is one, and its teacher where there is one."""
-    checkpoint = "best" if "best" in checkpoints else next(iter(checkpoints))
+    checkpoint = deployed_checkpoint(checkpoints)
     return checkpoint, deployed_of(("student",) if checkpoints[checkpoint].teacher is None else ("student", "teacher"))

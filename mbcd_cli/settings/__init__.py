@@ -1,6 +1,7 @@
 # ruff: noqa: F401
-"""The settings tree and what each field is for; `sources` reads layers, `merge` lays them together."""
+"""The settings tree and what each field is for; `sources` reads layers, `resolved` lays them together."""
 
+from mbcd_cli.settings.flags import FLAGS, flag_of
 from mbcd_cli.settings.roles import (
     ForCache,
     ForMachine,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from pydantic import create_model
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from mbcd_cli.checksums import PLACE
@@ -28,21 +29,13 @@ class Layer:
     values: dict[str, Any]
 
 
-class _Environment(BaseSettings):
+class _Prefixed(BaseSettings):
     """MBCD_A__B variables as nested dictionaries of strings (pydantic-settings does the nesting)."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="ignore")
-    dataset: dict[str, Any] = {}
-    modalities: dict[str, Any] = {}
-    cache: dict[str, Any] = {}
-    model: dict[str, Any] = {}
-    method: dict[str, Any] = {}
-    average: dict[str, Any] = {}
-    optimizer: dict[str, Any] = {}
-    training: dict[str, Any] = {}
-    evaluation: dict[str, Any] = {}
-    landscape: dict[str, Any] = {}
-    runtime: dict[str, Any] = {}
+
+
+_Environment = create_model("_Environment", __base__=_Prefixed, **{part: (dict, {}) for part in Settings.model_fields})
 
 
 def preset_folder() -> Path:

@@ -1,6 +1,6 @@
 """The settings tree shared by all commands. Every field's docstring is its help and its line in docs/settings.md.
 
-Merging presets, files, environment and flags into one tree is `mbcd_cli.settings.merge`'s work.
+Merging presets, files, environment and flags into one tree is `mbcd_cli.resolved`'s work.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ class TrainingSettings(Slice):
     """Minutes between checkpoints inside an epoch; every epoch ends with one, 0 means only then."""
     keep_checkpoints: ForMachine[bool] = False
     """Keep every epoch's weights (`checkpoints/epoch-NNN.pt`) for trajectories."""
-    log_steps: Count = 10
+    log_steps: ForMachine[Count] = 10
     """Steps between two records in steps.jsonl, each the mean over those steps."""
     limit_clips: Count | None = None
     """Use at most this many training clips (a quick sanity run)."""
@@ -433,7 +433,7 @@ AnyModality = TypeVar("AnyModality", bound=ModalitySettings)
 
 
 class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]):
-    """The whole tree; `merge.validate` gives it the settings classes of the method, reader and kinds that it names."""
+    """The whole tree; `resolved.validate` gives it the classes of the method, reader and kinds that it names."""
 
     dataset: DatasetSettings[AnyReaderSettings] = Field(default_factory=dict)
     """Dataset."""

@@ -1,6 +1,7 @@
 """One cell of a sweep in a process of its own: `python -m mbcd_cli.sweep.cell RUN_FOLDER THREADS`.
 
-It reads `RUN_FOLDER.toml`, trains (or goes on) and evaluates into RUN_FOLDER. Exit codes are those of `sweep.state`.
+It reads `RUN_FOLDER.toml`, trains (or goes on) and evaluates into RUN_FOLDER. Exit codes are those of `sweep.state`;
+what it says goes to the log that stands for its stderr.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ import sys
 import traceback
 from pathlib import Path
 
-from mbcd_cli.errors import MbcdError
+from mbcd_cli.errors import BusyError, MbcdError, StoppedError
 from mbcd_cli.evaluation import evaluate
 from mbcd_cli.files import lock
+from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.settings.merge import load_settings
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
 from mbcd_cli.training import train
 
@@ -33,17 +34,12 @@ def run_cell(folder: Path, *, threads: int, say: Say = SILENT) -> int:
         try:
             _train(folder, threads=threads, say=say)
             _evaluate(folder, threads=threads, say=say)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StoppedError):
             return STOPPED_CODE
+        except BusyError:  # `mbcd train` in this very folder
+            return BUSY_CODE
         except Exception as error:
-            message = getattr(error, "message", "")
-            if message.startswith("Stopped by "):  # the trainer's answer to a signal
-                return STOPPED_CODE
-            if message.startswith("Another process is training in "):  # `mbcd train` in this very folder
-                return BUSY_CODE
-            if not isinstance(error, MbcdError):
-                traceback.print_exc()
-            say(f"error: {error}")
+            say(f"error: {error}" if isinstance(error, MbcdError) else traceback.format_exc())
             write_failure(folder, error)
             return FAILED_CODE
         beside(folder, "failed").unlink(missing_ok=True)
@@ -75,5 +71,5 @@ def _evaluate(folder: Path, *, threads: int, say: Say) -> None:
 
 
 if __name__ == "__main__":
-    say = Say(lambda line: print(line, file=sys.stderr, flush=True))
-    sys.exit(run_cell(Path(sys.argv[1]), threads=int(sys.argv[2]), say=say))
+    log = Say(lambda line: sys.stderr.write(f"{line}\n"))
+    sys.exit(run_cell(Path(sys.argv[1]), threads=int(sys.argv[2]), say=log))

@@ -20,8 +20,8 @@ from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.files import read_records
 from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Panel
+from mbcd_cli.resolved import method_label
 from mbcd_cli.scoring.deployed import deployed_of
-from mbcd_cli.settings.merge import method_label
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import read_failure, state
 

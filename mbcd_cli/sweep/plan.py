@@ -17,8 +17,8 @@ from mbcd_cli.data.records import MODALITY_ORDER, modality_order
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.files import flatten
 from mbcd_cli.methods import short_name
+from mbcd_cli.resolved import PUBLISHED
 from mbcd_cli.settings import Settings, role_of
-from mbcd_cli.settings.merge import PUBLISHED
 from mbcd_cli.settings.sources import parse_value
 
 PROTOCOLS = ("multi-source", "single-source", "in-domain")

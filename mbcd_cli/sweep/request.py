@@ -12,10 +12,10 @@ from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import method_class
 from mbcd_cli.paper.grids import TABLES
 from mbcd_cli.paper.published import paper_domains
+from mbcd_cli.resolved import named_dataset, resolve
 from mbcd_cli.runs.names import run_name
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import named_dataset, resolve
 from mbcd_cli.sweep.plan import Cell, parse_grid, parse_modality_set, plan, splits
 
 

@@ -13,11 +13,11 @@ from mbcd_cli.errors import CacheError, MbcdError, RunError
 from mbcd_cli.evaluation.report.comparison import write_comparison_files
 from mbcd_cli.evaluation.report.plots import plot_methods
 from mbcd_cli.preparation import prepare as preparing
+from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import resolve
 from mbcd_cli.sweep import collect as collecting
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.estimate import counts, estimate

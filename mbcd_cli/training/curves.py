@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -17,17 +17,17 @@ from mbcd_cli.methods.base import Panel
 Records = Sequence[Mapping[str, Any]]
 
 
-def plot_run(run: Path, panels: Sequence[Panel] = ()) -> list[Path]:
-    """Write plots/losses.png, a picture per panel and accuracy.png of a run folder; returns those there is data for.
+def plot_run(run: Path, panels: Sequence[Panel] = (), terms: Collection[str] = ()) -> list[Path]:
+    """Write plots/losses.png (the total and `terms`), a picture per panel and accuracy.png of a run folder.
 
-    What no panel shows, and is no accuracy, is taken for a loss.
+    Returns:
+        Those there is data for.
     """
     steps, epochs = read_records(run / "steps.jsonl"), read_records(run / "metrics.jsonl")
     folder = run / "plots"
-    apart = {name for panel in panels for name in panel.figures}
     plots: list[Callable[[], Path]] = []
     if steps:
-        plots.append(lambda: _losses(steps, apart, folder / "losses.png"))
+        plots.append(lambda: _losses(steps, terms, folder / "losses.png"))
         plots += [partial(_panel, steps, panel, folder / f"{panel.name}.png") for panel in panels]
     if epochs:
         plots.append(lambda: _accuracy(epochs, folder / "accuracy.png"))
@@ -42,10 +42,7 @@ def plot_run(run: Path, panels: Sequence[Panel] = ()) -> list[Path]:
     return written
 
 
-_COUNTS = ("step", "epoch", "steps", "modalities")
-
-
-def _losses(steps: Records, apart: Container[str], path: Path) -> Path:
+def _losses(steps: Records, terms: Collection[str], path: Path) -> Path:
     """The total in black; the other terms in one line style per kind (`ce`, `ce_fused`), one colour per head."""
     fig, axes = plotting.figure(size=(8.4, 4.2))
     x = [record["step"] for record in steps]
@@ -53,17 +50,17 @@ def _losses(steps: Records, apart: Container[str], path: Path) -> Path:
     heads = ["fused", *steps[0]["modalities"]]
     colours = dict(zip(heads, cycle(plotting.PALETTE), strict=False))
     styles: dict[str, str] = {}
-    lines = {(n, "fused"): [r[n] for r in steps] for n in steps[0] if n not in (*_COUNTS, "total")}
+    lines = {(name, "fused"): [record[name] for record in steps] for name in terms if name in steps[0]}
     for modality, row in steps[0]["modalities"].items():
-        lines |= {(name, modality): _modality(steps, modality, name) for name in row}
+        lines |= {(name, modality): _modality(steps, modality, name) for name in terms if name in row}
     for (name, head), values in lines.items():
         kind = name.removesuffix("_fused")
-        if name in apart or kind == "accuracy" or not any(values):
+        if not any(values):
             continue
         style = styles.setdefault(kind, ("-", ":", "--", "-.")[len(styles) % 4])
         axes.plot(x, values, style, label=f"{kind} {head}", color=colours[head])
     axes.set(xlabel="step", ylabel="loss (nats)", title="Loss terms")
-    if min(min(values) for values in lines.values()) >= 0:
+    if min(min(values) for values in (*lines.values(), [r["total"] for r in steps])) >= 0:
         axes.set_ylim(bottom=0)
     fig.legend(loc="outside right upper")
     return plotting.save(fig, path)
@@ -75,9 +72,11 @@ def _panel(steps: Records, panel: Panel, path: Path) -> Path:
     fig, grid = plotting.figure(len(kinds), 1, size=(8.4, 3.0 * len(kinds)), sharex=True, squeeze=False)
     axes = dict(zip(kinds, grid[:, 0], strict=True))
     x = [record["step"] for record in steps]
+    formulas = {*kinds, panel.title}
     for modality, colour in zip(steps[0]["modalities"], cycle(plotting.PALETTE), strict=False):
         for name, shown in panel.figures.items():
-            label = f"{modality}: {shown.label}"
+            label = plotting.as_formula(f"{modality}: ") + shown.label
+            formulas.add(label)
             values = _modality(steps, modality, name)
             axes[shown.axis].plot(x, values, shown.marker, color=colour, label=label, markersize=3)
     for kind, one in axes.items():
@@ -85,7 +84,7 @@ def _panel(steps: Records, panel: Panel, path: Path) -> Path:
     grid[0, 0].set(title=panel.title)
     grid[-1, 0].set(xlabel="step")
     fig.legend(loc="outside right upper")
-    return plotting.save(fig, path)
+    return plotting.save(fig, path, formulas=formulas)
 
 
 def _accuracy(epochs: Records, path: Path) -> Path:

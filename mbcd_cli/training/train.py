@@ -19,7 +19,7 @@ from mbcd_cli.runs.folder import RunFolder, open_run
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import ClipSet, clip_sets
-from mbcd_cli.scoring.deployed import deployed_of
+from mbcd_cli.scoring.deployed import deployed_checkpoint, deployed_of
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import Training, assemble
 from mbcd_cli.training.curves import plot_run
@@ -68,7 +68,7 @@ def train(
     """Train into the run folder.
 
     Args:
-        settings: with modalities and source domains resolved against the dataset (`common.open_for_training`).
+        settings: with modalities and source domains resolved against the dataset (`opening.open_for_training`).
         dataset: prepared, matching `settings` (`open_dataset`).
         run: the run folder.
         resume: go on with the run that is there; a finished one is left as it is.
@@ -122,9 +122,9 @@ def train(
             summary["processes"] = group.world
 
         def finish() -> TrainingSummary:
-            summary["plots"] = [
-                str(path.relative_to(run)) for path in plot_run(run, parts.step.method.panels(settings.method))
-            ]
+            method = parts.step.method
+            plots = plot_run(run, method.panels(settings.method), method.terms)
+            summary["plots"] = [str(path.relative_to(run)) for path in plots]
             folder.finish(summary)
             return summary
 
@@ -262,7 +262,7 @@ def summarise(progress: Progress, *, settings: Settings, run: Path) -> TrainingS
         "source_domains": list(settings.training.source_domains),
         "seed": settings.training.seed,
         "deployed": deployed,
-        "tested": "best" if "best" in settings.evaluation.checkpoints else "last",
+        "tested": deployed_checkpoint(settings.evaluation.checkpoints),
         "epochs": len(history),
         "steps": progress.step,
         "best": epoch(best),

@@ -18,7 +18,7 @@ import torch
 
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
-from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.errors import RunError, SettingsError, StoppedError
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import Randomness
@@ -399,7 +399,7 @@ class Trainer:
         """A signal came: checkpoint, then leave."""
         self._settle()
         self._save()
-        error = RunError(
+        error = StoppedError(
             f"Stopped by {came.name} after step {self.progress.step} of {self.total_steps}; "
             f"{self.run.last} is up to date.",
             "Go on with the same command and --resume.",

@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.settings.merge import validate
+from mbcd_cli.resolved import validate
 
 PRESET = Path(__file__).resolve().parents[2] / "presets" / "epic-kitchens.toml"
 

@@ -42,9 +42,9 @@ from mbcd_cli.methods import METHODS, method_class
 from mbcd_cli.methods.base import Context
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.randomness import Randomness
+from mbcd_cli.resolved import resolve, validate
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.settings import RuntimeSettings, Settings
-from mbcd_cli.settings.merge import resolve, validate
 from mbcd_cli.training.assemble import train_with
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.optimizer import build_optimizer

@@ -21,8 +21,8 @@ from mbcd_cli.data.rounding import Rounding
 from mbcd_cli.errors import MediaError
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.resolved import resolve as resolve_settings
 from mbcd_cli.settings import DatasetSettings
-from mbcd_cli.settings.merge import resolve as resolve_settings
 
 DATASET = DatasetSettings()
 

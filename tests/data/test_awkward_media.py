@@ -12,7 +12,7 @@ import test_hac as hac
 
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.preparation.prepare import prepare
-from mbcd_cli.settings.merge import resolve
+from mbcd_cli.resolved import resolve
 
 SMALL = [*helpers.SMALL, "modalities.flow.frames=4", "modalities.flow.short_side=24", "modalities.flow.crop=20"]
 

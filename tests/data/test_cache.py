@@ -31,7 +31,7 @@ from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.preparation.trunk import weights_bytes
-from mbcd_cli.settings.merge import resolve
+from mbcd_cli.resolved import resolve
 
 
 def settings_for(root: Path, cache: Path, *sets: str):
@@ -141,7 +141,7 @@ def test_killed_prepare_resumes_to_the_same_cache(root, prepared, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(tmp_path.glob("tiny/audio-*/index.h5"))
-    leftover = next(tmp_path.glob("tiny/*/shard-*.h5")).with_name(".shard-00007.h5.1.partial")
+    leftover = next(tmp_path.glob("tiny/*/shard-*.h5")).with_name(".shard-00007.h5.host.1.partial")
     leftover.write_bytes(b"torn")
     done = prepare(settings_for(root, tmp_path, "cache.shard_clips=1"))
     assert done["modalities"]["video"]["shards_reused"] >= 2

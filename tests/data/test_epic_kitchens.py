@@ -23,8 +23,8 @@ from mbcd_cli.data.readers.places import SplitSettings
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import ManifestError, MediaError, SettingsError
+from mbcd_cli.resolved import validate
 from mbcd_cli.settings import DatasetSettings
-from mbcd_cli.settings.merge import validate
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "mm-sada-splits"
 needs_tables = pytest.mark.skipif(not REAL.is_dir(), reason="the MM-SADA split tables are not beside the clone")

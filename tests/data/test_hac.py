@@ -26,9 +26,9 @@ from mbcd_cli.data.records import TEST_VIEW, Media
 from mbcd_cli.errors import ManifestError, MediaError
 from mbcd_cli.evaluation.analyses.waveform import corrupted_sounds
 from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.resolved import resolve, validate
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.settings import DatasetSettings
-from mbcd_cli.settings.merge import resolve, validate
 from mbcd_cli.sweep import run as running
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "hac-splits"

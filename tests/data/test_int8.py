@@ -18,7 +18,7 @@ from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import CacheError
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
-from mbcd_cli.settings.merge import resolve
+from mbcd_cli.resolved import resolve
 
 
 def tree(root: Path, cache: Path, *sets: str):

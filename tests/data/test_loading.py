@@ -17,7 +17,7 @@ from mbcd_cli.data.loading import ResidentRows, keep_on_device, read_ahead, resi
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import CacheError, SettingsError
 from mbcd_cli.preparation import prepare as command
-from mbcd_cli.settings.merge import validate
+from mbcd_cli.resolved import validate
 
 
 def threads() -> list[str]:

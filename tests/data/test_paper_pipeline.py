@@ -21,9 +21,9 @@ from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import PUBLIC, load_pretrained
+from mbcd_cli.resolved import load_settings, validate
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.settings import DatasetSettings
-from mbcd_cli.settings.merge import load_settings, validate
 
 pytestmark = pytest.mark.stress
 PRESETS = Path(__file__).resolve().parents[2] / "presets"

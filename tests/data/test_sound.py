@@ -21,8 +21,8 @@ from mbcd_cli.data.media.soundtrack import Soundtrack
 from mbcd_cli.data.records import Media
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.check import check
+from mbcd_cli.resolved import resolve
 from mbcd_cli.settings import DatasetSettings
-from mbcd_cli.settings.merge import resolve
 
 DATASET = DatasetSettings()
 REJECT = DatasetSettings(missing_frames="reject")

@@ -8,8 +8,8 @@ from sklearn.datasets import load_digits
 
 from mbcd_cli.data.readers import demo, digits, read_dataset, synthetic
 from mbcd_cli.errors import ManifestError
+from mbcd_cli.resolved import resolve
 from mbcd_cli.settings import DatasetSettings
-from mbcd_cli.settings.merge import resolve
 
 
 def nearest_mean(values, labels, train, test):

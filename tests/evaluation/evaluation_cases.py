@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-from memory import ArrayDataset
+from memory import ArrayDataset, checkpoint_of
 
 from mbcd_cli.model import build_model
+from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import validate
 
 
 def make_settings(method: str = "mbcd", **training) -> Settings:
@@ -58,15 +56,8 @@ def make_checkpoint(settings: Settings, dataset: ArrayDataset, *, teacher: bool 
         return {key: value.clone() for key, value in model.state_dict().items()}
 
     averaged = {k: v for k, v in state(seed + 100).items() if not k.startswith("heads.")}
-    return SimpleNamespace(
-        settings=settings,
-        student=state(seed),
-        teacher=averaged if teacher else None,
-        label_names=list(dataset.label_names),
-        domains=list(dataset.domains),
-        epoch=epoch,
-        fingerprints={},
-    )
+    teacher_state = averaged if teacher else None
+    return checkpoint_of(settings, dataset, student=state(seed), teacher=teacher_state, epoch=epoch)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from mbcd_cli.evaluation.report import tables as t
 from mbcd_cli.evaluation.report.comparison import compare_runs
 from mbcd_cli.files import write_json
 from mbcd_cli.paper.published import PAPER_DATASETS, paper
+from mbcd_cli.paper.rows import is_published
 
 METHODS = {"erm": 50.0, "mbcd": 60.0}
 
@@ -130,6 +131,7 @@ def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):
         *(["audio+flow", m] for m in (*ours, *papers)),
         *(["video+audio+flow", m] for m in (*ours, *papers, *others)),
     ]
+    assert [is_published(row[1]) for row in table.rows] == [row[1] not in ours for row in table.rows]
     ours, whole = table.rows[1][2:], table.rows[9][2:]
     for cell, target in zip(ours[:3], names, strict=False):
         assert cell.value == pytest.approx(np.mean([one["mbcd", target, s] for s in range(3)]))
@@ -350,6 +352,7 @@ def test_runs_with_other_settings_are_no_seeds_of_one_another(tmp_path):
 def test_results_of_other_weights_than_the_deployed_ones_are_refused(tmp_path):
     about = {"dataset": "pets", "modalities": ("audio",), "method": "erm", "target": "c", "sources": ["a"], "seed": 0}
     folder = write_run(tmp_path, **about, top1=50)
+    (folder / "settings.toml").write_text("")
     files = {name: folder / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
     for name, path in files.items():
         path.parent.mkdir(exist_ok=True)
@@ -360,7 +363,6 @@ def test_results_of_other_weights_than_the_deployed_ones_are_refused(tmp_path):
     change(folder, checkpoints={"best": checksums.checksum(files["last"])})
     with pytest.raises(RunError, match="other weights than the run's best ones"):
         c.load_run(folder)
-    (folder / "settings.toml").write_text("")
     (inside := folder / "checkpoints" / "epoch-001-evaluation").mkdir()
     (folder / "results.json").rename(inside / "results.json")
     assert c.find_runs([str(tmp_path / "**")])[0] == []

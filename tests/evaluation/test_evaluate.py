@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,7 +73,7 @@ def test_every_model_on_every_set_of_clips(settings, dataset, tmp_path, target_s
 def test_teacher_heads_of_the_checkpoint_are_ignored_for_the_students(settings, dataset):
     checkpoint = make_checkpoint(settings, dataset)
     junk = {k: torch.full_like(v, 7.0) for k, v in checkpoint.student.items() if k.startswith("heads.")}
-    checkpoint.teacher = {**checkpoint.teacher, **junk}
+    checkpoint = replace(checkpoint, teacher={**checkpoint.teacher, **junk})
     teacher = build_models(settings, dataset, checkpoint, device=CPU)["teacher"].state_dict()
     for key, value in checkpoint.student.items():
         expected = value if key.startswith("heads.") else checkpoint.teacher[key]
@@ -122,10 +123,8 @@ def test_accuracy_per_epoch_comes_from_the_run(settings, dataset, tmp_path):
 
 def test_diverged_weights_are_reported_not_hidden(settings, dataset, tmp_path, capsys):
     checkpoint = make_checkpoint(settings, dataset)
-    checkpoint.student = {
-        k: torch.full_like(v, float("nan")) if "heads.audio" in k else v for k, v in checkpoint.student.items()
-    }
-    checkpoint.fingerprints = {"video": "old"}
+    student = {k: torch.full_like(v, float("nan")) if "heads.audio" in k else v for k, v in checkpoint.student.items()}
+    checkpoint = replace(checkpoint, student=student, fingerprints={"video": "old"})
     dataset.fingerprints = {"video": "new"}
     figures = evaluate(settings, dataset, {"best": checkpoint}, device=CPU, run=None, output=tmp_path)
     assert any("diverged" in w for w in figures["warnings"])

@@ -10,7 +10,8 @@ from sklearn.metrics import silhouette_score
 
 from mbcd_cli.errors import FileError
 from mbcd_cli.evaluation.analyses.embedding import embeddings, spread, tsne
-from mbcd_cli.evaluation.report.export import hardest_rows, prediction_rows, vote_rows, write_csv, write_hdf5
+from mbcd_cli.evaluation.report.export import hardest_rows, prediction_rows, vote_rows, write_hdf5
+from mbcd_cli.files import write_rows
 from mbcd_cli.model import build_model
 from mbcd_cli.scoring.predictions import Predictions, predict
 
@@ -86,12 +87,12 @@ def test_a_failed_export_leaves_the_old_file(tmp_path):
         raise ValueError("cut off")
 
     with pytest.raises(ValueError, match="cut off"):
-        write_csv(rows(), path)
+        write_rows(path, rows())
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot be written"):
-        write_csv([{"a": 1}], tmp_path / "file" / "a.csv")
+        write_rows(tmp_path / "file" / "a.csv", [{"a": 1}])
 
 
 def test_tsne_separates_what_is_separate_and_repeats():

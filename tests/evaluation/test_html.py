@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -70,9 +71,8 @@ def report(tmp_path_factory):
     dataset.fingerprints = {"video": "abc123", "audio": "def456"}
     ood = make_dataset(settings, seed=9)
     ood.name = "elsewhere"
-    checkpoint = make_checkpoint(settings, dataset)
-    checkpoint.history = [{"epoch": e, "target": {"teacher": {"fused": {"accuracy": e / 10}}}} for e in (1, 2, 3)]
-    checkpoints = {"best": checkpoint}
+    history = [{"epoch": e, "target": {"teacher": {"fused": {"accuracy": e / 10}}}} for e in (1, 2, 3)]
+    checkpoints = {"best": replace(make_checkpoint(settings, dataset), history=history)}
     figures = evaluate(settings, dataset, checkpoints, device=torch.device("cpu"), run=output, output=output, ood=ood)
     return figures, output
 

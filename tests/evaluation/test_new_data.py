@@ -11,6 +11,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from memory import checkpoint_of
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
@@ -20,10 +21,10 @@ from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.model import build_model
 from mbcd_cli.preparation.prepare import prepare
-from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
+from mbcd_cli.resolved import resolve
+from mbcd_cli.runs.checkpoint import save_checkpoint
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.settings import DatasetSettings
-from mbcd_cli.settings.merge import resolve
 from mbcd_cli.settings.sources import to_toml
 
 # The video's trunk is frozen and has weights of its own; sound and vectors are cut at the input.
@@ -60,22 +61,8 @@ def run(media, tmp_path_factory) -> Path:
         model = build_model(dataset.modalities, settings=settings.model, classes=dataset.classes)
         states.append(model.state_dict())
     run = folder / "run"
-    checkpoint = Checkpoint(
-        settings=settings,
-        modalities=dataset.modalities,
-        dataset="tiny",
-        label_names=dataset.label_names,
-        domains=dataset.domains,
-        fingerprints=dataset.fingerprints,
-        student=states[0],
-        teacher=states[1] | {k: v for k, v in states[0].items() if k.startswith("heads.")},
-        epoch=1,
-        epoch_step=0,
-        step=1,
-        history=[],
-        best=None,
-        warnings=[],
-    )
+    teacher = states[1] | {k: v for k, v in states[0].items() if k.startswith("heads.")}
+    checkpoint = checkpoint_of(settings, dataset, student=states[0], teacher=teacher, epoch=1)
     for name in ("best", "last"):
         save_checkpoint(run / "checkpoints" / f"{name}.pt", checkpoint)
     (run / "settings.toml").write_text(to_toml(settings))

@@ -22,7 +22,7 @@ from mbcd_cli.evaluation.analyses.waveform import (
 from mbcd_cli.evaluation.evaluate import evaluate
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.prepare import prepare
-from mbcd_cli.settings.merge import resolve
+from mbcd_cli.resolved import resolve
 
 SMALL = [
     *("modalities.audio.kind=audio", "modalities.audio.samples=4000", "modalities.audio.nperseg=128"),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
-from memory import ArrayDataset
+from memory import ArrayDataset, checkpoint_of
 
 from mbcd_cli.model import build_model
+from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import validate
 
 
 class Quadratic:
@@ -94,10 +92,5 @@ def make_checkpoint(settings, dataset, *, seed: int = 0, teacher: bool = False, 
     def state(seed):
         return {k: v.clone() for k, v in make_model(settings, dataset, seed).state_dict().items()}
 
-    return SimpleNamespace(
-        settings=settings,
-        student=state(seed),
-        teacher=state(seed + 100) if teacher else None,
-        label_names=dataset.label_names,
-        epoch=epoch,
-    )
+    teacher_state = state(seed + 100) if teacher else None
+    return checkpoint_of(settings, dataset, student=state(seed), teacher=teacher_state, epoch=epoch)

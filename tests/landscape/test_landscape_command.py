@@ -20,12 +20,6 @@ from mbcd_cli.say import Say
 EVERYTHING = ("surface", "curve", "flatness", "worst_case")
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Drawing takes most of the time where the figures matter."""
-    monkeypatch.setattr(command, "_draw", lambda *_: {})
-
-
 def run(tmp_path, checkpoints=None, *, dataset=None, overwrite=False, **chosen):
     settings = make_settings(**chosen)
     dataset = dataset or make_dataset(settings)
@@ -54,7 +48,7 @@ def test_measures_and_draws(tmp_path, capsys):
     assert "best" in capsys.readouterr().out
 
 
-def test_same_seed_same_values_and_other_seed_others(tmp_path, undrawn):
+def test_same_seed_same_values_and_other_seed_others(tmp_path):
     one = run(tmp_path / "a", analyses=("surface",))
     two = run(tmp_path / "b", analyses=("surface",))
     other = run(tmp_path / "c", analyses=("surface",), seed=1)
@@ -66,7 +60,7 @@ def test_same_seed_same_values_and_other_seed_others(tmp_path, undrawn):
     )
 
 
-def test_a_second_run_measures_nothing_anew(tmp_path, monkeypatch, undrawn):
+def test_a_second_run_measures_nothing_anew(tmp_path, monkeypatch):
     first = run(tmp_path, analyses=EVERYTHING, ascent_steps=2)
     calls = []
     original = ModelObjective.measure
@@ -79,7 +73,7 @@ def test_a_second_run_measures_nothing_anew(tmp_path, monkeypatch, undrawn):
     run(tmp_path, analyses=EVERYTHING, ascent_steps=2, seed=3, overwrite=True)
 
 
-def test_teacher_is_deployed(tmp_path, undrawn):
+def test_teacher_is_deployed(tmp_path):
     settings = make_settings()
     dataset = make_dataset(settings)
     checkpoint = make_checkpoint(settings, dataset, teacher=True)
@@ -108,7 +102,7 @@ def test_clips(tmp_path, data):
     assert run(tmp_path, data=data, analyses=(), max_clips=0)["data"]["clips"] == expected.sum()
 
 
-def test_a_student_and_its_own_teacher_have_names_of_their_own(tmp_path, undrawn):
+def test_a_student_and_its_own_teacher_have_names_of_their_own(tmp_path):
     settings = make_settings(weights="student", to_weights="teacher", analyses=())
     dataset = make_dataset(settings)
     pair = [(label, make_checkpoint(settings, dataset, teacher=True)) for label in ("best", "best'")]
@@ -116,7 +110,7 @@ def test_a_student_and_its_own_teacher_have_names_of_their_own(tmp_path, undrawn
     assert list(result["paths"]) == ["best (student) to best (teacher)"]
 
 
-def test_checkpoints_of_other_targets_are_told_and_those_of_other_datasets_refused(tmp_path, undrawn):
+def test_checkpoints_of_other_targets_are_told_and_those_of_other_datasets_refused(tmp_path):
     settings = make_settings(analyses=())
     dataset = make_dataset(settings)
     said = []
@@ -150,7 +144,7 @@ def test_errors_name_the_remedy(tmp_path):
         command.redraw(tmp_path / "land")
 
 
-def test_one_batch_and_recalibration(tmp_path, undrawn):
+def test_one_batch_and_recalibration(tmp_path):
     result = run(tmp_path, max_clips=2, batch_norm="recalibrated", analyses=("curve",), points=3)
     assert result["checkpoints"]["best"]["curve"]["missing"] == 0
 
@@ -199,7 +193,7 @@ def test_a_surface_with_no_finite_value_is_still_drawn(tmp_path):
     drawing.plot_flatness({"best": path}, tmp_path / "f.png")
 
 
-def test_weights_that_overflow_leave_holes_not_errors(tmp_path, undrawn):
+def test_weights_that_overflow_leave_holes_not_errors(tmp_path):
     settings = make_settings()
     dataset = make_dataset(settings)
     checkpoint = make_checkpoint(settings, dataset)
@@ -208,7 +202,7 @@ def test_weights_that_overflow_leave_holes_not_errors(tmp_path, undrawn):
     assert result["checkpoints"]["best"]["surface"]["non_finite"] > 0
 
 
-def test_file_format(tmp_path, undrawn):
+def test_file_format(tmp_path):
     run(tmp_path, analyses=("surface",))
     with h5py.File(tmp_path / "land" / "surface-best.h5") as file:
         assert json.loads(file.attrs["identity"])["group"] == "all"
@@ -216,7 +210,7 @@ def test_file_format(tmp_path, undrawn):
     assert torch.is_grad_enabled()
 
 
-def test_curvature(tmp_path, undrawn):
+def test_curvature(tmp_path):
     chosen = {
         "analyses": ("curvature",),
         "group": "fused_head",

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 from landscape_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli.landscape import measure as command
@@ -32,10 +31,8 @@ def measure(output: str) -> str:
         eigenvalues=1,
     )
     dataset = make_dataset(settings)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_draw", lambda *_: {})
-        pairs = [("best", make_checkpoint(settings, dataset))]
-        result = command.landscape(settings, dataset, pairs, output=Path(output))
+    pairs = [("best", make_checkpoint(settings, dataset))]
+    result = command.landscape(settings, dataset, pairs, output=Path(output))
     return f"{result['rank']} {result['checkpoints']['best']['surface']['points']}"
 
 

@@ -53,6 +53,11 @@ def full_hessian(objective):
     return torch.cat(rows).numpy()
 
 
+def moment(density, power: int) -> float:
+    """Estimate of tr(H^power) / n."""
+    return float((density.weights * density.nodes**power).sum(1).mean())
+
+
 @pytest.mark.parametrize("group", ["fused_head", "audio"])
 @pytest.mark.parametrize("graph_bytes", [0, 1e9])
 def test_products_and_matrix_are_those_of_torch_func(small, group, graph_bytes):
@@ -144,10 +149,9 @@ def test_trace_is_within_its_standard_error_and_deflation_lowers_it():
 def test_spectral_density(basis_bytes):
     matrix = symmetric(SPECTRUM)
     found = spectral_density(matrix_product(matrix), probes(60), count=60, steps=40, basis_bytes=basis_bytes)
-    assert found.reorthogonalised == (basis_bytes > 0)
     np.testing.assert_allclose(found.weights.sum(1), 1, rtol=1e-9)
-    assert found.moment(1) == pytest.approx(SPECTRUM.mean(), abs=0.5)
-    assert found.moment(2) == pytest.approx(np.mean(SPECTRUM**2), rel=0.2)
+    assert moment(found, 1) == pytest.approx(SPECTRUM.mean(), abs=0.5)
+    assert moment(found, 2) == pytest.approx(np.mean(SPECTRUM**2), rel=0.2)
     at = np.linspace(-40, 30, 701)
     density = found.density(at, width=1.0)
     assert np.trapezoid(density, at) == pytest.approx(1, abs=1e-3)
@@ -162,7 +166,7 @@ def test_quadrature_is_exact_for_low_moments_of_one_probe():
     v /= np.linalg.norm(v)
     found = spectral_density(matrix_product(matrix), probes(60), count=1, steps=4)
     for power in range(8):
-        assert found.moment(power) == pytest.approx(v @ np.linalg.matrix_power(matrix, power) @ v, rel=1e-9)
+        assert moment(found, power) == pytest.approx(v @ np.linalg.matrix_power(matrix, power) @ v, rel=1e-9)
 
 
 def test_same_seed_same_result(small):

@@ -134,7 +134,6 @@ def test_another_model_is_refused_by_name(settings, dataset, model):
 
 @pytest.mark.parametrize("batch_norm", ["running", "recalibrated"])
 def test_paths_and_planes_meet_the_checkpoints(tmp_path, batch_norm, monkeypatch):
-    monkeypatch.setattr(command, "_draw", lambda *_: {})
     settings = make_settings(analyses=(), batch_norm=batch_norm)
     dataset = make_dataset(settings)
     erm, mbcd, third = (make_checkpoint(settings, dataset, seed=s) for s in (0, 1, 2))
@@ -152,7 +151,6 @@ def test_paths_and_planes_meet_the_checkpoints(tmp_path, batch_norm, monkeypatch
 
 
 def test_student_to_teacher(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "_draw", lambda *_: {})
     settings = make_settings(analyses=(), weights="student", to_weights="teacher")
     dataset = make_dataset(settings)
     both = make_checkpoint(settings, dataset, teacher=True)

@@ -21,7 +21,7 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders.staged import Tail
 from mbcd_cli.methods import method_class, over_defaults
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.settings.merge import validate
+from mbcd_cli.resolved import validate
 from mbcd_cli.training.assemble import train_with
 
 NAMES, WIDTHS, CLASSES = ("video", "audio", "flow", "extra"), (6, 4, 8, 5), 3

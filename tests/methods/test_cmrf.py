@@ -10,7 +10,7 @@ from reference_cmrf import CMRFReference
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.cmrf import interpolation_distance, mixing_quantiles
 from mbcd_cli.methods.parts import unit_rows
-from mbcd_cli.settings.merge import resolve
+from mbcd_cli.resolved import resolve
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])

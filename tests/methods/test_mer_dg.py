@@ -9,7 +9,7 @@ from reference_mer_dg import MERDGReference
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.mer_dg import marginal, spectral
-from mbcd_cli.settings.merge import resolve
+from mbcd_cli.resolved import resolve
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
-from fakes import MemoryDataset, memory_settings
+from fakes import MemoryDataset, Signalling, memory_settings
 
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.runs.checkpoint import load_checkpoint
@@ -77,20 +76,6 @@ def settings(tmp_path):
     return memory_settings(training={"epochs": 2}, method=method, average={"start": 2})
 
 
-class Signalling(MemoryDataset):
-    """Sends this process a signal before its sixth batch of training views."""
-
-    left = 6
-
-    def batches(self, clips, **options):
-        for batch in super().batches(clips, **options):
-            if options["training"]:
-                self.left -= 1
-                if self.left == 0:
-                    signal.raise_signal(signal.SIGTERM)
-            yield batch
-
-
 def train(run, settings, dataset=None, resume=False):
     return command.train(settings, dataset or MemoryDataset(), run=run, resume=resume, overwrite=False)
 
@@ -104,7 +89,7 @@ def test_own_modules_are_trained_saved_and_resumed_but_never_deployed(tmp_path, 
     record = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[-1])
     assert {"agreement", "ce_fused", "total"} <= record["train"].keys()
     with pytest.raises(RunError, match="Stopped by SIGTERM"):
-        train(tmp_path / "run", settings, Signalling())
+        train(tmp_path / "run", settings, Signalling(6))
     train(tmp_path / "run", settings, resume=True)
     whole, run = (load_checkpoint(tmp_path / name / "checkpoints/last.pt") for name in ("whole", "run"))
     assert whole.training["method"]["updates"].item() == 8

@@ -61,6 +61,12 @@ def mbcd(folder: Path, *words: str, code: int = 0) -> dict | list:
 SHORT = ("--dataset", "hello", "--preset", "none", "--set", "training.batch_size=4", "--set", "training.epochs=2")
 
 
+def test_the_page_ends_in_three_hello_worlds_of_ten_lines():
+    assert PAGE.rindex("\n## ") == PAGE.index("\n## Hello world")
+    for words in ("ReaderEntry(", "EncoderEntry(", "class Hello(Method)"):
+        assert len([line for line in code(words).splitlines() if line]) <= 10, words
+
+
 def test_a_sweep_over_a_method_of_ones_own_and_ours(installed):
     found = mbcd(installed, "sweep", *SHORT, "--methods", "erm,hello", "--targets", "c", "--seeds", "1", "--jobs", "2")
     assert found["done"] == 2

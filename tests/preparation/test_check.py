@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from mbcd_cli.cli import app
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
-from mbcd_cli.settings.merge import resolve
+from mbcd_cli.resolved import resolve
 
 SETS = [part for assignment in helpers.SMALL for part in ("--set", assignment)]
 

@@ -71,7 +71,7 @@ def test_locks_of_ranks(tmp_path):
 
 
 def test_who_removes_what_was_left_half_written():
-    assert partial_is_ours(Path(".shard-00004.h5.7.partial"), Place(1, 3))
-    assert not partial_is_ours(Path(".shard-00003.h5.7.partial"), Place(1, 3))
-    assert not partial_is_ours(Path(".index.h5.7.partial"), Place(1, 3))
-    assert partial_is_ours(Path(".index.h5.7.partial"), Place(0, 3))
+    assert partial_is_ours(Path(".shard-00004.h5.host.7.partial"), Place(1, 3))
+    assert not partial_is_ours(Path(".shard-00003.h5.host.7.partial"), Place(1, 3))
+    assert not partial_is_ours(Path(".index.h5.host.7.partial"), Place(1, 3))
+    assert partial_is_ours(Path(".index.h5.host.7.partial"), Place(0, 3))

@@ -22,9 +22,7 @@ from mbcd_cli.training import train as command
 def trained(tmp_path_factory):
     torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "plot_run", lambda *args: [])
-        command.train(memory_settings(), MemoryDataset(), run=run, resume=False, overwrite=False)
+    command.train(memory_settings(), MemoryDataset(), run=run, resume=False, overwrite=False)
     return run
 
 
@@ -60,7 +58,7 @@ class Touch:
 
 
 def hostile(path: Path, proof: Path) -> None:
-    torch.save({"format": module.FORMAT, "version": module.VERSION, "student": Touch(proof)}, path)
+    torch.save({"format": module._FORMAT, "version": module._VERSION, "student": Touch(proof)}, path)
 
 
 def raw_pickle(path: Path, proof: Path) -> None:

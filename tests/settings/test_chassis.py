@@ -6,7 +6,7 @@ import pytest
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS
-from mbcd_cli.settings.merge import load_settings, method_label, resolve
+from mbcd_cli.resolved import load_settings, method_label, resolve
 from mbcd_cli.settings.sources import to_toml
 
 PUBLISHED = {"training.chassis": "published"}

@@ -9,7 +9,7 @@ from sweep_cases import finish, plan_of
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS
-from mbcd_cli.settings.merge import resolve
+from mbcd_cli.resolved import resolve
 from mbcd_cli.sweep.estimate import checkpoint_bytes, estimate
 from mbcd_cli.sweep.packing import units, width_of
 from mbcd_cli.sweep.plan import parse_grid, parse_modality_set, settings_key, splits

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import torch
 from memory import ArrayDataset
 
+from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.merge import validate
 
 
 class MemoryDataset(ArrayDataset):
@@ -33,6 +35,22 @@ class MemoryDataset(ArrayDataset):
             modalities=dict(memory_settings(names=names, width=width).modalities),
             fingerprints={name: f"print-{name}" for name in names},
         )
+
+
+class Signalling(MemoryDataset):
+    """Sends this process a signal before its n-th batch, of training views or of all."""
+
+    def __init__(self, at: int, number: signal.Signals = signal.SIGTERM, *, training: bool = True) -> None:
+        super().__init__()
+        self.left, self.number, self.only_training = at, number, training
+
+    def batches(self, clips, **options):
+        for batch in super().batches(clips, **options):
+            if options["training"] or not self.only_training:
+                self.left -= 1
+                if self.left == 0:
+                    signal.raise_signal(self.number)
+            yield batch
 
 
 def memory_settings(*, names=("left", "right"), width: int = 6, **changes) -> Settings:

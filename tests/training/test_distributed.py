@@ -54,7 +54,6 @@ def train(run: Path, world: int, *, resume=False, codes=None, dataset=MemoryData
 def one_process(run: Path, resume: bool, dataset, changes) -> int:
     stdout, stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     console.err.file, console.out.file = stderr, stdout
-    command.plot_run = lambda *args: []
     settings = memory_settings(**changes)
     try:
         summary = command.train(settings, dataset(), run=run, resume=resume, overwrite=False, say=console.terminal)
@@ -129,7 +128,7 @@ def close(one, two) -> None:
         assert one == two
 
 
-class Signalling(MemoryDataset):
+class Interrupted(MemoryDataset):
     """Rank 1 gets SIGTERM in the first epoch."""
 
     def batches(self, clips, **options):
@@ -141,7 +140,7 @@ class Signalling(MemoryDataset):
 
 def test_a_signal_to_one_process_stops_all_with_one_checkpoint(tmp_path):
     changes = {"training": {"batch_norm": "tracked"}, "runtime": {"prefetch": 0}}
-    answers = train(tmp_path / "run", 2, dataset=Signalling, codes=[1, 1], **changes)
+    answers = train(tmp_path / "run", 2, dataset=Interrupted, codes=[1, 1], **changes)
     assert "Stopped by SIGTERM" in answers[0]
     assert answers[1] == ""
     saved = load_checkpoint(tmp_path / "run/checkpoints/last.pt")

@@ -10,7 +10,7 @@ import pytest
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.methods import METHODS, over_defaults
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.settings.merge import resolve, validate
+from mbcd_cli.resolved import resolve, validate
 
 PRESETS = Path(__file__).resolve().parents[2] / "presets"
 REFERENCE = {

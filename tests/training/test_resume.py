@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import MemoryDataset, memory_settings
+from fakes import MemoryDataset, Signalling, memory_settings
 
 from mbcd_cli.errors import CheckpointError, RunError
 from mbcd_cli.files import read_json
@@ -28,19 +28,12 @@ def run_training(run: Path, *, settings=SETTINGS, resume=False, dataset=None):
     return command.train(settings, dataset or MemoryDataset(), run=run, resume=resume, overwrite=False)
 
 
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch):
-    monkeypatch.setattr(command, "plot_run", lambda *args: [])
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run, without checkpoints inside epochs."""
     torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("runs") / "whole"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "plot_run", lambda *args: [])
-        run_training(run, settings=SILENT)
+    run_training(run, settings=SILENT)
     return run
 
 
@@ -140,21 +133,6 @@ def test_killed_at_random_instants_fifty_times(whole, tmp_path):
         assert_same(run, whole)
 
 
-class Signalling(MemoryDataset):
-    """Sends this process a signal before its n-th batch."""
-
-    def __init__(self, number: int, one: signal.Signals) -> None:
-        super().__init__()
-        self.left, self.one = number, one
-
-    def batches(self, *args, **kwargs):
-        for batch in super().batches(*args, **kwargs):
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), self.one)
-            yield batch
-
-
 # Batches 1-4 of an epoch train, 5 and 6 validate teacher and student, 7 and 8 report the target.
 @pytest.mark.parametrize(
     ("number", "one"),
@@ -164,7 +142,7 @@ def test_signals_checkpoint_and_leave_cleanly(whole, tmp_path, number, one):
     run = tmp_path / "run"
     before = signal.getsignal(one)
     with pytest.raises(RunError) as caught:
-        run_training(run, settings=SILENT, dataset=Signalling(number, one))
+        run_training(run, settings=SILENT, dataset=Signalling(number, one, training=False))
     assert one.name in caught.value.message
     assert "--resume" in caught.value.remedy
     assert signal.getsignal(one) is before
@@ -184,7 +162,7 @@ def test_a_complete_run_is_left_as_it_is(whole, tmp_path):
 def test_resume_refuses_another_cache(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(RunError):
-        run_training(run, dataset=Signalling(3, signal.SIGTERM))
+        run_training(run, dataset=Signalling(3, training=False))
     dataset = MemoryDataset()
     dataset.fingerprints["left"] = "changed"
     with pytest.raises(CheckpointError, match="left changed"):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fakes import MemoryDataset, memory_settings
+from fakes import MemoryDataset, Signalling, memory_settings
 from torch import nn
 
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.methods.base import ParameterGroup
+from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.settings import OptimizerSettings
-from mbcd_cli.settings.merge import resolve
 from mbcd_cli.training import train as command
 from mbcd_cli.training.optimizer import build_optimizer, load_optimizer, rate_factor, set_rates
 
@@ -51,25 +51,9 @@ def test_groups_keep_their_proportion_and_a_loaded_state_its_tensors():
     assert [float(rate) for rate in kept] == pytest.approx([0.01, 0.05])
 
 
-class Stopping(MemoryDataset):
-    """Sends this process a signal before its sixth batch of training views."""
-
-    left = 6
-
-    def batches(self, clips, **options):
-        import signal
-
-        for batch in super().batches(clips, **options):
-            self.left -= options["training"]
-            if self.left == 0 and options["training"]:
-                signal.raise_signal(signal.SIGTERM)
-            yield batch
-
-
 @pytest.mark.parametrize("schedule", [{"schedule": "cosine"}, {"schedule": "step", "drops": (1, 2)}])
 def test_a_training_that_stops_inside_an_epoch_goes_on_to_the_same_bits(tmp_path, monkeypatch, schedule):
     torch.set_num_threads(1)
-    monkeypatch.setattr(command, "plot_run", lambda *args: [])
     settings = memory_settings(optimizer=schedule, training={"epochs": 3})
 
     def train(name, dataset=None, resume=False, tree=settings):
@@ -78,7 +62,7 @@ def test_a_training_that_stops_inside_an_epoch_goes_on_to_the_same_bits(tmp_path
 
     whole = train("whole")
     with pytest.raises(RunError, match="Stopped by SIGTERM"):
-        train("cut", Stopping())
+        train("cut", Signalling(6))
     cut = train("cut", resume=True)
     constant = train("constant", tree=memory_settings(training={"epochs": 3}))
     for name, value in whole.student.items():

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import signal
 from itertools import pairwise
 
 import pytest
 import torch
-from fakes import MemoryDataset, memory_settings
+from fakes import MemoryDataset, Signalling, memory_settings
 from torch import nn
 
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.model import MultiModalModel
+from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.settings import AverageSettings, ModelSettings
-from mbcd_cli.settings.merge import resolve
 from mbcd_cli.training import train as command
 from mbcd_cli.training.swad import SWAD, valley
 
@@ -100,22 +99,6 @@ def test_its_state_is_all_that_it_needs(stop_at):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-class Signalling(MemoryDataset):
-    """Sends this process a signal before its n-th batch of training views."""
-
-    def __init__(self, at):
-        super().__init__()
-        self.left = at
-
-    def batches(self, clips, **options):
-        for batch in super().batches(clips, **options):
-            if options["training"] and not options.get("draw"):
-                self.left -= 1
-                if self.left == 0:
-                    signal.raise_signal(signal.SIGTERM)
-            yield batch
-
-
 def train(run, dataset=None, *, resume=False):
     average = {"kind": "swad", "converge": 2, "leave": 2, "tolerance": 1.1}
     settings = memory_settings(method={"name": "erm"}, training={"epochs": 8}, average=average, optimizer={"lr": 0.05})
@@ -123,7 +106,6 @@ def train(run, dataset=None, *, resume=False):
 
 
 def test_a_training_that_is_stopped_and_resumed_ends_in_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "plot_run", lambda *args: [])
     summary = train(tmp_path / "whole")
     assert summary["deployed"] == "teacher"
     records = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]

@@ -23,11 +23,6 @@ from mbcd_cli.training.dry_run import dry_run
 from mbcd_cli.training.trainer import better
 
 
-@pytest.fixture
-def no_plots(monkeypatch):
-    monkeypatch.setattr(command, "plot_run", lambda *args: [])
-
-
 def run_training(run, settings, dataset=None):
     return command.train(
         settings, dataset or MemoryDataset(), run=run, resume=False, overwrite=False, say=console.terminal
@@ -46,7 +41,7 @@ def accuracy(model, dataset, clips):
 
 
 @pytest.mark.parametrize("method", ["erm", "ema", "mbcd"])
-def test_training_learns_and_the_record_is_true(tmp_path, method, no_plots):
+def test_training_learns_and_the_record_is_true(tmp_path, method):
     settings = memory_settings(training={"epochs": 8}, method={"name": method}, average={"beta": 0.7})
     dataset = MemoryDataset()
     summary = run_training(tmp_path / "run", settings, dataset)
@@ -75,7 +70,7 @@ def test_selection_breaks_ties_by_loss_then_by_the_earlier_epoch():
     assert not better({"accuracy": 0.89, "loss": 0.1}, best)
 
 
-def test_the_target_never_influences_training(tmp_path, no_plots):
+def test_the_target_never_influences_training(tmp_path):
     def weights(name, spoil):
         dataset = MemoryDataset()
         if spoil:
@@ -91,7 +86,7 @@ def test_the_target_never_influences_training(tmp_path, no_plots):
     assert all(torch.equal(one.student[k], two.student[k]) for k in one.student)
 
 
-def test_step_records_are_means_and_epoch_means_weigh_all_steps(tmp_path, no_plots):
+def test_step_records_are_means_and_epoch_means_weigh_all_steps(tmp_path):
     run_training(tmp_path / "one", memory_settings(training={"log_steps": 1}))
     run_training(tmp_path / "three", memory_settings(training={"log_steps": 3}))
     single, triple = (read_records(tmp_path / n / "steps.jsonl") for n in ("one", "three"))
@@ -106,7 +101,7 @@ def test_step_records_are_means_and_epoch_means_weigh_all_steps(tmp_path, no_plo
         assert r["validation"] == s["validation"]
 
 
-def test_same_seed_same_bits_other_seed_other_weights(tmp_path, no_plots):
+def test_same_seed_same_bits_other_seed_other_weights(tmp_path):
     def weights(name, seed):
         run_training(tmp_path / name, memory_settings(training={"seed": seed}))
         return load_checkpoint(tmp_path / name / "checkpoints/last.pt").student
@@ -116,7 +111,7 @@ def test_same_seed_same_bits_other_seed_other_weights(tmp_path, no_plots):
     assert not torch.equal(one["fused_head.0.weight"], other["fused_head.0.weight"])
 
 
-def test_limits(tmp_path, no_plots):
+def test_limits(tmp_path):
     summary = run_training(tmp_path / "steps", memory_settings(training={"max_steps": 6, "epochs": 9}))
     assert (summary["steps"], summary["epochs"]) == (6, 2)
     summary = run_training(tmp_path / "clips", memory_settings(training={"limit_clips": 17}))
@@ -127,7 +122,7 @@ def test_limits(tmp_path, no_plots):
         run_training(tmp_path / "one", memory_settings(training={"batch_size": 1}))
 
 
-def test_no_target_trains_in_domain(tmp_path, no_plots):
+def test_no_target_trains_in_domain(tmp_path):
     settings = memory_settings(training={"target_domain": None, "source_domains": ("a", "b", "c")})
     summary = run_training(tmp_path / "run", settings)
     assert "oracle" not in summary
@@ -145,7 +140,7 @@ class Poisoned(MemoryDataset):
     bad = 3
 
 
-def test_a_non_finite_loss_stops_names_the_clips_and_keeps_the_last_good_checkpoint(tmp_path, no_plots):
+def test_a_non_finite_loss_stops_names_the_clips_and_keeps_the_last_good_checkpoint(tmp_path):
     run = tmp_path / "run"
     settings = memory_settings(training={"checkpoint_minutes": 1e-9})
     with pytest.raises(RunError) as caught:
@@ -160,7 +155,7 @@ def test_a_non_finite_loss_stops_names_the_clips_and_keeps_the_last_good_checkpo
         assert all(torch.isfinite(v).all() for v in good.student.values())
 
 
-def test_infinite_weights_never_reach_a_checkpoint(tmp_path, no_plots):
+def test_infinite_weights_never_reach_a_checkpoint(tmp_path):
     """The loss of the first step is finite, its update is not, and a checkpoint is due after it."""
     settings = memory_settings(
         optimizer={"name": "sgd", "lr": 1e38, "weight_decay": 1e4}, training={"checkpoint_minutes": 1e-9}
@@ -192,7 +187,7 @@ def test_warnings():
     assert watch.training_warnings(drifting[::-1], epochs=20) == {}
 
 
-def test_a_warning_is_given_once_and_recorded(tmp_path, no_plots, capsys):
+def test_a_warning_is_given_once_and_recorded(tmp_path, capsys):
     settings = memory_settings(training={"epochs": 3}, method={"dropout": {"strategy": "fixed", "rate": 1.0}})
     summary = run_training(tmp_path / "run", settings)
     assert len([w for w in summary["warnings"] if "collapse" in w]) == 2
@@ -233,7 +228,7 @@ def test_the_dataset_in_memory_is_what_the_protocol_says():
     assert isinstance(MemoryDataset(), Dataset)
 
 
-def test_an_average_that_remembers_longer_than_the_training_is_told(tmp_path, no_plots, capsys):
+def test_an_average_that_remembers_longer_than_the_training_is_told(tmp_path, capsys):
     run_training(tmp_path / "a", memory_settings(training={"epochs": 1}, method={"name": "mbcd"}))
     assert "% of the initial weights (average.beta = 0.9): train longer" in capsys.readouterr().err
     run_training(tmp_path / "b", memory_settings(training={"epochs": 1}, method={"name": "erm"}))
@@ -251,7 +246,7 @@ def test_a_plot_that_fails_does_not_cost_the_training_its_end(tmp_path, monkeypa
     assert "plots/accuracy.png" in summary["plots"]
 
 
-def test_classes_that_are_only_tested_are_told(tmp_path, no_plots, capsys):
+def test_classes_that_are_only_tested_are_told(tmp_path, capsys):
     dataset = MemoryDataset()
     sources = dataset.select(domains=("a", "b"), splits=("train",))
     dataset.labels[sources] = 0

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import model_validator
 
-from mbcd_cli.data.modalities.modality import Draws, Modality, Parts, each_file, spread_places
+from mbcd_cli.data.modalities.modality import Draws, Modality, ViewParts, each_file, spread_places
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import Count, DatasetSettings, ForWeights, NonNegative
@@ -63,7 +63,7 @@ class ArrayModality(Modality):
 
     def views(
         self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
-    ) -> list[Parts]:
+    ) -> list[ViewParts]:
         """One part per view: [D] or [T, D], float32 or int32."""
         from mbcd_cli.data.media.arrays import read_array
 

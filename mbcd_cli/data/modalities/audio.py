@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from mbcd_cli.data.modalities.frames import FrameSampling, frames_to_sample, sample_indices
-from mbcd_cli.data.modalities.modality import Draws, Modality, Parts, each_file
+from mbcd_cli.data.modalities.modality import Draws, Modality, ViewParts, each_file
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
@@ -102,7 +102,7 @@ class AudioModality(Modality):
 
     def views(
         self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
-    ) -> list[Parts]:
+    ) -> list[ViewParts]:
         """One part per view: [1, F, S] float32."""
         generators = draws(name)
         guides = draws(self.follow) if self.follow is not None else generators

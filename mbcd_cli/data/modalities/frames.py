@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from mbcd_cli.data.media.checks import Choose
-from mbcd_cli.data.modalities.modality import Draws, Modality, Parts, spread_places
+from mbcd_cli.data.modalities.modality import Draws, Modality, ViewParts, spread_places
 from mbcd_cli.data.records import Media
 from mbcd_cli.settings import Count, DatasetSettings, Fraction, Positive, Role, Slice
 
@@ -93,7 +93,7 @@ class FrameModality(FrameSampling, Modality):
 
     def views(
         self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
-    ) -> list[Parts]:
+    ) -> list[ViewParts]:
         """One part per view: [C, T, side, side] uint8."""
         from mbcd_cli.data.media.video import resize_short_side
 

@@ -19,7 +19,7 @@ import numpy as np
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.settings import DatasetSettings, ModalitySettings
 
-Parts = tuple[np.ndarray, ...]
+ViewParts = tuple[np.ndarray, ...]
 Draws = Callable[[str], list[np.random.Generator | None]]
 """Modality -> the random numbers of each of its views asked for; None for the test view, which has none."""
 _Told = TypeVar("_Told")
@@ -38,7 +38,7 @@ class Modality(ModalitySettings, ABC):
         clocked: a span in frames is one of the video's frames.
         computed_from: kind of the modality that it can be computed from.
         raw: values are what the files hold, in the shape they have there: it matters what rounding takes from them.
-        corruptions: names of those of `evaluation.corruptions` that its decoded views can suffer.
+        corruptions: names of those corruptions of an evaluation that its decoded views can suffer.
         stated_seconds: of one worker for one clip, where no clip is there to be timed.
     """
 
@@ -61,7 +61,7 @@ class Modality(ModalitySettings, ABC):
     @abstractmethod
     def views(
         self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
-    ) -> list[Parts]:
+    ) -> list[ViewParts]:
         """As `load_views`, with the random numbers drawn."""
 
     @abstractmethod
@@ -112,7 +112,7 @@ def load_views(
     seed: int,
     dataset: DatasetSettings,
     notes: list[str] | None = None,
-) -> list[Parts]:
+) -> list[ViewParts]:
     """The views of one modality of a clip, decoded once.
 
     Args:

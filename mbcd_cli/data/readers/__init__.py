@@ -53,7 +53,7 @@ class Listing:
             self.warnings += modality.warnings(media, name=name)
 
 
-Read = Callable[[DatasetSettings, Mapping[str, Modality]], Listing]
+ReadListing = Callable[[DatasetSettings, Mapping[str, Modality]], Listing]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class ReaderEntry:
         settings: its settings' class, where it has some of its own (or what else makes their defaults).
     """
 
-    read: Read
+    read: ReadListing
     summary: str
     settings: Callable[[], ReaderSettings] = ReaderSettings
 
@@ -123,6 +123,6 @@ def read_dataset(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -
             f"{did_you_mean(dataset.reader.name, names)}Choose one of: {', '.join(names)}.",
         )
     own = type(entry.settings())
-    if not isinstance(dataset.reader, own):  # settings that were not merged by `settings.merge`
+    if not isinstance(dataset.reader, own):  # settings that were not merged by `resolved`
         dataset = dataset.model_copy(update={"reader": own.model_validate(dataset.reader.model_dump())})
     return entry.read(dataset, modalities)

@@ -18,7 +18,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, manifest
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.files import folder_aside, sync
+from mbcd_cli.files import folder_aside, rename, sync_all
 from mbcd_cli.settings import DatasetSettings
 
 _MARKER = "generated.json"
@@ -73,8 +73,8 @@ def generate(root: Path, marker: Mapping[str, object], fill: Callable[[Path], No
                 raise ManifestError(f"{root} holds {what}.", "Remove it, or choose another folder with --root.")
             fill(aside)
             (aside / _MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
-            aside.replace(root)
-            sync(root.parent)
+            sync_all(aside)
+            rename({aside: root})
     except OSError as error:
         raise ManifestError(f"{root} cannot be written: {error}", "Choose another folder with --root.") from error
 

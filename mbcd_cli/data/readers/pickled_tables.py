@@ -16,14 +16,14 @@ import numpy as np
 
 from mbcd_cli.errors import ManifestError
 
-Table = dict[str, list[Any]]
+Columns = dict[str, list[Any]]
 """Column name -> values, all of one length."""
 
 _LARGEST = 256 * 2**20
 _USE_CSV = "Get the table again from its publisher, or put the same table beside it as CSV with a header."
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> Columns:
     """A split table by its suffix: .csv, or .pkl.
 
     Raises:
@@ -32,7 +32,7 @@ def read_table(path: Path) -> Table:
     return read_csv(path) if path.suffix.lower() == ".csv" else read_pickled_frame(path)
 
 
-def read_csv(path: Path) -> Table:
+def read_csv(path: Path) -> Columns:
     """A CSV table with a header: column -> strings.
 
     Raises:
@@ -212,7 +212,7 @@ def _flat(held: Any) -> list[Any]:
     return held.values.ravel().tolist() if isinstance(held, _Array | _Backed) else list(held)
 
 
-def _columns(manager: _Manager) -> Table:
+def _columns(manager: _Manager) -> Columns:
     names = [str(name) for name in manager.axes[0].labels]
     found: dict[int, list[Any]] = {}
     for values, placement in manager.blocks:
@@ -231,7 +231,7 @@ def _columns(manager: _Manager) -> Table:
     return table
 
 
-def read_pickled_frame(path: Path) -> Table:
+def read_pickled_frame(path: Path) -> Columns:
     """A pickled pandas frame of numbers and strings: column -> values (a named index becomes a column).
 
     Frames written by pandas 0.2x to 3.x are read; nothing but stand-ins of this module is ever called.

@@ -29,8 +29,8 @@ from mbcd_cli.evaluation.analyses.trust import out_of_distribution, trust
 from mbcd_cli.evaluation.analyses.waveform import sound_corruptions
 from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.evaluation.report import plots
-from mbcd_cli.evaluation.report.export import hardest_rows, prediction_rows, write_csv, write_hdf5
-from mbcd_cli.files import sync
+from mbcd_cli.evaluation.report.export import hardest_rows, prediction_rows, write_hdf5
+from mbcd_cli.files import remove, rename, write_rows
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
@@ -113,18 +113,15 @@ def earlier(output: Path) -> list[Path]:
 
 
 def give_place(aside: Path, output: Path, files: Sequence[Path]) -> None:
-    """Move `files` (relative) from `aside` to `output`, in their order, in place of an earlier evaluation's.
+    """Move `files` (relative) and results.json from `aside` to `output`, in place of an earlier evaluation's.
 
-    The earlier results go first: what is there always fits results.json, or there is none.
+    The earlier results go first and the new ones come last, on the disk too: what is there always fits results.json,
+    or there is none.
     """
-    (output / "results.json").unlink(missing_ok=True)
-    for path in earlier(output):
-        path.unlink()
-    for file in files:
-        (output / file).parent.mkdir(parents=True, exist_ok=True)
-        (aside / file).replace(output / file)
-    for folder in {(output / file).parent for file in files}:
-        sync(folder)
+    results = "results.json"
+    remove(output / results, *earlier(output))
+    rename({aside / file: output / file for file in files})
+    rename({aside / results: output / results})
 
 
 def analyse(analysis: Analysis, *, ood: Dataset | None = None) -> None:
@@ -281,11 +278,11 @@ def _insight(a: Analysis) -> None:
                 zip(sample.clips.tolist(), sample.domains.tolist(), sample.labels.tolist(), strict=True)
             )
         ]
-        a.files["t-SNE points"] = write_csv(rows, a.output / "evaluation" / "tsne.csv")
+        a.files["t-SNE points"] = write_rows(a.output / "evaluation" / "tsne.csv", rows)
 
 
 def _ood(a: Analysis, other: Dataset) -> None:
-    name = getattr(other, "name", "another dataset")
+    name = other.name
     missing = [m for m in a.model.modalities if m not in other.modalities]
     if missing:
         raise CheckpointError(
@@ -320,7 +317,7 @@ def _export(a: Analysis) -> None:
         name, folder = one.clip_set.name, a.output / "evaluation"
         if "csv" in wanted:
             path = folder / f"predictions-{name}.csv"
-            a.files[f"predictions on {name}"] = write_csv(_rows(a, one), path)
+            a.files[f"predictions on {name}"] = write_rows(path, _rows(a, one))
         if "hdf5" in wanted:
             full = predict(
                 a.model,

@@ -2,7 +2,8 @@
 
 Confidence is the maximum softmax probability. A clip with non-finite logits has confidence 0 and is wrong.
 
-Letters: N clips, C classes, K bins.
+Letters: N clips, C classes, K bins. Every function takes logits [N, C], labels [N], and confidences and `right` (0 or
+1) [N].
 """
 
 from __future__ import annotations
@@ -146,9 +147,9 @@ def trust_figures(logits: ArrayLike, labels: ArrayLike, *, temperature: float, b
     }
 
 
-def _curve(risk: np.ndarray, points: int = 100) -> dict[str, list[float]]:
-    """At most `points` of a risk-coverage curve, for plots."""
-    at = np.unique(np.linspace(0, len(risk) - 1, points).round().astype(int))
+def _curve(risk: np.ndarray) -> dict[str, list[float]]:
+    """At most 100 points of a risk-coverage curve, for plots."""
+    at = np.unique(np.linspace(0, len(risk) - 1, 100).round().astype(int))
     return {"coverage": ((at + 1) / len(risk)).tolist(), "risk": risk[at].tolist()}
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
-from itertools import combinations, permutations
+from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +19,13 @@ from scipy.stats import ttest_rel
 
 from mbcd_cli import checksums
 from mbcd_cli.errors import RunError
-from mbcd_cli.evaluation.report.results import FORMAT, read_results
+from mbcd_cli.evaluation.report.results import RESULTS_FORMAT, read_results
 from mbcd_cli.evaluation.report.tables import Score, Table
-from mbcd_cli.paper.published import paper
-from mbcd_cli.settings.merge import PUBLISHED
+from mbcd_cli.paper.published import published_domains
+from mbcd_cli.paper.rows import place_of_set, published_rows
+from mbcd_cli.resolved import PUBLISHED
+from mbcd_cli.runs.names import run_checkpoints
+from mbcd_cli.scoring.deployed import deployed_checkpoint
 
 EXACT_PAIRS = 15
 """Up to this many pairs every sign pattern is tried."""
@@ -32,6 +35,7 @@ _VARIED = ("training.seed", "training.target_domain", "training.source_domains",
 """Settings in which the runs of one method and table may differ."""
 
 Key = TypeVar("Key", bound=Hashable)
+TableRows = list[list[str | Score]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +107,9 @@ def load_run(folder: Path) -> Run:
     """
     results = read_results(folder / "results.json")
     try:
-        if results["format"] != FORMAT:
+        if results["format"] != RESULTS_FORMAT:
             raise RunError(
-                f"{folder / 'results.json'} has format {results['format']}, this mbcd reads {FORMAT}.",
+                f"{folder / 'results.json'} has format {results['format']}, this mbcd reads {RESULTS_FORMAT}.",
                 "Evaluate that run again.",
             )
         headline = results["headline"]
@@ -137,11 +141,11 @@ def _check_current(folder: Path, results: Mapping[str, Any]) -> None:
     Raises:
         RunError: they are such; or the run's checkpoint is damaged.
     """
-    files = {name: folder / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
-    there = [name for name, path in files.items() if path.is_file()]
-    if not there:
+    try:
+        files = run_checkpoints(folder)
+    except RunError:
         return  # results that were copied, or written elsewhere, without the run
-    wanted, told = there[0], results["headline"]["checkpoint"]
+    wanted, told = deployed_checkpoint(files), results["headline"]["checkpoint"]
     try:
         now = checksums.checksum(files[wanted])
     except (OSError, checksums.DamagedError) as error:
@@ -207,7 +211,7 @@ def _value(run: Run, value: str) -> float:
     return run.heads[value]
 
 
-def marked(rows: Sequence[Sequence[str | Score]]) -> list[list[str | Score]]:
+def marked(rows: Sequence[Sequence[str | Score]]) -> TableRows:
     """`rows` with the largest figure of every column marked best (all of them where several are equal)."""
     out = [list(row) for row in rows]
     for column in range(1, max((len(row) for row in out), default=0)):
@@ -222,46 +226,18 @@ def marked(rows: Sequence[Sequence[str | Score]]) -> list[list[str | Score]]:
     return out
 
 
-def paper_rows(table: str, dataset: str, modalities: Sequence[str], columns: Sequence[str]) -> list[list[str | Score]]:
-    """The papers' rows for the same dataset and modalities; none where the setting does not match.
-
-    Its averages are over all domains (or ordered pairs): they are left out where `columns` are fewer or others.
-    """
-    rows: list[list[str | Score]] = []
-    whole = set(columns) == _paper_columns(table, dataset)
-    for entry in paper().get(table, []):
-        if dataset in entry and set(entry["modalities"]) == set(modalities):
-            figures = entry[dataset]
-            cells = [Score(figures.get(column)) for column in (*columns, *(["average"] if whole else []))]
-            if any(cell.value is not None for cell in cells):
-                rows.append(
-                    [f"{entry['method']} ({entry.get('source', 'paper')})", *cells, *([] if whole else [Score(None)])]
-                )
-    return rows
-
-
-def _paper_columns(table: str, dataset: str) -> set[str]:
-    """What the paper's average in one of its tables is over."""
-    domains = [name for name in paper()["multi_source"][0].get(dataset, {}) if name != "average"]
-    if table == "single_source":
-        return {f"{source} to {target}" for source, target in permutations(domains, 2)}
-    return set(domains)
-
-
-def _comparable(dataset: str, columns: Sequence[str]) -> bool:
-    """Whether the targets are those of the paper."""
-    names = {column for entry in paper()["multi_source"] for column in entry.get(dataset, {})} - {"average"}
-    return bool(names) and set(columns) <= names
-
-
 def _columns(runs: Sequence[Run], dataset: str) -> list[str]:
     """The targets (or source-target pairs) of a dataset's runs, in the paper's order where it has them."""
     columns = sorted({run.column for run in runs if run.dataset == dataset})
-    known = [c for c in paper()["multi_source"][0].get(dataset, {}) if c in columns]
+    known = [c for c in published_domains(dataset) if c in columns]
     return known + [c for c in columns if c not in known]
 
 
-_PAPER_TABLES = {"multi-source": "multi_source", "single-source": "single_source", "in-domain": "in_domain"}
+def _published(
+    setting: str, dataset: str, modalities: Sequence[str], columns: Sequence[str], *, ablations: bool = False
+) -> TableRows:
+    rows = published_rows(setting, dataset, modalities, columns, ablations=ablations)
+    return [[label, *map(Score, figures)] for label, figures in rows]
 
 
 def joint_tables(runs: Sequence[Run]) -> list[Table]:
@@ -270,7 +246,6 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
     Only for settings with several datasets or sets of modalities; with one of each the main table says it all.
     """
     tables = []
-    paper_sets = [set(entry["modalities"]) for entry in paper()["multi_source"]]
     for setting, group in _grouped(runs, lambda r: r.setting):
         datasets = sorted({run.dataset for run in group})
         if len(datasets) > 2:
@@ -279,19 +254,17 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
                 own = joint_tables([run for run in group if run.dataset == dataset])
                 tables += [replace(table, name=f"{dataset}-{table.name}") for table in own]
             continue
-        sets = sorted({run.modalities for run in group}, key=lambda m: (len(m), m))
-        sets.sort(key=lambda m: paper_sets.index(set(m)) if set(m) in paper_sets else len(paper_sets))
+        sets = sorted({run.modalities for run in group}, key=lambda m: (place_of_set(m), len(m), m))
         if len(datasets) == len(sets) == 1:
             continue
         columns = {dataset: _columns(group, dataset) for dataset in datasets}
-        rows: list[list[str | Score]] = []
+        rows: TableRows = []
         for modalities in sets:
-            mine = [run for run in group if run.modalities == modalities]
-            block: list[list[str | Score]] = []
-            for method in order_methods(run.method for run in mine):
+            block: TableRows = []
+            for method, of_method in _by_method([run for run in group if run.modalities == modalities]):
                 cells: list[Score] = []
                 for dataset in datasets:
-                    here = [run for run in mine if (run.dataset, run.method) == (dataset, method)]
+                    here = [run for run in of_method if run.dataset == dataset]
                     cells += [
                         Score.over([r.heads["fused"] for r in here if r.column == column])
                         for column in columns[dataset]
@@ -301,11 +274,10 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
             block = marked(block)
             theirs: dict[str, dict[str, list[str | Score]]] = {}
             for dataset in datasets:
-                if setting != "multi-source" or _comparable(dataset, columns[dataset]):
-                    for row in paper_rows(_PAPER_TABLES[setting], dataset, modalities, columns[dataset]):
-                        theirs.setdefault(str(row[0]), {})[dataset] = row[1:]
-            for name, found in theirs.items():
-                parts = [found.get(d, [Score(None)] * (len(columns[d]) + 1)) for d in datasets]
+                for row in _published(setting, dataset, modalities, columns[dataset]):
+                    theirs.setdefault(str(row[0]), {})[dataset] = row[1:]
+            for name, by_dataset in theirs.items():
+                parts = [by_dataset.get(d, [Score(None)] * (len(columns[d]) + 1)) for d in datasets]
                 block.append([name, *(cell for part in parts for cell in part)])
             rows += [["+".join(modalities), *row] for row in block]
         header = [f"{d}: {c}" if len(datasets) > 1 else c for d in datasets for c in [*columns[d], "average"]]
@@ -322,66 +294,49 @@ def _seeds(runs: Sequence[Run]) -> str:
     return "One seed." if high == 1 else f"Mean and standard deviation over {count} seeds."
 
 
-def main_tables(runs: Sequence[Run]) -> list[Table]:
-    """One table per dataset, modalities and setting: methods down, targets across, the average last."""
+def _per_setting(
+    runs: Sequence[Run], suffix: str, title: str, fill: Callable[[list[Run]], tuple[TableRows, Sequence[str], str]]
+) -> list[Table]:
+    """A table per dataset, modalities and setting; `fill` gives rows (none: no table), columns, note."""
     tables = []
     for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
-        columns = _columns(group, dataset)
-        rows: list[list[str | Score]] = []
-        for method in order_methods(r.method for r in group):
-            mine = [r for r in group if r.method == method]
-            cells = [Score.over([r.heads["fused"] for r in mine if r.column == column]) for column in columns]
-            rows.append([method, *cells, averages(mine, columns)])
-        rows = marked(rows)
-        if setting == "multi-source" and _comparable(dataset, columns):
-            rows += paper_rows("multi_source", dataset, modalities, columns)
-            if dataset == "epic-kitchens" and set(modalities) == {"audio", "flow"}:
-                rows += [
-                    [f"ablation: {row[0]}", *row[1:]] for row in paper_rows("ablation", dataset, modalities, columns)
-                ]
-            rows += paper_rows("dropout", dataset, modalities, columns)
-        elif setting == "single-source":
-            rows += paper_rows("single_source", dataset, modalities, columns)
-        elif setting == "in-domain":
-            rows += paper_rows("in_domain", dataset, modalities, columns)
-        tables.append(
-            Table(
-                f"{dataset}-{'-'.join(modalities)}-{setting}",
-                f"{dataset}, {'+'.join(modalities)}, {setting}: top-1 accuracy (%)",
-                ["method", *columns, "average"],
-                rows,
-                _seeds(group),
-            )
-        )
+        rows, columns, note = fill(group)
+        if rows:
+            name = f"{dataset}-{'-'.join(modalities)}-{setting}{suffix}"
+            tables.append(Table(name, f"{dataset}, {'+'.join(modalities)}, {setting}: {title}", columns, rows, note))
     return tables
+
+
+def main_tables(runs: Sequence[Run]) -> list[Table]:
+    """One table per dataset, modalities and setting: methods down, targets across, the average last."""
+
+    def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
+        first = group[0]
+        columns = _columns(group, first.dataset)
+        rows: TableRows = []
+        for method, of_method in _by_method(group):
+            cells = [Score.over([r.heads["fused"] for r in of_method if r.column == column]) for column in columns]
+            rows.append([method, *cells, averages(of_method, columns)])
+        published = _published(first.setting, first.dataset, first.modalities, columns, ablations=True)
+        return marked(rows) + published, ["method", *columns, "average"], _seeds(group)
+
+    return _per_setting(runs, "", "top-1 accuracy (%)", fill)
 
 
 def modality_tables(runs: Sequence[Run]) -> list[Table]:
     """One table per dataset, modalities and setting: fused, each modality's own head and in-domain, over targets."""
-    tables = []
-    for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
-        columns = sorted({run.column for run in group})
-        rows: list[list[str | Score]] = []
-        for method in order_methods(r.method for r in group):
-            mine = [r for r in group if r.method == method]
-            tested = [r for r in mine if r.in_domain is not None]
-            rows.append(
-                [
-                    method,
-                    *(averages(mine, columns, head) for head in ("fused", *modalities)),
-                    averages(tested, columns, "in-domain"),
-                ]
-            )
-        tables.append(
-            Table(
-                f"{dataset}-{'-'.join(modalities)}-{setting}-modalities",
-                f"{dataset}, {'+'.join(modalities)}, {setting}: by head, average over targets (%)",
-                ["method", "fused", *modalities, "in-domain"],
-                marked(rows),
-                "In-domain is the fused accuracy on the source domains' test split.",
-            )
-        )
-    return tables
+
+    def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
+        columns, heads = sorted({run.column for run in group}), ("fused", *group[0].modalities)
+        rows: TableRows = []
+        for method, of_method in _by_method(group):
+            tested = [run for run in of_method if run.in_domain is not None]
+            cells = [averages(of_method, columns, head) for head in heads]
+            rows.append([method, *cells, averages(tested, columns, "in-domain")])
+        note = "In-domain is the fused accuracy on the source domains' test split."
+        return marked(rows), ["method", *heads, "in-domain"], note
+
+    return _per_setting(runs, "-modalities", "by head, average over targets (%)", fill)
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float | int | None]:
@@ -422,40 +377,29 @@ def _p_text(p: float | int | None) -> str:
 
 def significance_tables(runs: Sequence[Run]) -> list[Table]:
     """Every two methods on the (target, seed) pairs that both have."""
-    tables = []
-    for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
-        rows: list[list[str | Score]] = []
-        for one, other in combinations(order_methods(r.method for r in group), 2):
-            by_key = {
-                method: {(r.column, r.seed): r.heads["fused"] for r in group if r.method == method}
-                for method in (one, other)
-            }
-            common = sorted(set(by_key[one]) & set(by_key[other]))
-            found = paired([by_key[one][key] for key in common], [by_key[other][key] for key in common])
-            if not found["pairs"]:
-                continue
-            p = [found["p_permutation"], found["p_t"]]
-            rows.append(
-                [
-                    f"{other} - {one}",
-                    str(found["pairs"]),
-                    f"{found['difference']:+.2f}",
-                    *map(_p_text, p),
-                ]
-            )
-        if rows:
-            tables.append(
-                Table(
-                    f"{dataset}-{'-'.join(modalities)}-{setting}-significance",
-                    f"{dataset}, {'+'.join(modalities)}, {setting}: significance, paired over targets and seeds",
-                    ["methods", "pairs", "difference (points)", "p (sign flips)", "p (t-test)"],
-                    rows,
-                    "Difference of top-1, the first minus the second. p: chance of one at least as large if both were "
-                    "equal and all pairs independent, not corrected for the number of rows. With n pairs the sign-flip "
-                    "test cannot give less than 2 / 2^n.",
-                )
-            )
-    return tables
+
+    def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
+        rows: TableRows = []
+        for (one, of_one), (other, of_other) in combinations(_by_method(group), 2):
+            first, second = ({(r.column, r.seed): r.heads["fused"] for r in of} for of in (of_one, of_other))
+            common = sorted(set(first) & set(second))
+            test = paired([first[key] for key in common], [second[key] for key in common])
+            if test["pairs"]:
+                p = map(_p_text, (test["p_permutation"], test["p_t"]))
+                rows.append([f"{other} - {one}", str(test["pairs"]), f"{test['difference']:+.2f}", *p])
+        note = (
+            "Difference of top-1, the first minus the second. p: chance of one at least as large if both were "
+            "equal and all pairs independent, not corrected for the number of rows. With n pairs the sign-flip "
+            "test cannot give less than 2 / 2^n."
+        )
+        return rows, ["methods", "pairs", "difference (points)", "p (sign flips)", "p (t-test)"], note
+
+    return _per_setting(runs, "-significance", "significance, paired over targets and seeds", fill)
+
+
+def _by_method(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """The runs of each method, in the order of tables."""
+    return [(method, [r for r in runs if r.method == method]) for method in order_methods(r.method for r in runs)]
 
 
 def _grouped(runs: Sequence[Run], key: Callable[[Run], Key]) -> list[tuple[Key, list[Run]]]:

@@ -5,17 +5,25 @@ Letters: N clips, C classes, D_k features of modality k.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from mbcd_cli.files import written, written_hdf5
+from mbcd_cli.files import written_hdf5
 from mbcd_cli.scoring.metrics import predicted, probabilities
 from mbcd_cli.scoring.predictions import Predictions
+
+
+def _said(predictions: Predictions, label_names: Sequence[str]) -> dict[str, tuple[list[str], np.ndarray]]:
+    """Prefix of a head's columns -> (N predicted classes, "" where there is none; probabilities [N, C])."""
+    heads = {"": predictions.fused, **{f"{name}_": logits for name, logits in predictions.unimodal.items()}}
+    return {
+        prefix: (["" if k < 0 else label_names[k] for k in predicted(logits)], probabilities(logits))
+        for prefix, logits in heads.items()
+    }
 
 
 def prediction_rows(
@@ -30,32 +38,18 @@ def prediction_rows(
     Args:
         ids: of the whole clip table, indexed by `predictions.clips`.
     """
-    heads = {"": predictions.fused, **{f"{n}_": logits for n, logits in predictions.unimodal.items()}}
-    said = {prefix: (predicted(logits), probabilities(logits)) for prefix, logits in heads.items()}
+    said = _said(predictions, label_names)
     rows = []
     for n, (clip, domain, label) in enumerate(
         zip(predictions.clips.tolist(), predictions.domains.tolist(), predictions.labels.tolist(), strict=True)
     ):
         row: dict[str, Any] = {"id": ids[clip], "domain": domain_names[domain], "label": label_names[label]}
-        for prefix, (guess, p) in said.items():
-            row[f"{prefix}predicted"] = label_names[guess[n]] if guess[n] >= 0 else ""
-            row[f"{prefix}probability"] = round(float(p[n].max()), 6)
+        for prefix, (names, p) in said.items():
+            row |= {f"{prefix}predicted": names[n], f"{prefix}probability": round(float(p[n].max()), 6)}
             if prefix == "":
                 row["label_probability"] = round(float(p[n, label]), 6)
         rows.append(row)
     return rows
-
-
-def write_csv(rows: Iterable[Mapping[str, object]], path: Path) -> Path:
-    """Write `rows` (all with the first one's columns) as CSV."""
-    with written(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
-        writer = None
-        for row in rows:
-            if writer is None:
-                writer = csv.DictWriter(file, list(row))
-                writer.writeheader()
-            writer.writerow(row)
-    return path
 
 
 def write_hdf5(
@@ -93,17 +87,15 @@ def vote_rows(
         ids: of the whole clip table, indexed by `predictions.clips`.
         domain_names: adds the column `domain`.
     """
-    heads = {"": predictions.fused, **{f"{name}_": logits for name, logits in predictions.unimodal.items()}}
-    said = {prefix: (predicted(logits), probabilities(logits)) for prefix, logits in heads.items()}
+    said = _said(predictions, label_names)
     labels = predictions.labels.tolist()
     rows = []
     for n, clip in enumerate(predictions.clips.tolist()):
         row: dict[str, Any] = {"clip": ids[clip]}
         if domain_names:
             row["domain"] = domain_names[int(predictions.domains[n])]
-        for prefix, (guess, p) in said.items():
-            row[f"{prefix}class"] = label_names[guess[n]] if guess[n] >= 0 else ""
-            row[f"{prefix}probability"] = round(float(p[n].max()), 6)
+        for prefix, (names, p) in said.items():
+            row |= {f"{prefix}class": names[n], f"{prefix}probability": round(float(p[n].max()), 6)}
         if max(labels) >= 0:
             known = labels[n] >= 0
             row["label"] = label_names[labels[n]] if known else ""

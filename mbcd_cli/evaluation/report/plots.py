@@ -11,11 +11,14 @@ from textwrap import fill
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 from mbcd_cli.evaluation.report.tables import Score, Table
+from mbcd_cli.paper.rows import is_published
 from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, legend_label, save
 
 _MARKERS = "osD^vPX*"
@@ -57,19 +60,25 @@ def plot_per_class(
     """Accuracy per class as grouped bars; `figures`: head -> C accuracies in 0..1 (None: no clips)."""
     classes, groups = len(label_names), len(figures)
     fig, ax = figure(size=(float(np.clip(2.5 + 0.28 * classes * groups, 6.4, 24)), 4.0))
-    width = 0.84 / max(groups, 1)
     for index, (head, values) in enumerate(figures.items()):
         heights = [np.nan if value is None else 100 * value for value in values]
-        at = np.arange(classes) + (index - (groups - 1) / 2) * width
-        ax.bar(at, heights, width * 0.92, label=head, color=colour(index))
-    ax.set_xticks(
-        range(classes),
-        label_names,
-        rotation=45 if classes > 8 else 0,
-        ha="right" if classes > 8 else "center",
-    )
+        _bars(ax, heights, index, groups, label=head)
+    tilt = {"rotation": 45, "ha": "right"} if classes > 8 else {"rotation": 0, "ha": "center"}
+    ax.set_xticks(range(classes), label_names, **tilt)
+    return _finished_bars(fig, path, ylabel="accuracy", title=title)
+
+
+def _bars(ax: Axes, heights: Sequence[float], index: int, groups: int, **look: object) -> None:
+    """The bars of the index-th of so many groups, beside each other at every whole number."""
+    width = 0.84 / max(groups, 1)
+    at = np.arange(len(heights)) + (index - (groups - 1) / 2) * width
+    ax.bar(at, heights, width * 0.92, color=colour(index), **look)
+
+
+def _finished_bars(fig: Figure, path: Path, *, ylabel: str, title: str) -> Path:
+    (ax,) = fig.axes
     ax.grid(axis="x", visible=False)
-    ax.set(ylim=(0, 100), ylabel="accuracy", title=title)
+    ax.set(ylim=(0, 100), ylabel=ylabel, title=title)
     ax.yaxis.set_major_formatter(PercentFormatter())
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return save(fig, path)
@@ -82,40 +91,31 @@ def _whole(row: Sequence[str | Score]) -> bool:
 def plot_methods(table: Table, path: Path) -> Path:
     """A table of methods (rows) by targets (columns) as grouped bars in percent, spread over seeds as error bars.
 
-    The paper's rows are hatched; those of which only the average is known are left out.
+    Papers' rows are hatched; those of which only the average is known are left out.
     """
-    rows = [row for row in table.rows if "(paper)" not in str(row[0]) or _whole(row)]
+    rows = [row for row in table.rows if not is_published(str(row[0])) or _whole(row)]
     groups, columns = len(rows), list(table.columns[1:])
     fig, ax = figure(size=(float(np.clip(3 + 0.3 * groups * len(columns), 6.4, 18)), 4.0))
-    width = 0.84 / max(groups, 1)
     for index, row in enumerate(rows):
         cells = [cell if isinstance(cell, Score) else Score(None) for cell in row[1:]]
-        at = np.arange(len(columns)) + (index - (groups - 1) / 2) * width
         heights = [np.nan if c.value is None else c.value for c in cells]
         spread = [np.nan if c.std is None else c.std for c in cells]  # no bar where there is one seed
-        ax.bar(
-            at,
+        _bars(
+            ax,
             heights,
-            width * 0.92,
+            index,
+            groups,
+            label=str(row[0]),
             yerr=spread if np.isfinite(spread).any() else None,
             capsize=2,
             error_kw={"elinewidth": 1},
-            label=str(row[0]),
-            color=colour(index),
-            hatch="///" if "(paper)" in str(row[0]) else None,
+            hatch="///" if is_published(str(row[0])) else None,
             edgecolor="white",
             linewidth=0,
         )
     ax.set_xticks(range(len(columns)), columns)
-    ax.grid(axis="x", visible=False)
-    ax.set(
-        ylim=(0, 100),
-        ylabel="top-1 accuracy",
-        title=fill(table.title, 64, break_long_words=False, break_on_hyphens=False),
-    )
-    ax.yaxis.set_major_formatter(PercentFormatter())
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return save(fig, path)
+    title = fill(table.title, 64, break_long_words=False, break_on_hyphens=False)
+    return _finished_bars(fig, path, ylabel="top-1 accuracy", title=title)
 
 
 def plot_lines(

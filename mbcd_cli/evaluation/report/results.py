@@ -20,7 +20,7 @@ from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.scoring.clip_sets import TARGET, source_domains
 from mbcd_cli.settings import Settings, role_of
 
-FORMAT = 2
+RESULTS_FORMAT = 2
 """Version of the layout of results.json."""
 
 
@@ -28,7 +28,7 @@ def describe_run(settings: Settings, dataset: Dataset, checkpoints: Mapping[str,
     """What was evaluated: dataset, method, domains, seed and checkpoints."""
     training = settings.training
     return {
-        "format": FORMAT,
+        "format": RESULTS_FORMAT,
         "dataset": dataset.name,
         "fingerprints": dict(dataset.fingerprints),
         "method": settings.method.name,
@@ -74,7 +74,7 @@ def provenance(dataset: Dataset, checkpoints: Mapping[str, Checkpoint], device: 
     for name, fingerprint in dataset.fingerprints.items():
         found[f"{name} cache"] = fingerprint
     for name, cache in dataset.caches.items():
-        for key, value in getattr(cache, "provenance", {}).items():
+        for key, value in cache.provenance.items():
             found[f"{name} cache, {key.replace('_', ' ')}"] = str(value)
     return found
 
@@ -120,7 +120,7 @@ def result_warnings(figures: Mapping[str, Any], checkpoints: Mapping[str, Checkp
     """What a reader of the figures should know: another cache, diverged models, absent classes."""
     found = []
     for name, checkpoint in checkpoints.items():
-        trained = dict(getattr(checkpoint, "fingerprints", None) or {})
+        trained = checkpoint.fingerprints
         changed = [m for m, f in figures["fingerprints"].items() if m in trained and trained[m] != f]
         if changed:
             found.append(f"The {name} checkpoint was trained on another cache of {', '.join(changed)}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import get_args
@@ -11,8 +12,8 @@ import pytest
 from mbcd_cli.data.modalities import KINDS
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS, method_class
+from mbcd_cli.resolved import changed, load_settings, resolve, validate
 from mbcd_cli.settings import CacheSettings, MethodSettings, Role, Settings, field_role, fields_for, role_of
-from mbcd_cli.settings.merge import load_settings, resolve, validate
 from mbcd_cli.settings.sources import preset_folder, preset_names, to_toml
 
 
@@ -106,6 +107,13 @@ def test_a_setting_that_the_method_lacks_is_refused_with_the_nearest():
     assert "method.dropout: no such setting" in caught.value.message
     with pytest.raises(SettingsError, match="objective: no such setting"):
         resolve(sets=["objective.teacher.beta=0.9"])
+
+
+def test_a_flag_is_blamed_by_its_own_name():
+    with pytest.raises(SettingsError) as caught:
+        resolve(flags={"cache.dir": 3, "dataset.reader": 4, "landscape.points": -1})
+    for told in ("cache.dir", r"--cache-dir"), ("dataset.reader", "DATASET"), ("landscape.points", "the command line"):
+        assert re.search(rf"{told[0]}: .* \[from {told[1]}\]", caught.value.message)
 
 
 def test_all_problems_in_one_message_with_their_source():
@@ -216,6 +224,7 @@ def test_only_these_settings_may_change_without_other_weights():
         *(f"runtime.{field}" for field in ("device", "threads", "prefetch", "cache_device", "verify")),
         *(f"cache.{field}" for field in ("dir", "workers", "weights_dir", "shard_clips", "compression")),
         *("dataset.root", "dataset.max_bad", "training.checkpoint_minutes", "training.keep_checkpoints"),
+        "training.log_steps",
     }
     assert {role_of(f"{part}.seed") for part in whole} == {"report"}
 
@@ -296,3 +305,10 @@ def test_a_variable_reaches_a_modality_with_capitals(monkeypatch):
         monkeypatch.setenv(name, value)
     found = resolve(environ=environ).modalities
     assert {name: one.width for name, one in found.items()} == {"RGBfeat": 3, "video": 4}
+
+
+def test_what_differs_is_told_of_what_weights_depend_on_alone():
+    saved, now = resolve(), resolve(sets=["training.checkpoint_minutes=5", "training.log_steps=3", "cache.workers=1"])
+    assert changed(saved, now) == {}
+    now = resolve(sets=["training.epochs=3", "cache.dtype=float32", "evaluation.bins=3"])
+    assert changed(saved, now) == {"cache.dtype": ("float16", "float32"), "training.epochs": (20, 3)}

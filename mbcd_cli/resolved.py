@@ -20,9 +20,10 @@ from mbcd_cli.data.modalities import AnyKind, infer_kind
 from mbcd_cli.data.modalities.frames import FrameSampling
 from mbcd_cli.data.readers import reader_settings
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.files import flatten
 from mbcd_cli.methods import DEFAULT, method_class, over_defaults, published_chassis, same_class, short_name
 from mbcd_cli.naming import did_you_mean
-from mbcd_cli.settings import ReaderSettings, Settings
+from mbcd_cli.settings import ReaderSettings, Settings, flag_of, role_of
 from mbcd_cli.settings.sources import Layer, environment_layer, load_preset, merge, nest, read_toml, set_layers
 
 _SHOWN = 80
@@ -32,13 +33,17 @@ PUBLISHED = "-published"
 """How a method on its authors' chassis is marked, in names of runs and in tables."""
 
 
-def _named(values: Mapping[str, object]) -> str | None:
-    """The method that a layer names, or None."""
-    return _name_in(values.get("method"))
+def _at(values: object, *keys: str) -> object:
+    """What stands at these keys of nested mappings, or None."""
+    for key in keys:
+        if not isinstance(values, Mapping) or key not in values:
+            return None
+        values = values[key]
+    return values
 
 
-def _name_in(group: object) -> str | None:
-    name = group.get("name") if isinstance(group, Mapping) else None
+def _name_at(values: Mapping[str, object], *keys: str) -> str | None:
+    name = _at(values, *keys, "name")
     return name if isinstance(name, str) else None
 
 
@@ -52,7 +57,7 @@ def _merged(layers: Sequence[Mapping[str, object]], chassis: Mapping[str, object
     chosen, below, over = DEFAULT, {}, merge(over_defaults(DEFAULT), chassis)
     above: dict[str, Any] = {}
     for values in layers:
-        name = _named(values)
+        name = _name_at(values, "method")
         if name is not None:
             below = merge(below, above)
             if not same_class(name, chosen):
@@ -67,11 +72,10 @@ def _reader(layers: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """The reader of all layers over each other; one that names a reader drops another reader's settings below it."""
     chosen: dict[str, Any] = {}
     for values in layers:
-        dataset = values.get("dataset")
-        group = dataset.get("reader") if isinstance(dataset, Mapping) else None
+        group = _at(values, "dataset", "reader")
         group = {"name": group} if isinstance(group, str) else group
         if isinstance(group, Mapping):
-            name = _name_in(group)
+            name = _name_at(group)
             if name is not None and name != chosen.get("name", DEFAULT_READER):
                 chosen = {}
             chosen = merge(chosen, group)
@@ -108,21 +112,16 @@ def resolve(
     layers.extend(set_layers(sets))
     for path, value in (flags or {}).items():
         if value is not None:
-            layers.append(Layer(f"--{path.rsplit('.', 1)[-1].replace('_', '-')}", nest(path, value)))
+            layers.append(Layer(flag_of(path), nest(path, value)))
     merged = _merged([layer.values for layer in layers])
-    name = _named(merged)
-    if base is None and name is not None and _chassis_of(merged) == "published":
+    name = _name_at(merged, "method")
+    if base is None and name is not None and _at(merged, "training", "chassis") == "published":
         chassis = published_settings(name, merged)
-        if not any(_named(layer.values) for layer in layers[of_preset:]):
+        if not any(_name_at(layer.values, "method") for layer in layers[of_preset:]):
             layers.insert(of_preset, Layer(f"method {name}", {"method": {"name": name}}))
         merged = _merged([layer.values for layer in layers], chassis)
         layers.insert(0, Layer(f"the published chassis of {name}", chassis))
     return _with_followed_frames(validate(merged, layers))
-
-
-def _chassis_of(values: Mapping[str, object]) -> object:
-    training = values.get("training")
-    return training.get("chassis") if isinstance(training, Mapping) else None
 
 
 def published_settings(name: str, values: Mapping[str, object]) -> dict[str, object]:
@@ -135,9 +134,7 @@ def published_settings(name: str, values: Mapping[str, object]) -> dict[str, obj
     Raises:
         SettingsError: the method has none, or nothing names the modalities.
     """
-    dataset = values.get("dataset")
-    dataset = dataset if isinstance(dataset, Mapping) else {}
-    names = (dataset.get("name"), _name_in(dataset.get("reader")))
+    names = (_at(values, "dataset", "name"), _name_at(values, "dataset", "reader"))
     found: dict[str, object] = {}
     for path, value in published_chassis(name).items():
         if isinstance(value, Mapping):
@@ -159,8 +156,7 @@ def published_settings(name: str, values: Mapping[str, object]) -> dict[str, obj
 
 def _named_modalities(values: Mapping[str, object]) -> tuple[str, ...]:
     """The modalities that are chosen, else all that are described."""
-    model, described = values.get("model"), values.get("modalities")
-    chosen = model.get("modalities") if isinstance(model, Mapping) else None
+    chosen, described = _at(values, "model", "modalities"), values.get("modalities")
     if isinstance(chosen, str):
         chosen = [part.strip() for part in chosen.split(",")]
     chosen = chosen if isinstance(chosen, list | tuple) else ()
@@ -210,9 +206,9 @@ def validate(values: Mapping[str, object], layers: Sequence[Layer] = ()) -> Sett
     """
     problems: list[Mapping[str, Any]] = []
     left = _merged([values])
-    kind = method_class(_named(left) or DEFAULT).Settings
-    reader = left.get("dataset", {}).get("reader", {}) if isinstance(left.get("dataset"), Mapping) else {}
-    tree = Settings[kind, AnyKind, type(reader_settings(_name_in(reader) or DEFAULT_READER))]
+    kind = method_class(_name_at(left, "method") or DEFAULT).Settings
+    reader = _name_at(left, "dataset", "reader") or DEFAULT_READER
+    tree = Settings[kind, AnyKind, type(reader_settings(reader))]
     first: ValidationError | None = None
     # Checks across fields wait until the fields are valid: take the bad values out and look again.
     while True:
@@ -319,15 +315,7 @@ def _of_method(loc: Sequence[str], tree: type[Settings]) -> str:
 
 
 def _source(loc: Sequence[str], layers: Sequence[Layer]) -> str | None:
-    for layer in reversed(layers):
-        node: Any = layer.values
-        for key in loc:
-            if not isinstance(node, Mapping) or key not in node:
-                break
-            node = node[key]
-        else:
-            return layer.source
-    return None
+    return next((layer.source for layer in reversed(layers) if _at(layer.values, *loc) is not None), None)
 
 
 def method_label(settings: Settings) -> str:
@@ -349,6 +337,16 @@ def _switches(group: BaseModel) -> dict[str, str | bool]:
         elif isinstance(value, str | bool):
             found[key] = value
     return found
+
+
+def changed(saved: Settings, now: Settings) -> dict[str, tuple[object, object]]:
+    """The settings that differ, of those that weights or cached bytes depend on: dotted name -> (saved, now)."""
+    before, after = (flatten(settings.model_dump(mode="json")) for settings in (saved, now))
+    return {
+        path: (before.get(path), after.get(path))
+        for path in dict.fromkeys([*before, *after])
+        if before.get(path) != after.get(path) and role_of(path) in ("weights", "cache")
+    }
 
 
 def load_settings(path: Path) -> Settings:

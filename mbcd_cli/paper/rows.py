@@ -1,0 +1,59 @@
+"""The papers' rows for a table of ours: same dataset, modalities and targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import permutations
+
+from mbcd_cli.paper.published import paper, published_domains
+
+
+def published_rows(
+    setting: str, dataset: str, modalities: Sequence[str], columns: Sequence[str], *, ablations: bool = False
+) -> list[tuple[str, list[float | None]]]:
+    """(method and source, figures of the columns and their average, in percent); none where the targets are others.
+
+    A paper's averages are over all domains (or ordered pairs): they are left out where `columns` are fewer or others.
+
+    Args:
+        setting: multi-source, single-source or in-domain.
+        ablations: the paper's ablations too, where it shows them in this setting.
+    """
+    multi = setting == "multi-source"
+    if multi and not set(columns) <= _targets(dataset):
+        return []
+    rows = list(_rows(setting.replace("-", "_"), dataset, modalities, columns))
+    if multi and ablations:
+        rows += [(f"ablation: {label}", cells) for label, cells in _rows("ablation", dataset, modalities, columns)]
+        rows += _rows("dropout", dataset, modalities, columns)
+    return rows
+
+
+def _rows(
+    table: str, dataset: str, modalities: Sequence[str], columns: Sequence[str]
+) -> Iterator[tuple[str, list[float | None]]]:
+    domains = published_domains(dataset)
+    pairs = {f"{source} to {target}" for source, target in permutations(domains, 2)}
+    whole = set(columns) == (pairs if table == "single_source" else set(domains))
+    for entry in paper()[table]:
+        if dataset in entry and set(entry["modalities"]) == set(modalities):
+            cells = [entry[dataset].get(column) for column in columns]
+            cells.append(entry[dataset].get("average") if whole else None)
+            if any(cell is not None for cell in cells):
+                yield f"{entry['method']} ({entry.get('source', 'paper')})", cells
+
+
+def _targets(dataset: str) -> set[str]:
+    """Targets of which some paper tells figures."""
+    return {column for entry in paper()["multi_source"] for column in entry.get(dataset, {})} - {"average"}
+
+
+def is_published(label: str) -> bool:
+    """Whether a row of this label is a paper's."""
+    return label.endswith("paper)")
+
+
+def place_of_set(modalities: Sequence[str]) -> int:
+    """Where the paper's table has this set of modalities; after its last one for others."""
+    sets = [set(entry["modalities"]) for entry in paper()["multi_source"]]
+    return sets.index(set(modalities)) if set(modalities) in sets else len(sets)

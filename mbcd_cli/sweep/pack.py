@@ -17,10 +17,10 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import MbcdError, StoppedError
 from mbcd_cli.evaluation.evaluate import evaluate
 from mbcd_cli.files import lock
+from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE
 from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import load_checkpoints, open_for_training
-from mbcd_cli.resolved import load_settings
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.sweep.state import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure

@@ -72,7 +72,7 @@ class Decoded:
 
 def rejection(clip: Clip, name: str, cause: str) -> Rejected:
     """A clip left out for a cause that no decoder put into words."""
-    return Rejected(clip.id, name, str(clip.media[name].path), cause, "Re-encode or replace the file.")
+    return Rejected(clip.id, name, clip.media[name].source, cause, "Re-encode or replace the file.")
 
 
 def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:

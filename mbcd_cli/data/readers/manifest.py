@@ -135,7 +135,7 @@ def _kind_of(name: str, cells: list[str], root: Path) -> str | None:
 
     But flow is stored as video too, and video files hold sound: there the column's name says which.
     """
-    suffixes = {PurePosixPath(cell.split("|")[0]).suffix.lower() for cell in cells}
+    suffixes = {PurePosixPath(re.split(r"\||(?<=\.npy)#", cell)[0]).suffix.lower() for cell in cells}
     told = next((kind for kind, one in KINDS.items() if suffixes and suffixes <= {*one.suffixes}), None)
     named = infer_kind(name)
     if told is None or named is None or not suffixes <= {*KINDS[named].also_in}:
@@ -336,6 +336,11 @@ class _Rows:
                 found.append(f"{name}: more than two files are named")
                 continue
             extra: dict[str, object] = dict(span) if settings.spanned else {}
+            if (row := settings.cell_row(cell)) is not None:
+                if not re.fullmatch(r"[0-9]{1,15}", row):
+                    found.append(f"{name}: row {row!r} of {files[0]} is not a whole number from 0")
+                    continue
+                extra |= {"start": int(row), "stop": int(row) + 1, "unit": "row"}
             if settings.clocked and span.get("unit") == "frame":
                 clock = None if columns.clock is None else inside(self.root, cells[columns.clock])
                 if columns.clock is None:

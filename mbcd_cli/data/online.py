@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.records import Clip, Media
@@ -27,12 +28,12 @@ _APART = 2**32
 """Between the numbers of two views of one epoch: more than there are epochs."""
 
 
-def describe_media(settings: Settings, clips: Sequence[Clip], name: str) -> dict[str, Any]:
+def describe_media(settings: Settings, clips: Clips, name: str) -> dict[str, Any]:
     """Where one modality's media lie, relative to the root, and how to decode them: what the index keeps."""
     root = (settings.dataset.root or Path()).resolve()
     media = []
-    for clip in clips:
-        entry = asdict(clip.media[name])
+    for one in clips.media[name]:
+        entry = asdict(one)
         for key in _FILES:
             if entry[key] is not None:
                 entry[key] = os.path.relpath(
@@ -111,13 +112,17 @@ class OnlineViews:
         Raises:
             MediaError: a file can no longer be used.
         """
-        items = []
-        for batch in index:
-            for name in self._media:
-                job = DecodeJob(name, self.modalities[name], self._datasets[name], mixed_seed(self._seeds[name], seed))
-                for row in batch:
-                    clip = Clip(self._ids[row], "", "train", 0, "", {name: self._media[name][row]})
-                    items.append((int(row), clip, [epoch + number * _APART for number in range(views)], job))
+        jobs = {
+            name: DecodeJob(name, self.modalities[name], self._datasets[name], mixed_seed(self._seeds[name], seed))
+            for name in self._media
+        }
+        shown = [epoch + number * _APART for number in range(views)]
+        items = (
+            (int(row), Clip(self._ids[row], "", "train", 0, "", {name: self._media[name][row]}), shown, jobs[name])
+            for batch in index
+            for name in self._media
+            for row in batch
+        )
         ahead = 2 * len(self._media) * max((len(batch) for batch in index), default=0)
         with Decoder(workers=self._workers) as decoder, closing(decoder.run_jobs(items, ahead=ahead)) as stream:
             for batch in index:

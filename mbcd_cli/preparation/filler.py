@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.media.decoding import Decoded, Decoder
 from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
-from mbcd_cli.data.records import Clip
 from mbcd_cli.data.rounding import Rounding
 from mbcd_cli.encoders.staged import TOGETHER, Trunk
 from mbcd_cli.errors import CacheError
@@ -34,7 +34,7 @@ class Filler:
     Attributes:
         writer: of the cache.
         decoder: decodes its clips.
-        clips, views: all clips of the dataset, and the views stored of each (none: only tried).
+        clips: all clips of the dataset. views: those stored of a clip, by its split (none: only tried).
         trunk: the frozen stages, on `device`.
         shapes: of a row, per group.
         roundings: what float16 takes from arrays and trunk outputs, per part.
@@ -42,7 +42,7 @@ class Filler:
 
     writer: CacheWriter
     decoder: Decoder
-    clips: Sequence[Clip]
+    clips: Clips
     views: Sequence[list[int]]
     trunk: Trunk
     shapes: dict[str, Shapes]
@@ -56,7 +56,7 @@ class Filler:
             CacheError: a full disk, or values that the type cannot hold.
         """
         # A clip of which nothing is stored is decoded all the same: bad files come to light now, not in training.
-        items = [(i, self.clips[i], self.views[i] or [0]) for n in numbers for i in self.writer.shards[n]]
+        items = ((i, self.clips[i], self._views(i) or [0]) for n in numbers for i in self.writer.shards[n])
         stream = self.decoder.run(items)
         writing: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="mbcd-write") as pool:
@@ -68,11 +68,14 @@ class Filler:
             if writing is not None:
                 writing.result()
 
+    def _views(self, index: int) -> list[int]:
+        return self.views[self.clips.splits[index]]
+
     def _fill(self, span: range, stream: Iterator[Decoded], ticker: Ticker) -> Shard:
         """Collect the rows of one shard's clips."""
         rows = {}
         for group in GROUPS:
-            count = sum(group_of(view) == group for index in span for view in self.views[index])
+            count = sum(group_of(view) == group for index in span for view in self._views(index))
             parts = [np.empty((count, *shape), dtype) for shape, dtype in self.shapes[group]]
             scales = [
                 np.empty((count, *scale_shape(shape)), np.float32) if dtype == np.int8 else None
@@ -96,8 +99,8 @@ class Filler:
             if decoded.rejected is not None:
                 shard.rejected.append(decoded.rejected)
                 continue
-            shard.mended.extend((self.clips[decoded.index].id, note) for note in decoded.notes)
-            if not self.views[decoded.index]:
+            shard.mended.extend((self.clips.ids[decoded.index], note) for note in decoded.notes)
+            if not self._views(decoded.index):
                 continue
             for view, parts in zip(decoded.views, decoded.parts, strict=True):
                 waiting[group_of(view)].append((decoded.index, view, parts))
@@ -140,7 +143,7 @@ class Filler:
                 if finite and target.dtype == np.float16:
                     self._note_rounding(number, source, target[at])
             if not finite:
-                names = ", ".join(dict.fromkeys(self.clips[index].id for index, _, _ in found))
+                names = ", ".join(dict.fromkeys(self.clips.ids[index] for index, _, _ in found))
                 raise CacheError(
                     f"Clip {names}: values do not fit {target.dtype}.", "Prepare with --set cache.dtype=float32."
                 )

@@ -19,7 +19,8 @@ import torch
 
 from mbcd_cli import checksums
 from mbcd_cli.data import cache as cache_room
-from mbcd_cli.data.cache import listing_digest, shard_ranges, views_of
+from mbcd_cli.data.cache import shard_ranges, views_of
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.dataset import ModalityCache, open_dataset, prepared_datasets
 from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.ranks import locked
@@ -341,12 +342,18 @@ def test_shards_follow_count_and_bytes(monkeypatch):
     assert shard_ranges([], limit=3) == []
 
 
+def test_shards_of_small_rows_hold_more_clips(monkeypatch):
+    assert shard_ranges([2**20] * 65) == [range(64), range(64, 65)]
+    assert shard_ranges([256] * 10_000) == [range(4096), range(4096, 8192), range(8192, 10_000)]
+    assert len(shard_ranges([256] * 10_000, limit=64)) == 157
+
+
 def test_views_of_clips():
-    train, test = (Clip("a", "d", split, 0, "", {}) for split in ("train", "test"))
-    assert views_of(train, views=2, test_view="test") == [0, 1]
-    assert views_of(train, views=2, test_view="all") == [TEST_VIEW, 0, 1]
-    assert views_of(test, views=2, test_view="test") == [TEST_VIEW]
-    assert listing_digest([train]) != listing_digest([test])
+    assert views_of("train", views=2, test_view="test") == [0, 1]
+    assert views_of("train", views=2, test_view="all") == [TEST_VIEW, 0, 1]
+    assert views_of("test", views=2, test_view="test") == [TEST_VIEW]
+    train, test = (Clips([Clip("a", "d", split, 0, "", {})]) for split in ("train", "test"))
+    assert train.digest != test.digest
 
 
 def test_frozen_trunk_features_are_the_trunks(root, tmp_path):

@@ -6,7 +6,6 @@ Letters: N rows, T steps, D values.
 from __future__ import annotations
 
 import io
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,7 +22,7 @@ def read_array(media: Media, notes: Notes = None, *, whole: bool = False) -> np.
     """A plain tensor, [D] or [T, D], as float32 (int32 where it is `whole`).
 
     Args:
-        media: the file, or the row of a packed one ([N, D] or [N, T, D]). Other spans are not applied: a file is a clip.
+        media: the file, or the row of a packed one ([N, D] or [N, T, D]); other spans are not applied.
         notes: told of whole numbers that float32 cannot hold, if given.
         whole: only whole numbers that int32 holds are taken.
 
@@ -61,7 +60,7 @@ def _row(media: Media) -> np.ndarray:
         MediaError: the file cannot be used, or has no such row.
     """
     try:
-        found = os.stat(media.path)
+        found = media.path.stat()
         packed = _packed(media.path, found.st_mtime_ns, found.st_size)
     except OSError:
         packed = load_npy(media.path)  # which says why

@@ -1,4 +1,7 @@
-"""Plain tensors: one .npy file a clip, or one row of a packed .npy of many clips. Letters: N rows, T steps, D values."""
+"""Plain tensors: one .npy file a clip, or one row of a packed .npy of many.
+
+Letters: N rows, T steps, D values.
+"""
 
 from __future__ import annotations
 

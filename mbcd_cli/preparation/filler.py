@@ -21,10 +21,11 @@ from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
 from mbcd_cli.data.rounding import Rounding
 from mbcd_cli.encoders.staged import TOGETHER, Trunk
 from mbcd_cli.errors import CacheError
-from mbcd_cli.preparation.trunk import (
-    Shapes,
-)
+from mbcd_cli.preparation.trunk import Shapes, row_bytes
 from mbcd_cli.say import Ticker
+
+_SMALL, _SMALL_TOGETHER = 4096, 256
+"""Bytes of a row that costs less to copy than to be spoken of, and how many of those are stored at once."""
 
 
 @dataclass(slots=True)
@@ -85,8 +86,7 @@ class Filler:
         shard = Shard(rows, [], [], errors=[[0.0, 0.0] for _ in self.shapes["train"]])
         filled = dict.fromkeys(GROUPS, 0)
         waiting: dict[str, list[tuple[int, int, tuple[np.ndarray, ...]]]] = {group: [] for group in GROUPS}
-        # A CPU gains nothing from more than one clip's views at once.
-        limit = TOGETHER if self.trunk.names and self.device.type == "cuda" else 1
+        limits = {group: self._together(group) for group in GROUPS}
 
         def flush(group: str) -> None:
             if waiting[group]:
@@ -105,7 +105,7 @@ class Filler:
             for view, parts in zip(decoded.views, decoded.parts, strict=True):
                 waiting[group_of(view)].append((decoded.index, view, parts))
             for group in GROUPS:
-                if len(waiting[group]) >= limit:
+                if len(waiting[group]) >= limits[group]:
                     flush(group)
         for group in GROUPS:
             flush(group)
@@ -117,6 +117,12 @@ class Filler:
                 [None if scale is None else scale[:count] for scale in full.scales],
             )
         return shard
+
+    def _together(self, group: str) -> int:
+        """Views that are stored at once: a CPU's trunk gains nothing from more than one, copying small rows does."""
+        if self.trunk.names:
+            return TOGETHER if self.device.type == "cuda" else 1
+        return _SMALL_TOGETHER if row_bytes(self.shapes[group]) <= _SMALL else 1
 
     def _store(
         self, shard: Shard, group: str, first: int, found: list[tuple[int, int, tuple[np.ndarray, ...]]]
@@ -131,19 +137,20 @@ class Filler:
         at = slice(first, first + len(found))
         for number, (target, source) in enumerate(zip(rows.parts, stacked, strict=True)):
             if target.dtype == np.int8:
-                finite = np.isfinite(source).all()
-                if finite:
+                finite = np.isfinite(source)
+                if finite.all():
                     target[at], rows.scales[number][at] = quantise(source)
                     for k, value in enumerate(squared_error(source, target[at], rows.scales[number][at])):
                         shard.errors[number][k] += value
             else:
                 with np.errstate(over="ignore"):
                     target[at] = source
-                finite = target.dtype.kind != "f" or np.isfinite(target[at]).all()
-                if finite and target.dtype == np.float16:
+                finite = np.isfinite(target[at]) if target.dtype.kind == "f" else np.ones(len(found), bool)
+                if finite.all() and target.dtype == np.float16:
                     self._note_rounding(number, source, target[at])
-            if not finite:
-                names = ", ".join(dict.fromkeys(self.clips.ids[index] for index, _, _ in found))
+            if not finite.all():
+                bad = np.flatnonzero(~finite.reshape(len(found), -1).all(axis=1))
+                names = ", ".join(dict.fromkeys(self.clips.ids[found[row][0]] for row in bad))
                 raise CacheError(
                     f"Clip {names}: values do not fit {target.dtype}.", "Prepare with --set cache.dtype=float32."
                 )
@@ -156,5 +163,5 @@ class Filler:
             source, stored = (np.moveaxis(rows[:1], 1, -1) for rows in (source, stored))
         elif not self.writer.modality.raw:
             return
-        columns = source.shape[-1]
-        self.roundings.setdefault(number, Rounding()).add(source.reshape(-1, columns), stored.reshape(-1, columns))
+        shape = (len(source), -1, source.shape[-1])
+        self.roundings.setdefault(number, Rounding()).add(source.reshape(shape), stored.reshape(shape))

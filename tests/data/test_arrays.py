@@ -233,7 +233,7 @@ def test_rounding_against_its_definition():
         stored = values.astype(np.float16)
     rounding = Rounding()
     for at in range(0, 500, 7):
-        rounding.add(values[at : at + 7], stored[at : at + 7])
+        rounding.add(values[None, at : at + 7], stored[None, at : at + 7])
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.sqrt(((stored - values) ** 2).mean(0)) / values.std(0)
     np.testing.assert_allclose(rounding.shares[:3], share[:3], rtol=1e-4)

@@ -71,7 +71,7 @@ def test_every_row_is_the_decoded_view(prepared):
     settings, result = prepared
     dataset = open_dataset(settings, name="tiny")
     listing = read_listing(settings)
-    assert dataset.clips.ids == [clip.id for clip in listing.clips]
+    assert list(dataset.clips.ids) == [clip.id for clip in listing.clips]
     assert result["rejected"] == []
     for index, clip in enumerate(listing.clips):
         views = [TEST_VIEW] if clip.split == "test" else [0, 1]

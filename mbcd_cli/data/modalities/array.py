@@ -81,7 +81,14 @@ class ArrayModality(Modality):
         array = self._shaped(read_array(media, notes, whole=self.whole), media)
         if notes is not None and self.length is not None and self.fit == "pad" and len(array) > self.length:
             notes.append(f"{media.source}: {len(array)} steps, cut to the first {self.length}")
-        return [(self._noisy(self._fit(array, rng), rng),) for rng in draws(name)]
+        drawn = draws(name)
+        if not self.random:
+            return [(self._fit(array, None),)] * len(drawn)
+        return [(self._noisy(self._fit(array, rng), rng),) for rng in drawn]
+
+    @property
+    def random(self) -> bool:
+        return bool(self.noise) or (self.length is not None and self.fit == "sample")
 
     def _shaped(self, array: np.ndarray, media: Media) -> np.ndarray:
         """An array of the shape that the settings promise, but for its length: [D] or [T, D]."""

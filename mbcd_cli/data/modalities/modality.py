@@ -55,6 +55,11 @@ class Modality(ModalitySettings, ABC):
     stated_seconds: ClassVar[float] = 0.1
 
     @property
+    def random(self) -> bool:
+        """Whether training views differ; where they do not, nothing is drawn for them."""
+        return True
+
+    @property
     def guide(self) -> str | None:
         """Modality whose views' frames these views follow, if any."""
         return None
@@ -138,6 +143,8 @@ def load_views(
     """
 
     def draws(of: str) -> list[np.random.Generator | None]:
+        if not modality.random:
+            return [None] * len(views)
         return [None if view == TEST_VIEW else view_generator(seed, clip.id, of, view) for view in views]
 
     return modality.views(clip.media[name], name, draws, dataset=dataset, notes=notes)

@@ -32,7 +32,7 @@ import numpy as np
 
 from mbcd_cli import __version__, checksums
 from mbcd_cli.data.clips import AT_ONCE, Clips, Digest, chunks
-from mbcd_cli.data.media.condition import condition, files_of, holding
+from mbcd_cli.data.media.condition import condition, holding
 from mbcd_cli.data.media.timeline import DECODER
 from mbcd_cli.data.modalities.modality import Modality, each_file
 from mbcd_cli.data.ranks import partial_is_ours
@@ -90,24 +90,19 @@ def fingerprint(
     """
     digest = Digest(json.dumps([recipe, clips.digest], sort_keys=True)[:-1] + ", [")
     relative = lru_cache(maxsize=None)(lambda folder: os.path.relpath(folder or ".", root))
-    held: dict[Path, int | str] = {}
-    for chunk in chunks(clips.media[name]):
-        files = [files_of(media) for media in chunk]
-        named = dict.fromkeys(path for paths in files for path in paths)
-        new = [path for path in named if path not in held]  # a packed array is named by many clips
-        held = {path: held[path] for path in named if path in held} | dict(
-            zip(new, each_file(holding, new), strict=True)
-        )
-        digest.add(
-            [
-                [
-                    [_below(path, relative) for path in paths],
-                    [held[path] for path in paths],
-                    [media.start, media.stop, media.unit, media.computed, media.rate, media.frames],
-                ]
-                for media, paths in zip(chunk, files, strict=True)
-            ]
-        )
+    column = clips.media[name]
+    held: dict[str, tuple[str, int | str]] = {}
+    for chunk in chunks(column.described()):
+        named = dict.fromkeys(file for files, _ in chunk for file in files)
+        new = [file for file in named if file not in held]  # a packed array is named by many clips
+        paths = [column.path(file) for file in new]
+        told = zip((_below(path, relative) for path in paths), each_file(holding, paths), strict=True)
+        held = {file: held[file] for file in named if file in held} | dict(zip(new, told, strict=True))
+        rows = []
+        for files, span in chunk:
+            seen_there = [held[file] for file in files]
+            rows.append([[path for path, _ in seen_there], [size for _, size in seen_there], span])
+        digest.add(rows)
         seen(len(chunk))
     return digest.hexdigest("]]")[:12]
 

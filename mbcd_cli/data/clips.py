@@ -11,7 +11,7 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +25,7 @@ AT_ONCE = 8192
 """Clips that are looked at together where each of them makes objects."""
 _FIELDS = tuple(field.name for field in fields(Media))
 _FILES = tuple(_FIELDS.index(name) for name in ("path", "path_v", "clock"))
+_OTHERS = tuple(at for at in range(len(_FIELDS)) if at not in _FILES)
 _DEFAULTS = tuple(field.default for field in fields(Media))
 
 
@@ -92,6 +93,8 @@ class MediaColumn(Sequence[Media]):
         self._folders: list[Path] = []
         self._numbers: dict[str, int] = {}
         self.absent = 0
+        # A packed array is named by many clips.
+        self._apart, self._path = lru_cache(maxsize=256)(self._split), lru_cache(maxsize=256)(self._joined)
         for one in media:
             self.append(one)
 
@@ -104,12 +107,12 @@ class MediaColumn(Sequence[Media]):
         values = [getattr(media, name) for name in _FIELDS]
         for at in _FILES:
             if values[at] is not None:
-                values[at] = self._apart(str(values[at]))
+                values[at] = self._apart(values[at])
         while values[-1] == _DEFAULTS[len(values) - 1]:
             values.pop()
         self._lines.append(json.dumps(values))
 
-    def _apart(self, path: str) -> str:
+    def _split(self, path: Path) -> str:
         folder, name = os.path.split(path)
         number = self._numbers.setdefault(folder, len(self._folders))
         if number == len(self._folders):
@@ -129,9 +132,24 @@ class MediaColumn(Sequence[Media]):
         values = json.loads(self._lines[index])
         for at in _FILES:
             if at < len(values) and values[at] is not None:
-                number, _, name = values[at].partition("/")
-                values[at] = self._folders[int(number)] / name
+                values[at] = self._path(values[at])
         return Media(*values)
+
+    def _joined(self, file: str) -> Path:
+        number, _, name = file.partition("/")
+        return self._folders[int(number)] / name
+
+    def described(self) -> Iterator[tuple[list[str], list[object]]]:
+        """Of every clip its files, for `path`, and what else its media holds, in the order of its fields."""
+        for line in self._lines:
+            values = json.loads(line)
+            values += _DEFAULTS[len(values) :]
+            files = [file for at in _FILES if (file := values[at]) is not None]
+            yield files, [values[at] for at in _OTHERS]
+
+    def path(self, file: str) -> Path:
+        """A file that `described` gives."""
+        return self._path(file)
 
 
 class Clips(Sequence[Clip]):
@@ -155,10 +173,11 @@ class Clips(Sequence[Clip]):
             domains.append(numbers.setdefault(clip.domain, len(numbers)))
             splits.append(SPLITS.index(clip.split))
             classes.append(named.setdefault((clip.label, clip.label_name), len(named)))
-            for name in clip.media.keys() - self.media.keys():
-                self.media[name] = MediaColumn()
-                for _ in range(count):
-                    self.media[name].append(None)
+            for name in clip.media:
+                if name not in self.media:
+                    self.media[name] = MediaColumn()
+                    for _ in range(count):
+                        self.media[name].append(None)
             for name, column in self.media.items():
                 column.append(clip.media.get(name))
         self.domain_names = tuple(numbers)

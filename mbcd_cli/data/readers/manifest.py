@@ -147,7 +147,8 @@ def _kind_of(name: str, cells: Callable[[], Iterable[str]], root: Path) -> str |
 
     But flow is stored as video too, and video files hold sound: there the column's name says which.
     """
-    files = (re.split(r"\||(?<=\.npy)#", cell, maxsplit=1)[0] for cell in cells())
+    files = (cell.partition("|")[0] for cell in cells())
+    files = (file.partition("#")[0] if ".npy#" in file else file for file in files)
     ends = {file[file.rfind(".") :]: file for file in files}  # few, of however many files
     suffixes = {PurePosixPath(file).suffix.lower() for file in ends.values()}
     told = next((kind for kind, one in KINDS.items() if suffixes and suffixes <= {*one.suffixes}), None)

@@ -12,7 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,8 +21,8 @@ import numpy as np
 from mbcd_cli.data.records import SPLITS, Clip, Media
 
 Item = TypeVar("Item")
-AT_ONCE = 8192
-"""Clips that are looked at together where each of them makes objects."""
+AT_ONCE = 1024
+"""Clips that are looked at together where each makes objects: so few that Python's collector does not come in between."""
 _FIELDS = tuple(field.name for field in fields(Media))
 _FILES = tuple(_FIELDS.index(name) for name in ("path", "path_v", "clock"))
 _OTHERS = tuple(at for at in range(len(_FIELDS)) if at not in _FILES)
@@ -79,6 +79,10 @@ class Texts(Sequence[str]):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]
         return self._buffer[self._ends[at] : self._ends[at + 1]].decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        for start, end in pairwise(self._ends):
+            yield self._buffer[start:end].decode("utf-8", "surrogatepass")
 
 
 class MediaColumn(Sequence[Media]):

@@ -22,7 +22,7 @@ from mbcd_cli.data.records import SPLITS, Clip, Media
 
 Item = TypeVar("Item")
 AT_ONCE = 1024
-"""Clips that are looked at together where each makes objects: so few that Python's collector does not come in between."""
+"""Clips that are looked at together where each makes objects: so few that Python collects no garbage in between."""
 _FIELDS = tuple(field.name for field in fields(Media))
 _FILES = tuple(_FIELDS.index(name) for name in ("path", "path_v", "clock"))
 _OTHERS = tuple(at for at in range(len(_FIELDS)) if at not in _FILES)

@@ -5,6 +5,7 @@ Letters: B clips in a batch, M modalities.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mbcd_cli.data.clips import Clips
+from mbcd_cli.data.clips import Clips, MediaColumn
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.records import Clip, Media
@@ -63,7 +64,7 @@ class OnlineViews:
         warn: hears of what is mended where `prepare` was told to reject.
 
     Args:
-        described: modality -> what `describe_media` gave.
+        described: modality -> the JSON of what `describe_media` gave.
         modalities: their settings.
         ids: of the clip table.
         root: the dataset's folder, where it is not where it was.
@@ -72,7 +73,7 @@ class OnlineViews:
 
     def __init__(
         self,
-        described: Mapping[str, Mapping[str, Any]],
+        described: Mapping[str, str],
         modalities: Mapping[str, Modality],
         *,
         ids: Sequence[str],
@@ -85,9 +86,10 @@ class OnlineViews:
         self._ids, self._workers = ids, workers
         self._strict = False
         self._media, self._datasets, self._seeds = {}, {}, {}
-        for name, one in described.items():
+        for name, text in described.items():
+            one = json.loads(text)
             base = Path(root).resolve() if root is not None else Path(one["root"])
-            self._media[name] = [_media(entry, base) for entry in one["media"]]
+            self._media[name] = MediaColumn(_media(entry, base) for entry in one["media"])
             # A clip that `prepare` took cannot be left out in the middle of an epoch.
             dataset = DatasetSettings.model_validate(one["dataset"])
             self._strict |= dataset.missing_frames == "reject"

@@ -82,7 +82,9 @@ def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared:
         A JSON-able summary: clips, domains, per modality the folder, bytes and what was reused, and every rejected
         clip; `exit_code` is 3 when more clips were rejected than `dataset.max_bad`. Nothing in ranks other than 0.
     """
-    return prepare_listing(settings, read_listing(settings), say=say)
+    with say.progress("reading what clips there are"):
+        listing = read_listing(settings)
+    return prepare_listing(settings, listing, say=say)
 
 
 def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> Prepared:

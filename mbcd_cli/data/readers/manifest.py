@@ -12,9 +12,8 @@ import math
 import re
 import unicodedata
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -137,25 +136,29 @@ class _Columns:
     notes: list[str] = field(default_factory=list)
 
 
-def _filled(table: CsvTable, column: int) -> Iterator[str]:
-    """The cells of a column that are not empty."""
-    return (cells[column] for _, cells in table.rows if len(cells) > column and cells[column])
+def _suffixes(table: CsvTable, columns: Mapping[str, int]) -> dict[str, set[str]]:
+    """Of some columns those that their files have."""
+    ends: dict[str, dict[str, str]] = {name: {} for name in columns}  # few, of however many files
+    for _, cells in table.rows:
+        for name, column in columns.items():
+            if len(cells) > column and cells[column]:
+                file = cells[column].partition("|")[0]
+                file = file.partition("#")[0] if ".npy#" in file else file
+                ends[name][file[file.rfind(".") :]] = file
+    return {name: {PurePosixPath(file).suffix.lower() for file in found.values()} for name, found in ends.items()}
 
 
-def _kind_of(name: str, cells: Callable[[], Iterable[str]], root: Path) -> str | None:
+def _kind_of(name: str, suffixes: set[str], table: CsvTable, column: int, root: Path) -> str | None:
     """Kind of a column: its files' names decide, where all say the same, before its own name does.
 
     But flow is stored as video too, and video files hold sound: there the column's name says which.
     """
-    files = (cell.partition("|")[0] for cell in cells())
-    files = (file.partition("#")[0] if ".npy#" in file else file for file in files)
-    ends = {file[file.rfind(".") :]: file for file in files}  # few, of however many files
-    suffixes = {PurePosixPath(file).suffix.lower() for file in ends.values()}
     told = next((kind for kind, one in KINDS.items() if suffixes and suffixes <= {*one.suffixes}), None)
     named = infer_kind(name)
     if told is None or named is None or not suffixes <= {*KINDS[named].also_in}:
         return told or named
-    return named if KINDS[named].may_hold([path for cell in cells() if (path := inside(root, cell))]) else told
+    cells = (cells[column] for _, cells in table.rows if len(cells) > column and cells[column])
+    return named if KINDS[named].may_hold([path for cell in cells if (path := inside(root, cell))]) else told
 
 
 def _columns(
@@ -182,15 +185,13 @@ def _columns(
     if len([n for n in header if n in SPANS]) > len({SPANS[n][0] for n in header if n in SPANS}) and len(units) == 1:
         problems.append("start or stop is given twice")
     kinds: dict[str, str] = {}
-    for name in header:
-        if name in ("", "label_name", RATE, *REQUIRED) or name in SPANS or name in kinds:
-            continue
-        if name in asked and asked[name] != default_modality(name):
-            kind = asked[name].kind
-        else:  # nobody said more than its name
-            kind = _kind_of(name, partial(_filled, table, at[name]), root) or (
-                asked[name].kind if name in asked else None
-            )
+    files = [n for n in at if n not in ("", "label_name", RATE, *REQUIRED) and n not in SPANS]
+    unsaid = {n: at[n] for n in files if n not in asked or asked[n] == default_modality(n)}
+    suffixes = _suffixes(table, unsaid)
+    for name in sorted(files, key=at.get):
+        kind = asked[name].kind if name in asked else None
+        if name in unsaid:  # nobody said more than its name
+            kind = _kind_of(name, suffixes[name], table, at[name], root) or kind
         if kind is None:
             problems.append(
                 f"unknown column {name!r}: if it is a modality, say of which kind "

@@ -1,8 +1,9 @@
 """How time and memory grow with the number of clips: prepare, prepare again, open, start of training, evaluate.
 
 Two modalities of vectors, three domains, ten classes, one test clip in four. Every command is a process of its own; its
-seconds are those of the whole command (of the training: until its first step is logged), its memory the most that it
-held (of decoding workers, each counted alone).
+seconds are those of the whole command (of the training: until its first step is logged), by the clock and of the
+processor; its memory is the most that it held. What a clip costs is told beyond the smallest count, whose commands are
+mostly imports.
 
     python tests/benchmarks/scale.py --clips 2000,8000,32000,128000
     python tests/benchmarks/scale.py --clips 1000000
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,19 @@ print(len(dataset.select(domains=dataset.domains)))
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Seconds and peak memory (bytes) of one command."""
+    """Seconds by the clock and of the processor, and peak memory (bytes), of one command."""
 
     seconds: float
+    processor: float
     memory: int
+
+    def per_clip(self, clips: int, least: Spent, fewest: int) -> str:
+        """What each clip beyond the `fewest` costs."""
+        more = max(clips - fewest, 1)
+        return (
+            f"{1e6 * (self.processor - least.processor) / more:7.1f} us of the processor, "
+            f"{(self.memory - least.memory) / more:7.0f} bytes per clip"
+        )
 
 
 def write_features(root: Path, count: int, *, files: bool) -> None:
@@ -81,20 +91,23 @@ def run(*command: str, until: Path | None = None) -> tuple[Spent, Spent]:
     ended = 0
     while not ended and until is not None and reached is None:
         if until.exists() and until.stat().st_size:
-            reached = Spent(time.perf_counter() - started, _most_memory(process.pid))
+            reached = Spent(time.perf_counter() - started, *_so_far(process.pid))
         time.sleep(0.005)
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     if not ended:
         _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
-    whole = Spent(time.perf_counter() - started, usage.ru_maxrss * 1024)
+    whole = Spent(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
     return reached or whole, whole
 
 
-def _most_memory(pid: int) -> int:
+def _so_far(pid: int) -> tuple[float, int]:
+    """Processor seconds and peak memory of a process that is running."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    memory = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    ticks = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"), memory
 
 
 def measure(folder: Path, count: int, *, files: bool, workers: int) -> dict[str, Spent]:
@@ -128,11 +141,14 @@ def main() -> None:
         finally:
             shutil.rmtree(folder)
         for phase, one in found[count].items():
-            each = f"{1e6 * one.seconds / count:9.1f} us, {one.memory / count:9.0f} bytes per clip"
-            print(f"{count:9d}  {phase:18s} {one.seconds:8.2f} s  {one.memory / 1e6:8.0f} MB  {each}", file=sys.stderr)
-    machine = {"processor": platform.processor() or platform.machine(), "load": os.getloadavg()[0]}
-    clips = {n: {p: {"seconds": s.seconds, "bytes": s.memory} for p, s in spent.items()} for n, spent in found.items()}
-    print(json.dumps({"machine": machine, "files": options.files, "clips": clips}, indent=1))
+            told = f"{count:9d}  {phase:18s} {one.seconds:7.1f} s {one.processor:7.1f} s of the processor "
+            told += f"{one.memory / 1e6:6.0f} MB"
+            if count > counts[0]:
+                told += f"  {one.per_clip(count, found[counts[0]][phase], counts[0])}"
+            print(told, file=sys.stderr)
+    clips = {count: {phase: asdict(one) for phase, one in spent.items()} for count, spent in found.items()}
+    machine = {"machine": platform.machine(), "load": os.getloadavg()[0]}
+    print(json.dumps({**machine, "files": options.files, "clips": clips}, indent=1))
 
 
 if __name__ == "__main__":

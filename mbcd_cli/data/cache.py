@@ -45,8 +45,8 @@ from mbcd_cli.settings import Settings, fields_for
 FORMAT = 2
 SHARD_BYTES = 512 * 2**20
 """A shard holds at most about this much, so that memory stays bounded while one is being filled."""
-SHARD_CLIPS, LEAST_BYTES = 64, 2**20
-"""Clips of a shard; of rows so small that it would hold less than so many bytes, more: many small files are slow."""
+SHARD_CLIPS, FEW_CLIPS, LEAST_BYTES = 64, 64 * 64, 2**20
+"""Clips of a shard; in datasets of more than a few as many more as have so many bytes: many small files are slow."""
 _TEXT = h5py.string_dtype("utf-8")
 
 
@@ -127,11 +127,13 @@ def shard_ranges(sizes: Sequence[int], *, limit: int | None = None) -> list[rang
 
     Args:
         sizes: bytes of every clip's rows, [N].
-        limit: clips per shard, at most; by default `SHARD_CLIPS`, and of small rows more, until `LEAST_BYTES`.
+        limit: clips per shard, at most; by default `SHARD_CLIPS`, and of many clips with small rows more, until they
+            have `LEAST_BYTES`.
     """
     ranges, start, size = [], 0, 0
+    least = LEAST_BYTES if limit is None and len(sizes) > FEW_CLIPS else 0
     for index, add in enumerate(sizes):
-        full = index - start >= (limit or SHARD_CLIPS) and (limit is not None or size >= LEAST_BYTES)
+        full = index - start >= (limit or SHARD_CLIPS) and size >= least
         if index > start and (full or size + add > SHARD_BYTES):
             ranges.append(range(start, index))
             start, size = index, 0
@@ -410,6 +412,9 @@ class CacheWriter:
                 rows.create_dataset(key, data=np.concatenate(values))
             _write_rejected(file, [*unlisted, *rejected])
             _write_mended(file, mended)
+        for path in self.folder.glob("shard-*.h5"):  # of a time when shards held fewer clips
+            if path.name not in files:
+                path.unlink()
         return Finished(rejected, mended, float(np.sqrt(errors[0] / errors[1])) if errors[1] else None, lost)
 
     def _lost_before(self) -> str:

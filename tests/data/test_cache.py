@@ -27,6 +27,7 @@ from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.records import TEST_VIEW, Clip
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError, CheckpointError, FileError
+from mbcd_cli.integrity import examine
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.check import check
@@ -344,6 +345,7 @@ def test_shards_follow_count_and_bytes(monkeypatch):
 
 def test_shards_of_small_rows_hold_more_clips(monkeypatch):
     assert shard_ranges([2**20] * 65) == [range(64), range(64, 65)]
+    assert len(shard_ranges([256] * 4096)) == 64  # a dataset that is not large
     assert shard_ranges([256] * 10_000) == [range(4096), range(4096, 8192), range(8192, 10_000)]
     assert len(shard_ranges([256] * 10_000, limit=64)) == 157
 
@@ -477,3 +479,11 @@ def test_rejected_clips_are_a_table_beside_the_cache(tmp_path):
     helpers.write_wav(spoilt, helpers.tone(1.0))
     prepare(settings_for(root, tmp_path / "cache"))
     assert not table.exists()
+
+
+def test_shards_of_another_layout_leave_nothing_behind(root, tmp_path):
+    done = [prepare(settings_for(root, tmp_path, f"cache.shard_clips={n}", "model.modalities=audio")) for n in (1, 5)]
+    folder = Path(done[0]["modalities"]["audio"]["folder"])
+    assert [one["modalities"]["audio"]["shards"] for one in done] == [12, 3]
+    assert len(list(folder.glob("shard-*.h5"))) == 3
+    assert not examine(folder).faults

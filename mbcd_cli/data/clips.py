@@ -89,14 +89,14 @@ class MediaColumn(Sequence[Media]):
     """One modality's media of many clips: a line of text each, folders apart.
 
     Attributes:
-        absent: clips that have none.
+        absent: clips that have none. packed: clips that are rows of packed arrays.
     """
 
     def __init__(self, media: Iterable[Media] = ()) -> None:
         self._lines = Texts()
         self._folders: list[Path] = []
         self._numbers: dict[str, int] = {}
-        self.absent = 0
+        self.absent = self.packed = 0
         # A packed array is named by many clips.
         self._apart, self._path = lru_cache(maxsize=256)(self._split), lru_cache(maxsize=256)(self._joined)
         for one in media:
@@ -108,6 +108,7 @@ class MediaColumn(Sequence[Media]):
             self._lines.append("")
             self.absent += 1
             return
+        self.packed += media.unit == "row"
         values = [getattr(media, name) for name in _FIELDS]
         for at in _FILES:
             if values[at] is not None:

@@ -201,7 +201,7 @@ def _decode_seconds(
     for index in whole[:: max(len(whole) // _TIMED_CLIPS, 1)][:_TIMED_CLIPS]:
         clip = clips[index]
         wanted = views[clips.splits[index]] or [0]
-        if clip.media[name].path.stat().st_size >= _LONG_FILE:
+        if clip.media[name].unit != "row" and clip.media[name].path.stat().st_size >= _LONG_FILE:
             continue
         started = time.perf_counter()
         decoded = decode(index, clip, wanted, job)

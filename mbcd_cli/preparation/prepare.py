@@ -308,7 +308,10 @@ def fill(
     """
     job = DecodeJob(str(writer.recipe["modality"]), writer.modality, settings.dataset, settings.cache.seed)
     total = sum(len(plan.shards[number]) for number in shards)
-    with Decoder(workers=settings.cache.workers, job=job) as decoder, say.progress(label, total) as ticker:
+    column = writer.clips.media[job.name]
+    # A row is read sooner than another process is told of it.
+    workers = 0 if column.packed == len(column) else settings.cache.workers
+    with Decoder(workers=workers, job=job) as decoder, say.progress(label, total) as ticker:
         filler = Filler(writer, decoder, writer.clips, plan.views, trunk, plan.shapes, device)
         filler.run(shards, ticker)
     return "; ".join(filter(None, map(str, filler.roundings.values())))

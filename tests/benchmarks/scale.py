@@ -110,12 +110,12 @@ def _so_far(pid: int) -> tuple[float, int]:
     return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"), memory
 
 
-def measure(folder: Path, count: int, *, files: bool, workers: int) -> dict[str, Spent]:
+def measure(folder: Path, count: int, *, files: bool) -> dict[str, Spent]:
     """Every command on a dataset of `count` clips."""
     root, cache, output = folder / "scale", folder / "cache", folder / "run"
     write_features(root, count, files=files)
     where = ("--cache-dir", str(cache))
-    prepare = (*MBCD, "prepare", "manifest", "--root", str(root), *where, "--workers", str(workers))
+    prepare = (*MBCD, "prepare", "manifest", "--root", str(root), *where)
     train = (*MBCD, "train", "--dataset", "scale", *where, "--target-domain", "studio", "--run", str(output))
     train += ("--batch-size", "256", "--set", "training.max_steps=4", "--set", "training.log_steps=1")
     spent = {"prepare": run(*prepare)[0], "prepare again": run(*prepare)[0]}
@@ -129,7 +129,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", default="2000,8000,32000,128000")
     parser.add_argument("--files", action="store_true", help="one file per clip and modality")
-    parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; default: the system's folder of temporary files")
     options = parser.parse_args()
     counts = [int(part) for part in options.clips.split(",")]
@@ -137,7 +136,7 @@ def main() -> None:
     for count in counts:
         folder = Path(tempfile.mkdtemp(prefix="mbcd-scale-", dir=options.folder))
         try:
-            found[count] = measure(folder, count, files=options.files, workers=options.workers)
+            found[count] = measure(folder, count, files=options.files)
         finally:
             shutil.rmtree(folder)
         for phase, one in found[count].items():

@@ -319,6 +319,13 @@ def test_rows_of_a_packed_array_are_what_files_are(tmp_path, shape):
         np.testing.assert_array_equal(files[name], packed[name])
 
 
+def test_rows_are_read_without_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr("mbcd_cli.data.media.decoding.Decoder._start", lambda self: pytest.fail("a worker"))
+    root = packed_dataset(tmp_path / "packed", np.zeros((12, 5), np.float32), packed=True)
+    settings = resolve_settings(flags={"dataset.root": root, "cache.dir": tmp_path / "cache", "cache.workers": 2})
+    assert prepare(settings)["modalities"]["x"]["clips"] == 12
+
+
 def test_bad_rows_cost_their_clips(tmp_path):
     values = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
     values[2, 1] = np.nan

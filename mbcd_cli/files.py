@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +137,9 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, object]], **where: str) -> Path:
     """`write_table`, of rows that all have the first one's columns."""
-    rows = list(rows)
-    return write_table(path, list(rows[0]) if rows else [], ([*row.values()] for row in rows), **where)
+    rest = iter(rows)
+    first = next(rest, {})
+    return write_table(path, list(first), ([*row.values()] for row in chain([first] if first else [], rest)), **where)
 
 
 def rename(places: Mapping[Path, Path]) -> None:

@@ -10,9 +10,13 @@ from collections.abc import Iterable
 _OWN = {"fused", "label", "in-domain", "all", "tails", "fused_head", "average"}
 """Heads, columns of exports and groups of parameters that stand beside the modalities under names of ours."""
 
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
+
 
 def name_faults(what: str, value: str) -> list[str]:
     """What is wrong with a name of a user's: it becomes a file name, a command-line word and a table cell."""
+    if _PLAIN.fullmatch(value):  # nearly all are, and there may be a million
+        return []
     if not value:
         return [f"{what} is empty"]
     if (

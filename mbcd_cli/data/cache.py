@@ -18,12 +18,12 @@ Letters: N clips, R rows (clip x view), V views.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ import h5py
 import numpy as np
 
 from mbcd_cli import __version__, checksums
-from mbcd_cli.data.media.condition import condition, files_of, holding
+from mbcd_cli.data.clips import AT_ONCE, Clips, Digest, chunks
+from mbcd_cli.data.media.condition import condition, holding
 from mbcd_cli.data.media.timeline import DECODER
-from mbcd_cli.data.modalities.modality import Modality
+from mbcd_cli.data.modalities.modality import Modality, each_file
 from mbcd_cli.data.ranks import partial_is_ours
-from mbcd_cli.data.records import SPLITS, TEST_VIEW, Clip, Rejected
+from mbcd_cli.data.records import TEST_VIEW, Rejected
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import open_hdf5, remove_partial, written_hdf5
 from mbcd_cli.processes import ALONE, Place
@@ -44,6 +45,8 @@ from mbcd_cli.settings import Settings, fields_for
 FORMAT = 2
 SHARD_BYTES = 512 * 2**20
 """A shard holds at most about this much, so that memory stays bounded while one is being filled."""
+SHARD_CLIPS, FEW_CLIPS, LEAST_BYTES = 64, 64 * 64, 2**20
+"""Clips of a shard; in datasets of more than a few as many more as have so many bytes: many small files are slow."""
 _TEXT = h5py.string_dtype("utf-8")
 
 
@@ -70,49 +73,68 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
     return recipe
 
 
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def listing_digest(clips: Sequence[Clip]) -> str:
-    """Digest of ids, domains, splits and labels: modalities can be joined only when theirs agree."""
-    return _digest([[c.id, c.domain, c.split, c.label, c.label_name] for c in clips])
-
-
-def fingerprint(recipe: Mapping[str, object], clips: Sequence[Clip], *, name: str, root: Path) -> str:
+def fingerprint(
+    recipe: Mapping[str, object],
+    clips: Clips,
+    *,
+    name: str,
+    root: Path,
+    seen: Callable[[int], None] = lambda count: None,
+) -> str:
     """Twelve hex digits over the recipe, the clips, the size of their media files and the names in folders of frames.
 
     Paths are taken relative to `root`, so that a dataset that moves keeps its cache.
+
+    Args:
+        seen: told of every so many clips whose files have been looked at.
     """
-    rows = []
-    for clip in clips:
-        media = clip.media[name]
-        files = files_of(media)
-        rows.append(
-            [
-                [os.path.relpath(path, root) for path in files],
-                [holding(path) for path in files],
-                [media.start, media.stop, media.unit, media.computed, media.rate, media.frames],
-            ]
-        )
-    return _digest([recipe, listing_digest(clips), rows])[:12]
+    digest = Digest(json.dumps([recipe, clips.digest], sort_keys=True)[:-1] + ", [")
+    relative = lru_cache(maxsize=None)(lambda folder: os.path.relpath(folder or ".", root))
+    column = clips.media[name]
+    held: dict[str, tuple[str, int | str]] = {}
+    for chunk in chunks(column.described()):
+        named = dict.fromkeys(file for files, _ in chunk for file in files)
+        new = [file for file in named if file not in held]  # a packed array is named by many clips
+        paths = [column.path(file) for file in new]
+        told = zip((_below(path, relative) for path in paths), each_file(holding, paths), strict=True)
+        held = {file: held[file] for file in named if file in held} | dict(zip(new, told, strict=True))
+        rows = []
+        for files, span in chunk:
+            seen_there = [held[file] for file in files]
+            rows.append([[path for path, _ in seen_there], [size for _, size in seen_there], span])
+        digest.add(rows)
+        seen(len(chunk))
+    return digest.hexdigest("]]")[:12]
 
 
-def views_of(clip: Clip, *, views: int, test_view: str) -> list[int]:
-    """Views stored for a clip: training clips get V random ones; test clips (or all) get the test view."""
-    wanted = [TEST_VIEW] if clip.split == "test" or test_view == "all" else []
-    return wanted + (list(range(views)) if clip.split == "train" else [])
+def _below(path: Path, relative: Callable[[str], str]) -> str:
+    """A path relative to the root, where `relative` tells its folder's."""
+    folder, name = os.path.split(path)
+    if name in ("", ".", ".."):
+        return relative(str(path))
+    beside = relative(folder)
+    return name if beside == "." else f"{beside}/{name}"
 
 
-def shard_ranges(sizes: Sequence[int], *, limit: int) -> list[range]:
-    """Runs of clips, one per shard: at most `limit` clips and about `SHARD_BYTES` each.
+def views_of(split: str, *, views: int, test_view: str) -> list[int]:
+    """Views stored for a clip of a split: training clips get V random ones; test clips (or all) get the test view."""
+    wanted = [TEST_VIEW] if split == "test" or test_view == "all" else []
+    return wanted + (list(range(views)) if split == "train" else [])
+
+
+def shard_ranges(sizes: Sequence[int], *, limit: int | None = None) -> list[range]:
+    """Runs of clips, one per shard: at most about `SHARD_BYTES` each.
 
     Args:
         sizes: bytes of every clip's rows, [N].
+        limit: clips per shard, at most; by default `SHARD_CLIPS`, and of many clips with small rows more, until they
+            have `LEAST_BYTES`.
     """
     ranges, start, size = [], 0, 0
+    least = LEAST_BYTES if limit is None and len(sizes) > FEW_CLIPS else 0
     for index, add in enumerate(sizes):
-        if index > start and (index - start >= limit or size + add > SHARD_BYTES):
+        full = index - start >= (limit or SHARD_CLIPS) and size >= least
+        if index > start and (full or size + add > SHARD_BYTES):
             ranges.append(range(start, index))
             start, size = index, 0
         size += add
@@ -158,28 +180,30 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.h5"
 
 
-def is_done(folder: Path, number: int, span: range, clips: Sequence[Clip], name: str) -> bool:
+def is_done(folder: Path, number: int, span: range, clips: Clips, name: str) -> bool:
     """Whether a shard is there, readable, of these clips, and the media of those that were not whole are unchanged."""
     try:
         with open_hdf5(shard_path(folder, number)) as file:
             if (file.attrs["first"], file.attrs["stop"]) != (span.start, span.stop):
                 return False
             known = json.loads(file.attrs["conditions"])
-            return known == _conditions([clips[i] for i in span], name, read_rejected(file), read_mended(file))
+            return known == _conditions(clips, span, name, read_rejected(file), read_mended(file))
     except (OSError, KeyError, ValueError):
         return False
 
 
 def _conditions(
-    clips: Sequence[Clip], name: str, rejected: Sequence[Rejected], mended: Sequence[tuple[str, str]]
+    clips: Clips, span: range, name: str, rejected: Sequence[Rejected], mended: Sequence[tuple[str, str]]
 ) -> dict[str, str]:
     doubtful = {bad.clip for bad in rejected} | {clip for clip, _ in mended}
-    return {clip.id: condition(clip.media[name]) for clip in clips if clip.id in doubtful}
+    if not doubtful:
+        return {}
+    return {clips.ids[i]: condition(clips.media[name][i]) for i in span if clips.ids[i] in doubtful}
 
 
-def root_checksum(recipe: Mapping[str, Any], clips: Sequence[Clip], files: Mapping[str, str]) -> str:
+def root_checksum(recipe: Mapping[str, Any], clips: Clips, files: Mapping[str, str]) -> str:
     """One checksum over a cache: its recipe, its clips and every stored byte; when it was prepared plays no part."""
-    return checksums.of_text(json.dumps([recipe, listing_digest(clips), files], sort_keys=True))
+    return checksums.of_text(json.dumps([recipe, clips.digest, files], sort_keys=True))
 
 
 GROUPS = ("train", "test")
@@ -262,7 +286,7 @@ class CacheWriter:
         *,
         recipe: Mapping[str, object],
         modality: Modality,
-        clips: Sequence[Clip],
+        clips: Clips,
         shards: Sequence[range],
         domains: Sequence[str],
         label_names: Sequence[str],
@@ -316,8 +340,8 @@ class CacheWriter:
                 group.create_dataset("clip", data=rows.clips.astype(np.int32))
                 group.create_dataset("view", data=rows.views.astype(np.int16))
             file.attrs["errors"] = np.asarray(shard.errors, np.float64)
-            clips = [self.clips[i] for i in self.shards[number]]
-            conditions = _conditions(clips, self.recipe["modality"], shard.rejected, shard.mended)
+            name = self.recipe["modality"]
+            conditions = _conditions(self.clips, self.shards[number], name, shard.rejected, shard.mended)
             file.attrs["conditions"] = json.dumps(conditions)
             _write_rejected(file, shard.rejected)
             _write_mended(file, shard.mended)
@@ -361,7 +385,7 @@ class CacheWriter:
             file.attrs["format"] = FORMAT
             file.attrs["recipe"] = json.dumps(self.recipe, sort_keys=True)
             file.attrs["modality_settings"] = self.modality.model_dump_json()
-            file.attrs["listing"] = listing_digest(self.clips)
+            file.attrs["listing"] = self.clips.digest
             file.attrs["prepared_at"] = datetime.now(UTC).isoformat()
             file.attrs["mbcd_version"] = __version__
             file.attrs["float16_loss"] = lost
@@ -375,16 +399,22 @@ class CacheWriter:
             _write_strings(file, "domains", self.domains)
             _write_strings(file, "label_names", self.label_names)
             table = file.create_group("clips")
-            _write_strings(table, "id", [c.id for c in self.clips])
-            domain = {name: index for index, name in enumerate(self.domains)}
-            table.create_dataset("domain", data=np.array([domain[c.domain] for c in self.clips], np.int32))
-            table.create_dataset("split", data=np.array([SPLITS.index(c.split) for c in self.clips], np.int8))
-            table.create_dataset("label", data=np.array([c.label for c in self.clips], np.int32))
+            ids = table.create_dataset("id", (len(self.clips),), _TEXT)
+            for first in range(0, len(ids), AT_ONCE):
+                ids[first : first + AT_ONCE] = self.clips.ids[first : first + AT_ONCE]
+            number = {name: index for index, name in enumerate(self.domains)}
+            domains = np.array([number[name] for name in self.clips.domain_names], np.int32)
+            table.create_dataset("domain", data=domains[self.clips.domains])
+            table.create_dataset("split", data=self.clips.splits)
+            table.create_dataset("label", data=self.clips.labels)
             rows = file.create_group("rows")
             for key, values in columns.items():
                 rows.create_dataset(key, data=np.concatenate(values))
             _write_rejected(file, [*unlisted, *rejected])
             _write_mended(file, mended)
+        for path in self.folder.glob("shard-*.h5"):  # of a time when shards held fewer clips
+            if path.name not in files:
+                path.unlink()
         return Finished(rejected, mended, float(np.sqrt(errors[0] / errors[1])) if errors[1] else None, lost)
 
     def _lost_before(self) -> str:

@@ -63,12 +63,15 @@ class CachedDataset:
                     f"{first.folder.name} and {other.folder.name} were prepared from different clip lists.",
                     "Run `mbcd prepare` once more for all modalities together.",
                 )
+            other.clips = first.clips
         self.domains, self.label_names, self.clips = first.domains, first.label_names, first.clips
         self.classes = len(self.label_names)
         self.fingerprints = {key: cache.fingerprint for key, cache in caches.items()}
         self.rejected: list[Rejected] = [r for cache in caches.values() for r in cache.rejected]
         gone = {r.clip for r in self.rejected}
-        self._usable = np.array([id_ not in gone for id_ in self.clips.ids])
+        self._usable = np.ones(len(self.clips), bool)
+        if gone:  # ids are read where one is named
+            self._usable[:] = [id_ not in gone for id_ in self.clips.ids]
         described = {key: cache.online for key, cache in caches.items() if cache.online is not None}
         self.online = (
             OnlineViews(described, modalities, ids=self.clips.ids, root=root, workers=workers) if described else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mbcd_cli import checksums
 from mbcd_cli.data.cache import FORMAT, group_of, read_rejected, shard_path
+from mbcd_cli.data.clips import AT_ONCE, Texts
 from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.quantise import restore
@@ -28,17 +30,44 @@ Verify = Literal["first", "always", "off"]
 _MODALITY = TypeAdapter(AnyKind)
 
 
-@dataclass(frozen=True, slots=True)
 class ClipTable:
-    """The clips of a dataset: ids, and as int arrays [N] domain (index), split (0 train, 1 test) and label."""
+    """The clips of a dataset, as columns.
 
-    ids: list[str]
-    domains: np.ndarray
-    splits: np.ndarray
-    labels: np.ndarray
+    Attributes:
+        domains, splits, labels: [N] int64: domain (index), split (0 train, 1 test) and label.
+
+    Args:
+        index: the cache's index, open; ids are read from it when one is asked for.
+    """
+
+    def __init__(self, index: h5py.File) -> None:
+        self._index, self._checksum = Path(index.filename), checksums.checksum(Path(index.filename))
+        table = index["clips"]
+        self.domains, self.splits, self.labels = (
+            table[name][()].astype(np.int64) for name in ("domain", "split", "label")
+        )
+        if table["id"].shape != self.labels.shape:
+            raise ValueError("it has other ids than clips")
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.labels)
+
+    @cached_property
+    def ids(self) -> Texts:
+        """Every clip's.
+
+        Raises:
+            CacheError: the index is no longer the one that was opened.
+        """
+        try:
+            if checksums.checksum(self._index) != self._checksum:
+                raise checksums.DamagedError("it has changed meanwhile")
+            with open_hdf5(self._index) as file:
+                stored = file["clips/id"].asstr()
+                runs = (stored[first : first + AT_ONCE] for first in range(0, len(self), AT_ONCE))
+                return Texts(identity for run in runs for identity in run)
+        except (OSError, KeyError, ValueError) as error:
+            raise CacheError(f"{self._index} cannot be read: {error}.", "Run the same command again.") from error
 
 
 class OtherVersionError(CacheError):
@@ -82,7 +111,7 @@ class ModalityCache:
         folder, fingerprint, recipe, provenance: where it is and how it was made.
         modality: the resolved settings it was prepared with.
         views: V, training views stored per training clip.
-        online: where V is 0, what decodes training views (`data.online.describe_media`); else None.
+        online: where V is 0, the JSON of what decodes training views (`data.online.describe_media`); else None.
         files: name -> checksum of every other file of the cache. root_checksum: over all that it holds.
 
     Args:
@@ -113,18 +142,12 @@ class ModalityCache:
                 }
                 self.domains = tuple(file["domains"].asstr()[()])
                 self.label_names = tuple(file["label_names"].asstr()[()])
-                table = file["clips"]
-                self.clips = ClipTable(
-                    ids=list(table["id"].asstr()[()]),
-                    domains=table["domain"][()].astype(np.int64),
-                    splits=table["split"][()].astype(np.int64),
-                    labels=table["label"][()].astype(np.int64),
-                )
+                self.clips = ClipTable(file)
                 rows = file["rows"]
                 self._shard, self._row = rows["shard"][()], rows["row"][()]
                 clip, view = rows["clip"][()], rows["view"][()]
                 self.rejected = read_rejected(file)
-                self.online = json.loads(file["online"].asstr()[()]) if "online" in file else None
+                self.online = str(file["online"].asstr()[()]) if "online" in file else None
                 self._check_indices(clip, view)
         except (KeyError, ValidationError) as error:
             if not checksums.is_whole(folder / "index.h5"):
@@ -135,8 +158,8 @@ class ModalityCache:
             raise self._damaged(folder / "index.h5", error) from error
         views = int(view.max(initial=TEST_VIEW)) + 1
         # _where[clip, view + 1] is the row of that view, -1 where it is not stored.
-        self._where = np.full((len(self.clips), views + 1), -1, np.int64)
-        self._where[clip, view + 1] = np.arange(len(clip))
+        self._where = np.full((len(self.clips), views + 1), -1, np.int32)
+        self._where[clip, view + 1] = np.arange(len(clip), dtype=np.int32)
         self._seen = np.zeros(len(clip), bool)
         self.views = views
         self._maps: dict[tuple[int, str], list[_Part]] = {}

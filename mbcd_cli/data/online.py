@@ -5,6 +5,7 @@ Letters: B clips in a batch, M modalities.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mbcd_cli.data.clips import Clips, MediaColumn
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.records import Clip, Media, Parts
@@ -26,12 +28,12 @@ _APART = 2**32
 """Between the numbers of two views of one epoch: more than there are epochs."""
 
 
-def describe_media(settings: Settings, clips: Sequence[Clip], name: str) -> dict[str, Any]:
+def describe_media(settings: Settings, clips: Clips, name: str) -> dict[str, Any]:
     """Where one modality's media lie, relative to the root, and how to decode them: what the index keeps."""
     root = (settings.dataset.root or Path()).resolve()
     media = []
-    for clip in clips:
-        entry = asdict(clip.media[name])
+    for one in clips.media[name]:
+        entry = asdict(one)
         for key in _FILES:
             if entry[key] is not None:
                 entry[key] = os.path.relpath(
@@ -61,7 +63,7 @@ class OnlineViews:
         warn: hears of what is mended where `prepare` was told to reject.
 
     Args:
-        described: modality -> what `describe_media` gave.
+        described: modality -> the JSON of what `describe_media` gave.
         modalities: their settings.
         ids: of the clip table.
         root: the dataset's folder, where it is not where it was.
@@ -70,7 +72,7 @@ class OnlineViews:
 
     def __init__(
         self,
-        described: Mapping[str, Mapping[str, Any]],
+        described: Mapping[str, str],
         modalities: Mapping[str, Modality],
         *,
         ids: Sequence[str],
@@ -83,9 +85,10 @@ class OnlineViews:
         self._ids, self._workers = ids, workers
         self._strict = False
         self._media, self._datasets, self._seeds = {}, {}, {}
-        for name, one in described.items():
+        for name, text in described.items():
+            one = json.loads(text)
             base = Path(root).resolve() if root is not None else Path(one["root"])
-            self._media[name] = [_media(entry, base) for entry in one["media"]]
+            self._media[name] = MediaColumn(_media(entry, base) for entry in one["media"])
             # A clip that `prepare` took cannot be left out in the middle of an epoch.
             dataset = DatasetSettings.model_validate(one["dataset"])
             self._strict |= dataset.missing_frames == "reject"
@@ -110,13 +113,17 @@ class OnlineViews:
         Raises:
             MediaError: a file can no longer be used.
         """
-        items = []
-        for batch in index:
-            for name in self._media:
-                job = DecodeJob(name, self.modalities[name], self._datasets[name], mixed_seed(self._seeds[name], seed))
-                for row in batch:
-                    clip = Clip(self._ids[row], "", "train", 0, "", {name: self._media[name][row]})
-                    items.append((int(row), clip, [epoch + number * _APART for number in range(views)], job))
+        jobs = {
+            name: DecodeJob(name, self.modalities[name], self._datasets[name], mixed_seed(self._seeds[name], seed))
+            for name in self._media
+        }
+        shown = [epoch + number * _APART for number in range(views)]
+        items = (
+            (int(row), Clip(self._ids[row], "", "train", 0, "", {name: self._media[name][row]}), shown, jobs[name])
+            for batch in index
+            for name in self._media
+            for row in batch
+        )
         ahead = 2 * len(self._media) * max((len(batch) for batch in index), default=0)
         with Decoder(workers=self._workers) as decoder, closing(decoder.run_jobs(items, ahead=ahead)) as stream:
             for batch in index:

@@ -36,7 +36,8 @@ class Media:
         path: the file (or folder of frames) that holds it.
         path_v: second file of a flow pair (`path` is u / x, `path_v` is v / y).
         start, stop: span inside the file, in `unit`; None means from the beginning / to the end.
-        unit: "s" (seconds) or "frame" (zero-based native frames, stop exclusive).
+        unit: "s" (seconds), "frame" (zero-based native frames, stop exclusive), or "row": the clip is row `start` of a
+            packed array.
         computed: for flow that is computed from the RGB video `path`, the frames from one picture of a pair to the
             other; 0 where flow is stored. For sound, the same of `clock`.
         rate: frames per second: for a video file with a span in seconds, or of one clip whose `frames` are counted at
@@ -52,11 +53,16 @@ class Media:
     path_v: Path | None = None
     start: float | None = None
     stop: float | None = None
-    unit: Literal["s", "frame"] = "s"
+    unit: Literal["s", "frame", "row"] = "s"
     computed: int = 0
     clock: Path | None = None
     rate: float | None = None
     frames: int | None = None
+
+    @property
+    def source(self) -> str:
+        """The file, or the row of it, as messages name it."""
+        return f"{self.path}#{int(self.start or 0)}" if self.unit == "row" else str(self.path)
 
 
 @dataclass(frozen=True, slots=True)

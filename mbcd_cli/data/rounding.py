@@ -1,6 +1,6 @@
 """What float16 takes from the values that are stored in it.
 
-Letters: R rows, C columns.
+Letters: V views, R rows of a view, C columns.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ class Rounding:
     whole: bool = False
 
     def add(self, values: np.ndarray, stored: np.ndarray) -> None:
-        """Count [R, C] values in, and what is stored of them."""
-        values = values.astype(np.float64)
-        errors = stored.astype(np.float64) - values
+        """Count [V, R, C] values in, and what is stored of them."""
+        views = len(values)
+        values = values.astype(np.float64).reshape(-1, values.shape[-1])
+        errors = stored.astype(np.float64).reshape(values.shape) - values
         self.sums = self.sums + np.stack([values.sum(0), (values**2).sum(0), (errors**2).sum(0)])
         self.count += len(values)
         if not self.whole and errors.any():
-            self.whole = bool((values == np.rint(values)).all())
+            whole = (values == np.rint(values)).reshape(views, -1).all(1)
+            self.whole = bool((whole & errors.reshape(views, -1).any(1)).any())
 
     @property
     def shares(self) -> np.ndarray:

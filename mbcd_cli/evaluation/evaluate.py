@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from mbcd_cli.checksums import PREPARED_WITH, checksum, of_file
-from mbcd_cli.data.cache import listing_digest
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.data.records import Clip
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, earlier, give_place
 from mbcd_cli.evaluation.analyses.robustness import subset_variants
@@ -113,7 +112,7 @@ def _checksums(run: Path | None, checkpoints: Mapping[str, Checkpoint]) -> dict[
     return {name: checksum(path) for name, path in files.items() if path.is_file()}
 
 
-def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[list[Clip], DatasetSettings] | None, str]:
+def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[Clips, DatasetSettings] | None, str]:
     """The clips of the dataset with their files, in the order of its clip table; or None, and why."""
     cache = next(iter(dataset.caches.values()), None)
     if cache is None:
@@ -127,7 +126,7 @@ def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[list[Clip], Data
         listing = read_listing(settings.model_copy(update={"dataset": there}))
     except MbcdError as error:
         return None, error.message.splitlines()[0].rstrip(".")
-    if listing_digest(listing.clips) != cache.listing:
+    if listing.clips.digest != cache.listing:
         return None, f"{root} holds other clips than the cache (--set dataset.root=DIR says where they are)"
     return (listing.clips, there), ""
 

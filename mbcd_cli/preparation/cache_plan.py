@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.nn import ModuleDict
 
 from mbcd_cli.data.cache import (
@@ -18,10 +19,11 @@ from mbcd_cli.data.cache import (
     shard_ranges,
     views_of,
 )
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, read_dataset
-from mbcd_cli.data.records import Clip
+from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.naming import modality_faults, name_faults
 from mbcd_cli.preparation.trunk import (
@@ -29,6 +31,7 @@ from mbcd_cli.preparation.trunk import (
     cached_shapes,
     row_bytes,
 )
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
 
@@ -67,8 +70,11 @@ _MODULES = ModuleDict()
 class Plan:
     """What one modality's cache will be: where, of which recipe, which views of which clips in which shards.
 
+    Letters: N clips.
+
     Attributes:
-        sizes: bytes of every clip's rows.
+        views: of a clip of the train split, and of the test split.
+        sizes: bytes of every clip's rows, [N] int64.
         shapes: shape and dtype of every part of a row, per group.
     """
 
@@ -77,36 +83,57 @@ class Plan:
     recipe: dict[str, Any]
     views: list[list[int]]
     shards: list[range]
-    sizes: list[int]
+    sizes: np.ndarray
     shapes: dict[str, Shapes]
 
-    def to_do(self, clips: Sequence[Clip]) -> list[int]:
+    def to_do(self, clips: Clips) -> list[int]:
         """Shards that are still to be written."""
         name = self.recipe["modality"]
         return [n for n, span in enumerate(self.shards) if not is_done(self.folder, n, span, clips, name)]
 
+    def bytes_of(self, shards: Iterable[int]) -> int:
+        """Bytes of the rows of some shards."""
+        return sum(int(self.sizes[span.start : span.stop].sum()) for span in (self.shards[n] for n in shards))
+
 
 def plan_cache(
-    settings: Settings, listing: Listing, name: str, modality: Modality, *, weights_sha256: str | None
+    settings: Settings,
+    listing: Listing,
+    name: str,
+    modality: Modality,
+    *,
+    weights_sha256: str | None,
+    made: Plan | None = None,
+    say: Say = SILENT,
 ) -> Plan:
-    """The plan of one modality; no media file is opened and nothing is computed."""
+    """The plan of one modality; no media file is opened and nothing is computed.
+
+    Args:
+        made: a plan of this modality; it is the one if it has the same recipe.
+        say: told how many clips' files have been looked at.
+    """
     recipe = recipe_of(settings, name, modality, weights_sha256=weights_sha256)
-    digest = fingerprint(recipe, listing.clips, name=name, root=settings.dataset.root or Path())
+    if made is not None and made.recipe == recipe:
+        return made
+    root = settings.dataset.root or Path()
+    with say.progress(f"{name}: looking at files", len(listing.clips)) as ticker:
+        digest = fingerprint(recipe, listing.clips, name=name, root=root, seen=ticker.advance)
     shapes = {group: cached_shapes(name, modality, settings, group) for group in GROUPS}
     sizes = {group: row_bytes(shapes[group]) for group in GROUPS}
-    views = stored_views(settings, listing.clips)
-    clip_sizes = [sum(sizes[group_of(view)] for view in wanted) for wanted in views]
+    views = stored_views(settings)
+    clip_sizes = np.array([sum(sizes[group_of(view)] for view in wanted) for wanted in views], np.int64)
+    clip_sizes = clip_sizes[listing.clips.splits]
     return Plan(
         folder=settings.cache.dir / listing.name / f"{name}-{digest}",
         fingerprint=digest,
         recipe=recipe,
         views=views,
-        shards=shard_ranges(clip_sizes, limit=settings.cache.shard_clips),
+        shards=shard_ranges(clip_sizes.tolist(), limit=settings.cache.shard_clips),
         sizes=clip_sizes,
         shapes=shapes,
     )
 
 
-def stored_views(settings: Settings, clips: Sequence[Clip]) -> list[list[int]]:
-    """Views stored of every clip."""
-    return [views_of(clip, views=settings.cache.views, test_view=settings.dataset.target_split) for clip in clips]
+def stored_views(settings: Settings) -> list[list[int]]:
+    """Views stored of a clip, by its split."""
+    return [views_of(split, views=settings.cache.views, test_view=settings.dataset.target_split) for split in SPLITS]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,7 +18,7 @@ from mbcd_cli.data.media.folders import MOST_MISSING
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media
-from mbcd_cli.data.records import Rejected
+from mbcd_cli.data.records import SPLITS, Rejected
 from mbcd_cli.encoders.pretrained import another_file, find_weights, sha256_of
 from mbcd_cli.errors import CheckpointError
 from mbcd_cli.files import free_bytes
@@ -50,6 +51,7 @@ def check(settings: Settings) -> dict[str, Any]:
     for name, presence in present.items():
         lost |= {gap.clip for gap in presence.gaps if not _mendable(settings, listing.modalities[name], gap)}
         lost |= {bad["clip"] for bad in modalities[name]["unusable"]}
+    counts = _counts(listing)
     needed = sum(one["bytes_to_write"] + one["weights_to_write"] for one in modalities.values())
     free = free_bytes(settings.cache.dir)
     weights = [one["weights"] for one in modalities.values() if one["weights"] and not one["weights"]["present"]]
@@ -59,13 +61,8 @@ def check(settings: Settings) -> dict[str, Any]:
         "reader": settings.dataset.reader.name,
         "root": str(settings.dataset.root) if settings.dataset.root else None,
         "clips": len(listing.clips) + len(listing.rejected),
-        "splits": {split: sum(c.split == split for c in listing.clips) for split in ("train", "test")},
-        "domains": {
-            domain: {
-                split: sum((c.domain, c.split) == (domain, split) for c in listing.clips) for split in ("train", "test")
-            }
-            for domain in listing.domains
-        },
+        "splits": {split: sum(counts[domain][split] for domain in listing.domains) for split in SPLITS},
+        "domains": counts,
         "classes": len(listing.label_names),
         "layout": listing.notes,
         "warnings": listing.warnings,
@@ -84,16 +81,26 @@ def check(settings: Settings) -> dict[str, Any]:
     }
 
 
+def _counts(listing: Listing) -> dict[str, dict[str, int]]:
+    """Clips per domain and split."""
+    clips = listing.clips
+    pairs = np.bincount(clips.domains * len(SPLITS) + clips.splits, minlength=len(clips.domain_names) * len(SPLITS))
+    table = dict(zip(clips.domain_names, pairs.reshape(-1, len(SPLITS)).tolist(), strict=True))
+    return {d: dict(zip(SPLITS, table.get(d, [0] * len(SPLITS)), strict=True)) for d in listing.domains}
+
+
 def _modality(
     settings: Settings, listing: Listing, name: str, modality: Modality, presence: Presence, speed: float | None
 ) -> dict[str, Any]:
     weights, sha = _weights(settings, modality)
     plan = plan_cache(settings, listing, name, modality, weights_sha256=sha)
     to_do = plan.to_do(listing.clips)
-    left = [i for n in to_do for i in plan.shards[n]]
+    left = np.array([i for n in to_do for i in plan.shards[n]], np.int64)
+    views = _views(plan, listing.clips.splits)
+    views_left = _views(plan, listing.clips.splits[left])
     decoding, timed, unusable = _decode_seconds(settings, listing, name, modality, presence)
     gflop = {group: _gflop(settings, name, modality, group) for group in ("train", "test")}
-    work = sum(gflop[group_of(view)] for i in left for view in plan.views[i]) * 1e9
+    work = sum(gflop[group] * count for group, count in views_left.items()) * 1e9
     decode_s = decoding * len(left) / max(settings.cache.workers, 1)
     trunk_s = work / speed if speed and work else 0.0
     return {
@@ -111,10 +118,10 @@ def _modality(
         "encoder": modality.encoder,
         "cut": modality.cut,
         "weights": weights,
-        "views": _views(plan),
+        "views": views,
         "bytes_per_view": {group: row_bytes(plan.shapes[group]) for group in ("train", "test")},
-        "bytes": sum(plan.sizes),
-        "bytes_to_write": sum(plan.sizes[i] for i in left),
+        "bytes": int(plan.sizes.sum()),
+        "bytes_to_write": plan.bytes_of(to_do),
         "weights_to_write": 0 if (plan.folder / "tail.pt").is_file() else weights_bytes(settings, name, modality),
         "shards": len(plan.shards),
         "shards_there": len(plan.shards) - len(to_do),
@@ -125,11 +132,12 @@ def _modality(
     }
 
 
-def _views(plan: Plan) -> dict[str, int]:
+def _views(plan: Plan, splits: np.ndarray) -> dict[str, int]:
+    """Views of clips of these splits, [N], per group of rows."""
     counts = {"train": 0, "test": 0}
-    for views in plan.views:
+    for views, clips in zip(plan.views, np.bincount(splits, minlength=len(SPLITS)).tolist(), strict=True):
         for view in views:
-            counts[group_of(view)] += 1
+            counts[group_of(view)] += clips
     return counts
 
 
@@ -184,23 +192,25 @@ def _decode_seconds(
     """Seconds to decode one clip into its views (of a few that are there), how many were timed (0: as stated), and
     those of them that cannot be used."""
     lacking = {gap.clip for gap in presence.gaps}
-    views = stored_views(settings, listing.clips)
-    whole = [i for i, clip in enumerate(listing.clips) if name in clip.media and clip.id not in lacking]
+    views, clips = stored_views(settings), listing.clips
+    column = clips.media[name]
+    whole = [i for i, identity in enumerate(clips.ids) if column.has(i) and identity not in lacking]
     job = DecodeJob(name, modality, settings.dataset, settings.cache.seed)
     spent: list[float] = []
     unusable: list[Rejected] = []
     for index in whole[:: max(len(whole) // _TIMED_CLIPS, 1)][:_TIMED_CLIPS]:
-        clip = listing.clips[index]
-        if clip.media[name].path.stat().st_size >= _LONG_FILE:
+        clip = clips[index]
+        wanted = views[clips.splits[index]] or [0]
+        if clip.media[name].unit != "row" and clip.media[name].path.stat().st_size >= _LONG_FILE:
             continue
         started = time.perf_counter()
-        decoded = decode(index, clip, views[index] or [0], job)
+        decoded = decode(index, clip, wanted, job)
         if decoded.rejected is not None:
             unusable.append(decoded.rejected)
             continue
         if not spent:
             started = time.perf_counter()  # the first time also paid for imports
-            decode(index, clip, views[index] or [0], job)
+            decode(index, clip, wanted, job)
         spent.append(time.perf_counter() - started)
         if sum(spent) > _TIMED_SECONDS:
             break

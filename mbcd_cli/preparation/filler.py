@@ -15,16 +15,17 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.media.decoding import Decoded, Decoder
 from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
-from mbcd_cli.data.records import Clip
 from mbcd_cli.data.rounding import Rounding
 from mbcd_cli.encoders.staged import TOGETHER, Trunk
 from mbcd_cli.errors import CacheError
-from mbcd_cli.preparation.trunk import (
-    Shapes,
-)
+from mbcd_cli.preparation.trunk import Shapes, row_bytes
 from mbcd_cli.say import Ticker
+
+_SMALL, _SMALL_TOGETHER = 4096, 256
+"""Bytes of a row that costs less to copy than to be spoken of, and how many of those are stored at once."""
 
 
 @dataclass(slots=True)
@@ -34,7 +35,7 @@ class Filler:
     Attributes:
         writer: of the cache.
         decoder: decodes its clips.
-        clips, views: all clips of the dataset, and the views stored of each (none: only tried).
+        clips: all clips of the dataset. views: those stored of a clip, by its split (none: only tried).
         trunk: the frozen stages, on `device`.
         shapes: of a row, per group.
         roundings: what float16 takes from arrays and trunk outputs, per part.
@@ -42,7 +43,7 @@ class Filler:
 
     writer: CacheWriter
     decoder: Decoder
-    clips: Sequence[Clip]
+    clips: Clips
     views: Sequence[list[int]]
     trunk: Trunk
     shapes: dict[str, Shapes]
@@ -56,7 +57,7 @@ class Filler:
             CacheError: a full disk, or values that the type cannot hold.
         """
         # A clip of which nothing is stored is decoded all the same: bad files come to light now, not in training.
-        items = [(i, self.clips[i], self.views[i] or [0]) for n in numbers for i in self.writer.shards[n]]
+        items = ((i, self.clips[i], self._views(i) or [0]) for n in numbers for i in self.writer.shards[n])
         stream = self.decoder.run(items)
         writing: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="mbcd-write") as pool:
@@ -68,11 +69,14 @@ class Filler:
             if writing is not None:
                 writing.result()
 
+    def _views(self, index: int) -> list[int]:
+        return self.views[self.clips.splits[index]]
+
     def _fill(self, span: range, stream: Iterator[Decoded], ticker: Ticker) -> Shard:
         """Collect the rows of one shard's clips."""
         rows = {}
         for group in GROUPS:
-            count = sum(group_of(view) == group for index in span for view in self.views[index])
+            count = sum(group_of(view) == group for index in span for view in self._views(index))
             parts = [np.empty((count, *shape), dtype) for shape, dtype in self.shapes[group]]
             scales = [
                 np.empty((count, *scale_shape(shape)), np.float32) if dtype == np.int8 else None
@@ -82,8 +86,7 @@ class Filler:
         shard = Shard(rows, [], [], errors=[[0.0, 0.0] for _ in self.shapes["train"]])
         filled = dict.fromkeys(GROUPS, 0)
         waiting: dict[str, list[tuple[int, int, tuple[np.ndarray, ...]]]] = {group: [] for group in GROUPS}
-        # A CPU gains nothing from more than one clip's views at once.
-        limit = TOGETHER if self.trunk.names and self.device.type == "cuda" else 1
+        limits = {group: self._together(group) for group in GROUPS}
 
         def flush(group: str) -> None:
             if waiting[group]:
@@ -96,13 +99,13 @@ class Filler:
             if decoded.rejected is not None:
                 shard.rejected.append(decoded.rejected)
                 continue
-            shard.mended.extend((self.clips[decoded.index].id, note) for note in decoded.notes)
-            if not self.views[decoded.index]:
+            shard.mended.extend((self.clips.ids[decoded.index], note) for note in decoded.notes)
+            if not self._views(decoded.index):
                 continue
             for view, parts in zip(decoded.views, decoded.parts, strict=True):
                 waiting[group_of(view)].append((decoded.index, view, parts))
             for group in GROUPS:
-                if len(waiting[group]) >= limit:
+                if len(waiting[group]) >= limits[group]:
                     flush(group)
         for group in GROUPS:
             flush(group)
@@ -114,6 +117,12 @@ class Filler:
                 [None if scale is None else scale[:count] for scale in full.scales],
             )
         return shard
+
+    def _together(self, group: str) -> int:
+        """Views that are stored at once: a CPU's trunk gains nothing from more than one, copying small rows does."""
+        if self.trunk.names:
+            return TOGETHER if self.device.type == "cuda" else 1
+        return _SMALL_TOGETHER if row_bytes(self.shapes[group]) <= _SMALL else 1
 
     def _store(
         self, shard: Shard, group: str, first: int, found: list[tuple[int, int, tuple[np.ndarray, ...]]]
@@ -128,19 +137,20 @@ class Filler:
         at = slice(first, first + len(found))
         for number, (target, source) in enumerate(zip(rows.parts, stacked, strict=True)):
             if target.dtype == np.int8:
-                finite = np.isfinite(source).all()
-                if finite:
+                finite = np.isfinite(source)
+                if finite.all():
                     target[at], rows.scales[number][at] = quantise(source)
                     for k, value in enumerate(squared_error(source, target[at], rows.scales[number][at])):
                         shard.errors[number][k] += value
             else:
                 with np.errstate(over="ignore"):
                     target[at] = source
-                finite = target.dtype.kind != "f" or np.isfinite(target[at]).all()
-                if finite and target.dtype == np.float16:
+                finite = np.isfinite(target[at]) if target.dtype.kind == "f" else np.ones(len(found), bool)
+                if finite.all() and target.dtype == np.float16:
                     self._note_rounding(number, source, target[at])
-            if not finite:
-                names = ", ".join(dict.fromkeys(self.clips[index].id for index, _, _ in found))
+            if not finite.all():
+                bad = np.flatnonzero(~finite.reshape(len(found), -1).all(axis=1))
+                names = ", ".join(dict.fromkeys(self.clips.ids[found[row][0]] for row in bad))
                 raise CacheError(
                     f"Clip {names}: values do not fit {target.dtype}.", "Prepare with --set cache.dtype=float32."
                 )
@@ -153,5 +163,5 @@ class Filler:
             source, stored = (np.moveaxis(rows[:1], 1, -1) for rows in (source, stored))
         elif not self.writer.modality.raw:
             return
-        columns = source.shape[-1]
-        self.roundings.setdefault(number, Rounding()).add(source.reshape(-1, columns), stored.reshape(-1, columns))
+        shape = (len(source), -1, source.shape[-1])
+        self.roundings.setdefault(number, Rounding()).add(source.reshape(shape), stored.reshape(shape))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 
 from mbcd_cli.checksums import PREPARED_WITH
@@ -81,7 +82,9 @@ def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared:
         A JSON-able summary: clips, domains, per modality the folder, bytes and what was reused, and every rejected
         clip; `exit_code` is 3 when more clips were rejected than `dataset.max_bad`. Nothing in ranks other than 0.
     """
-    return prepare_listing(settings, read_listing(settings), say=say)
+    with say.progress("reading what clips there are"):
+        listing = read_listing(settings)
+    return prepare_listing(settings, listing, say=say)
 
 
 def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> Prepared:
@@ -90,19 +93,19 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
     if not place.main:
         device = pick_device(settings.runtime)
         for name, modality in listing.modalities.items():
-            _prepare_modality(settings, listing, name, modality, device, [], say)
+            _prepare_modality(settings, listing, name, modality, device, [], say, None)
         return {}
     for line in listing.notes:
         say(line)
     for line in listing.warnings:
         say.warn(line)
     device = pick_device(settings.runtime)
-    check_beforehand(settings, listing)
+    plans = check_beforehand(settings, listing, say=say)
     rejected: list[Rejected] = list(listing.rejected)
-    total = len({c.id for c in listing.clips} | {r.clip for r in listing.rejected})
+    total = len(listing.clips) + len({r.clip for r in listing.rejected}.difference(listing.clips.ids))
     done: dict[str, Any] = {}
     for name, modality in listing.modalities.items():
-        done[name] = _prepare_modality(settings, listing, name, modality, device, rejected, say)
+        done[name] = _prepare_modality(settings, listing, name, modality, device, rejected, say, plans.get(name))
     bad = sorted({r.clip for r in rejected})
     if rejected:
         say.table(
@@ -133,14 +136,18 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
     }
 
 
-def check_beforehand(settings: Settings, listing: Listing) -> None:
+def check_beforehand(settings: Settings, listing: Listing, *, say: Say = SILENT) -> dict[str, Plan]:
     """What would otherwise end the work after hours: the weights of all modalities, and room for all of them.
+
+    Returns:
+        The plan of every modality.
 
     Raises:
         CheckpointError: weights that are missing or another file; those of every modality are named.
         CacheError: the disk cannot take the caches that are still to be written.
     """
     problems: list[CheckpointError] = []
+    plans: dict[str, Plan] = {}
     needed = 0
     for name, modality in listing.modalities.items():
         sha = None
@@ -151,9 +158,8 @@ def check_beforehand(settings: Settings, listing: Listing) -> None:
             except CheckpointError as error:
                 problems.append(error)
                 continue
-        plan = plan_cache(settings, listing, name, modality, weights_sha256=sha)
-        left = plan.to_do(listing.clips)
-        needed += sum(plan.sizes[i] for n in left for i in plan.shards[n])
+        plan = plans[name] = plan_cache(settings, listing, name, modality, weights_sha256=sha, say=say)
+        needed += plan.bytes_of(plan.to_do(listing.clips))
         if not (plan.folder / "tail.pt").is_file():
             needed += weights_bytes(settings, name, modality)
     if len(problems) > 1:
@@ -161,6 +167,7 @@ def check_beforehand(settings: Settings, listing: Listing) -> None:
     if problems:
         raise problems[0]
     _check_disk(settings.cache.dir / listing.name, needed)
+    return plans
 
 
 def _rejected_rows(rejected: Sequence[Rejected], settings: Settings) -> list[tuple[str, ...]]:
@@ -191,19 +198,20 @@ def _prepare_modality(
     device: torch.device,
     rejected: list[Rejected],
     say: Say,
+    made: Plan | None,
 ) -> PreparedModality:
     started = time.monotonic()
     place = this_process()
     frozen = build_trunk(settings, name, modality, say=say)
     trunk, sha = frozen.trunk, frozen.sha256
-    plan = plan_cache(settings, listing, name, modality, weights_sha256=sha)
-    clips, views, folder = listing.clips, plan.views, plan.folder
+    plan = plan_cache(settings, listing, name, modality, weights_sha256=sha, made=made, say=say)
+    clips, folder = listing.clips, plan.folder
     with locked(folder, place):
         writer = writer_of(settings, listing, name, modality, frozen, plan, folder=folder)
         missing = writer.pending()
         pending = [number for number in missing if place.owns(number)]
         if place.main:
-            _check_disk(folder, sum(plan.sizes[i] for n in missing for i in plan.shards[n]))
+            _check_disk(folder, plan.bytes_of(missing))
         label = name if place.world == 1 else f"{name} (rank {place.rank})"
         lost = fill(writer, settings, plan, trunk.to(device), pending, device=device, label=label, say=say)
         if not place.main:
@@ -227,7 +235,8 @@ def _prepare_modality(
     if finished.lost:
         say.warn(f"{name}: {finished.lost}. --set cache.dtype=float32 keeps them as they are.")
     gone = {r.clip for r in found}
-    kept = sum(len(wanted) for clip, wanted in zip(clips, views, strict=True) if clip.id not in gone)
+    there = np.fromiter((identity not in gone for identity in clips.ids), bool, len(clips))
+    kept = int(np.array([len(wanted) for wanted in plan.views])[clips.splits[there]].sum())
     state = "reused" if not missing else "prepared"
     seconds = time.monotonic() - started
     nbytes = sum(path.stat().st_size for path in folder.glob("shard-*.h5"))
@@ -299,7 +308,10 @@ def fill(
     """
     job = DecodeJob(str(writer.recipe["modality"]), writer.modality, settings.dataset, settings.cache.seed)
     total = sum(len(plan.shards[number]) for number in shards)
-    with Decoder(workers=settings.cache.workers, job=job) as decoder, say.progress(label, total) as ticker:
+    column = writer.clips.media[job.name]
+    # A row is read sooner than another process is told of it.
+    workers = 0 if column.packed == len(column) else settings.cache.workers
+    with Decoder(workers=workers, job=job) as decoder, say.progress(label, total) as ticker:
         filler = Filler(writer, decoder, writer.clips, plan.views, trunk, plan.shapes, device)
         filler.run(shards, ticker)
     return "; ".join(filter(None, map(str, filler.roundings.values())))

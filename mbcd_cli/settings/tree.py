@@ -143,8 +143,8 @@ class CacheSettings(Slice):
     """Batch norm of the trunk with views = 0: as in the weights, or following train and eval mode (the reference)."""
     dtype: ForCache[Literal["float16", "float32", "int8"]] = "float16"
     """Type of stored trunk outputs and spectrograms (int8: with a scale per row and channel); frames are uint8."""
-    shard_clips: Count = 64
-    """Clips per shard file; a killed `prepare` loses at most the shard in flight."""
+    shard_clips: Count | None = None
+    """Clips per shard file (64; of many small ones more); a killed `prepare` loses at most the shard in flight."""
     compression: Literal["none", "gzip", "lzf"] = "none"
     """HDF5 compression; uncompressed shards are memory-mapped."""
     workers: Annotated[int, Field(ge=0, lt=2**31)] = 2

@@ -208,7 +208,7 @@ def _warn_of_unseen_classes(dataset: Dataset, clips: np.ndarray, held_out: Seque
     """Warn of classes that are tested and that no training clip has."""
     labels = dataset.clips.labels
     for one in held_out:
-        if unseen := sorted({*labels[one.clips].tolist()} - {*labels[clips].tolist()}):
+        if unseen := np.setdiff1d(labels[one.clips], labels[clips]).tolist():
             names = ", ".join(dataset.label_names[label] for label in unseen)
             say.warn(f"No training clip is of class {names}, which {one.name} clips ({', '.join(one.domains)}) are of.")
 

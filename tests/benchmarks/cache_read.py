@@ -21,6 +21,7 @@ import h5py
 import numpy as np
 
 from mbcd_cli.data.cache import CacheWriter, Rows, Shard, shard_ranges
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.dataset import ModalityCache
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Clip
@@ -36,7 +37,7 @@ def write(folder: Path, *, clips: int, dtype: str, compression: str) -> Modality
         folder,
         recipe={"modality": "video"},
         modality=VideoModality(),
-        clips=table,
+        clips=Clips(table),
         shards=shard_ranges([1] * clips, limit=64),
         domains=("d",),
         label_names=("x",),

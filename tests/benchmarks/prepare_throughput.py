@@ -29,6 +29,7 @@ import torch
 
 from mbcd_cli import console
 from mbcd_cli.data.cache import GROUPS, CacheWriter, shard_ranges
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Clip, Media
@@ -121,11 +122,12 @@ def main() -> None:
                 return len(paths) / (time.perf_counter() - begun)
 
             def fill(name: str, chosen: list[Clip]) -> float:
+                table = Clips(chosen)
                 writer = CacheWriter(
                     root / name,
                     recipe={"modality": "video"},
                     modality=modality,
-                    clips=chosen,
+                    clips=table,
                     shards=shard_ranges([1] * len(chosen), limit=16),
                     domains=("d",),
                     label_names=("x",),
@@ -134,7 +136,7 @@ def main() -> None:
                 )
                 (root / name).mkdir()
                 begun = time.perf_counter()
-                filler = Filler(writer, decoder, chosen, [[0]] * len(chosen), trunk, shapes, device)
+                filler = Filler(writer, decoder, table, [[0], []], trunk, shapes, device)
                 filler.run(range(len(writer.shards)), ticker)
                 return len(chosen) / (time.perf_counter() - begun)
 

@@ -18,7 +18,7 @@ from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.data.rounding import Rounding
-from mbcd_cli.errors import MediaError
+from mbcd_cli.errors import ManifestError, MediaError
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.resolved import resolve as resolve_settings
@@ -233,7 +233,7 @@ def test_rounding_against_its_definition():
         stored = values.astype(np.float16)
     rounding = Rounding()
     for at in range(0, 500, 7):
-        rounding.add(values[at : at + 7], stored[at : at + 7])
+        rounding.add(values[None, at : at + 7], stored[None, at : at + 7])
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.sqrt(((stored - values) ** 2).mean(0)) / values.std(0)
     np.testing.assert_allclose(rounding.shares[:3], share[:3], rtol=1e-4)
@@ -272,3 +272,98 @@ def test_whole_numbers_are_kept_or_told(tmp_path):
     notes.clear()
     read_array(Media(write_array(path, np.array([2**24, 2**30]))), notes)
     assert not notes
+
+
+# --- packed arrays -------------------------------------------------------------------------------------------------
+
+
+def packed_dataset(root: Path, values: np.ndarray, *, packed: bool, rows: list[int] | None = None) -> Path:
+    """Clips of two domains; one array per domain, or the same values in a file per clip. Labels 0, 1, 0, ..."""
+    lines = []
+    for index in range(len(values)):
+        domain, place = "ab"[index % 2], index // 2
+        file = f"x/{domain}.npy#{place if rows is None else rows[index]}" if packed else f"x/{index}.npy"
+        if not packed:
+            write_array(root / file, values[index])
+        split = "test" if index % 3 == 0 else "train"
+        lines.append({"id": f"c{index}", "domain": domain, "split": split, "label": place % 2, "x": file})
+    if packed:
+        for number, domain in enumerate("ab"):
+            write_array(root / f"x/{domain}.npy", values[number::2])
+    helpers.write_manifest(root / "manifest.csv", lines)
+    return root
+
+
+def cached_rows(root: Path, cache: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """What `prepare` says, and id -> the stored test view."""
+    settings = resolve_settings(
+        flags={"dataset.root": root, "cache.dir": cache, "cache.workers": 0},
+        sets=["dataset.target_split=all", "cache.views=1"],
+    )
+    done = prepare(settings)
+    dataset = open_dataset(settings, name=done["dataset"])
+    clips = dataset.select(domains=dataset.domains)
+    (batch,) = dataset.batches(clips, batch_size=len(clips), training=False)
+    ids = [dataset.clips.ids[i] for i in clips]
+    return done, dict(zip(ids, batch.inputs["x"][0].numpy(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 3)])
+def test_rows_of_a_packed_array_are_what_files_are(tmp_path, shape):
+    values = np.random.default_rng(0).normal(size=(12, *shape)).astype(np.float32)
+    files = cached_rows(packed_dataset(tmp_path / "files", values, packed=False), tmp_path / "one")[1]
+    done, packed = cached_rows(packed_dataset(tmp_path / "packed", values, packed=True), tmp_path / "two")
+    assert done["rejected"] == []
+    assert list(files) == list(packed)
+    for name in files:
+        np.testing.assert_array_equal(files[name], packed[name])
+
+
+def test_rows_are_read_without_workers(tmp_path, monkeypatch):
+    monkeypatch.setattr("mbcd_cli.data.media.decoding.Decoder._start", lambda self: pytest.fail("a worker"))
+    root = packed_dataset(tmp_path / "packed", np.zeros((12, 5), np.float32), packed=True)
+    settings = resolve_settings(flags={"dataset.root": root, "cache.dir": tmp_path / "cache", "cache.workers": 2})
+    assert prepare(settings)["modalities"]["x"]["clips"] == 12
+
+
+def test_bad_rows_cost_their_clips(tmp_path):
+    values = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+    values[2, 1] = np.nan
+    rows = [index // 2 for index in range(12)]
+    rows[5] = 6
+    done, packed = cached_rows(packed_dataset(tmp_path / "packed", values, packed=True, rows=rows), tmp_path / "cache")
+    told = {bad["clip"]: (Path(bad["file"]).name, bad["cause"]) for bad in done["rejected"]}
+    assert told == {
+        "c2": ("a.npy#1", "1 of 5 values are not finite (NaN or infinity)"),
+        "c5": ("b.npy#6", "the file has 6 rows, counted from 0"),
+    }
+    assert set(packed) == {f"c{index}" for index in range(12)} - {"c2", "c5"}
+
+
+def test_a_bad_packed_array_costs_all_that_name_it(tmp_path):
+    root = packed_dataset(tmp_path / "packed", np.zeros((12, 5), np.float32), packed=True)
+    write_array(root / "x/a.npy", np.zeros(6))
+    done, packed = cached_rows(root, tmp_path / "cache")
+    assert {bad["cause"] for bad in done["rejected"]} == {
+        "shape [6] where a packed array, [N, D] or [N, T, D], is expected"
+    }
+    assert set(packed) == {f"c{index}" for index in range(1, 12, 2)}
+
+
+@pytest.mark.parametrize("row", ["-1", "", "one", "1.0"])
+def test_a_row_that_is_no_number_is_a_bad_line(tmp_path, row):
+    root = packed_dataset(tmp_path / "packed", np.zeros((4, 2), np.float32), packed=True)
+    table = root / "manifest.csv"
+    table.write_text(table.read_text().replace("a.npy#1", f"a.npy#{row}"))
+    with pytest.raises(ManifestError, match=rf"line 4: x: row '{row}' of x/a.npy is not a whole number"):
+        prepare(resolve_settings(flags={"dataset.root": root, "cache.dir": tmp_path / "cache"}))
+
+
+def test_a_packed_array_that_is_replaced_is_read_anew(tmp_path):
+    path = write_array(tmp_path / "a.npy", np.zeros((3, 2), np.float32))
+    one = Media(path, start=1, stop=2, unit="row")
+    assert read_array(one).tolist() == [0, 0]
+    write_array(tmp_path / "b.npy", np.ones((4, 2), np.float32)).replace(path)
+    assert read_array(one).tolist() == [1, 1]
+    path.unlink()
+    assert cause(lambda: read_array(one)) == "no such file"

@@ -19,13 +19,15 @@ import torch
 
 from mbcd_cli import checksums
 from mbcd_cli.data import cache as cache_room
-from mbcd_cli.data.cache import listing_digest, shard_ranges, views_of
+from mbcd_cli.data.cache import shard_ranges, views_of
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.dataset import ModalityCache, open_dataset, prepared_datasets
 from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.records import TEST_VIEW, Clip
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError, CheckpointError, FileError
+from mbcd_cli.integrity import examine
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.check import check
@@ -70,7 +72,7 @@ def test_every_row_is_the_decoded_view(prepared):
     settings, result = prepared
     dataset = open_dataset(settings, name="tiny")
     listing = read_listing(settings)
-    assert dataset.clips.ids == [clip.id for clip in listing.clips]
+    assert list(dataset.clips.ids) == [clip.id for clip in listing.clips]
     assert result["rejected"] == []
     for index, clip in enumerate(listing.clips):
         views = [TEST_VIEW] if clip.split == "test" else [0, 1]
@@ -341,12 +343,19 @@ def test_shards_follow_count_and_bytes(monkeypatch):
     assert shard_ranges([], limit=3) == []
 
 
+def test_shards_of_small_rows_hold_more_clips(monkeypatch):
+    assert shard_ranges([2**20] * 65) == [range(64), range(64, 65)]
+    assert len(shard_ranges([256] * 4096)) == 64  # a dataset that is not large
+    assert shard_ranges([256] * 10_000) == [range(4096), range(4096, 8192), range(8192, 10_000)]
+    assert len(shard_ranges([256] * 10_000, limit=64)) == 157
+
+
 def test_views_of_clips():
-    train, test = (Clip("a", "d", split, 0, "", {}) for split in ("train", "test"))
-    assert views_of(train, views=2, test_view="test") == [0, 1]
-    assert views_of(train, views=2, test_view="all") == [TEST_VIEW, 0, 1]
-    assert views_of(test, views=2, test_view="test") == [TEST_VIEW]
-    assert listing_digest([train]) != listing_digest([test])
+    assert views_of("train", views=2, test_view="test") == [0, 1]
+    assert views_of("train", views=2, test_view="all") == [TEST_VIEW, 0, 1]
+    assert views_of("test", views=2, test_view="test") == [TEST_VIEW]
+    train, test = (Clips([Clip("a", "d", split, 0, "", {})]) for split in ("train", "test"))
+    assert train.digest != test.digest
 
 
 def test_frozen_trunk_features_are_the_trunks(root, tmp_path):
@@ -470,3 +479,11 @@ def test_rejected_clips_are_a_table_beside_the_cache(tmp_path):
     helpers.write_wav(spoilt, helpers.tone(1.0))
     prepare(settings_for(root, tmp_path / "cache"))
     assert not table.exists()
+
+
+def test_shards_of_another_layout_leave_nothing_behind(root, tmp_path):
+    done = [prepare(settings_for(root, tmp_path, f"cache.shard_clips={n}", "model.modalities=audio")) for n in (1, 5)]
+    folder = Path(done[0]["modalities"]["audio"]["folder"])
+    assert [one["modalities"]["audio"]["shards"] for one in done] == [12, 3]
+    assert len(list(folder.glob("shard-*.h5"))) == 3
+    assert not examine(folder).faults

@@ -306,7 +306,9 @@ def test_missing_root_and_manifest(tmp_path):
 def test_registry(tmp_path):
     write_manifest(tmp_path / "manifest.csv", FOUR)
     settings = DatasetSettings(root=tmp_path)
-    assert READERS["manifest"].read(settings, {}).clips == read(settings, {}).clips == read_dataset(settings, {}).clips
+    ways = (READERS["manifest"].read, read, read_dataset)
+    first, *others = [list(way(settings, {}).clips) for way in ways]
+    assert others == [first, first]
     with pytest.raises(SettingsError, match="Choose one of: manifest"):
         read_dataset(DatasetSettings(reader="none"), {})
     assert all(entry.summary for entry in READERS.values())

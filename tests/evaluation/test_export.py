@@ -51,7 +51,7 @@ def test_votes_hold_class_and_probability_of_every_head(model, dataset):
 def test_labelled_rows_and_the_hardest(model, dataset):
     clips = dataset.select(domains=("street",))
     predictions = predict(model, dataset.batches(clips, batch_size=4, training=False), device="cpu")
-    rows = prediction_rows(predictions, **names(dataset))
+    rows = list(prediction_rows(predictions, **names(dataset)))
     p = predictions.fused.double().softmax(1)[torch.arange(len(clips)), predictions.labels]
     assert [row["label_probability"] for row in rows] == pytest.approx(p.tolist(), abs=1e-6)
     worst = hardest_rows(rows, 3)
@@ -62,7 +62,7 @@ def test_labelled_rows_and_the_hardest(model, dataset):
 def test_a_clip_without_prediction_is_blank(dataset):
     bad = torch.tensor([[float("nan"), 0, 0, 0]])
     one = torch.zeros(1, dtype=torch.int64)
-    rows = prediction_rows(Predictions(one, one, one, bad, {}), **names(dataset))
+    rows = list(prediction_rows(Predictions(one, one, one, bad, {}), **names(dataset)))
     assert (rows[0]["predicted"], rows[0]["probability"]) == ("", 0.0)
 
 

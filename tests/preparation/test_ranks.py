@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import helpers
+import numpy as np
 import pytest
 from test_cache import contents, same, settings_for
 
+from mbcd_cli.data.modality_cache import ModalityCache
 from mbcd_cli.data.ranks import locked, partial_is_ours
 from mbcd_cli.errors import CacheError, RunError
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.processes import ALONE, Place
+from mbcd_cli.resolved import resolve
 
 SETS = [part for assignment in [*helpers.SMALL, "cache.shard_clips=1"] for part in ("--set", assignment)]
 
@@ -75,3 +81,46 @@ def test_who_removes_what_was_left_half_written():
     assert not partial_is_ours(Path(".shard-00003.h5.host.7.partial"), Place(1, 3))
     assert not partial_is_ours(Path(".index.h5.host.7.partial"), Place(1, 3))
     assert partial_is_ours(Path(".index.h5.host.7.partial"), Place(0, 3))
+
+
+def process_of(job: int, rank: int) -> int | None:
+    """The process that torchrun (process `job`) started as this rank, once it is there."""
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == job and f"RANK={rank}" in (place / "environ").read_text().split("\0"):
+                return int(place.name)
+    return None
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("killed", range(4), ids="rank {}".format)
+def test_four_processes_of_which_one_is_killed(tmp_path, killed):
+    """torchrun ends the others; the same command again goes on, and the cache is that of one process."""
+    root = tmp_path / "packed"
+    helpers.write_array(root / "x.npy", np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32))
+    rows = [
+        {"id": f"c{i}", "domain": "ab"[i % 2], "split": ("train", "test")[i % 5 == 0], "label": 0, "x": f"x.npy#{i}"}
+        for i in range(400)
+    ]
+    helpers.write_manifest(root / "manifest.csv", rows)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", "mbcd_cli"]
+    command += ["prepare", "manifest", "--root", str(root), "--cache-dir", str(tmp_path / "four"), "--workers", "0"]
+    command += ["--set", "cache.shard_clips=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w+") as log:
+        job = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        while not list((tmp_path / "four").glob(f"packed/*/shard-{killed:05d}.h5")) and job.poll() is None:
+            time.sleep(0.002)
+        os.kill(process_of(job.pid, killed), signal.SIGKILL)
+        assert job.wait(timeout=120) != 0
+        (folder,) = (tmp_path / "four").glob("packed/x-*")
+        assert 0 < len(list(folder.glob("shard-*.h5"))) < 400
+        assert not (folder / "index.h5").exists()
+        again = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=120, check=False)
+        assert again.returncode == 0, (log.seek(0), log.read())
+    flags = {"dataset.root": root, "cache.dir": tmp_path / "one", "cache.workers": 0, "cache.shard_clips": 1}
+    (entry,) = prepare(resolve(flags=flags))["modalities"].values()
+    assert same(contents(Path(entry["folder"])), contents(folder))
+    assert ModalityCache(folder).root_checksum == ModalityCache(Path(entry["folder"])).root_checksum
+    assert not list(folder.glob("*.partial"))

@@ -1,6 +1,6 @@
-"""Plain tensors (.npy), one file a clip.
+"""Plain tensors (.npy): one file a clip, or one row of a packed file of many clips.
 
-Letters: T steps, D values.
+Letters: N rows, T steps, D values.
 """
 
 from __future__ import annotations
@@ -19,36 +19,75 @@ _HEADER = 1024  # bytes; numpy's own headers of plain arrays take 128
 
 
 def read_array(media: Media, notes: Notes = None, *, whole: bool = False) -> np.ndarray:
-    """A plain tensor, [D] or [T, D], as float32 (int32 where it is `whole`). Spans are not applied: a file is a clip.
+    """A plain tensor, [D] or [T, D], as float32 (int32 where it is `whole`).
 
     Args:
-        media: the file.
+        media: the file, or the row of a packed one ([N, D] or [N, T, D]); other spans are not applied.
         notes: told of whole numbers that float32 cannot hold, if given.
         whole: only whole numbers that int32 holds are taken.
 
     Raises:
         MediaError: missing, empty, not a .npy of numbers, of another shape, or with values that are not finite.
     """
-    array = load_npy(media.path)
+    array = load_npy(media.path) if media.unit != "row" else _row(media)
     if array.dtype.kind not in "fiub":
-        raise MediaError(media.path, f"it holds {array.dtype} where real numbers are expected", REPLACE)
+        raise MediaError(media.source, f"it holds {array.dtype} where real numbers are expected", REPLACE)
     if array.ndim not in (1, 2):
-        raise MediaError(media.path, f"shape {array.shape} where [D] or [T, D] is expected", "Store one clip per file.")
+        raise MediaError(
+            media.source, f"shape {array.shape} where [D] or [T, D] is expected", "Store one clip per file."
+        )
     if array.size == 0:
-        raise MediaError(media.path, f"it holds no values (shape {array.shape})", REPLACE)
+        raise MediaError(media.source, f"it holds no values (shape {array.shape})", REPLACE)
     if whole:
         values = array.astype(np.int32) if array.dtype.kind in "iub" else np.empty(0)
         if not np.array_equal(values, array):
-            raise MediaError(media.path, f"it holds {array.dtype} where whole numbers (int32) are expected", REPLACE)
+            raise MediaError(media.source, f"it holds {array.dtype} where whole numbers (int32) are expected", REPLACE)
         return values
     with np.errstate(over="ignore"):  # what does not fit float32 becomes infinite, and is reported below
         values = np.asarray(array, dtype=np.float32)
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
-        raise MediaError(media.path, f"{bad} of {values.size} values are not finite (NaN or infinity)", REPLACE)
+        raise MediaError(media.source, f"{bad} of {values.size} values are not finite (NaN or infinity)", REPLACE)
     if notes is not None and array.dtype.kind in "iu" and (values != array).any():
-        notes.append(f"{media.path}: whole numbers over 16777216 are rounded to float32's steps")
+        notes.append(f"{media.source}: whole numbers over 16777216 are rounded to float32's steps")
     return values
+
+
+def _row(media: Media) -> np.ndarray:
+    """The row of a packed array that is a clip, still in its file.
+
+    Raises:
+        MediaError: the file cannot be used, or has no such row.
+    """
+    try:
+        found = media.path.stat()
+        packed = _packed(media.path, found.st_mtime_ns, found.st_size)
+    except OSError:
+        packed = load_npy(media.path)  # which says why
+    row = int(media.start or 0)
+    if packed.ndim not in (2, 3):
+        raise MediaError(
+            media.path,
+            f"shape {list(packed.shape)} where a packed array, [N, D] or [N, T, D], is expected",
+            "Name the file without #ROW where it holds one clip.",
+        )
+    if row >= len(packed):
+        raise MediaError(
+            media.source, f"the file has {len(packed)} rows, counted from 0", "Correct the row, or the file."
+        )
+    return packed[row]
+
+
+@lru_cache(maxsize=64)
+def _packed(path: Path, mtime: int, size: int) -> np.ndarray:
+    """A packed array's map, kept for its other rows."""
+    return np.asarray(load_npy(path))  # numpy.memmap itself makes an object of its own for every row taken
+
+
+def clip_shape(media: Media) -> tuple[int, ...] | None:
+    """`stored_shape` of a clip: of a packed array, that of a row."""
+    shape = stored_shape(media.path)
+    return shape[1:] if shape is not None and media.unit == "row" else shape
 
 
 def stored_shape(path: Path) -> tuple[int, ...] | None:

@@ -6,6 +6,7 @@ Letters: V views of one clip.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -72,7 +73,7 @@ class Decoded:
 
 def rejection(clip: Clip, name: str, cause: str) -> Rejected:
     """A clip left out for a cause that no decoder put into words."""
-    return Rejected(clip.id, name, str(clip.media[name].path), cause, "Re-encode or replace the file.")
+    return Rejected(clip.id, name, clip.media[name].source, cause, "Re-encode or replace the file.")
 
 
 def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
@@ -198,14 +199,15 @@ class Decoder:
         self._dismiss()
         self._blocks.close()
 
-    def run(self, items: Sequence[tuple[int, Clip, list[int]]]) -> Iterator[Decoded]:
+    def run(self, items: Iterable[tuple[int, Clip, list[int]]]) -> Iterator[Decoded]:
         """(index, clip, views) -> `Decoded`, in the order given."""
-        return self.run_jobs([(*item, self.job) for item in items])
+        return self.run_jobs((*item, self.job) for item in items)
 
-    def run_jobs(self, items: Sequence[Item], *, ahead: int = 0) -> Iterator[Decoded]:
+    def run_jobs(self, items: Iterable[Item], *, ahead: int = 0) -> Iterator[Decoded]:
         """(index, clip, views, job) -> `Decoded`, in the order given; at most `ahead` results wait to be taken.
 
-        The workers are handed at least two clips each, whatever `ahead` says, so that none is ever idle.
+        The workers are handed at least two clips each, whatever `ahead` says, so that none is ever idle. Items are
+        taken as they are handed out.
 
         Raises:
             RunError: no worker can be started.
@@ -214,13 +216,20 @@ class Decoder:
             for item in items:
                 yield decode(*item)
             return
-        todo = deque(_Task(number, item) for number, item in enumerate(items))
+        tasks = (_Task(number, item) for number, item in enumerate(items))
+        todo: deque[_Task] = deque()
         done: dict[int, Decoded] = {}
         depth = max(2 * self.workers + 2, ahead)
+        taken = 0
         try:
-            for number in range(len(items)):
+            for number in itertools.count():
+                new = list(itertools.islice(tasks, number + depth - taken))
+                todo += new
+                taken += len(new)
+                if number == taken:
+                    return
                 while True:
-                    self._hand_out(todo, number + depth)
+                    self._hand_out(todo)
                     self._hear(todo, done, waiting=number not in done)
                     if number in done:
                         break
@@ -229,9 +238,9 @@ class Decoder:
             if any(worker.tasks for worker in self._team):  # left before the end
                 self._dismiss()
 
-    def _hand_out(self, todo: deque[_Task], end: int) -> None:
-        """Give the workers what comes before the clip numbered `end`, the least busy first."""
-        while todo and todo[0].number < end:
+    def _hand_out(self, todo: deque[_Task]) -> None:
+        """Give the workers what is to be done, the least busy first."""
+        while todo:
             if len(self._team) < self.workers:
                 self._team.append(self._start())
             worker = min(self._team, key=lambda one: len(one.tasks))

@@ -1,4 +1,7 @@
-"""Plain tensors, one .npy file a clip. Letters: T steps, D values."""
+"""Plain tensors: one .npy file a clip, or one row of a packed .npy of many.
+
+Letters: N rows, T steps, D values.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ _LOOKED_AT = 64
 
 
 class ArrayModality(Modality):
-    """A plain tensor per clip (.npy): a vector [D], or a sequence [T, D]."""
+    """A plain tensor per clip (.npy): a vector [D], or a sequence [T, D]; or a row (#0, #1, ...) of a packed .npy."""
 
     words: ClassVar[tuple[str, ...]] = ("array", "tensor", "features")
     suffixes: ClassVar[tuple[str, ...]] = (".npy",)
@@ -50,6 +53,14 @@ class ArrayModality(Modality):
             raise ValueError("whole numbers take no noise: set noise to 0")
         return self
 
+    @classmethod
+    def cell_files(cls, cell: str) -> list[str]:
+        return [_in_cell(cell)[0]]
+
+    @classmethod
+    def cell_row(cls, cell: str) -> str | None:
+        return _in_cell(cell)[1]
+
     def part_shapes(self, *, test: bool = False) -> list[tuple[tuple[int, ...], np.dtype]]:
         """One part: [D] or [T, D], float32 or int32.
 
@@ -69,8 +80,15 @@ class ArrayModality(Modality):
 
         array = self._shaped(read_array(media, notes, whole=self.whole), media)
         if notes is not None and self.length is not None and self.fit == "pad" and len(array) > self.length:
-            notes.append(f"{media.path}: {len(array)} steps, cut to the first {self.length}")
-        return [(self._noisy(self._fit(array, rng), rng),) for rng in draws(name)]
+            notes.append(f"{media.source}: {len(array)} steps, cut to the first {self.length}")
+        drawn = draws(name)
+        if not self.random:
+            return [(self._fit(array, None),)] * len(drawn)
+        return [(self._noisy(self._fit(array, rng), rng),) for rng in drawn]
+
+    @property
+    def random(self) -> bool:
+        return bool(self.noise) or (self.length is not None and self.fit == "sample")
 
     def _shaped(self, array: np.ndarray, media: Media) -> np.ndarray:
         """An array of the shape that the settings promise, but for its length: [D] or [T, D]."""
@@ -80,7 +98,7 @@ class ArrayModality(Modality):
         dims = 1 if self.length is None else 2
         if array.ndim != dims or (self.dimension is not None and array.shape[-1] != self.dimension):
             raise MediaError(
-                media.path,
+                media.source,
                 f"shape {list(array.shape)} where {wanted} is expected",
                 "Store all files of a modality alike, or set modalities.NAME.dimension and .length.",
             )
@@ -101,7 +119,7 @@ class ArrayModality(Modality):
 
     def resolve(self, media: Sequence[Media], *, name: str = "NAME", notes: list[str] | None = None) -> Self:
         """With the dimension and, of sequences, the length of the longest, where they are not set."""
-        from mbcd_cli.data.media.arrays import stored_shape
+        from mbcd_cli.data.media.arrays import clip_shape
 
         if self.dimension and self.length:
             return self
@@ -115,7 +133,11 @@ class ArrayModality(Modality):
         dimension = self.dimension or shape[1]
         length = self.length
         if length is None:
-            shapes = each_file(stored_shape, [item.path for item in media])
+            # Of a packed array one clip tells for all.
+            items = list(
+                {item.path if item.unit == "row" else index: item for index, item in enumerate(media)}.values()
+            )
+            shapes = each_file(clip_shape, items)
             steps = [shape[0] for shape in shapes if shape is not None and shape[1:] == (dimension,) and shape[0]]
             length = max(steps, default=shape[0])
             if notes is not None and steps and min(steps) < length:
@@ -140,6 +162,12 @@ class ArrayModality(Modality):
             f"{name}: {int(off.sum())} of {off.size} columns are far from mean 0 and spread 1 (column {worst}: mean "
             f"{mean[worst]:.3g}, spread {spread[worst]:.3g}), and nothing standardises them; do so where they are made"
         ]
+
+
+def _in_cell(cell: str) -> tuple[str, str | None]:
+    """The file and the row that a cell names: features/studio.npy#1234."""
+    file, mark, row = cell.rpartition(".npy#")
+    return (file + ".npy", row) if mark else (cell, None)
 
 
 def _sample(media: Sequence[Media]) -> list[np.ndarray]:

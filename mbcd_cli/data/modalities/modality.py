@@ -22,6 +22,7 @@ from mbcd_cli.settings import DatasetSettings, ModalitySettings
 ViewParts = tuple[np.ndarray, ...]
 Draws = Callable[[str], list[np.random.Generator | None]]
 """Modality -> the random numbers of each of its views asked for; None for the test view, which has none."""
+_Named = TypeVar("_Named")
 _Told = TypeVar("_Told")
 _AT_ONCE = 16  # files: a network's answers take their time
 
@@ -52,6 +53,11 @@ class Modality(ModalitySettings, ABC):
     raw: ClassVar[bool] = False
     corruptions: ClassVar[tuple[str, ...]] = ()
     stated_seconds: ClassVar[float] = 0.1
+
+    @property
+    def random(self) -> bool:
+        """Whether training views differ; where they do not, nothing is drawn for them."""
+        return True
 
     @property
     def guide(self) -> str | None:
@@ -98,6 +104,11 @@ class Modality(ModalitySettings, ABC):
         return [cell]
 
     @classmethod
+    def cell_row(cls, cell: str) -> str | None:
+        """What follows the file that a cell names and says which of its rows is meant; None where nothing does."""
+        return None
+
+    @classmethod
     def may_hold(cls, paths: Sequence[Path]) -> bool:
         """Whether files with a suffix of `also_in` are of this kind."""
         return True
@@ -132,6 +143,8 @@ def load_views(
     """
 
     def draws(of: str) -> list[np.random.Generator | None]:
+        if not modality.random:
+            return [None] * len(views)
         return [None if view == TEST_VIEW else view_generator(seed, clip.id, of, view) for view in views]
 
     return modality.views(clip.media[name], name, draws, dataset=dataset, notes=notes)
@@ -149,9 +162,9 @@ def spread_places(count: int, wanted: int, rng: np.random.Generator | None) -> n
     return np.minimum(((np.arange(wanted) + offsets) * count / wanted).astype(np.int64), count - 1)
 
 
-def each_file(read: Callable[[Path], _Told], paths: Sequence[Path]) -> list[_Told]:
-    """`read` of every file, in their order."""
-    size = -(-len(paths) // _AT_ONCE) or 1
-    runs = [paths[at : at + size] for at in range(0, len(paths), size)]
+def each_file(read: Callable[[_Named], _Told], files: Sequence[_Named]) -> list[_Told]:
+    """`read` of every file (a path, or a clip's media), in their order."""
+    size = -(-len(files) // _AT_ONCE) or 1
+    runs = [files[at : at + size] for at in range(0, len(files), size)]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return [value for values in pool.map(lambda run: [read(path) for path in run], runs) for value in values]
+        return [value for values in pool.map(lambda run: [read(file) for file in run], runs) for value in values]

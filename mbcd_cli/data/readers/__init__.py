@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.data.records import Clip, Rejected
+from mbcd_cli.data.records import Rejected
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import entry_of, plugins
@@ -23,7 +24,7 @@ class Listing:
 
     Attributes:
         name: the dataset's name in the cache and in run folders.
-        clips: the clips of the selected domains, in the table's order.
+        clips: the clips of the selected domains, in the table's order; whatever sequence is given becomes columns.
         domains: names of the selected domains, in the order asked for (else of first appearance).
         label_names: one name per class; its length is the number of classes.
         modalities: settings by modality name in fusion order, with whatever the files tell filled in.
@@ -33,13 +34,17 @@ class Listing:
     """
 
     name: str
-    clips: list[Clip]
+    clips: Clips
     domains: tuple[str, ...]
     label_names: tuple[str, ...]
     modalities: dict[str, Modality]
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.clips, Clips):
+            self.clips = Clips(self.clips)
 
     def survey(self) -> None:
         """Fills in what only the files tell of the modalities, and warns of what they have in different ways.
@@ -48,7 +53,7 @@ class Listing:
             MediaError: none of the files of a modality that must be looked into can be read.
         """
         for name, modality in self.modalities.items():
-            media = [clip.media[name] for clip in self.clips if name in clip.media]
+            media = self.clips.media_of(name)
             self.modalities[name] = modality.resolve(media, name=name, notes=self.notes)
             self.warnings += modality.warnings(media, name=name)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import posixpath
 import re
-from io import StringIO
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 from mbcd_cli.errors import ManifestError
@@ -15,6 +17,8 @@ _REMEDY = "Correct these lines (they count from 1, the header); nothing was writ
 
 
 _LINES_OF_ROW = 100
+_PLAIN = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}/){0,20}[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
+"""Paths in which there is nothing to find fault with."""
 
 
 class CsvTable:
@@ -22,14 +26,20 @@ class CsvTable:
 
     Attributes:
         header: the first line's cells.
-        rows: (line number, cells) of each readable, non-blank line after it; lines count from 1, the header.
+        rows: (line number, cells) of each readable, non-blank line after it; lines count from 1, the header. Of a table
+            without quotes they are made each time they are gone through.
         problems: (line number, cause) of each line that is not UTF-8 or not CSV.
     """
 
     def __init__(self, data: bytes) -> None:
         self.problems: list[tuple[int, str]] = []
-        self.rows: list[tuple[int, list[str]]] = []
+        self.rows: Iterable[tuple[int, list[str]]]
         self.header: list[str] = []
+        plain = _PlainRows(data)
+        if plain.holds():
+            self.header, self.rows = plain.header, plain
+            return
+        self.rows = []
         lines = re.split(rb"\r\n|\n|\r", data.removeprefix(b"\xef\xbb\xbf"))
         at = 0
         while at < len(lines):
@@ -68,6 +78,38 @@ class CsvTable:
         return cells
 
 
+class _PlainRows:
+    """The rows of a table of UTF-8 without quotes, where every line is a row and every comma ends a cell."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data.removeprefix(b"\xef\xbb\xbf")
+        self.header: list[str] = []
+
+    def holds(self) -> bool:
+        """Whether the table is such a one; if so its header is read."""
+        if b'"' in self._data:
+            return False
+        try:
+            for number, line in self._lines():
+                if number == 1 and line.strip():
+                    self.header = [cell.strip() for cell in line.split(",")]
+                if len(line) >= csv.field_size_limit():
+                    return False
+        except UnicodeDecodeError:
+            return False
+        return True
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        with TextIOWrapper(BytesIO(self._data), "utf-8", newline=None) as lines:
+            yield from enumerate(lines, start=1)
+
+    def __iter__(self) -> Iterator[tuple[int, list[str]]]:
+        for number, line in self._lines():
+            cells = [cell.strip() for cell in line.split(",")]
+            if number > 1 and any(cells):
+                yield number, cells
+
+
 def _split(raw: bytes, *, strict: bool = False) -> list[str] | None:
     """Cells of one row; None where it is none, or with `strict` the error that it raises."""
     try:
@@ -101,11 +143,14 @@ def lines_error(path: Path, problems: list[tuple[int, str]]) -> ManifestError:
     return ManifestError("\n".join([head, *lines]), _REMEDY)
 
 
+@lru_cache(maxsize=256)
 def inside(root: Path, cell: str) -> Path | None:
     """The path a cell names, or None when it is empty, absolute or leads out of the root.
 
     Links are not followed: datasets are often put together from links to other disks.
     """
+    if _PLAIN.fullmatch(cell):  # nearly all are, and there may be a million
+        return root / cell
     return None if path_fault(cell) else root / posixpath.normpath(cell)
 
 

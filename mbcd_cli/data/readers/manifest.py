@@ -11,10 +11,14 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.modalities import KINDS, default_modality, infer_kind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
@@ -51,7 +55,9 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     root, path = locate_table(dataset)
     found = parse(CsvTable(read_bytes(path)), dataset, modalities, root=root, path=path)
     domains = _domains(found.clips, dataset, path)
-    clips = [clip for clip in found.clips if clip.domain in domains]
+    clips = found.clips
+    if set(domains) < set(clips.domain_names):
+        clips = Clips(clip for clip in clips if clip.domain in domains)
     warnings = _lacking_splits(clips, domains)
     labels, without = _label_names(clips, found.names, dataset)
     return Listing(
@@ -69,7 +75,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
 class Parsed:
     """What a table says: clips in its order, label -> name where it names them, modalities in fusion order, notes."""
 
-    clips: list[Clip]
+    clips: Clips
     names: dict[int, str]
     modalities: dict[str, Modality]
     notes: list[str]
@@ -85,11 +91,11 @@ def parse(
     """
     columns = _columns(table, dataset, modalities, root=root, path=path)
     reader = _Rows(columns, dataset, root)
-    clips = [clip for line, cells in table.rows if (clip := reader.clip(line, cells)) is not None]
-    problems = sorted(table.problems + reader.problems)
+    clips = Clips(clip for line, cells in table.rows if (clip := reader.clip(line, cells)) is not None)
+    problems = sorted(table.problems + reader.problems + reader.repeated(table))
     if problems:
         raise lines_error(path, problems)
-    if not clips:
+    if not len(clips):
         raise ManifestError(f"{path}: the manifest is empty.", "Add one row per clip below the header.")
     ordered = {name: columns.modalities[name] for name in modality_order(list(columns.modalities))}
     return Parsed(clips, reader.names, ordered, columns.notes)
@@ -130,16 +136,28 @@ class _Columns:
     notes: list[str] = field(default_factory=list)
 
 
-def _kind_of(name: str, cells: list[str], root: Path) -> str | None:
+def _suffixes(table: CsvTable, columns: Mapping[str, int]) -> dict[str, set[str]]:
+    """Of some columns those that their files have."""
+    ends: dict[str, dict[str, str]] = {name: {} for name in columns}  # few, of however many files
+    for _, cells in table.rows:
+        for name, column in columns.items():
+            if len(cells) > column and cells[column]:
+                file = cells[column].partition("|")[0]
+                file = file.partition("#")[0] if ".npy#" in file else file
+                ends[name][file[file.rfind(".") :]] = file
+    return {name: {PurePosixPath(file).suffix.lower() for file in found.values()} for name, found in ends.items()}
+
+
+def _kind_of(name: str, suffixes: set[str], table: CsvTable, column: int, root: Path) -> str | None:
     """Kind of a column: its files' names decide, where all say the same, before its own name does.
 
     But flow is stored as video too, and video files hold sound: there the column's name says which.
     """
-    suffixes = {PurePosixPath(cell.split("|")[0]).suffix.lower() for cell in cells}
     told = next((kind for kind, one in KINDS.items() if suffixes and suffixes <= {*one.suffixes}), None)
     named = infer_kind(name)
     if told is None or named is None or not suffixes <= {*KINDS[named].also_in}:
         return told or named
+    cells = (cells[column] for _, cells in table.rows if len(cells) > column and cells[column])
     return named if KINDS[named].may_hold([path for cell in cells if (path := inside(root, cell))]) else told
 
 
@@ -167,14 +185,13 @@ def _columns(
     if len([n for n in header if n in SPANS]) > len({SPANS[n][0] for n in header if n in SPANS}) and len(units) == 1:
         problems.append("start or stop is given twice")
     kinds: dict[str, str] = {}
-    for name in header:
-        if name in ("", "label_name", RATE, *REQUIRED) or name in SPANS or name in kinds:
-            continue
-        if name in asked and asked[name] != default_modality(name):
-            kind = asked[name].kind
-        else:  # nobody said more than its name
-            values = [cells[at[name]] for _, cells in table.rows if len(cells) > at[name] and cells[at[name]]]
-            kind = _kind_of(name, values, root) or (asked[name].kind if name in asked else None)
+    files = [n for n in at if n not in ("", "label_name", RATE, *REQUIRED) and n not in SPANS]
+    unsaid = {n: at[n] for n in files if n not in asked or asked[n] == default_modality(n)}
+    suffixes = _suffixes(table, unsaid)
+    for name in sorted(files, key=at.get):
+        kind = asked[name].kind if name in asked else None
+        if name in unsaid:  # nobody said more than its name
+            kind = _kind_of(name, suffixes[name], table, at[name], root) or kind
         if kind is None:
             problems.append(
                 f"unknown column {name!r}: if it is a modality, say of which kind "
@@ -236,7 +253,7 @@ class _Rows:
         self.root = root
         self.problems: list[tuple[int, str]] = []
         self.names: dict[int, str] = {}
-        self._ids: dict[str, int] = {}
+        self._lines, self._hashes = array("q"), array("q")  # of every id: a million of them would be 200 MB of texts
         self._name_line: dict[int, int] = {}
         self._label_of: dict[str, int] = {}
 
@@ -254,8 +271,6 @@ class _Rows:
         found += name_faults("domain", domain)
         if "," in domain:
             found.append(f"domain {domain!r} holds a comma")
-        if identity in self._ids:
-            found.append(f"id {identity!r} is already on line {self._ids[identity]}")
         if split not in SPLITS:
             found.append(f"split {split!r} is neither train nor test")
         label = self._label(cells[at["label"]], found)
@@ -265,11 +280,26 @@ class _Rows:
         if not found and label is not None and named:
             self._check_name(label, named, line, found)
         if identity:
-            self._ids.setdefault(identity, line)
+            self._lines.append(line)
+            self._hashes.append(hash(identity))
         if found or label is None:
             self.problems += [(line, text) for text in found]
             return None
         return Clip(identity, domain, split, label, named or str(label), media)
+
+    def repeated(self, table: CsvTable) -> list[tuple[int, str]]:
+        """Lines whose id an earlier one has."""
+        hashes = np.array(self._hashes, np.int64)
+        _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+        alike = set(np.array(self._lines, np.int64)[counts[inverse] > 1].tolist())
+        first: dict[str, int] = {}
+        found = []
+        for line, cells in table.rows if alike else ():
+            if line in alike:
+                identity = unicodedata.normalize("NFC", cells[self.columns.at["id"]])
+                if first.setdefault(identity, line) != line:
+                    found.append((line, f"id {identity!r} is already on line {first[identity]}"))
+        return found
 
     def _label(self, cell: str, found: list[str]) -> int | None:
         if not re.fullmatch(r"[+-]?[0-9]{1,9}", cell):
@@ -336,6 +366,11 @@ class _Rows:
                 found.append(f"{name}: more than two files are named")
                 continue
             extra: dict[str, object] = dict(span) if settings.spanned else {}
+            if (row := settings.cell_row(cell)) is not None:
+                if not re.fullmatch(r"[0-9]{1,15}", row):
+                    found.append(f"{name}: row {row!r} of {files[0]} is not a whole number from 0")
+                    continue
+                extra |= {"start": int(row), "stop": int(row) + 1, "unit": "row"}
             if settings.clocked and span.get("unit") == "frame":
                 clock = None if columns.clock is None else inside(self.root, cells[columns.clock])
                 if columns.clock is None:
@@ -381,8 +416,8 @@ def _is_folder(path: Path) -> bool:
 # --- the whole -----------------------------------------------------------------------------------------------------
 
 
-def _domains(clips: list[Clip], dataset: DatasetSettings, path: Path) -> tuple[str, ...]:
-    known = tuple(dict.fromkeys(clip.domain for clip in clips))
+def _domains(clips: Clips, dataset: DatasetSettings, path: Path) -> tuple[str, ...]:
+    known = clips.domain_names
     asked = tuple(dict.fromkeys(unicodedata.normalize("NFC", name) for name in dataset.domains))
     unknown = [name for name in asked if name not in known]
     if unknown:
@@ -392,9 +427,10 @@ def _domains(clips: list[Clip], dataset: DatasetSettings, path: Path) -> tuple[s
     return asked or known
 
 
-def _lacking_splits(clips: list[Clip], domains: tuple[str, ...]) -> list[str]:
+def _lacking_splits(clips: Clips, domains: tuple[str, ...]) -> list[str]:
     """Domains with clips of one split only: what they can still be used for is said."""
-    present = {(clip.domain, clip.split) for clip in clips}
+    pairs = np.unique(np.stack([clips.domains, clips.splits]), axis=1).T.tolist()
+    present = {(clips.domain_names[domain], SPLITS[split]) for domain, split in pairs}
     lacking = {"train": "it cannot be a source", "test": "it can be neither validated on nor a target"}
     return [
         f"domain {domain} has no clips of the {split} split: {consequence}"
@@ -404,13 +440,11 @@ def _lacking_splits(clips: list[Clip], domains: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _label_names(
-    clips: list[Clip], names: Mapping[int, str], dataset: DatasetSettings
-) -> tuple[tuple[str, ...], list[str]]:
-    classes = dataset.classes or max(clip.label for clip in clips) + 1
+def _label_names(clips: Clips, names: Mapping[int, str], dataset: DatasetSettings) -> tuple[tuple[str, ...], list[str]]:
+    classes = dataset.classes or int(clips.labels.max()) + 1
     labels = tuple(names.get(label, str(label)) for label in range(classes))
-    counts = {clip.label for clip in clips}
-    without = [labels[label] for label in range(classes) if label not in counts]
+    present = set(np.unique(clips.labels).tolist())
+    without = [labels[label] for label in range(classes) if label not in present]
     if not without:
         return labels, []
     shown = ", ".join(without[:10]) + (", ..." if len(without) > 10 else "")

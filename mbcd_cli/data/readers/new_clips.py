@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.modalities import infer_kind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
@@ -41,14 +42,12 @@ def read_new(dataset: DatasetSettings, modalities: Mapping[str, Modality], *, la
     notes, labels = _completed(table, modalities, label_names)
     known = dataset.model_copy(update={"classes": len(label_names)})
     found = parse(table, known, modalities, root=root, path=path)
-    clips = []
-    for clip in found.clips:
-        label = labels[clip.id]
-        clips.append(replace(clip, label=label, label_name="" if label == UNKNOWN else label_names[label]))
+    names = {**dict(enumerate(label_names)), UNKNOWN: ""}
+    clips = Clips(replace(clip, label=labels[clip.id], label_name=names[labels[clip.id]]) for clip in found.clips)
     return Listing(
         name=dataset.name or default_name(root, path),
         clips=clips,
-        domains=tuple(dict.fromkeys(clip.domain for clip in clips)),
+        domains=clips.domain_names,
         label_names=tuple(label_names),
         modalities=found.modalities,
         notes=notes + found.notes,

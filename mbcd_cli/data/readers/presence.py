@@ -65,9 +65,11 @@ def check_media(listing: Listing) -> dict[str, Presence]:
     result = {}
     for name in listing.modalities:
         presence = result[name] = Presence()
+        column = listing.clips.media[name]
         # Clips of one folder follow each other, so that few listings (a recording may have 100,000 frames) are held.
-        for clip in sorted((c for c in listing.clips if name in c.media), key=lambda c: str(c.media[name].path)):
-            gap = _gap(clip.id, clip.media[name])
+        order = sorted((i for i in range(len(column)) if column.has(i)), key=lambda i: str(column[i].path))
+        for index in order:
+            gap = _gap(listing.clips.ids[index], column[index])
             presence.clips += 1
             presence.files += gap.expected
             presence.files_missing += gap.missing

@@ -5,7 +5,7 @@ Letters: N clips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,7 @@ def _trust(a: Analysis) -> None:
         )
 
 
-def _rows(a: Analysis, one: Evaluated) -> list[dict[str, Any]]:
+def _rows(a: Analysis, one: Evaluated) -> Iterator[dict[str, Any]]:
     return prediction_rows(
         one.predictions,
         ids=a.dataset.clips.ids,

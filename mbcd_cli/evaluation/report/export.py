@@ -5,7 +5,8 @@ Letters: N clips, C classes, D_k features of modality k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import heapq
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +33,27 @@ def prediction_rows(
     ids: Sequence[str],
     label_names: Sequence[str],
     domain_names: Sequence[str],
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One row per clip: id, domain, label, predicted class and probability, and every modality's own vote.
+
+    Each is made when it is asked for.
 
     Args:
         ids: of the whole clip table, indexed by `predictions.clips`.
     """
-    said = _said(predictions, label_names)
-    rows = []
-    for n, (clip, domain, label) in enumerate(
-        zip(predictions.clips.tolist(), predictions.domains.tolist(), predictions.labels.tolist(), strict=True)
-    ):
-        row: dict[str, Any] = {"id": ids[clip], "domain": domain_names[domain], "label": label_names[label]}
-        for prefix, (names, p) in said.items():
-            row |= {f"{prefix}predicted": names[n], f"{prefix}probability": round(float(p[n].max()), 6)}
+    heads = {"": predictions.fused, **{f"{n}_": logits for n, logits in predictions.unimodal.items()}}
+    said = {prefix: (predicted(logits), probabilities(logits).max(axis=1)) for prefix, logits in heads.items()}
+    labels = predictions.labels.numpy()
+    p_label = probabilities(predictions.fused)[np.arange(len(labels)), labels]
+    for n, clip in enumerate(predictions.clips.tolist()):
+        domain, label = domain_names[int(predictions.domains[n])], label_names[labels[n]]
+        row: dict[str, Any] = {"id": ids[clip], "domain": domain, "label": label}
+        for prefix, (guess, p) in said.items():
+            row[f"{prefix}predicted"] = label_names[guess[n]] if guess[n] >= 0 else ""
+            row[f"{prefix}probability"] = round(float(p[n]), 6)
             if prefix == "":
-                row["label_probability"] = round(float(p[n, label]), 6)
-        rows.append(row)
-    return rows
+                row["label_probability"] = round(float(p_label[n]), 6)
+        yield row
 
 
 def write_hdf5(
@@ -104,6 +108,6 @@ def vote_rows(
     return rows
 
 
-def hardest_rows(rows: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
+def hardest_rows(rows: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """The `count` rows (of `prediction_rows`) whose label got the least probability, the least first."""
-    return [dict(row) for row in sorted(rows, key=lambda row: (row["label_probability"], row["id"]))[:count]]
+    return heapq.nsmallest(count, rows, key=lambda row: (row["label_probability"], row["id"]))

@@ -7,10 +7,22 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mbcd_cli.data.modality_cache import ClipTable
 from mbcd_cli.data.records import SPLITS, Batch
 from mbcd_cli.errors import CacheError
 from mbcd_cli.runs.checkpoint import Checkpoint
+
+
+@dataclass
+class MemoryClips:
+    """Stands for a `ClipTable`."""
+
+    ids: list[str]
+    domains: np.ndarray
+    splits: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 @dataclass
@@ -45,7 +57,7 @@ class ArrayDataset:
     @property
     def clips(self):
         ids = [f"{self.domains[d]}_{i}" for i, d in enumerate(self.domain)]
-        return ClipTable(ids=ids, domains=self.domain, splits=self.split, labels=self.labels)
+        return MemoryClips(ids, domains=self.domain, splits=self.split, labels=self.labels)
 
     def has_test_views(self, clips) -> bool:
         return True

@@ -20,7 +20,7 @@ import numpy as np
 
 from mbcd_cli.data.records import SPLITS, Clip, Media
 
-Item = TypeVar("Item")
+AnyItem = TypeVar("AnyItem")
 AT_ONCE = 1024
 """Clips that are looked at together where each makes objects: so few that Python collects no garbage in between."""
 _FIELDS = tuple(field.name for field in fields(Media))
@@ -29,7 +29,7 @@ _OTHERS = tuple(at for at in range(len(_FIELDS)) if at not in _FILES)
 _DEFAULTS = tuple(field.default for field in fields(Media))
 
 
-def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+def chunks(items: Iterable[AnyItem]) -> Iterator[list[AnyItem]]:
     """Runs of at most `AT_ONCE` items."""
     source = iter(items)
     while chunk := list(islice(source, AT_ONCE)):

@@ -28,7 +28,7 @@ from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.interrupts import Interrupts
 from mbcd_cli.training.population import Member, StackedStep, StackingError
-from mbcd_cli.training.train import Clips, TrainingSummary, speed, summarise, train, trainer_of
+from mbcd_cli.training.train import ClipsOfTraining, TrainingSummary, speed, summarise, train, trainer_of
 from mbcd_cli.training.trainer import Trainer
 
 RESIDENT_BYTES = 2**31
@@ -160,12 +160,14 @@ class _Place:
         return Member(self.member.trainer.step, self.member.trainer.randomness) if self.live else None
 
 
-def _clips(wanted: Sequence[Wanted], dataset: Dataset, end: Callable[[Wanted, Outcome], None]) -> dict[Path, Clips]:
+def _clips(
+    wanted: Sequence[Wanted], dataset: Dataset, end: Callable[[Wanted, Outcome], None]
+) -> dict[Path, ClipsOfTraining]:
     """What each reads; those whose domains or splits are not there have ended."""
     found = {}
     for one in wanted:
         try:
-            found[one.run] = Clips.of(one.settings, dataset)
+            found[one.run] = ClipsOfTraining.of(one.settings, dataset)
         except MbcdError as error:
             end(one, error)
     return found
@@ -174,7 +176,7 @@ def _clips(wanted: Sequence[Wanted], dataset: Dataset, end: Callable[[Wanted, Ou
 def _begin(
     one: Wanted,
     dataset: Dataset,
-    clips: Clips,
+    clips: ClipsOfTraining,
     feed: Feed,
     interrupts: Interrupts,
     end: Callable[[Wanted, Outcome], None],
@@ -244,7 +246,7 @@ def _finished(member: _Member) -> Outcome:
         return error
 
 
-def _resident(dataset: Dataset, clips: Sequence[Clips], *, device: torch.device):
+def _resident(dataset: Dataset, clips: Sequence[ClipsOfTraining], *, device: torch.device):
     """Reads rows that lie once in memory for all members, or None where they are too many."""
     if not clips or not dataset.caches or dataset.online is not None:
         return None

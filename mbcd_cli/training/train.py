@@ -85,7 +85,7 @@ def train(
         SettingsError, CacheError: domains, splits or sizes that the dataset does not have.
         RunError: the folder is in the way, or training had to stop (a signal, a non-finite loss, a full disk).
     """
-    clips = Clips.of(settings, dataset)
+    clips = ClipsOfTraining.of(settings, dataset)
     training = settings.training
     device = configure(settings.runtime)
     with (
@@ -132,14 +132,14 @@ def train(
 
 
 @dataclass(frozen=True, slots=True)
-class Clips:
+class ClipsOfTraining:
     """What a training reads: its training clips [N], indices into the clip table, and sets that are held out."""
 
     training: np.ndarray
     held_out: list[ClipSet]
 
     @classmethod
-    def of(cls, settings: Settings, dataset: Dataset) -> Clips:
+    def of(cls, settings: Settings, dataset: Dataset) -> ClipsOfTraining:
         """Those of the source and target domains.
 
         Raises:
@@ -156,7 +156,7 @@ def trainer_of(
     parts: Training,
     settings: Settings,
     dataset: Dataset,
-    clips: Clips,
+    clips: ClipsOfTraining,
     *,
     folder: RunFolder,
     feed: Feed,
@@ -222,7 +222,7 @@ def _run_folder(run: Path, settings: Settings, *, resume: bool, overwrite: bool,
 def _feed(
     settings: Settings,
     dataset: Dataset,
-    clips: Clips,
+    clips: ClipsOfTraining,
     *,
     device: torch.device,
     group: Group = ALONE,

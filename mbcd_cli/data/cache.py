@@ -371,6 +371,8 @@ class CacheWriter:
             if self.online is not None:
                 file.create_dataset("online", data=json.dumps(self.online), dtype=_TEXT)
             file.create_dataset("settings", data=settings, dtype=_TEXT)
+            if (beside := self.folder / checksums.PREPARED_WITH).exists():  # paths are in it: no part of the root
+                file.attrs["prepared_with"] = checksums.checksum(beside)
             file.create_dataset("files", data=json.dumps(files), dtype=_TEXT)
             _write_strings(file, "domains", self.domains)
             _write_strings(file, "label_names", self.label_names)

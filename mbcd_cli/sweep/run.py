@@ -119,7 +119,7 @@ def start(cell: Cell, *, threads: int, gpu: str | None, slot: int) -> Job:
     with beside(cell.folder, "log").open("ab") as log:
         process = subprocess.Popen(
             cell_command(cell, threads=threads),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # nothing is written there: it ends when this process ends
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment(threads=threads, gpu=gpu),

@@ -83,7 +83,9 @@ ssize_t pwrite(int fd, const void *b, size_t n, off_t o) {
 ssize_t pwrite64(int fd, const void *b, size_t n, off64_t o) {
     REAL(pwrite64); return strikes_fd("pwrite", fd) ? -1 : real(fd, b, n, o);
 }
-ssize_t writev(int fd, const struct iovec *v, int c) { REAL(writev); return strikes_fd("writev", fd) ? -1 : real(fd, v, c); }
+ssize_t writev(int fd, const struct iovec *v, int c) {
+    REAL(writev); return strikes_fd("writev", fd) ? -1 : real(fd, v, c);
+}
 int fsync(int fd) { REAL(fsync); return strikes_fd("fsync", fd) ? -1 : real(fd); }
 int fdatasync(int fd) { REAL(fdatasync); return strikes_fd("fdatasync", fd) ? -1 : real(fd); }
 int ftruncate(int fd, off_t n) { REAL(ftruncate); return strikes_fd("ftruncate", fd) ? -1 : real(fd, n); }
@@ -102,6 +104,8 @@ int mkdir(const char *a, mode_t m) { REAL(mkdir); return strikes("mkdir", a) ? -
 
 def serve() -> None:
     """Run commands as lines of standard input ask, until it ends."""
+    from multiprocessing import shared_memory
+
     import torch
     from matplotlib.figure import Figure
     from typer.testing import CliRunner
@@ -117,6 +121,7 @@ def serve() -> None:
     shim.struck.restype = ctypes.c_char_p
     shim.prctl(_SUBREAPER, 1, 0, 0, 0)
     run.start = _forked_cell(cell)
+    shared_memory._SHM_NAME_PREFIX = f"/campaign-{os.getpid()}-"
     for line in sys.stdin:
         words, folder, number, fault = json.loads(line)
         receiver, sender = os.pipe()
@@ -284,7 +289,10 @@ class Server:
     def end(self) -> dict:
         """How it ended: `code`, `calls`, `struck`, `said`; and `left`, what it has started and that did not end."""
         answer = self._answer()
-        answer["left"] += [f"file {path}" for path in self.temporary.iterdir()]
+        blocks = Path("/dev/shm").glob(f"campaign-{self.process.pid}-*")
+        for path in (*self.temporary.iterdir(), *blocks):
+            answer["left"].append(f"file {path}")
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         return answer
 
     def _answer(self) -> dict:
@@ -317,9 +325,13 @@ def _sets(*sets: str) -> list[str]:
     return [word for one in sets for word in ("--set", one)]
 
 
-def words_of(command: str, home: Path, out: Path, *, workers: int = 0) -> list[object]:
+def words_of(command: str, home: Path, out: Path) -> list[object]:
     """A command that reads `home` and writes below `out`."""
-    sets = _sets(*SMALL, f"cache.workers={workers}")
+    sets = _sets(*SMALL, "cache.workers=0")
+    if command == "prepare with workers":
+        video = _sets("modalities.video.frames=8", "modalities.video.crop=112", "modalities.video.short_side=112")
+        sets = [*_sets(*SMALL, "cache.workers=2", "modalities.video.width=1", "modalities.video.cut=input"), *video]
+        return ["prepare", "manifest", "--root", home / "clips", "--modalities", "video", "--cache-dir", out, *sets]
     if command == "prepare":
         return ["prepare", "manifest", "--root", home / "tiny", "--cache-dir", out, *sets]
     training = ["--dataset", "tiny", "--cache-dir", home / "cache", *sets]
@@ -357,6 +369,7 @@ def furnish(server: Server, home: Path) -> Path:
 
     import helpers
 
+    helpers.write_dataset(home / "clips")
     helpers.write_dataset(home / "tiny", domains=("alpha", "beta", "gamma"), train=1)
     with (home / "tiny/manifest.csv").open() as file:
         rows = [{key: value for key, value in row.items() if key != "video"} for row in csv.DictReader(file)]
@@ -365,10 +378,6 @@ def furnish(server: Server, home: Path) -> Path:
         told = server.run(words_of(command, home, out), home)
         assert told["code"] == 0, told
     return home
-
-
-_OF_THE_TIME = ("timing.jsonl", "done")
-"""Files that hold seconds."""
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -385,6 +394,7 @@ def contents(folder: Path) -> dict[str, object]:
 
 def _timeless(path: Path) -> object:
     import h5py
+    import numpy as np
     import torch
 
     from mbcd_cli.files import read_json
@@ -394,15 +404,12 @@ def _timeless(path: Path) -> object:
     if path.name == "done":
         told = read_json(path)
         timed = ("seconds", "steps_per_second", "peak_memory_mb", "files")
-        return {key: value for key, value in told.items() if key not in timed} | {
-            "files": sorted(map(str, told["files"]))
-        }
+        files = sorted(name for name in told["files"] if not name.startswith("events/"))
+        return {key: value for key, value in told.items() if key not in timed} | {"files": files}
     if path.name == "index.h5":
         with h5py.File(path) as file:
-            values = {
-                name: file[name][()].tolist() for name in ("files", "clips/id", "rows/clip", "rows/shard", "rows/row")
-            }
-            return values | {"root": file.attrs["root_checksum"]}
+            names = ("files", "clips/id", "rows/clip", "rows/view", "rows/shard", "rows/row")
+            return [np.asarray(file[name][()]).tolist() for name in names]
     if path.name == "last.pt":
         told = torch.load(path, weights_only=True)
         told["training"]["logs"].pop("timing.jsonl", None)

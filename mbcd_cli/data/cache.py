@@ -298,7 +298,8 @@ class CacheWriter:
         Raises:
             FileError: full disk or missing rights; what was written before stays.
         """
-        with written_hdf5(self.shard_path(number), libver="latest", place="--cache-dir") as file:
+        goes_on = "run the same command again: it goes on after the shards that are done"
+        with written_hdf5(self.shard_path(number), libver="latest", place="--cache-dir", then=goes_on) as file:
             file.attrs["format"] = FORMAT
             file.attrs["first"], file.attrs["stop"] = self.shards[number].start, self.shards[number].stop
             file.attrs["modality"] = self.recipe["modality"]

@@ -121,7 +121,7 @@ def serve() -> None:
     shim.struck.restype = ctypes.c_char_p
     shim.prctl(_SUBREAPER, 1, 0, 0, 0)
     run.start = _forked_cell(cell)
-    shared_memory._SHM_NAME_PREFIX = f"/campaign-{os.getpid()}-"
+    shared_memory._SHM_NAME_PREFIX = f"/c{os.getpid()}-"
     for line in sys.stdin:
         words, folder, number, fault = json.loads(line)
         receiver, sender = os.pipe()
@@ -175,6 +175,14 @@ def children(pid: int) -> list[int]:
 def descendants(pid: int) -> list[int]:
     """All processes below `pid`."""
     return [one for child in children(pid) for one in (child, *descendants(child))]
+
+
+def ended(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def command_line(pid: int) -> str:
@@ -289,7 +297,7 @@ class Server:
     def end(self) -> dict:
         """How it ended: `code`, `calls`, `struck`, `said`; and `left`, what it has started and that did not end."""
         answer = self._answer()
-        blocks = Path("/dev/shm").glob(f"campaign-{self.process.pid}-*")
+        blocks = Path("/dev/shm").glob(f"c{self.process.pid}-*")
         for path in (*self.temporary.iterdir(), *blocks):
             answer["left"].append(f"file {path}")
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -53,6 +53,8 @@ def test_the_same_command_once_more_leaves_the_same_files(server, home, tmp_path
     expected, counts, states, wrong = campaign.contents(out), Counter(), set(), []
     every, first = int(os.environ.get("EVERY_NTH", "1")), int(os.environ.get("FROM", "1"))
     for number in range(first, told["calls"] + 1, every):
+        if number % 25 == 0:
+            print(f"{command}: call {number}, {dict(counts)}, {len(states)} different states", flush=True)
         for name, fault in FAULTS.items():
             shutil.rmtree(out)
             out.mkdir()

@@ -55,7 +55,7 @@ def victims(pid: int, kind: str) -> list[int]:
 def kill(pid: int, kind: str, after: float, rng: random.Random) -> bool:
     """Kill a process of a kind, `after` seconds from now or when there is one; whether there was."""
     time.sleep(after)
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+    while not campaign.ended(pid):
         if found := victims(pid, kind):
             with suppress(ProcessLookupError):
                 os.kill(rng.choice(found), signal.SIGKILL)
@@ -94,6 +94,8 @@ def test_killed_at_any_instant(server, home, tmp_path, command, kind):
         if not killed:
             continue
         counts[f"exit code {struck['code']}"] += 1
+        if sum(counts.values()) % 25 == 0:
+            print(f"{command}, {kind}: {dict(counts)}", flush=True)
         try:
             assert "Unexpected" not in struck["said"]
             assert "Traceback" not in struck["said"]

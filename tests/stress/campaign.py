@@ -8,6 +8,7 @@ A preloaded library counts the calls that change the disk below one folder and l
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -122,6 +123,7 @@ def serve() -> None:
     shim.prctl(_SUBREAPER, 1, 0, 0, 0)
     run.start = _forked_cell(cell)
     shared_memory._SHM_NAME_PREFIX = f"/c{os.getpid()}-"
+    gc.freeze()  # or every child copies what it only looks at
     for line in sys.stdin:
         words, folder, number, fault = json.loads(line)
         receiver, sender = os.pipe()

@@ -93,7 +93,7 @@ def _end_with_sweep() -> None:
     os._exit(STOPPED_CODE)
 
 
-def main(arguments: Sequence[str]) -> int:
+def serve_cell(arguments: Sequence[str]) -> int:
     """The process of a cell: RUN_FOLDER, THREADS; the exit code."""
     if stat.S_ISFIFO(os.fstat(0).st_mode):
         threading.Thread(target=_end_with_sweep, daemon=True).start()
@@ -102,4 +102,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(serve_cell(sys.argv[1:]))

@@ -151,6 +151,8 @@ def serve() -> None:
         with os.fdopen(receiver, "rb") as pipe:
             told = pipe.read()
         status = os.waitpid(child, 0)[1]
+        if os.WIFSIGNALED(status):  # at its very end, perhaps
+            told = b""
         answer = json.loads(told) if told else {"code": -os.WTERMSIG(status), "calls": 0, "said": "", "struck": ""}
         for name in answer.pop("modules", ()):  # the next child has them already
             if name not in sys.modules:
@@ -260,7 +262,7 @@ def _forked_cell(cell):
             os.dup2(log, 2)
             code = 1
             try:
-                code = cell.main([str(one.folder), "1"])
+                code = cell.serve_cell([str(one.folder), "1"])
             finally:
                 os._exit(code)
         os.close(theirs)

@@ -21,8 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
-GRACE = 10.0
-"""Seconds after which nothing that a command has started is there any more."""
+GRACE = float(os.environ.get("GRACE", "10"))
+"""Seconds after which nothing that a command has started is there any more; a busy machine needs more."""
 _LONGEST = 300
 """Seconds after which a command is taken to wait for ever."""
 _SUBREAPER = 36

@@ -212,6 +212,22 @@ def test_a_whole_file_of_before_is_found_and_replaced(home, kept, earlier, name)
     assert not examine(home / "cache").faults
 
 
+def test_what_is_read_before_it_is_verified_lies_in_no_heap(home):
+    """HDF5 has no checksums in its heaps of texts, and may search a damaged one for ever."""
+    for shard in (home / "cache").rglob("shard-*.h5"):
+        with h5py.File(shard) as file:
+            texts = [file[f"{group}/{name}"] for group in ("rejected", "mended") for name in file[group]]
+            assert all(h5py.check_string_dtype(one.dtype).length for one in texts)
+            assert h5py.check_string_dtype(file.attrs.get_id("conditions").dtype).length
+    index = next((home / "cache").rglob("index.h5"))
+    whole = index.read_bytes()
+    at = whole.index(b"GCOL")
+    index.write_bytes(whole[: at + 24] + b"\0" * 8 + whole[at + 32 :])  # size 0: the next object is this one
+    with pytest.raises(MbcdError, match="is damaged"):
+        dataset_of(home)
+    index.write_bytes(whole)
+
+
 @pytest.mark.parametrize("rounds", [60, pytest.param(10_000, marks=[pytest.mark.stress, pytest.mark.timeout(0)])])
 def test_random_damage_is_found_and_mended(home, kept, earlier, rounds):
     """Nothing that is struck goes unseen, ends in another number, or in an error that is not ours."""

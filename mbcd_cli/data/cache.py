@@ -122,7 +122,10 @@ def shard_ranges(sizes: Sequence[int], *, limit: int) -> list[range]:
 
 
 def _write_strings(group: h5py.Group, name: str, values: Sequence[str]) -> None:
-    group.create_dataset(name, data=np.array(list(values), dtype=object), dtype=_TEXT)
+    """Of one length: HDF5 keeps texts of any length in a heap, and may search a damaged heap for ever."""
+    encoded = [value.encode(errors="surrogateescape") for value in values]
+    length = max((len(value) for value in encoded), default=0) or 1
+    group.create_dataset(name, data=np.array(encoded, h5py.string_dtype("utf-8", length)))
 
 
 def _write_rejected(file: h5py.File, rejected: Sequence[Rejected]) -> None:
@@ -132,7 +135,7 @@ def _write_rejected(file: h5py.File, rejected: Sequence[Rejected]) -> None:
 
 
 def _strings(dataset: h5py.Dataset) -> list[str]:
-    return [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[()]]
+    return [value.decode(errors="surrogateescape") for value in dataset[()]]
 
 
 def _write_mended(file: h5py.File, mended: Sequence[tuple[str, str]]) -> None:
@@ -319,7 +322,7 @@ class CacheWriter:
             file.attrs["errors"] = np.asarray(shard.errors, np.float64)
             clips = [self.clips[i] for i in self.shards[number]]
             conditions = _conditions(clips, self.recipe["modality"], shard.rejected, shard.mended)
-            file.attrs["conditions"] = json.dumps(conditions)
+            file.attrs["conditions"] = np.bytes_(json.dumps(conditions))  # see `_write_strings`
             _write_rejected(file, shard.rejected)
             _write_mended(file, shard.mended)
 

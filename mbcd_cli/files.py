@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from io import FileIO
+from io import BufferedWriter, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -293,8 +293,14 @@ def open_hdf5(path: Path, mode: str = "r", **options: object) -> h5py.File:
 
 
 @contextmanager
-def written_file(path: Path, **where: str) -> Iterator[FileIO]:
+def written_file(path: Path, **where: str) -> Iterator[BufferedWriter]:
     """`written`, for one open file: its first failure is what is told, whatever the library that writes makes of it."""
+    with _remembered(path, **where) as raw, BufferedWriter(raw) as file:
+        yield file
+
+
+@contextmanager
+def _remembered(path: Path, **where: str) -> Iterator[FileIO]:
     with written(path, **where) as aside, _Remembering(aside, "w+") as raw:
         try:
             yield raw
@@ -305,11 +311,11 @@ def written_file(path: Path, **where: str) -> Iterator[FileIO]:
 
 @contextmanager
 def written_hdf5(path: Path, *, libver: str | None = None, **where: str) -> Iterator[h5py.File]:
-    """`written_file`, for an HDF5 file that is open inside the block."""
+    """`written`, for an HDF5 file that is open inside the block."""
     import h5py
 
     with (
-        written_file(path, **where) as raw,
+        _remembered(path, **where) as raw,
         h5py.File(raw, "w", libver=libver, userblock_size=USER_BLOCK) as file,
     ):
         yield file

@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from io import FileIO
+from io import BufferedWriter, FileIO
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,27 +80,13 @@ def written(path: Path, **where: str) -> Iterator[Path]:
         sync(aside)
         aside.replace(path)
         sync(path.parent)
-    except (OSError, RuntimeError) as error:
-        if (cause := _cause(aside, error)) is None:
+    except OSError as error:
+        if not error.errno:
             raise
-        raise unwritable(path, cause, **where) from error
+        raise unwritable(path, error, **where) from error
     finally:
         with suppress(OSError):  # the first error is the one to tell
             aside.unlink(missing_ok=True)
-
-
-def _cause(aside: Path, error: OSError | RuntimeError) -> OSError | None:
-    """What the system said: HDF5 and torch tell a full disk as an error of their own, so it is asked once more."""
-    if isinstance(error, OSError) and error.errno:
-        return error
-    try:
-        with aside.open("ab") as file:
-            file.write(bytes(1 << 16))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as told:
-        return told
-    return error if isinstance(error, OSError) else None
 
 
 def write_text(path: Path, text: str, **where: str) -> Path:
@@ -336,23 +322,39 @@ def open_hdf5(path: Path, mode: str = "r", **options: object) -> h5py.File:
 
 
 @contextmanager
-def written_hdf5(path: Path, *, libver: str | None = None, **where: str) -> Iterator[h5py.File]:
-    """`written`, for an HDF5 file that is open inside the block."""
-    import h5py
+def written_file(path: Path, **where: str) -> Iterator[BufferedWriter]:
+    """`written`, for one open file: its first failure is what is told, whatever the library that writes makes of it."""
+    with _remembered(path, **where) as raw, BufferedWriter(raw) as file:
+        yield file
 
+
+@contextmanager
+def _remembered(path: Path, **where: str) -> Iterator[FileIO]:
     with written(path, **where) as aside, _Remembering(aside, "w+") as raw:
         try:
-            with h5py.File(raw, "w", libver=libver, userblock_size=USER_BLOCK) as file:
-                yield file
+            yield raw
         finally:
             if raw.error is not None:
                 raise raw.error
 
 
+@contextmanager
+def written_hdf5(path: Path, *, libver: str | None = None, **where: str) -> Iterator[h5py.File]:
+    """`written`, for an HDF5 file that is open inside the block."""
+    import h5py
+
+    with (
+        _remembered(path, **where) as raw,
+        h5py.File(raw, "w", libver=libver, userblock_size=USER_BLOCK) as file,
+    ):
+        yield file
+
+
 class _Remembering(FileIO):
     """A file whose first failure is kept, and told to nobody meanwhile.
 
-    HDF5 drops errors on its way out of an object, prints others, and would leave a file with a hole in it.
+    HDF5 drops errors on its way out of an object, prints others, and would leave a file with a hole in it; torch makes
+    an error of its own of them, that does not say what the disk said.
     """
 
     error: OSError | None = None

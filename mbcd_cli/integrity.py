@@ -95,7 +95,8 @@ def _told(teller: Path, found: Condition) -> dict[str, str]:
     checksums.verified(teller)
     with open_hdf5(teller) as index:
         found.roots[teller.parent] = str(index.attrs["root_checksum"])
-        return json.loads(index["files"].asstr()[()])
+        beside = index.attrs.get("prepared_with")
+        return json.loads(index["files"].asstr()[()]) | ({checksums.PREPARED_WITH: str(beside)} if beside else {})
 
 
 def _fault(file: Path, told: str | None) -> str | None:

@@ -141,11 +141,11 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 path, how = Path(sys.argv[1]), sys.argv[2]
 try:
     if how == "hdf5":
-        with files.written(path) as aside, files.open_hdf5(aside, "w") as file:
+        with files.written_hdf5(path) as file:
             file["x"] = numpy.zeros(1_000_000)
     else:
-        with files.written(path) as aside:
-            torch.save(torch.zeros(1_000_000), aside)
+        with files.written_file(path) as file:
+            torch.save(torch.zeros(1_000_000), file)
 except files.FileError as error:
     print(error)
 """

@@ -60,6 +60,17 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
+@pytest.fixture(scope="module")
+def earlier(home, tmp_path_factory) -> dict[Path, bytes]:
+    """What the cache's files held before some media were changed, their sizes kept: all whole, of the same names."""
+    before = damage.Snapshot.of(home / "tiny")
+    for sound in (home / "tiny").rglob("*.wav"):
+        sound.write_bytes(before.files[sound][:44] + before.files[sound][44:][::-1])
+    prepare(settings_for(home / "tiny", cache := tmp_path_factory.mktemp("earlier")))
+    before.restore()
+    return {home / "cache" / path.relative_to(cache): data for path, data in damage.Snapshot.of(cache).files.items()}
+
+
 @pytest.fixture
 def kept(home):
     """The folders as they are, brought back afterwards."""
@@ -188,22 +199,37 @@ def test_repair_refuses_changed_media(home, kept):
     assert {p.name for p in before.differs()} <= {".lock"}
 
 
-def test_an_index_of_before_is_found_and_replaced(home, kept, tmp_path):
+@pytest.mark.parametrize("name", ["index.h5", "shard-00000.h5", "prepare.toml"])
+def test_a_whole_file_of_before_is_found_and_replaced(home, kept, earlier, name):
     (folder,) = (home / "cache" / "tiny").glob("audio-*")
-    index = folder / "index.h5"
-    with h5py.File(index, "r+") as file:
-        files = json.loads(file["files"].asstr()[()])
-        files["shard-00000.h5"] = "0" * 32
-        file["files"][()] = json.dumps(files)
-    checksums.seal(index)
-    with pytest.raises(CacheError, match="another one than the cache was finished with"):
-        everything(dataset_of(home))
+    (folder / name).write_bytes(earlier[folder / name])
+    assert examine(home / "cache").faults
+    if name != "prepare.toml":  # settings are not data
+        with pytest.raises(CacheError, match="another one than the cache was finished with"):
+            everything(dataset_of(home))
     run("repair", home / "cache")
-    everything(dataset_of(home))
+    assert not [path for path in kept["cache"].differs() if path.name not in ("index.h5", "prepare.toml")]
+    assert not examine(home / "cache").faults
+
+
+def test_what_is_read_before_it_is_verified_lies_in_no_heap(home):
+    """HDF5 has no checksums in its heaps of texts, and may search a damaged one for ever."""
+    for shard in (home / "cache").rglob("shard-*.h5"):
+        with h5py.File(shard) as file:
+            texts = [file[f"{group}/{name}"] for group in ("rejected", "mended") for name in file[group]]
+            assert all(h5py.check_string_dtype(one.dtype).length for one in texts)
+            assert h5py.check_string_dtype(file.attrs.get_id("conditions").dtype).length
+    index = next((home / "cache").rglob("index.h5"))
+    whole = index.read_bytes()
+    at = whole.index(b"GCOL")
+    index.write_bytes(whole[: at + 24] + b"\0" * 8 + whole[at + 32 :])  # size 0: the next object is this one
+    with pytest.raises(MbcdError, match="is damaged"):
+        dataset_of(home)
+    index.write_bytes(whole)
 
 
 @pytest.mark.parametrize("rounds", [60, pytest.param(10_000, marks=[pytest.mark.stress, pytest.mark.timeout(0)])])
-def test_random_damage_is_found_and_mended(home, kept, rounds):
+def test_random_damage_is_found_and_mended(home, kept, earlier, rounds):
     """Nothing that is struck goes unseen, ends in another number, or in an error that is not ours."""
     rng = np.random.default_rng(rounds)
     rows = everything(dataset_of(home))
@@ -214,7 +240,8 @@ def test_random_damage_is_found_and_mended(home, kept, rounds):
     struck, counts = 0, Counter()
     while struck < rounds:
         path = files[rng.integers(len(files))]
-        kind = damage.strike(path, [p for p in files if p.suffix == path.suffix and p != path], rng)
+        others = [p for p in files if p.suffix == path.suffix and p != path]
+        kind = damage.strike(path, others, rng, stale=earlier.get(path))
         if kind is None:
             continue
         struck += 1

@@ -144,7 +144,10 @@ def shard_ranges(sizes: Sequence[int], *, limit: int | None = None) -> list[rang
 
 
 def _write_strings(group: h5py.Group, name: str, values: Sequence[str]) -> None:
-    group.create_dataset(name, data=np.array(list(values), dtype=object), dtype=_TEXT)
+    """Of one length: HDF5 keeps texts of any length in a heap, and may search a damaged heap for ever."""
+    encoded = [value.encode(errors="surrogateescape") for value in values]
+    length = max((len(value) for value in encoded), default=0) or 1
+    group.create_dataset(name, data=np.array(encoded, h5py.string_dtype("utf-8", length)))
 
 
 def _write_rejected(file: h5py.File, rejected: Sequence[Rejected]) -> None:
@@ -154,7 +157,7 @@ def _write_rejected(file: h5py.File, rejected: Sequence[Rejected]) -> None:
 
 
 def _strings(dataset: h5py.Dataset) -> list[str]:
-    return [value.decode() if isinstance(value, bytes) else str(value) for value in dataset[()]]
+    return [value.decode(errors="surrogateescape") for value in dataset[()]]
 
 
 def _write_mended(file: h5py.File, mended: Sequence[tuple[str, str]]) -> None:
@@ -322,7 +325,8 @@ class CacheWriter:
         Raises:
             FileError: full disk or missing rights; what was written before stays.
         """
-        with written_hdf5(self.shard_path(number), libver="latest", place="--cache-dir") as file:
+        goes_on = "run the same command again: it goes on after the shards that are done"
+        with written_hdf5(self.shard_path(number), libver="latest", place="--cache-dir", then=goes_on) as file:
             file.attrs["format"] = FORMAT
             file.attrs["first"], file.attrs["stop"] = self.shards[number].start, self.shards[number].stop
             file.attrs["modality"] = self.recipe["modality"]
@@ -342,7 +346,7 @@ class CacheWriter:
             file.attrs["errors"] = np.asarray(shard.errors, np.float64)
             name = self.recipe["modality"]
             conditions = _conditions(self.clips, self.shards[number], name, shard.rejected, shard.mended)
-            file.attrs["conditions"] = json.dumps(conditions)
+            file.attrs["conditions"] = np.bytes_(json.dumps(conditions))  # see `_write_strings`
             _write_rejected(file, shard.rejected)
             _write_mended(file, shard.mended)
 
@@ -395,6 +399,8 @@ class CacheWriter:
             if self.online is not None:
                 file.create_dataset("online", data=json.dumps(self.online), dtype=_TEXT)
             file.create_dataset("settings", data=settings, dtype=_TEXT)
+            if (beside := self.folder / checksums.PREPARED_WITH).exists():  # paths are in it: no part of the root
+                file.attrs["prepared_with"] = checksums.checksum(beside)
             file.create_dataset("files", data=json.dumps(files), dtype=_TEXT)
             _write_strings(file, "domains", self.domains)
             _write_strings(file, "label_names", self.label_names)

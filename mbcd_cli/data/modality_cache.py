@@ -124,11 +124,12 @@ class ModalityCache:
         self.fingerprint = folder.name.rsplit("-", 1)[-1]
         version = "unknown"
         try:
+            # First: of a damaged heap of strings HDF5 does not always tell; it can search it for ever.
+            checksums.verified(folder / "index.h5")
             with open_hdf5(folder / "index.h5") as file:
                 version = str(file.attrs.get("mbcd_version", "unknown"))
                 if file.attrs["format"] != FORMAT:
                     raise OtherVersionError(folder, version, f"format {file.attrs['format']} instead of {FORMAT}")
-                checksums.verified(folder / "index.h5")
                 self.recipe = json.loads(file.attrs["recipe"])
                 self.modality: Modality = _MODALITY.validate_json(file.attrs["modality_settings"])
                 self.prepared_at = str(file.attrs["prepared_at"])

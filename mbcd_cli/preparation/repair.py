@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,31 +68,28 @@ def _repair(folder: Path, flags: Mapping[str, Any], say: Say) -> Repaired:
         return Repaired(folder, [], ModalityCache(folder).root_checksum)
     say(f"{folder}: {', '.join(sorted(faults))} damaged or missing")
     try:
-        settings = resolve(base=_prepared_with(folder), flags=flags)
+        settings = resolve(base=_prepared_with(folder, faults), flags=flags)
         return _compute_anew(folder, faults, settings, say)
     except MbcdError as error:
         raise type(error)(f"{folder} cannot be repaired: {error.message}", error.remedy) from error
 
 
-def _prepared_with(folder: Path) -> Layer:
+def _prepared_with(folder: Path, faults: Collection[str]) -> Layer:
     """The settings that a cache was prepared with, from the file beside its index or from the index.
 
     Raises:
         CacheError: neither is whole.
     """
-    try:
-        checksums.verified(folder / PREPARED_WITH)
+    if PREPARED_WITH not in faults:
         tree = load_settings(folder / PREPARED_WITH)
-    except (OSError, ValueError):
-        try:
-            checksums.verified(folder / "index.h5")
-            with open_hdf5(folder / "index.h5") as index:
-                tree = validate(tomllib.loads(index["settings"].asstr()[()]))
-        except (OSError, ValueError, KeyError) as error:
-            raise CacheError(
-                "the settings that it was prepared with are damaged, too.",
-                "Run the same `mbcd prepare` again: it uses what is whole.",
-            ) from error
+    elif "index.h5" not in faults:
+        with open_hdf5(folder / "index.h5") as index:
+            tree = validate(tomllib.loads(index["settings"].asstr()[()]))
+    else:
+        raise CacheError(
+            "the settings that it was prepared with are damaged, too.",
+            "Run the same `mbcd prepare` again: it uses what is whole.",
+        )
     return Layer("the cache's settings", tree.model_dump(mode="json", exclude_none=True))
 
 

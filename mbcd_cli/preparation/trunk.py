@@ -13,7 +13,7 @@ from mbcd_cli.data.quantise import scale_shape
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
 from mbcd_cli.encoders.staged import Trunk
-from mbcd_cli.files import written
+from mbcd_cli.files import written_file
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
@@ -100,8 +100,8 @@ def row_bytes(shapes: Shapes) -> int:
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write a state dict, whole or not at all (`files.written`)."""
-    with written(path, place="--cache-dir") as aside, aside.open("wb") as file:
+    """Write a state dict, whole or not at all (`files.written_file`)."""
+    with written_file(path, place="--cache-dir") as file:
         torch.save({key: value.cpu() for key, value in weights.items()}, file)
 
 

@@ -19,7 +19,7 @@ from mbcd_cli import checksums
 from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.errors import CheckpointError, SettingsError
-from mbcd_cli.files import written
+from mbcd_cli.files import written_file
 from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
 
@@ -96,7 +96,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     payload |= {key: getattr(checkpoint, key) for key in _PLAIN}
     kept = "go on with --resume (the previous checkpoint is kept)"
-    with written(path, place="--run", then=kept) as aside, aside.open("wb") as file:
+    with written_file(path, place="--run", then=kept) as file:
         torch.save(payload, file)
 
 

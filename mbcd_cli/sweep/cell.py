@@ -1,13 +1,20 @@
 """One cell of a sweep in a process of its own: `python -m mbcd_cli.sweep.cell RUN_FOLDER THREADS`.
 
 It reads `RUN_FOLDER.toml`, trains (or goes on) and evaluates into RUN_FOLDER. Exit codes are those of `sweep.state`;
-what it says goes to the log that stands for its stderr.
+what it says goes to the log that stands for its stderr. Where standard input is a pipe, a sweep holds its other end:
+when that is killed, the cell ends too.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import stat
 import sys
+import threading
+import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from mbcd_cli.errors import BusyError, MbcdError, StoppedError
@@ -21,6 +28,9 @@ from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
 from mbcd_cli.training import train
+
+_LAST_SECONDS = 8.0
+"""What a cell whose sweep was killed has for its last checkpoint."""
 
 
 def run_cell(folder: Path, *, threads: int, say: Say = SILENT) -> int:
@@ -70,6 +80,32 @@ def _evaluate(folder: Path, *, threads: int, say: Say) -> None:
     evaluate.evaluate(settings, data, wanted, device=configure(settings.runtime), run=folder, output=folder, say=say)
 
 
+def log(line: str) -> None:
+    """Say it in the log, which stands for stderr."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def end_with_sweep() -> None:
+    """End when the process that holds the other end of standard input does."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        threading.Thread(target=_end_with_sweep, daemon=True).start()
+
+
+def _end_with_sweep() -> None:
+    """Once nobody holds the other end of the pipe: to a checkpoint and out, or, where that takes long, out."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_LAST_SECONDS)
+    os._exit(STOPPED_CODE)
+
+
+def serve_cell(arguments: Sequence[str]) -> int:
+    """The process of a cell: RUN_FOLDER, THREADS; the exit code."""
+    end_with_sweep()
+    return run_cell(Path(arguments[0]), threads=int(arguments[1]), say=Say(log))
+
+
 if __name__ == "__main__":
-    log = Say(lambda line: sys.stderr.write(f"{line}\n"))
-    sys.exit(run_cell(Path(sys.argv[1]), threads=int(sys.argv[2]), say=log))
+    sys.exit(serve_cell(sys.argv[1:]))

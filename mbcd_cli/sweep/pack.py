@@ -1,6 +1,6 @@
 """Cells of a sweep that are trained together, as one population in one process.
 
-    python -m mbcd_cli.sweep.pack THREADS WIDTH < run folders, one a line
+    python -m mbcd_cli.sweep.pack THREADS WIDTH < run folders, one a line, and an empty line
 
 `sweep.packing` says which cells those are.
 """
@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
 
 from mbcd_cli.data.protocol import Dataset
@@ -23,6 +24,7 @@ from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import load_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
+from mbcd_cli.sweep.cell import end_with_sweep, log
 from mbcd_cli.sweep.state import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
 from mbcd_cli.training.together import Outcome, Wanted, train_together
 
@@ -100,12 +102,12 @@ def _evaluate(one: Wanted, dataset: Dataset, say: Say) -> None:
     evaluate(settings, dataset, chosen, device=configure(settings.runtime), run=one.run, output=one.run, say=SILENT)
 
 
+def serve_pack(arguments: Sequence[str]) -> int:
+    """The process of a population: THREADS, WIDTH, and the run folders on standard input; the exit code."""
+    folders = [Path(line.removesuffix("\n")) for line in takewhile("\n".__ne__, sys.stdin)]
+    end_with_sweep()
+    return run_pack(folders, threads=int(arguments[0]), width=int(arguments[1]), say=Say(log))
+
+
 if __name__ == "__main__":
-    sys.exit(
-        run_pack(
-            [Path(line) for line in sys.stdin.read().splitlines()],
-            threads=int(sys.argv[1]),
-            width=int(sys.argv[2]),
-            say=Say(lambda line: print(line, file=sys.stderr, flush=True)),
-        )
-    )
+    sys.exit(serve_pack(sys.argv[1:]))

@@ -135,15 +135,17 @@ def start(
     with beside(cells[0].folder, "log").open("ab") as log:
         process = subprocess.Popen(
             line,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.PIPE,  # held open to the end: a process whose sweep is killed ends too
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment(threads=threads, gpu=gpu),
             # Ctrl-C reaches the sweep alone, which then asks its processes to write their checkpoints.
             start_new_session=True,
         )
-    with suppress(BrokenPipeError), process.stdin as names:
-        names.write("".join(f"{cell.folder}\n" for cell in cells).encode())
+    if len(cells) > 1:
+        with suppress(BrokenPipeError):
+            process.stdin.write("".join(f"{cell.folder}\n" for cell in cells).encode() + b"\n")
+            process.stdin.flush()
     return Job(left, process, slot, time.monotonic())
 
 

@@ -112,12 +112,16 @@ def test_workers_that_cannot_begin_are_one_message(monkeypatch):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_or_shared_block_outlives_a_killed_prepare(root, tmp_path, how):
+def test_no_process_block_or_temporary_file_outlives_a_killed_prepare(root, tmp_path, how):
     """Decoding workers, the fork server and their blocks of shared memory go with the command, however it ends."""
     command = [sys.executable, "-m", "mbcd_cli", "prepare", "manifest", "--root", str(root), "--workers", "2"]
     command += ["--cache-dir", str(tmp_path / "cache"), *(f"--set={one}" for one in helpers.SMALL[:-2])]
     command += ["--set=cache.shard_clips=1", "--set=cache.views=400"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    said = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environ = {**os.environ, "TMPDIR": str(temporary)}
+    process = subprocess.Popen(command, **said, env=environ, start_new_session=True)
     session = process.pid
     while not list(tmp_path.rglob("shard-00001.h5")) and process.poll() is None:
         time.sleep(0.01)
@@ -126,6 +130,7 @@ def test_no_process_or_shared_block_outlives_a_killed_prepare(root, tmp_path, ho
     process.wait(timeout=60)
     for _ in range(1000):
         if not members(session):
+            assert not list(temporary.glob("pymp-*"))
             return
         time.sleep(0.01)
     assert not members(session)

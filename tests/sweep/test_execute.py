@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import pytest
 from sweep_cases import plan_of
 
 from mbcd_cli.files import held
+from mbcd_cli.sweep import cell as one_cell
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.state import beside, state
 
@@ -171,3 +173,22 @@ def test_a_killed_sweep_leaves_its_processes_to_the_next_one(cells, tmp_path):
     board = execute(cells, watch=once_the_rest_is_done)
     assert len(board.done) == 4
     assert [len(calls(c)) for c in cells] == [1] * 4
+
+
+def test_a_cell_ends_when_its_sweep_is_killed(cells, monkeypatch):
+    say(cells[0], "slow")
+    job = running.start(cells[:1], cells[:1], threads=1, gpu=None, slot=0)
+    assert stat.S_ISFIFO(os.fstat(job.process.stdin.fileno()).st_mode)  # whose other end goes with the sweep
+    beside(cells[0].folder, "go").touch()
+    assert job.process.wait(60) == 0
+    theirs, ours = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ours)
+        os.dup2(theirs, 0)
+        monkeypatch.setattr(one_cell, "run_cell", lambda *args, **kwargs: signal.pause())
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        one_cell.serve_cell([str(cells[0].folder), "1"])
+        os._exit(0)
+    os.close(ours)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ from fakes import MemoryDataset, memory_settings
 
 from mbcd_cli import console
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.errors import FileError, RunError, SettingsError
 from mbcd_cli.files import read_records
 from mbcd_cli.methods.mbcd import MBCD
 from mbcd_cli.randomness import Randomness, seed_everything, step_seed
 from mbcd_cli.runs.checkpoint import load_checkpoint
+from mbcd_cli.runs.events import Events
 from mbcd_cli.scoring.deployed import build_models
 from mbcd_cli.training import train as command
 from mbcd_cli.training import watch
@@ -208,6 +210,28 @@ def test_plots_and_events_are_written(tmp_path):
         (r["step"], round(float(np.float32(r["total"])), 5)) for r in read_records(tmp_path / "run/steps.jsonl")
     }
     assert "epoch/validation/teacher/fused/accuracy" in events.Tags()["scalars"]
+
+
+def test_tensorboard_hides_what_a_resumed_run_writes_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for number, after in enumerate((0, 2)):
+        events = Events(tmp_path, purge_after=after)
+        for step in range(after + 1, 5):
+            events.scalars("step", {"total": 10.0 * number + step}, step)
+        events.close()
+        (tmp_path / "later").mkdir(exist_ok=True)
+        next(tmp_path.glob("events.*")).rename(tmp_path / f"later/events.out.tfevents.{number}")  # in other seconds
+    read = EventAccumulator(str(tmp_path / "later")).Reload()
+    assert [(e.step, e.value) for e in read.Scalars("step/total")] == [(1, 1.0), (2, 2.0), (3, 13.0), (4, 14.0)]
+
+
+def test_events_on_a_full_disk_are_one_message(tmp_path):
+    events = Events(tmp_path)
+    events._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115 (closed below)
+    with pytest.raises(FileError, match="The disk is full"):
+        events.scalars("step", {"total": 1.0}, 1)
+    events.close()
 
 
 def test_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):

@@ -256,7 +256,7 @@ class Decoder:
 
     def _start(self) -> _Worker:
         self._context.set_forkserver_preload(
-            [f"{__package__}.{name}" for name in ("arrays", "flow", "sound", "decoding")]
+            [f"{__package__}.{name}" for name in ("fork_server", "arrays", "flow", "sound", "decoding")]
         )
         ours, its = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(its,), daemon=True)

@@ -1,0 +1,34 @@
+"""Imported by the fork server of the decoding workers alone: its socket's folder goes with it.
+
+The command removes that folder when it ends, unless it is killed; the server sees that and ends by itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+_FEW = 64
+_parent = os.getppid()
+
+
+def _listens_at() -> Path | None:
+    """Where this process listens: the one socket with a name that it has inherited."""
+    for number in range(3, _FEW):
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as one:
+            if one.family == socket.AF_UNIX and isinstance(name := one.getsockname(), str) and name:
+                return Path(name)
+    return None
+
+
+def _remove(folder: Path) -> None:
+    if os.getppid() != _parent:  # else the command is there, and may start another server
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if (listener := _listens_at()) is not None and listener.parent.name.startswith("pymp-"):
+    atexit.register(_remove, listener.parent)

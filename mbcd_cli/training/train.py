@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from mbcd_cli.data.loading import keep_on_device
 from mbcd_cli.data.protocol import Dataset
@@ -27,18 +29,18 @@ from mbcd_cli.training.resume import Progress
 from mbcd_cli.training.trainer import Trainer
 
 
-class EpochAccuracy(TypedDict, total=False):
+class EpochAccuracy(TypedDict):
     """Accuracies (0 to 1) of the deployed model after an epoch, of the fused head and of each modality's own."""
 
     epoch: int
     validation: float
     validation_unimodal: dict[str, float]
-    target: float
-    target_unimodal: dict[str, float]
-    note: str
+    target: NotRequired[float]
+    target_unimodal: NotRequired[dict[str, float]]
+    note: NotRequired[str]
 
 
-class TrainingSummary(TypedDict, total=False):
+class TrainingSummary(TypedDict):
     """What `train` returns and the run's `done` holds; `oracle` and `processes` only where there are such."""
 
     run: str
@@ -52,12 +54,12 @@ class TrainingSummary(TypedDict, total=False):
     steps: int
     best: EpochAccuracy
     last: EpochAccuracy
-    oracle: EpochAccuracy
+    oracle: NotRequired[EpochAccuracy]
     warnings: list[str]
     seconds: float
     steps_per_second: float
     peak_memory_mb: float
-    processes: int
+    processes: NotRequired[int]
     plots: list[str]
 
 
@@ -94,9 +96,9 @@ def train(
     ):
         if not group.main:
             say = SILENT
-        if folder.resumed and folder.summary is not None:
+        if folder.resumed and (done := _summary_of(folder)) is not None:
             say(f"{run} is complete; nothing to resume.")
-            return folder.summary if group.main else {}
+            return done if group.main else {}
         parts = assemble(settings, dataset, device=device, group=group, say=say)
         trainer = Trainer(
             settings=settings,
@@ -148,6 +150,14 @@ def train(
             return summary
 
         return group.on_main(finish) or {}
+
+
+def _summary_of(folder: RunFolder) -> TrainingSummary | None:
+    """What `done` holds; None while the run is not complete, and where that is no summary of ours."""
+    try:
+        return TypeAdapter(TrainingSummary).validate_python(folder.summary, strict=True)
+    except ValidationError:
+        return None
 
 
 def _warn_of_long_memory(settings: Settings, steps: int, say: Say) -> None:

@@ -6,15 +6,20 @@ Checksums tell damage, not malice: where a file carries its own it is written an
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import json
+import pickletools
 import struct
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import tomli_w
 import torch
 from hypothesis import strategies as st
 
@@ -197,19 +202,13 @@ def _attribute(draw: Draw, attributes: h5py.AttributeManager, key: str) -> None:
 def _dataset(draw: Draw, file: h5py.File, name: str) -> None:
     old = file[name][()]
     text = file[name].dtype.kind == "O"
-    if text and file[name].shape == () and draw(st.booleans()):
+    if text and file[name].shape == () and old[:1] == b"{" and draw(st.booleans()):
         value = json.loads(old)
         del file[name]
         file[name] = json.dumps(tree(draw, value))
         return
     values = np.asarray(old)
-    kept = {key: value for key, value in file[name].attrs.items()}
-    what = draw(
-        st.sampled_from(
-            ["gone", "empty", "scalar", "half", "twice", "column", "float", "small", "text", "bytes", "bool", "group"]
-            + ["link", "outside", "compound", "null", "large", "negative", "nan", "chunked", "virtual"]
-        )
-    )
+    kept = dict(file[name].attrs.items())
     numbers = np.zeros(values.shape) if text else values
     made = {
         "empty": lambda: values[:0] if values.ndim else values,
@@ -228,6 +227,7 @@ def _dataset(draw: Draw, file: h5py.File, name: str) -> None:
         "negative": lambda: np.full(values.shape, -(2**40)),
         "nan": lambda: np.full(values.shape, np.nan),
     }
+    what = draw(st.sampled_from(["gone", "group", "link", "outside", "chunked", "virtual", *made]))
     del file[name]
     if what in made:
         file[name] = made[what]()
@@ -246,6 +246,48 @@ def _dataset(draw: Draw, file: h5py.File, name: str) -> None:
     if what in made or what == "group":
         for key, value in kept.items():
             file[name].attrs[key] = value
+
+
+def toml_file(draw: Draw, path: Path) -> None:
+    """A setting gone, renamed, of another type or value."""
+    values = tree(draw, tomllib.loads(path.read_text()))
+    with contextlib.suppress(TypeError, ValueError, AttributeError):  # TOML has no such value, and the file stays
+        path.write_text(tomli_w.dumps(values) + f"\n# {checksums.PLACE}\n")
+    checksums.seal(path)
+
+
+def pickle_file(draw: Draw, path: Path) -> None:
+    """An opcode or a value of a pickle changed, gone, doubled; what it calls stays unknown to it."""
+    data = bytearray(path.read_bytes())
+    at = draw(st.sampled_from([place for _, _, place in pickletools.genops(bytes(data))]))
+    size = draw(st.integers(1, 8))
+    what = draw(st.sampled_from(["gone", "twice", "other", "cut", "deep"]))
+    if what == "gone":
+        del data[at : at + size]
+    elif what == "twice":
+        data[at:at] = data[at : at + size]
+    elif what == "other":
+        data[at] = draw(st.sampled_from(b"()]}.NKMJRcb0uast\x80\x81\x85\x86\x94\x8c\x95"))
+    elif what == "cut":
+        del data[at:]
+    else:
+        data[at:at] = b"(" * 10_000
+    path.write_bytes(data)
+
+
+def of_cache(damage: Callable[[Draw, Path], None]) -> Callable[[Draw, Path], None]:
+    """The same damage to a file of a cache, whose index then tells the file's new checksum."""
+
+    def damaged(draw: Draw, path: Path) -> None:
+        damage(draw, path)
+        index = path.parent / "index.h5"
+        with h5py.File(index, "r+") as file:
+            files = json.loads(file["files"].asstr()[()])
+            files[path.name] = checksums.checksum(path)
+            file["files"][()] = json.dumps(files)
+        checksums.seal(index)
+
+    return damaged
 
 
 # --- arrays --------------------------------------------------------------------------------------------------------
@@ -357,7 +399,7 @@ _TABLE = [_entry(byte) for byte in range(256)]
 def _ogg_sealed(data: bytearray) -> bytearray:
     """Every page with the sum of what it holds now."""
     starts = [*_all(data, b"OggS"), len(data)]
-    for at, end in zip(starts, starts[1:], strict=False):
+    for at, end in itertools.pairwise(starts):
         if end - at >= 27:
             data[at + 22 : at + 26] = bytes(4)
             data[at + 22 : at + 26] = struct.pack("<I", _crc(bytes(data[at:end])))

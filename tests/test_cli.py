@@ -12,21 +12,10 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from typer.testing import CliRunner
-
-from mbcd_cli.cli import app
+from commands import run
 
 AV_DIGITS = Path(__file__).resolve().parents[2] / "shared" / "data" / "av-digits"
 SETS = [part for assignment in [*helpers.SMALL, "training.batch_size=4"] for part in ("--set", assignment)]
-
-
-def run(*arguments: object, code: int = 0):
-    """Run `mbcd` in this process; the result has stdout, stderr and, with --json, `.data`."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="mbcd")
-    assert result.exit_code == code, f"exit {result.exit_code}\n{result.stdout}\n{result.stderr}"
-    assert "Traceback" not in result.stderr
-    result.data = json.loads(result.stdout) if "--json" in arguments else None
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ class ModalityCache:
                 raise self._damaged(folder / "index.h5", error) from error
             lacks = "its settings are not those of this version" if isinstance(error, ValidationError) else str(error)
             raise OtherVersionError(folder, version, lacks.strip("'\"")) from error
-        except (OSError, *FOREIGN) as error:
+        except (OSError, RuntimeError, *FOREIGN) as error:
             raise self._damaged(folder / "index.h5", error) from error
         views = int(view.max(initial=TEST_VIEW)) + 1
         # _where[clip, view + 1] is the row of that view, -1 where it is not stored.

@@ -45,7 +45,6 @@ class Stages(nn.Module):
             parts = out if isinstance(out, tuple) else (out,)
         return parts
 
-
     def load_prepared(self, weights: Mapping[str, torch.Tensor], name: str) -> None:
         """Load what `prepare` stored beside the cache of the modality `name`.
 

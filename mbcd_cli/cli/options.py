@@ -17,6 +17,7 @@ import typer
 from typer.models import CommandInfo
 
 from mbcd_cli import console
+from mbcd_cli.cli.help import command_with
 from mbcd_cli.cli.outcome import finish, outcome
 from mbcd_cli.settings import ManifestSettings, MethodSettings, Settings
 
@@ -173,9 +174,8 @@ def command(
         parameters.sort(key=lambda p: p.default is not needed)
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        lines = "\n\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in examples)])
         help_names = {"help_option_names": ["-h", "--help"]}
-        return CommandInfo(function.__name__, callback=run, epilog=lines, context_settings=help_names)
+        return CommandInfo(function.__name__, cls=command_with(examples), callback=run, context_settings=help_names)
 
     return make
 

@@ -287,7 +287,7 @@ def _describe(problem: Mapping[str, object], layers: Sequence[Layer], tree: type
             hint = did_you_mean(value, choices).strip()
             message += f". {hint}" if hint else ""
     source = _source(loc, layers)
-    return f"{path}: {message}{given}{f' [from {_cut(source)}]' if source else ''}"
+    return f"{_cut(path)}: {message}{given}{f' [from {_cut(source)}]' if source else ''}"
 
 
 def _quoted(value: object) -> str:

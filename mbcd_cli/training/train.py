@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic takes no other before Python
 
 from mbcd_cli.data.loading import keep_on_device
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.errors import FOREIGN, CheckpointError, RunError, SettingsError
 from mbcd_cli.processes import ALONE, Group, joined
 from mbcd_cli.runs.folder import RunFolder, open_run
 from mbcd_cli.runtime import configure, peak_memory_mb
@@ -114,6 +114,7 @@ def train(
             group=group,
             say=say,
         )
+        _check_history(trainer.progress, settings, folder)
         _warn_of_unseen_classes(dataset, clips, held_out, say)
         _warn_of_long_memory(settings, trainer.total_steps, say)
         started, first = time.monotonic(), trainer.progress.step
@@ -150,6 +151,22 @@ def train(
             return summary
 
         return group.on_main(finish) or {}
+
+
+def _check_history(progress: Progress, settings: Settings, folder: RunFolder) -> None:
+    """Refuse, before any step, figures of earlier epochs that could not be summed up after the last.
+
+    Raises:
+        CheckpointError: they are such.
+    """
+    try:
+        if progress.history:
+            TypeAdapter(EpochAccuracy).validate_python(summarise(progress, settings=settings, run=folder.path)["last"])
+    except (ValidationError, *FOREIGN) as error:
+        raise CheckpointError(
+            f"{folder.last} does not fit this run: its figures are others ({type(error).__name__}).",
+            "Start anew with --overwrite.",
+        ) from error
 
 
 def _summary_of(folder: RunFolder) -> TrainingSummary | None:

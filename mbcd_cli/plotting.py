@@ -19,6 +19,9 @@ _FORMULA = re.compile(r"\$\w_k\$")  # a panel's figures
 SEQUENTIAL = "cividis"
 """Colour map for ordered values; readable with every kind of colour vision and in grey."""
 
+DPI = 130
+"""Pixels an inch."""
+
 matplotlib.rcdefaults()  # not what a file of the user's says: TeX, other fonts and sizes
 matplotlib.rcParams.update(
     {
@@ -59,7 +62,7 @@ def _as_written(fig: Figure) -> None:
             text.set_parse_math(False)
 
 
-def save(fig: Figure, path: Path, *, dpi: int = 130) -> Path:
+def save(fig: Figure, path: Path, *, dpi: int = DPI) -> Path:
     """Write `fig` tightly cropped (the format follows the suffix) aside, then rename it to `path`.
 
     Raises:

@@ -106,6 +106,7 @@ def test_resume_and_overwrite_rules(home):
     assert "--resume" in train(home, "one", code=1).stderr
     assert "contradict" in train(home, "one", "--resume", "--overwrite", code=2).stderr
     assert "optimizer.lr" in train(home, "one", "--resume", "--lr", 0.5, code=1).stderr
+    assert "from its beginning" in train(home, "one", "--resume", "--epochs", 6, code=1).stderr
     assert (home / "one/checkpoints/best.pt").read_bytes() == before
     train(home, "one", "--resume", "--json")  # finished: nothing to do
     assert (home / "one/checkpoints/best.pt").read_bytes() == before

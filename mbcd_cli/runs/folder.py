@@ -171,7 +171,8 @@ def _compare(path: Path, settings: Settings) -> None:
         if saved.get(key) != now.get(key) and role_of(key) in ("weights", "cache")
     ]
     if changed:
-        raise RunError(
-            f"The run in {path} has other settings:\n" + "\n".join(changed),
-            "Resume with the settings of the run, or start another one with --run.",
-        )
+        lengths = [key for key in ("training.epochs", "training.max_steps") if saved.get(key) != now.get(key)]
+        remedy = "Resume with the settings of the run, or start another one with --run."
+        if len(changed) == len(lengths):  # rates, averages and the choice of the epoch go by it
+            remedy = "A run has one length: train one of this length from its beginning, with --run or --overwrite."
+        raise RunError(f"The run in {path} has other settings:\n" + "\n".join(changed), remedy)

@@ -189,7 +189,7 @@ def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
         bottom.set(xlabel="confidence")
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("clips")
-    axes[0, 0].legend(loc="upper left", fontsize=7)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     fig.suptitle(title, fontsize=11)
     return save(fig, path)
 

@@ -281,3 +281,21 @@ def test_results_of_another_checkpoint_lie_beside_it(home):
     files = run("evaluate", "--checkpoint", home / "one/checkpoints/last.pt", "--json").data["files"]
     assert Path(files["results"]).parent == (home / "one/checkpoints/last-evaluation").resolve()
     assert (home / "one" / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["prepare", "manifest", "--root", "nowhere"], "nowhere: the dataset's root does not exist"),
+        (["train", "--dataset", "tini"], "Did you mean tiny?"),
+        (["train", "--dataset", "tiny", "--target-domain", "gama"], "Did you mean gamma?"),
+    ],
+)
+def test_wrong_names_are_told_before_torch_is_imported(home, line, told):
+    code = (
+        "import sys\nfrom mbcd_cli.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit as ended:\n    assert ended.code == 1\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *line], cwd=home, capture_output=True, text=True, check=True)
+    assert told in result.stderr

@@ -19,7 +19,8 @@ from typer.models import CommandInfo
 from mbcd_cli import console
 from mbcd_cli.cli.help import command_with
 from mbcd_cli.cli.outcome import finish, outcome
-from mbcd_cli.settings import ManifestSettings, MethodSettings, Settings
+from mbcd_cli.naming import name_faults
+from mbcd_cli.settings import CacheSettings, ManifestSettings, MethodSettings, Settings
 
 FLAGS = {
     "dataset.reader": "DATASET",
@@ -103,12 +104,40 @@ class Asked:
             resolve,
         )
 
+        settings = resolve(**self._sources(preset))
+        return named_dataset(settings, preset) if named else settings
+
+    def _sources(self, preset: str | None) -> dict[str, Any]:
         flags = dict(self.flags)
         method = flags.pop("method.name", None)
-        settings = resolve(
-            preset=preset, config=self.config, environ=os.environ, sets=self.sets, method=method, flags=flags
-        )
-        return named_dataset(settings, preset) if named else settings
+        return {
+            "preset": preset,
+            "config": self.config,
+            "environ": os.environ,
+            "sets": self.sets,
+            "method": method,
+            "flags": flags,
+        }
+
+    def look_up(self, preset: str | None) -> None:
+        """Refuse a dataset that is not prepared, and domains that it lacks, before anything slow is imported.
+
+        Raises:
+            CacheError, SettingsError: it is not, or lacks one.
+        """
+        from mbcd_cli.data.prepared import check_domains, check_prepared, stored_domains
+        from mbcd_cli.settings.merge import layers_of, stated
+
+        layers = layers_of(**self._sources(preset))
+        name = stated(layers, "dataset.name") or (preset and Path(preset).stem)
+        folder = stated(layers, "cache.dir") or CacheSettings().dir
+        if not isinstance(name, str) or not isinstance(folder, str | Path) or name_faults("dataset", name):
+            return  # who reads all settings says what is wrong
+        cache = Path(folder).expanduser()
+        check_prepared(cache, name)
+        target, known = stated(layers, "training.target_domain"), stored_domains(cache, name)
+        if known and isinstance(target, str) and target != "none":
+            check_domains(name, known, [target])
 
 
 _HANDED = ("asked", "show_settings")

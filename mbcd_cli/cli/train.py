@@ -63,6 +63,8 @@ def train(
     if resume and overwrite:
         raise UsageError("--resume and --overwrite contradict each other.", "Use one of them.")
     preset = dataset_preset(asked)
+    if not show_settings:
+        asked.look_up(preset)
     settings = asked.resolve(preset, named=True)
     if show_settings:
         return emit_settings(settings, as_json=asked.as_json)

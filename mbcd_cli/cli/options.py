@@ -126,7 +126,7 @@ class Asked:
         Raises:
             CacheError, SettingsError: it is not, or lacks one.
         """
-        from mbcd_cli.data.prepared import check_domains, check_prepared, stored_domains
+        from mbcd_cli.data.prepared import check_dataset, check_domains, stored_domains
         from mbcd_cli.settings.merge import layers_of, stated
 
         layers = layers_of(**self._sources(preset))
@@ -135,7 +135,7 @@ class Asked:
         if not isinstance(name, str) or not isinstance(folder, str | Path) or name_faults("dataset", name):
             return  # who reads all settings says what is wrong
         cache = Path(folder).expanduser()
-        check_prepared(cache, name)
+        check_dataset(cache, name)
         target, known = stated(layers, "training.target_domain"), stored_domains(cache, name)
         if known and isinstance(target, str) and target != "none":
             check_domains(name, known, [target])

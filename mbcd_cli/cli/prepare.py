@@ -12,9 +12,6 @@ import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Shown, command, emit_settings, preset_of
-from mbcd_cli.data.readers import READERS
-from mbcd_cli.data.readers.places import root_of
-from mbcd_cli.settings import DatasetSettings
 
 if TYPE_CHECKING:
     from mbcd_cli.preparation.prepare import Prepared
@@ -84,6 +81,10 @@ def prepare(
 
 def _look_up(reader: str, root: Path | None) -> None:
     """Refuse a root that is no folder before anything slow is imported; generated datasets make theirs."""
+    from mbcd_cli.data.readers import READERS
+    from mbcd_cli.data.readers.places import root_of
+    from mbcd_cli.settings import DatasetSettings
+
     entry = READERS.get(reader)
     if root is not None and entry is not None and not entry.generates:
         root_of(DatasetSettings(root=root))

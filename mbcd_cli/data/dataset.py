@@ -17,7 +17,7 @@ from mbcd_cli.data.cache import recipe_of
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError
 from mbcd_cli.data.online import OnlineViews
-from mbcd_cli.data.prepared import check_prepared
+from mbcd_cli.data.prepared import check_dataset
 from mbcd_cli.data.protocol import Read
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
@@ -213,7 +213,7 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
         CacheError: nothing prepared, a modality missing, or only stale caches; says what differs and what to run.
     """
     folder = settings.cache.dir / name
-    check_prepared(settings.cache.dir, name)
+    check_dataset(settings.cache.dir, name)
     found: dict[str, list[ModalityCache]] = {}
     foreign: dict[str, OtherVersionError] = {}
     for index in sorted(folder.glob("*/index.h5")):

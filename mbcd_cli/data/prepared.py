@@ -15,7 +15,7 @@ def prepared_datasets(cache: Path) -> list[str]:
     return sorted({path.parent.parent.name for path in cache.glob("*/*/index.h5")})
 
 
-def check_prepared(cache: Path, name: str) -> None:
+def check_dataset(cache: Path, name: str) -> None:
     """Refuse a dataset of which nothing is prepared.
 
     Raises:

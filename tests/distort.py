@@ -11,6 +11,7 @@ import copy
 import itertools
 import json
 import pickletools
+import shutil
 import struct
 import tomllib
 from collections.abc import Callable, Iterator
@@ -171,7 +172,9 @@ def _datasets(file: h5py.File) -> list[tuple[str, str | None]]:
 
 
 def hdf5_file(draw: Draw, path: Path) -> None:
-    with h5py.File(path, "r+") as file:
+    aside = path.with_suffix(".aside")  # what was opened before may still be open
+    shutil.copy(path, aside)
+    with h5py.File(aside, "r+") as file:
         name, attribute = draw(st.sampled_from(sorted(_datasets(file), key=str)))
         if attribute is not None:
             _attribute(draw, file[name].attrs, attribute)
@@ -184,12 +187,13 @@ def hdf5_file(draw: Draw, path: Path) -> None:
                 file.create_group(name)
         else:
             _dataset(draw, file, name)
+    aside.replace(path)
     checksums.seal(path)
 
 
 def _attribute(draw: Draw, attributes: h5py.AttributeManager, key: str) -> None:
     old = attributes[key]
-    if isinstance(old, str) and old[:1] in "{[" and draw(st.booleans()):
+    if isinstance(old, str) and old[:1] in ("{", "[") and draw(st.booleans()):
         attributes[key] = json.dumps(tree(draw, json.loads(old)))
         return
     value = draw(st.sampled_from([None, "", "x", "{}", "[]", "null", DEEP[:60_000], 0, -1, 2.5, [1, 2], b"\xff", "٣"]))

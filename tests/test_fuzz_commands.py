@@ -192,10 +192,12 @@ def test_any_command_line(home, kept, odd, tmp_path, monkeypatch, effort):
     @effort
     @given(data=st.data())
     def one(data):
-        line = drawn(data.draw, home, odd)
-        tried(line, data.draw(st.sampled_from([{}, {}, *ENVIRONMENTS])))
-        for snapshot in kept.values():
-            snapshot.restore()
+        try:
+            line = drawn(data.draw, home, odd)
+            tried(line, data.draw(st.sampled_from([{}, {}, *ENVIRONMENTS])))
+        finally:
+            for snapshot in kept.values():
+                snapshot.restore()
 
     one()
 

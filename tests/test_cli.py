@@ -299,3 +299,9 @@ def test_wrong_names_are_told_before_torch_is_imported(home, line, told):
     )
     result = subprocess.run([sys.executable, "-c", code, *line], cwd=home, capture_output=True, text=True, check=True)
     assert told in result.stderr
+
+
+def test_examples_of_the_help_can_be_copied():
+    shown = run("evaluate", "--help").stdout
+    assert "   mbcd evaluate --runs 'runs/av-digits/*' --output comparison\n" in shown
+    assert "<bool>" not in shown

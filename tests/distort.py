@@ -346,6 +346,8 @@ _WORDS = [0, 1, 2, 7, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x8000000
 def media_file(draw: Draw, path: Path) -> None:
     """A field of the header set to an extreme, a part gone, doubled, moved or cut; Ogg pages get their sums again."""
     data = bytearray(path.read_bytes())
+    if len(data) < 16:  # of an earlier damage
+        return
     there = [(data.find(name, at), name) for name in NAMES for at in _all(data, name)]
     what = draw(st.sampled_from(["field", "field", "field", "gone", "twice", "cut", "zeros", "swap", "name", "head"]))
     if not there or what == "head":

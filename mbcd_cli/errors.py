@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+FOREIGN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What reading raises where a file is whole, and its contents are not what is written into such a file."""
+
 
 class MbcdError(Exception):
     """A problem the user can mend; the command line prints it without a traceback and exits with 1.

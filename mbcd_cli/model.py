@@ -164,16 +164,16 @@ def build_model(
         tail_weights, trunk_weights: modality -> initial state dict, as `prepare` stored it beside the cache.
 
     Raises:
-        SettingsError: an unknown encoder or cut.
+        SettingsError: an unknown encoder or cut. CacheError: stored weights that do not fit.
     """
     tails, trunks = {}, {}
     for name, modality in modalities.items():
         trunk, tail = build_encoder(name, modality).cut(modality.cut, live=live_trunks)
         if tail_weights and name in tail_weights:
-            tail.load_state_dict(dict(tail_weights[name]))
+            tail.load_prepared(tail_weights[name], name)
         tails[name] = tail
         if live_trunks and trunk.names:
             if trunk_weights and name in trunk_weights:
-                trunk.load_state_dict(dict(trunk_weights[name]))
+                trunk.load_prepared(trunk_weights[name], name)
             trunks[name] = trunk
     return MultiModalModel(tails, settings=settings, classes=classes, trunks=trunks)

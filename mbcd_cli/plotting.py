@@ -18,6 +18,9 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 SEQUENTIAL = "cividis"
 """Colour map for ordered values; readable with every kind of colour vision and in grey."""
 
+DPI = 130
+"""Pixels an inch."""
+
 matplotlib.rcdefaults()  # not what a file of the user's says: TeX, other fonts and sizes
 matplotlib.rcParams.update(
     {
@@ -63,7 +66,7 @@ def _as_written(fig: Figure, formulas: Container[str]) -> None:
             text.set_parse_math(False)
 
 
-def save(fig: Figure, path: Path, *, formulas: Container[str] = ()) -> Path:
+def save(fig: Figure, path: Path, *, dpi: int = DPI, formulas: Container[str] = ()) -> Path:
     """Write `fig` tightly cropped (the format follows the suffix) aside, then rename it to `path`.
 
     Args:
@@ -78,5 +81,5 @@ def save(fig: Figure, path: Path, *, formulas: Container[str] = ()) -> Path:
     metadata = {".png": {"Software": None}, ".svg": {"Date": None}}.get(path.suffix)
     with written(path) as aside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a letter that the font lacks is a box
-        fig.savefig(aside, format=path.suffix[1:], dpi=130, bbox_inches="tight", metadata=metadata)
+        fig.savefig(aside, format=path.suffix[1:], dpi=dpi, bbox_inches="tight", metadata=metadata)
     return path

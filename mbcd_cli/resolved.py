@@ -82,7 +82,7 @@ def _reader(layers: Sequence[Mapping[str, object]]) -> dict[str, object]:
     return chosen
 
 
-def resolve(
+def layers_of(
     *,
     base: Layer | None = None,
     preset: str | None = None,
@@ -91,18 +91,15 @@ def resolve(
     sets: Sequence[str] = (),
     method: str | None = None,
     flags: Mapping[str, object] | None = None,
-) -> Settings:
-    """The settings that these sources give together; `flags` maps dotted paths to values, None being unset.
-
-    `base` lies below everything: a finished run's settings, for commands that read one.
+) -> list[Layer]:
+    """The layers that these sources (of `resolve`) are, the lowest first.
 
     Raises:
-        SettingsError: every problem of the merged tree in one message, each with the source of the value.
+        SettingsError: one of them cannot be read.
     """
     layers: list[Layer] = [] if base is None else [base]
     if preset is not None:
         layers.append(load_preset(preset))
-    of_preset = len(layers)
     if config is not None:
         layers.append(Layer(f"config {config}", read_toml(config, "config file")))
     if environ is not None:
@@ -113,6 +110,34 @@ def resolve(
     for path, value in (flags or {}).items():
         if value is not None:
             layers.append(Layer(flag_of(path), nest(path, value)))
+    return layers
+
+
+def stated(layers: Sequence[Layer], path: str) -> object:
+    """What the highest layer that speaks of a setting says, unchecked; None where none does."""
+    for layer in reversed(layers):
+        value: object = layer.values
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    return None
+
+
+def resolve(*, base: Layer | None = None, preset: str | None = None, **sources: Any) -> Settings:
+    """The settings that these sources give together.
+
+    Args:
+        base: below everything: a finished run's settings, for commands that read one.
+        preset: by name or path.
+        sources: `config` (a file), `environ`, `sets` (assignments), `method` (a name) and `flags` (dotted path ->
+            value, None being unset).
+
+    Raises:
+        SettingsError: every problem of the merged tree in one message, each with the source of the value.
+    """
+    layers = layers_of(base=base, preset=preset, **sources)
+    of_preset = (base is not None) + (preset is not None)
     merged = _merged([layer.values for layer in layers])
     name = _name_at(merged, "method")
     if base is None and name is not None and _at(merged, "training", "chassis") == "published":
@@ -283,7 +308,7 @@ def _describe(problem: Mapping[str, object], layers: Sequence[Layer], tree: type
             hint = did_you_mean(value, choices).strip()
             message += f". {hint}" if hint else ""
     source = _source(loc, layers)
-    return f"{path}: {message}{given}{f' [from {_cut(source)}]' if source else ''}"
+    return f"{_cut(path)}: {message}{given}{f' [from {_cut(source)}]' if source else ''}"
 
 
 def _quoted(value: object) -> str:

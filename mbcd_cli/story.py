@@ -69,7 +69,6 @@ def demo(
 
     runs: dict[str, Path] = {}
     results: dict[str, Any] = {}
-    checkpoints = {}
     for method in COMPARED:
         resolved, dataset = open_for_training(settings[method])
         runs[method] = directory / "runs" / run_name(resolved)
@@ -78,27 +77,27 @@ def demo(
         _train(resolved, dataset, runs[method], say)
         seconds[f"train {method}"] = time.monotonic() - started
 
+    opened = {}
     for method in COMPARED:
-        say(f"3/4 evaluate {method}")
+        opened[method] = open_checkpoints(run_checkpoints(runs[method]), config=None, sets=(), flags=here)
+    say("3/4 landscape: both methods on one scale")
+    started = time.monotonic()
+    resolved, dataset, _ = opened[COMPARED[-1]]
+    best = [(method, found[deployed_checkpoint(found)]) for method, (_, _, found) in opened.items()]
+    surfaces = measure.landscape(resolved, dataset, best, output=directory / "landscape", device=torch_device, say=say)
+    seconds["landscape"] = time.monotonic() - started
+
+    for method, (resolved, dataset, found) in opened.items():
+        say(f"4/4 evaluate {method}")
         started = time.monotonic()
-        files = run_checkpoints(runs[method])
-        opened, dataset, found = open_checkpoints(files, config=None, sets=(), flags=here)
-        results[method] = evaluate.evaluate(
-            opened, dataset, found, device=torch_device, run=runs[method], output=runs[method], say=say
-        )
-        checkpoints[method] = found[deployed_checkpoint(found)]
+        where = {"run": runs[method], "output": runs[method], "landscape": directory / "landscape"}
+        results[method] = evaluate.evaluate(resolved, dataset, found, device=torch_device, **where, say=say)
         seconds[f"evaluate {method}"] = time.monotonic() - started
 
-    say("4/4 landscape: both methods on one scale")
-    started = time.monotonic()
-    surfaces = measure.landscape(
-        opened, dataset, list(checkpoints.items()), output=directory / "landscape", device=torch_device, say=say
-    )
-    seconds["landscape"] = time.monotonic() - started
     return {
         "directory": str(directory),
-        "target_domain": opened.training.target_domain,
-        "modalities": list(opened.model.modalities),
+        "target_domain": resolved.training.target_domain,
+        "modalities": list(resolved.model.modalities),
         "runs": {method: str(path) for method, path in runs.items()},
         "target_accuracy": {m: results[m]["headline"]["top1"] for m in COMPARED},
         "source_accuracy": {m: _source_accuracy(results[m]) for m in COMPARED},

@@ -12,21 +12,10 @@ from pathlib import Path
 import helpers
 import pytest
 import torch
-from typer.testing import CliRunner
-
-from mbcd_cli.cli import app
+from commands import run
 
 AV_DIGITS = Path(__file__).resolve().parents[2] / "shared" / "data" / "av-digits"
 SETS = [part for assignment in [*helpers.SMALL, "training.batch_size=4"] for part in ("--set", assignment)]
-
-
-def run(*arguments: object, code: int = 0):
-    """Run `mbcd` in this process; the result has stdout, stderr and, with --json, `.data`."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="mbcd")
-    assert result.exit_code == code, f"exit {result.exit_code}\n{result.stdout}\n{result.stderr}"
-    assert "Traceback" not in result.stderr
-    result.data = json.loads(result.stdout) if "--json" in arguments else None
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +106,7 @@ def test_resume_and_overwrite_rules(home):
     assert "--resume" in train(home, "one", code=1).stderr
     assert "contradict" in train(home, "one", "--resume", "--overwrite", code=2).stderr
     assert "optimizer.lr" in train(home, "one", "--resume", "--lr", 0.5, code=1).stderr
+    assert "from its beginning" in train(home, "one", "--resume", "--epochs", 6, code=1).stderr
     assert (home / "one/checkpoints/best.pt").read_bytes() == before
     train(home, "one", "--resume", "--json")  # finished: nothing to do
     assert (home / "one/checkpoints/best.pt").read_bytes() == before
@@ -292,3 +282,27 @@ def test_results_of_another_checkpoint_lie_beside_it(home):
     files = run("evaluate", "--checkpoint", home / "one/checkpoints/last.pt", "--json").data["files"]
     assert Path(files["results"]).parent == (home / "one/checkpoints/last-evaluation").resolve()
     assert (home / "one" / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (["prepare", "manifest", "--root", "nowhere"], "nowhere: the dataset's root does not exist"),
+        (["train", "--dataset", "tini"], "Did you mean tiny?"),
+        (["train", "--dataset", "tiny", "--target-domain", "gama"], "Did you mean gamma?"),
+    ],
+)
+def test_wrong_names_are_told_before_torch_is_imported(home, line, told):
+    code = (
+        "import sys\nfrom mbcd_cli.cli import app\n"
+        "try:\n    app(sys.argv[1:])\nexcept SystemExit as ended:\n    assert ended.code == 1\n"
+        "assert 'torch' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *line], cwd=home, capture_output=True, text=True, check=True)
+    assert told in result.stderr
+
+
+def test_examples_of_the_help_can_be_copied():
+    shown = run("evaluate", "--help").stdout
+    assert "   mbcd evaluate --runs 'runs/av-digits/*' --output comparison\n" in shown
+    assert "<bool>" not in shown

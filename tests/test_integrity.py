@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from pathlib import Path
 
 import damage
 import h5py
-import helpers
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
+from commands import run, settings_for
 
 from mbcd_cli import checksums
-from mbcd_cli.cli import app
 from mbcd_cli.data.cache import shard_path
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.errors import CacheError, MbcdError
@@ -24,40 +21,7 @@ from mbcd_cli.files import read_json, write_json, written, written_hdf5
 from mbcd_cli.integrity import examine
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.preparation.repair import repair
-from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.checkpoint import load_checkpoint
-
-CUTS = ("modalities.video.cut=layer3", "cache.random_weights=true")
-
-
-def run(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="mbcd")
-    assert result.exit_code == code, f"exit {result.exit_code}\n{result.stdout}\n{result.stderr}"
-    assert "Unexpected" not in result.stderr
-    return json.loads(result.stdout) if "--json" in arguments else result
-
-
-def settings_for(root: Path, cache: Path, *sets: str):
-    return resolve(sets=[*helpers.SMALL, *CUTS, *sets], flags={"dataset.root": root, "cache.dir": cache})
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """Media, their cache (one modality behind a trunk), a finished and evaluated run, a landscape."""
-    home = tmp_path_factory.mktemp("home")
-    root = helpers.write_dataset(home / "tiny", domains=("alpha", "beta", "gamma"))
-    prepare(settings_for(root, home / "cache"))
-    sets = [part for one in (*helpers.SMALL, *CUTS, "training.batch_size=4") for part in ("--set", one)]
-    run(
-        *("train", "--dataset", "tiny", "--target-domain", "gamma", "--cache-dir", home / "cache"),
-        *("--run", home / "run", "--epochs", 2, *sets),
-    )
-    run("evaluate", "--run", home / "run")
-    run(
-        *("landscape", "--checkpoint", home / "run/checkpoints/best.pt", "--output", home / "landscape"),
-        *("--set", "landscape.points=3", "--set", "landscape.analyses=['surface']"),
-    )
-    return home
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +33,6 @@ def earlier(home, tmp_path_factory) -> dict[Path, bytes]:
     prepare(settings_for(home / "tiny", cache := tmp_path_factory.mktemp("earlier")))
     before.restore()
     return {home / "cache" / path.relative_to(cache): data for path, data in damage.Snapshot.of(cache).files.items()}
-
-
-@pytest.fixture
-def kept(home):
-    """The folders as they are, brought back afterwards."""
-    snapshots = {name: damage.Snapshot.of(home / name) for name in ("cache", "run", "landscape", "tiny")}
-    yield snapshots
-    for snapshot in snapshots.values():
-        snapshot.restore()
 
 
 def dataset_of(home: Path, *sets: str):
@@ -131,8 +86,8 @@ def test_what_commands_leave_is_whole(home):
     root = found.roots[next(iter((home / "cache/tiny").glob("video-*")))]
     assert results["provenance"]["video cache, root checksum"] == root
     table = run("verify", home / "cache", home / "run", "--json")
-    assert table["exit_code"] == 0
-    assert table["paths"][str(home / "cache")]["bytes"] > 0
+    assert table.data["exit_code"] == 0
+    assert table.data["paths"][str(home / "cache")]["bytes"] > 0
 
 
 def test_the_root_is_of_the_bytes_not_of_the_time(home, tmp_path):
@@ -177,7 +132,7 @@ def test_repair_brings_every_part_of_a_cache_back(home, kept):
     for file in [file for folder in folders for file in sorted(folder.iterdir()) if file.name != ".lock"]:
         for spoil in (lambda p: p.write_bytes(b"torn"), Path.unlink):
             spoil(file)
-            assert run("verify", home / "cache", "--json", code=1)["exit_code"] == 1
+            assert run("verify", home / "cache", "--json", code=1).data["exit_code"] == 1
             run("repair", home / "cache", "--json")
             assert [path for path in kept["cache"].differs() if path.name not in ("index.h5", "prepare.toml")] == []
             assert not examine(home / "cache").faults

@@ -12,6 +12,7 @@ import pytest
 
 from mbcd_cli import plotting
 from mbcd_cli.evaluation.report import plots
+from mbcd_cli.training import curves
 
 NAMES = ["Ba$$in", "_lab", "漢字"]
 
@@ -52,3 +53,15 @@ def test_a_notebooks_backend_and_settings_are_not_inherited(tmp_path, backend):
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("mbcd ")
+
+
+def test_records_cut_short_by_an_epochs_end_are_joined():
+    """Means over as many steps each, weighted by them: nothing jumps where an epoch ends."""
+    records = [
+        {"step": step, "epoch": epoch, "steps": steps, "total": total, "modalities": {"a": {"p": total / 10}}}
+        for step, epoch, steps, total in ((10, 1, 10, 5.0), (14, 1, 4, 1.0), (20, 2, 6, 2.0), (28, 2, 8, 3.0))
+    ]
+    evened = curves._evened(records)
+    assert [(record["step"], record["steps"]) for record in evened] == [(10, 10), (20, 10), (28, 8)]
+    assert evened[1]["total"] == pytest.approx(1.6)
+    assert evened[1]["modalities"]["a"]["p"] == pytest.approx(0.16)

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from typer.main import get_command_from_info
 
 from mbcd_cli import __version__
+from mbcd_cli.cli.help import Switches
 
 _MARKUP = "rich"
 
@@ -35,7 +36,7 @@ class _Commands(Mapping):
         return len(self.names)
 
 
-class _Group(TyperGroup):
+class _Group(Switches, TyperGroup):
     def __init__(self, **attributes: object) -> None:
         super().__init__(**attributes)
         self.commands = _Commands()

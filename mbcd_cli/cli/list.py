@@ -63,7 +63,8 @@ def _purpose(name: str) -> str:
 
 
 def _datasets(cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
-    from mbcd_cli.data.dataset import ModalityCache, prepared_datasets
+    from mbcd_cli.data.modality_cache import ModalityCache
+    from mbcd_cli.data.prepared import prepared_datasets
     from mbcd_cli.data.readers import GROUP, READERS, ReaderEntry
 
     entries = summaries_of(GROUP, READERS, ReaderEntry)

@@ -17,8 +17,11 @@ import typer
 from typer.models import CommandInfo
 
 from mbcd_cli import console
+from mbcd_cli.cli.help import command_with
 from mbcd_cli.cli.outcome import finish, outcome
-from mbcd_cli.settings import FLAGS, ManifestSettings, MethodSettings, Settings
+from mbcd_cli.files import unwritable
+from mbcd_cli.naming import name_faults
+from mbcd_cli.settings import FLAGS, CacheSettings, ManifestSettings, MethodSettings, Settings
 
 COMMON = ("cache.dir", "runtime.device", "runtime.threads")
 """Settings whose flags every layered command has."""
@@ -77,12 +80,40 @@ class Asked:
             resolve,
         )
 
+        settings = resolve(**self._sources(preset))
+        return named_dataset(settings, preset) if named else settings
+
+    def _sources(self, preset: str | None) -> dict[str, Any]:
         flags = dict(self.flags)
         method = flags.pop("method.name", None)
-        settings = resolve(
-            preset=preset, config=self.config, environ=os.environ, sets=self.sets, method=method, flags=flags
-        )
-        return named_dataset(settings, preset) if named else settings
+        return {
+            "preset": preset,
+            "config": self.config,
+            "environ": os.environ,
+            "sets": self.sets,
+            "method": method,
+            "flags": flags,
+        }
+
+    def look_up(self, preset: str | None) -> None:
+        """Refuse a dataset that is not prepared, and domains that it lacks, before anything slow is imported.
+
+        Raises:
+            CacheError, SettingsError: it is not, or lacks one.
+        """
+        from mbcd_cli.data.prepared import check_dataset, check_domains, stored_domains
+        from mbcd_cli.resolved import layers_of, stated
+
+        layers = layers_of(**self._sources(preset))
+        name = stated(layers, "dataset.name") or (preset and Path(preset).stem)
+        folder = stated(layers, "cache.dir") or CacheSettings().dir
+        if not isinstance(name, str) or not isinstance(folder, str | Path) or name_faults("dataset", name):
+            return  # who reads all settings says what is wrong
+        cache = Path(folder).expanduser()
+        check_dataset(cache, name)
+        target, known = stated(layers, "training.target_domain"), stored_domains(cache, name)
+        if known and isinstance(target, str) and target != "none":
+            check_domains(name, known, [target])
 
 
 _HANDED = ("asked", "show_settings")
@@ -126,6 +157,7 @@ def command(
             )
             console.tables_folder = given.pop("csv_")
             with outcome(as_json=asked.as_json, debug=debug):
+                _make(console.tables_folder)
                 shown = function(asked, **given)
                 if shown is not None:
                     finish(*shown, as_json=asked.as_json)
@@ -148,11 +180,19 @@ def command(
         parameters.sort(key=lambda p: p.default is not needed)
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        lines = "\n\n".join(["[bold]Examples[/bold]", *(f"  {line}" for line in examples)])
         help_names = {"help_option_names": ["-h", "--help"]}
-        return CommandInfo(function.__name__, callback=run, epilog=lines, context_settings=help_names)
+        return CommandInfo(function.__name__, cls=command_with(examples), callback=run, context_settings=help_names)
 
     return make
+
+
+def _make(folder: Path | None) -> None:
+    """The folder of --csv, made before the work whose tables it is for."""
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error, place="--csv") from error
 
 
 def _at_home(value: object) -> object:

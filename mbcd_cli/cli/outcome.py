@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import warnings
@@ -52,6 +53,9 @@ def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
+        if str(error).startswith("Symlink loop"):  # of `Path.resolve`, before Python 3.13
+            _refuse(*_of_the_machine(OSError(errno.ELOOP, str(error))), as_json=as_json)
+            raise typer.Exit(1) from error
         if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # torch's
             _refuse(*_of_the_machine(MemoryError()), as_json=as_json)
             raise typer.Exit(1) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,6 +60,8 @@ def prepare(
     preset = preset_of(asked, *(named if asked.config is None else ()))
     if preset is not None and asked.preset is None:
         console.say(f"Using preset {preset} (--preset none for the bare defaults).")
+    if not show_settings:
+        _look_up(asked.flags["dataset.reader"], root)
     settings = asked.resolve(preset)
     if show_settings:
         return emit_settings(settings, as_json=asked.as_json)
@@ -74,6 +77,17 @@ def prepare(
     if not result:  # rank 0 of several processes tells
         return None
     return result, partial(show_prepared, result, preset=preset, repeat=_repeated(asked, layered=bool(preset)))
+
+
+def _look_up(reader: str, root: Path | None) -> None:
+    """Refuse a root that is no folder before anything slow is imported; generated datasets make theirs."""
+    from mbcd_cli.data.readers import READERS
+    from mbcd_cli.data.readers.places import root_of
+    from mbcd_cli.settings import DatasetSettings
+
+    entry = READERS.get(reader)
+    if root is not None and entry is not None and not entry.generates:
+        root_of(DatasetSettings(root=root))
 
 
 _MEANT = ("dataset.name", "cache.views", "dataset.missing_frames")

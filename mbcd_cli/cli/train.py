@@ -63,6 +63,8 @@ def train(
     if resume and overwrite:
         raise UsageError("--resume and --overwrite contradict each other.", "Use one of them.")
     preset = dataset_preset(asked)
+    if not show_settings:
+        asked.look_up(preset)
     settings = asked.resolve(preset, named=True)
     if show_settings:
         return emit_settings(settings, as_json=asked.as_json)
@@ -85,18 +87,18 @@ def train(
 def show_training(summary: TrainingSummary) -> None:
     """Print what `train` returned and what to run next."""
     best, last, oracle = summary["best"], summary["last"], summary.get("oracle")
-    heads = list(best["validation_unimodal"])
+    target, heads = summary["target_domain"], list(best["validation_unimodal"])
     rows = []
     for label, record in (("best", best), ("last", last), ("oracle: chosen on the target", oracle)):
         if record is None:
             continue
         label += " (deployed)" if label == summary["tested"] else ""
         row = [label, record["epoch"], f"{100 * record['validation']:.1f}"]
-        if "target" in record:
-            unimodal = [f"{100 * record['target_unimodal'][head]:.1f}" for head in heads]
-            row += [f"{100 * record['target']:.1f}", *unimodal]
+        if target:
+            known = record.get("target_unimodal", {})
+            figures = [record.get("target"), *(known.get(head) for head in heads)]
+            row += ["" if figure is None else f"{100 * figure:.1f}" for figure in figures]
         rows.append(row)
-    target = summary["target_domain"]
     columns = ["epoch of the " + summary["deployed"], "epoch", "validation"]
     if target:
         columns += [f"{target} fused", *(f"{target} {head}" for head in heads)]

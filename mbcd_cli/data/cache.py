@@ -37,7 +37,7 @@ from mbcd_cli.data.media.timeline import DECODER
 from mbcd_cli.data.modalities.modality import Modality, each_file
 from mbcd_cli.data.ranks import partial_is_ours
 from mbcd_cli.data.records import TEST_VIEW, Rejected
-from mbcd_cli.errors import CacheError
+from mbcd_cli.errors import FOREIGN, CacheError
 from mbcd_cli.files import open_hdf5, remove_partial, written_hdf5
 from mbcd_cli.processes import ALONE, Place
 from mbcd_cli.settings import Settings, fields_for
@@ -191,7 +191,7 @@ def is_done(folder: Path, number: int, span: range, clips: Clips, name: str) -> 
                 return False
             known = json.loads(file.attrs["conditions"])
             return known == _conditions(clips, span, name, read_rejected(file), read_mended(file))
-    except (OSError, KeyError, ValueError):
+    except (OSError, RuntimeError, *FOREIGN):
         return False
 
 

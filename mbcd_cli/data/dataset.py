@@ -17,6 +17,7 @@ from mbcd_cli.data.cache import recipe_of
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError
 from mbcd_cli.data.online import OnlineViews
+from mbcd_cli.data.prepared import check_dataset
 from mbcd_cli.data.protocol import Read
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
@@ -200,11 +201,6 @@ class CachedDataset:
                 )
 
 
-def prepared_datasets(cache: Path) -> list[str]:
-    """Names of the datasets that have a complete cache under `cache`."""
-    return sorted({path.parent.parent.name for path in cache.glob("*/*/index.h5")})
-
-
 def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = ()) -> CachedDataset:
     """The prepared dataset `name` that matches `settings`.
 
@@ -220,13 +216,7 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
         CacheError: nothing prepared, a modality missing, or only stale caches; says what differs and what to run.
     """
     folder = settings.cache.dir / name
-    known = prepared_datasets(settings.cache.dir)
-    if name not in known:
-        have = f"Prepared so far: {', '.join(known)}." if known else "Nothing is prepared there yet."
-        raise CacheError(
-            f"There is no cache of dataset {name!r} in {settings.cache.dir}.",
-            f"{did_you_mean(name, known)}{have} Run `mbcd prepare` first, or name the folder with --cache-dir.",
-        )
+    check_dataset(settings.cache.dir, name)
     found: dict[str, list[ModalityCache]] = {}
     foreign: dict[str, OtherVersionError] = {}
     for index in sorted(folder.glob("*/index.h5")):

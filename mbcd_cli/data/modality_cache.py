@@ -23,7 +23,7 @@ from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.quantise import restore
 from mbcd_cli.data.records import SPLITS, TEST_VIEW
-from mbcd_cli.errors import CacheError
+from mbcd_cli.errors import FOREIGN, CacheError
 from mbcd_cli.files import open_hdf5
 
 Verify = Literal["first", "always", "off"]
@@ -155,7 +155,7 @@ class ModalityCache:
                 raise self._damaged(folder / "index.h5", error) from error
             lacks = "its settings are not those of this version" if isinstance(error, ValidationError) else str(error)
             raise OtherVersionError(folder, version, lacks.strip("'\"")) from error
-        except (OSError, ValueError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        except (OSError, RuntimeError, *FOREIGN) as error:
             raise self._damaged(folder / "index.h5", error) from error
         views = int(view.max(initial=TEST_VIEW)) + 1
         # _where[clip, view + 1] is the row of that view, -1 where it is not stored.
@@ -240,6 +240,10 @@ class ModalityCache:
                     key = f"{group}/part{index}_scale"
                     scales = file[key][()] if key in file else None
                     sums = file[f"{group}/part{index}_sum"][()]
+                    if data.dtype.kind not in "fiu" or not len(data.shape) or np.shape(sums) != data.shape[:1]:
+                        raise checksums.DamagedError("it holds other arrays than rows of numbers and their checksums")
+                    if scales is not None and (np.ndim(scales) != 2 or len(scales) != len(data)):
+                        raise checksums.DamagedError("its scales are not those of its rows")
                     offset = data.id.get_offset()
                     if offset is None or data.chunks is not None:
                         parts.append(_Part(data, scales, sums))  # compressed, or empty
@@ -251,7 +255,7 @@ class ModalityCache:
                     parts.append(_Part(mapped, scales, sums))
                 if all(isinstance(part.rows, np.ndarray) for part in parts):
                     file.close()
-            except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+            except (OSError, RuntimeError, *FOREIGN) as error:
                 raise self._damaged(path, error) from error
             self._maps[number, group] = parts
         return self._maps[number, group]
@@ -275,9 +279,12 @@ class ModalityCache:
             source = self._shard_parts(int(self._shard[row]), group)
             out = out or [np.empty((len(rows), *part.shape), part.dtype) for part in source]
             at = int(self._row[row])
-            if any(at >= min(len(part.rows), len(part.sums)) for part in source):
+            if any(at >= len(part.sums) for part in source):
                 path = shard_path(self.folder, int(self._shard[row]))
                 raise self._damaged(path, f"it has no row {at}")
+            if [(part.shape, part.dtype) for part in source] != [(array.shape[1:], array.dtype) for array in out]:
+                path = shard_path(self.folder, int(self._shard[row]))
+                raise self._damaged(path, "its rows are of another shape or type than those before")
             unknown = self._verify != "off" and not (self._seen[row] and self._verify == "first")
             for part, target in zip(source, out, strict=True):
                 stored = part.rows[at]

@@ -212,7 +212,8 @@ def translate(
     """
     public = PUBLIC.get(encoder_name)
     if public is None:
-        return dict(keys), [], []
+        ours = {key: value for key, value in keys.items() if isinstance(value, torch.Tensor)}
+        return ours, [], [key for key in keys if key not in ours]
     prefixed = any(key.startswith(public.prefix) for key in keys)
     ours: dict[str, torch.Tensor] = {}
     ignored: list[str] = []
@@ -269,5 +270,8 @@ def load_pretrained(encoder: StagedEncoder, encoder_name: str, file: Path, *, sh
             + "\n  ".join(problems),
             f"Published weights: {PUBLIC[encoder_name].file}." if encoder_name in PUBLIC else "",
         )
-    encoder.stages.load_state_dict(ours, strict=False)
+    try:
+        encoder.stages.load_state_dict(ours, strict=False)
+    except RuntimeError as error:  # of another layout or type
+        raise CheckpointError(f"{file}: {str(error).splitlines()[-1].strip()}", "Download it again.") from error
     return Report(sha256=digest, loaded=len(ours), ignored=tuple(ignored))

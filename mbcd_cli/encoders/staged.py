@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbcd_cli.data.records import Parts
-from mbcd_cli.errors import SettingsError
+from mbcd_cli.errors import FOREIGN, CacheError, SettingsError
 
 Noise = Callable[[Parts], Parts]
 TOGETHER = 16
@@ -44,6 +44,21 @@ class Stages(nn.Module):
             out = getattr(self, name)(parts[0] if len(parts) == 1 else parts)
             parts = out if isinstance(out, tuple) else (out,)
         return parts
+
+    def load_prepared(self, weights: Mapping[str, torch.Tensor], name: str) -> None:
+        """Load what `prepare` stored beside the cache of the modality `name`.
+
+        Raises:
+            CacheError: those are other weights' names or shapes.
+        """
+        try:
+            self.load_state_dict(dict(weights))
+        except (RuntimeError, *FOREIGN) as error:
+            raise CacheError(
+                f"The weights stored with the cache of {name} do not fit its encoder: "
+                f"{str(error).splitlines()[-1].strip()}",
+                "Delete that cache and run `mbcd prepare` again.",
+            ) from error
 
 
 class Trunk(Stages):

@@ -39,6 +39,7 @@ def evaluate(
     run: Path | None,
     output: Path,
     ood: Dataset | None = None,
+    landscape: Path | None = None,
     say: Say = SILENT,
 ) -> dict[str, Any]:
     """Evaluate `checkpoints` (best / last -> checkpoint) and write everything under `output`.
@@ -51,6 +52,7 @@ def evaluate(
         run: the run folder, for its accuracy per epoch; None takes what the checkpoint remembers.
         output: folder for results.json, report.html, plots/ and evaluation/ (usually the run folder).
         ood: another prepared dataset, for out-of-distribution detection.
+        landscape: folder of landscape plots that the report shows; by default the run's.
 
     Returns:
         What results.json holds, and `files`: name -> path of everything written.
@@ -90,7 +92,7 @@ def evaluate(
         figures["provenance"] = provenance(dataset, checkpoints, device)
         files = dict(analysis.files)
         if settings.evaluation.report:
-            shown = {"files": analysis.files, "run": run, "skip": earlier(output)}
+            shown = {"files": analysis.files, "run": run, "landscape": landscape, "skip": earlier(output)}
             files["report"] = write_report(aside / "report.html", figures, settings=to_toml(settings), **shown)
         ours = {name: path.relative_to(aside) for name, path in files.items() if path.is_relative_to(aside)}
         sums = {path.as_posix(): of_file(aside / path) for path in ours.values()}

@@ -12,14 +12,14 @@ import torch
 
 from mbcd_cli import checksums
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import CheckpointError, SettingsError
+from mbcd_cli.errors import FOREIGN, CheckpointError, SettingsError
 from mbcd_cli.files import remove, write_json
 from mbcd_cli.landscape import analyses, drawing
 from mbcd_cli.landscape.analyses import Measured, Study
 from mbcd_cli.landscape.bench import Bench
 from mbcd_cli.landscape.connections import run_path, run_plane, run_trajectory
 from mbcd_cli.landscape.curvature import run_curvature
-from mbcd_cli.landscape.store import load_arrays, read_grid
+from mbcd_cli.landscape.store import StoreError, load_arrays, read_grid
 from mbcd_cli.processes import joined
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.runs.names import REPEATED
@@ -120,10 +120,16 @@ def redraw(output: Path) -> dict[str, Any]:
         StoreError: a file is damaged.
     """
     output = Path(output)
-    found = _found(output)
-    if not any(found.values()):
+    try:
+        found = _found(output)
+        drawn = _draw(found, output) if any(found.values()) else None
+    except FOREIGN as error:
+        raise StoreError(
+            f"{output}: its files cannot be drawn ({type(error).__name__}: {error}).", "Remove them and measure anew."
+        ) from error
+    if drawn is None:
         raise SettingsError(f"There is nothing to draw in {output}.", "Run `mbcd landscape` without --plot-only first.")
-    return {"checkpoints": {}, "files": _draw(found, output), "rank": 0}
+    return {"checkpoints": {}, "files": drawn, "rank": 0}
 
 
 def _measure(

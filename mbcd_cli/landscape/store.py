@@ -19,13 +19,16 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mbcd_cli import checksums
-from mbcd_cli.errors import MbcdError
+from mbcd_cli.errors import FOREIGN, MbcdError
 from mbcd_cli.files import flatten, lock, open_hdf5, remove, remove_partial, written_hdf5
+
+if TYPE_CHECKING:
+    import h5py
 
 GRID_FORMAT = "mbcd-surface-1"
 ARRAYS_FORMAT = "mbcd-arrays-1"
@@ -92,10 +95,13 @@ def _replay(path: Path, identity: Mapping[str, object]) -> list[tuple[float, flo
         text, _, check = line.decode(errors="replace").rpartition(" ")
         if _line(text) != line + b"\n" or not check:
             break
-        if number == 0:
-            _same_identity(path, json.loads(text), identity)
-            continue
-        x, y, loss, accuracy = (float.fromhex(part) for part in text.split())
+        try:
+            if number == 0:
+                _same_identity(path, json.loads(text), identity)
+                continue
+            x, y, loss, accuracy = (float.fromhex(part) for part in text.split())
+        except FOREIGN as error:
+            raise _damaged(path, error) from error
         points.append((x, y, loss, accuracy))
     return points
 
@@ -120,8 +126,7 @@ def _load(path: Path) -> Grid:
     try:
         checksums.verified(path)
         with open_hdf5(path) as file:
-            if file.attrs.get("format") != GRID_FORMAT:
-                raise _damaged(path, f"its format is {file.attrs.get('format')!r}, not {GRID_FORMAT!r}")
+            _check_format(file, GRID_FORMAT)
             marks = file["marks"]
             grid = Grid(
                 path=path,
@@ -136,12 +141,45 @@ def _load(path: Path) -> Grid:
                 marks=marks[()],
                 mark_labels=tuple(json.loads(marks.attrs["labels"])),
             )
-    except (OSError, KeyError, ValueError, TypeError) as error:
+        _check(grid)
+    except (OSError, *FOREIGN) as error:
         raise _damaged(path, error) from error
-    shape = (len(grid.y), len(grid.x))
-    if not (grid.loss.shape == grid.accuracy.shape == grid.computed.shape == shape) or grid.points.shape[1:] != (4,):
-        raise _damaged(path, "its arrays do not fit together")
     return grid
+
+
+def _check_format(file: h5py.File, wanted: str) -> None:
+    found = file.attrs.get("format")
+    if not isinstance(found, str) or found != wanted:
+        raise ValueError(f"its format is {str(found)[:40]!r}, not {wanted!r}")
+
+
+def _check(grid: Grid) -> None:
+    """Refuse arrays that do not fit together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    table = (len(grid.y), len(grid.x))
+    shapes = {
+        "x": table[1:],
+        "y": table[:1],
+        "loss": table,
+        "accuracy": table,
+        "computed": table,
+        "points": (len(grid.points), 4),
+        "marks": (len(grid.mark_labels), 2),
+    }
+    for name, shape in shapes.items():
+        values = getattr(grid, name)
+        kind = "b" if name == "computed" else "f"
+        if not isinstance(values, np.ndarray) or values.dtype.kind != kind or values.shape != shape:
+            raise ValueError(f"its {name} is no array {list(shape)} of {'truth values' if kind == 'b' else 'floats'}")
+    if not (np.isfinite(grid.x).all() and np.isfinite(grid.y).all() and np.isfinite(grid.marks).all()):
+        raise ValueError("its axes or marks are not finite")
+    if not (isinstance(grid.identity, dict) and isinstance(grid.about, dict)):
+        raise ValueError("what it was measured on is not told")
+    if not all(isinstance(label, str) for label in grid.mark_labels):
+        raise ValueError("its labels are no texts")
 
 
 def _arrange(
@@ -342,10 +380,9 @@ def load_arrays(
     try:
         checksums.verified(path)
         with open_hdf5(path) as file:
-            if file.attrs.get("format") != ARRAYS_FORMAT:
-                raise _damaged(path, f"its format is {file.attrs.get('format')!r}, not {ARRAYS_FORMAT!r}")
+            _check_format(file, ARRAYS_FORMAT)
             if identity is not None:
                 _same_identity(path, json.loads(file.attrs["identity"]), identity)
             return {name: file[name][()] for name in file}, json.loads(file.attrs["about"])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, *FOREIGN) as error:
         raise _damaged(path, error) from error

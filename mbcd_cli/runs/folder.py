@@ -166,7 +166,7 @@ def _compare(path: Path, settings: Settings) -> None:
         raise RunError(f"{path / SETTINGS} cannot be read: {error.message}", "Start anew with --overwrite.") from error
     if differences := changed(saved, settings):
         lines = [f"  {name}: was {before}, now {after}" for name, (before, after) in differences.items()]
-        raise RunError(
-            f"The run in {path} has other settings:\n" + "\n".join(lines),
-            "Resume with the settings of the run, or start another one with --run.",
-        )
+        remedy = "Resume with the settings of the run, or start another one with --run."
+        if differences.keys() <= {"training.epochs", "training.max_steps"}:  # rates, averages, the epoch go by it
+            remedy = "A run has one length: train one of this length from its beginning, with --run or --overwrite."
+        raise RunError(f"The run in {path} has other settings:\n" + "\n".join(lines), remedy)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mbcd_cli.data.dataset import PREPARED, CachedDataset, as_prepared, open_dataset
+from mbcd_cli.data.prepared import check_domains
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import CacheError, CheckpointError, SettingsError
-from mbcd_cli.naming import did_you_mean
 from mbcd_cli.resolved import changed, load_settings, resolve
 from mbcd_cli.runs.checkpoint import Checkpoint, load_checkpoint
 from mbcd_cli.runs.names import run_of
@@ -40,12 +40,7 @@ def open_for_training(settings: Settings, opened: CachedDataset | None = None) -
     domains = list(settings.dataset.domains or dataset.domains)
     target = settings.training.target_domain
     sources = list(settings.training.source_domains) or [domain for domain in domains if domain != target]
-    unknown = [domain for domain in (*sources, *([target] if target else [])) if domain not in dataset.domains]
-    if unknown:
-        raise SettingsError(
-            f"Dataset {name} has no domain {', '.join(map(repr, unknown))}.",
-            f"{did_you_mean(unknown[0], dataset.domains)}Its domains are {', '.join(dataset.domains)}.",
-        )
+    check_domains(name, dataset.domains, (*sources, target))
     if not sources:
         raise SettingsError("No source domain is left to train on.", "Name them with --source-domains.")
     for domain in sources:

@@ -20,7 +20,7 @@ def attach_trunks(settings: Settings, dataset: Dataset, *, device: torch.device,
     as it was.
 
     Raises:
-        CacheError: the trunk's weights, which `prepare` stored, cannot be read.
+        CacheError: the trunk's weights, which `prepare` stored, cannot be read, or do not fit.
     """
     online = dataset.online
     if online is None:
@@ -35,7 +35,7 @@ def attach_trunks(settings: Settings, dataset: Dataset, *, device: torch.device,
         modality = dataset.modalities[name]
         with torch.random.fork_rng(devices=[]):
             trunk, _ = build_encoder(name, modality).cut(modality.cut)
-        trunk.load_state_dict(cache.weights("trunk.pt"))
+        trunk.load_prepared(cache.weights("trunk.pt"), name)
         online.trunks[name] = _runner(trunk.to(device), device)
 
 

@@ -56,6 +56,8 @@ def read_toml(path: Path, what: str) -> dict[str, object]:
         SettingsError: the file is missing, unreadable or not TOML.
     """
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise SettingsError(f"{what} {path} is no plain file.", "Name a TOML file.")
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise SettingsError(f"{what} {path} does not exist.", "Check the path.") from error

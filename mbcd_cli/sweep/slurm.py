@@ -16,6 +16,8 @@ from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.run import Board, begin, cell_command, environment, last_line, write_settings
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, read_failure, state
 
+_ARRAY_JOBS = 1000
+"""Jobs of one array: Slurm takes no more than MaxArraySize (1001 unless a site says otherwise)."""
 DEFAULTS: dict[str, Any] = {"timeout_min": 720, "cpus_per_task": 4}
 """submitit parameters where `--slurm` says nothing."""
 
@@ -78,7 +80,7 @@ def submit(
     watch: Callable[[Board], None] = lambda board: None,
     poll: float = 5.0,
 ) -> Board:
-    """Submit all cells that are not done as one array job, wait for them, and return how they ended.
+    """Submit all cells that are not done as array jobs, wait for them, and return how they ended.
 
     Leaving (Ctrl-C) leaves the jobs in the queue; the same command later finds what they have done, and the cells'
     locks keep a second job from one that runs.
@@ -91,10 +93,11 @@ def submit(
         watch: called every `poll` seconds.
 
     Raises:
-        RunError: submitit is missing, refuses a parameter, or there is no Slurm here.
+        RunError: submitit is missing, refuses a parameter, there is no Slurm here, or it refuses the jobs.
     """
     try:
         import submitit
+        from submitit.core.utils import FailedJobError
     except ImportError as error:
         raise RunError(
             "--launcher slurm needs submitit, which is not installed.", "Install it: uv sync --group slurm."
@@ -117,11 +120,16 @@ def submit(
     each = threads or int(asked["cpus_per_task"])
     for cell in wanted:
         write_settings(cell)
-    with executor.batch():
-        jobs = [
-            executor.submit(Task(os.fspath(cell.folder.absolute()), tuple(cell_command(cell, threads=each)), each))
-            for cell in wanted
-        ]
+    jobs: list[Any] = []
+    try:
+        for at in range(0, len(wanted), _ARRAY_JOBS):
+            with executor.batch():
+                for cell in wanted[at : at + _ARRAY_JOBS]:
+                    command = tuple(cell_command(cell, threads=each))
+                    jobs.append(executor.submit(Task(os.fspath(cell.folder.absolute()), command, each)))
+    except FailedJobError as error:
+        why = str(error).strip().splitlines()[-1] if str(error).strip() else "sbatch failed"
+        raise RunError(f"Slurm refuses the jobs: {why}", "Correct --slurm key=value, or ask for fewer runs.") from error
     pending = dict(zip((cell.key for cell in wanted), zip(wanted, jobs, strict=True), strict=True))
     while pending:
         for key, (cell, job) in list(pending.items()):

@@ -42,9 +42,34 @@ def plot_run(run: Path, panels: Sequence[Panel] = (), terms: Collection[str] = (
     return written
 
 
+def _evened(records: Records) -> Records:
+    """Records over as many steps each: those that an epoch's end cut short are joined with those that follow."""
+    most = max((record.get("steps", 1) for record in records), default=1)
+    groups: list[list[Mapping[str, Any]]] = [[]]
+    for record in records:
+        if sum(one.get("steps", 1) for one in groups[-1]) >= most:
+            groups.append([])
+        groups[-1].append(record)
+    return [_mean(group) if len(group) > 1 else group[0] for group in groups if group]
+
+
+def _mean(group: Records) -> dict[str, Any]:
+    """One record of several: means weighted by their steps; the last one's step and epoch."""
+    weights = [record["steps"] for record in group]
+
+    def mean(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], Mapping):
+            return {key: mean([value[key] for value in values]) for key in values[0]}
+        return sum(w * value for w, value in zip(weights, values, strict=True)) / sum(weights)
+
+    names = [name for name in group[0] if name not in ("step", "epoch", "steps")]
+    return {**group[-1], "steps": sum(weights)} | {name: mean([record[name] for record in group]) for name in names}
+
+
 def _losses(steps: Records, terms: Collection[str], path: Path) -> Path:
     """The total in black; the other terms in one line style per kind (`ce`, `ce_fused`), one colour per head."""
     fig, axes = plotting.figure(size=(8.4, 4.2))
+    steps = _evened(steps)
     x = [record["step"] for record in steps]
     axes.plot(x, [r["total"] for r in steps], label="total", color="black", linewidth=1)
     heads = ["fused", *steps[0]["modalities"]]
@@ -68,6 +93,7 @@ def _losses(steps: Records, terms: Collection[str], path: Path) -> Path:
 
 def _panel(steps: Records, panel: Panel, path: Path) -> Path:
     """Axes below each other, one for every kind of axis that the panel's figures have; a colour per modality."""
+    steps = _evened(steps)
     kinds = list(dict.fromkeys(shown.axis for shown in panel.figures.values()))
     fig, grid = plotting.figure(len(kinds), 1, size=(8.4, 3.0 * len(kinds)), sharex=True, squeeze=False)
     axes = dict(zip(kinds, grid[:, 0], strict=True))
@@ -81,9 +107,9 @@ def _panel(steps: Records, panel: Panel, path: Path) -> Path:
             axes[shown.axis].plot(x, values, shown.marker, color=colour, label=label, markersize=3)
     for kind, one in axes.items():
         one.set(ylabel=kind)
+        one.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside its own axes: lines of both look alike
     grid[0, 0].set(title=panel.title)
     grid[-1, 0].set(xlabel="step")
-    fig.legend(loc="outside right upper")
     return plotting.save(fig, path, formulas=formulas)
 
 

@@ -68,12 +68,16 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load `state`; learning rates stay where they are, since every epoch sets them.
+    """Load `state`; rates and options stay what the settings say.
 
     Raises:
         ValueError: it belongs to another optimizer.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
+    kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    for group, own in zip(optimizer.param_groups, kept, strict=True):
+        group.update(own)
+    held = {tuple(sorted(values)) for values in optimizer.state.values()}
+    moments = [(one, value) for one, values in optimizer.state.items() for value in values.values()]
+    if len(held) > 1 or any(isinstance(v, torch.Tensor) and v.dim() and v.shape != one.shape for one, v in moments):
+        raise ValueError("the optimizer's moments are not those of the weights")

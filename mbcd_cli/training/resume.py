@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mbcd_cli.errors import CheckpointError
+from mbcd_cli.errors import FOREIGN, CheckpointError
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.checkpoint import by_itself, load_checkpoint
 from mbcd_cli.runs.folder import RunFolder
@@ -91,12 +91,32 @@ def resume(
             scalars, rows = state["layout"]
             step.layout = Layout(tuple(scalars), tuple(rows), step.model.modalities)
         progress.history, progress.best = saved.history, saved.best
-        progress.warnings = state["warning_keys"]
+        progress.warnings = {str(key): str(text) for key, text in state["warning_keys"].items()}
+        _check(progress, step.layout)
         run.cut(state["logs"])
         randomness.load(state["randomness"])
         randomness.load_globals(state["global"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{run.last} does not fit this run: {str(error).splitlines()[0]}", "Start anew with --overwrite."
-        ) from error
+    except (RuntimeError, *FOREIGN) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{run.last} does not fit this run: {why}", "Start anew with --overwrite.") from error
     return True
+
+
+def _check(progress: Progress, layout: Layout | None) -> None:
+    """Refuse counts and figures that no training has left together.
+
+    Raises:
+        ValueError: they are such.
+    """
+    epochs = list(range(1, progress.epoch + 1))
+    best = None
+    if progress.best is not None:
+        best, _ = progress.best["epoch"], float(progress.best["accuracy"]) + float(progress.best["loss"])
+    if [record["epoch"] for record in progress.history] != epochs or best not in (epochs or [None]):
+        raise ValueError("its epochs, their figures and the best of them do not belong together")
+    if not 0 <= progress.epoch_step <= progress.step or not isinstance(progress.clips, int):
+        raise ValueError("its counts of steps and clips do not belong together")
+    vectors = [vector for _, vector in progress.pending] + ([] if progress.sums is None else [progress.sums])
+    size = 0 if layout is None else len(layout.scalars) + len(layout.rows) * len(layout.modalities)
+    if any(vector.shape != (size,) for vector in vectors) or any(clips.dim() != 1 for clips, _ in progress.pending):
+        raise ValueError("the figures of its last steps are not those of this method")

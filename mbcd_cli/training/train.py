@@ -6,14 +6,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from mbcd_cli.data.loading import keep_on_device
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.errors import FOREIGN, CheckpointError, RunError, SettingsError
 from mbcd_cli.processes import ALONE, Group, joined
 from mbcd_cli.runs.folder import RunFolder, open_run
 from mbcd_cli.runtime import configure, peak_memory_mb
@@ -28,18 +30,18 @@ from mbcd_cli.training.resume import Progress
 from mbcd_cli.training.trainer import Trainer
 
 
-class EpochAccuracy(TypedDict, total=False):
+class EpochAccuracy(TypedDict):
     """Accuracies (0 to 1) of the deployed model after an epoch, of the fused head and of each modality's own."""
 
     epoch: int
     validation: float
     validation_unimodal: dict[str, float]
-    target: float
-    target_unimodal: dict[str, float]
-    note: str
+    target: NotRequired[float]
+    target_unimodal: NotRequired[dict[str, float]]
+    note: NotRequired[str]
 
 
-class TrainingSummary(TypedDict, total=False):
+class TrainingSummary(TypedDict):
     """What `train` returns and the run's `done` holds; `oracle` and `processes` only where there are such."""
 
     run: str
@@ -53,12 +55,12 @@ class TrainingSummary(TypedDict, total=False):
     steps: int
     best: EpochAccuracy
     last: EpochAccuracy
-    oracle: EpochAccuracy
+    oracle: NotRequired[EpochAccuracy]
     warnings: list[str]
     seconds: float
     steps_per_second: float
     peak_memory_mb: float
-    processes: int
+    processes: NotRequired[int]
     plots: list[str]
 
 
@@ -94,9 +96,9 @@ def train(
     ):
         if not group.main:
             say = SILENT
-        if folder.resumed and folder.summary is not None:
+        if folder.resumed and (done := _summary_of(folder)) is not None:
             say(f"{run} is complete; nothing to resume.")
-            return folder.summary if group.main else {}
+            return done if group.main else {}
         parts = assemble(settings, dataset, device=device, group=group, say=say)
         feed = _feed(settings, dataset, clips, device=device, group=group)
         trainer = trainer_of(parts, settings, dataset, clips, folder=folder, feed=feed, group=group, say=say)
@@ -178,6 +180,7 @@ def trainer_of(
         group=group,
         say=say,
     )
+    _check_history(trainer.progress, settings, folder)
     _warn_of_unseen_classes(dataset, clips.training, clips.held_out, say)
     _warn_of_long_memory(settings, trainer.total_steps, say)
     return trainer
@@ -190,6 +193,30 @@ def speed(progress: Progress, *, first: int, seconds: float, memory: float) -> T
         "steps_per_second": round((progress.step - first) / max(seconds, 1e-9), 3),
         "peak_memory_mb": memory,
     }
+
+
+def _check_history(progress: Progress, settings: Settings, folder: RunFolder) -> None:
+    """Refuse, before any step, figures of earlier epochs that could not be summed up after the last.
+
+    Raises:
+        CheckpointError: they are such.
+    """
+    try:
+        if progress.history:
+            TypeAdapter(EpochAccuracy).validate_python(summarise(progress, settings=settings, run=folder.path)["last"])
+    except (ValidationError, *FOREIGN) as error:
+        raise CheckpointError(
+            f"{folder.last} does not fit this run: its figures are others ({type(error).__name__}).",
+            "Start anew with --overwrite.",
+        ) from error
+
+
+def _summary_of(folder: RunFolder) -> TrainingSummary | None:
+    """What `done` holds; None while the run is not complete, and where that is no summary of ours."""
+    try:
+        return TypeAdapter(TrainingSummary).validate_python(folder.summary, strict=True)
+    except ValidationError:
+        return None
 
 
 def _warn_of_long_memory(settings: Settings, steps: int, say: Say) -> None:

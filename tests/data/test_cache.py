@@ -21,8 +21,9 @@ from mbcd_cli import checksums
 from mbcd_cli.data import cache as cache_room
 from mbcd_cli.data.cache import shard_ranges, views_of
 from mbcd_cli.data.clips import Clips
-from mbcd_cli.data.dataset import ModalityCache, open_dataset, prepared_datasets
+from mbcd_cli.data.dataset import ModalityCache, open_dataset
 from mbcd_cli.data.modalities.modality import load_views
+from mbcd_cli.data.prepared import prepared_datasets
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.records import TEST_VIEW, Clip
 from mbcd_cli.encoders import build_encoder

@@ -5,14 +5,16 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from evaluation_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli.evaluation.evaluate import evaluate
-from mbcd_cli.evaluation.report.html import table_html, write_comparison
+from mbcd_cli.evaluation.report.html import gallery, table_html, write_comparison
 from mbcd_cli.evaluation.report.tables import Score, Table
+from mbcd_cli.plotting import figure, save
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 EVERYTHING = ("missing", "shift", "corruptions", "trust", "insight")
@@ -161,3 +163,14 @@ def test_report_in_a_real_browser(report, tmp_path):
     assert int(found["images"]) == int(found["shown"]) > 8
     assert int(found["overflow"]) <= 0
     assert int(found["tables"]) > 8
+
+
+def test_no_picture_stands_beside_an_empty_place(tmp_path):
+    files = [(name, figure_png(tmp_path / f"{name}.png")) for name in ("one", "two", "three")]
+    assert gallery(files[:2]).count("class=wide") == 0
+    assert gallery(files).count("class=wide") == 1
+
+
+def figure_png(path: Path) -> Path:
+    fig, _ = figure(size=(3, 3))
+    return save(fig, path)

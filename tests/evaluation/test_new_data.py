@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_one_clear_error(run, media, tmp_path):
     root = rewrite(media, tmp_path / "a", columns, lambda row: row | {"label_name": "juggle"})
     code, found = predict(run, "--data-root", root)
     assert code == 1
-    assert "line 2: the model knows no class 'juggle' (it knows class0, class1)" in found["error"]
+    assert "line 2: the model knows class0, class1, and no class that is named here" in found["error"]
     root = rewrite(media, tmp_path / "b", {"video": "video", "audio": "audio"})
     code, found = predict(run, "--data-root", root)
     assert code == 1
@@ -218,6 +218,10 @@ def test_tables_with_gaps(tmp_path):
         ("z", 0, "cut"),
     ]
     assert {(c.domain, c.split) for c in found.clips} == {("new", "test")}
+    # One clip of a class that the model does not know costs nothing but its own part in the accuracy.
+    found = listing(tmp_path, "audio,label_name\na/x.wav,pour\na/y.wav,juggle\n")
+    assert [clip.label for clip in found.clips] == [1, UNKNOWN]
+    assert "juggle (1)" in found.warnings[0]
     # Names that are not distinct cannot be ids.
     found = listing(tmp_path, "audio\na/x.wav\nb/x.wav\n")
     assert [c.id for c in found.clips] == ["line-2", "line-3"]

@@ -69,14 +69,18 @@ class ReaderEntry:
         read: (dataset settings, modalities asked for or {}) -> Listing.
         summary: what it reads, in a line.
         settings: its settings' class, where it has some of its own (or what else makes their defaults).
+        generates: it makes its media where they are not there yet.
     """
 
     read: ReadListing
     summary: str
     settings: Callable[[], ReaderSettings] = ReaderSettings
+    generates: bool = False
 
 
-def _ours(module: str, summary: str, *, settings: str | type[ReaderSettings] = ReaderSettings) -> ReaderEntry:
+def _ours(
+    module: str, summary: str, *, settings: str | type[ReaderSettings] = ReaderSettings, generates: bool = False
+) -> ReaderEntry:
     # Readers import this module for Listing, so the registry imports them when they are called.
     def part(where: str) -> Callable[..., Any]:
         module, _, name = where.partition(":")
@@ -85,21 +89,24 @@ def _ours(module: str, summary: str, *, settings: str | type[ReaderSettings] = R
     def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
         return part(f"{module}:read")(dataset, modalities)
 
-    return ReaderEntry(read, summary, (lambda: part(settings)()) if isinstance(settings, str) else settings)
+    return ReaderEntry(read, summary, (lambda: part(settings)()) if isinstance(settings, str) else settings, generates)
 
 
 _SPLITS = "places:SplitSettings"
 READERS: dict[str, ReaderEntry] = {
     "manifest": _ours("manifest", "a CSV table of clips with one column per modality", settings=ManifestSettings),
-    "demo": _ours("demo", "the embedded demo, generated as media files on first use", settings="demo:DemoSettings"),
+    "demo": _ours(
+        "demo", "the embedded demo, generated as media files on first use", settings="demo:DemoSettings", generates=True
+    ),
     "epic-kitchens": _ours("epic_kitchens", "EPIC-Kitchens, the three MM-SADA kitchens, eight verbs", settings=_SPLITS),
     "hac": _ours("hac", "Human-Animal-Cartoon, seven actions", settings=_SPLITS),
     "synthetic": _ours(
         "synthetic",
         "vectors of any number of modalities, as telling as set",
         settings="synthetic:SyntheticSettings",
+        generates=True,
     ),
-    "digits": _ours("digits", "scikit-learn's handwritten digits as six groups of features"),
+    "digits": _ours("digits", "scikit-learn's handwritten digits as six groups of features", generates=True),
 }
 
 

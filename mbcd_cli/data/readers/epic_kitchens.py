@@ -301,7 +301,7 @@ def seconds(stamp: str) -> float:
     Raises:
         ValueError: not a time stamp.
     """
-    if not re.fullmatch(r"\d+:\d\d?:\d\d?(\.\d*)?", stamp):
-        raise ValueError(f"{stamp!r} is not a time stamp (HH:MM:SS.ss)")
+    if not re.fullmatch(r"\d{1,4}:\d\d?:\d\d?(\.\d{0,12})?", stamp):
+        raise ValueError(f"{stamp[:40]!r} is not a time stamp (HH:MM:SS.ss)")
     hours, minutes, rest = stamp.split(":")
     return (int(hours) * 60 + int(minutes)) * 60 + float(rest)

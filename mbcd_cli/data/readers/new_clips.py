@@ -6,6 +6,7 @@ other names are passed over. A class is known by its name where there is one, el
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -39,7 +40,7 @@ def read_new(dataset: DatasetSettings, modalities: Mapping[str, Modality], *, la
     """
     root, path = locate_table(dataset)
     table = CsvTable(read_bytes(path))
-    notes, labels = _completed(table, modalities, label_names)
+    notes, labels, foreign = _completed(table, modalities, label_names)
     known = dataset.model_copy(update={"classes": len(label_names)})
     found = parse(table, known, modalities, root=root, path=path)
     names = {**dict(enumerate(label_names)), UNKNOWN: ""}
@@ -51,6 +52,7 @@ def read_new(dataset: DatasetSettings, modalities: Mapping[str, Modality], *, la
         label_names=tuple(label_names),
         modalities=found.modalities,
         notes=notes + found.notes,
+        warnings=[_foreign_line(foreign, label_names)] if foreign else [],
     )
 
 
@@ -72,8 +74,8 @@ def given(manifest: Path | None, root: Path | None) -> tuple[Path, Path]:
 
 def _completed(
     table: CsvTable, modalities: Mapping[str, Modality], label_names: Sequence[str]
-) -> tuple[list[str], dict[str, int]]:
-    """Give `table` every column that a manifest must have; return notes, and id -> label."""
+) -> tuple[list[str], dict[str, int], Counter[str]]:
+    """Give `table` every column that a manifest must have; return notes, id -> label, and classes the model lacks."""
     width = len(table.header)
     for line, cells in table.rows:
         if len(cells) != width:
@@ -85,11 +87,14 @@ def _completed(
     rows = [(line, {table.header[i]: cells[i] for i in keep}) for line, cells in table.rows]
     ids = _ids(rows, header, modalities)
     labels: dict[str, int] = {}
+    foreign: Counter[str] = Counter()
     filled = []
     for (line, cells), identity in zip(rows, ids, strict=True):
         label, fault = _label(cells, label_names)
         if fault:
             table.problems.append((line, fault))
+        if label == UNKNOWN and cells.get("label_name"):
+            foreign[cells["label_name"]] += 1
         labels[identity] = label
         cells |= {
             "id": identity,
@@ -103,7 +108,21 @@ def _completed(
         header += [name for name in (*REQUIRED, "label_name") if name not in header]
     table.header = header
     table.rows = [(line, [cells[name] for name in header]) for line, cells in filled]
-    return [f"columns passed over: {', '.join(passed)}"] if passed else [], labels
+    if foreign and all(label == UNKNOWN for label in labels.values()):
+        table.problems.append((rows[0][0], f"the model knows {_shown(label_names)}, and no class that is named here"))
+    return [f"columns passed over: {', '.join(passed)}"] if passed else [], labels, foreign
+
+
+def _foreign_line(foreign: Counter[str], label_names: Sequence[str]) -> str:
+    names = _shown([f"{name} ({count})" for name, count in foreign.most_common()])
+    return (
+        f"{foreign.total()} clips are of classes that the model does not know: {names}. They are predicted, and "
+        f"left out of the accuracy (it knows {_shown(label_names)})."
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 def _is_known(name: str, modalities: Mapping[str, Modality]) -> bool:
@@ -131,11 +150,8 @@ def _ids(
 def _label(cells: Mapping[str, str], label_names: Sequence[str]) -> tuple[int, str]:
     """(label, what is wrong with it)."""
     name, number = cells.get("label_name", ""), cells.get("label", "")
-    classes = ", ".join(label_names[:20]) + (", ..." if len(label_names) > 20 else "")
     if name:
-        if name in label_names:
-            return list(label_names).index(name), ""
-        return UNKNOWN, f"the model knows no class {name!r} (it knows {classes})"
+        return list(label_names).index(name) if name in label_names else UNKNOWN, ""
     if not number:
         return UNKNOWN, ""
     if number.isdecimal() and int(number) < len(label_names):

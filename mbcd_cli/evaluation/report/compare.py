@@ -18,7 +18,7 @@ import numpy as np
 from scipy.stats import ttest_rel
 
 from mbcd_cli import checksums
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import FOREIGN, RunError
 from mbcd_cli.evaluation.report.results import RESULTS_FORMAT, read_results
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.paper.published import published_domains
@@ -118,21 +118,34 @@ def load_run(folder: Path) -> Run:
         return Run(
             path=folder,
             dataset=str(results["dataset"]),
-            modalities=tuple(results["modalities"]),
+            modalities=_texts(results["modalities"]),
             method=str(results["method"]),
-            target=results["target_domain"],
-            sources=tuple(results["source_domains"]),
+            target=None if results["target_domain"] is None else str(results["target_domain"]),
+            sources=_texts(results["source_domains"]),
             seed=int(results["seed"]),
             heads={head: 100 * float(value) for head, value in headline["top1"].items()},
             in_domain=None if source is None else 100 * float(source["fused"]["top1"]),
-            provenance=dict(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
-            settings={**results["settings"], **{f"{m} cache": f for m, f in results["fingerprints"].items()}},
+            provenance=_named_texts(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
+            settings=_named_texts(
+                {**results["settings"], **{f"{m} cache": f for m, f in results["fingerprints"].items()}}
+            ),
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except FOREIGN as error:
         raise RunError(
             f"{folder / 'results.json'} is no evaluation of ours ({type(error).__name__}: {error}).",
             "Evaluate that run again.",
         ) from error
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("a list of names is none")
+    return tuple(values)
+
+
+def _named_texts(values: Mapping[str, object]) -> dict[str, str]:
+    _texts(list(values.values()))
+    return dict(values)
 
 
 def _check_current(folder: Path, results: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from mbcd_cli.evaluation.report import sections
 from mbcd_cli.evaluation.report.compare import Run
 from mbcd_cli.evaluation.report.tables import Score, Table, plain
 from mbcd_cli.files import write_text
+from mbcd_cli.plotting import DPI
 
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 LONG = 48
@@ -51,26 +52,43 @@ def table_html(table: Table) -> str:
     )
 
 
-def figure_html(path: Path, caption: str) -> str:
-    """An image as a data URI, with its caption."""
-    image = path.read_bytes()
-    data = base64.b64encode(image).decode("ascii")
+_PAGE_DPI = 96
+"""CSS pixels an inch: plots are shown in the size they are drawn for, so that their letters are alike."""
+
+
+def figure_html(path: Path, caption: str, *, wide: bool | None = None) -> str:
+    """An image as a data URI, with its caption; `wide`: over the page's whole width, by default where it needs that."""
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
     text = escape(caption)
-    # A PNG's width and height stand at bytes 16 to 24; panels side by side need the page's whole width.
-    width, height = int.from_bytes(image[16:20]), int.from_bytes(image[20:24])
-    wide = path.suffix == ".png" and (width > 1.7 * height or width > 1150)
+    shape = " class=wide" if (_is_wide(path) if wide is None else wide) else ""
     # Not larger than drawn: a wide title would blow up a small plot.
-    size = f' style="max-width: {width}px; margin: 0 auto"' if path.suffix == ".png" else ""
+    most = round(_pixels(path)[0] * _PAGE_DPI / DPI)
+    size = f' style="max-width: {most}px; margin: 0 auto"' if path.suffix == ".png" else ""
     return (
-        f"<figure{' class=wide' if wide else ''}>"
+        f"<figure{shape}>"
         f'<img{size} alt="{text}" src="data:{_TYPES[path.suffix]};base64,{data}">'
         f"<figcaption>{text}</figcaption></figure>\n"
     )
 
 
+def _pixels(path: Path) -> tuple[int, int]:
+    """Width and height of a PNG, which stand at its bytes 16 to 24."""
+    head = path.read_bytes()[:24]
+    return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
+
+
+def _is_wide(path: Path) -> bool:
+    """Whether panels stand side by side in a picture, so that it needs the page's whole width."""
+    width, height = _pixels(path)
+    return path.suffix == ".png" and (width > 1.7 * height or width > 1150)
+
+
 def gallery(files: Iterable[tuple[str, Path]]) -> str:
-    """The images that exist, side by side where there is room; empty without any."""
-    images = [figure_html(path, caption) for caption, path in files if path.suffix in _TYPES and path.is_file()]
+    """The images that exist, side by side where there is room, none beside an empty place; empty without any."""
+    shown = [(caption, path) for caption, path in files if path.suffix in _TYPES and path.is_file()]
+    narrow = [path for _, path in shown if not _is_wide(path)]
+    alone = narrow[-1:] if len(narrow) % 2 else []
+    images = [figure_html(path, caption, wide=path in alone or _is_wide(path)) for caption, path in shown]
     return f'<div class="plots">{"".join(images)}</div>\n' if images else ""
 
 
@@ -120,6 +138,7 @@ def write_report(
     files: Mapping[str, Path],
     settings: str,
     run: Path | None = None,
+    landscape: Path | None = None,
     skip: Iterable[Path] = (),
 ) -> Path:
     """Write the report of one evaluation.
@@ -128,7 +147,8 @@ def write_report(
         results: what results.json holds.
         files: caption -> plot, as `evaluate` made them.
         settings: the resolved settings as TOML.
-        run: the run folder; its training and landscape plots are shown too, but for those to `skip`.
+        run: the run folder; its training plots are shown too, but for those to `skip`.
+        landscape: folder of landscape plots to show; by default the run's.
 
     Raises:
         RunError: it cannot be written.
@@ -140,10 +160,10 @@ def write_report(
     def tables(*found: Table | None) -> str:
         return "".join(table_html(table) for table in found if table is not None)
 
-    def folder(name: str, skip: Iterable[Path] = ()) -> str:
-        if run is None:
+    def folder(path: Path | None, skip: Iterable[Path] = ()) -> str:
+        if path is None:
             return ""
-        paths = [p for p in sorted((run / name).glob("*.png")) if p.resolve() not in {s.resolve() for s in skip}]
+        paths = [p for p in sorted(path.glob("*.png")) if p.resolve() not in {s.resolve() for s in skip}]
         return gallery((p.stem.replace("-", " "), p) for p in paths)
 
     hardest = sections.hardest_table(results)
@@ -157,8 +177,8 @@ def write_report(
         "Trust": tables(sections.trust_table(results), sections.ood_table(results)) + plots("reliability", "risk"),
         "Embeddings": plots("t-SNE"),
         "Hardest clips": tables(hardest),
-        "Loss landscape": folder("landscape"),
-        "Training": folder("plots", skip=[*files.values(), *skip]),
+        "Loss landscape": folder(landscape or (run and run / "landscape")),
+        "Training": folder(run and run / "plots", skip=[*files.values(), *skip]),
         "Settings": f"<details><summary>settings.toml</summary><pre>{escape(settings)}</pre></details>",
         "Provenance": _pairs(results.get("provenance", {})) if results.get("provenance") else "",
     }

@@ -176,19 +176,20 @@ def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
         used = [row for row in rows if row["clips"]]
         centre = [(row["low"] + row["high"]) / 2 for row in used]
         width = 1 / len(rows)
-        accuracy = [row["accuracy"] for row in used]
-        top.bar(centre, accuracy, width * 0.94, color=PALETTE[0], label="accuracy")
-        gap = [row["confidence"] - row["accuracy"] for row in used]
-        top.bar(
-            centre, gap, width * 0.94, bottom=accuracy, color="none", edgecolor=PALETTE[1], hatch="////", label="gap"
-        )
+        both = [min(row["accuracy"], row["confidence"]) for row in used]
+        top.bar(centre, both, width * 0.94, color=PALETTE[0], label="accuracy")
+        less = [row["accuracy"] - floor for row, floor in zip(used, both, strict=True)]
+        top.bar(centre, less, width * 0.94, bottom=both, color=PALETTE[5], label="accuracy over confidence")
+        more = [row["confidence"] - floor for row, floor in zip(used, both, strict=True)]
+        style = {"color": "none", "edgecolor": PALETTE[1], "linewidth": 0, "hatch": "////"}
+        top.bar(centre, more, width * 0.94, bottom=both, label="confidence over accuracy", **style)
         top.plot([0, 1], [0, 1], color="#333333", linestyle="--", linewidth=1)
         top.set(xlim=(0, 1), ylim=(0, 1), title=name)
         bottom.bar(centre, [row["clips"] for row in used], width * 0.94, color=PALETTE[7])
         bottom.set(xlabel="confidence")
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("clips")
-    axes[0, 0].legend(loc="upper left", fontsize=8)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     fig.suptitle(title, fontsize=11)
     return save(fig, path)
 

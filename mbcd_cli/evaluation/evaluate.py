@@ -40,6 +40,7 @@ def evaluate(
     output: Path,
     ood: Dataset | None = None,
     landscape: Path | None = None,
+    pictures: bool = True,
     say: Say = SILENT,
 ) -> dict[str, Any]:
     """Evaluate `checkpoints` (best / last -> checkpoint) and write everything under `output`.
@@ -53,6 +54,7 @@ def evaluate(
         output: folder for results.json, report.html, plots/ and evaluation/ (usually the run folder).
         ood: another prepared dataset, for out-of-distribution detection.
         landscape: folder of landscape plots that the report shows; by default the run's.
+        pictures: draw plots.
 
     Returns:
         What results.json holds, and `files`: name -> path of everything written.
@@ -83,6 +85,7 @@ def evaluate(
             device=device,
             output=aside,
             say=say,
+            pictures=pictures,
         )
         _accuracy_plots(analysis)
         _history(figures, analysis, run, checkpoints[chosen[0]])

@@ -99,7 +99,7 @@ def _evaluate(one: Wanted, dataset: Dataset, say: Say) -> None:
     evaluation = asked.model_copy(update={"analyses": analyses, "report": False})
     settings = settings.model_copy(update={"evaluation": evaluation, "runtime": one.settings.runtime})
     chosen = {name: checkpoints[name] for name in settings.evaluation.checkpoints if name in checkpoints}
-    evaluate(settings, dataset, chosen, device=configure(settings.runtime), run=one.run, output=one.run, say=SILENT)
+    evaluate(settings, dataset, chosen, device=configure(settings.runtime), run=one.run, output=one.run, pictures=False)
 
 
 def serve_pack(arguments: Sequence[str]) -> int:

@@ -101,6 +101,7 @@ def test_caches_of_another_version(root, tmp_path):
     with h5py.File(old / "index.h5", "r+") as file:
         file.attrs["format"] = 0
         file.attrs["mbcd_version"] = "0.0.1"
+    checksums.seal(old / "index.h5")
     open_dataset(settings, name="tiny", modalities=["video"])
     kept = folder.rename(tmp_path / "kept")
     with pytest.raises(CacheError, match=r"another version of mbcd \(0\.0\.1\).*\n.*mbcd prepare"):

@@ -53,6 +53,7 @@ class Analysis:
         clips: the dataset's clip table with its media, and the limits on bad media; None where they are not at hand.
         clips_missing: why `clips` is None.
         say: told how far it is.
+        pictures: whether to draw plots.
         output: folder under which `plots/` and `evaluation/` are written.
         figures: JSON-able, by name of the analysis.
         files: name -> path of everything written.
@@ -68,6 +69,7 @@ class Analysis:
     clips: tuple[Sequence[Clip], DatasetSettings] | None = None
     clips_missing: str = "the dataset's media were not looked for"
     say: Say = SILENT
+    pictures: bool = True
     figures: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -96,8 +98,8 @@ class Analysis:
         return self.output / "plots" / file
 
     def draw(self, name: str, plot: Callable[..., Path], *what: Any, **how: Any) -> None:
-        """Make the plot `name`, where there is to be a report; one that fails is a warning, and costs no figures."""
-        if not self.settings.evaluation.report:
+        """Make the plot `name`, unless there are to be none; one that fails is a warning, and costs no figures."""
+        if not self.pictures:
             return
         try:
             self.files[name] = plot(*what, **how)

@@ -33,7 +33,7 @@ def test_powers_and_panels_are_formulas(tmp_path):
     axes.set_yscale("log")
     axes.plot([1, 2], [1e-3, 10], label="video: $r_k$")
     label = axes.legend().get_texts()[0]
-    plotting.save(fig, tmp_path / "a.png")
+    plotting.save(fig, tmp_path / "a.png", formulas={label.get_text()})
     assert label.get_parse_math()
     assert all(text.get_parse_math() for text in axes.get_yticklabels())
     assert not axes.title.get_parse_math()

@@ -1,0 +1,127 @@
+"""A population of trainings against as many trainings in processes of their own, and against its matrix products alone.
+
+Vectors in the shapes of av-digits-vectors (1280 and 192 values, 1500 clips, three domains), that preset's widths, one
+target. Both are whole sweeps (`--pack auto` and `off`), start-up, validation, checkpoints and evaluation included;
+alone, fewer are trained and counted by their steps, since that only repeats itself. `of_floor` is the time of a
+member's step over that of its matrix products alone: a batched one per layer forward, two backward, for all members at
+once, on one thread (MBCD: twice; its teacher is not counted).
+
+    python tests/benchmarks/population.py --members 64 --alone 8 --methods erm,mbcd
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DIMENSIONS, DOMAINS, CLASSES, CLIPS, BATCH = {"frames": 1280, "speech": 192}, ("a", "b", "c"), 10, 1500, 16
+HIDDEN = 128
+MBCD = (sys.executable, "-m", "mbcd_cli")
+
+
+def write_features(root: Path) -> None:
+    """manifest.csv and one array per modality."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(CLIPS) % CLASSES
+    root.mkdir()
+    for name, width in DIMENSIONS.items():
+        centres = rng.normal(size=(CLASSES, width))
+        np.save(root / f"{name}.npy", (centres[labels] + 3 * rng.normal(size=(CLIPS, width))).astype(np.float32))
+    with (root / "manifest.csv").open("w", encoding="utf-8") as file:
+        file.write(f"id,domain,split,label,{','.join(DIMENSIONS)}\n")
+        for clip, label in enumerate(labels):
+            split = "test" if clip // CLASSES % 5 == 0 else "train"
+            arrays = ",".join(f"{name}.npy#{clip}" for name in DIMENSIONS)
+            file.write(f"c{clip},{DOMAINS[clip * len(DOMAINS) // CLIPS]},{split},{label},{arrays}\n")
+
+
+def sweep(folder: Path, method: str, seeds: int, *, pack: str, jobs: int) -> tuple[float, int]:
+    """Seconds of the sweep, and the steps that its trainings took."""
+    runs = folder / f"{method}-{pack}"
+    command = [*MBCD, "sweep", "--dataset", "vectors", "--targets", "c", "--methods", method, "--seeds", str(seeds)]
+    command += ["--jobs", str(jobs), "--pack", pack, "--runs-dir", str(runs), "--output", str(runs / "tables")]
+    for one in (f"cache.dir={folder / 'cache'}", "evaluation.analyses=[]", "evaluation.report=false"):
+        command += ["--set", one]
+    for one in ("training.epochs=12", f"training.batch_size={BATCH}", f"model.hidden={HIDDEN}", "runtime.threads=1"):
+        command += ["--set", one]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
+    seconds = time.perf_counter() - started
+    done = [json.loads(path.read_text(encoding="utf-8")) for path in runs.glob("*/*/done")]
+    assert len(done) == seeds, "not all trainings have ended"
+    return seconds, sum(one["steps"] for one in done)
+
+
+def floor(members: int, passes: int) -> float:
+    """Seconds that the products of a step take per member, of `passes` passes forward and as many backward."""
+    torch.set_num_threads(1)
+    widths = [(width, HIDDEN) for width in DIMENSIONS.values()] + [(HIDDEN, HIDDEN)] * len(DIMENSIONS)
+    widths += [(HIDDEN, HIDDEN)] * len(DIMENSIONS) + [(HIDDEN, CLASSES)] * len(DIMENSIONS)
+    widths += [(HIDDEN * len(DIMENSIONS), HIDDEN), (HIDDEN, CLASSES)]
+    layers = []
+    for inside, out in widths:
+        x, weight = torch.randn(members, BATCH, inside), torch.randn(members, out, inside)
+        layers.append((x, weight, torch.randn(members, BATCH, out)))
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        for x, weight, gradient in layers:
+            torch.bmm(x, weight.mT)
+            torch.bmm(gradient, weight)
+            torch.bmm(gradient.mT, x)
+        best = min(best, time.perf_counter() - started)
+    return passes * best / members
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--members", type=int, default=64)
+    parser.add_argument("--alone", type=int, default=8, help="trainings in processes of their own")
+    parser.add_argument("--methods", default="erm,mbcd")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, with a thread each")
+    told = parser.parse_args()
+    result = {
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_features(folder / "vectors")
+        prepare = (
+            *MBCD,
+            "prepare",
+            "manifest",
+            "--root",
+            str(folder / "vectors"),
+            "--cache-dir",
+            str(folder / "cache"),
+        )
+        subprocess.run((*prepare, "--views", "1"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for method in told.methods.split(","):
+            rates = {}
+            for pack, seeds in (("auto", told.members), ("off", told.alone)):
+                seconds, steps = sweep(folder, method, seeds, pack=pack, jobs=told.jobs)
+                rates[pack] = steps / seconds
+            least = floor(min(told.members, 32), 2 if method == "mbcd" else 1)
+            result[method] = {
+                "member_steps_per_s": round(rates["auto"], 1),
+                "alone_steps_per_s": round(rates["off"], 1),
+                "ratio": round(rates["auto"] / rates["off"], 2),
+                "of_floor": round(told.jobs / rates["auto"] / least, 2),
+            }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -77,7 +77,12 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int, say: Say = SI
             wanted[-1] = Wanted(settings, folder)
             held[folder] = opened.pop_all()
     if dataset is not None:
-        train_together(wanted, dataset, width=width, ended=ended, say=say)
+        try:
+            train_together(wanted, dataset, width=width, ended=ended, say=say)
+        except Exception as error:
+            for folder, locks in held.items():
+                with locks:
+                    _failed(folder, error, say)
     if stopped:
         return STOPPED_CODE
     return DONE_CODE if all(state(folder) == "done" for folder in folders) else FAILED_CODE

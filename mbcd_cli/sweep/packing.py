@@ -11,6 +11,8 @@ from mbcd_cli.sweep.plan import Cell, settings_key
 
 WIDTH = 32
 """Trainings under way at a time in one process, unless told otherwise."""
+SHARE = 256
+"""Cells of one process at most: it holds the lock of each."""
 
 
 def width_of(text: str) -> int | None:
@@ -43,7 +45,8 @@ def units(cells: Sequence[Cell], *, width: int | None, jobs: int) -> dict[str, S
         stackable = width != 0 and method_class(cell.settings.method.name).stackable
         together = stackable and (width is not None or small(cell.settings))
         alike.setdefault(kind(cell.settings) if together else cell.key, []).append(cell)
-    shares = [group[part::jobs] for group in alike.values() for part in range(min(jobs, len(group)))]
+    parts = [group[part::jobs] for group in alike.values() for part in range(min(jobs, len(group)))]
+    shares = [part[start : start + SHARE] for part in parts for start in range(0, len(part), SHARE)]
     return {cell.key: share for share in shares for cell in share}
 
 

@@ -33,6 +33,7 @@ class Job:
     """A process and the cells that it trains: one, or a population."""
 
     cells: Sequence[Cell]
+    packed: bool
     process: subprocess.Popen
     slot: int
     started: float
@@ -146,7 +147,7 @@ def start(
         with suppress(BrokenPipeError):
             process.stdin.write("".join(f"{cell.folder}\n" for cell in cells).encode() + b"\n")
             process.stdin.flush()
-    return Job(left, process, slot, time.monotonic())
+    return Job(left, len(cells) > 1, process, slot, time.monotonic())
 
 
 def execute(
@@ -223,15 +224,15 @@ def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
     seconds = (time.monotonic() - job.started) / len(job.cells)
     for cell in job.cells:
         own = code
-        if len(job.cells) > 1 and code in (DONE_CODE, FAILED_CODE):
-            own = {"done": DONE_CODE, "failed": FAILED_CODE, "running": BUSY_CODE}.get(state(cell.folder), -1)
+        if job.packed:  # its folder tells; a stop or a kill is the process's
+            own = {"done": DONE_CODE, "failed": FAILED_CODE, "running": BUSY_CODE}.get(state(cell.folder), code or -1)
         _settle_one(board, cell, own, kills)
         if own == DONE_CODE:
             board.seconds.append(seconds)
 
 
 def _settle_one(board: Board, cell: Cell, code: int, kills: dict[str, int]) -> None:
-    if code == DONE_CODE or (code < 0 and state(cell.folder) == "done"):
+    if code == DONE_CODE:
         board.done.append(cell)
     elif code == BUSY_CODE:
         board.elsewhere.append(cell)

@@ -347,15 +347,10 @@ class StackedContext(Context):
         _Backward.apply(loss)
 
     def gradients(
-        self,
-        loss: torch.Tensor,
-        parameters: Sequence[torch.Tensor],
-        *,
-        create_graph: bool = False,
-        retain_graph: bool | None = None,
+        self, loss: torch.Tensor, parameters: Sequence[torch.Tensor], **how: bool | None
     ) -> list[torch.Tensor]:
         """See `Context.gradients`."""
-        return list(_Gradients.apply(create_graph, retain_graph, loss, *parameters)) if parameters else []
+        return list(_Gradients.apply(how, loss, *parameters)) if parameters else []
 
     def gradient(self, parameter: torch.Tensor) -> torch.Tensor:
         """See `Context.gradient`."""
@@ -393,11 +388,9 @@ class _Backward(_BelowVmap):
 
 class _Gradients(_BelowVmap):
     @staticmethod
-    def vmap(info, in_dims, create_graph, retain_graph, loss, *parameters):
-        found = torch.autograd.grad(
-            loss.sum(), parameters, create_graph=create_graph, retain_graph=retain_graph, materialize_grads=True
-        )
-        return found, tuple(0 for _ in found)
+    def vmap(info, in_dims, how, loss, *parameters):
+        gradients = torch.autograd.grad(loss.sum(), parameters, materialize_grads=True, **how)
+        return gradients, tuple(0 for _ in gradients)
 
 
 class _Gradient(_BelowVmap):

@@ -74,8 +74,8 @@ def train_together(
 
     There are as many places as trainings under way. Each training has its place by its number in `wanted`, and a place
     that has nothing left to do is computed all the same: so what a member rounds to depends on nothing but its place,
-    and a population that was stopped, and is given the same list again, ends in the same bits. A method whose step vmap
-    cannot take (a branch on data, say) trains them one after another.
+    and a population that was stopped, and is given the same list again, ends in the same bits. Where a step fails for
+    all (vmap cannot take a branch on data, say) they go on one after another, from their last checkpoints.
 
     Args:
         wanted: of one kind: settings that differ in the seed, the target and the sources (as many) only. None keeps
@@ -97,7 +97,6 @@ def train_together(
 
         clips = _clips(left, dataset, end)
         feed = Feed(dataset, device=device, read=_resident(dataset, list(clips.values()), device=device))
-        tick = Interrupts()  # what members see of a signal: all stop after the same step
         width = _fitting(left[0].settings, dataset, width=width, device=device)
         places = [
             _Place(deque(one for one in wanted[k::width] if one is not None and one.run in clips))
@@ -108,22 +107,18 @@ def train_together(
             for place in places:
                 while not place.live and place.waiting and interrupts.signal is None:
                     one = place.waiting.popleft()
-                    place.member = _begin(one, dataset, clips[one.run], feed, tick, end)
+                    place.member = _begin(one, dataset, clips[one.run], feed, interrupts, end)
                     place.live = place.member is not None
                     stacked = stacked if place.member is None else None
             live = [place for place in places if place.live]
             if not live:
                 return
-            tried = stacked is not None
             if stacked is None:
                 stacked = StackedStep([place.row for place in places])
-            tick.signal = interrupts.signal
             try:
                 vectors = stacked([place.member.batch if place.live else live[0].member.batch for place in places])
             except (RuntimeError, TypeError, StackingError) as error:
-                if tried:
-                    raise
-                cause = str(error).splitlines()[0]
+                cause = next(iter(str(error).splitlines()), type(error).__name__)
                 say.warn(f"These trainings cannot be stacked, and go on one after another: {cause}")
                 stranded = [place.member.wanted for place in live]
                 for place in live:
@@ -140,7 +135,10 @@ def _fitting(settings: Settings, dataset: Dataset, *, width: int, device: torch.
 
     Weights, their gradients and two moments of them; an average's weights.
     """
-    step = assemble(settings, dataset, device=device).step
+    try:
+        step = assemble(settings, dataset, device=device).step
+    except MbcdError:  # each is going to be told
+        return width
     modules = [step.model, step.method, *([] if step.average is None else [step.average.model])]
     each = sum(value.nbytes * (4 if value.requires_grad else 1) for module in modules for value in module.parameters())
     return max(min(width, POPULATION_BYTES // max(each, 1)), 1)

@@ -90,6 +90,8 @@ def test_a_failed_export_leaves_the_old_file(tmp_path):
         write_rows(path, rows())
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+    write_rows(path, iter([{"a": 1, "b": 2}, {"a": 3, "b": 4}]))
+    assert path.read_text() == "a,b\n1,2\n3,4\n"
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot be written"):
         write_rows(tmp_path / "file" / "a.csv", [{"a": 1}])

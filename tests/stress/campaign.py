@@ -404,6 +404,15 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
+def check_ended(command: str, told: dict, out: Path, expected: dict[str, object]) -> None:
+    """A command given once more has ended in the files that it should, and left nothing behind."""
+    assert told["code"] == 0 or (command == "train" and "already holds a run" in told["said"])
+    files = contents(out)
+    assert files.keys() == expected.keys(), files.keys() ^ expected.keys()
+    assert [key for key in files if files[key] != expected[key]] == []
+    assert not told["left"]
+
+
 def _timeless(path: Path) -> object:
     import h5py
     import numpy as np

@@ -25,18 +25,6 @@ pytestmark = [
 FAULTS = {"ENOSPC": 28, "EIO": 5, "EROFS": 30, "SIGKILL": -1}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = campaign.Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def home(server, tmp_path_factory) -> Path:
-    return campaign.furnish(server, tmp_path_factory.mktemp("home"))
-
-
 def state(out: Path) -> str:
     """What the folder holds, but what is half written under a name of its own, and what tells the time."""
     told = {name: value for name, value in campaign.contents(out).items() if not name.endswith(".partial")}
@@ -70,11 +58,7 @@ def test_the_same_command_once_more_leaves_the_same_files(server, home, tmp_path
                 assert not struck["left"]
                 if now not in states:
                     again = server.run(campaign.words_of(command, home, out), out)
-                    assert again["code"] == 0 or (command == "train" and "already holds a run" in again["said"])
-                    files = campaign.contents(out)
-                    assert files.keys() == expected.keys(), files.keys() ^ expected.keys()
-                    assert [key for key in files if files[key] != expected[key]] == []
-                    assert not again["left"]
+                    campaign.check_ended(command, again, out, expected)
                     states.add(now)
             except AssertionError as error:
                 wrong.append(f"{command}, {name} at call {number}: {error}\nfirst {struck}\nthen {again}")

@@ -14,7 +14,6 @@ import signal
 import time
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import campaign
 import pytest
@@ -24,18 +23,6 @@ pytestmark = [
     pytest.mark.timeout(0),
     pytest.mark.skipif(not campaign.COMPILER, reason="there is no C compiler"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = campaign.Server(tmp_path_factory.mktemp("server"))
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def home(server, tmp_path_factory) -> Path:
-    return campaign.furnish(server, tmp_path_factory.mktemp("home"))
 
 
 def victims(pid: int, kind: str) -> list[int]:
@@ -103,11 +90,7 @@ def test_killed_at_any_instant(server, home, tmp_path, command, kind):
             assert not struck["left"]
             if struck["code"]:
                 again = server.run(campaign.words_of(command, home, out), out)
-            assert again["code"] == 0 or (command == "train" and "already holds a run" in again["said"])
-            files = campaign.contents(out)
-            assert files.keys() == expected.keys(), files.keys() ^ expected.keys()
-            assert [key for key in files if files[key] != expected[key]] == []
-            assert not again["left"]
+            campaign.check_ended(command, again, out, expected)
         except AssertionError as error:
             wrong.append(f"{command}, {kind} killed after {after:.2f} s: {error}\nfirst {struck}\nthen {again}")
             print(wrong[-1], flush=True)

@@ -10,15 +10,17 @@ import sys
 import textwrap
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
-from sweep_cases import plan_of
+from sweep_cases import finish, plan_of
 
+from mbcd_cli.errors import RunError
 from mbcd_cli.files import held
 from mbcd_cli.sweep import cell as one_cell
 from mbcd_cli.sweep import run as running
-from mbcd_cli.sweep.state import beside, state
+from mbcd_cli.sweep.state import beside, state, write_failure
 
 HERE = Path(__file__).parent
 
@@ -192,3 +194,15 @@ def test_a_cell_ends_when_its_sweep_is_killed(cells, monkeypatch):
         os._exit(0)
     os.close(ours)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+
+def test_cells_of_a_population_are_told_by_their_folders(cells):
+    """The process ends as the worst of its cells; what was done in it, or before, is done all the same."""
+    board = running.Board(cells, waiting=deque())
+    finish(cells[0], top1=0.9)
+    write_failure(cells[1].folder, RunError("no such clip", "add it"))
+    for left in ([cells[0]], [cells[1]], [cells[2]]):
+        running._settle(board, running.Job(left, True, None, 0, 0.0), 1, {})
+    assert board.done == [cells[0]]
+    assert board.failed[cells[1].key] == "no such clip"
+    assert cells[2].key in board.failed

@@ -223,7 +223,7 @@ def test_cells_on_their_methods_published_chassis_are_told_apart():
         plan_of("hac", flags={"training.chassis": "published"}, targets="human", methods="erm,sam")
 
 
-def test_what_trains_together_depends_on_the_plan_alone():
+def test_what_trains_together_depends_on_the_plan_alone(monkeypatch):
     cells = plan_of("digits-4", methods="erm,mbcd", targets="all", seeds="4")
     together = units(cells, width=None, jobs=2)
     assert {len(share) for share in together.values()} == {6}
@@ -234,8 +234,10 @@ def test_what_trains_together_depends_on_the_plan_alone():
     convolutions = plan_of("hac", methods="erm", targets="all", seeds="4", modality_sets="va")
     assert {len(share) for share in units(convolutions, width=None, jobs=2).values()} == {1}
     assert {len(share) for share in units(convolutions, width=4, jobs=2).values()} == {6}
+    monkeypatch.setattr("mbcd_cli.sweep.packing.SHARE", 4)
+    assert {len(share) for share in units(cells, width=None, jobs=2).values()} == {4, 2}
     other = plan_of("digits-4", methods="erm", targets="all", seeds="2", grid=["optimizer.lr=1e-3,2e-3"])
-    assert {len(share) for share in units(other, width=None, jobs=1).values()} == {6}
+    assert {len(share) for share in units(other, width=None, jobs=1).values()} == {4, 2}
 
 
 def test_how_many_train_together_is_auto_off_or_a_number():

@@ -14,6 +14,8 @@ from mbcd_cli.files import read_records
 from mbcd_cli.methods.base import Method, total
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.say import SILENT, Say
+from mbcd_cli.training.contract import Subject
+from mbcd_cli.training.population import Member, StackedStep, StackingError
 from mbcd_cli.training.together import Wanted, train_together
 from mbcd_cli.training.train import train
 
@@ -110,6 +112,24 @@ def test_stopped_and_gone_on_with_a_population_ends_in_the_same_bits(tmp_path):
         assert all(torch.equal(value, other.teacher[name]) for name, value in one.teacher.items())
 
 
+def test_gradients_that_are_others_in_a_population_are_told():
+    class Doubled(Method):
+        def gradients(self, batch):
+            figures = super().gradients(batch)
+            for parameter in self.context.model.parameters():
+                if parameter.requires_grad:  # never, inside vmap
+                    self.context.set_gradient(parameter, 2 * self.context.gradient(parameter))
+            return figures
+
+    subject = Subject(Doubled)
+    members = [subject.training(seed=seed) for seed in range(2)]
+    for member in members:
+        member.randomness.own_globals()
+    stacked = StackedStep([Member(member.step, member.randomness) for member in members])
+    with pytest.raises(StackingError, match="not those of a training alone"):
+        stacked([subject.batch(seed) for seed in range(2)])
+
+
 def test_what_cannot_be_stacked_trains_one_after_another(tmp_path, monkeypatch):
     def gradients(self, batch):
         out = self(batch)
@@ -124,3 +144,29 @@ def test_what_cannot_be_stacked_trains_one_after_another(tmp_path, monkeypatch):
     outcomes = together(tmp_path, [settings_of(seed, method="erm") for seed in range(2)], say=Say(lines.append))
     assert any("cannot be stacked" in line for line in lines)
     assert [outcomes[number]["steps"] for number in "01"] == [8, 8]
+
+
+def test_what_a_method_refuses_is_told_of_every_member(tmp_path):
+    members = [
+        memory_settings(training={"seed": seed, "source_domains": ("a",)}, method={"name": "coral"}) for seed in (0, 1)
+    ]
+    outcomes = together(tmp_path, members)
+    assert ["compares source domains" in outcome.message for outcome in outcomes.values()] == [True, True]
+
+
+def test_a_step_that_fails_in_the_midst_goes_on_from_the_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr("mbcd_cli.training.train.plot_run", lambda *args: [])
+    whole, taken = StackedStep.__call__, []
+
+    def failing(self, batches):
+        taken.append(1)
+        if len(taken) == 6:  # of 8: an epoch has 4
+            raise RuntimeError("out of something")
+        return whole(self, batches)
+
+    monkeypatch.setattr(StackedStep, "__call__", failing)
+    lines = []
+    outcomes = together(tmp_path, [settings_of(seed) for seed in range(2)], say=Say(lines.append))
+    assert any("one after another: out of something" in line for line in lines)
+    assert [outcomes[number]["steps"] for number in "01"] == [8, 8]
+    assert [record["epoch"] for record in read_records(tmp_path / "0/metrics.jsonl")] == [1, 2]

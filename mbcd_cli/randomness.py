@@ -87,7 +87,7 @@ def global_states() -> dict:
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
-        "python": [version, list(words), gauss],
+        "python": [version, torch.tensor(words), gauss],
         "numpy": [
             str(kind),
             torch.from_numpy(keys.astype(np.int64)),
@@ -103,7 +103,7 @@ def global_states() -> dict:
 def load_global_states(states: dict) -> None:
     """Go on from what `global_states` returned."""
     version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
+    random.setstate((version, tuple(words.tolist()), gauss))
     kind, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"].cpu())

@@ -116,10 +116,16 @@ class ResidentRows:
 
     def read(self, name: str, clips: np.ndarray, views: np.ndarray) -> tuple[torch.Tensor, ...]:
         """The parts of `clips` [B] in `views` [B] (-1 = test view) of modality `name`, on the device."""
+        return self.at(name, self.rows(name, clips, views), test=int(views[0]) == TEST_VIEW)
+
+    def rows(self, name: str, clips: np.ndarray, views: np.ndarray) -> torch.Tensor:
+        """Where those lie, [B], for `at`."""
         rows = torch.from_numpy(self._where[name][clips, views + 1])
-        if self._device.type == "cuda":
-            rows = rows.pin_memory().to(self._device, non_blocking=True)
-        return tuple(part.index_select(0, rows) for part in self._parts[name, int(views[0]) == TEST_VIEW])
+        return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows
+
+    def at(self, name: str, rows: torch.Tensor, *, test: bool = False) -> tuple[torch.Tensor, ...]:
+        """The parts [..., ...] of `rows` [...], of the test view or of training views."""
+        return tuple(part.index_select(0, rows.flatten()).unflatten(0, rows.shape) for part in self._parts[name, test])
 
 
 def _rows(stored: int, training: np.ndarray, testing: np.ndarray) -> list[tuple[bool, np.ndarray, np.ndarray]]:

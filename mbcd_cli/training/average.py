@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -50,6 +50,18 @@ class Average:
         self._modules.append((copied, module, ("",)))
         self.followed.append(copied)
         return copied
+
+    def over(self, pieces: Callable[[torch.Tensor], list[torch.Tensor]]) -> Average:
+        """This average over what stands for its own tensors and the student's, for `update` only."""
+        other, own = copy.copy(self), self.tensors
+
+        def all_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+            return [piece for tensor in tensors for piece in pieces(tensor)]
+
+        averages, counters = zip(*own.counters, strict=True) if own.counters else ((), ())
+        counted = list(zip(all_of(averages), all_of(counters), strict=True))
+        other._tensors = _Tensors(all_of(own.mine), all_of(own.theirs), counted)
+        return other
 
     def moved(self) -> None:
         """Tensors of student or average lie elsewhere now."""

@@ -8,18 +8,21 @@ logs and checkpoints are each member's own. Letters: K members, B clips.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
-from mbcd_cli.data.records import Batch
+from mbcd_cli.data.records import Batch, Parts
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.methods.base import Context
 from mbcd_cli.randomness import Randomness
+from mbcd_cli.training.average import Average
 from mbcd_cli.training.step import TrainStep
+
+Inputs = Callable[[str, Parts], Parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,29 +40,26 @@ class StackedStep:
         members: of one method with the same settings, with models of the same shapes, on one device, each with its
             draws to itself (`Randomness.own_globals`). Their tensors become views of stacked ones; a later
             `StackedStep` of some of them takes them over. None is a row that is computed for nobody.
+        inputs: (modality, parts of all batches [K, ...]) -> its inputs [K, B, ...], where batches hold something that
+            stands for them (rows of what lies in memory).
     """
 
-    def __init__(self, members: Sequence[Member | None]) -> None:
+    def __init__(self, members: Sequence[Member | None], *, inputs: Inputs | None = None) -> None:
         first = next(member for member in members if member is not None)
-        self.steps = [member.step for member in members if member is not None]
+        self._inputs = inputs or (lambda name, parts: parts)
         everyone = [member or _nobody(first) for member in members]
         steps, draws = [member.step for member in everyone], [member.randomness for member in everyone]
         self._everyone = steps
+        self._rows = [k for k, member in enumerate(members) if member is not None]
         self._context = StackedContext.of_members(steps, draws)
         self._step = _template(first.step, first.randomness, self._context)
         self._whole = _Whole(self._step)
         self._stacked = _stack([_Whole(step) for step in steps])
-        self._trained = [
-            (self._stacked[name], parameters)
-            for name, *parameters in _by_name([_Whole(step) for step in steps])
-            if self._stacked[name].requires_grad
-        ]
-        device = self._context.sources.device
-        self._optimizer = _JointOptimizer([step.optimizer for step in self.steps])
-        self._members = torch.arange(len(steps), device=device)
+        self._members = torch.arange(len(steps), device=self._context.sources.device)
         self._first: Member | None = first
-        self._at = next(k for k, member in enumerate(members) if member is not None)
         self._sources = torch.stack([step.context.sources for step in steps])
+        self._rates: list[float] = []
+        self._alike: list[_Alike] = []
 
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """One step of every member on its batch; its figures as one vector each.
@@ -67,15 +67,20 @@ class StackedStep:
         Raises:
             StackingError: at the first step, a member's gradients are not those that it finds alone.
         """
-        alone = None if self._first is None else _alone(self._first.step, self._first.randomness, batches[self._at])
-        for step in self.steps:
+        inputs = {}
+        for name in batches[0].inputs:
+            parts = zip(*(batch.inputs[name] for batch in batches), strict=True)
+            inputs[name] = self._inputs(name, tuple(map(torch.stack, parts)))
+        alone, at = None, self._rows[0]
+        if self._first is not None:
+            its = {name: tuple(part[at] for part in parts) for name, parts in inputs.items()}
+            alone = _alone(self._first.step, self._first.randomness, replace(batches[at], inputs=its))
+        steps = [self._everyone[k] for k in self._rows]
+        for step in steps:
             step.context.step += 1
-        for leaf, _ in self._trained:
+        trained = [leaf for leaf in self._stacked.values() if leaf.requires_grad]
+        for leaf in trained:
             leaf.grad = None
-        inputs = {
-            name: tuple(torch.stack(part) for part in zip(*(batch.inputs[name] for batch in batches), strict=True))
-            for name in batches[0].inputs
-        }
         labels, domains, clips = (torch.stack([getattr(batch, of) for batch in batches]) for of in _OF_CLIPS)
         counters = [torch.stack([getattr(step.context, of) for step in self._everyone]) for of in ("step", "epoch")]
         with torch.enable_grad():
@@ -83,18 +88,23 @@ class StackedStep:
                 self._stacked, self._members, self._sources, *counters, inputs, labels, domains, clips
             )
         if alone is not None:
-            gradients = [None if leaf.grad is None else leaf.grad[self._at] for leaf, _ in self._trained]
-            _compare(alone, vectors[self._at], gradients)
+            _compare(alone, vectors[at], [None if leaf.grad is None else leaf.grad[at] for leaf in trained])
             self._first = None
-        for leaf, parameters in self._trained:
-            gradients = [None] * len(parameters) if leaf.grad is None else leaf.grad.unbind()
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-        self._optimizer.step()
-        for step in self.steps:
+        rates = [group["lr"] for step in steps for group in step.optimizer.param_groups]
+        if rates != self._rates:
+            self.release()
+            self._rates, self._alike = rates, _Alike.runs(self._everyone, self._rows, self._stacked)
+        for run in self._alike:
+            run.update()
+        for step in steps:
             step.layout = self._step.layout
-            step.follow()
         return list(vectors.unbind())
+
+    def release(self) -> None:
+        """Leave to every member's optimizer what it would have alone."""
+        for run in self._alike:
+            run.release()
+        self._rates, self._alike = [], []
 
     def _one(
         self,
@@ -229,44 +239,114 @@ def _template(step: TrainStep, draws: Randomness, context: StackedContext) -> Tr
     average = copy.deepcopy(step.average, memo)
     context.average = average
     for module in (context.model, method):
-        _replace_dropout(module, context.randomness)
+        _replace(module, context.randomness)
     return step.like(method, average)
 
 
-class _JointOptimizer:
-    """The optimizers of all members as one, so that one call updates all; their states stay their own.
+_VECTOR = 64
+"""Elements; torch's kernels treat those beyond the last full vector otherwise (no fused multiply-add)."""
 
-    Parameters of equal settings stand in one group. Learning rates are the members': where one changes, the groups are
-    made anew.
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows of a stacked tensor that are updated as one: [n, ...], of members `begin` to `begin + n` of a run."""
+
+    rows: torch.Tensor
+    begin: int
+    leaf: torch.Tensor
+    among: slice
+
+
+class _Alike:
+    """Members side by side whose optimizers and averages have the same settings and counts: updated as one.
+
+    Members' optimizers know of it when they are asked for their state. Tensors whose rows are no whole vectors are
+    updated one by one: what a row rounds to must not depend on what lies beside it.
+
+    Args:
+        steps: of the members.
+        first: row of the first of them in the stacked tensors, which `stacked` has by name.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self._own = list(optimizers)
-        self._rates: list[float] = []
-        self._joint: torch.optim.Optimizer | None = None
+    def __init__(self, steps: Sequence[TrainStep], first: int, stacked: Mapping[str, torch.Tensor]) -> None:
+        self._steps, self._first, self._stacked = steps, first, stacked
+        self._names = {tensor.data_ptr(): name for name, tensor in _by_name([_Whole(steps[0])])}
+        optimizers = [step.optimizer for step in steps]
+        self._pieces: list[tuple[_Piece, Sequence[torch.Tensor]]] = []
+        groups = []
+        for each in zip(*(optimizer.param_groups for optimizer in optimizers), strict=True):
+            joined = []
+            for parameters in zip(*(group["params"] for group in each), strict=True):
+                for piece in self._pieces_of(parameters[0]):
+                    piece.rows.requires_grad_()
+                    joined.append(piece.rows)
+                    self._pieces.append((piece, parameters[piece.begin : piece.begin + len(piece.rows)]))
+            groups.append({**each[0], "params": joined})
+        self._optimizer = type(optimizers[0])(groups)
+        for piece, parameters in self._pieces:
+            owners = optimizers[piece.begin : piece.begin + len(piece.rows)]
+            states = [owner.state.get(parameter) for owner, parameter in zip(owners, parameters, strict=True)]
+            if states[0]:
+                self._optimizer.state[piece.rows] = {
+                    name: value.clone() if name == "step" else torch.stack([state[name] for state in states])
+                    for name, value in states[0].items()
+                }
+        self._hooks = [optimizer.register_state_dict_pre_hook(self._hand_over) for optimizer in optimizers]
+        self._average = None
+        if type(steps[0].average) is Average:
+            self._average = steps[0].average.over(lambda tensor: [piece.rows for piece in self._pieces_of(tensor)])
 
-    def step(self) -> None:
-        """One step of every member's optimizer."""
-        rates = [group["lr"] for one in self._own for group in one.param_groups]
-        if self._joint is None or rates != self._rates:
-            self._rates, self._joint = rates, self._joined()
-        self._joint.step()
-        for one in self._own:
-            if not one.state:  # of a first step
-                for group in one.param_groups:
-                    one.state.update({p: self._joint.state[p] for p in group["params"] if p in self._joint.state})
+    @classmethod
+    def runs(cls, steps: Sequence[TrainStep], rows: Sequence[int], stacked: Mapping[str, torch.Tensor]) -> list[_Alike]:
+        """Those among `rows` of the stacked tensors, as few as possible."""
+        runs: list[list[int]] = []
+        for row in rows:
+            if runs and runs[-1][-1] == row - 1 and _standing(steps[row]) == _standing(steps[row - 1]):
+                runs[-1].append(row)
+            else:
+                runs.append([row])
+        return [cls([steps[row] for row in run], run[0], stacked) for run in runs]
 
-    def _joined(self) -> torch.optim.Optimizer:
-        groups: dict[tuple, dict] = {}
-        for one in self._own:
-            for group in one.param_groups:
-                settings = {key: value for key, value in group.items() if key not in ("params", "first_lr")}
-                alike = groups.setdefault(tuple(settings.values()), {**settings, "params": []})
-                alike["params"].extend(group["params"])
-        joint = type(self._own[0])(list(groups.values()))
-        for one in self._own:
-            joint.state.update(one.state)
-        return joint
+    def update(self) -> None:
+        """What the stacked gradients change."""
+        for piece, _ in self._pieces:
+            piece.rows.grad = None if piece.leaf.grad is None else piece.leaf.grad[piece.among]
+        self._optimizer.step()
+        if self._average is not None:
+            self._average.update(self._steps[0].context.step)
+        for step in self._steps:
+            step.follow(averaged=self._average is not None)
+
+    def release(self) -> None:
+        """Leave it to the members' own optimizers."""
+        for hook in self._hooks:
+            hook.remove()
+        for step in self._steps:
+            self._hand_over(step.optimizer)
+
+    def _pieces_of(self, tensor: torch.Tensor) -> list[_Piece]:
+        """Those of a tensor of the first member, and of the others' like it."""
+        leaf, members = self._stacked[self._names[tensor.data_ptr()]], len(self._steps)
+        long = members if tensor.numel() % _VECTOR == 0 else 1
+        spans = [(k, slice(self._first + k, self._first + k + long)) for k in range(0, members, long)]
+        return [_Piece(leaf.detach()[among], k, leaf, among) for k, among in spans]
+
+    def _hand_over(self, optimizer: torch.optim.Optimizer) -> None:
+        for piece, parameters in self._pieces:
+            for k, parameter in enumerate(parameters):
+                if optimizer is self._steps[piece.begin + k].optimizer and piece.rows in self._optimizer.state:
+                    optimizer.state[parameter] = {
+                        name: value.clone() if name == "step" else value[k]
+                        for name, value in self._optimizer.state[piece.rows].items()
+                    }
+
+
+def _standing(step: TrainStep) -> tuple:
+    """What two members share that are updated as one."""
+    optimizer, average = step.optimizer, step.average
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    counts = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
+    return settings, counts, int(step.context.step), None if average is None else (type(average), average.settings)
 
 
 # ---- draws
@@ -314,11 +394,26 @@ class _StackedDropout(nn.Dropout):
         return x * self._randomness.kept(*x.shape, rate=self.p, dtype=x.dtype)
 
 
-def _replace_dropout(module: nn.Module, randomness: StackedRandomness) -> None:
+class _StackedLinear(nn.Linear):
+    """nn.Linear as (W x^T)^T: its gradients come out in the layout of the weights.
+
+    F.linear leaves those of stacked weights transposed, and autograd copies them: a seventh of a population's step.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D_in] -> [..., D_out]."""
+        product = torch.mm(self.weight, x.reshape(-1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], self.out_features)
+        return product if self.bias is None else product + self.bias
+
+
+def _replace(module: nn.Module, randomness: StackedRandomness) -> None:
+    """Put what draws or multiplies in a form for vmap."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
                 setattr(parent, name, _StackedDropout(child.p, randomness).train(child.training))
+            elif type(child) is nn.Linear:
+                child.__class__ = _StackedLinear
 
 
 # ---- gradients: autograd sees the stacked tensors below vmap, where members are rows of one sum

@@ -41,8 +41,13 @@ class Progress:
 
 def training_state(progress: Progress, step: TrainStep, randomness: Randomness, run: RunFolder) -> dict[str, Any]:
     """What a checkpoint holds beside the models: own modules, average, optimizer, random states, figures, logs."""
+    optimizer = step.optimizer.state_dict()
+    moments = {
+        at: {k: by_itself(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+        for at, state in optimizer["state"].items()
+    }
     return {
-        "optimizer": step.optimizer.state_dict(),
+        "optimizer": {**optimizer, "state": moments},
         "method": {name: by_itself(value) for name, value in step.method.state_dict().items()},
         "average": {} if step.average is None else step.average.state(),
         "randomness": randomness.state(),

@@ -100,10 +100,10 @@ class TrainStep:
         self.optimizer.step()
         self.follow()
 
-    def follow(self) -> None:
-        """What follows the optimizer's step."""
+    def follow(self, *, averaged: bool = False) -> None:
+        """What follows the optimizer's step; `averaged`: but for the weight average's."""
         self._group.average_(self._statistics)
-        if self.average is not None:
+        if self.average is not None and not averaged:
             self.average.update(self.context.step)
         self.method.after_update()
 

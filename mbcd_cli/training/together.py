@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 
 from mbcd_cli.data.loading import ResidentRows, resident_bytes
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.data.records import Batch
+from mbcd_cli.data.records import TEST_VIEW, Batch
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.runs.folder import SETTINGS, open_run
 from mbcd_cli.runtime import configure, peak_memory_mb
@@ -96,7 +97,8 @@ def train_together(
             ticker.advance()
 
         clips = _clips(left, dataset, end)
-        feed = Feed(dataset, device=device, read=_resident(dataset, list(clips.values()), device=device))
+        resident = _resident(dataset, list(clips.values()), device=device)
+        feed = Feed(dataset, device=device, read=None if resident is None else partial(_read, resident))
         width = _fitting(left[0].settings, dataset, width=width, device=device)
         places = [
             _Place(deque(one for one in wanted[k::width] if one is not None and one.run in clips))
@@ -109,12 +111,15 @@ def train_together(
                     one = place.waiting.popleft()
                     place.member = _begin(one, dataset, clips[one.run], feed, interrupts, end)
                     place.live = place.member is not None
-                    stacked = stacked if place.member is None else None
+                    if place.live and stacked is not None:
+                        stacked.release()
+                        stacked = None
             live = [place for place in places if place.live]
             if not live:
                 return
             if stacked is None:
-                stacked = StackedStep([place.row for place in places])
+                inputs = None if resident is None else lambda name, rows: resident.at(name, *rows)
+                stacked = StackedStep([place.row for place in places], inputs=inputs)
             try:
                 vectors = stacked([place.member.batch if place.live else live[0].member.batch for place in places])
             except (RuntimeError, TypeError, StackingError) as error:
@@ -244,12 +249,19 @@ def _finished(member: _Member) -> Outcome:
         return error
 
 
-def _resident(dataset: Dataset, clips: Sequence[ClipsOfTraining], *, device: torch.device):
-    """Reads rows that lie once in memory for all members, or None where they are too many."""
+def _resident(dataset: Dataset, clips: Sequence[ClipsOfTraining], *, device: torch.device) -> ResidentRows | None:
+    """Rows that lie once in memory for all members, or None where they are too many."""
     if not clips or not dataset.caches or dataset.online is not None:
         return None
     training = np.unique(np.concatenate([one.training for one in clips]))
     testing = np.unique(np.concatenate([held.clips for one in clips for held in one.held_out]))
     if resident_bytes(dataset, training=training, testing=testing) > RESIDENT_BYTES:
         return None
-    return ResidentRows(dataset, training=training, testing=testing, device=device).read
+    return ResidentRows(dataset, training=training, testing=testing, device=device)
+
+
+def _read(resident: ResidentRows, name: str, clips: np.ndarray, views: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """For a step where the rows lie, all members' are taken at once; what is validated on itself."""
+    if int(views[0]) == TEST_VIEW:
+        return resident.read(name, clips, views)
+    return (resident.rows(name, clips, views),)

@@ -24,7 +24,6 @@ from mbcd_cli.scoring.clip_sets import ClipSet, clip_sets
 from mbcd_cli.scoring.deployed import deployed_checkpoint, deployed_of
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import Training, assemble
-from mbcd_cli.training.curves import plot_run
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.resume import Progress
 from mbcd_cli.training.trainer import Trainer
@@ -124,6 +123,8 @@ def train(
             summary["processes"] = group.world
 
         def finish() -> TrainingSummary:
+            from mbcd_cli.training.curves import plot_run  # imports matplotlib: not before the first step
+
             method = parts.step.method
             plots = plot_run(run, method.panels(settings.method), method.terms)
             summary["plots"] = [str(path.relative_to(run)) for path in plots]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -100,8 +101,8 @@ def newer(path: Path, proof: Path) -> None:
 
 def other_settings(path: Path, proof: Path) -> None:
     payload = torch.load(path, weights_only=True)
-    payload["settings"]["no_such_slice"] = {}
-    torch.save(payload, path)
+    settings = json.loads(payload["settings"]) | {"no_such_slice": {}}
+    torch.save(payload | {"settings": json.dumps(settings)}, path)
 
 
 def missing(path: Path, proof: Path) -> None:

@@ -58,7 +58,7 @@ def close(one, other):
 
 @pytest.mark.parametrize("method", ["erm", "mbcd", "swad", "jat"])
 def test_members_leave_what_they_would_have_left_alone(tmp_path, method, monkeypatch):
-    monkeypatch.setattr("mbcd_cli.training.train.plot_run", lambda *args: [])
+    monkeypatch.setattr("mbcd_cli.training.curves.plot_run", lambda *args: [])
     members = [settings_of(0, method=method), settings_of(1, target="a", method=method), settings_of(2, method=method)]
     outcomes = together(tmp_path / "population", members, width=2)
     for number, settings in enumerate(members):
@@ -139,7 +139,7 @@ def test_what_cannot_be_stacked_trains_one_after_another(tmp_path, monkeypatch):
         return self.figures(batch, out, loss, terms)
 
     monkeypatch.setattr(Method, "gradients", gradients)
-    monkeypatch.setattr("mbcd_cli.training.train.plot_run", lambda *args: [])
+    monkeypatch.setattr("mbcd_cli.training.curves.plot_run", lambda *args: [])
     lines = []
     outcomes = together(tmp_path, [settings_of(seed, method="erm") for seed in range(2)], say=Say(lines.append))
     assert any("cannot be stacked" in line for line in lines)
@@ -155,7 +155,7 @@ def test_what_a_method_refuses_is_told_of_every_member(tmp_path):
 
 
 def test_a_step_that_fails_in_the_midst_goes_on_from_the_checkpoints(tmp_path, monkeypatch):
-    monkeypatch.setattr("mbcd_cli.training.train.plot_run", lambda *args: [])
+    monkeypatch.setattr("mbcd_cli.training.curves.plot_run", lambda *args: [])
     whole, taken = StackedStep.__call__, []
 
     def failing(self, batches):

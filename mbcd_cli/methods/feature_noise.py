@@ -6,6 +6,7 @@ Letters: B clips of the global batch, b of them in this process (all, unless tor
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from mbcd_cli.encoders.staged import Parts
 from mbcd_cli.methods.parts import full_precision
@@ -25,7 +26,7 @@ class FeatureNoiseSettings(Slice):
     """Probability that one call applies the noise."""
 
 
-class FeatureNoise:
+class FeatureNoise(nn.Module):
     """DSU as the `noise` callable of a tail (Li et al., ICLR 2022).
 
     For x [B, C, ...] with mean mu and deviation sigma over the positions, per clip and channel:
@@ -36,11 +37,12 @@ class FeatureNoise:
     """
 
     def __init__(self, *, settings: FeatureNoiseSettings, randomness: Randomness, group: Group = ALONE) -> None:
+        super().__init__()
         self._probability = settings.probability
         self._randomness = randomness
         self._group = group
 
-    def __call__(self, parts: Parts) -> Parts:
+    def forward(self, parts: Parts) -> Parts:
         """Parts, each [b, C, ...] floating -> the same shapes and types."""
         if parts[0].shape[0] * self._group.world == 1:
             return parts

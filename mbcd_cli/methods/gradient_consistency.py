@@ -21,21 +21,21 @@ class ConsistencySettings(Slice):
     """Learning rate of the inner step."""
 
 
-def inner_step(theta: TailWeights, gradients: Sequence[torch.Tensor], *, alpha: float) -> TailWeights:
+def inner_step(theta: TailWeights, gradients: Sequence[torch.Tensor], *, alpha: float | torch.Tensor) -> TailWeights:
     """theta'_k = theta_k - alpha g_k (Eq. 5).
 
     Args:
         theta: parameters of the tails.
         gradients: g in the order of `flatten(theta)`; constants for the first order, else with a graph.
-        alpha: learning rate of the inner step.
+        alpha: learning rate of the inner step; a tensor [] inside a population whose members' differ.
     """
     remaining = iter(gradients)
-    return {
-        name: {
-            key: torch.sub(value, laid_out_like(next(remaining), value), alpha=alpha) for key, value in weights.items()
-        }
-        for name, weights in theta.items()
-    }
+
+    def stepped(value: torch.Tensor) -> torch.Tensor:
+        gradient = laid_out_like(next(remaining), value)
+        return value - alpha * gradient if isinstance(alpha, torch.Tensor) else torch.sub(value, gradient, alpha=alpha)
+
+    return {name: {key: stepped(value) for key, value in weights.items()} for name, weights in theta.items()}
 
 
 def in_order(theta: TailWeights) -> list[torch.Tensor]:

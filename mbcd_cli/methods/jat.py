@@ -87,6 +87,7 @@ class JAT(Method):
     def __init__(self, settings: JATSettings, context: Context) -> None:
         super().__init__(settings, context)
         dims, domains = context.model.dims, len(context.sources)
+        self._drops = settings.dropout > 0
         self._noise = None
         if settings.feature_noise.enabled:
             self._noise = FeatureNoise(
@@ -128,11 +129,11 @@ class JAT(Method):
 
     def kept(self, clips: int) -> torch.Tensor | None:
         """What the fused head sees of this process' clips, [B, M] of 0 and 1; None: all of it."""
-        group, settings = self.context.group, self.settings
-        if not settings.dropout:
+        group = self.context.group
+        if not self._drops:
             return None
         uniform = self.context.randomness.uniform(clips * group.world, len(self.context.model.modalities))
-        return group.own(keep_at_least_one(uniform, settings.dropout))
+        return group.own(keep_at_least_one(uniform, self.settings.dropout))
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
         """ERM's terms, the uni-modal ones weighted, `modality`, and of several sources `domain` and `domain_fused`."""

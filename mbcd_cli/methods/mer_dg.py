@@ -59,6 +59,7 @@ class MERDG(Method):
 
     def __init__(self, settings: MERDGSettings, context: Context) -> None:
         super().__init__(settings, context)
+        self._contrasts = settings.contrast > 0
         dims = context.model.dims if settings.on == "projection" else {}
         self.projections = nn.ModuleDict(
             {name: projection(dim, hidden=settings.hidden, norm=nn.LayerNorm) for name, dim in dims.items()}
@@ -77,7 +78,7 @@ class MERDG(Method):
             "marginal": Term(torch.stack([marginal(r) for r in rows]).to(dtype), settings.weight * settings.marginal),
             "spectral": Term(torch.stack([spectral(r) for r in rows]).to(dtype), settings.weight * settings.spectral),
         }
-        if settings.contrast:
+        if self._contrasts:
             contrast = supervised_contrast(
                 [unit_rows(one) for one in z], batch.labels, temperature=settings.temperature, group=group
             )

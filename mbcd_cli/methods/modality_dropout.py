@@ -59,7 +59,7 @@ def drop_probabilities(r: torch.Tensor, settings: DropoutSettings) -> torch.Tens
     if settings.strategy == "none" or r.shape[0] == 1:
         return torch.zeros_like(r)
     if settings.strategy == "fixed":
-        return torch.full_like(r, settings.rate)
+        return torch.ones_like(r) * settings.rate
     return torch.tanh(torch.clamp(r - 1, min=0))
 
 

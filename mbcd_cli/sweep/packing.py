@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import method_class
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import Settings, Slice
 from mbcd_cli.sweep.plan import Cell, settings_key
 
 WIDTH = 32
@@ -33,9 +33,9 @@ def width_of(text: str) -> int | None:
 def units(cells: Sequence[Cell], *, width: int | None, jobs: int) -> dict[str, Sequence[Cell]]:
     """Cell's key -> the cells that one process trains, this one among them.
 
-    Cells are alike when their settings differ in the seed, the target and the sources (as many) only; `jobs` processes
-    share them. It depends on the plan alone, not on what is done: a cell's place among the others stays (and with it,
-    what it rounds to).
+    Cells are alike when their settings differ in the seed, the target, the sources (as many) and numbers only (of the
+    method, the optimizer, the average; dropout rates; zero apart); `jobs` processes share them. It depends on the plan
+    alone, not on what is done: a cell's place among the others stays (and with it, what it rounds to).
 
     Args:
         width: of a population; 0: there are none; None: where models are small.
@@ -57,7 +57,23 @@ def small(settings: Settings) -> bool:
 
 
 def kind(settings: Settings) -> str:
-    """What the members of one population share."""
+    """What the members of one population share: all but seed, target, sources (as many), and numbers."""
     training = settings.training
     same = training.model_copy(update={"seed": 0, "target_domain": None, "source_domains": ()})
-    return f"{len(training.source_domains)}-{settings_key(settings.model_copy(update={'training': same}))}"
+    alike = {"training": same, "model": settings.model.model_copy(update={"dropout": _told(settings.model.dropout)})}
+    alike |= {name: _without_numbers(getattr(settings, name)) for name in ("method", "optimizer", "average")}
+    return f"{len(training.source_domains)}-{settings_key(settings.model_copy(update=alike))}"
+
+
+def _without_numbers(group: Slice) -> Slice:
+    told = {
+        name: _without_numbers(value) if isinstance(value, Slice) else _told(value)
+        for name, value in group
+        if isinstance(value, (Slice, float))
+    }
+    return group.model_copy(update=told)
+
+
+def _told(number: float) -> float:
+    """Whether there is one: what is zero is often left out of a step."""
+    return float(bool(number))

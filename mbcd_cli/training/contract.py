@@ -25,7 +25,7 @@ from mbcd_cli.methods.base import Method, Outputs, Term
 from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import global_states, load_global_states, seed_everything
-from mbcd_cli.settings import ReaderSettings, Settings
+from mbcd_cli.settings import ReaderSettings, Settings, Slice
 from mbcd_cli.settings.sources import merge
 from mbcd_cli.training.assemble import Training, train_with
 from mbcd_cli.training.population import Member, StackedStep
@@ -61,19 +61,25 @@ class Subject:
         group: Group = ALONE,
         kind: type[Method] | None = None,
         order: Sequence[int] = (),
+        shrunk: float = 1.0,
         **training: object,
     ) -> Training:
-        """A training of a tiny float64 model; `order` are numbers of modalities, then of unequal widths."""
+        """A training of a tiny float64 model.
+
+        Args:
+            order: numbers of modalities, then of unequal widths.
+            shrunk: what all settings are multiplied with that are numbers, but integers.
+        """
         numbers = order or range(modalities)
         names = [f"m{k}" for k in numbers]
         array = {"kind": "array", "dimension": DIMENSION}
         shapes = {f"m{k}": {**array, "width": 2 + k if order else 2} for k in numbers}
         tree = {
             "modalities": shapes,
-            "model": {"hidden": 8, "dropout": dropout, "modalities": names},
-            "method": self.method,
-            "average": {"beta": 0.9, **self.average},
-            "optimizer": {"lr": 1e-2},
+            "model": {"hidden": 8, "dropout": dropout * shrunk, "modalities": names},
+            "method": _shrunk(self.kind.Settings.model_validate(self.method), shrunk),
+            "average": {"beta": 0.9 * shrunk, **self.average},
+            "optimizer": {"lr": 1e-2 * shrunk, "weight_decay": 1e-3 * shrunk},
             "training": training,
             "runtime": {"device": "cpu", "precision": "float32", "channels_last": "off"},
         }
@@ -103,6 +109,12 @@ class Subject:
             domains=repeated % sources,
             clips=repeated,
         )
+
+
+def _shrunk(settings: Slice, by: float) -> dict[str, object]:
+    told = {name: value * by for name, value in settings if isinstance(value, float)}
+    groups = {name: _shrunk(value, by) for name, value in settings if isinstance(value, Slice)}
+    return settings.model_dump(mode="json", exclude_unset=True) | (told if by != 1 else {}) | groups
 
 
 def weights(step: TrainStep) -> dict[str, torch.Tensor]:
@@ -344,18 +356,25 @@ def check_static(subject: Subject) -> None:
 
 
 def check_population(subject: Subject) -> None:
-    """Each member of a population does what it does alone, beside one whose weights turn infinite too."""
-    if not subject.kind.stackable:
-        return
+    """Each member of a population does what it does alone, beside one whose weights turn infinite too.
+
+    Once with the same settings, once with others wherever they are numbers.
+    """
+    if subject.kind.stackable:
+        for factors in ((1.0, 1.0, 1.0), (1.0, 0.9, 0.8)):
+            _check_population(subject, factors)
+
+
+def _check_population(subject: Subject, factors: Sequence[float]) -> None:
     seeds, broken = range(3), 1
     alone: dict[int, tuple[list[torch.Tensor], dict[str, torch.Tensor]]] = {}
     for seed in seeds:
-        training = subject.training(seed=seed)
+        training = subject.training(seed=seed, shrunk=factors[seed])
         figures = [training.step(subject.batch(10 * seed + number)) for number in range(4)]
         alone[seed] = figures, weights(training.step)
     members = []
     for seed in seeds:
-        members.append(subject.training(seed=seed))
+        members.append(subject.training(seed=seed, shrunk=factors[seed]))
         members[-1].randomness.own_globals()
     stacked = StackedStep([Member(member.step, member.randomness) for member in members])
     with torch.no_grad():

@@ -8,7 +8,7 @@ logs and checkpoints are each member's own. Letters: K members, B clips.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from mbcd_cli.data.records import Batch, Parts
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.methods.base import Context
 from mbcd_cli.randomness import Randomness
+from mbcd_cli.settings import Slice
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.step import TrainStep
 
@@ -37,9 +38,10 @@ class StackedStep:
     """`step(batches)`: one step of every member, equal to what each would do alone but for rounding.
 
     Args:
-        members: of one method with the same settings, with models of the same shapes, on one device, each with its
-            draws to itself (`Randomness.own_globals`). Their tensors become views of stacked ones; a later
-            `StackedStep` of some of them takes them over. None is a row that is computed for nobody.
+        members: of one method, with models of the same shapes, on one device, each with its draws to itself
+            (`Randomness.own_globals`). Their settings may differ in numbers of the method, the optimizer and the
+            average and in dropout rates, but for whether they are zero. Their tensors become views of stacked ones; a
+            later `StackedStep` of some of them takes them over. None is a row that is computed for nobody.
         inputs: (modality, parts of all batches [K, ...]) -> its inputs [K, B, ...], where batches hold something that
             stands for them (rows of what lies in memory).
     """
@@ -52,11 +54,14 @@ class StackedStep:
         self._everyone = steps
         self._rows = [k for k, member in enumerate(members) if member is not None]
         self._context = StackedContext.of_members(steps, draws)
-        self._step = _template(first.step, first.randomness, self._context)
+        self._step = _template(first.step, first.randomness, self._context, steps)
+        self._numbers = _Numbers(self._step, steps)
         self._whole = _Whole(self._step)
         self._stacked = _stack([_Whole(step) for step in steps])
         self._members = torch.arange(len(steps), device=self._context.sources.device)
-        self._first: Member | None = first
+        # What a member finds alone at its first step: of one, or, where numbers differ, of all.
+        self._unlike = [(k, member) for k, member in enumerate(members) if member is not None]
+        self._unlike = self._unlike if self._numbers.values else self._unlike[:1]
         self._sources = torch.stack([step.context.sources for step in steps])
         self._rates: list[float] = []
         self._alike: list[_Alike] = []
@@ -71,10 +76,10 @@ class StackedStep:
         for name in batches[0].inputs:
             parts = zip(*(batch.inputs[name] for batch in batches), strict=True)
             inputs[name] = self._inputs(name, tuple(map(torch.stack, parts)))
-        alone, at = None, self._rows[0]
-        if self._first is not None:
-            its = {name: tuple(part[at] for part in parts) for name, parts in inputs.items()}
-            alone = _alone(self._first.step, self._first.randomness, replace(batches[at], inputs=its))
+        alone = {}
+        for k, member in self._unlike:
+            its = {name: tuple(part[k] for part in parts) for name, parts in inputs.items()}
+            alone[k] = _alone(member.step, member.randomness, replace(batches[k], inputs=its))
         steps = [self._everyone[k] for k in self._rows]
         for step in steps:
             step.context.step += 1
@@ -85,11 +90,19 @@ class StackedStep:
         counters = [torch.stack([getattr(step.context, of) for step in self._everyone]) for of in ("step", "epoch")]
         with torch.enable_grad():
             vectors = vmap(self._one)(
-                self._stacked, self._members, self._sources, *counters, inputs, labels, domains, clips
+                self._stacked,
+                self._numbers.values,
+                self._members,
+                self._sources,
+                *counters,
+                inputs,
+                labels,
+                domains,
+                clips,
             )
-        if alone is not None:
-            _compare(alone, vectors[at], [None if leaf.grad is None else leaf.grad[at] for leaf in trained])
-            self._first = None
+        for k, found in alone.items():
+            _compare(found, vectors[k], [None if leaf.grad is None else leaf.grad[k] for leaf in trained])
+        self._unlike = []
         rates = [group["lr"] for step in steps for group in step.optimizer.param_groups]
         if rates != self._rates:
             self.release()
@@ -109,6 +122,7 @@ class StackedStep:
     def _one(
         self,
         weights: dict[str, torch.Tensor],
+        numbers: list[torch.Tensor],
         member: torch.Tensor,
         sources: torch.Tensor,
         step: torch.Tensor,
@@ -122,6 +136,7 @@ class StackedStep:
         context = self._context
         context.sources, context.step, context.epoch = sources, step, epoch
         context.randomness.member = member
+        self._numbers.set(numbers)
         batch = Batch(inputs=inputs, labels=labels, domains=domains, clips=clips)
         return functional_call(self._whole, weights, (batch,))
 
@@ -223,7 +238,7 @@ def _stack(members: Sequence[_Whole]) -> dict[str, torch.Tensor]:
     return stacked
 
 
-def _template(step: TrainStep, draws: Randomness, context: StackedContext) -> TrainStep:
+def _template(step: TrainStep, draws: Randomness, context: StackedContext, everyone: Sequence[TrainStep]) -> TrainStep:
     """A copy of the step whose method works on the stacked context; its own weights are never used."""
     memo: dict[int, object] = {
         id(step.context): context,
@@ -238,8 +253,11 @@ def _template(step: TrainStep, draws: Randomness, context: StackedContext) -> Tr
     context.model = copy.deepcopy(step.model, memo)
     average = copy.deepcopy(step.average, memo)
     context.average = average
-    for module in (context.model, method):
-        _replace(module, context.randomness)
+    for module, like in (
+        (context.model, [one.model for one in everyone]),
+        (method, [one.method for one in everyone]),
+    ):
+        _replace(module, like, context.randomness)
     return step.like(method, average)
 
 
@@ -349,6 +367,51 @@ def _standing(step: TrainStep) -> tuple:
     return settings, counts, int(step.context.step), None if average is None else (type(average), average.settings)
 
 
+# ---- numbers that members' settings differ in
+
+
+class _Numbers:
+    """Numbers of the members' methods that differ: of the template's, tensors with a value for each of them.
+
+    Found are those in the settings and among the attributes of the method's modules (a loss weight, the strength of a
+    gradient reversal); what a method keeps elsewhere shows in the comparison of the first step.
+
+    Attributes:
+        values: of each number, [K].
+    """
+
+    def __init__(self, template: TrainStep, steps: Sequence[TrainStep]) -> None:
+        self._places: list[tuple[nn.Module, tuple[str, ...]]] = []
+        self.values: list[torch.Tensor] = []
+        like = next(template.model.parameters())
+        for module, *each in zip(template.method.modules(), *(step.method.modules() for step in steps), strict=True):
+            numbers = [dict(_numbers(vars(one))) for one in each]
+            for path in numbers[0]:
+                values = [one[path] for one in numbers]
+                if len(set(values)) > 1 and not isinstance(module, _StackedDropout):
+                    self._places.append((module, path))
+                    self.values.append(torch.tensor(values, dtype=like.dtype, device=template.context.step.device))
+
+    def set(self, values: Sequence[torch.Tensor]) -> None:
+        """Have the template's methods read `values`, each []."""
+        for (module, (name, *path)), value in zip(self._places, values, strict=True):
+            setattr(module, name, _with(getattr(module, name), path, value) if path else value)
+
+
+def _numbers(of: Mapping[str, object]) -> Iterator[tuple[tuple[str, ...], float]]:
+    """(names, number) of all numbers that are no integers."""
+    for name, value in of.items():
+        if isinstance(value, float):
+            yield (name,), value
+        elif isinstance(value, Slice):
+            yield from (((name, *path), number) for path, number in _numbers(dict(value)))
+
+
+def _with(settings: Slice, path: Sequence[str], value: torch.Tensor) -> Slice:
+    name, *rest = path
+    return settings.model_copy(update={name: _with(getattr(settings, name), rest, value) if rest else value})
+
+
 # ---- draws
 
 
@@ -372,9 +435,14 @@ class StackedRandomness:
         """Standard normal of floating type `dtype`."""
         return self._of_each(lambda draws: draws.normal(*shape, dtype=dtype))
 
-    def kept(self, *shape: int, rate: float, dtype: torch.dtype) -> torch.Tensor:
-        """Dropout's factors: 0 with probability `rate`, else 1 / (1 - rate)."""
-        return self._of_each(lambda draws: draws.kept(*shape, rate=rate, dtype=dtype))
+    def kept(self, *shape: int, rates: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+        """Dropout's factors: 0 with probability `rate`, else 1 / (1 - rate), of each member's rate."""
+        return _Stacked.apply(
+            lambda: torch.stack(
+                [draws.kept(*shape, rate=rate, dtype=dtype) for draws, rate in zip(self._draws, rates, strict=True)]
+            ),
+            self.member,
+        )
 
     def _of_each(self, draw: Callable[[Randomness], torch.Tensor]) -> torch.Tensor:
         return _Stacked.apply(lambda: torch.stack([draw(one) for one in self._draws]), self.member)
@@ -383,15 +451,15 @@ class StackedRandomness:
 class _StackedDropout(nn.Dropout):
     """nn.Dropout whose masks are those that each member would draw alone."""
 
-    def __init__(self, p: float, randomness: StackedRandomness) -> None:
-        super().__init__(p)
-        self._randomness = randomness
+    def __init__(self, rates: Sequence[float], randomness: StackedRandomness) -> None:
+        super().__init__(max(rates))
+        self._rates, self._randomness = rates, randomness
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, D] -> [B, D]."""
         if not self.training or not self.p:
             return x
-        return x * self._randomness.kept(*x.shape, rate=self.p, dtype=x.dtype)
+        return x * self._randomness.kept(*x.shape, rates=self._rates, dtype=x.dtype)
 
 
 class _StackedLinear(nn.Linear):
@@ -406,12 +474,13 @@ class _StackedLinear(nn.Linear):
         return product if self.bias is None else product + self.bias
 
 
-def _replace(module: nn.Module, randomness: StackedRandomness) -> None:
-    """Put what draws or multiplies in a form for vmap."""
-    for parent in list(module.modules()):
+def _replace(module: nn.Module, like: Sequence[nn.Module], randomness: StackedRandomness) -> None:
+    """Put what draws or multiplies in a form for vmap; `like` are the members' own modules."""
+    for parent, *each in zip(list(module.modules()), *(list(one.modules()) for one in like), strict=True):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
-                setattr(parent, name, _StackedDropout(child.p, randomness).train(child.training))
+                rates = [getattr(one, name).p for one in each]
+                setattr(parent, name, _StackedDropout(rates, randomness).train(child.training))
             elif type(child) is nn.Linear:
                 child.__class__ = _StackedLinear
 

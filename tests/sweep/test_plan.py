@@ -11,7 +11,7 @@ from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS
 from mbcd_cli.resolved import resolve
 from mbcd_cli.sweep.estimate import checkpoint_bytes, estimate
-from mbcd_cli.sweep.packing import units, width_of
+from mbcd_cli.sweep.packing import kind, units, width_of
 from mbcd_cli.sweep.plan import parse_grid, parse_modality_set, settings_key, splits
 from mbcd_cli.sweep.request import Request, output_of, title_of
 
@@ -236,8 +236,13 @@ def test_what_trains_together_depends_on_the_plan_alone(monkeypatch):
     assert {len(share) for share in units(convolutions, width=4, jobs=2).values()} == {6}
     monkeypatch.setattr("mbcd_cli.sweep.packing.SHARE", 4)
     assert {len(share) for share in units(cells, width=None, jobs=2).values()} == {4, 2}
-    other = plan_of("digits-4", methods="erm", targets="all", seeds="2", grid=["optimizer.lr=1e-3,2e-3"])
+    other = plan_of("digits-4", methods="erm", targets="all", seeds="2", grid=["training.epochs=1,2"])
     assert {len(share) for share in units(other, width=None, jobs=1).values()} == {4, 2}
+    numbers = plan_of("digits-4", methods="erm", targets="all", seeds="2", grid=["optimizer.lr=1e-3,2e-3"])
+    assert {len(share) for share in units(numbers, width=None, jobs=1).values()} == {4}
+    assert len({kind(cell.settings) for cell in numbers}) == 1
+    zero = plan_of("digits-4", methods="erm", targets="all", seeds="2", grid=["model.dropout=0,0.5"])
+    assert len({kind(cell.settings) for cell in zero}) == 2
 
 
 def test_how_many_train_together_is_auto_off_or_a_number():

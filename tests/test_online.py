@@ -247,7 +247,7 @@ def test_a_live_trunk_is_evaluated_with_its_own_statistics(live, root, tmp_path)
 
     batches = dataset.batches(tests, batch_size=2, training=False)
     (undisturbed,) = disturbed_accuracy(model, batches, [gaussian_shift("video", 0.0)], device=CPU)
-    assert undisturbed["fused"] == pytest.approx(float(accuracy))
+    assert undisturbed.fused == pytest.approx(float(accuracy))
 
     # New clips need the checkpoint alone, and get the same predictions; the trunk has no weights file.
     words = ["evaluate", "--run", run, "--data-root", root, "--output", tmp_path / "new", "--json"]

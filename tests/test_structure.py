@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mbcd_cli"
 # From the bottom; a room imports what stands on lower lines, and itself. Rooms of one line do not know each other.
 FLOORS = (
-    "__init__ errors say allocator randomness checksums naming",
+    "__init__ errors say allocator randomness checksums naming json_values",
     "files processes settings plugins",
     "runtime plotting data integrity",
     "encoders",

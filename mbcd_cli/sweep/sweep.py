@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mbcd_cli.errors import CacheError, MbcdError, RunError
-from mbcd_cli.evaluation.report.comparison import write_comparison_files
+from mbcd_cli.evaluation.report.comparison import Comparison, write_comparison_files
 from mbcd_cli.evaluation.report.plots import plot_methods
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.resolved import resolve
@@ -215,7 +215,7 @@ def _gpus(cells: Sequence[Cell]) -> list[str]:
     return visible or [str(index) for index in range(torch.cuda.device_count())]
 
 
-def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any]:
+def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> Comparison:
     """The finished cells as tables, in text, Markdown, CSV, LaTeX and HTML under `output`.
 
     Raises:

@@ -24,10 +24,10 @@ _BASIS_BYTES = 4 << 30
 class Hessian:
     """v -> H v for H the Hessian of the summed terms at `at`, by double backpropagation.
 
-    Where the graphs of all terms' gradients fit into `graph_bytes` they are built once and kept, which
-    saves the forward and the first backward pass of every product (an eigenvalue in 1.15 s instead of 2.19 s,
-    docs/performance.md); else one term's graph is in memory at a
-    time. Either way memory does not grow with the number of products.
+    Where the graphs of all terms' gradients fit into `graph_bytes` they are built once and kept, which saves the forward and
+    the first backward pass of every product: without, 8 products take 1.32 times as long (the model of
+    `tests/benchmarks/landscape_speed.py`, on and off in turns, one CPU thread). Else one term's graph is in memory at a time.
+    Either way memory does not grow with the number of products.
 
     Args:
         terms: differentiable functions that sum to the loss.

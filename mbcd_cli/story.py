@@ -85,7 +85,7 @@ def demo(
             f"The demo has no domain {target!r}.",
             f"{did_you_mean(target, DOMAINS)}Its domains are {', '.join(DOMAINS)}.",
         )
-    here = {path: value for path, value in flags.items() if path.startswith(("cache.", "runtime."))}
+    machine = {path: value for path, value in flags.items() if path.startswith(("cache.", "runtime."))}
     torch_device = configure(settings["mbcd"].runtime)
     seconds: dict[str, float] = {}
 
@@ -106,7 +106,7 @@ def demo(
 
     opened = {}
     for method in COMPARED:
-        opened[method] = open_checkpoints(run_checkpoints(runs[method]), config=None, sets=(), flags=here)
+        opened[method] = open_checkpoints(run_checkpoints(runs[method]), config=None, sets=(), flags=machine)
     say("3/4 landscape: both methods on one scale")
     started = time.monotonic()
     resolved, dataset, _ = opened[COMPARED[-1]]

@@ -120,9 +120,9 @@ class Asked:
             return  # who reads all settings says what is wrong
         cache = Path(folder).expanduser()
         check_dataset(cache, name)
-        target, known = stated(layers, "training.target_domain"), stored_domains(cache, name)
-        if known and isinstance(target, str) and target != "none":
-            check_domains(name, known, [target])
+        target, domains = stated(layers, "training.target_domain"), stored_domains(cache, name)
+        if domains and isinstance(target, str) and target != "none":
+            check_domains(name, domains, [target])
 
 
 _HANDED = ("asked", "show_settings")
@@ -182,14 +182,14 @@ def command(
             return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
         needed = inspect.Parameter.empty
-        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in _HANDED]
+        declared = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in _HANDED]
         parameters = [
             *(
                 parameter(n, o, None if FLAGS[names[n]].startswith("-") else needed)
                 for n, o in options.items()
                 if n not in last
             ),
-            *(parameter(p.name, p.annotation, p.default) for p in own),
+            *(parameter(p.name, p.annotation, p.default) for p in declared),
             *(parameter(name, option, None) for name, option in (common | last | {"csv_": Csv}).items()),
             *(parameter(name, option, False) for name, option in switches.items()),
         ]
@@ -221,8 +221,8 @@ def _at_home(value: object) -> object:
 def _option(path: str, panel: str | None) -> object:
     """The annotated type of a setting's flag, with its docstring and choices as the help."""
     group, _, name = path.rpartition(".")
-    own = {"method": MethodSettings, "dataset.reader": ManifestSettings}.get(group)
-    field = (own or Settings.model_fields[group].annotation).model_fields[name]
+    group_class = {"method": MethodSettings, "dataset.reader": ManifestSettings}.get(group)
+    field = (group_class or Settings.model_fields[group].annotation).model_fields[name]
     plain, choices = _plain(field.annotation)
     text = (field.description or "") + (f" One of: {', '.join(choices)}." if choices else "")
     if not FLAGS[path].startswith("-"):

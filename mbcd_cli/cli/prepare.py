@@ -105,8 +105,8 @@ def _repeated(asked: Asked, *, layered: bool) -> list[str]:
     from mbcd_cli.settings import role_of
 
     parts = ("cache.", "dataset.", "modalities.")
-    kept = [one for one in sets if one.startswith(parts) and role_of(one.partition("=")[0]) != "machine"]
-    return words + [word for one in kept for word in ("--set", one)]
+    kept = [text for text in sets if text.startswith(parts) and role_of(text.partition("=")[0]) != "machine"]
+    return words + [word for text in kept for word in ("--set", text)]
 
 
 def show_prepared(result: Prepared, *, preset: str | None, repeat: Sequence[str] = ()) -> None:

@@ -104,12 +104,12 @@ def evaluate(
         if settings.evaluation.report:
             shown = {"files": analysis.files, "run": run, "landscape": landscape, "skip": earlier(output)}
             files["report"] = write_report(aside / "report.html", results, settings=to_toml(settings), **shown)
-        ours = {name: path.relative_to(aside) for name, path in files.items() if path.is_relative_to(aside)}
-        sums = {path.as_posix(): of_file(aside / path) for path in ours.values()}
+        written = {name: path.relative_to(aside) for name, path in files.items() if path.is_relative_to(aside)}
+        sums = {path.as_posix(): of_file(aside / path) for path in written.values()}
         sums |= {p.relative_to(output).as_posix(): of_file(p) for p in _beside(files, aside, output)}
         write_json(aside / "results.json", {**json_values(results), "files": sums})
-        give_place(aside, output, list(ours.values()))
-    files |= {name: output / path for name, path in ours.items()} | {"results": output / "results.json"}
+        give_place(aside, output, list(written.values()))
+    files |= {name: output / path for name, path in written.items()} | {"results": output / "results.json"}
     return Evaluation(results, files)
 
 
@@ -134,13 +134,13 @@ def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[Clips, DatasetSe
         return None, f"the media are not at {root} (--set dataset.root=DIR says where they are)"
     try:
         reader = load_settings(cache.folder / PREPARED_WITH).dataset.reader  # the run's settings name the dataset only
-        there = settings.dataset.model_copy(update={"root": root, "reader": reader})
-        listing = read_listing(settings.model_copy(update={"dataset": there}))
+        source = settings.dataset.model_copy(update={"root": root, "reader": reader})
+        listing = read_listing(settings.model_copy(update={"dataset": source}))
     except MbcdError as error:
         return None, error.message.splitlines()[0].rstrip(".")
     if listing.clips.digest != cache.listing:
         return None, f"{root} holds other clips than the cache (--set dataset.root=DIR says where they are)"
-    return (listing.clips, there), ""
+    return (listing.clips, source), ""
 
 
 def _accuracy_plots(analysis: Analysis) -> None:

@@ -122,8 +122,8 @@ def predict_new(
     else:
         (folder / "rejected.csv").unlink(missing_ok=True)  # of an earlier time
     files["results"] = write_json(folder / "predict.json", json_values(figures))
-    told = {field.name: getattr(figures, field.name) for field in fields(figures)}
-    return Predicted(**told, files=files, exit_code=prepared["exit_code"], max_bad=max_bad)
+    held = {field.name: getattr(figures, field.name) for field in fields(figures)}
+    return Predicted(**held, files=files, exit_code=prepared["exit_code"], max_bad=max_bad)
 
 
 def _cache(folder: Path | None) -> AbstractContextManager[str | Path]:

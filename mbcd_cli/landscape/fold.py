@@ -1,9 +1,9 @@
 """Batch norm with fixed statistics folded into the convolution or linear layer before it.
 
-In eval mode a batch norm is affine, so conv(x; w) followed by it is one convolution with weights w * gamma / sigma and bias
-beta + (b - mu) * gamma / sigma: the same function of the same parameters (and differentiable in them), with two passes over
-the activations less. Without it a Hessian-vector product of all parameters takes 1.49 times as long, and a loss 1.01 times
-(the model of `tests/benchmarks/landscape_speed.py`, on and off in turns, one CPU thread).
+In eval mode a batch norm is affine, so conv(x; w) followed by it is one convolution with weights w * gamma / sigma and
+bias beta + (b - mu) * gamma / sigma: the same function of the same parameters (and differentiable in them), with two
+passes over the activations less. Without it a Hessian-vector product of all parameters takes 1.49 times as long, and a
+loss 1.01 times (the model of `tests/benchmarks/landscape_speed.py`, on and off in turns, one CPU thread).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The loss as a function of weights: what surfaces, flatness and curvature are measured on.
 
-Gains that are named here were measured on the model and clips of `tests/benchmarks/landscape_speed.py`, on and off in turns.
+Gains that are named here were measured on the model and clips of `tests/benchmarks/landscape_speed.py`, on and off in
+turns.
 
 Letters: N clips, B clips in a batch, P points evaluated together, C classes, D features.
 """
@@ -27,8 +28,8 @@ from mbcd_cli.model import MultiModalModel
 
 BatchLoss = Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
 _HEAD_POINTS = 32
-"""Points of a head under one vmap: 3.6 times as fast as one by one with 96 clips, 2.2 times with 480 (a fused head of 64
-hidden units, one CPU thread); all clips as one batch give 1.2 and 1.8 times of it."""
+"""Points of a head under one vmap: 3.6 times as fast as one by one with 96 clips, 2.2 times with 480 (a fused head of
+64 hidden units, one CPU thread); all clips as one batch give 1.2 and 1.8 times of it."""
 _VARIANCE = ".running_var"
 
 
@@ -237,7 +238,7 @@ class ModelObjective:
             return torch.stack([self.measure({n: t[p] for n, t in moved.items()}) for p in range(points)])
         total = torch.zeros(points, 2, dtype=torch.float64, device=self.device)
         for data in self._data:
-            loss, correct = torch.vmap(lambda one, d=data: self._call(self._at(one), self._sums, d))(dict(moved))
+            loss, correct = torch.vmap(lambda point, d=data: self._call(self._at(point), self._sums, d))(dict(moved))
             total += torch.stack((loss.double(), correct.double()), dim=1)
         return total / self.clips
 

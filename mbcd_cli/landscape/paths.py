@@ -35,17 +35,17 @@ def vector_of(state: Mapping[str, torch.Tensor], like: Vector, *, label: str) ->
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    found: Vector = {}
+    vector: Vector = {}
     for name, tensor in like.items():
         other = state.get(name)
         if other is None or other.shape != tensor.shape:
-            have = "is missing" if other is None else f"is {tuple(other.shape)}"
+            fault = "is missing" if other is None else f"is {tuple(other.shape)}"
             raise CheckpointError(
-                f"Checkpoint {label} holds another model: {name} {have}, not {tuple(tensor.shape)}.",
+                f"Checkpoint {label} holds another model: {name} {fault}, not {tuple(tensor.shape)}.",
                 "Connect checkpoints of the same modalities, encoders and heads.",
             )
-        found[name] = coordinate(name, other.to(tensor))
-    return found
+        vector[name] = coordinate(name, other.to(tensor))
+    return vector
 
 
 def _only(vector: Vector, names: Sequence[str]) -> Vector:

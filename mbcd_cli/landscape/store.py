@@ -148,9 +148,9 @@ def _load(path: Path) -> Grid:
 
 
 def _check_format(file: h5py.File, wanted: str) -> None:
-    found = file.attrs.get("format")
-    if not isinstance(found, str) or found != wanted:
-        raise ValueError(f"its format is {str(found)[:40]!r}, not {wanted!r}")
+    name = file.attrs.get("format")
+    if not isinstance(name, str) or name != wanted:
+        raise ValueError(f"its format is {str(name)[:40]!r}, not {wanted!r}")
 
 
 def _check(grid: Grid) -> None:

@@ -35,10 +35,10 @@ class History:
     def oracle(self, model: str) -> Oracle | None:
         """`model` at the first epoch of those where it is best on the target; None without a target."""
         line = self.lines.get(("target", model), [])
-        told = [(value, -epoch) for value, epoch in zip(line, self.epochs, strict=False) if value is not None]
-        if not told:
+        measured = [(value, -epoch) for value, epoch in zip(line, self.epochs, strict=False) if value is not None]
+        if not measured:
             return None
-        value, epoch = max(told)
+        value, epoch = max(measured)
         return Oracle(model, -epoch, value)
 
 
@@ -60,9 +60,9 @@ def accuracy_history(records: Sequence[Mapping[str, object]]) -> History | None:
     for record in records:
         epoch = record.get("epoch")
         if isinstance(epoch, int):
-            told = {name: fused_accuracy(record, *name) for name in names}
-            by_epoch[epoch] = {name: value for name, value in told.items() if value is not None}
-    epochs = sorted(epoch for epoch, told in by_epoch.items() if told)
+            accuracies = {name: fused_accuracy(record, *name) for name in names}
+            by_epoch[epoch] = {name: value for name, value in accuracies.items() if value is not None}
+    epochs = sorted(epoch for epoch, accuracies in by_epoch.items() if accuracies)
     if not epochs:
         return None
     named = dict.fromkeys(name for epoch in epochs for name in by_epoch[epoch])

@@ -95,9 +95,9 @@ def macro_f1(logits: ArrayLike, labels: ArrayLike) -> float:
     labels, guesses = np.asarray(labels), predicted(logits)
     classes = np.asarray(logits).shape[1]
     clips = np.bincount(labels, minlength=classes)
-    told = np.bincount(guesses[guesses >= 0], minlength=classes)
+    guessed = np.bincount(guesses[guesses >= 0], minlength=classes)
     right = np.bincount(labels[guesses == labels], minlength=classes)
-    return float((2 * right / np.maximum(clips + told, 1))[clips > 0].mean())
+    return float((2 * right / np.maximum(clips + guessed, 1))[clips > 0].mean())
 
 
 def domain_accuracy(logits: ArrayLike, labels: ArrayLike, domains: ArrayLike, count: int) -> np.ndarray:

@@ -178,13 +178,13 @@ def disturbed_accuracy(
                 modality = disturbance.modality
                 hidden = model.encode(modality, disturbance.apply(inputs[modality], batch.clips))
                 fused = model.fuse({**clean, modality: hidden})
-                own = model.heads[modality](hidden)
-                for head, logits in enumerate((fused, own)):
+                unimodal = model.heads[modality](hidden)
+                for head, logits in enumerate((fused, unimodal)):
                     right[index, head] += int((logits.argmax(1) == batch.labels).sum())
     if not clips:
         raise MbcdError("There are no clips to evaluate.", "Check the domains and splits that were asked for.")
-    shares = [(int(fused) / clips, int(own) / clips) for fused, own in right]
+    shares = [(int(fused) / clips, int(unimodal) / clips) for fused, unimodal in right]
     return [
-        DisturbedAccuracy(d.modality, d.kind, float(d.level), clips, fused, own)
-        for d, (fused, own) in zip(disturbances, shares, strict=True)
+        DisturbedAccuracy(d.modality, d.kind, float(d.level), clips, fused, unimodal)
+        for d, (fused, unimodal) in zip(disturbances, shares, strict=True)
     ]

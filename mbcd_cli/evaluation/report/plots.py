@@ -20,7 +20,7 @@ from mbcd_cli.evaluation.analyses.robustness import DisturbedAccuracy, MissingMo
 from mbcd_cli.evaluation.analyses.trust import ConfidenceBin, RiskCurve
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.paper.rows import is_published
-from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, legend_label, save
+from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, legend_label, panels, save
 
 _MARKERS = "osD^vPX*"
 
@@ -213,10 +213,8 @@ def plot_disturbed(records: Sequence[DisturbedAccuracy], path: Path, *, title: s
     """Accuracy against the level of a disturbance: one panel per kind, one fused and one own line per modality."""
     kinds = list(dict.fromkeys(record.kind for record in records))
     modalities = list(dict.fromkeys(record.modality for record in records))
-    columns = min(3, len(kinds))
-    rows = -(-len(kinds) // columns)
-    fig, axes = figure(rows, columns, size=(max(6.2, 3.3 * columns), 0.8 + 2.9 * rows), sharey=True, squeeze=False)
-    for ax, kind in zip(axes.flat, kinds, strict=False):
+    fig, axes = panels(len(kinds), 3, lambda rows, columns: (max(6.2, 3.3 * columns), 0.8 + 2.9 * rows), sharey=True)
+    for ax, kind in zip(axes, kinds, strict=True):
         for index, modality in enumerate(modalities):
             shown = [r for r in records if (r.kind, r.modality) == (kind, modality)]
             levels, look = [r.level for r in shown], {"color": colour(index), "markersize": 4}
@@ -224,9 +222,7 @@ def plot_disturbed(records: Sequence[DisturbedAccuracy], path: Path, *, title: s
                 ax.plot(levels, [100 * r.fused for r in shown], marker="o", **look)
                 ax.plot(levels, [100 * r.unimodal for r in shown], marker="x", ls=":", **look)
         ax.set(title=kind if len(kinds) > 1 else "", ylim=(0, 100))
-    for ax in list(axes.flat)[len(kinds) :]:
-        ax.set_axis_off()
-    for ax in axes[:, 0]:
+    for ax in axes[::3]:
         ax.set_ylabel("accuracy")
         ax.yaxis.set_major_formatter(PercentFormatter())
     fig.supxlabel(xlabel, fontsize=10)

@@ -114,8 +114,9 @@ def results_of(
 ) -> Results:
     """Figures of every model, what was evaluated, and warnings; `deployed` names checkpoint and model."""
     models: dict[str, dict[str, SetFigures]] = {}
-    for one in evaluated:
-        models.setdefault(one.checkpoint, {}).setdefault(one.model, {})[one.clip_set.name] = one.figures
+    for on_set in evaluated:
+        by_set = models.setdefault(on_set.checkpoint, {}).setdefault(on_set.model, {})
+        by_set[on_set.clip_set.name] = on_set.figures
     checkpoint, model = deployed
     sets = models[checkpoint][model]
     headline_set = TARGET if TARGET in sets else next(iter(sets))

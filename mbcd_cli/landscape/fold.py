@@ -27,7 +27,7 @@ def fold_batch_norms(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
 
     Args:
         model: changed in place.
-        run: one forward pass of the model in eval mode, returning a tensor that depends on all of it.
+        run: one forward pass of the model in eval mode, returning a tensor [...] that depends on all of it.
     """
     outputs: dict[int, tuple[nn.Module, torch.Tensor]] = {}
     receivers: dict[int, list[nn.Module]] = {}

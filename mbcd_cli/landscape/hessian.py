@@ -294,10 +294,8 @@ def hutchinson_trace(
 ) -> Trace:
     """Hutchinson's estimate with Rademacher probes, E[z^T H z] = tr H.
 
-    With `deflate`, the trace on the span Q of known eigenvectors is taken exactly (the Rayleigh quotients)
-    and only the
-    rest is estimated: tr H = tr Q^T H Q + E[(P z)^T H (P z)], P = 1 - Q Q^T, as in Hutch++ (Meyer et al.
-        2021). That is
+    With `deflate`, the trace on the span Q of known eigenvectors is taken exactly (the Rayleigh quotients) and only the
+    rest is estimated: tr H = tr Q^T H Q + E[(P z)^T H (P z)], P = 1 - Q Q^T, as in Hutch++ (Meyer et al. 2021). That is
     unbiased whether or not the eigenvectors are exact.
 
     Args:

@@ -359,7 +359,11 @@ class GridStore:
 def save_arrays(
     path: Path, arrays: Mapping[str, np.ndarray], *, identity: Mapping[str, object], about: Mapping[str, object]
 ) -> Path:
-    """Write one finished analysis (named arrays) to `path`, whole or not at all."""
+    """Write one finished analysis to `path`, whole or not at all: name -> array [...]; the rest is JSON-able.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     with written_hdf5(path) as file:
         file.attrs["format"] = ARRAYS_FORMAT
         file.attrs["identity"] = json.dumps(identity, sort_keys=True)
@@ -372,7 +376,7 @@ def save_arrays(
 def load_arrays(
     path: Path, *, identity: Mapping[str, object] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, about) of a file written by `save_arrays`; with `identity`, one of something else is refused.
+    """(name -> array [...], about) of a file of `save_arrays`; with `identity`, one of something else is refused.
 
     Raises:
         StoreError: damaged, or of another identity.

@@ -1,6 +1,7 @@
-"""Accuracy and loss from logits: plain functions, scikit-learn underneath where it has the thing.
+"""Accuracy and loss from logits: plain functions.
 
-Letters: N clips, C classes. Every function takes logits [N, C] and labels [N] as arrays or tensors.
+Letters: N clips, C classes. Every function takes logits [N, C] and labels [N] (0 to C - 1) as arrays or tensors, N at
+least 1.
 
 Conventions: among equal logits the lower class index wins, everywhere. A clip with a logit that is not finite
 has no prediction (class -1) and counts as wrong. A class or domain without clips has no accuracy (None) and

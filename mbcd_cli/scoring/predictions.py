@@ -53,7 +53,7 @@ class Predictions:
         return {"fused": self.fused, **self.unimodal}
 
     def rows(self, index: torch.Tensor) -> Predictions:
-        """The clips that `index` (positions, or a boolean mask over N) selects."""
+        """The clips that `index` (positions [n], or a mask [N] bool) selects, in its order."""
         return Predictions(
             labels=self.labels[index],
             domains=self.domains[index],

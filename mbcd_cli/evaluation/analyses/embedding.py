@@ -19,7 +19,7 @@ ITERATIONS = 500
 
 
 def spread(clips: ArrayLike, limit: int) -> np.ndarray:
-    """At most `limit` of `clips`, evenly over their order."""
+    """At most `limit` of `clips` [N], evenly over their order."""
     clips = np.asarray(clips)
     if len(clips) <= limit:
         return clips

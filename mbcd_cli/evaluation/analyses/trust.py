@@ -137,7 +137,8 @@ def brier(logits: ArrayLike, labels: ArrayLike, temperature: float = 1.0) -> flo
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
-    """The temperature that minimises the cross-entropy of logits / T (Guo et al. 2017), within `TEMPERATURES`.
+    """The temperature T that minimises the mean cross-entropy of softmax(logits / T) (Guo et al. 2017), within
+    `TEMPERATURES`.
 
     Clips with non-finite logits are left out; with none left the temperature is 1.
     """
@@ -189,7 +190,7 @@ def separation(positive: ArrayLike, negative: ArrayLike) -> Separation:
 
 
 def calibration(logits: ArrayLike, labels: ArrayLike, *, temperature: float = 1.0, bins: int = 15) -> Calibration:
-    """Of the probabilities softmax(logits / temperature)."""
+    """Of softmax(logits / temperature), [N, C], with K = `bins` bins."""
     confidences = confidence(logits, temperature)
     return Calibration(
         mean_confidence=float(confidences.mean()),
@@ -200,7 +201,7 @@ def calibration(logits: ArrayLike, labels: ArrayLike, *, temperature: float = 1.
 
 
 def head_trust(logits: ArrayLike, labels: ArrayLike, *, temperature: float, bins: int = 15) -> HeadTrust:
-    """Calibration before and after `temperature`, and misclassification detection, of one head."""
+    """Calibration before and after `temperature`, and misclassification detection, of one head's logits [N, C]."""
     right = predicted(logits) == np.asarray(labels)
     confidences = confidence(logits)
     detection = separation(confidences[right], confidences[~right])

@@ -53,11 +53,11 @@ def evaluate(
 ) -> Reply:
     """Measure a run on its domains, predict new clips with it, or compare runs.
 
-    Accuracy fused and per modality, missing modalities, calibration, t-SNE, an HTML report: in the run, or in
-    CHECKPOINT-evaluation beside a checkpoint. A comparison is written to the folder comparison.
+    Accuracy fused and per modality, missing modalities, calibration, t-SNE, an HTML report.
 
-    With --data-root, new clips (labelled or not; --manifest defaults to manifest.csv there) are prepared and predicted:
-    predict.csv.
+    With --data-root, new clips (labelled or not) are prepared and predicted: predict.csv.
+
+    Without --output it is written to RUN, CHECKPOINT-evaluation, comparison or predict-NAME.
     """
     flags: dict[str, object] = {
         path: listed(path, text) if path.startswith("evaluation.") else text for path, text in asked.flags.items()

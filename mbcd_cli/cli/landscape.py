@@ -43,7 +43,7 @@ def landscape(
 ) -> Reply | None:
     """Show where training ended: loss surfaces, flatness and curvature around checkpoints, paths between them.
 
-    HDF5 files and plots are written to RUN/landscape, RUN being the first checkpoint's.
+    Without --output HDF5 files and plots are written to RUN/landscape.
     """
     if to and len({path.resolve() for path in to}) < len(to):
         raise UsageError("--to names one checkpoint twice.", "Leave one out.")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Literal, get_args, get_origin
 
 import typer
 from typer.models import CommandInfo
@@ -92,7 +92,7 @@ class Asked:
         settings = resolve(**self._sources(preset))
         return named_dataset(settings, preset) if named else settings
 
-    def _sources(self, preset: str | None) -> dict[str, Any]:
+    def _sources(self, preset: str | None) -> dict[str, object]:
         flags = dict(self.flags)
         method = flags.pop("method.name", None)
         return {
@@ -156,7 +156,7 @@ def command(
         names = {path.replace(".", "__"): path for path in (*flags, *(COMMON if layered else ()))}
         options = {name: _option(path, headings.get(path)) for name, path in names.items()}
         last = {name: option for name, option in options.items() if names[name] in headings}
-        common: dict[str, Any] = {"preset": Preset} if preset else {}
+        common: dict[str, object] = {"preset": Preset} if preset else {}
         common |= {"config": Config, "set_": Sets} if layered else {}
         switches = ({"show_settings": ShowSettings} if show_settings else {}) | {"as_json": Json, "debug": Debug}
 

@@ -64,8 +64,11 @@ def sweep(
 ) -> Reply:
     """Run the grid of runs behind a table, then collect it: mean and spread over seeds, significance, curves.
 
-    Runs that are done are never repeated, killed ones resume, failed ones are listed. With --root, what of the dataset
-    is not prepared yet is prepared first. The tables go to a folder under sweeps, named after the request.
+    Runs that are done are never repeated, killed ones resume, failed ones are listed.
+
+    With --root, what of the dataset is not prepared yet is prepared first.
+
+    Without --output the tables go to a folder under sweeps.
     """
     from mbcd_cli.cli.board import Watch
     from mbcd_cli.sweep import request as asking

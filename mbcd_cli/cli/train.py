@@ -65,8 +65,9 @@ def train(
 ) -> Reply | None:
     """Train on the source domains from the cache; the target is only reported.
 
-    Without --preset, --config or --dataset the preset is epic-kitchens. Without --run the run folder is named after
-    dataset, method, modalities, target and seed.
+    Without --preset, --config or --dataset the preset is epic-kitchens.
+
+    Without --run the run folder is named after method, modalities, target and seed.
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite contradict each other.", "Use one of them.")

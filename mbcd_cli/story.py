@@ -134,7 +134,7 @@ def demo(
             *(path for path in surveyed.files.values() if path.suffix == ".png"),
         ],
         seconds={stage: round(value, 1) for stage, value in seconds.items()},
-        prepared=prepared["modalities"],
+        prepared=prepared.modalities,
     )
 
 

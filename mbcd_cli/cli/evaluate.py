@@ -151,7 +151,7 @@ def show_predicted(done: Predicted) -> None:
         )
     print_paths(done.files)
     if done.exit_code:
-        bad = len({row["clip"] for row in done.rejected})
+        bad = len({bad.clip for bad in done.rejected})
         console.say(
             f"error: {bad} clips were rejected, and --max-bad allows {done.max_bad}; the others are predicted.\n"
             f"Mend the files in the table above, or run again with --max-bad {bad}."

@@ -6,13 +6,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 
 from mbcd_cli.data.dataset import CachedDataset, ModalityCache
 from mbcd_cli.data.readers.new_clips import UNKNOWN, given, read_new
+from mbcd_cli.data.records import Rejected
 from mbcd_cli.evaluation.report.export import ClipRow, vote_rows
 from mbcd_cli.evaluation.report.results import provenance
 from mbcd_cli.files import write_json, write_rows
@@ -35,7 +36,7 @@ class NewFigures:
         clips: in the table. predicted: those of them that could be used. labelled: those whose class is known.
         classes: class -> clips predicted as it, "" for those without a prediction.
         accuracy: head -> figures on the labelled clips; None without any.
-        rejected: why a clip could not be used, a row each.
+        rejected: clips that could not be used, and why.
     """
 
     checkpoint: str
@@ -45,7 +46,7 @@ class NewFigures:
     labelled: int
     classes: dict[str, int]
     accuracy: dict[str, HeadFigures] | None
-    rejected: list[dict[str, str]]
+    rejected: list[Rejected]
     data_root: str
     provenance: dict[str, str]
 
@@ -112,18 +113,18 @@ def predict_new(
         cache = settings.cache.model_copy(update={"dir": Path(folder)})
         whole = settings.model_copy(update={"dataset": dataset, "cache": cache})
         prepared = prepare_listing(whole, listing, say=say)
-        caches = {name: ModalityCache(Path(prepared["modalities"][name]["folder"])) for name in names}
+        caches = {name: ModalityCache(Path(prepared.modalities[name].folder)) for name in names}
         clips = CachedDataset(listing.name, caches, {name: settings.modalities[name] for name in names})
         figures, rows = _predicted(whole, clips, checkpoints, prepared, device, say)
     folder = output or Path(listing.name.replace("new-", "predict-", 1))
     files = {"predictions": write_rows(folder / "predict.csv", rows)}
     if figures.rejected:
-        files["rejected"] = write_rows(folder / "rejected.csv", figures.rejected)
+        files["rejected"] = write_rows(folder / "rejected.csv", map(asdict, figures.rejected))
     else:
         (folder / "rejected.csv").unlink(missing_ok=True)  # of an earlier time
     files["results"] = write_json(folder / "predict.json", json_values(figures))
     held = {field.name: getattr(figures, field.name) for field in fields(figures)}
-    return Predicted(**held, files=files, exit_code=prepared["exit_code"], max_bad=max_bad)
+    return Predicted(**held, files=files, exit_code=prepared.exit_code, max_bad=max_bad)
 
 
 def _cache(folder: Path | None) -> AbstractContextManager[str | Path]:
@@ -154,12 +155,12 @@ def _predicted(
     figures = NewFigures(
         checkpoint=checkpoint,
         model=name,
-        clips=prepared["clips"],
+        clips=prepared.clips,
         predicted=len(rows),
         labelled=int(labelled.sum()),
         classes=dict(Counter(str(row["class"]) for row in rows).most_common()),
         accuracy=accuracy,
-        rejected=prepared["rejected"],
+        rejected=prepared.rejected,
         data_root=str(settings.dataset.root),
         provenance=provenance(dataset, {checkpoint: checkpoints[checkpoint]}, device),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import matplotlib
@@ -46,6 +46,20 @@ def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (6.4,
     return fig, fig.subplots(rows, columns, **subplots)
 
 
+def panels(count: int, most: int, size: Callable[[int, int], tuple[float, float]], **subplots: object):
+    """A figure and the axes of `count` panels, at most `most` a row; places that are left over show nothing.
+
+    Args:
+        size: (rows, columns) -> inches of the whole figure.
+    """
+    columns = min(most, count)
+    rows = -(-count // columns)
+    fig, grid = figure(rows, columns, size=size(rows, columns), squeeze=False, **subplots)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return fig, list(grid.flat[:count])
+
+
 def legend_label(name: str) -> str:
     """A name of a user's in a legend, which leaves out what begins with an underscore."""
     return f" {name}" if name.startswith("_") else name
@@ -58,7 +72,7 @@ def as_formula(name: str) -> str:
 
 def _as_written(fig: Figure, formulas: Container[str]) -> None:
     """Dollar signs in names are dollar signs, but in `formulas` and in what matplotlib makes of powers."""
-    axes = [axis for one in fig.axes for axis in one._axis_map.values()]
+    axes = [axis for panel in fig.axes for axis in panel._axis_map.values()]
     made = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
     powers = {text for axis in made for text in axis.get_ticklabels(which="both")}
     for text in fig.findobj(Text):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.readers.demo_content import DOMAINS
 from mbcd_cli.errors import RunError, SettingsError
-from mbcd_cli.evaluation import evaluate
+from mbcd_cli.evaluation.evaluate import Evaluation, evaluate
+from mbcd_cli.evaluation.report.results import Results
 from mbcd_cli.landscape import measure
+from mbcd_cli.landscape.measure import Landscape
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.preparation import prepare
+from mbcd_cli.preparation.prepare import PreparedModality
 from mbcd_cli.resolved import changed, load_settings, resolve
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints, run_name
@@ -30,12 +33,36 @@ PICTURES = ("report", "accuracy per epoch", "confusion on target")
 """What `evaluate` writes that the demo points at; the report shows the rest."""
 
 
+@dataclass(frozen=True, slots=True)
+class Story:
+    """What `demo` returns.
+
+    Attributes:
+        runs: method -> run folder.
+        target_accuracy, source_accuracy: method -> head -> top-1 (0 to 1) of the deployed model.
+        landscape: figures around both methods' checkpoints.
+        files: reports and pictures to look at.
+        seconds: of every stage. prepared: modality -> what `prepare` says of it.
+    """
+
+    directory: Path
+    target_domain: str | None
+    modalities: list[str]
+    runs: dict[str, Path]
+    target_accuracy: dict[str, dict[str, float]]
+    source_accuracy: dict[str, dict[str, float]]
+    landscape: Landscape
+    files: list[Path]
+    seconds: dict[str, float]
+    prepared: dict[str, PreparedModality]
+
+
 def demo(
     directory: Path,
     *,
     flags: Mapping[str, object],
     say: Say = SILENT,
-) -> dict[str, Any]:
+) -> Story:
     """Prepare, train ERM and MBCD, evaluate both and compare their landscapes, all under `directory`.
 
     What an earlier demo left is used again: media, cache and finished trainings with the same settings.
@@ -45,8 +72,8 @@ def demo(
         flags: settings to use, dotted name -> value.
         say: told every stage.
 
-    Returns:
-        A JSON-able summary: target and in-domain accuracy per method and head, files, seconds per stage.
+    Raises:
+        RunError: `directory` is a file. SettingsError: the demo has no such target domain.
     """
     if directory.exists() and not directory.is_dir():
         raise RunError(f"{directory} is a file.", "Name another folder with --dir.")
@@ -58,7 +85,7 @@ def demo(
             f"The demo has no domain {target!r}.",
             f"{did_you_mean(target, DOMAINS)}Its domains are {', '.join(DOMAINS)}.",
         )
-    here = {path: value for path, value in flags.items() if path.startswith(("cache.", "runtime."))}
+    machine = {path: value for path, value in flags.items() if path.startswith(("cache.", "runtime."))}
     torch_device = configure(settings["mbcd"].runtime)
     seconds: dict[str, float] = {}
 
@@ -68,7 +95,7 @@ def demo(
     seconds["prepare"] = time.monotonic() - started
 
     runs: dict[str, Path] = {}
-    results: dict[str, Any] = {}
+    evaluations: dict[str, Evaluation] = {}
     for method in COMPARED:
         resolved, dataset = open_for_training(settings[method])
         runs[method] = directory / "runs" / run_name(resolved)
@@ -79,36 +106,36 @@ def demo(
 
     opened = {}
     for method in COMPARED:
-        opened[method] = open_checkpoints(run_checkpoints(runs[method]), config=None, sets=(), flags=here)
+        opened[method] = open_checkpoints(run_checkpoints(runs[method]), config=None, sets=(), flags=machine)
     say("3/4 landscape: both methods on one scale")
     started = time.monotonic()
     resolved, dataset, _ = opened[COMPARED[-1]]
-    best = [(method, found[deployed_checkpoint(found)]) for method, (_, _, found) in opened.items()]
-    surfaces = measure.landscape(resolved, dataset, best, output=directory / "landscape", device=torch_device, say=say)
+    best = [(method, checkpoints[deployed_checkpoint(checkpoints)]) for method, (_, _, checkpoints) in opened.items()]
+    surveyed = measure.landscape(resolved, dataset, best, output=directory / "landscape", device=torch_device, say=say)
     seconds["landscape"] = time.monotonic() - started
 
-    for method, (resolved, dataset, found) in opened.items():
+    for method, (resolved, dataset, checkpoints) in opened.items():
         say(f"4/4 evaluate {method}")
         started = time.monotonic()
         where = {"run": runs[method], "output": runs[method], "landscape": directory / "landscape"}
-        results[method] = evaluate.evaluate(resolved, dataset, found, device=torch_device, **where, say=say)
+        evaluations[method] = evaluate(resolved, dataset, checkpoints, device=torch_device, **where, say=say)
         seconds[f"evaluate {method}"] = time.monotonic() - started
 
-    return {
-        "directory": str(directory),
-        "target_domain": resolved.training.target_domain,
-        "modalities": list(resolved.model.modalities),
-        "runs": {method: str(path) for method, path in runs.items()},
-        "target_accuracy": {m: results[m]["headline"]["top1"] for m in COMPARED},
-        "source_accuracy": {m: _source_accuracy(results[m]) for m in COMPARED},
-        "landscape": surfaces,
-        "files": [
-            *(results[m]["files"][key] for m in COMPARED for key in PICTURES if key in results[m]["files"]),
-            *(path for path in surfaces["files"].values() if str(path).endswith(".png")),
+    return Story(
+        directory=directory,
+        target_domain=resolved.training.target_domain,
+        modalities=list(resolved.model.modalities),
+        runs=runs,
+        target_accuracy={method: done.results.headline.top1 for method, done in evaluations.items()},
+        source_accuracy={method: _source_accuracy(done.results) for method, done in evaluations.items()},
+        landscape=surveyed.figures,
+        files=[
+            *(done.files[key] for done in evaluations.values() for key in PICTURES if key in done.files),
+            *(path for path in surveyed.files.values() if path.suffix == ".png"),
         ],
-        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
-        "prepared": prepared["modalities"],
-    }
+        seconds={stage: round(value, 1) for stage, value in seconds.items()},
+        prepared=prepared.modalities,
+    )
 
 
 def _train(settings: Settings, dataset: Dataset, run: Path, say: Say) -> None:
@@ -123,7 +150,5 @@ def _train(settings: Settings, dataset: Dataset, run: Path, say: Say) -> None:
     train.train(settings, dataset, run=run, resume=resume, overwrite=not resume, say=say)
 
 
-def _source_accuracy(result: dict[str, Any]) -> dict[str, float]:
-    headline = result["headline"]
-    heads = result["models"][headline["checkpoint"]][headline["model"]]["source"]
-    return {head: figures["top1"] for head, figures in heads.items()}
+def _source_accuracy(results: Results) -> dict[str, float]:
+    return {head: figures.top1 for head, figures in results.deployed_sets["source"].items()}

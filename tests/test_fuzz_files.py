@@ -40,7 +40,6 @@ from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import load_pretrained
 from mbcd_cli.errors import MbcdError, MediaError
 from mbcd_cli.evaluation.report.comparison import compare_runs
-from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.files import read_records
 from mbcd_cli.landscape.measure import redraw
 from mbcd_cli.preparation.cache_plan import read_listing
@@ -49,6 +48,7 @@ from mbcd_cli.preparation.repair import repair
 from mbcd_cli.resolved import load_settings, resolve
 from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.scoring.deployed import build_models
+from mbcd_cli.scoring.history import accuracy_history
 from mbcd_cli.settings import DatasetSettings
 from mbcd_cli.sweep.state import progress
 from mbcd_cli.training.assemble import assemble

@@ -7,16 +7,18 @@ import importlib.util
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+
+from mbcd_cli.settings import FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mbcd_cli"
 # From the bottom; a room imports what stands on lower lines, and itself. Rooms of one line do not know each other.
 FLOORS = (
-    "__init__ errors say allocator randomness checksums naming",
+    "__init__ errors say allocator randomness checksums naming json_values",
     "files processes settings plugins",
     "runtime plotting data integrity",
     "encoders",
@@ -81,6 +83,16 @@ def test_no_name_is_used_twice():
                     named[name.id].append(where)
     twice = {name: places for name, places in named.items() if len(places) > 1}
     assert not twice, "\n".join(f"{name}: {', '.join(places)}" for name, places in twice.items())
+
+
+def test_a_flag_is_declared_once():
+    """Shared ones in the table of settings' flags or in cli/options.py."""
+    declared = [word for words in FLAGS.values() for word in re.split("[ /]", words)]
+    for path in sorted((PACKAGE / "cli").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "typer.Option":
+                declared += [word.value for word in node.args if isinstance(word, ast.Constant)]
+    assert [flag for flag, count in Counter(declared).items() if flag.startswith("--") and count > 1] == []
 
 
 def prints(path: Path) -> bool:

@@ -72,8 +72,8 @@ def _root(
 
 
 def _columns() -> int:
-    told = os.environ.get("COLUMNS", "")
-    return int(told) if told.isdecimal() and len(told) < 9 else 0
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) if columns.isdecimal() and len(columns) < 9 else 0
 
 
 def main() -> None:

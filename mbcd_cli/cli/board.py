@@ -66,9 +66,9 @@ def _board_table(board: Board) -> Grid:
         grid.add_column(column, justify="left" if column == "run" else "right")
     for _, job in sorted(board.running.items()):
         cell = job.cells[0]
-        known = progress(cell.folder)
-        figures = ["" if v is None else f"{100 * v:.1f}" for v in (known.validation, known.target)]
+        done = progress(cell.folder)
+        figures = ["" if v is None else f"{100 * v:.1f}" for v in (done.validation, done.target)]
         name = cell.name + (f", and {len(job.cells) - 1} like it" if len(job.cells) > 1 else "")
-        epoch = f"{known.epochs}/{cell.settings.training.epochs}"
+        epoch = f"{done.epochs}/{cell.settings.training.epochs}"
         grid.add_row(Text(name), epoch, *figures, console.duration(time.monotonic() - job.started))
     return grid

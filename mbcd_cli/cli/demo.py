@@ -5,12 +5,15 @@ from __future__ import annotations
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Reply, command
+
+if TYPE_CHECKING:
+    from mbcd_cli.story import Story
 
 
 @command(
@@ -27,29 +30,30 @@ def demo(
     """Run the whole story on an embedded dataset: prepare, train ERM and MBCD, evaluate, landscape."""
     from mbcd_cli import story
 
-    result = story.demo(directory, flags=asked.flags, say=console.terminal)
-    return result, partial(show_demo, result, story.COMPARED)
+    done = story.demo(directory, flags=asked.flags, say=console.terminal)
+    return done, partial(show_demo, done)
 
 
-def show_demo(result: dict[str, Any], methods: tuple[str, ...]) -> None:
+def show_demo(done: Story) -> None:
     """Print the table, the pictures and the next commands."""
-    heads = ["fused", *result["modalities"]]
-    rows = []
-    for where, key in ((f"target {result['target_domain']} (unseen)", "target"), ("sources (held out)", "source")):
-        for method in methods:
-            accuracy = result[f"{key}_accuracy"][method]
-            rows.append((f"{method.upper()}, {where}", *(f"{100 * accuracy[head]:.1f}" for head in heads)))
+    heads = ["fused", *done.modalities]
+    domains = {
+        f"target {done.target_domain} (unseen)": done.target_accuracy,
+        "sources (held out)": done.source_accuracy,
+    }
+    rows = [
+        (f"{method.upper()}, {where}", *(f"{100 * accuracy[head]:.1f}" for head in heads))
+        for where, by_method in domains.items()
+        for method, accuracy in by_method.items()
+    ]
     console.table("Accuracy in percent", ("method, domain", *heads), rows)
-    console.out.print("Reports and pictures:")
-    for file in result["files"]:
-        console.out.print(f"  {file}", markup=False)
-    total = sum(result["seconds"].values())
-    cache, run = shlex.quote(f"{result['directory']}/cache"), result["runs"]["mbcd"]
-    console.out.print(f"\nDone in {total:.0f} s. Next:")
-    for line in (
-        f"mbcd evaluate --run {shlex.quote(run)} --cache-dir {cache}",
-        f"mbcd landscape --checkpoint {shlex.quote(f'{run}/checkpoints/best.pt')} --cache-dir {cache}",
-        f"mbcd train --preset demo --cache-dir {cache} --method ema",
-        "mbcd prepare manifest --root YOUR_DATASET      (docs/data.md says what it needs)",
-    ):
-        console.out.print(f"  {line}", markup=False)
+    cache, run = shlex.quote(f"{done.directory}/cache"), done.runs["mbcd"]
+    console.show(
+        "Reports and pictures:",
+        *(f"  {file}" for file in done.files),
+        f"\nDone in {sum(done.seconds.values()):.0f} s. Next:",
+        f"  mbcd evaluate --run {shlex.quote(str(run))} --cache-dir {cache}",
+        f"  mbcd landscape --checkpoint {shlex.quote(f'{run}/checkpoints/best.pt')} --cache-dir {cache}",
+        f"  mbcd train --preset demo --cache-dir {cache} --method ema",
+        "  mbcd prepare manifest --root YOUR_DATASET      (docs/data.md says what it needs)",
+    )

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Reply, command, listed
+from mbcd_cli.cli.options import Asked, CheckpointPath, Output, Reply, RunPath, command, listed
 from mbcd_cli.errors import UsageError
+from mbcd_cli.json_values import json_values
+
+if TYPE_CHECKING:
+    from mbcd_cli.evaluation.evaluate import Evaluation
+    from mbcd_cli.evaluation.new_data import Predicted
+    from mbcd_cli.evaluation.report.comparison import Comparison
+    from mbcd_cli.evaluation.report.tables import Table
 
 _NEW = "New clips"
+_MANIFEST, _MAX_BAD = "dataset.reader.manifest", "dataset.max_bad"
 
 
 @command(
-    *[
-        "evaluation.analyses",
-        "evaluation.export",
-        "cache.weights_dir",
-    ],
+    *("evaluation.analyses", "evaluation.export", "cache.weights_dir", _MANIFEST, _MAX_BAD),
+    panels={_MANIFEST: _NEW, _MAX_BAD: _NEW},
     examples=(
         "mbcd evaluate --run runs/av-digits/mbcd-va-street-s0",
         "mbcd evaluate --run RUN --analyses all --export csv,hdf5",
@@ -31,8 +36,8 @@ _NEW = "New clips"
 )
 def evaluate(
     asked: Asked,
-    run: Annotated[Path | None, typer.Option("--run", help="Run folder; its best and last checkpoints.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="One checkpoint file.")] = None,
+    run: RunPath = None,
+    checkpoint: CheckpointPath = None,
     runs: Annotated[
         list[str] | None,
         typer.Option("--runs", help="Evaluated run folders (a pattern; repeatable) to compare in tables."),
@@ -41,26 +46,9 @@ def evaluate(
         Path | None,
         typer.Option("--ood", help="Cache folder of another dataset, for out-of-distribution detection."),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", help="Folder for what is written (default: RUN, or CHECKPOINT-evaluation)."),
-    ] = None,
+    output: Output = None,
     data_root: Annotated[
         Path | None, typer.Option("--data-root", help="Folder of new clips to predict.", rich_help_panel=_NEW)
-    ] = None,
-    manifest: Annotated[
-        Path | None,
-        typer.Option(
-            "--manifest",
-            help="CSV table of the new clips (default: manifest.csv in their folder).",
-            rich_help_panel=_NEW,
-        ),
-    ] = None,
-    max_bad: Annotated[
-        str | None,
-        typer.Option(
-            "--max-bad", help="Rejected new clips tolerated: a number, or a share (5%).", rich_help_panel=_NEW
-        ),
     ] = None,
 ) -> Reply:
     """Measure a run on its domains, predict new clips with it, or compare runs.
@@ -68,7 +56,13 @@ def evaluate(
     Accuracy fused and per modality, missing modalities, calibration, t-SNE, an HTML report.
 
     With --data-root, new clips (labelled or not) are prepared and predicted: predict.csv.
+
+    Without --output it is written to RUN, CHECKPOINT-evaluation, comparison or predict-NAME.
     """
+    flags: dict[str, object] = {
+        path: listed(path, text) if path.startswith("evaluation.") else text for path, text in asked.flags.items()
+    }
+    manifest, max_bad = flags.pop(_MANIFEST, None), flags.pop(_MAX_BAD, None)
     if sum(given is not None for given in (run, checkpoint, runs)) != 1:
         raise UsageError("Name what to evaluate.", "Use one of --run RUN, --checkpoint FILE and --runs PATTERN.")
     new = data_root is not None or manifest is not None
@@ -79,91 +73,86 @@ def evaluate(
         )
     if not new and max_bad is not None:
         raise UsageError("--max-bad is about new clips.", "Name their folder with --data-root.")
-    from mbcd_cli.runs import opening
-    from mbcd_cli.runs.names import run_checkpoints, run_of
-    from mbcd_cli.runtime import configure
+    from mbcd_cli.evaluation.requested import evaluate_requested
 
-    if runs is not None:
-        from mbcd_cli.evaluation.report.comparison import compare_runs
-
-        compared = compare_runs(runs, output=output or Path("comparison"))
-        return compared, partial(show_comparison, compared)
-    files = run_checkpoints(run) if run is not None else {checkpoint.stem: checkpoint}
-    flags = {path: listed(path, text) if path.startswith("evaluation.") else text for path, text in asked.flags.items()}
-    layers = {"config": asked.config, "sets": asked.sets, "flags": flags}
-    if new:
-        from mbcd_cli.evaluation.new_data import predict_new
-
-        settings, checkpoints = opening.load_checkpoints(files, **layers)
-        predicted = predict_new(
-            settings,
-            checkpoints,
-            root=data_root,
-            manifest=manifest,
-            cache_dir=flags.get("cache.dir"),
-            output=output,
-            device=configure(settings.runtime),
-            max_bad=max_bad or "0",
-            say=console.terminal,
-        )
-        return predicted, partial(show_predicted, predicted)
-    from mbcd_cli.evaluation.evaluate import evaluate
-
-    settings, data, checkpoints = opening.open_checkpoints(files, **layers)
-    if run is not None:
-        checkpoints = {name: checkpoints[name] for name in settings.evaluation.checkpoints if name in checkpoints}
-    folder = run or run_of(checkpoint)
-    result = evaluate(
-        settings,
-        data,
-        checkpoints,
-        device=configure(settings.runtime),
-        run=folder,
-        output=output or run or checkpoint.with_name(f"{checkpoint.stem}-evaluation"),
-        ood=opening.open_other(settings, ood) if ood is not None else None,
+    done = evaluate_requested(
+        run=run,
+        checkpoint=checkpoint,
+        runs=runs,
+        ood=ood,
+        output=output,
+        data_root=data_root,
+        manifest=manifest,
+        max_bad=max_bad or "0",
+        config=asked.config,
+        sets=asked.sets,
+        flags=flags,
         say=console.terminal,
     )
-    return result, partial(show_evaluation, result)
+    if runs is not None:
+        return done, partial(show_comparison, done)
+    if new:
+        return done, partial(show_predicted, done)
+    return {**json_values(done.results), "files": done.files}, partial(show_evaluation, done)
 
 
-def show_evaluation(figures: Mapping[str, Any]) -> None:
+def show_evaluation(done: Evaluation) -> None:
     """Print what `evaluate` returned: tables and paths on stdout, warnings on stderr."""
-    from mbcd_cli.cli.printing import print_results
+    from mbcd_cli.evaluation.report.sections import summary_tables
 
-    print_results(figures, {name: Path(path) for name, path in figures["files"].items()})
+    files = done.files
+    print_tables(summary_tables(done.results), done.results.warnings)
+    print_paths({name: files[name] for name in ("report", "results") if name in files})
+    others = [path for name, path in files.items() if name not in ("report", "results")]
+    for folder in dict.fromkeys(path.parent for path in others):
+        count = sum(path.parent == folder for path in files.values())
+        console.show(f"{folder.name}: {folder} ({count} files)")
 
 
-def show_comparison(found: Mapping[str, Any]) -> None:
+def show_comparison(done: Comparison) -> None:
     """Print what `compare_runs` returned."""
-    from mbcd_cli.cli.printing import print_comparison
-    from mbcd_cli.evaluation.report.tables import from_values
-
-    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
-    print_comparison([from_values(table) for table in found["tables"]], files, found["warnings"])
+    print_tables(done.tables, done.warnings)
+    print_paths({name: path for name, path in done.files.items() if not name.endswith((".csv", ".tex", ".png"))})
 
 
-def show_predicted(result: Mapping[str, Any]) -> None:
+def print_tables(tables: Sequence[Table], warnings: Sequence[str]) -> None:
+    """Print tables with their notes, and warnings (on stderr)."""
+    from mbcd_cli.evaluation.report.tables import plain
+
+    for table in tables:
+        console.table(table.title, table.columns, [[plain(cell) for cell in row] for row in table.rows])
+        if table.note:
+            console.show(table.note)
+    for warning in warnings:
+        console.warn(warning)
+
+
+def print_paths(files: Mapping[str, Path]) -> None:
+    """Print name and path of what was written."""
+    for name, path in files.items():
+        console.show(f"{name}: {path}")
+
+
+def show_predicted(done: Predicted) -> None:
     """Print what `predict_new` returned."""
     console.table(
-        f"{result['predicted']} of {result['clips']} clips predicted by the {result['model']} of checkpoint "
-        f"{result['checkpoint']}",
+        f"{done.predicted} of {done.clips} clips predicted by the {done.model} of checkpoint {done.checkpoint}",
         ("class", "clips"),
-        [(name or "(no prediction)", count) for name, count in result["classes"].items()],
+        [(name or "(no prediction)", count) for name, count in done.classes.items()],
     )
-    if result["accuracy"] is not None:
+    if done.accuracy is not None:
         console.table(
-            f"Accuracy on the {result['labelled']} labelled clips (%)",
+            f"Accuracy on the {done.labelled} labelled clips (%)",
             ("head", "top-1", "mean class"),
             [
-                (head, f"{100 * f['top1']:.1f}", f"{100 * f['mean_class_accuracy']:.1f}")
-                for head, f in result["accuracy"].items()
+                (head, f"{100 * figures.top1:.1f}", f"{100 * figures.mean_class_accuracy:.1f}")
+                for head, figures in done.accuracy.items()
             ],
         )
-    for name, path in result["files"].items():
-        console.out.print(f"{name}: {path}", markup=False)
-    if result["exit_code"]:
-        bad = len({r["clip"] for r in result["rejected"]})
+    print_paths(done.files)
+    if done.exit_code:
+        bad = len({bad.clip for bad in done.rejected})
         console.say(
-            f"error: {bad} clips were rejected, and --max-bad allows {result['max_bad']}; the others are predicted.\n"
+            f"error: {bad} clips were rejected, and --max-bad allows {done.max_bad}; the others are predicted.\n"
             f"Mend the files in the table above, or run again with --max-bad {bad}."
         )

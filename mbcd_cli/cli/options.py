@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import MappingProxyType
+from typing import Annotated, Literal, get_args, get_origin
 
 import typer
 from typer.models import CommandInfo
@@ -55,6 +56,14 @@ ShowSettings = Annotated[
     bool,
     typer.Option("--show-settings", help="Print the resolved settings as TOML and stop.", rich_help_panel=_SETTINGS),
 ]
+RunPath = Annotated[Path | None, typer.Option("--run", "--run-dir", help="Run folder.")]
+RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")]
+_CHECKPOINT = typer.Option("--checkpoint", help="Checkpoint file; `mbcd landscape` compares several.")
+CheckpointPath = Annotated[Path | None, _CHECKPOINT]
+CheckpointPaths = Annotated[list[Path], _CHECKPOINT]
+Output = Annotated[Path | None, typer.Option("--output", help="Folder for what is written.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew, in place of what is there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it takes, then stop.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ class Asked:
         as_json: whether one JSON object is wanted.
     """
 
-    flags: Mapping[str, Any]
+    flags: Mapping[str, object]
     preset: str | None = None
     config: Path | None = None
     sets: Sequence[str] = ()
@@ -83,7 +92,7 @@ class Asked:
         settings = resolve(**self._sources(preset))
         return named_dataset(settings, preset) if named else settings
 
-    def _sources(self, preset: str | None) -> dict[str, Any]:
+    def _sources(self, preset: str | None) -> dict[str, object]:
         flags = dict(self.flags)
         method = flags.pop("method.name", None)
         return {
@@ -111,19 +120,24 @@ class Asked:
             return  # who reads all settings says what is wrong
         cache = Path(folder).expanduser()
         check_dataset(cache, name)
-        target, known = stated(layers, "training.target_domain"), stored_domains(cache, name)
-        if known and isinstance(target, str) and target != "none":
-            check_domains(name, known, [target])
+        target, domains = stated(layers, "training.target_domain"), stored_domains(cache, name)
+        if domains and isinstance(target, str) and target != "none":
+            check_domains(name, domains, [target])
 
 
 _HANDED = ("asked", "show_settings")
 """Parameters of a command that are no options of its own."""
-Reply = tuple[dict[str, Any] | list[Any], Callable[[], None]]
-"""A command's result, and what shows it to a person; `exit_code` in it is the command's."""
+Reply = tuple[object, Callable[[], None]]
+"""A command's result (what `json_values` takes), and what shows it to a person; its `exit_code` is the command's."""
 
 
 def command(
-    *flags: str, examples: Sequence[str], layered: bool = True, preset: bool = False, show_settings: bool = False
+    *flags: str,
+    examples: Sequence[str],
+    layered: bool = True,
+    preset: bool = False,
+    show_settings: bool = False,
+    panels: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[Callable[..., Reply | None]], CommandInfo]:
     """Make a command of a function: its parameters, and the options of some settings.
 
@@ -134,13 +148,15 @@ def command(
         examples: lines that a user can type.
         layered: --config, --set and `COMMON` too. preset: --preset.
         show_settings: --show-settings, handed to the function.
+        panels: setting -> heading of its flag in the help.
     """
+    headings = {**_PANELS, **panels}
 
     def make(function: Callable[..., Reply | None]) -> CommandInfo:
         names = {path.replace(".", "__"): path for path in (*flags, *(COMMON if layered else ()))}
-        options = {name: _option(path) for name, path in names.items()}
-        last = {name: option for name, option in options.items() if names[name] in _PANELS}
-        common: dict[str, Any] = {"preset": Preset} if preset else {}
+        options = {name: _option(path, headings.get(path)) for name, path in names.items()}
+        last = {name: option for name, option in options.items() if names[name] in headings}
+        common: dict[str, object] = {"preset": Preset} if preset else {}
         common |= {"config": Config, "set_": Sets} if layered else {}
         switches = ({"show_settings": ShowSettings} if show_settings else {}) | {"as_json": Json, "debug": Debug}
 
@@ -166,14 +182,14 @@ def command(
             return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
         needed = inspect.Parameter.empty
-        own = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in _HANDED]
+        declared = [p for p in inspect.signature(function, eval_str=True).parameters.values() if p.name not in _HANDED]
         parameters = [
             *(
                 parameter(n, o, None if FLAGS[names[n]].startswith("-") else needed)
                 for n, o in options.items()
                 if n not in last
             ),
-            *(parameter(p.name, p.annotation, p.default) for p in own),
+            *(parameter(p.name, p.annotation, p.default) for p in declared),
             *(parameter(name, option, None) for name, option in (common | last | {"csv_": Csv}).items()),
             *(parameter(name, option, False) for name, option in switches.items()),
         ]
@@ -198,20 +214,20 @@ def _make(folder: Path | None) -> None:
 def _at_home(value: object) -> object:
     """`~` at the beginning of a path; the shell leaves it as it is in --output=~/x."""
     if isinstance(value, list):
-        return [_at_home(one) for one in value]
+        return [_at_home(element) for element in value]
     return Path(os.path.expanduser(value)) if isinstance(value, Path) else value  # noqa: PTH111
 
 
-def _option(path: str) -> object:
+def _option(path: str, panel: str | None) -> object:
     """The annotated type of a setting's flag, with its docstring and choices as the help."""
     group, _, name = path.rpartition(".")
-    own = {"method": MethodSettings, "dataset.reader": ManifestSettings}.get(group)
-    field = (own or Settings.model_fields[group].annotation).model_fields[name]
+    group_class = {"method": MethodSettings, "dataset.reader": ManifestSettings}.get(group)
+    field = (group_class or Settings.model_fields[group].annotation).model_fields[name]
     plain, choices = _plain(field.annotation)
     text = (field.description or "") + (f" One of: {', '.join(choices)}." if choices else "")
     if not FLAGS[path].startswith("-"):
         return Annotated[plain, typer.Argument(metavar=FLAGS[path], help=text)]
-    return Annotated[plain | None, typer.Option(*FLAGS[path].split(), help=text, rich_help_panel=_PANELS.get(path))]
+    return Annotated[plain | None, typer.Option(*FLAGS[path].split(), help=text, rich_help_panel=panel)]
 
 
 def _plain(annotation: object) -> tuple[type, tuple[str, ...]]:

@@ -14,6 +14,7 @@ import typer
 
 from mbcd_cli import console
 from mbcd_cli.errors import MbcdError
+from mbcd_cli.json_values import json_values
 from mbcd_cli.say import SILENT
 
 
@@ -24,9 +25,9 @@ def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
     A scheduler's SIGTERM, and a terminal that closes, are answered like Ctrl-C, so that helper processes and shared
     memory go too.
     """
-    for one in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(one) is not signal.SIG_IGN:  # nohup
-            signal.signal(one, signal.default_int_handler)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup
+            signal.signal(ending, signal.default_int_handler)
     try:
         with warnings.catch_warnings():
             if not debug:  # one line each, as all that is said
@@ -83,7 +84,7 @@ def _fail(
     rank = _rank()
     console.say(f"error{f' in process {rank}' if rank else ''}: {text}")
     if as_json and not rank:
-        console.emit_json(json_safe({"error": message, "remedy": remedy, **details}))
+        console.emit_json(json_values({"error": message, "remedy": remedy, **details}))
 
 
 def _rank() -> int:
@@ -94,20 +95,10 @@ def _rank() -> int:
 
 def finish(result: object, show: Callable[[], None], *, as_json: bool) -> None:
     """Emit a result as JSON or show it; its `exit_code`, where it has one, ends the command."""
+    values = json_values(result)
     if as_json:
-        console.emit_json(json_safe(result))
+        console.emit_json(values)
     else:
         show()
-    if isinstance(result, dict) and result.get("exit_code"):
-        raise typer.Exit(result["exit_code"])
-
-
-def json_safe(value: object) -> object:
-    """`value` with everything JSON cannot hold (NaN, infinities) as None."""
-    if isinstance(value, dict):
-        return {str(key): json_safe(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
+    if isinstance(values, dict) and values.get("exit_code"):
+        raise typer.Exit(values["exit_code"])

@@ -6,16 +6,22 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Reply, command, dataset_preset
+from mbcd_cli.cli.evaluate import show_comparison
+from mbcd_cli.cli.options import Asked, DryRun, Output, Reply, RunsDir, command, dataset_preset
+from mbcd_cli.json_values import json_values
+
+if TYPE_CHECKING:
+    from mbcd_cli.evaluation.report.comparison import Comparison
 
 
 @command(
     "dataset.name",
+    "dataset.root",
     "training.chassis",
     preset=True,
     examples=(
@@ -42,10 +48,7 @@ def sweep(
     grid: Annotated[
         list[str] | None, typer.Option("--grid", help="One axis over a setting: part.field=v1,v2; repeatable.")
     ] = None,
-    root: Annotated[
-        Path | None, typer.Option("--root", help="Folder of the dataset: prepare what of it is not prepared yet.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs, time and disk, then stop.")] = False,
+    dry_run: DryRun = False,
     collect: Annotated[bool, typer.Option("--collect", help="Only collect the runs that are done.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, one GPU each where there are GPUs.")] = 1,
@@ -56,12 +59,16 @@ def sweep(
     slurm: Annotated[
         list[str] | None, typer.Option("--slurm", help="submitit parameter, e.g. timeout_min=240; repeatable.")
     ] = None,
-    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")] = Path("runs"),
-    output: Annotated[Path | None, typer.Option("--output", help="Folder of the tables (default: sweeps/...).")] = None,
+    runs_dir: RunsDir = Path("runs"),
+    output: Output = None,
 ) -> Reply:
     """Run the grid of runs behind a table, then collect it: mean and spread over seeds, significance, curves.
 
     Runs that are done are never repeated, killed ones resume, failed ones are listed.
+
+    With --root, what of the dataset is not prepared yet is prepared first.
+
+    Without --output the tables go to a folder under sweeps.
     """
     from mbcd_cli.cli.board import Watch
     from mbcd_cli.sweep import request as asking
@@ -76,7 +83,9 @@ def sweep(
         seeds=seeds,
         grid=grid or (),
     )
-    layers = {"preset": dataset_preset(asked), "config": asked.config, "sets": asked.sets, "flags": asked.flags}
+    flags = dict(asked.flags)
+    root = flags.pop("dataset.root", None)
+    layers = {"preset": dataset_preset(asked), "config": asked.config, "sets": asked.sets, "flags": flags}
     say = console.terminal
     sweeping.check_execution(jobs, launcher)
     if root is not None and not (dry_run or collect):
@@ -99,7 +108,7 @@ def sweep(
         if not asked.as_json:
             show_sweep(result)
         raise failure
-    return {**done, **result}, partial(show_sweep, result)
+    return {**done, **json_values(result)}, partial(show_sweep, result)
 
 
 def show_plan(found: Mapping[str, Any], cost: Any) -> None:
@@ -121,15 +130,10 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.1f} GB"
 
 
-def show_sweep(found: Mapping[str, Any]) -> None:
+def show_sweep(done: Comparison) -> None:
     """Print what `collect` returned; a table whose rows a joint one has already is in the files only."""
-    from mbcd_cli.cli.printing import print_comparison
-    from mbcd_cli.evaluation.report.tables import from_values
-
-    tables = [from_values(table) for table in found["tables"]]
-    joint = [table for table in tables if table.columns[:2] == ["modalities", "method"] and "all-" in table.name]
-    told = {table.name.rpartition("all-")[2] for table in joint}
-    tables = [table for table in tables if table in joint or not table.name.endswith(tuple(f"-{one}" for one in told))]
-    files = {name: Path(path) for name, path in found["files"].items() if not name.endswith((".csv", ".tex", ".png"))}
+    joint = [table for table in done.tables if table.columns[:2] == ["modalities", "method"] and "all-" in table.name]
+    told = tuple(f"-{table.name.rpartition('all-')[2]}" for table in joint)
+    tables = [table for table in done.tables if table in joint or not table.name.endswith(told)]
     fitting = [table.fitting(console.out.width) for table in tables]
-    print_comparison([replace(table, rows=table.shown()) for table in fitting], files, found["warnings"])
+    show_comparison(replace(done, tables=[replace(table, rows=table.shown()) for table in fitting]))

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Reply, command, dataset_preset, emit_settings
+from mbcd_cli.cli.options import (
+    Asked,
+    DryRun,
+    Overwrite,
+    Reply,
+    RunPath,
+    RunsDir,
+    command,
+    dataset_preset,
+    emit_settings,
+)
 from mbcd_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,18 +57,17 @@ _TRAINS = [
 def train(
     asked: Asked,
     show_settings: bool = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print shapes, sizes and step time, then stop.")] = False,
-    run: Annotated[
-        Path | None,
-        typer.Option("--run", "--run-dir", help="Run folder (default: made from dataset, method, target and seed)."),
-    ] = None,
-    runs_dir: Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")] = Path("runs"),
+    dry_run: DryRun = False,
+    run: RunPath = None,
+    runs_dir: RunsDir = Path("runs"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run.")] = False,
+    overwrite: Overwrite = False,
 ) -> Reply | None:
     """Train on the source domains from the cache; the target is only reported.
 
     Without --preset, --config or --dataset the preset is epic-kitchens.
+
+    Without --run the run folder is named after method, modalities, target and seed.
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite contradict each other.", "Use one of them.")
@@ -95,8 +104,8 @@ def show_training(summary: TrainingSummary) -> None:
         label += " (deployed)" if label == summary["tested"] else ""
         row = [label, record["epoch"], f"{100 * record['validation']:.1f}"]
         if target:
-            known = record.get("target_unimodal", {})
-            figures = [record.get("target"), *(known.get(head) for head in heads)]
+            of_heads = record.get("target_unimodal", {})
+            figures = [record.get("target"), *(of_heads.get(head) for head in heads)]
             row += ["" if figure is None else f"{100 * figure:.1f}" for figure in figures]
         rows.append(row)
     columns = ["epoch of the " + summary["deployed"], "epoch", "validation"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,35 @@ _Folders = Annotated[list[Path], typer.Argument(metavar="PATH", help="Folders of
 _LINES = 20
 
 
+@dataclass(frozen=True, slots=True)
+class FolderVerified:
+    """Of a folder's files: how many are whole, their bytes, what is wrong with which, roots of its caches and runs."""
+
+    whole: int
+    bytes: int
+    seconds: float
+    damaged: dict[str, str]
+    missing: list[str]
+    unchecked: list[str]
+    unfinished: list[str]
+    roots: dict[str, str]
+
+    @property
+    def lines(self) -> list[str]:
+        """What is wrong, a line each."""
+        lines = [f"damaged: {file}: {why}" for file, why in self.damaged.items()]
+        lines += [f"missing: {file}" for file in self.missing]
+        return lines + [f"not finished: {folder}" for folder in self.unfinished]
+
+
+@dataclass(slots=True)
+class Verified:
+    """Folder -> what was found; 1 where something is damaged or missing."""
+
+    paths: dict[str, FolderVerified] = field(default_factory=dict)
+    exit_code: int = 0
+
+
 @command(layered=False, examples=("mbcd verify cache", "mbcd verify runs landscape --json"))
 def verify(asked: Asked, paths: _Folders) -> Reply:
     """Compare every byte of caches, runs, sweeps and landscapes with its checksum.
@@ -25,7 +55,7 @@ def verify(asked: Asked, paths: _Folders) -> Reply:
     """
     from mbcd_cli.integrity import examine
 
-    result = {"paths": {}, "exit_code": 0}
+    result = Verified()
     for path in paths:
         total = _bytes_of(path)
         started = time.monotonic()
@@ -37,18 +67,18 @@ def verify(asked: Asked, paths: _Folders) -> Reply:
                 ticker.advance(((done + size) >> 20) - (done >> 20))
                 done += size
 
-            found = examine(path, seen=seen)
-        result["paths"][str(path)] = {
-            "whole": len(found.whole),
-            "bytes": found.nbytes,
-            "seconds": round(time.monotonic() - started, 3),
-            "damaged": {str(file): why for file, why in sorted(found.damaged.items())},
-            "missing": [str(file) for file in found.missing],
-            "unchecked": [str(file) for file in found.unchecked],
-            "unfinished": [str(folder) for folder in found.unfinished],
-            "roots": {str(folder): root for folder, root in sorted(found.roots.items())},
-        }
-        result["exit_code"] |= int(bool(found.faults))
+            state = examine(path, seen=seen)
+        result.paths[str(path)] = FolderVerified(
+            whole=len(state.whole),
+            bytes=state.nbytes,
+            seconds=round(time.monotonic() - started, 3),
+            damaged={str(file): why for file, why in sorted(state.damaged.items())},
+            missing=[str(file) for file in state.missing],
+            unchecked=[str(file) for file in state.unchecked],
+            unfinished=[str(folder) for folder in state.unfinished],
+            roots={str(folder): root for folder, root in sorted(state.roots.items())},
+        )
+        result.exit_code |= int(bool(state.faults))
     return result, partial(show_verified, result)
 
 
@@ -61,26 +91,23 @@ def _bytes_of(path: Path) -> int:
         raise FileError(f"{path} cannot be read: {error.strerror}.", "Mend its rights.") from error
 
 
-def show_verified(result: dict) -> None:
-    """Print what `verify` returned."""
+def show_verified(result: Verified) -> None:
+    """Print what `verify` found."""
     columns = ("path", "whole", "damaged", "missing", "unchecked", "GB", "GB/s")
     rows = []
-    for path, one in result["paths"].items():
-        counts = [one["whole"], len(one["damaged"]), len(one["missing"]), len(one["unchecked"])]
-        rate = one["bytes"] / max(one["seconds"], 1e-3) / 1e9
-        rows.append([path, *counts, f"{one['bytes'] / 1e9:.2f}", f"{rate:.1f}"])
+    for path, folder in result.paths.items():
+        counts = [folder.whole, len(folder.damaged), len(folder.missing), len(folder.unchecked)]
+        rate = folder.bytes / max(folder.seconds, 1e-3) / 1e9
+        rows.append([path, *counts, f"{folder.bytes / 1e9:.2f}", f"{rate:.1f}"])
     console.table("Files against their checksums", columns, rows)
-    for one in result["paths"].values():
-        for folder, root in one["roots"].items():
-            console.say(f"{folder}: root {root}")
-        lines = [f"damaged: {file}: {why}" for file, why in one["damaged"].items()]
-        lines += [f"missing: {file}" for file in one["missing"]]
-        lines += [f"not finished: {folder}" for folder in one["unfinished"]]
-        for line in lines[:_LINES]:
+    for folder in result.paths.values():
+        for name, root in folder.roots.items():
+            console.say(f"{name}: root {root}")
+        for line in folder.lines[:_LINES]:
             console.say(line)
-        if len(lines) > _LINES:
-            console.say(f"... and {len(lines) - _LINES} more (--json lists all of them)")
-    if result["exit_code"]:
+        if len(folder.lines) > _LINES:
+            console.say(f"... and {len(folder.lines) - _LINES} more (--json lists all of them)")
+    if result.exit_code:
         console.say(
             "error: not everything is whole. `mbcd repair` computes the damaged parts of a cache anew; a run goes on "
             "from its last whole checkpoint with --resume, its results come from `mbcd evaluate`, a landscape's from "

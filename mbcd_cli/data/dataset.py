@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +92,7 @@ class CachedDataset:
         return {name: cache.weights(file) for name, cache in caches.items()}
 
     def has_test_views(self, clips: np.ndarray) -> bool:
-        """Whether the test view of all these clips is stored, in every modality."""
+        """Whether the test view of all these clips ([n] indices) is stored, in every modality."""
         return all(cache.stored(TEST_VIEW)[clips].all() for cache in self.caches.values())
 
     @property
@@ -102,7 +101,7 @@ class CachedDataset:
         return sum(cache.nbytes for cache in self.caches.values())
 
     def select(self, *, domains: Sequence[str], splits: Sequence[str] = SPLITS, limit: int | None = None) -> np.ndarray:
-        """Indices (int64, table order) of the usable clips of these domains and splits.
+        """Indices ([n] int64, table order) of the usable clips of these domains and splits.
 
         Args:
             limit: at most this many, spread evenly over the table.
@@ -144,7 +143,7 @@ class CachedDataset:
         views: int = 1,
         read: Read | None = None,
     ) -> Iterator[Batch]:
-        """Batches over `clips`.
+        """Batches of B clips over `clips`, [n] indices into the clip table.
 
         Args:
             training: shuffle by (seed, epoch) and draw one stored training view per clip and modality, or decode a
@@ -217,7 +216,7 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
     """
     folder = settings.cache.dir / name
     check_dataset(settings.cache.dir, name)
-    found: dict[str, list[ModalityCache]] = {}
+    caches_of: dict[str, list[ModalityCache]] = {}
     foreign: dict[str, OtherVersionError] = {}
     for index in sorted(folder.glob("*/index.h5")):
         try:
@@ -225,34 +224,34 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
         except OtherVersionError as error:  # in nobody's way as long as there is a newer one
             foreign[index.parent.name.rsplit("-", 1)[0]] = error
             continue
-        found.setdefault(cache.recipe["modality"], []).append(cache)
-    if lost := _without_index(folder, modalities, found):
+        caches_of.setdefault(cache.recipe["modality"], []).append(cache)
+    if lost := _without_index(folder, modalities, caches_of):
         raise CacheError(
             f"The cache {lost} has no index: its preparation was interrupted, or the file is lost.",
             "Run the same `mbcd prepare` again, or choose others with --modalities.",
         )
-    for caches in found.values():
+    for caches in caches_of.values():
         caches.sort(key=lambda cache: cache.prepared_at, reverse=True)
-    names = list(modalities) or modality_order(list(settings.modalities) or list(found))
+    names = list(modalities) or modality_order(list(settings.modalities) or list(caches_of))
     names = names or list(foreign)
-    missing = [n for n in names if n not in found]
+    missing = [n for n in names if n not in caches_of]
     if missing and missing[0] in foreign:
         raise foreign[missing[0]]
     if missing:
         raise CacheError(
             f"Modality {missing[0]!r} of dataset {name} is not prepared.",
-            f"{did_you_mean(missing[0], found)}Prepared are {', '.join(sorted(found))}; run `mbcd prepare` for it, or "
-            "choose with --modalities.",
+            f"{did_you_mean(missing[0], caches_of)}Prepared are {', '.join(sorted(caches_of))}; run `mbcd prepare` for "
+            "it, or choose with --modalities.",
         )
     chosen: dict[str, ModalityCache] = {}
     resolved: dict[str, Modality] = {}
     for modality in names:
         wanted = settings.modalities.get(modality)
         if wanted is None:
-            chosen[modality] = _newest(settings, modality, found[modality])
+            chosen[modality] = _newest(settings, modality, caches_of[modality])
             resolved[modality] = chosen[modality].modality
             continue
-        chosen[modality] = _matching(settings, modality, wanted, found[modality])
+        chosen[modality] = _matching(settings, modality, wanted, caches_of[modality])
         resolved[modality] = _resolved(wanted, chosen[modality].modality)
     return CachedDataset(name, chosen, resolved, root=settings.dataset.root, workers=settings.cache.workers)
 
@@ -275,19 +274,19 @@ def _newest(settings: Settings, name: str, caches: Sequence[ModalityCache]) -> M
     given = {f: value for f in PREPARED if (value := getattr(settings.cache, f)) != getattr(defaults, f)}
     for cache in caches:
         have = as_prepared(cache)
-        if all(have[field] == value for field, value in given.items()):
+        if all(getattr(have, field) == value for field, value in given.items()):
             return cache
     have = as_prepared(caches[0])
-    lines = [f"  {f}: cache has {have[f]}, settings say {v}" for f, v in given.items() if have[f] != v]
+    lines = [f"  {f}: cache has {was}, settings say {v}" for f, v in given.items() if (was := getattr(have, f)) != v]
     raise CacheError(
         f"The cache of {name} is stale ({caches[0].folder}):\n" + "\n".join(lines),
         "Run `mbcd prepare` with these settings, or leave them out.",
     )
 
 
-def as_prepared(cache: ModalityCache) -> dict[str, Any]:
-    """`PREPARED`, as the cache was prepared."""
-    return {"trunk_batch_norm": "running", **{f: cache.recipe[f] for f in PREPARED if f in cache.recipe}}
+def as_prepared(cache: ModalityCache) -> CacheSettings:
+    """The defaults, with `PREPARED` as the cache was prepared."""
+    return CacheSettings().model_copy(update={f: cache.recipe[f] for f in PREPARED if f in cache.recipe})
 
 
 def _resolved(wanted: Modality, prepared: Modality) -> Modality:

@@ -41,8 +41,11 @@ def pinned(batch: Batch) -> Batch:
 def read_ahead(batches: Iterator[Batch], *, depth: int, pin: bool = False) -> Iterator[Batch]:
     """The same batches in the same order, up to `depth` of them read ahead by a thread.
 
-    What the thread raises is raised here, in its place. Closing this generator ends the thread. What it is worth is
-    `data_wait_share` in a run's `timing.jsonl`, with `runtime.prefetch = 0` beside it.
+    What the thread raises is raised here, in its place. Closing this generator ends the thread.
+
+    Without it batches of 16 rows of 4.8 MB, read in 17 ms each, take 1.35 times as long where a step leaves the
+    processor free for 50 ms (a GPU's, here a sleep), 1.2 times for 100 ms; where the step itself takes a core, about as
+    long (1.03; AMD EPYC, two cores, medians of three in turns).
 
     Args:
         depth: 0 reads each batch when it is asked for.
@@ -87,10 +90,13 @@ def read_ahead(batches: Iterator[Batch], *, depth: int, pin: bool = False) -> It
 class ResidentRows:
     """The rows of selected clips on a device; `read` stands in for reading the cache.
 
+    Populations keep them in a CPU's memory, too: batches of av-digits take 1.16 times as long from the cache (in the
+    page cache, checksums compared already; median of five in turns). On a GPU it has not been measured.
+
     Args:
         dataset: the open caches.
-        training: clips whose V training views are kept.
-        testing: clips whose test view is kept.
+        training: clips whose V training views are kept, [n] indices.
+        testing: clips whose test view is kept, [n] indices.
         device: where.
     """
 
@@ -139,7 +145,7 @@ def _rows(stored: int, training: np.ndarray, testing: np.ndarray) -> list[tuple[
 
 
 def resident_bytes(dataset: Dataset, *, training: np.ndarray, testing: np.ndarray) -> int:
-    """Bytes that `ResidentRows` would take."""
+    """Bytes that `ResidentRows` of these clips ([n] indices each) would take."""
     total = 0
     for cache in dataset.caches.values():
         for test, clips, _ in _rows(cache.views, training, testing):
@@ -154,6 +160,10 @@ def keep_on_device(
     """The selected rows on the GPU as `runtime.cache_device` asks, or None where the cache is read from disk.
 
     `auto` keeps them there when they take at most half of the GPU's free memory.
+
+    Args:
+        where: `runtime.cache_device`.
+        training: clips whose training views are read, [n] indices. testing: those whose test view is, [n] each.
 
     Raises:
         SettingsError: `cuda` is asked for and there is no GPU, or not enough memory on it.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,18 +16,27 @@ from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, earlier, giv
 from mbcd_cli.evaluation.analyses.robustness import subset_variants
 from mbcd_cli.evaluation.evaluator import evaluate_models
 from mbcd_cli.evaluation.report import plots
-from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.evaluation.report.html import write_report
-from mbcd_cli.evaluation.report.results import describe_run, gathered_results, provenance, result_warnings
+from mbcd_cli.evaluation.report.results import Results, results_of
 from mbcd_cli.files import folder_aside, read_records, write_json
+from mbcd_cli.json_values import json_values
 from mbcd_cli.preparation.cache_plan import read_listing
-from mbcd_cli.resolved import load_settings, method_label
+from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
+from mbcd_cli.scoring.history import accuracy_history
 from mbcd_cli.settings import DatasetSettings, Settings
 from mbcd_cli.settings.sources import to_toml
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What `evaluate` found, and name -> path of everything it wrote."""
+
+    results: Results
+    files: dict[str, Path]
 
 
 def evaluate(
@@ -42,7 +51,7 @@ def evaluate(
     landscape: Path | None = None,
     pictures: bool = True,
     say: Say = SILENT,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Evaluate `checkpoints` (best / last -> checkpoint) and write everything under `output`.
 
     Args:
@@ -56,11 +65,13 @@ def evaluate(
         landscape: folder of landscape plots that the report shows; by default the run's.
         pictures: draw plots.
 
-    Returns:
-        What results.json holds, and `files`: name -> path of everything written.
+    Raises:
+        SettingsError, MbcdError: domains without clips.
+        CheckpointError: weights of another model, or one that cannot read `ood`.
+        FileError: `output` cannot be written.
     """
     with folder_aside(output / "evaluation") as aside:  # before the work: it tells whether there is a place
-        results, model = evaluate_models(
+        evaluated, model = evaluate_models(
             settings,
             dataset,
             checkpoints,
@@ -69,11 +80,9 @@ def evaluate(
             variants=subset_variants if "missing" in settings.evaluation.analyses else lambda model: {},
         )
         chosen = deployed(checkpoints)
-        about = {**describe_run(settings, dataset, checkpoints), "method": method_label(settings)}
-        figures = gathered_results(about, results, chosen)
-        figures["warnings"] = result_warnings(figures, checkpoints)
-        figures["checkpoints"] = _checksums(run, checkpoints)
-        of_chosen = [one for one in results if (one.checkpoint, one.model) == chosen]
+        results = results_of(settings, dataset, checkpoints, evaluated, deployed=chosen, device=device)
+        results.checkpoints = _checksums(run, checkpoints)
+        of_chosen = [on_set for on_set in evaluated if (on_set.checkpoint, on_set.model) == chosen]
         clips, missing = _media(settings, dataset) if "corruptions" in settings.evaluation.analyses else (None, "")
         analysis = Analysis(
             settings=settings,
@@ -81,29 +90,27 @@ def evaluate(
             clips=clips,
             clips_missing=missing,
             model=model,
-            results=sorted(of_chosen, key=lambda one: one.clip_set.name != TARGET),
+            evaluated=sorted(of_chosen, key=lambda on_set: on_set.clip_set.name != TARGET),
+            results=results,
             device=device,
             output=aside,
             say=say,
             pictures=pictures,
         )
         _accuracy_plots(analysis)
-        _history(figures, analysis, run, checkpoints[chosen[0]])
+        _history(analysis, run, checkpoints[chosen[0]])
         analyse(analysis, ood=ood)
-        figures |= analysis.figures
-        figures["warnings"] += analysis.warnings
-        figures["provenance"] = provenance(dataset, checkpoints, device)
         files = dict(analysis.files)
         if settings.evaluation.report:
             shown = {"files": analysis.files, "run": run, "landscape": landscape, "skip": earlier(output)}
-            files["report"] = write_report(aside / "report.html", figures, settings=to_toml(settings), **shown)
-        ours = {name: path.relative_to(aside) for name, path in files.items() if path.is_relative_to(aside)}
-        sums = {path.as_posix(): of_file(aside / path) for path in ours.values()}
+            files["report"] = write_report(aside / "report.html", results, settings=to_toml(settings), **shown)
+        written = {name: path.relative_to(aside) for name, path in files.items() if path.is_relative_to(aside)}
+        sums = {path.as_posix(): of_file(aside / path) for path in written.values()}
         sums |= {p.relative_to(output).as_posix(): of_file(p) for p in _beside(files, aside, output)}
-        write_json(aside / "results.json", {**figures, "files": sums})
-        give_place(aside, output, list(ours.values()))
-    files |= {name: output / path for name, path in ours.items()} | {"results": output / "results.json"}
-    return {**figures, "files": {name: str(path) for name, path in files.items()}}
+        write_json(aside / "results.json", {**json_values(results), "files": sums})
+        give_place(aside, output, list(written.values()))
+    files |= {name: output / path for name, path in written.items()} | {"results": output / "results.json"}
+    return Evaluation(results, files)
 
 
 def _beside(files: Mapping[str, Path], aside: Path, output: Path) -> list[Path]:
@@ -127,45 +134,43 @@ def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[Clips, DatasetSe
         return None, f"the media are not at {root} (--set dataset.root=DIR says where they are)"
     try:
         reader = load_settings(cache.folder / PREPARED_WITH).dataset.reader  # the run's settings name the dataset only
-        there = settings.dataset.model_copy(update={"root": root, "reader": reader})
-        listing = read_listing(settings.model_copy(update={"dataset": there}))
+        source = settings.dataset.model_copy(update={"root": root, "reader": reader})
+        listing = read_listing(settings.model_copy(update={"dataset": source}))
     except MbcdError as error:
         return None, error.message.splitlines()[0].rstrip(".")
     if listing.clips.digest != cache.listing:
         return None, f"{root} holds other clips than the cache (--set dataset.root=DIR says where they are)"
-    return (listing.clips, there), ""
+    return (listing.clips, source), ""
 
 
 def _accuracy_plots(analysis: Analysis) -> None:
     names = list(analysis.dataset.label_names)
-    for one in analysis.results:
-        key, where = one.clip_set.name, analysis.name(one)
-        fused = one.figures["fused"]
+    for on_set in analysis.evaluated:
+        key, where = on_set.clip_set.name, analysis.name(on_set)
+        fused = on_set.figures["fused"]
         analysis.draw(
             f"confusion on {key}",
             plots.plot_confusion,
-            fused["confusion"],
+            fused.confusion,
             names,
             analysis.plot(f"confusion-{key}.png"),
-            title=f"{where}: {100 * fused['top1']:.1f} % right",
+            title=f"{where}: {100 * fused.top1:.1f} % right",
         )
         analysis.draw(
             f"classes on {key}",
             plots.plot_per_class,
-            {head: [c["accuracy"] for c in f["per_class"].values()] for head, f in one.figures.items()},
+            {head: [c.accuracy for c in figures.per_class.values()] for head, figures in on_set.figures.items()},
             names,
             analysis.plot(f"classes-{key}.png"),
             title=f"Accuracy per class on {where}",
         )
 
 
-def _history(figures: dict[str, Any], analysis: Analysis, run: Path | None, checkpoint: Checkpoint) -> None:
+def _history(analysis: Analysis, run: Path | None, checkpoint: Checkpoint) -> None:
     records = read_records(run / "metrics.jsonl") if run is not None else []
     history = accuracy_history(records or checkpoint.history)
     if history is None:
         return
-    oracle = history.oracle(figures["headline"]["model"])
-    if oracle is not None:
-        figures["oracle"] = oracle
+    analysis.results.oracle = history.oracle(analysis.results.headline.model)
     if run is not None and (drawn := run / "plots" / "accuracy.png").is_file():  # by the training
         analysis.files["accuracy per epoch"] = drawn

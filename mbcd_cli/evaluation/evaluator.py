@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from mbcd_cli.model import MultiModalModel
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import ClipSet, clip_sets
 from mbcd_cli.scoring.deployed import Weights, build_models, deployed
-from mbcd_cli.scoring.metrics import summaries
+from mbcd_cli.scoring.metrics import HeadFigures, figures_of_heads
 from mbcd_cli.scoring.predictions import Predictions, Variant, predict
 from mbcd_cli.settings import Settings
 
@@ -26,16 +25,16 @@ class Evaluated:
     """One model on one set of clips.
 
     Attributes:
-        checkpoint: best or last; model: teacher or student; clip_set: source or target.
-        predictions: on those clips.
-        figures: `metrics.summaries` of them: head -> figures.
+        checkpoint: best or last. model: teacher or student. clip_set: source or target.
+        predictions: on those N clips.
+        figures: `metrics.figures_of_heads` of them.
     """
 
     checkpoint: str
     model: str
     clip_set: ClipSet
     predictions: Predictions
-    figures: dict[str, dict[str, Any]]
+    figures: dict[str, HeadFigures]
 
 
 def evaluate_models(
@@ -56,6 +55,9 @@ def evaluate_models(
         device: where to compute.
         say: told how far it is.
         variants: the deployed model -> further fused logits to compute from its features.
+
+    Raises:
+        SettingsError, MbcdError: domains without clips. CheckpointError: weights of another model.
     """
     sets = clip_sets(settings, dataset)
     chosen = deployed(checkpoints)
@@ -73,7 +75,7 @@ def evaluate_models(
                     precision=settings.runtime.precision,
                     variants=variants(model) if model is kept else None,
                 )
-                figures = summaries(
+                figures = figures_of_heads(
                     predictions,
                     label_names=list(dataset.label_names),
                     domain_names=list(dataset.domains),

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mbcd_cli.landscape.directions import Sphere
+from mbcd_cli.landscape.directions import Sphere, Vector
 from mbcd_cli.landscape.objective import LossFunction
 from mbcd_cli.landscape.sharpness import flatness_curve, worst_case
 from mbcd_cli.landscape.store import Grid, GridStore, axis, read_grid
@@ -40,7 +39,7 @@ class Study:
 
     settings: LandscapeSettings
     loss: LossFunction
-    identity: Mapping[str, Any]
+    identity: Mapping[str, object]
     folder: Path
     label: str
     subject: str
@@ -117,20 +116,31 @@ def about_of(study: Study, centre: tuple[float, float], **more: object) -> dict[
     return {"label": study.label, "subject": study.subject, "distance": distance, **centre_figures, **more}
 
 
-def run_grid(
+def filled(
     study: Study,
     analysis: str,
+    fill: Callable[[GridStore, Advance], int],
     *,
     x: np.ndarray,
-    y: np.ndarray,
+    y: np.ndarray | None = None,
     identity: Mapping[str, object],
     about: Mapping[str, object],
-    fill: Callable[[GridStore, Advance], int],
     marks: Mapping[str, tuple[float, float]] | None = None,
 ) -> Grid:
-    """Open `analysis`' file, let `fill` measure what is missing, and read the whole back (on every rank)."""
+    """Open `analysis`' file, let `fill` measure what is missing, and read the whole back (on every rank).
+
+    Args:
+        study: of the checkpoint.
+        fill: (store, told of every point) -> how many points it measured.
+        x, y: axes [nx], [ny]; without y a single row, at 0.
+        identity: what the values depend on besides `study.identity`. about, marks: of `GridStore`.
+
+    Raises:
+        StoreError: the file was measured on something else, is damaged, or is being filled.
+    """
     path = study.file(analysis)
-    settings = {"x": x, "y": y, "identity": {**study.identity, **identity}, "about": about, "marks": marks}
+    axes = {"x": x, "y": np.zeros(1) if y is None else y}
+    settings = {**axes, "identity": {**study.identity, **identity}, "about": about, "marks": marks}
     # Rank 0 owns the file, so it opens first; it folds the others' journals in when all are done.
     if not study.group.main:
         study.group.barrier()
@@ -147,6 +157,15 @@ def run_grid(
     return read_grid(path)
 
 
+def along(study: Study, analysis: str, *directions: Vector, **grid: object) -> Grid:
+    """`filled` with the losses at start + x * first (+ y * second direction); `grid` is what `filled` takes."""
+
+    def fill(store: GridStore, advance: Advance) -> int:
+        return fill_grid(store, study.loss, directions, place=study.group, advance=advance)
+
+    return filled(study, analysis, fill, **grid)
+
+
 def directions_identity(study: Study, analysis: str) -> dict[str, object]:
     """What the values of an analysis along random directions depend on."""
     s = study.settings
@@ -158,36 +177,33 @@ def _axis_name(study: Study, number: int) -> str:
 
 
 def run_surface(study: Study, centre: tuple[float, float]) -> GridFigures:
-    """2-D plane of two random directions (Li et al. 2018) -> summary."""
+    """2-D plane of two random directions (Li et al. 2018); `centre` is loss and accuracy at the checkpoint."""
     s = study.settings
     coordinates = axis(s.span, s.points)
-    directions = [study.sphere.sample(seed=s.seed, index=index) for index in (0, 1)]
-    grid = run_grid(
+    grid = along(
         study,
         "surface",
+        *(study.sphere.sample(seed=s.seed, index=index) for index in (0, 1)),
         x=coordinates,
         y=coordinates,
         identity=directions_identity(study, "surface"),
         about=about_of(study, centre, x=_axis_name(study, 1), y=_axis_name(study, 2)),
         marks={study.label: (0.0, 0.0)},
-        fill=lambda store, advance: fill_grid(store, study.loss, directions, place=study.group, advance=advance),
     )
     return grid_figures(grid, centre)
 
 
 def run_curve(study: Study, centre: tuple[float, float]) -> GridFigures:
-    """1-D line along one random direction -> summary."""
+    """1-D line along one random direction; `centre` is loss and accuracy at the checkpoint."""
     s = study.settings
-    direction = study.sphere.sample(seed=s.seed, index=0)
-    grid = run_grid(
+    grid = along(
         study,
         "curve",
+        study.sphere.sample(seed=s.seed, index=0),
         x=axis(s.span, 4 * s.points - 1),
-        y=np.zeros(1),
         identity=directions_identity(study, "curve"),
         about=about_of(study, centre, x=_axis_name(study, 1)),
         marks={study.label: (0.0, 0.0)},
-        fill=lambda store, advance: fill_grid(store, study.loss, [direction], place=study.group, advance=advance),
     )
     return grid_figures(grid, centre)
 
@@ -206,18 +222,20 @@ def grid_figures(grid: Grid, centre: tuple[float, float]) -> GridFigures:
 
 
 def run_flatness(study: Study, centre: tuple[float, float]) -> FlatnessFigures:
-    """Mean loss increase over random directions of every radius (Cha et al. 2021) -> summary."""
+    """Mean loss increase over random directions of every radius (Cha et al. 2021); `centre`: loss, accuracy there."""
     s = study.settings
-    grid = run_grid(
+
+    def fill(store: GridStore, advance: Advance) -> int:
+        return fill_radii(store, study.loss, study.sphere, seed=s.seed, place=study.group, advance=advance)
+
+    grid = filled(
         study,
         "flatness",
+        fill,
         x=np.array(sorted(set(s.radii))),
         y=np.arange(s.directions, dtype=float),
         identity=directions_identity(study, "flatness"),
         about=about_of(study, centre),
-        fill=lambda store, advance: fill_radii(
-            store, study.loss, study.sphere, seed=s.seed, place=study.group, advance=advance
-        ),
     )
     curve = flatness_curve(grid, centre=centre[0])
     return FlatnessFigures(
@@ -232,7 +250,7 @@ def run_flatness(study: Study, centre: tuple[float, float]) -> FlatnessFigures:
 
 
 def run_worst_case(study: Study, centre: tuple[float, float]) -> WorstCaseFigures:
-    """Largest loss increase that gradient ascent finds at every radius -> summary."""
+    """Largest loss increase that gradient ascent finds at every radius; `centre`: loss, accuracy at the checkpoint."""
     s = study.settings
 
     def fill(store: GridStore, advance: Advance) -> int:
@@ -245,14 +263,13 @@ def run_worst_case(study: Study, centre: tuple[float, float]) -> WorstCaseFigure
             advance(1)
         return len(todo)
 
-    grid = run_grid(
+    grid = filled(
         study,
         "worst_case",
+        fill,
         x=np.array(sorted(set(s.radii))),
-        y=np.zeros(1),
         identity={**directions_identity(study, "worst_case"), "ascent_steps": s.ascent_steps},
         about=about_of(study, centre),
-        fill=fill,
     )
     return WorstCaseFigures(
         file=str(grid.path),

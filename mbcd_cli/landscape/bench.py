@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from mbcd_cli.data.protocol import Dataset
+from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.landscape.analyses import Study
 from mbcd_cli.landscape.connections import Ends
@@ -102,7 +102,7 @@ class Bench:
             points_per_pass=chosen.points_per_pass,
         )
 
-    def _batches(self, clips: np.ndarray) -> Iterable[Any]:
+    def _batches(self, clips: np.ndarray) -> Iterable[Batch]:
         """Test views; where a cache has none of these clips, the training views that the seed draws."""
         chosen = self.settings.landscape
         if self._tested(clips):
@@ -119,7 +119,7 @@ class Bench:
         """The analyses of one checkpoint."""
         chosen = self.settings.landscape
         names = self._names(model)
-        identity: dict[str, Any] = {
+        identity: dict[str, object] = {
             "weights": _digest(model),
             "clips": _sha(np.ascontiguousarray(self.clips, dtype=np.int64).tobytes()),
             "data": chosen.data if self._tested(self.clips) else f"{chosen.data}, training views of {chosen.seed}",

@@ -12,14 +12,13 @@ from mbcd_cli.landscape.analyses import (
     Measured,
     Study,
     about_of,
+    along,
     directions_identity,
     grid_figures,
-    run_grid,
 )
 from mbcd_cli.landscape.directions import Sphere, Vector, norm
 from mbcd_cli.landscape.objective import LossFunction
 from mbcd_cli.landscape.paths import Plane, barrier, line, plane, trajectory_plane
-from mbcd_cli.landscape.surface import fill_grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +63,14 @@ def run_path(study: Study, ends: Ends, label: str) -> PathFigures:
     study = replace(study, loss=ends.loss)
     name = f"{study.label} to {label}"
     direction = line(study.loss.start, ends.towards[label], names=ends.names, label=label)
-    grid = run_grid(
+    grid = along(
         replace(study, label=name),
         "path",
+        direction,
         x=np.linspace(0, 1, 2 * study.settings.points + 1),
-        y=np.zeros(1),
         identity={"analysis": "path", "to": ends.digests[label]},
         about={"label": name, "subject": study.subject},
         marks={study.label: (0.0, 0.0), label: (1.0, 0.0)},
-        fill=lambda store, advance: fill_grid(store, study.loss, [direction], place=study.group, advance=advance),
     )
     highest = barrier(grid)
     return PathFigures(
@@ -125,17 +123,10 @@ def _run_plane(
     about: Mapping[str, object],
 ) -> GridFigures:
     x, y = through.axes(study.settings.points, square=about.get("equal", True))
-    directions = [through.first, through.second]
     centre = study.centre()
     study = replace(study, label=name)
-    grid = run_grid(
-        study,
-        analysis,
-        x=x,
-        y=y,
-        identity=identity,
-        about=about_of(study, centre, **about),
-        marks=through.places,
-        fill=lambda store, advance: fill_grid(store, study.loss, directions, place=study.group, advance=advance),
+    about = about_of(study, centre, **about)
+    grid = along(
+        study, analysis, through.first, through.second, x=x, y=y, identity=identity, about=about, marks=through.places
     )
     return grid_figures(grid, centre)

@@ -1,7 +1,9 @@
 """Where a landscape goes: the parameters that move, directions through weight space, and their lengths.
 
-A `Vector` maps parameter names to tensors shaped like the parameters; n is the number of values in it. A
-filter is a slice along dimension 0 of a tensor with two or more dimensions.
+A `Vector` maps parameter names to tensors shaped like the parameters.
+
+Letters: n values in a vector, P points, K directions; w the weights, g a perturbation of them. A filter is a slice
+along dimension 0 of a tensor with two or more dimensions.
 """
 
 from __future__ import annotations
@@ -53,12 +55,10 @@ def moving_names(model: MultiModalModel, *, group: str, loss: Literal["fused", "
 
 
 def gaussian(like: Mapping[str, torch.Tensor], *, seed: int, index: int) -> Vector:
-    """Standard normal noise shaped like `like`, the `index`-th of `seed`.
+    """Standard normal noise shaped like `like` ([n] in all), the `index`-th of `seed`.
 
-    Each tensor's noise depends on seed, index and its name alone. Drawn on the CPU, it is the same on every
-    device, for
-    every group of parameters and every checkpoint of one architecture: methods are compared along the same
-        noise.
+    Each tensor's noise depends on seed, index and its name alone. Drawn on the CPU, it is the same on every device, for
+    every group of parameters and every checkpoint of one architecture: methods are compared along the same noise.
     """
     noise: Vector = {}
     for name, tensor in like.items():
@@ -69,27 +69,27 @@ def gaussian(like: Mapping[str, torch.Tensor], *, seed: int, index: int) -> Vect
 
 
 def dot(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Inner product over all names, accumulated in float64; a 0-d tensor."""
+    """Inner product of two vectors over all names of the first, accumulated in float64: [] float64."""
     return sum((a[n].double() * b[n].double()).sum() for n in a)  # type: ignore[return-value]
 
 
 def norm(a: Mapping[str, torch.Tensor]) -> float:
-    """Euclidean length."""
+    """Euclidean length of a vector [n], sqrt(dot(a, a))."""
     return float(dot(a, a).sqrt())
 
 
 def scaled(a: Mapping[str, torch.Tensor], factor: float) -> Vector:
-    """factor * a."""
+    """factor * a, every tensor [...] as it was shaped."""
     return {name: tensor * factor for name, tensor in a.items()}
 
 
 def difference(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> Vector:
-    """a - b."""
+    """a - b, [n], of two vectors with the same names."""
     return {name: a[name] - b[name] for name in a}
 
 
 def move(start: Mapping[str, torch.Tensor], directions: Sequence[Vector], coefficients: Sequence[float]) -> Vector:
-    """start + sum_k coefficients[k] * directions[k]; directions may lack names (they do not move)."""
+    """start + sum_k coefficients[k] * directions[k], [n], coefficients [K]; what a direction lacks does not move."""
     moved = dict(start)
     for direction, coefficient in zip(directions, coefficients, strict=True):
         for name, tensor in direction.items():
@@ -98,7 +98,7 @@ def move(start: Mapping[str, torch.Tensor], directions: Sequence[Vector], coeffi
 
 
 def move_many(start: Mapping[str, torch.Tensor], directions: Sequence[Vector], coefficients: torch.Tensor) -> Vector:
-    """P points at once: coefficients [P, K] of K directions -> tensors [P, ...]."""
+    """`move` to P points at once: coefficients [P, K] -> every tensor [P, ...]."""
     moved = {}
     for name, tensor in start.items():
         weights = coefficients.to(tensor)
@@ -119,9 +119,7 @@ def _divide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Sphere:
-    """The perturbations of radius 1 around `start`; radius r is r times as far.
-
-    With w the weights, g a perturbation:
+    """The perturbations g of radius 1 around the weights w; radius r is r times as far.
 
     - `filter` (Li et al. 2018): every filter of g is as long as that filter of w, so that scaling one layer
       up and the next one down changes nothing.
@@ -131,7 +129,7 @@ class Sphere:
     - `absolute` (Cha et al. 2021): ||g|| = 1.
 
     Args:
-        start: w, the parameters that move.
+        start: w [n], the parameters that move.
         normalisation: one of the above.
         biases: whether tensors with fewer than two dimensions (biases, batch norm) move; each is then one
             filter.
@@ -173,19 +171,27 @@ class Sphere:
         return result
 
     def sample(self, *, seed: int, index: int) -> Vector:
-        """The `index`-th random perturbation of radius 1 for `seed`."""
+        """The `index`-th random perturbation [n] of radius 1 for `seed`: `gaussian` noise, for `adaptive` times |w|.
+
+        Raises:
+            SettingsError: only biases would move, and they are kept still.
+        """
         noise = gaussian(self._moving(), seed=seed, index=index)
         if self.normalisation == "adaptive":
             noise = {name: noise[name] * w.abs() for name, w in self._moving().items()}
         return self._onto(noise)
 
     def steepest(self, gradient: Mapping[str, torch.Tensor]) -> Vector:
-        """The perturbation of radius 1 along which a linear function with this gradient grows most."""
+        """The perturbation of radius 1 along which a linear function with this gradient [n] grows most.
+
+        It maximises sum gradient * g on the sphere, part by part for `filter` and `layer`; for `adaptive` g is
+        proportional to w^2 gradient (Kwon et al. 2021).
+        """
         moving = self._moving()
         if self.normalisation == "adaptive":
             return self._onto({n: gradient[n] * w.square() for n, w in moving.items()})
         return self._onto({n: gradient[n] for n in moving})
 
     def project(self, g: Mapping[str, torch.Tensor]) -> Vector:
-        """g scaled onto the sphere of radius 1 (for `filter` and `layer`, each part by itself)."""
+        """g [n] scaled onto the sphere of radius 1 (for `filter` and `layer`, each part by itself)."""
         return self._onto(dict(g))

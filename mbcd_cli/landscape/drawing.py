@@ -100,11 +100,9 @@ def plot_surfaces(files: Mapping[str, Path], path: Path, *, title: str = "Loss s
     """Contours of 2-D grids (label -> file), one panel each, on one colour scale; points without a value are holes."""
     grids = _read(files)
     levels, scale = _levels(list(grids.values()))
-    columns = min(len(grids), 3)
-    rows = -(-len(grids) // columns)
-    fig, panels = plotting.figure(rows, columns, size=(4.0 * columns + 1.0, 3.9 * rows + 0.6), squeeze=False)
+    fig, panels = plotting.panels(len(grids), 3, lambda rows, columns: (4.0 * columns + 1.0, 3.9 * rows + 0.6))
     filled = None
-    for axes, (label, grid) in zip(panels.flat, grids.items(), strict=False):
+    for axes, (label, grid) in zip(panels, grids.items(), strict=True):
         axes.grid(False)
         axes.set_facecolor("#d9d9d9")
         shown = np.ma.masked_invalid(grid.loss)
@@ -124,8 +122,6 @@ def plot_surfaces(files: Mapping[str, Path], path: Path, *, title: str = "Loss s
         axes.set_xlim(grid.x[0], grid.x[-1])
         axes.set_ylim(grid.y[0], grid.y[-1])
         axes.set_aspect("equal" if grid.about.get("equal", True) else "auto")
-    for axes in panels.flat[len(grids) :]:
-        axes.set_visible(False)
     if filled is not None:
         bar = fig.colorbar(filled, ax=panels, label="loss (cross-entropy)", shrink=0.85)
         _plain_ticks(bar.ax.yaxis, levels, logarithmic=isinstance(scale, LogNorm))
@@ -150,16 +146,11 @@ def plot_surfaces_3d(files: Mapping[str, Path], path: Path) -> Path:
     levels, scale = _levels(list(grids.values()))
     logarithmic = isinstance(scale, LogNorm)
     height = np.log10 if logarithmic else (lambda value: value)
-    columns = min(len(grids), 3)
-    rows = -(-len(grids) // columns)
-    fig, panels = plotting.figure(
-        rows,
-        columns,
-        size=(4.6 * columns, 4.2 * rows),
-        squeeze=False,
-        subplot_kw={"projection": "3d", "computed_zorder": False},
+    in_perspective = {"projection": "3d", "computed_zorder": False}
+    fig, panels = plotting.panels(
+        len(grids), 3, lambda rows, columns: (4.6 * columns, 4.2 * rows), subplot_kw=in_perspective
     )
-    for axes, (label, grid) in zip(panels.flat, grids.items(), strict=False):
+    for axes, (label, grid) in zip(panels, grids.items(), strict=True):
         a, b = np.meshgrid(grid.x, grid.y)
         z = np.where(np.isfinite(grid.loss), grid.loss, np.nan)
         corners = np.clip(np.nan_to_num(z, nan=levels[-1]), levels[0], levels[-1])
@@ -186,8 +177,6 @@ def plot_surfaces_3d(files: Mapping[str, Path], path: Path) -> Path:
         axes.tick_params(labelsize=7, pad=0)
         holes = _holes(grid)
         axes.set_title(f"{label}\n({holes})" if holes else label)
-    for axes in panels.flat[len(grids) :]:
-        axes.set_visible(False)
     fig.suptitle(_title("Loss surface", grids.values()))
     return plotting.save(fig, path)
 
@@ -214,8 +203,8 @@ def plot_curves(
             marker=dots,
             label=plotting.legend_label(f"{label} ({holes})" if holes else label),
         )
-        known = np.where(np.isfinite(shown), grid.accuracy[0], np.nan)
-        bottom.plot(grid.x, 100 * known, color=colour, marker=dots)
+        accuracy = np.where(np.isfinite(shown), grid.accuracy[0], np.nan)
+        bottom.plot(grid.x, 100 * accuracy, color=colour, marker=dots)
         for axes in (top, bottom):
             for mark, (x, _) in zip(grid.mark_labels, grid.marks, strict=True):
                 if len(grid.marks) > 1:

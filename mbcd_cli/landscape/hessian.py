@@ -24,9 +24,9 @@ _BASIS_BYTES = 4 << 30
 class Hessian:
     """v -> H v for H the Hessian of the summed terms at `at`, by double backpropagation.
 
-    Where the graphs of all terms' gradients fit into `graph_bytes` they are built once and kept, which
-    saves the forward and the first backward pass of every product (an eigenvalue in 1.15 s instead of 2.19 s,
-    docs/performance.md); else one term's graph is in memory at a
+    Where the graphs of all terms' gradients fit into `graph_bytes` they are built once and kept, which saves the
+    forward and the first backward pass of every product: without, 8 products take 1.32 times as long (the model of
+    `tests/benchmarks/landscape_speed.py`, on and off in turns, one CPU thread). Else one term's graph is in memory at a
     time. Either way memory does not grow with the number of products.
 
     Args:
@@ -148,11 +148,11 @@ class _Basis:
         """Remove the span of the first vectors from w in place, twice (once is not enough); the coefficients."""
         coefficients = torch.zeros(count, dtype=torch.float64, device=w.device)
         for _ in range(2):
-            found = self.coefficients(count, w)
+            overlaps = self.coefficients(count, w)
             for begin in range(0, len(w), _CHUNK):
                 part = slice(begin, begin + _CHUNK)
-                w[part] -= found @ self.rows[:count, part].double()
-            coefficients += found
+                w[part] -= overlaps @ self.rows[:count, part].double()
+            coefficients += overlaps
         return coefficients
 
     def rotate(self, matrix: torch.Tensor, count: int) -> None:
@@ -294,10 +294,8 @@ def hutchinson_trace(
 ) -> Trace:
     """Hutchinson's estimate with Rademacher probes, E[z^T H z] = tr H.
 
-    With `deflate`, the trace on the span Q of known eigenvectors is taken exactly (the Rayleigh quotients)
-    and only the
-    rest is estimated: tr H = tr Q^T H Q + E[(P z)^T H (P z)], P = 1 - Q Q^T, as in Hutch++ (Meyer et al.
-        2021). That is
+    With `deflate`, the trace on the span Q of known eigenvectors is taken exactly (the Rayleigh quotients) and only the
+    rest is estimated: tr H = tr Q^T H Q + E[(P z)^T H (P z)], P = 1 - Q Q^T, as in Hutch++ (Meyer et al. 2021). That is
     unbiased whether or not the eigenvectors are exact.
 
     Args:
@@ -306,10 +304,10 @@ def hutchinson_trace(
         count: P.
         deflate: known eigenpairs.
     """
-    known = 0.0
+    exact = 0.0
     if deflate is not None and len(deflate.vectors):
         rows = deflate.vectors.double()
-        known = float(np.sum(deflate.values))
+        exact = float(np.sum(deflate.values))
     else:
         deflate = None
     samples = []
@@ -320,7 +318,7 @@ def hutchinson_trace(
             z = z - (rows @ z) @ rows
         samples.append(z @ product(z))
         advance(1)
-    values = torch.stack(samples).cpu().numpy() + known
+    values = torch.stack(samples).cpu().numpy() + exact
     error = float(values.std(ddof=1) / np.sqrt(count)) if count > 1 else float("nan")
     return Trace(float(values.mean()), error, values)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,16 +12,18 @@ from mbcd_cli import checksums
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import FOREIGN, CheckpointError, SettingsError
 from mbcd_cli.files import remove, write_json
+from mbcd_cli.json_values import OPTIONAL, json_values
 from mbcd_cli.landscape import analyses, drawing
-from mbcd_cli.landscape.analyses import Measured, Study
+from mbcd_cli.landscape.analyses import FlatnessFigures, GridFigures, Measured, Study, WorstCaseFigures
 from mbcd_cli.landscape.bench import Bench
-from mbcd_cli.landscape.connections import run_path, run_plane, run_trajectory
-from mbcd_cli.landscape.curvature import run_curvature
+from mbcd_cli.landscape.connections import PathFigures, TrajectoryFigures, run_path, run_plane, run_trajectory
+from mbcd_cli.landscape.curvature import CurvatureFigures, run_curvature
 from mbcd_cli.landscape.store import StoreError, load_arrays, read_grid
 from mbcd_cli.processes import joined
+from mbcd_cli.runs import opening
 from mbcd_cli.runs.checkpoint import Checkpoint
-from mbcd_cli.runs.names import REPEATED
-from mbcd_cli.runtime import pick_device
+from mbcd_cli.runs.names import REPEATED, label_checkpoints, run_of
+from mbcd_cli.runtime import configure, pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
@@ -39,6 +39,49 @@ SUMMARY = "landscape.json"
 CONNECTIONS = ("path", "plane", "trajectory")
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointFigures:
+    """Loss and accuracy (0 to 1) at a checkpoint, and the figures of every analysis that was asked for."""
+
+    loss: float
+    accuracy: float
+    surface: GridFigures | None = field(default=None, metadata=OPTIONAL)
+    curve: GridFigures | None = field(default=None, metadata=OPTIONAL)
+    flatness: FlatnessFigures | None = field(default=None, metadata=OPTIONAL)
+    worst_case: WorstCaseFigures | None = field(default=None, metadata=OPTIONAL)
+    curvature: CurvatureFigures | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredOn:
+    """How many clips of which set, which loss, and the group of parameters that moves."""
+
+    clips: int
+    set: str
+    loss: str
+    group: str
+
+
+@dataclass(slots=True, kw_only=True)
+class Landscape:
+    """What landscape.json holds: per checkpoint, per path, of the plane and of the trajectory, by their labels."""
+
+    analyses: list[str]
+    data: MeasuredOn
+    checkpoints: dict[str, CheckpointFigures] = field(default_factory=dict)
+    paths: dict[str, PathFigures] = field(default_factory=dict)
+    plane: GridFigures | None = field(default=None, metadata=OPTIONAL)
+    trajectory: TrajectoryFigures | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """What `landscape` found, and name -> path of everything written; under torchrun the latter in rank 0 only."""
+
+    figures: Landscape
+    files: dict[str, Path]
+
+
 def landscape(
     settings: Settings,
     dataset: Dataset,
@@ -50,7 +93,7 @@ def landscape(
     device: torch.device | None = None,
     overwrite: bool = False,
     say: Say = SILENT,
-) -> dict[str, Any]:
+) -> Surveyed:
     """Measure the landscape around every checkpoint and write files and plots under `output`.
 
     Args:
@@ -65,11 +108,6 @@ def landscape(
         device: where to compute; default: what `settings.runtime` says.
         overwrite: measure anew instead of resuming.
 
-    Returns:
-        JSON-able: `data`, `checkpoints` (label -> loss, accuracy and each analysis' summary), `paths`
-        (label -> summary), `plane`, `trajectory`, `files` (name -> path), `rank` (under torchrun only rank
-        0 draws, and only it should print).
-
     Raises:
         SettingsError: groups, clips or weights that do not exist.
         CheckpointError: a checkpoint of another model.
@@ -82,13 +120,12 @@ def landscape(
         if group.main:
             remove(output / SUMMARY)  # it would speak of what is measured anew
         _warn_of_others(settings, [*checkpoints, *towards], say)
-        result, files = _measure(bench, checkpoints, towards, epochs)
-        drawn = _draw(files, output) if group.main else {}
+        figures, measured = _measure(bench, checkpoints, towards, epochs)
+        files = _draw(measured, output) if group.main else {}
         if group.main:
             sums = checksums.of_files(output, but=(SUMMARY,))
-            finite = json.loads(json.dumps(result), parse_constant=lambda name: None)
-            drawn["summary"] = str(write_json(output / SUMMARY, {**finite, "files": sums}))
-    return {**result, "files": drawn, "rank": group.rank}
+            files["summary"] = write_json(output / SUMMARY, {**json_values(figures), "files": sums})
+    return Surveyed(figures, files)
 
 
 def _warn_of_others(settings: Settings, checkpoints: Sequence[tuple[str, Checkpoint]], say: Say) -> None:
@@ -112,8 +149,8 @@ def _warn_of_others(settings: Settings, checkpoints: Sequence[tuple[str, Checkpo
             )
 
 
-def redraw(output: Path) -> dict[str, Any]:
-    """Draw every file under `output` again, measuring nothing (`--plot-only`); returns the paths.
+def redraw(output: Path) -> dict[str, Path]:
+    """Draw every file under `output` again, measuring nothing (`--plot-only`); name -> path of files and plots.
 
     Raises:
         SettingsError: there is nothing to draw.
@@ -121,15 +158,15 @@ def redraw(output: Path) -> dict[str, Any]:
     """
     output = Path(output)
     try:
-        found = _found(output)
-        drawn = _draw(found, output) if any(found.values()) else None
+        measured = _measured(output)
+        drawn = _draw(measured, output) if any(measured.values()) else None
     except FOREIGN as error:
         raise StoreError(
             f"{output}: its files cannot be drawn ({type(error).__name__}: {error}).", "Remove them and measure anew."
         ) from error
     if drawn is None:
         raise SettingsError(f"There is nothing to draw in {output}.", "Run `mbcd landscape` without --plot-only first.")
-    return {"checkpoints": {}, "files": drawn, "rank": 0}
+    return drawn
 
 
 def _measure(
@@ -137,26 +174,20 @@ def _measure(
     checkpoints: Sequence[tuple[str, Checkpoint]],
     towards: Sequence[tuple[str, Checkpoint]],
     epochs: Sequence[tuple[int, Checkpoint]],
-) -> tuple[dict[str, Any], dict[str, dict[str, Path]]]:
+) -> tuple[Landscape, dict[str, dict[str, Path]]]:
     """(figures, analysis -> label -> file) of all that is asked for."""
     chosen = bench.settings.landscape
-    result: dict[str, Any] = {
-        "analyses": list(chosen.analyses),
-        "data": {"clips": len(bench.clips), "set": chosen.data, "loss": chosen.loss, "group": chosen.group},
-        "checkpoints": {},
-        "paths": {},
-    }
+    data = MeasuredOn(len(bench.clips), chosen.data, chosen.loss, chosen.group)
+    landscape = Landscape(analyses=list(chosen.analyses), data=data)
     files: dict[str, dict[str, Path]] = {name: {} for name in (*ANALYSES, *CONNECTIONS)}
     for number, (label, checkpoint) in enumerate(checkpoints):
         model = bench.model(label, checkpoint, chosen.weights)
         study = bench.study(label, model)
         centre = study.centre()
-        of_checkpoint: dict[str, Any] = {"loss": centre[0], "accuracy": centre[1]}
-        for name in chosen.analyses:
-            figures = ANALYSES[name](study, centre)
-            of_checkpoint[name] = asdict(figures)
+        analysed = {name: ANALYSES[name](study, centre) for name in chosen.analyses}
+        landscape.checkpoints[label] = CheckpointFigures(*centre, **analysed)
+        for name, figures in analysed.items():
             files[name][label] = Path(figures.file)
-        result["checkpoints"][label] = of_checkpoint
         if number == 0 and towards:
             named, start = dict(towards), label
             if chosen.weights != chosen.to_weights:  # a student and its own teacher, say: one checkpoint at both ends
@@ -164,37 +195,33 @@ def _measure(
                 start = f"{label} ({chosen.weights})"
             ends = bench.ends(model, {o: bench.model(o, c, chosen.to_weights) for o, c in named.items()})
             for other in named:
-                path = run_path(study, ends, other)
-                result["paths"][f"{start} to {other}"] = asdict(path)
+                path = landscape.paths[f"{start} to {other}"] = run_path(study, ends, other)
                 files["path"][f"{start} to {other}"] = Path(path.file)
-            plane = run_plane(study, ends)
-            result["plane"] = asdict(plane)
-            files["plane"][" to ".join([start, *named][:3])] = Path(plane.file)
+            landscape.plane = run_plane(study, ends)
+            files["plane"][" to ".join([start, *named][:3])] = Path(landscape.plane.file)
         if number == 0 and epochs:
             models = {f"epoch {e}": bench.model(f"epoch {e}", c, chosen.weights) for e, c in sorted(epochs)}
-            trajectory = run_trajectory(study, bench.ends(model, models))
-            result["trajectory"] = asdict(trajectory)
-            files["trajectory"][label] = Path(trajectory.file)
-    return result, files
+            landscape.trajectory = run_trajectory(study, bench.ends(model, models))
+            files["trajectory"][label] = Path(landscape.trajectory.file)
+    return landscape, files
 
 
-def _found(output: Path) -> dict[str, dict[str, Path]]:
+def _measured(output: Path) -> dict[str, dict[str, Path]]:
     """Every measured file under `output`: analysis -> label -> file."""
-    found: dict[str, dict[str, Path]] = {}
+    files: dict[str, dict[str, Path]] = {}
     for name in (*ANALYSES, *CONNECTIONS):
         paths = sorted(output.glob(f"{name}-*.h5"))
-        read = load_arrays if name == "curvature" else _about
-        found[name] = {read(path)[1]["label"]: path for path in paths}
-    return found
+        files[name] = {_label(path, of_arrays=name == "curvature"): path for path in paths}
+    return files
 
 
-def _about(path: Path) -> tuple[None, dict[str, object]]:
-    return None, read_grid(path).about
+def _label(path: Path, *, of_arrays: bool) -> str:
+    return str((load_arrays(path)[1] if of_arrays else read_grid(path).about)["label"])
 
 
-def _draw(have: Mapping[str, Mapping[str, Path]], output: Path) -> dict[str, str]:
+def _draw(have: Mapping[str, Mapping[str, Path]], output: Path) -> dict[str, Path]:
     """Every plot whose files are there; name -> path of the files and the plots."""
-    files = {f"{name} of {label}": path for name, found in have.items() for label, path in found.items()}
+    files = {f"{name} of {label}": path for name, by_label in have.items() for label, path in by_label.items()}
     if have["surface"]:
         files["surface plot"] = drawing.plot_surfaces(have["surface"], output / "surface.png")
         files["surface plot in 3-D"] = drawing.plot_surfaces_3d(have["surface"], output / "surface-3d.png")
@@ -213,4 +240,50 @@ def _draw(have: Mapping[str, Mapping[str, Path]], output: Path) -> dict[str, str
     for name, title in (("plane", "Plane through the checkpoints"), ("trajectory", "Trajectory of training")):
         if have[name]:
             files[f"{name} plot"] = drawing.plot_surfaces(have[name], output / f"{name}.png", title=title)
-    return {name: str(path) for name, path in files.items()}
+    return files
+
+
+def landscape_requested(
+    checkpoints: Sequence[Path],
+    *,
+    towards: Sequence[Path] = (),
+    trajectory: bool = False,
+    output: Path | None = None,
+    overwrite: bool = False,
+    config: Path | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, object],
+    say: Say = SILENT,
+) -> Surveyed:
+    """`landscape` of checkpoints' files, on the dataset that they were trained on.
+
+    Args:
+        checkpoints: one or more. towards: at the other ends of paths from the first, one or two.
+        trajectory: the epochs that the first one's training kept too.
+        output: None: `default_output`.
+        overwrite: measure anew instead of resuming.
+        config, sets, flags: settings over those of the training, as `opening.load_checkpoints` takes them.
+        say: told how far it is.
+
+    Raises:
+        MbcdError: what is named is not there, or does not fit.
+    """
+    labelled = label_checkpoints([*checkpoints, *towards])
+    settings, dataset, opened = opening.open_checkpoints(labelled, config=config, sets=sets, flags=flags)
+    pairs = list(opened.items())
+    return landscape(
+        settings,
+        dataset,
+        pairs[: len(checkpoints)],
+        towards=pairs[len(checkpoints) :],
+        epochs=opening.kept_epochs(checkpoints[0]) if trajectory else (),
+        output=output or default_output(checkpoints[0]),
+        device=configure(settings.runtime),
+        overwrite=overwrite,
+        say=say,
+    )
+
+
+def default_output(checkpoint: Path) -> Path:
+    """`RUN/landscape` of the checkpoint's run, or `landscape` beside a checkpoint that lies in none."""
+    return (run_of(checkpoint) or checkpoint.parent) / "landscape"

@@ -3,6 +3,8 @@
 Vectors hold parameters and, where running statistics are used, the batch norms' buffers, which move along with the same
 coefficients (variances by their logarithms): every checkpoint is met exactly, its statistics included. Lengths and
 angles are those of the parameters.
+
+Letters: n values in a vector, t the fraction of a path that is gone, L(t) the loss there.
 """
 
 from __future__ import annotations
@@ -30,22 +32,22 @@ def buffers_of(model: torch.nn.Module, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def vector_of(state: Mapping[str, torch.Tensor], like: Vector, *, label: str) -> Vector:
-    """The tensors of `like` out of a state dict, on its device and in its type.
+    """The tensors of `like` [n] out of a state dict, on its device and in its type.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    found: Vector = {}
+    vector: Vector = {}
     for name, tensor in like.items():
         other = state.get(name)
         if other is None or other.shape != tensor.shape:
-            have = "is missing" if other is None else f"is {tuple(other.shape)}"
+            fault = "is missing" if other is None else f"is {tuple(other.shape)}"
             raise CheckpointError(
-                f"Checkpoint {label} holds another model: {name} {have}, not {tuple(tensor.shape)}.",
+                f"Checkpoint {label} holds another model: {name} {fault}, not {tuple(tensor.shape)}.",
                 "Connect checkpoints of the same modalities, encoders and heads.",
             )
-        found[name] = coordinate(name, other.to(tensor))
-    return found
+        vector[name] = coordinate(name, other.to(tensor))
+    return vector
 
 
 def _only(vector: Vector, names: Sequence[str]) -> Vector:
@@ -57,7 +59,7 @@ def _inner(a: Vector, b: Vector, names: Sequence[str]) -> float:
 
 
 def line(a: Vector, b: Vector, *, names: Sequence[str], label: str) -> Vector:
-    """b - a, so that t = 0 is a and t = 1 is b.
+    """b - a, [n], so that a + t (b - a) is a at t = 0 and b at t = 1.
 
     Raises:
         SettingsError: the two are the same point.
@@ -100,7 +102,7 @@ class Plane:
 
 
 def plane(origin: Vector, towards: Mapping[str, Vector], *, names: Sequence[str], label: str, other: Vector) -> Plane:
-    """The plane through `origin` and one or two checkpoints (Garipov et al. 2018); the first lies at (1, 0).
+    """The plane through `origin` and one or two checkpoints, [n] each (Garipov et al. 2018); the first lies at (1, 0).
 
     With one checkpoint the second axis is the random perturbation `other`, made perpendicular and equally long.
 
@@ -130,7 +132,8 @@ def plane(origin: Vector, towards: Mapping[str, Vector], *, names: Sequence[str]
 def trajectory_plane(centre: Vector, steps: Mapping[str, Vector], *, names: Sequence[str], label: str) -> Plane:
     """The first two principal components of the steps' offsets from `centre` (Li et al. 2018, section 7).
 
-    The axes have unit length; places are the steps' projections, the centre being the origin.
+    The axes [n] have unit length: eigenvectors of the steps' Gram matrix, mixed. Places are the steps' projections, the
+    centre being the origin.
 
     Raises:
         SettingsError: fewer than two steps differ from the centre.

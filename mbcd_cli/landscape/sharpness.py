@@ -1,6 +1,6 @@
 """Flatness: how the loss grows with the distance from a checkpoint, on average and at worst.
 
-Letters: R radii, S random directions.
+Letters: R radii, S random directions, n moving values; w the weights, g a perturbation of them, L the loss.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FlatnessCurve:
 
 
 def flatness_curve(grid: Grid, *, centre: float) -> FlatnessCurve:
-    """Statistics over the random directions (rows) of a grid that `fill_radii` filled, 95 % bands; `centre` is L(w)."""
+    """Statistics over the random directions (rows) of a grid [S, R] that `fill_radii` filled; `centre` is L(w)."""
     finite = np.isfinite(grid.loss)
     count = finite.sum(axis=0)
     increase = np.where(finite, grid.loss - centre, 0.0)
@@ -54,7 +54,7 @@ def flatness_curve(grid: Grid, *, centre: float) -> FlatnessCurve:
 
 
 def gradient(terms: Sequence[BatchLoss], at: Vector) -> Vector:
-    """Gradient of the summed terms at `at`, one term's graph in memory at a time."""
+    """Gradient [n] of the summed terms at `at` [n], one term's graph in memory at a time."""
     total = {name: torch.zeros_like(tensor) for name, tensor in at.items()}
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in at.items()}
     for term in terms:
@@ -81,6 +81,12 @@ def worst_case(
     perturbation at the present point and back onto the sphere. The best point of the ascent counts, so this
     is a lower bound of the maximum. Where the gradient at the start is zero or not finite, a random
     perturbation is the first step.
+
+    Args:
+        loss: around the checkpoint. sphere: the perturbations of radius 1 around it.
+        radius: of the sphere; 0 is the checkpoint itself.
+        steps: of the ascent, one gradient and one loss each. seed: of the random first step.
+        advance: told of every step.
     """
     start = loss.start
     terms = loss.terms()

@@ -148,9 +148,9 @@ def _load(path: Path) -> Grid:
 
 
 def _check_format(file: h5py.File, wanted: str) -> None:
-    found = file.attrs.get("format")
-    if not isinstance(found, str) or found != wanted:
-        raise ValueError(f"its format is {str(found)[:40]!r}, not {wanted!r}")
+    name = file.attrs.get("format")
+    if not isinstance(name, str) or name != wanted:
+        raise ValueError(f"its format is {str(name)[:40]!r}, not {wanted!r}")
 
 
 def _check(grid: Grid) -> None:
@@ -359,7 +359,11 @@ class GridStore:
 def save_arrays(
     path: Path, arrays: Mapping[str, np.ndarray], *, identity: Mapping[str, object], about: Mapping[str, object]
 ) -> Path:
-    """Write one finished analysis (named arrays) to `path`, whole or not at all."""
+    """Write one finished analysis to `path`, whole or not at all: name -> array [...]; the rest is JSON-able.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     with written_hdf5(path) as file:
         file.attrs["format"] = ARRAYS_FORMAT
         file.attrs["identity"] = json.dumps(identity, sort_keys=True)
@@ -372,7 +376,7 @@ def save_arrays(
 def load_arrays(
     path: Path, *, identity: Mapping[str, object] | None = None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(arrays, about) of a file written by `save_arrays`; with `identity`, one of something else is refused.
+    """(name -> array [...], about) of a file of `save_arrays`; with `identity`, one of something else is refused.
 
     Raises:
         StoreError: damaged, or of another identity.

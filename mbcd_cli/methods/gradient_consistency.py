@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 
-from mbcd_cli.encoders.layout import laid_out_like
 from mbcd_cli.model import TailWeights
 from mbcd_cli.settings import NonNegative, Slice
 
@@ -32,7 +31,7 @@ def inner_step(theta: TailWeights, gradients: Sequence[torch.Tensor], *, alpha: 
     remaining = iter(gradients)
 
     def stepped(value: torch.Tensor) -> torch.Tensor:
-        gradient = laid_out_like(next(remaining), value)
+        gradient = next(remaining)
         return value - alpha * gradient if isinstance(alpha, torch.Tensor) else torch.sub(value, gradient, alpha=alpha)
 
     return {name: {key: stepped(value) for key, value in weights.items()} for name, weights in theta.items()}

@@ -35,17 +35,18 @@ def _rows(
     domains = published_domains(dataset)
     pairs = {f"{source} to {target}" for source, target in permutations(domains, 2)}
     whole = set(columns) == (pairs if table == "single_source" else set(domains))
-    for entry in paper()[table]:
-        if dataset in entry and set(entry["modalities"]) == set(modalities):
-            cells = [entry[dataset].get(column) for column in columns]
-            cells.append(entry[dataset].get("average") if whole else None)
+    for row in paper()[table]:
+        figures = row.figures.get(dataset, {})
+        if figures and set(row.modalities) == set(modalities):
+            cells = [figures.get(column) for column in columns]
+            cells.append(figures.get("average") if whole else None)
             if any(cell is not None for cell in cells):
-                yield f"{entry['method']} ({entry.get('source', 'paper')})", cells
+                yield f"{row.method} ({row.source})", cells
 
 
 def _targets(dataset: str) -> set[str]:
     """Targets of which some paper tells figures."""
-    return {column for entry in paper()["multi_source"] for column in entry.get(dataset, {})} - {"average"}
+    return {column for row in paper()["multi_source"] for column in row.figures.get(dataset, {})} - {"average"}
 
 
 def is_published(label: str) -> bool:
@@ -55,5 +56,5 @@ def is_published(label: str) -> bool:
 
 def place_of_set(modalities: Sequence[str]) -> int:
     """Where the paper's table has this set of modalities; after its last one for others."""
-    sets = [set(entry["modalities"]) for entry in paper()["multi_source"]]
+    sets = [set(row.modalities) for row in paper()["multi_source"]]
     return sets.index(set(modalities)) if set(modalities) in sets else len(sets)

@@ -47,8 +47,13 @@ class Predictions:
     def __len__(self) -> int:
         return int(self.labels.shape[0])
 
+    @property
+    def heads(self) -> dict[str, torch.Tensor]:
+        """Logits [N, C] of the fused head ("fused"), then of every modality's own (by its name)."""
+        return {"fused": self.fused, **self.unimodal}
+
     def rows(self, index: torch.Tensor) -> Predictions:
-        """The clips that `index` (positions, or a boolean mask over N) selects."""
+        """The clips that `index` (positions [n], or a mask [N] bool) selects, in its order."""
         return Predictions(
             labels=self.labels[index],
             domains=self.domains[index],

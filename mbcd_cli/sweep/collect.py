@@ -15,13 +15,13 @@ from mbcd_cli.data.records import modality_order
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.compare import Run, averages, compare, load_run, marked, order_methods
-from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.files import read_records
 from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Panel
 from mbcd_cli.resolved import method_label
 from mbcd_cli.scoring.deployed import deployed_of
+from mbcd_cli.scoring.history import accuracy_history
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import read_failure, state
 

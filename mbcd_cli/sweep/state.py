@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mbcd_cli.errors import FileError
 from mbcd_cli.files import held, read_json, read_records, write_json
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.scoring.deployed import deployed_of
+from mbcd_cli.scoring.history import fused_accuracy
 
 State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
 
@@ -78,8 +79,7 @@ def progress(folder: Path) -> CellProgress:
     if not records:
         return CellProgress(0)
 
-    def accuracy(where: str) -> float | None:
-        models: dict[str, Any] = records[-1].get(where) or {}
-        return models.get(deployed_of(models), {}).get("fused", {}).get("accuracy")
+    def accuracy(clips: str) -> float | None:
+        return fused_accuracy(records[-1], clips, deployed_of(records[-1].get(clips) or ()))
 
     return CellProgress(int(records[-1].get("epoch", 0)), accuracy("validation"), accuracy("target"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mbcd_cli.errors import CacheError, MbcdError, RunError
-from mbcd_cli.evaluation.report.comparison import write_comparison_files
+from mbcd_cli.evaluation.report.comparison import Comparison, write_comparison_files
 from mbcd_cli.evaluation.report.plots import plot_methods
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.resolved import resolve
@@ -64,8 +64,8 @@ def prepare_first(
 
 
 def _prepare(settings: Settings, say: Say) -> None:
-    found = preparing.prepare(settings, say=say)
-    if found.get("exit_code"):
+    prepared = preparing.prepare(settings, say=say)
+    if prepared is not None and prepared.exit_code:
         raise CacheError(
             f"More clips were rejected than dataset.max_bad = {settings.dataset.max_bad} allows.",
             "Mend the files in the table above, or raise it with --set dataset.max_bad=N.",
@@ -215,7 +215,7 @@ def _gpus(cells: Sequence[Cell]) -> list[str]:
     return visible or [str(index) for index in range(torch.cuda.device_count())]
 
 
-def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> dict[str, Any]:
+def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> Comparison:
     """The finished cells as tables, in text, Markdown, CSV, LaTeX and HTML under `output`.
 
     Raises:

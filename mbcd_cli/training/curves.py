@@ -13,6 +13,7 @@ from mbcd_cli import plotting
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.files import read_records
 from mbcd_cli.methods.base import Panel
+from mbcd_cli.scoring.history import CLIPS, MODELS, fused_accuracy
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -116,20 +117,15 @@ def _panel(steps: Records, panel: Panel, path: Path) -> Path:
 def _accuracy(epochs: Records, path: Path) -> Path:
     fig, axes = plotting.figure(size=(8.4, 4.2))
     x = [record["epoch"] for record in epochs]
-    lines: list[tuple[str, Callable[[Mapping[str, Any]], float | None]]] = []
-    for where in ("validation", "target"):
-        for model in ("teacher", "student"):
-            if model in epochs[0].get(where, {}):
-                lines.append(
-                    (
-                        f"{where}, {model}",
-                        lambda r, w=where, m=model: r.get(w, {}).get(m, {}).get("fused", {}).get("accuracy"),
-                    )
-                )
-    lines.append(("training, student", lambda r: r["train"]["accuracy_fused"]))
-    for label, value in lines:
-        ys = [value(record) for record in epochs]
-        axes.plot(x, [None if y is None else 100 * y for y in ys], label=label, marker=".")
+    lines = {
+        f"{clips}, {model}": [fused_accuracy(record, clips, model) for record in epochs]
+        for clips in CLIPS
+        for model in MODELS
+        if model in epochs[0].get(clips, {})
+    }
+    lines["training, student"] = [record["train"]["accuracy_fused"] for record in epochs]
+    for label, accuracies in lines.items():
+        axes.plot(x, [None if y is None else 100 * y for y in accuracies], label=label, marker=".")
     best = epochs[-1].get("best_epoch")
     if best is not None:
         axes.axvline(best, color="#999999", linewidth=0.8)

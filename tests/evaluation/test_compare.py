@@ -18,6 +18,7 @@ from mbcd_cli.evaluation.report import compare as c
 from mbcd_cli.evaluation.report import tables as t
 from mbcd_cli.evaluation.report.comparison import compare_runs
 from mbcd_cli.files import write_json
+from mbcd_cli.json_values import json_values
 from mbcd_cli.paper.published import PAPER_DATASETS, paper
 from mbcd_cli.paper.rows import is_published
 
@@ -148,11 +149,12 @@ def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):
 
 def test_the_papers_averages_are_those_of_its_figures():
     """Transcription check: each average in paper.toml is the mean of its targets (the paper rounds to 0.01)."""
-    for entry in paper()["multi_source"]:
-        for dataset in PAPER_DATASETS if "source" not in entry else ():  # other papers' averages alone are told
-            values = [v for k, v in entry[dataset].items() if k != "average"]
-            assert len(values) == 3
-            assert np.mean(values) == pytest.approx(entry[dataset]["average"], abs=0.012), entry
+    for row in paper()["multi_source"]:
+        for dataset in PAPER_DATASETS if row.source == "paper" else ():  # other papers' averages alone are told
+            figures = dict(row.figures[dataset])
+            average = figures.pop("average")
+            assert len(figures) == 3
+            assert np.mean(list(figures.values())) == pytest.approx(average, abs=0.012), row
 
 
 def test_single_source_and_in_domain_runs_have_their_own_tables(tmp_path):
@@ -231,17 +233,17 @@ def test_paired_significance_against_scipy(count):
     a = rng.normal(size=count) * 3 + 50
     b = a + rng.normal(size=count) + 0.7
     found = c.paired(a, b)
-    assert found["p_t"] == pytest.approx(ttest_rel(b, a).pvalue)
+    assert found.p_t == pytest.approx(ttest_rel(b, a).pvalue)
     theirs = permutation_test((b - a,), np.mean, permutation_type="samples", vectorized=False, n_resamples=2**14).pvalue
-    assert found["p_permutation"] == pytest.approx(theirs, abs=0.01 if count > 15 else 1e-12)
-    assert found["difference"] == pytest.approx((b - a).mean())
+    assert found.p_permutation == pytest.approx(theirs, abs=0.01 if count > 15 else 1e-12)
+    assert found.difference == pytest.approx((b - a).mean())
 
 
 def test_paired_at_the_ends():
-    assert c.paired([1.0], [2.0])["p_permutation"] is None
-    assert c.paired([], [])["difference"] is None
-    assert c.paired([1.0, 2.0], [1.0, 2.0])["p_permutation"] == 1.0
-    assert c.paired([1.0, 2.0], [1.0, 2.0])["p_t"] is None
+    assert c.paired([1.0], [2.0]).p_permutation is None
+    assert c.paired([], []).difference is None
+    assert c.paired([1.0, 2.0], [1.0, 2.0]).p_permutation == 1.0
+    assert c.paired([1.0, 2.0], [1.0, 2.0]).p_t is None
 
 
 TABLE = t.Table(
@@ -289,7 +291,6 @@ def test_blocks_name_themselves_once_and_p_values_survive_latex():
     latex = t.latex(table)
     assert "\\begin{tabular}{llcc}" in latex
     assert "va & erm & $+1.50$ & $<$0.001 \\\\\n & mbcd & $-2$ & 0.5 \\\\\n\\midrule\naf & erm & - &" in latex
-    assert t.from_values(t.as_values(table)) == table
 
 
 def test_a_table_too_wide_for_the_terminal_is_turned():
@@ -308,21 +309,19 @@ def test_comparison_command_writes_every_form(tmp_path, capsys, monkeypatch):
     (tmp_path / "runs" / "not-yet").mkdir()
     (tmp_path / "runs" / "not-yet" / "settings.toml").write_text("")
     found = compare_runs([str(tmp_path / "runs" / "**")], output=tmp_path / "out")
-    assert len(found["runs"]) == 12
-    assert "not evaluated" in found["warnings"][0]
+    assert len(found.runs) == 12
+    assert "not evaluated" in found.warnings[0]
     names = {p.name for p in (tmp_path / "out").iterdir()}
     stem = "epic-kitchens-audio-flow-multi-source"
     assert {"comparison.md", "comparison.html", "comparison.json", f"{stem}.csv", f"{stem}.tex"} <= names
-    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["tables"] == json.loads(
-        json.dumps(found["tables"])
-    )
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["tables"] == json_values(found.tables)
     page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
     assert page.count("a1b2c3d4e5f6</td><td>feedc0ffee12</td><td>0.1.0") == 12
     with (tmp_path / "out" / f"{stem}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert float(rows[1]["D2"]) == pytest.approx(63.5)
     assert rows[2]["method"] == "ERM (paper)"
-    show_comparison(json.loads(json.dumps(found)))
+    show_comparison(found)
     captured = capsys.readouterr()
     assert "63.50 ± 0.71" in captured.out
     assert "68.05" in captured.out

@@ -13,11 +13,12 @@ from mbcd_cli import console
 from mbcd_cli.cli.evaluate import show_evaluation
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
 from mbcd_cli.evaluation.evaluate import evaluate
-from mbcd_cli.evaluation.report.history import accuracy_history
 from mbcd_cli.files import read_json, read_records
+from mbcd_cli.json_values import json_values
 from mbcd_cli.model import build_model
 from mbcd_cli.scoring.clip_sets import clip_sets
 from mbcd_cli.scoring.deployed import build_models
+from mbcd_cli.scoring.history import Oracle, accuracy_history
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,7 @@ def test_every_model_on_every_set_of_clips(settings, dataset, tmp_path, target_s
         update={"dataset": settings.dataset.model_copy(update={"target_split": target_split})}
     )
     checkpoints = {n: make_checkpoint(settings, dataset, seed=i) for i, n in enumerate(("best", "last"))}
-    figures = evaluate(settings, dataset, checkpoints, device=CPU, run=None, output=tmp_path)
+    figures = evaluate(settings, dataset, checkpoints, device=CPU, run=None, output=tmp_path).results
     target = (dataset.domain == 2) & ((dataset.split == 1) | (target_split == "all"))
     source = (dataset.domain != 2) & (dataset.split == 1)
     for name, checkpoint in checkpoints.items():
@@ -51,17 +52,17 @@ def test_every_model_on_every_set_of_clips(settings, dataset, tmp_path, target_s
         for model, state in states.items():
             for clip_set, mask in {"source": source, "target": target}.items():
                 clips = np.nonzero(mask)[0]
-                measured = figures["models"][name][model][clip_set]
-                assert measured["fused"]["clips"] == len(clips)
+                measured = figures.models[name][model][clip_set]
+                assert measured["fused"].clips == len(clips)
                 expected = by_hand(settings, dataset, state, clips)
-                assert {h: f["top1"] for h, f in measured.items()} == pytest.approx(expected)
-    headline = figures["headline"]
-    assert (headline["checkpoint"], headline["model"], headline["clips"]) == ("best", "teacher", "target")
-    assert headline["top1"]["fused"] == figures["models"]["best"]["teacher"]["target"]["fused"]["top1"]
-    assert set(figures["models"]["best"]["teacher"]["source"]["fused"]["per_domain"]) == {"studio", "tilted"}
+                assert {h: f.top1 for h, f in measured.items()} == pytest.approx(expected)
+    headline = figures.headline
+    assert (headline.checkpoint, headline.model, headline.clips) == ("best", "teacher", "target")
+    assert headline.top1["fused"] == figures.models["best"]["teacher"]["target"]["fused"].top1
+    assert set(figures.models["best"]["teacher"]["source"]["fused"].per_domain) == {"studio", "tilted"}
     stored = read_json(tmp_path / "results.json")
     assert stored.pop("files").keys() >= {"plots/confusion-target.png"}
-    assert stored == json.loads(json.dumps({k: v for k, v in figures.items() if k != "files"}))
+    assert stored == json_values(figures)
     assert {p.name for p in (tmp_path / "plots").iterdir()} == {
         "confusion-source.png",
         "confusion-target.png",
@@ -85,17 +86,18 @@ def test_without_teacher_and_without_target(tmp_path, capsys, monkeypatch):
     settings = make_settings(target_domain=None, method="erm")
     dataset = make_dataset(settings)
     checkpoints = {"last": make_checkpoint(settings, dataset, teacher=False)}
-    figures = evaluate(settings, dataset, checkpoints, device=CPU, run=None, output=tmp_path)
-    assert figures["headline"]["model"] == "student"
-    assert figures["headline"]["clips"] == "source"
-    assert set(figures["models"]["last"]) == {"student"}
-    assert set(figures["models"]["last"]["student"]) == {"source"}
-    assert figures["models"]["last"]["student"]["source"]["fused"]["clips"] == int((dataset.split == 1).sum())
-    show_evaluation(figures)
+    done = evaluate(settings, dataset, checkpoints, device=CPU, run=None, output=tmp_path)
+    figures = done.results
+    assert figures.headline.model == "student"
+    assert figures.headline.clips == "source"
+    assert set(figures.models["last"]) == {"student"}
+    assert set(figures.models["last"]["student"]) == {"source"}
+    assert figures.models["last"]["student"]["source"]["fused"].clips == int((dataset.split == 1).sum())
+    show_evaluation(done)
     printed = capsys.readouterr().out
     assert "last student *" in printed
     assert str(tmp_path / "results.json") in printed
-    assert f"{100 * figures['headline']['top1']['fused']:.1f}" in printed
+    assert f"{100 * figures.headline.top1['fused']:.1f}" in printed
 
 
 def test_accuracy_per_epoch_comes_from_the_run(settings, dataset, tmp_path):
@@ -111,14 +113,14 @@ def test_accuracy_per_epoch_comes_from_the_run(settings, dataset, tmp_path):
         ("validation", "teacher"): [0.1, 0.2, 0.3],
         ("target", "teacher"): [None, 0.7, None],
     }
-    assert history.oracle("teacher") == {"model": "teacher", "epoch": 2, "top1": 0.7}
+    assert history.oracle("teacher") == Oracle("teacher", 2, 0.7)
     assert history.oracle("student") is None
     checkpoints = {"best": make_checkpoint(settings, dataset)}
     (run / "plots").mkdir()
     (run / "plots" / "accuracy.png").write_bytes(b"drawn by the training")
-    figures = evaluate(settings, dataset, checkpoints, device=CPU, run=run, output=run)
-    assert figures["oracle"]["top1"] == 0.7
-    assert figures["files"]["accuracy per epoch"] == str(run / "plots" / "accuracy.png")  # so a report shows it once
+    done = evaluate(settings, dataset, checkpoints, device=CPU, run=run, output=run)
+    assert done.results.oracle.top1 == 0.7
+    assert done.files["accuracy per epoch"] == run / "plots" / "accuracy.png"  # so a report shows it once
 
 
 def test_diverged_weights_are_reported_not_hidden(settings, dataset, tmp_path, capsys):
@@ -126,11 +128,11 @@ def test_diverged_weights_are_reported_not_hidden(settings, dataset, tmp_path, c
     student = {k: torch.full_like(v, float("nan")) if "heads.audio" in k else v for k, v in checkpoint.student.items()}
     checkpoint = replace(checkpoint, student=student, fingerprints={"video": "old"})
     dataset.fingerprints = {"video": "new"}
-    figures = evaluate(settings, dataset, {"best": checkpoint}, device=CPU, run=None, output=tmp_path)
-    assert any("diverged" in w for w in figures["warnings"])
-    assert any("another cache of video" in w for w in figures["warnings"])
-    assert figures["models"]["best"]["teacher"]["target"]["audio"]["top1"] == 0.0
-    show_evaluation(figures)
+    done = evaluate(settings, dataset, {"best": checkpoint}, device=CPU, run=None, output=tmp_path)
+    assert any("diverged" in w for w in done.results.warnings)
+    assert any("another cache of video" in w for w in done.results.warnings)
+    assert done.results.models["best"]["teacher"]["target"]["audio"].top1 == 0.0
+    show_evaluation(done)
     assert "diverged" in capsys.readouterr().err
 
 
@@ -155,7 +157,7 @@ def test_a_plot_that_fails_costs_no_figures_and_an_interrupt_keeps_the_earlier_r
     settings, dataset, tmp_path, monkeypatch
 ):
     def run():
-        return evaluate(settings, dataset, {"best": checkpoint}, device=CPU, run=None, output=tmp_path)
+        return evaluate(settings, dataset, {"best": checkpoint}, device=CPU, run=None, output=tmp_path).results
 
     def failing(*_, **__):
         raise ValueError("a label that cannot be drawn")
@@ -170,6 +172,6 @@ def test_a_plot_that_fails_costs_no_figures_and_an_interrupt_keeps_the_earlier_r
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
     monkeypatch.setattr("mbcd_cli.evaluation.report.plots.plot_confusion", failing)
     after = run()
-    assert after["headline"] == before["headline"]
-    assert any("confusion on target could not be drawn" in w for w in after["warnings"])
+    assert after.headline == before.headline
+    assert any("confusion on target could not be drawn" in w for w in after.warnings)
     assert not list(tmp_path.glob("plots/confusion-*"))

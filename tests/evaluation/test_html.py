@@ -14,7 +14,9 @@ from evaluation_cases import make_checkpoint, make_dataset, make_settings
 from mbcd_cli.evaluation.evaluate import evaluate
 from mbcd_cli.evaluation.report.html import gallery, table_html, write_comparison
 from mbcd_cli.evaluation.report.tables import Score, Table
+from mbcd_cli.files import read_json
 from mbcd_cli.plotting import figure, save
+from mbcd_cli.scoring.history import Oracle
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 EVERYTHING = ("missing", "shift", "corruptions", "trust", "insight")
@@ -75,23 +77,25 @@ def report(tmp_path_factory):
     ood.name = "elsewhere"
     history = [{"epoch": e, "target": {"teacher": {"fused": {"accuracy": e / 10}}}} for e in (1, 2, 3)]
     checkpoints = {"best": replace(make_checkpoint(settings, dataset), history=history)}
-    figures = evaluate(settings, dataset, checkpoints, device=torch.device("cpu"), run=output, output=output, ood=ood)
-    return figures, output
+    done = evaluate(settings, dataset, checkpoints, device=torch.device("cpu"), run=output, output=output, ood=ood)
+    return done.results, output
 
 
 def test_every_analysis_is_there(report):
     figures, output = report
-    assert {"missing", "shift", "corruptions", "trust", "hardest", "ood", "oracle", "provenance"} <= set(figures)
-    assert figures["oracle"] == {"model": "teacher", "epoch": 3, "top1": 0.3}
-    fused = figures["models"]["best"]["teacher"]["target"]["fused"]["top1"]
-    assert figures["missing"]["target"]["top1"]["video+audio"] == fused
-    for record in figures["shift"]["records"]:
-        if record["level"] == 0:
-            assert record["fused"] == pytest.approx(fused)
-    shares = figures["missing"]["target"]["shapley"]
-    assert sum(shares.values()) == pytest.approx(fused - figures["missing"]["target"]["top1"]["none"])
-    assert figures["trust"]["sets"]["target"]["fused"]["accuracy"] == pytest.approx(fused)
-    hardest = [row["label_probability"] for row in figures["hardest"]["rows"]]
+    assert {"missing", "shift", "corruptions", "trust", "hardest", "ood", "oracle", "provenance"} <= set(
+        read_json(output / "results.json")
+    )
+    assert figures.oracle == Oracle("teacher", 3, 0.3)
+    fused = figures.models["best"]["teacher"]["target"]["fused"].top1
+    missing = figures.missing["target"]
+    assert missing.top1["video+audio"] == fused
+    for record in figures.shift.records:
+        if record.level == 0:
+            assert record.fused == pytest.approx(fused)
+    assert sum(missing.shapley.values()) == pytest.approx(fused - missing.top1["none"])
+    assert figures.trust.sets["target"]["fused"].accuracy == pytest.approx(fused)
+    hardest = [row["label_probability"] for row in figures.hardest.rows]
     assert hardest == sorted(hardest)
     names = {p.name for p in output.rglob("*") if p.is_file()}
     assert {"predictions-target.csv", "embeddings-source.h5", "tsne.csv", "tsne-fused.png", "report.html"} <= names
@@ -108,9 +112,9 @@ def test_report_is_sound_and_needs_nothing_else(report):
     assert "script" not in page.tags
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//|@import|url\(""", text)
     words = " ".join(page.text)
-    assert f"{100 * figures['headline']['top1']['fused']:.1f} %" in words
+    assert f"{100 * figures.headline.top1['fused']:.1f} %" in words
     assert "abc123" in words
-    assert figures["provenance"]["best weights, sha256"] in words
+    assert figures.provenance["best weights, sha256"] in words
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
     for title in ("Accuracy", "Missing modalities", "Trust", "Embeddings", "Hardest clips", "Settings", "Provenance"):

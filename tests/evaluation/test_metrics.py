@@ -56,7 +56,7 @@ def test_against_plain_loops_with_ties_and_absent_classes(clips, classes, seed):
     assert m.mean_class_accuracy(logits, labels) == pytest.approx(sum(per_class) / len(per_class))
     loss = sum(math.log(sum(math.exp(v) for v in row)) - row[y] for row, y in zip(logits, labels, strict=True))
     assert m.mean_cross_entropy(logits, labels) == pytest.approx(loss / clips)
-    report = m.summary(
+    report = m.head_figures(
         logits,
         labels,
         label_names=[str(c) for c in range(classes)],
@@ -64,17 +64,15 @@ def test_against_plain_loops_with_ties_and_absent_classes(clips, classes, seed):
         domains=domains,
         domain_names=["a", "b", "c"],
     )
-    assert report["k"] == min(3, classes)
-    assert sum(entry["clips"] for entry in report["per_class"].values()) == clips
+    assert report.k == min(3, classes)
+    assert sum(entry.clips for entry in report.per_class.values()) == clips
     for d, name in enumerate("abc"):
         mine = [r for r, y in zip(right, domains, strict=True) if y == d]
         if mine:
-            assert report["per_domain"][name] == {
-                "clips": len(mine),
-                "accuracy": pytest.approx(np.mean(mine)),
-            }
+            figures = report.per_domain[name]
+            assert (figures.clips, figures.accuracy) == (len(mine), pytest.approx(np.mean(mine)))
         else:
-            assert name not in report["per_domain"]
+            assert name not in report.per_domain
 
 
 def test_all_right_all_wrong_and_one_clip():
@@ -82,27 +80,27 @@ def test_all_right_all_wrong_and_one_clip():
     assert m.top1(np.eye(4), labels) == m.mean_class_accuracy(np.eye(4), labels) == 1.0
     assert m.top1(-np.eye(4), labels) == m.mean_class_accuracy(-np.eye(4), labels) == 0.0
     assert m.top_k(-np.eye(4), labels, 3) == 0.0
-    one = m.summary(np.array([[0.0, 2.0, 1.0]]), [1], label_names=["a", "b", "c"])
-    assert (one["top1"], one["mean_class_accuracy"], one["top_k"]) == (1.0, 1.0, 1.0)
-    assert one["per_class"]["a"] == {"clips": 0, "accuracy": None}
-    assert one["confusion"] == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
+    one = m.head_figures(np.array([[0.0, 2.0, 1.0]]), [1], label_names=["a", "b", "c"])
+    assert (one.top1, one.mean_class_accuracy, one.top_k) == (1.0, 1.0, 1.0)
+    assert one.per_class["a"] == m.GroupFigures(0, None)
+    assert one.confusion == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
 def test_a_class_never_predicted_and_one_without_clips():
     logits = np.array([[3.0, 0, 1], [3.0, 0, 1], [0.0, 0, 1]])
-    report = m.summary(logits, [0, 1, 1], label_names=["a", "b", "c"])
-    assert report["confusion"] == [[1, 0, 0], [1, 0, 1], [0, 0, 0]]
-    assert report["mean_class_accuracy"] == pytest.approx(0.5)
+    report = m.head_figures(logits, [0, 1, 1], label_names=["a", "b", "c"])
+    assert report.confusion == [[1, 0, 0], [1, 0, 1], [0, 0, 0]]
+    assert report.mean_class_accuracy == pytest.approx(0.5)
 
 
 def test_non_finite_logits_count_as_wrong_and_are_told():
     logits = np.array([[0.0, 1.0], [np.nan, 0.0], [np.inf, 0.0], [1.0, 0.0]])
-    report = m.summary(logits, [1, 0, 0, 0], label_names=["a", "b"])
-    assert report["unpredicted"] == 2
-    assert report["top1"] == 0.5
-    assert report["top_k"] == 0.5
-    assert report["loss"] is None
-    assert np.sum(report["confusion"]) == 2
+    report = m.head_figures(logits, [1, 0, 0, 0], label_names=["a", "b"])
+    assert report.unpredicted == 2
+    assert report.top1 == 0.5
+    assert report.top_k == 0.5
+    assert report.loss is None
+    assert np.sum(report.confusion) == 2
     assert np.sum(m.confusion_matrix(np.full((2, 2), np.nan), [0, 1])) == 0
 
 

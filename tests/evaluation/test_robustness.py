@@ -49,9 +49,10 @@ def test_subsets_zero_the_features_of_the_missing_modalities():
         with torch.no_grad():
             torch.testing.assert_close(logits, model.fused_head(torch.cat(columns, 1)), rtol=1e-5, atol=1e-6)
     assert torch.equal(predictions.variants["a+b+c"], predictions.fused)
-    accuracies = r.missing_modalities(predictions)
+    figures = r.missing_modalities(predictions)
     expected = (predictions.variants["a+c"].argmax(1) == predictions.labels).double().mean()
-    assert accuracies["a+c"] == pytest.approx(float(expected))
+    assert figures.top1["a+c"] == pytest.approx(float(expected))
+    assert figures.shapley == r.shapley(figures.top1, ["a", "b", "c"])
     assert dataset.passes == 1, "all subsets come from one pass"
 
 
@@ -117,10 +118,10 @@ def test_disturbed_accuracy_equals_predicting_disturbed_inputs(model, dataset):
         with torch.no_grad():
             fused, unimodal = model({n: (v,) for n, v in arrays.items()})
         labels = torch.as_tensor(dataset.labels)
-        assert record["fused"] == pytest.approx(float((fused.argmax(1) == labels).double().mean()))
+        assert record.fused == pytest.approx(float((fused.argmax(1) == labels).double().mean()))
         own = unimodal[one.modality]
-        assert record["unimodal"] == pytest.approx(float((own.argmax(1) == labels).double().mean()))
-        assert (record["modality"], record["level"], record["clips"]) == (one.modality, one.level, len(clips))
+        assert record.unimodal == pytest.approx(float((own.argmax(1) == labels).double().mean()))
+        assert (record.modality, record.level, record.clips) == (one.modality, one.level, len(clips))
     with pytest.raises(MbcdError, match="no clips"):
         r.disturbed_accuracy(model, [], ones, device="cpu")
 

@@ -45,13 +45,13 @@ def test_calibration_error_by_plain_loops():
                 total += inside.mean() * abs(conf[inside].mean() - right[inside].mean())
         assert t.calibration_error(t.confidence(logits), right, bins=bins) == pytest.approx(total, rel=1e-9)
     table = t.reliability([0.0, 0.5, 0.5, 1.0], [0, 1, 0, 1], bins=2)
-    assert [row["clips"] for row in table] == [3, 1]
-    assert table[0]["accuracy"] == pytest.approx(1 / 3)
+    assert [row.clips for row in table] == [3, 1]
+    assert table[0].accuracy == pytest.approx(1 / 3)
     spread = t.reliability([0.1, 0.4, 0.6, 0.9], [0, 1, 1, 1], bins=4)
-    assert [row["confidence"] for row in spread] == [0.1, 0.4, 0.6, 0.9]
-    assert [row["accuracy"] for row in spread] == [0.0, 1.0, 1.0, 1.0]
-    assert all(row["low"] < row["confidence"] <= row["high"] for row in spread)
-    assert t.reliability([0.9], [1], bins=3)[0]["accuracy"] is None
+    assert [row.confidence for row in spread] == [0.1, 0.4, 0.6, 0.9]
+    assert [row.accuracy for row in spread] == [0.0, 1.0, 1.0, 1.0]
+    assert all(row.low < row.confidence <= row.high for row in spread)
+    assert t.reliability([0.9], [1], bins=3)[0].accuracy is None
 
 
 def test_brier_against_scikit_learn_for_two_classes():
@@ -119,50 +119,50 @@ def test_separation_by_plain_counting(n, m, seed):
         if 20 * (positive >= threshold).sum() >= 19 * n
     ]
     found = t.separation(positive, negative)
-    assert found["auroc"] == pytest.approx(wins)
-    assert found["fpr95"] == pytest.approx(min(accepted))
+    assert found.auroc == pytest.approx(wins)
+    assert found.fpr95 == pytest.approx(min(accepted))
     thresholds = sorted({*positive, *negative}, reverse=True)
     recall = [0.0, *((positive >= x).mean() for x in thresholds)]
     precision = [(positive >= x).sum() / ((positive >= x).sum() + (negative >= x).sum()) for x in thresholds]
     expected = sum((b - a) * p for a, b, p in zip(recall, recall[1:], precision, strict=False))
-    assert found["aupr"] == pytest.approx(expected)
+    assert found.aupr == pytest.approx(expected)
 
 
 def test_trust_of_a_model_always_right_or_always_wrong_has_no_auroc():
     good, bad = predictions(np.eye(4) * 9, np.arange(4)), predictions(np.eye(4) * 9, (np.arange(4) + 1) % 4)
-    right = t.trust({"target": good})
-    assert right["temperature"] == {"fused": 1.0, "audio": 1.0}
-    assert not right["temperature_fitted"]
-    assert right["sets"]["target"]["fused"]["auroc"] is None
-    assert right["sets"]["target"]["fused"]["aurc"] == 0.0
-    wrong = t.trust({"source": bad})["sets"]["source"]["fused"]
-    assert (wrong["accuracy"], wrong["fpr95"], wrong["aurc"]) == (0.0, None, 1.0)
+    right = t.trust_figures({"target": good})
+    assert right.temperature == {"fused": 1.0, "audio": 1.0}
+    assert not right.temperature_fitted
+    assert right.sets["target"]["fused"].auroc is None
+    assert right.sets["target"]["fused"].aurc == 0.0
+    wrong = t.trust_figures({"source": bad}).sets["source"]["fused"]
+    assert (wrong.accuracy, wrong.fpr95, wrong.aurc) == (0.0, None, 1.0)
 
 
 def test_temperature_comes_from_the_source_alone():
     source, target = predictions(*case(5)), predictions(*case(6, scale=9.0))
-    both = t.trust({"source": source, "target": target}, bins=10)
-    assert both["temperature"] == t.trust({"source": source}, bins=10)["temperature"]
-    assert both["temperature"]["audio"] == pytest.approx(2 * both["temperature"]["fused"], rel=1e-3)
-    target_figures = both["sets"]["target"]["fused"]
-    scaled = target.fused.double() / both["temperature"]["fused"]
-    assert target_figures["scaled"]["loss"] == pytest.approx(
+    both = t.trust_figures({"source": source, "target": target}, bins=10)
+    assert both.temperature == t.trust_figures({"source": source}, bins=10).temperature
+    assert both.temperature["audio"] == pytest.approx(2 * both.temperature["fused"], rel=1e-3)
+    target_figures = both.sets["target"]["fused"]
+    scaled = target.fused.double() / both.temperature["fused"]
+    assert target_figures.scaled.loss == pytest.approx(
         float(torch.nn.functional.cross_entropy(scaled, target.labels)), rel=1e-6
     )
-    source_figures = both["sets"]["source"]["fused"]
-    assert source_figures["scaled"]["ece"] < source_figures["ece"]
-    assert sum(row["clips"] for row in source_figures["reliability"]) == len(source)
-    assert source_figures["risk"]["coverage"][-1] == 1.0
-    assert source_figures["risk"]["risk"][-1] == pytest.approx(1 - source_figures["accuracy"])
+    source_figures = both.sets["source"]["fused"]
+    assert source_figures.scaled.ece < source_figures.ece
+    assert sum(row.clips for row in source_figures.reliability) == len(source)
+    assert source_figures.risk.coverage[-1] == 1.0
+    assert source_figures.risk.risk[-1] == pytest.approx(1 - source_figures.accuracy)
 
 
 def test_non_finite_outputs_are_never_trusted():
     logits = np.array([[5.0, 0.0], [np.nan, 0.0], [0.0, 2.0]])
     assert t.confidence(logits)[1] == 0.0
-    figures = t.trust({"source": predictions(logits, [0, 0, 0])})["sets"]["source"]["fused"]
-    assert figures["accuracy"] == pytest.approx(1 / 3)
-    assert figures["loss"] is None
-    assert figures["scaled"]["loss"] is None
+    figures = t.trust_figures({"source": predictions(logits, [0, 0, 0])}).sets["source"]["fused"]
+    assert figures.accuracy == pytest.approx(1 / 3)
+    assert figures.loss is None
+    assert figures.scaled.loss is None
 
 
 def test_out_of_distribution_scores():
@@ -173,8 +173,8 @@ def test_out_of_distribution_scores():
     assert set(found) == {"max softmax", "max logit", "energy"}
     energy_in, energy_out = (p.fused.double().exp().sum(1).log().numpy() for p in (inside, outside))
     wins = np.mean(energy_in[:, None] > energy_out[None])
-    assert found["energy"]["auroc"] == pytest.approx(wins)
-    assert all(v["auroc"] > 0.9 for v in found.values())
+    assert found["energy"].auroc == pytest.approx(wins)
+    assert all(v.auroc > 0.9 for v in found.values())
     same = t.out_of_distribution(inside, inside)
-    assert same["energy"]["auroc"] == pytest.approx(0.5)
+    assert same["energy"].auroc == pytest.approx(0.5)
     assert math.isfinite(t.ood_scores(np.array([[np.inf, 0.0]]))["energy"][0])

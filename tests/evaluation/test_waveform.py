@@ -107,8 +107,9 @@ def test_evaluate_uses_the_media_where_they_are_and_says_when_not(media, tmp_pat
 
     def kinds(settings):
         cpu = torch.device("cpu")
-        found = evaluate(settings, dataset, checkpoints, device=cpu, run=None, output=tmp_path / "out")["corruptions"]
-        return {r["kind"] for r in found["records"]}, found.get("without_sound")
+        done = evaluate(settings, dataset, checkpoints, device=cpu, run=None, output=tmp_path / "out")
+        corrupted = done.results.corruptions
+        return {record.kind for record in corrupted.records}, corrupted.without_sound
 
     names, without = kinds(settings)
     assert {"sound noise", "clipping", "step drop", "band drop"} == names
@@ -118,12 +119,12 @@ def test_evaluate_uses_the_media_where_they_are_and_says_when_not(media, tmp_pat
     (root / "audio" / "beta_0_2.wav").unlink()
     names, without = kinds(settings)
     assert names == {"spectrogram noise", "step drop", "band drop"}
-    assert "beta_0_2.wav" in without["why"]
+    assert "beta_0_2.wav" in without.why
     # The folder is elsewhere, and named.
     root.rename(tmp_path / "moved")
     names, without = kinds(settings)
     assert "clipping" not in names
-    assert "--set dataset.root=DIR" in without["why"]
+    assert "--set dataset.root=DIR" in without.why
     shutil.copy(tmp_path / "gone.wav", tmp_path / "moved" / "audio" / "beta_0_2.wav")
     there = settings.dataset.model_copy(update={"root": tmp_path / "moved"})
     assert "clipping" in kinds(settings.model_copy(update={"dataset": there}))[0]
@@ -131,4 +132,4 @@ def test_evaluate_uses_the_media_where_they_are_and_says_when_not(media, tmp_pat
     manifest = tmp_path / "moved" / "manifest.csv"
     manifest.write_text(manifest.read_text().replace("beta_0_2,", "beta_0_9,"))
     names, without = kinds(settings.model_copy(update={"dataset": there}))
-    assert "other clips" in without["why"]
+    assert "other clips" in without.why

@@ -10,6 +10,8 @@ from landscape_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli.cli.landscape import show_landscape
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
+from mbcd_cli.files import read_json
+from mbcd_cli.json_values import json_values
 from mbcd_cli.landscape import drawing
 from mbcd_cli.landscape import measure as command
 from mbcd_cli.landscape.drawing import with_error
@@ -29,20 +31,22 @@ def run(tmp_path, checkpoints=None, *, dataset=None, overwrite=False, **chosen):
 
 def test_measures_and_draws(tmp_path, capsys):
     result = run(tmp_path, analyses=EVERYTHING, ascent_steps=3)
-    json.dumps(result, allow_nan=False)
-    best = result["checkpoints"]["best"]
-    assert best["surface"]["points"] == 25
-    assert best["curve"]["points"] == 19
-    assert best["flatness"]["directions"] == [3, 3, 3]
-    assert best["flatness"]["mean_increase"][0] == 0
-    assert best["worst_case"]["increase"][-1] > best["flatness"]["mean_increase"][-1]
-    for path in result["files"].values():
-        assert (tmp_path / path).stat().st_size > 1000
+    best = result.figures.checkpoints["best"]
+    stored = read_json(tmp_path / "land" / "landscape.json")
+    assert stored["checkpoints"]["best"] == json_values(best)
+    assert "curvature" not in stored["checkpoints"]["best"], "what was not asked for has no key"
+    assert best.surface.points == 25
+    assert best.curve.points == 19
+    assert best.flatness.directions == [3, 3, 3]
+    assert best.flatness.mean_increase[0] == 0
+    assert best.worst_case.increase[-1] > best.flatness.mean_increase[-1]
+    for path in result.files.values():
+        assert path.stat().st_size > 1000
     surface = read_grid(tmp_path / "land" / "surface-best.h5")
-    assert surface.loss[2, 2] == pytest.approx(best["loss"], rel=1e-6)
+    assert surface.loss[2, 2] == pytest.approx(best.loss, rel=1e-6)
     # the curve is the surface's middle row
     curve = read_grid(tmp_path / "land" / "curve-best.h5")
-    assert curve.loss[0, 9] == pytest.approx(best["loss"], rel=1e-6)
+    assert curve.loss[0, 9] == pytest.approx(best.loss, rel=1e-6)
     assert curve.loss[0, 0] == pytest.approx(surface.loss[2, 0], rel=1e-6)
     show_landscape(result)
     assert "best" in capsys.readouterr().out
@@ -52,12 +56,8 @@ def test_same_seed_same_values_and_other_seed_others(tmp_path):
     one = run(tmp_path / "a", analyses=("surface",))
     two = run(tmp_path / "b", analyses=("surface",))
     other = run(tmp_path / "c", analyses=("surface",), seed=1)
-    assert (
-        one["checkpoints"]["best"]["surface"]["max_increase"] == two["checkpoints"]["best"]["surface"]["max_increase"]
-    )
-    assert (
-        one["checkpoints"]["best"]["surface"]["max_increase"] != other["checkpoints"]["best"]["surface"]["max_increase"]
-    )
+    increases = [result.figures.checkpoints["best"].surface.max_increase for result in (one, two, other)]
+    assert increases[0] == increases[1] != increases[2]
 
 
 def test_a_second_run_measures_nothing_anew(tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_a_second_run_measures_nothing_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(ModelObjective, "measure", lambda *a: calls.append(1) or original(*a))
     again = run(tmp_path, analyses=EVERYTHING, ascent_steps=2)
     assert len(calls) == 1  # the centre
-    assert again["checkpoints"] == first["checkpoints"]
+    assert again.figures.checkpoints == first.figures.checkpoints
     with pytest.raises(StoreError, match=r"seed: 0 in the file, 3 now"):
         run(tmp_path, analyses=EVERYTHING, seed=3)
     run(tmp_path, analyses=EVERYTHING, ascent_steps=2, seed=3, overwrite=True)
@@ -78,9 +78,9 @@ def test_teacher_is_deployed(tmp_path):
     dataset = make_dataset(settings)
     checkpoint = make_checkpoint(settings, dataset, teacher=True)
     losses = {
-        weights: run(tmp_path / weights, [("best", checkpoint)], weights=weights, analyses=())["checkpoints"]["best"][
-            "loss"
-        ]
+        weights: run(tmp_path / weights, [("best", checkpoint)], weights=weights, analyses=())
+        .figures.checkpoints["best"]
+        .loss
         for weights in ("deployed", "teacher", "student")
     }
     assert losses["deployed"] == losses["teacher"] != losses["student"]
@@ -97,9 +97,9 @@ def test_clips(tmp_path, data):
         "target": (dataset.domain == 2) & (dataset.split == 1),
         "train": (dataset.domain != 2) & (dataset.split == 0),
     }[data]
-    assert run(tmp_path, data=data, analyses=())["data"]["clips"] == expected.sum()
-    assert run(tmp_path, data=data, analyses=(), max_clips=4)["data"]["clips"] == 4
-    assert run(tmp_path, data=data, analyses=(), max_clips=0)["data"]["clips"] == expected.sum()
+    assert run(tmp_path, data=data, analyses=()).figures.data.clips == expected.sum()
+    assert run(tmp_path, data=data, analyses=(), max_clips=4).figures.data.clips == 4
+    assert run(tmp_path, data=data, analyses=(), max_clips=0).figures.data.clips == expected.sum()
 
 
 def test_a_student_and_its_own_teacher_have_names_of_their_own(tmp_path):
@@ -107,7 +107,7 @@ def test_a_student_and_its_own_teacher_have_names_of_their_own(tmp_path):
     dataset = make_dataset(settings)
     pair = [(label, make_checkpoint(settings, dataset, teacher=True)) for label in ("best", "best'")]
     result = command.landscape(settings, dataset, pair[:1], towards=pair[1:], output=tmp_path)
-    assert list(result["paths"]) == ["best (student) to best (teacher)"]
+    assert list(result.figures.paths) == ["best (student) to best (teacher)"]
 
 
 def test_checkpoints_of_other_targets_are_told_and_those_of_other_datasets_refused(tmp_path):
@@ -146,7 +146,7 @@ def test_errors_name_the_remedy(tmp_path):
 
 def test_one_batch_and_recalibration(tmp_path):
     result = run(tmp_path, max_clips=2, batch_norm="recalibrated", analyses=("curve",), points=3)
-    assert result["checkpoints"]["best"]["curve"]["missing"] == 0
+    assert result.figures.checkpoints["best"].curve.missing == 0
 
 
 def test_several_checkpoints_in_one_figure_redrawn_from_files(tmp_path):
@@ -159,7 +159,7 @@ def test_several_checkpoints_in_one_figure_redrawn_from_files(tmp_path):
     for picture in pictures:
         picture.unlink()
     again = command.redraw(tmp_path / "land")
-    assert again["files"] == {name: path for name, path in result["files"].items() if name != "summary"}
+    assert again == {name: path for name, path in result.files.items() if name != "summary"}
     assert [p.read_bytes() for p in pictures] == before
 
 
@@ -199,7 +199,7 @@ def test_weights_that_overflow_leave_holes_not_errors(tmp_path):
     checkpoint = make_checkpoint(settings, dataset)
     checkpoint.student["fused_head.3.weight"].fill_(3e38)
     result = run(tmp_path, [("best", checkpoint)], analyses=EVERYTHING, ascent_steps=2)
-    assert result["checkpoints"]["best"]["surface"]["non_finite"] > 0
+    assert result.figures.checkpoints["best"].surface.non_finite > 0
 
 
 def test_file_format(tmp_path):
@@ -218,18 +218,17 @@ def test_curvature(tmp_path):
         "trace_probes": 200,
         "density_steps": 20,
     }
-    estimate = run(tmp_path / "a", **chosen)["checkpoints"]["best"]["curvature"]
-    exact = run(tmp_path / "b", **chosen, exact_limit=5000, curvature_dtype="float64")["checkpoints"]["best"][
-        "curvature"
-    ]
-    assert exact["exact"]
-    assert not estimate["exact"]
-    assert estimate["converged"] == [True] * 3
-    assert estimate["eigenvalues"] == pytest.approx(exact["eigenvalues"], rel=2e-3)
-    assert abs(estimate["trace"] - exact["trace"]) < 4 * estimate["trace_error"]
-    assert estimate["parameters"] == exact["parameters"] == 16 * 7 + 7 + 7 * 3 + 3
+    estimate = run(tmp_path / "a", **chosen).figures.checkpoints["best"].curvature
+    precise = run(tmp_path / "b", **chosen, exact_limit=5000, curvature_dtype="float64")
+    exact = precise.figures.checkpoints["best"].curvature
+    assert exact.exact
+    assert not estimate.exact
+    assert estimate.converged == [True] * 3
+    assert estimate.eigenvalues == pytest.approx(exact.eigenvalues, rel=2e-3)
+    assert abs(estimate.trace - exact.trace) < 4 * estimate.trace_error
+    assert estimate.parameters == exact.parameters == 16 * 7 + 7 + 7 * 3 + 3
     # a finished file is used as it is, unless it is of something else
-    assert run(tmp_path / "a", **chosen)["checkpoints"]["best"]["curvature"] == estimate
+    assert run(tmp_path / "a", **chosen).figures.checkpoints["best"].curvature == estimate
     with pytest.raises(StoreError, match="eigenvalues: 3 in the file, 2 now"):
         run(tmp_path / "a", **{**chosen, "eigenvalues": 2})
 
@@ -237,4 +236,4 @@ def test_curvature(tmp_path):
 def test_spectra_are_drawn(tmp_path):
     result = run(tmp_path, analyses=("curvature",), density_steps=10, trace_probes=3)
     assert (tmp_path / "land" / "spectrum.png").stat().st_size > 1000
-    assert result["files"]["spectrum plot"].endswith("spectrum.png")
+    assert result.files["spectrum plot"].name == "spectrum.png"

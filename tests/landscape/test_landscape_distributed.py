@@ -11,6 +11,7 @@ from landscape_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli.landscape import measure as command
 from mbcd_cli.landscape.store import read_grid
+from mbcd_cli.processes import this_process
 
 _RANK = """
 import sys
@@ -33,7 +34,7 @@ def measure(output: str) -> str:
     dataset = make_dataset(settings)
     pairs = [("best", make_checkpoint(settings, dataset))]
     result = command.landscape(settings, dataset, pairs, output=Path(output))
-    return f"{result['rank']} {result['checkpoints']['best']['surface']['points']}"
+    return f"{this_process().rank} {result.figures.checkpoints['best'].surface.points}"
 
 
 def ranks(output: Path, world: int) -> list[str]:

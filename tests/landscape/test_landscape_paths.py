@@ -139,13 +139,13 @@ def test_paths_and_planes_meet_the_checkpoints(tmp_path, batch_norm, monkeypatch
     erm, mbcd, third = (make_checkpoint(settings, dataset, seed=s) for s in (0, 1, 2))
     pairs = [("mbcd", mbcd), ("third", third)]
     result = command.landscape(settings, dataset, [("erm", erm)], output=tmp_path, towards=pairs)
-    alone = command.landscape(settings, dataset, [("erm", erm), *pairs], output=tmp_path)["checkpoints"]
+    alone = command.landscape(settings, dataset, [("erm", erm), *pairs], output=tmp_path).figures.checkpoints
     for label in ("mbcd", "third"):
-        path = result["paths"][f"erm to {label}"]
-        assert path["from_loss"] == pytest.approx(alone["erm"]["loss"], rel=1e-5)
-        assert path["to_loss"] == pytest.approx(alone[label]["loss"], rel=1e-5)
-        assert path["barrier"] >= 0
-    assert result["plane"]["points"] == 25
+        path = result.figures.paths[f"erm to {label}"]
+        assert path.from_loss == pytest.approx(alone["erm"].loss, rel=1e-5)
+        assert path.to_loss == pytest.approx(alone[label].loss, rel=1e-5)
+        assert path.barrier >= 0
+    assert result.figures.plane.points == 25
     with pytest.raises(SettingsError, match="same parameters"):
         command.landscape(settings, dataset, [("erm", erm)], output=tmp_path, towards=[("copy", erm)])
 
@@ -155,7 +155,7 @@ def test_student_to_teacher(tmp_path, monkeypatch):
     dataset = make_dataset(settings)
     both = make_checkpoint(settings, dataset, teacher=True)
     result = command.landscape(settings, dataset, [("best", both)], output=tmp_path, towards=[("best", both)])
-    assert list(result["paths"]) == ["best (student) to best (teacher)"]
+    assert list(result.figures.paths) == ["best (student) to best (teacher)"]
 
 
 def test_one_group_and_trajectory_are_drawn(tmp_path):
@@ -166,11 +166,11 @@ def test_one_group_and_trajectory_are_drawn(tmp_path):
         settings, dataset, [("best", make_checkpoint(settings, dataset, seed=9))], output=tmp_path,
         epochs=steps, towards=[("other", steps[0][1])],
     )  # fmt: skip
-    assert list(result["trajectory"]["places"]) == ["epoch 1", "epoch 2", "epoch 3", "best"]
+    assert list(result.figures.trajectory.places) == ["epoch 1", "epoch 2", "epoch 3", "best"]
     for name in ("path", "plane", "trajectory"):
         assert (tmp_path / f"{name}.png").stat().st_size > 1000
     again = command.redraw(tmp_path)
-    assert {k for k in again["files"] if "plot" in k} == {k for k in result["files"] if "plot" in k}
+    assert {k for k in again if "plot" in k} == {k for k in result.files if "plot" in k}
 
 
 def test_symmetric_helper():

@@ -67,8 +67,8 @@ def test_collect_writes_every_form_and_the_papers_figures(grid, tmp_path):
     found = write_tables(grid, output=tmp_path / "out", title="HAC <beta>")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"comparison.html", "comparison.md", "comparison.json"} <= names
-    for table in found["tables"]:
-        assert {f"{table['name']}.csv", f"{table['name']}.tex"} <= names
+    for table in found.tables:
+        assert {f"{table.name}.csv", f"{table.name}.tex"} <= names
     markdown = (tmp_path / "out" / "comparison.md").read_text()
     assert "| mbcd, beta=0.999 |" in markdown
     assert "| MBCD (paper) | 63.76 | 65.64 | 49.05 | 59.48 |" in markdown
@@ -97,8 +97,8 @@ def test_what_is_missing_is_said(grid, tmp_path):
     (grid[1].folder / "results.json").unlink()
     write_json(beside(grid[1].folder, "failed"), {"error": "disk full\nmore", "remedy": ""})
     found = write_tables(grid, output=tmp_path / "out", title="t")
-    assert f"{grid[1].name} failed: disk full" in found["warnings"]
-    assert any("1 of 36 runs are not finished" in note for note in found["warnings"])
+    assert f"{grid[1].name} failed: disk full" in found.warnings
+    assert any("1 of 36 runs are not finished" in note for note in found.warnings)
 
 
 def test_a_run_that_cannot_be_read_is_left_out_and_named(grid, tmp_path):

@@ -7,7 +7,6 @@ import json
 import os
 from pathlib import Path
 from stat import S_ISDIR
-from typing import Any
 
 from mbcd_cli.data.media.folders import folder_span, frames_of, names_digest
 from mbcd_cli.data.records import Media
@@ -22,15 +21,15 @@ def files_of(media: Media) -> list[Path]:
 def holding(path: Path) -> int | str:
     """Bytes of a file, the digest of the names of a folder's images, -1 where nothing can be seen."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return -1
-    return names_digest(path) if S_ISDIR(found.st_mode) else found.st_size
+    return names_digest(path) if S_ISDIR(status.st_mode) else status.st_size
 
 
 def condition(media: Media) -> str:
     """Digest of the sizes, times of change and rights of a clip's files, in folders those of its own frames."""
-    seen: list[Any] = []
+    seen: list[object] = []
     for path in files_of(media):
         seen.append([str(path.name), *_look(path), holding(path)])
         try:
@@ -42,11 +41,11 @@ def condition(media: Media) -> str:
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 
-def _look(path: Path) -> list[Any]:
+def _look(path: Path) -> list[int | bool | None]:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         return [error.errno]
     # The time at which a folder changed tells of its other clips too; its frames are looked at one by one.
-    times = [] if S_ISDIR(found.st_mode) else [found.st_mtime_ns]
-    return [found.st_size if times else 0, *times, os.access(path, os.R_OK)]
+    times = [] if S_ISDIR(status.st_mode) else [status.st_mtime_ns]
+    return [status.st_size if times else 0, *times, os.access(path, os.R_OK)]

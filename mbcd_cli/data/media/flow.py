@@ -126,7 +126,7 @@ def _check_in_step(media: Media, u: Timeline | None, v: Timeline | None) -> None
     """
     if u is None or v is None:
         return
-    moments = [one.starts[: min(len(u), len(v))] + one.zero for one in (u, v)]
+    moments = [timeline.starts[: min(len(u), len(v))] + timeline.zero for timeline in (u, v)]
     apart = np.abs(moments[0] - moments[1]) > u.step / 2
     if apart.any():
         number = int(apart.argmax())
@@ -151,7 +151,7 @@ def _flow_array(media: Media, choose: Choose, *, dataset: DatasetSettings, bound
 
 
 def quantise_flow(flow: np.ndarray, bound: float) -> np.ndarray:
-    """Pixels per frame -> uint8: -bound..bound maps to 1..255, 128 being no motion; what is beyond is clipped."""
+    """[...] pixels per frame -> [...] uint8: -bound..bound is 1..255, 128 no motion; what is beyond is clipped."""
     return np.rint(128.0 + np.clip(flow, -bound, bound) * (127.0 / bound)).astype(np.uint8)
 
 

@@ -55,10 +55,12 @@ class ArrayModality(Modality):
 
     @classmethod
     def cell_files(cls, cell: str) -> list[str]:
+        """One file, without the row that the cell may name."""
         return [_in_cell(cell)[0]]
 
     @classmethod
     def cell_row(cls, cell: str) -> str | None:
+        """What stands behind `.npy#`."""
         return _in_cell(cell)[1]
 
     def part_shapes(self, *, test: bool = False) -> list[tuple[tuple[int, ...], np.dtype]]:
@@ -88,6 +90,7 @@ class ArrayModality(Modality):
 
     @property
     def random(self) -> bool:
+        """Whether noise is added, or moments are sampled."""
         return bool(self.noise) or (self.length is not None and self.fit == "sample")
 
     def _shaped(self, array: np.ndarray, media: Media) -> np.ndarray:
@@ -177,8 +180,8 @@ def _sample(media: Sequence[Media]) -> list[np.ndarray]:
     rows: list[np.ndarray] = []
     for item in media[:: -(-len(media) // _LOOKED_AT) or 1]:
         with suppress(MediaError):
-            found = np.atleast_2d(read_array(item))
-            rows += [found] if not rows or found.shape[1] == rows[0].shape[1] else []
+            sequence = np.atleast_2d(read_array(item))
+            rows += [sequence] if not rows or sequence.shape[1] == rows[0].shape[1] else []
     return rows
 
 

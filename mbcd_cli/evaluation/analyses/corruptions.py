@@ -10,6 +10,7 @@ Letters: B clips, C channels, T frames, H W pixels, F frequency bins, S spectrog
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from torch.nn import functional
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.staged import Parts
-from mbcd_cli.evaluation.analyses.robustness import Disturbance, clip_noise
+from mbcd_cli.evaluation.analyses.robustness import Disturbance, Disturbed, clip_noise
+from mbcd_cli.json_values import OPTIONAL
 
 Corruption = Callable[[torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 """(part [B, ...], clips [B], severity 1..5, seed) -> corrupted part, of the same shape and type."""
@@ -38,6 +40,22 @@ BANDS = (0.1, 0.2, 0.3, 0.45, 0.6)
 """Fraction of the frequency bins, in one band, set to zero (the standardised mean)."""
 SNR = (10.0, 5.0, 0.0, -5.0, -10.0)
 """Signal-to-noise ratio in dB of noise on spectrograms and vectors, against their own spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Soundless:
+    """Modalities whose sound was corrupted as its spectrogram only, and why."""
+
+    modalities: list[str]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupted(Disturbed):
+    """A set of clips under corruptions; `left_out` names the modalities whose cache holds no decoded media."""
+
+    without_sound: Soundless | None = field(default=None, metadata=OPTIONAL)
+    left_out: list[str] | None = field(default=None, metadata=OPTIONAL)
 
 
 def _pixels(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

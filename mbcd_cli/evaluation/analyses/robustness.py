@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import factorial
-from typing import Any
 
 import numpy as np
 import torch
@@ -54,9 +53,18 @@ def subset_variants(model: MultiModalModel) -> dict[str, Variant]:
     return {subset_name(s): variant(s) for s in subsets(model.modalities)}
 
 
-def missing_modalities(predictions: Predictions) -> dict[str, float]:
-    """Fused top-1 with each subset of modalities present, from predictions made with `subset_variants`."""
-    return {name: top1(logits, predictions.labels) for name, logits in predictions.variants.items()}
+@dataclass(frozen=True, slots=True)
+class MissingModalities:
+    """Fused top-1 (0 to 1) with each subset of modalities present, by its name, and each modality's Shapley value."""
+
+    top1: dict[str, float]
+    shapley: dict[str, float]
+
+
+def missing_modalities(predictions: Predictions) -> MissingModalities:
+    """With each subset of modalities present, from predictions made with `subset_variants`."""
+    accuracies = {name: top1(logits, predictions.labels) for name, logits in predictions.variants.items()}
+    return MissingModalities(accuracies, shapley(accuracies, list(predictions.unimodal)))
 
 
 def shapley(values: Mapping[str, float], modalities: Sequence[str]) -> dict[str, float]:
@@ -89,6 +97,26 @@ class Disturbance:
     kind: str
     level: float
     apply: Callable[[Parts, torch.Tensor], Parts]
+
+
+@dataclass(frozen=True, slots=True)
+class DisturbedAccuracy:
+    """Top-1 (0 to 1) on `clips` clips under a `Disturbance`, of the fused and of the disturbed modality's own head."""
+
+    modality: str
+    kind: str
+    level: float
+    clips: int
+    fused: float
+    unimodal: float
+
+
+@dataclass(frozen=True, slots=True)
+class Disturbed:
+    """A set of clips (source or target) under disturbances."""
+
+    clips: str
+    records: list[DisturbedAccuracy]
 
 
 def clip_noise(part: torch.Tensor, clips: torch.Tensor, *, seed: int) -> torch.Tensor:
@@ -128,14 +156,11 @@ def disturbed_accuracy(
     *,
     device: torch.device | str,
     precision: str = "float32",
-) -> list[dict[str, Any]]:
-    """Top-1 of the fused and of the disturbed modality's own head under each disturbance.
+) -> list[DisturbedAccuracy]:
+    """Top-1 of the fused and of the disturbed modality's own head under each disturbance, in their order.
 
     One pass over `batches`; per batch every tail runs once undisturbed, and then only the disturbed modality's tail
     once per disturbance. Memory does not grow with N.
-
-    Returns:
-        One record per disturbance: modality, kind, level, clips, fused, unimodal (accuracies in 0..1).
 
     Raises:
         MbcdError: no clips.
@@ -149,23 +174,17 @@ def disturbed_accuracy(
             clips += len(batch)
             inputs = model.at_cut(batch.inputs)
             clean = model.features(inputs)
-            for index, one in enumerate(disturbances):
-                parts = one.apply(inputs[one.modality], batch.clips)
-                hidden = model.encode(one.modality, parts)
-                fused = model.fuse({**clean, one.modality: hidden})
-                own = model.heads[one.modality](hidden)
-                for head, logits in enumerate((fused, own)):
+            for index, disturbance in enumerate(disturbances):
+                modality = disturbance.modality
+                hidden = model.encode(modality, disturbance.apply(inputs[modality], batch.clips))
+                fused = model.fuse({**clean, modality: hidden})
+                unimodal = model.heads[modality](hidden)
+                for head, logits in enumerate((fused, unimodal)):
                     right[index, head] += int((logits.argmax(1) == batch.labels).sum())
     if not clips:
         raise MbcdError("There are no clips to evaluate.", "Check the domains and splits that were asked for.")
+    shares = [(int(fused) / clips, int(unimodal) / clips) for fused, unimodal in right]
     return [
-        {
-            "modality": one.modality,
-            "kind": one.kind,
-            "level": float(one.level),
-            "clips": clips,
-            "fused": int(fused) / clips,
-            "unimodal": int(own) / clips,
-        }
-        for one, (fused, own) in zip(disturbances, right, strict=True)
+        DisturbedAccuracy(d.modality, d.kind, float(d.level), clips, fused, unimodal)
+        for d, (fused, unimodal) in zip(disturbances, shares, strict=True)
     ]

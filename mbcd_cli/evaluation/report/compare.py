@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from glob import glob
 from itertools import combinations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from scipy.stats import ttest_rel
@@ -113,8 +113,8 @@ def load_run(folder: Path) -> Run:
                 "Evaluate that run again.",
             )
         headline = results["headline"]
-        _check_current(folder, results)
-        source = results["models"][headline["checkpoint"]][headline["model"]].get("source")
+        _check_current(folder, headline["checkpoint"], results.get("checkpoints", {}))
+        in_domain = results["models"][headline["checkpoint"]][headline["model"]].get("source")
         return Run(
             path=folder,
             dataset=str(results["dataset"]),
@@ -124,7 +124,7 @@ def load_run(folder: Path) -> Run:
             sources=_texts(results["source_domains"]),
             seed=int(results["seed"]),
             heads={head: 100 * float(value) for head, value in headline["top1"].items()},
-            in_domain=None if source is None else 100 * float(source["fused"]["top1"]),
+            in_domain=None if in_domain is None else 100 * float(in_domain["fused"]["top1"]),
             provenance=_named_texts(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
             settings=_named_texts(
                 {**results["settings"], **{f"{m} cache": f for m, f in results["fingerprints"].items()}}
@@ -148,8 +148,11 @@ def _named_texts(values: Mapping[str, object]) -> dict[str, str]:
     return dict(values)
 
 
-def _check_current(folder: Path, results: Mapping[str, Any]) -> None:
+def _check_current(folder: Path, told: str, sums: Mapping[str, str]) -> None:
     """Refuse results of other weights than those that the run deploys now.
+
+    Args:
+        told: the checkpoint that they call deployed. sums: checksum of every checkpoint then.
 
     Raises:
         RunError: they are such; or the run's checkpoint is damaged.
@@ -158,12 +161,12 @@ def _check_current(folder: Path, results: Mapping[str, Any]) -> None:
         files = run_checkpoints(folder)
     except RunError:
         return  # results that were copied, or written elsewhere, without the run
-    wanted, told = deployed_checkpoint(files), results["headline"]["checkpoint"]
+    wanted = deployed_checkpoint(files)
     try:
         now = checksums.checksum(files[wanted])
     except (OSError, checksums.DamagedError) as error:
         raise RunError(f"{files[wanted]} cannot be read: {error}.", "`mbcd verify` says what is damaged.") from error
-    if told != wanted or results["checkpoints"].get(wanted) != now:
+    if told != wanted or sums.get(wanted) != now:
         raise RunError(
             f"{folder / 'results.json'} is of other weights than the run's {wanted} ones now.",
             f"Run `mbcd evaluate --run {shlex.quote(str(folder))}` again.",
@@ -211,11 +214,13 @@ def averages(runs: Sequence[Run], columns: Sequence[str], value: str = "fused") 
     by_seed: dict[int, dict[str, float]] = {}
     for run in runs:
         by_seed.setdefault(run.seed, {})[run.column] = _value(run, value)
-    if {c for found in by_seed.values() for c in found} != set(columns):
+    of_seeds = by_seed.values()
+    if {column for of_seed in of_seeds for column in of_seed} != set(columns):
         return Score(None)
-    means = [np.mean([by_column[c] for by_column in by_seed.values() if c in by_column]) for c in columns]
-    whole = [float(np.mean([found[c] for c in columns])) for found in by_seed.values() if len(found) == len(columns)]
-    return replace(Score.over(whole), value=float(np.mean(means)))
+    means = [np.mean([of_seed[column] for of_seed in of_seeds if column in of_seed]) for column in columns]
+    complete = [of_seed for of_seed in of_seeds if len(of_seed) == len(columns)]
+    spread = Score.over([float(np.mean([of_seed[column] for column in columns])) for of_seed in complete])
+    return replace(spread, value=float(np.mean(means)))
 
 
 def _value(run: Run, value: str) -> float:
@@ -242,8 +247,8 @@ def marked(rows: Sequence[Sequence[str | Score]]) -> TableRows:
 def _columns(runs: Sequence[Run], dataset: str) -> list[str]:
     """The targets (or source-target pairs) of a dataset's runs, in the paper's order where it has them."""
     columns = sorted({run.column for run in runs if run.dataset == dataset})
-    known = [c for c in published_domains(dataset) if c in columns]
-    return known + [c for c in columns if c not in known]
+    papers = [domain for domain in published_domains(dataset) if domain in columns]
+    return papers + [column for column in columns if column not in papers]
 
 
 def _published(
@@ -264,8 +269,8 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
         if len(datasets) > 2:
             # Too wide to read: a table each, where a dataset has several sets of modalities.
             for dataset in datasets:
-                own = joint_tables([run for run in group if run.dataset == dataset])
-                tables += [replace(table, name=f"{dataset}-{table.name}") for table in own]
+                of_dataset = joint_tables([run for run in group if run.dataset == dataset])
+                tables += [replace(table, name=f"{dataset}-{table.name}") for table in of_dataset]
             continue
         sets = sorted({run.modalities for run in group}, key=lambda m: (place_of_set(m), len(m), m))
         if len(datasets) == len(sets) == 1:
@@ -277,19 +282,19 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
             for method, of_method in _by_method([run for run in group if run.modalities == modalities]):
                 cells: list[Score] = []
                 for dataset in datasets:
-                    here = [run for run in of_method if run.dataset == dataset]
+                    of_dataset = [run for run in of_method if run.dataset == dataset]
                     cells += [
-                        Score.over([r.heads["fused"] for r in here if r.column == column])
+                        Score.over([run.heads["fused"] for run in of_dataset if run.column == column])
                         for column in columns[dataset]
                     ]
-                    cells.append(averages(here, columns[dataset]))
+                    cells.append(averages(of_dataset, columns[dataset]))
                 block.append([method, *cells])
             block = marked(block)
-            theirs: dict[str, dict[str, list[str | Score]]] = {}
+            published: dict[str, dict[str, list[str | Score]]] = {}
             for dataset in datasets:
                 for row in _published(setting, dataset, modalities, columns[dataset]):
-                    theirs.setdefault(str(row[0]), {})[dataset] = row[1:]
-            for name, by_dataset in theirs.items():
+                    published.setdefault(str(row[0]), {})[dataset] = row[1:]
+            for name, by_dataset in published.items():
                 parts = [by_dataset.get(d, [Score(None)] * (len(columns[d]) + 1)) for d in datasets]
                 block.append([name, *(cell for part in parts for cell in part)])
             rows += [["+".join(modalities), *row] for row in block]
@@ -352,37 +357,44 @@ def modality_tables(runs: Sequence[Run]) -> list[Table]:
     return _per_setting(runs, "-modalities", "by head, average over targets (%)", fill)
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> dict[str, float | int | None]:
-    """Is the mean of `second` - `first` (paired) different from zero?
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """Whether the mean of paired differences is zero.
 
-    Returns:
-        pairs; difference (its mean); p_permutation, exact two-sided sign-flip test (every sign pattern up to 15 pairs,
-        20000 random ones beyond); p_t, paired t-test. None where there are too few pairs or no spread.
+    Attributes:
+        pairs: how many. difference: their mean; None without any.
+        p_permutation: exact two-sided sign-flip test (every sign pattern up to `EXACT_PAIRS` pairs, 20000 random ones
+            beyond); None below two pairs.
+        p_t: paired t-test; None below two pairs or without spread.
     """
+
+    pairs: int
+    difference: float | None = None
+    p_permutation: float | None = None
+    p_t: float | None = None
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> PairedTest:
+    """Is the mean of `second` - `first` (paired, [n] each) different from zero?"""
     a, b = np.asarray(first, float), np.asarray(second, float)
-    difference = b - a
-    result: dict[str, float | int | None] = {
-        "pairs": len(a),
-        "difference": float(difference.mean()) if len(a) else None,
-        "p_permutation": None,
-        "p_t": None,
-    }
-    if len(a) < 2:
-        return result
-    count = len(difference)
+    difference, count = b - a, len(a)
+    if count < 2:
+        return PairedTest(count, float(difference[0]) if count else None)
     if count <= EXACT_PAIRS:
         signs = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
     else:
         signs = np.random.default_rng(0).choice((-1, 1), size=(20_000, count))
         signs[0] = 1  # the observed pattern is one of them
     flipped = np.abs((signs * difference).mean(axis=1))
-    result["p_permutation"] = float((flipped >= abs(difference.mean()) - 1e-9).mean())
-    if np.ptp(difference) > 1e-9:
-        result["p_t"] = float(ttest_rel(b, a).pvalue)
-    return result
+    return PairedTest(
+        pairs=count,
+        difference=float(difference.mean()),
+        p_permutation=float((flipped >= abs(difference.mean()) - 1e-9).mean()),
+        p_t=float(ttest_rel(b, a).pvalue) if np.ptp(difference) > 1e-9 else None,
+    )
 
 
-def _p_text(p: float | int | None) -> str:
+def _p_text(p: float | None) -> str:
     if p is None:
         return "-"
     return "<0.001" if p < 0.001 else f"{p:.3f}"
@@ -393,13 +405,13 @@ def significance_tables(runs: Sequence[Run]) -> list[Table]:
 
     def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
         rows: TableRows = []
-        for (one, of_one), (other, of_other) in combinations(_by_method(group), 2):
-            first, second = ({(r.column, r.seed): r.heads["fused"] for r in of} for of in (of_one, of_other))
+        for methods in combinations(_by_method(group), 2):
+            first, second = ({(r.column, r.seed): r.heads["fused"] for r in of_method} for _, of_method in methods)
             common = sorted(set(first) & set(second))
             test = paired([first[key] for key in common], [second[key] for key in common])
-            if test["pairs"]:
-                p = map(_p_text, (test["p_permutation"], test["p_t"]))
-                rows.append([f"{other} - {one}", str(test["pairs"]), f"{test['difference']:+.2f}", *p])
+            if test.pairs:
+                names, p = f"{methods[1][0]} - {methods[0][0]}", map(_p_text, (test.p_permutation, test.p_t))
+                rows.append([names, str(test.pairs), f"{test.difference:+.2f}", *p])
         note = (
             "Difference of top-1, the first minus the second. p: chance of one at least as large if both were "
             "equal and all pairs independent, not corrected for the number of rows. With n pairs the sign-flip "

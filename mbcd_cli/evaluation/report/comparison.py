@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mbcd_cli.checksums import of_file
 from mbcd_cli.errors import RunError
@@ -19,19 +19,27 @@ from mbcd_cli.evaluation.report.compare import (
     told_apart,
 )
 from mbcd_cli.evaluation.report.html import runs_html, write_comparison
-from mbcd_cli.evaluation.report.tables import Table, as_values, comma_separated, latex, markdown
+from mbcd_cli.evaluation.report.tables import Table, comma_separated, latex, markdown
 from mbcd_cli.files import write_json, write_text
+from mbcd_cli.json_values import json_values
 
 
-def compare_runs(patterns: Sequence[str], *, output: Path) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Runs compared: their folders, warnings, tables, and name -> path of everything written."""
+
+    runs: list[Path]
+    warnings: list[str]
+    tables: list[Table]
+    files: dict[str, Path]
+
+
+def compare_runs(patterns: Sequence[str], *, output: Path) -> Comparison:
     """Compare evaluated runs: tables of mean and spread over seeds, beside the paper's figures.
 
     Args:
         patterns: run folders, or patterns such as `runs/**`.
         output: folder for comparison.{md,html,json} and one .csv and .tex per table, plots.
-
-    Returns:
-        runs (their paths), warnings, tables (as plain values) and files.
 
     Raises:
         RunError: no evaluated run.
@@ -71,13 +79,16 @@ def write_comparison_files(
     title: str,
     pictures: Mapping[str, Path] | None = None,
     sections: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> Comparison:
     """Write `tables` of `runs` in every form, with bars of the main ones; what `compare_runs` returns.
 
     Args:
         notes: warnings to show.
         pictures: more plots, caption -> file.
         sections: more of the page, heading -> HTML.
+
+    Raises:
+        FileError: they cannot be written.
     """
     bars = {t.title: plots.plot_methods(t, output / f"{t.name}.png") for t in main_tables(runs)}
     bars |= pictures or {}
@@ -90,11 +101,7 @@ def write_comparison_files(
         text |= {f"{table.name}.csv": comma_separated(table), f"{table.name}.tex": latex(table)}
     for name, content in text.items():
         files[name] = write_text(output / name, content)
-    found = {
-        "runs": [str(run.path) for run in runs],
-        "warnings": list(notes),
-        "tables": [as_values(table) for table in tables],
-    }
+    done = Comparison([run.path for run in runs], list(notes), list(tables), files)
     sums = {path.relative_to(output).as_posix(): of_file(path) for path in files.values()}
-    files["results"] = write_json(output / "comparison.json", {**found, "files": sums})
-    return {**found, "files": {name: str(path) for name, path in files.items()}}
+    files["results"] = write_json(output / "comparison.json", {**json_values(done), "files": sums})
+    return done

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -17,13 +17,26 @@ from mbcd_cli.files import written_hdf5
 from mbcd_cli.scoring.metrics import predicted, probabilities
 from mbcd_cli.scoring.predictions import Predictions
 
+ClipRow = dict[str, str | float]
+"""Column -> cell, of a CSV file."""
 
-def _said(predictions: Predictions, label_names: Sequence[str]) -> dict[str, tuple[list[str], np.ndarray]]:
-    """Prefix of a head's columns -> (N predicted classes, "" where there is none; probabilities [N, C])."""
-    heads = {"": predictions.fused, **{f"{name}_": logits for name, logits in predictions.unimodal.items()}}
+
+@dataclass(frozen=True, slots=True)
+class HardestClips:
+    """The set of clips they are of, and their rows, the least probable label first."""
+
+    clips: str
+    rows: list[ClipRow]
+
+
+def _votes(predictions: Predictions, label_names: Sequence[str]) -> dict[str, tuple[list[str], np.ndarray]]:
+    """Prefix of a head's columns -> (N predicted classes, "" where there is none; their probabilities [N])."""
     return {
-        prefix: (["" if k < 0 else label_names[k] for k in predicted(logits)], probabilities(logits))
-        for prefix, logits in heads.items()
+        "" if head == "fused" else f"{head}_": (
+            ["" if label < 0 else label_names[label] for label in predicted(logits)],
+            probabilities(logits).max(axis=1),
+        )
+        for head, logits in predictions.heads.items()
     }
 
 
@@ -33,26 +46,25 @@ def prediction_rows(
     ids: Sequence[str],
     label_names: Sequence[str],
     domain_names: Sequence[str],
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[ClipRow]:
     """One row per clip: id, domain, label, predicted class and probability, and every modality's own vote.
 
     Each is made when it is asked for.
 
     Args:
+        predictions: of N labelled clips.
         ids: of the whole clip table, indexed by `predictions.clips`.
+        label_names: C names. domain_names: those that `predictions.domains` indexes.
     """
-    heads = {"": predictions.fused, **{f"{n}_": logits for n, logits in predictions.unimodal.items()}}
-    said = {prefix: (predicted(logits), probabilities(logits).max(axis=1)) for prefix, logits in heads.items()}
-    labels = predictions.labels.numpy()
-    p_label = probabilities(predictions.fused)[np.arange(len(labels)), labels]
+    votes, labels = _votes(predictions, label_names), predictions.labels.numpy()
+    of_label = probabilities(predictions.fused)[np.arange(len(labels)), labels]
     for n, clip in enumerate(predictions.clips.tolist()):
         domain, label = domain_names[int(predictions.domains[n])], label_names[labels[n]]
-        row: dict[str, Any] = {"id": ids[clip], "domain": domain, "label": label}
-        for prefix, (guess, p) in said.items():
-            row[f"{prefix}predicted"] = label_names[guess[n]] if guess[n] >= 0 else ""
-            row[f"{prefix}probability"] = round(float(p[n]), 6)
+        row: ClipRow = {"id": ids[clip], "domain": domain, "label": label}
+        for prefix, (classes, p) in votes.items():
+            row |= {f"{prefix}predicted": classes[n], f"{prefix}probability": round(float(p[n]), 6)}
             if prefix == "":
-                row["label_probability"] = round(float(p_label[n]), 6)
+                row["label_probability"] = round(float(of_label[n]), 6)
         yield row
 
 
@@ -72,7 +84,7 @@ def write_hdf5(
         file.create_dataset("domain", data=predictions.domains.numpy())
         file.create_dataset("label_names", data=np.array(label_names, object), dtype=text)
         file.create_dataset("domain_names", data=np.array(domain_names, object), dtype=text)
-        for name, logits in {"fused": predictions.fused, **predictions.unimodal}.items():
+        for name, logits in predictions.heads.items():
             file.create_dataset(f"logits/{name}", data=logits.numpy())
         for name, features in (predictions.features or {}).items():
             file.create_dataset(f"features/{name}", data=features.numpy())
@@ -81,33 +93,34 @@ def write_hdf5(
 
 def vote_rows(
     predictions: Predictions, *, ids: Sequence[str], label_names: Sequence[str], domain_names: Sequence[str] = ()
-) -> list[dict[str, Any]]:
+) -> list[ClipRow]:
     """One row per new clip: clip, class and probability, and the class and probability of every modality's vote.
 
     A clip without a prediction (non-finite outputs) has an empty class and probability 0. Where any label is known
     (0 or more) `label` and `label_probability` follow, empty for the clips whose label is not.
 
     Args:
+        predictions: of N clips; a label below 0 is not known.
         ids: of the whole clip table, indexed by `predictions.clips`.
-        domain_names: adds the column `domain`.
+        label_names: C names. domain_names: adds the column `domain`.
     """
-    said = _said(predictions, label_names)
-    labels = predictions.labels.tolist()
+    votes, labels = _votes(predictions, label_names), predictions.labels.tolist()
+    fused = probabilities(predictions.fused)
     rows = []
     for n, clip in enumerate(predictions.clips.tolist()):
-        row: dict[str, Any] = {"clip": ids[clip]}
+        row: ClipRow = {"clip": ids[clip]}
         if domain_names:
             row["domain"] = domain_names[int(predictions.domains[n])]
-        for prefix, (names, p) in said.items():
-            row |= {f"{prefix}class": names[n], f"{prefix}probability": round(float(p[n].max()), 6)}
+        for prefix, (classes, p) in votes.items():
+            row |= {f"{prefix}class": classes[n], f"{prefix}probability": round(float(p[n]), 6)}
         if max(labels) >= 0:
-            known = labels[n] >= 0
-            row["label"] = label_names[labels[n]] if known else ""
-            row["label_probability"] = round(float(said[""][1][n, labels[n]]), 6) if known else ""
+            labelled = labels[n] >= 0
+            row["label"] = label_names[labels[n]] if labelled else ""
+            row["label_probability"] = round(float(fused[n, labels[n]]), 6) if labelled else ""
         rows.append(row)
     return rows
 
 
-def hardest_rows(rows: Iterable[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def hardest_rows(rows: Iterable[ClipRow], count: int) -> list[ClipRow]:
     """The `count` rows (of `prediction_rows`) whose label got the least probability, the least first."""
     return heapq.nsmallest(count, rows, key=lambda row: (row["label_probability"], row["id"]))

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from mbcd_cli.evaluation.report import sections
 from mbcd_cli.evaluation.report.compare import Run
+from mbcd_cli.evaluation.report.results import Results
 from mbcd_cli.evaluation.report.tables import Score, Table, plain
 from mbcd_cli.files import write_text
 from mbcd_cli.plotting import DPI
@@ -112,17 +112,20 @@ def page(title: str, parts: Mapping[str, str], *, lead: str = "") -> str:
     )
 
 
-def _lead(results: Mapping[str, Any]) -> str:
-    headline = results["headline"]
+def _warned(warnings: Iterable[str]) -> str:
+    return "".join(f'<div class="warning">{escape(warning)}</div>' for warning in warnings)
+
+
+def _lead(results: Results) -> str:
+    headline = results.headline
     boxes = "".join(
-        f"<div>{escape(head)}<b>{sections.percent(value)} %</b></div>" for head, value in headline["top1"].items()
+        f"<div>{escape(head)}<b>{sections.percent(value)} %</b></div>" for head, value in headline.top1.items()
     )
-    where = escape(sections.clips_name(results, headline["clips"]))
-    epoch = results["epochs"].get(headline["checkpoint"])
-    warnings = "".join(f'<div class="warning">{escape(w)}</div>' for w in results.get("warnings", ()))
+    where, epoch = escape(results.clips_name(headline.clips)), results.epochs.get(headline.checkpoint)
+    warnings = _warned(results.warnings)
     return (
-        f"<p>Top-1 accuracy on {where} of the deployed model: the {escape(headline['model'])} of checkpoint "
-        f'{escape(headline["checkpoint"])} (epoch {epoch}).</p>\n<div class="figures">{boxes}</div>\n{warnings}'
+        f"<p>Top-1 accuracy on {where} of the deployed model: the {escape(headline.model)} of checkpoint "
+        f'{escape(headline.checkpoint)} (epoch {epoch}).</p>\n<div class="figures">{boxes}</div>\n{warnings}'
     )
 
 
@@ -133,7 +136,7 @@ def _pairs(values: Mapping[str, object]) -> str:
 
 def write_report(
     path: Path,
-    results: Mapping[str, Any],
+    results: Results,
     *,
     files: Mapping[str, Path],
     settings: str,
@@ -144,21 +147,21 @@ def write_report(
     """Write the report of one evaluation.
 
     Args:
-        results: what results.json holds.
+        results: of the evaluation.
         files: caption -> plot, as `evaluate` made them.
         settings: the resolved settings as TOML.
         run: the run folder; its training plots are shown too, but for those to `skip`.
         landscape: folder of landscape plots to show; by default the run's.
 
     Raises:
-        RunError: it cannot be written.
+        FileError: it cannot be written.
     """
 
     def plots(*words: str) -> str:
         return gallery((name, file) for name, file in files.items() if name.startswith(words))
 
-    def tables(*found: Table | None) -> str:
-        return "".join(table_html(table) for table in found if table is not None)
+    def tables(*measured: Table | None) -> str:
+        return "".join(table_html(table) for table in measured if table is not None)
 
     def folder(path: Path | None, skip: Iterable[Path] = ()) -> str:
         if path is None:
@@ -180,17 +183,17 @@ def write_report(
         "Loss landscape": folder(landscape or (run and run / "landscape")),
         "Training": folder(run and run / "plots", skip=[*files.values(), *skip]),
         "Settings": f"<details><summary>settings.toml</summary><pre>{escape(settings)}</pre></details>",
-        "Provenance": _pairs(results.get("provenance", {})) if results.get("provenance") else "",
+        "Provenance": _pairs(results.provenance),
     }
-    return write_text(path, page(sections.title(results), parts, lead=_lead(results)))
+    return write_text(path, page(results.title, parts, lead=_lead(results)))
 
 
 def runs_html(runs: Sequence[Run]) -> str:
     """Where the figures of several runs come from: a row per run, and the versions they share or not."""
 
     def short(run: Run, ending: str) -> str:
-        found = [value for key, value in run.provenance.items() if key.endswith(ending)]
-        return ", ".join(value[:12] for value in found) or "-"
+        values = [value for key, value in run.provenance.items() if key.endswith(ending)]
+        return ", ".join(value[:12] for value in values) or "-"
 
     rows = [
         [
@@ -221,12 +224,12 @@ def write_comparison(
     """Write the tables of several runs, plots of them (caption -> file) and `sections` (heading -> HTML) as one page.
 
     Raises:
-        RunError: it cannot be written.
+        FileError: it cannot be written.
     """
     lead = (
         "<p>Top-1 accuracy of every run's deployed model on its target, in percent. "
         "± is the standard deviation over seeds, bold the best of ours in a column.</p>\n"
     )
-    lead += "".join(f'<div class="warning">{escape(w)}</div>' for w in warnings)
+    lead += _warned(warnings)
     parts = {"Tables": "".join(map(table_html, tables)), "Plots": gallery((files or {}).items()), **(sections or {})}
     return write_text(path, page(title, parts, lead=lead))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,9 +16,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
+from mbcd_cli.evaluation.analyses.robustness import DisturbedAccuracy, MissingModalities
+from mbcd_cli.evaluation.analyses.trust import ConfidenceBin, RiskCurve
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.paper.rows import is_published
-from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, legend_label, save
+from mbcd_cli.plotting import PALETTE, SEQUENTIAL, figure, legend_label, panels, save
 
 _MARKERS = "osD^vPX*"
 
@@ -140,8 +141,9 @@ def plot_lines(
     return save(fig, path)
 
 
-def plot_subsets(values: Mapping[str, float], shares: Mapping[str, float], path: Path, *, title: str) -> Path:
+def plot_subsets(figures: MissingModalities, path: Path, *, title: str) -> Path:
     """Fused accuracy with each subset of modalities present (bars) and each modality's Shapley value (beside)."""
+    values, shares = figures.top1, figures.shapley
     order = sorted(values, key=lambda name: (name != "none", name.count("+"), values[name]))
     tall = max(3.0, 1.2 + 0.36 * len(order))
     fig, (left, right) = figure(1, 2, size=(9.6, tall), width_ratios=(2.2, 1))
@@ -166,26 +168,26 @@ def plot_subsets(values: Mapping[str, float], shares: Mapping[str, float], path:
     return save(fig, path)
 
 
-def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str) -> Path:
+def plot_reliability(tables: Mapping[str, Sequence[ConfidenceBin]], path: Path, *, title: str) -> Path:
     """Reliability diagrams side by side: accuracy per confidence bin, its gap to the diagonal, clips per bin."""
     fig, axes = figure(
         2, len(tables), size=(3.4 * len(tables), 4.6), sharex=True, sharey="row", squeeze=False, height_ratios=(3, 1)
     )
     for column, (name, rows) in enumerate(tables.items()):
         top, bottom = axes[:, column]
-        used = [row for row in rows if row["clips"]]
-        centre = [(row["low"] + row["high"]) / 2 for row in used]
+        used = [row for row in rows if row.clips]
+        centre = [(row.low + row.high) / 2 for row in used]
         width = 1 / len(rows)
-        both = [min(row["accuracy"], row["confidence"]) for row in used]
+        both = [min(row.accuracy, row.confidence) for row in used]
         top.bar(centre, both, width * 0.94, color=PALETTE[0], label="accuracy")
-        less = [row["accuracy"] - floor for row, floor in zip(used, both, strict=True)]
+        less = [row.accuracy - floor for row, floor in zip(used, both, strict=True)]
         top.bar(centre, less, width * 0.94, bottom=both, color=PALETTE[5], label="accuracy over confidence")
-        more = [row["confidence"] - floor for row, floor in zip(used, both, strict=True)]
+        more = [row.confidence - floor for row, floor in zip(used, both, strict=True)]
         style = {"color": "none", "edgecolor": PALETTE[1], "linewidth": 0, "hatch": "////"}
         top.bar(centre, more, width * 0.94, bottom=both, label="confidence over accuracy", **style)
         top.plot([0, 1], [0, 1], color="#333333", linestyle="--", linewidth=1)
         top.set(xlim=(0, 1), ylim=(0, 1), title=name)
-        bottom.bar(centre, [row["clips"] for row in used], width * 0.94, color=PALETTE[7])
+        bottom.bar(centre, [row.clips for row in used], width * 0.94, color=PALETTE[7])
         bottom.set(xlabel="confidence")
     axes[0, 0].set_ylabel("accuracy")
     axes[1, 0].set_ylabel("clips")
@@ -194,11 +196,11 @@ def plot_reliability(tables: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
     return save(fig, path)
 
 
-def plot_risk(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path, *, title: str) -> Path:
-    """Risk-coverage curves: error among the most confident share of the clips; name -> coverage and risk."""
+def plot_risk(curves: Mapping[str, RiskCurve], path: Path, *, title: str) -> Path:
+    """Risk-coverage curves: error among the most confident share of the clips."""
     fig, ax = figure(size=(6.8, 4.0))
     for index, (name, curve) in enumerate(curves.items()):
-        ax.plot([100 * c for c in curve["coverage"]], [100 * r for r in curve["risk"]], label=name, color=colour(index))
+        ax.plot([100 * c for c in curve.coverage], [100 * r for r in curve.risk], label=name, color=colour(index))
     ax.set(xlabel="coverage: clips answered, the most confident first", ylabel="error among them", title=title)
     ax.set(xlim=(0, 100), ylim=(0, None))
     ax.xaxis.set_major_formatter(PercentFormatter())
@@ -207,25 +209,20 @@ def plot_risk(curves: Mapping[str, Mapping[str, Sequence[float]]], path: Path, *
     return save(fig, path)
 
 
-def plot_disturbed(records: Sequence[Mapping[str, Any]], path: Path, *, title: str, xlabel: str) -> Path:
+def plot_disturbed(records: Sequence[DisturbedAccuracy], path: Path, *, title: str, xlabel: str) -> Path:
     """Accuracy against the level of a disturbance: one panel per kind, one fused and one own line per modality."""
-    kinds = list(dict.fromkeys(record["kind"] for record in records))
-    modalities = list(dict.fromkeys(record["modality"] for record in records))
-    columns = min(3, len(kinds))
-    rows = -(-len(kinds) // columns)
-    fig, axes = figure(rows, columns, size=(max(6.2, 3.3 * columns), 0.8 + 2.9 * rows), sharey=True, squeeze=False)
-    for ax, kind in zip(axes.flat, kinds, strict=False):
+    kinds = list(dict.fromkeys(record.kind for record in records))
+    modalities = list(dict.fromkeys(record.modality for record in records))
+    fig, axes = panels(len(kinds), 3, lambda rows, columns: (max(6.2, 3.3 * columns), 0.8 + 2.9 * rows), sharey=True)
+    for ax, kind in zip(axes, kinds, strict=True):
         for index, modality in enumerate(modalities):
-            mine = [r for r in records if r["kind"] == kind and r["modality"] == modality]
-            if not mine:
-                continue
-            levels = [r["level"] for r in mine]
-            ax.plot(levels, [100 * r["fused"] for r in mine], color=colour(index), marker="o", markersize=4)
-            ax.plot(levels, [100 * r["unimodal"] for r in mine], color=colour(index), marker="x", markersize=4, ls=":")
+            shown = [r for r in records if (r.kind, r.modality) == (kind, modality)]
+            levels, look = [r.level for r in shown], {"color": colour(index), "markersize": 4}
+            if shown:
+                ax.plot(levels, [100 * r.fused for r in shown], marker="o", **look)
+                ax.plot(levels, [100 * r.unimodal for r in shown], marker="x", ls=":", **look)
         ax.set(title=kind if len(kinds) > 1 else "", ylim=(0, 100))
-    for ax in list(axes.flat)[len(kinds) :]:
-        ax.set_axis_off()
-    for ax in axes[:, 0]:
+    for ax in axes[::3]:
         ax.set_ylabel("accuracy")
         ax.yaxis.set_major_formatter(PercentFormatter())
     fig.supxlabel(xlabel, fontsize=10)

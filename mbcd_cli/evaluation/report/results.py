@@ -1,10 +1,11 @@
-"""The results of an evaluation as one JSON-able dict, and the small files beside a run it is made from."""
+"""The results of an evaluation, as results.json holds them, and what they say of the run they are of."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,131 @@ import torch
 import mbcd_cli
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import RunError
+from mbcd_cli.evaluation.analyses.corruptions import Corrupted
+from mbcd_cli.evaluation.analyses.robustness import Disturbed, MissingModalities
+from mbcd_cli.evaluation.analyses.trust import ForeignClips, TrustFigures
 from mbcd_cli.evaluation.evaluator import Evaluated
+from mbcd_cli.evaluation.report.export import HardestClips
 from mbcd_cli.files import flatten, read_json
+from mbcd_cli.json_values import OPTIONAL
+from mbcd_cli.resolved import method_label
 from mbcd_cli.runs.checkpoint import Checkpoint
-from mbcd_cli.scoring.clip_sets import TARGET, source_domains
+from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, source_domains
+from mbcd_cli.scoring.history import Oracle
+from mbcd_cli.scoring.metrics import HeadFigures
 from mbcd_cli.settings import Settings, role_of
 
 RESULTS_FORMAT = 2
 """Version of the layout of results.json."""
 
 
-def describe_run(settings: Settings, dataset: Dataset, checkpoints: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """What was evaluated: dataset, method, domains, seed and checkpoints."""
-    training = settings.training
-    return {
-        "format": RESULTS_FORMAT,
-        "dataset": dataset.name,
-        "fingerprints": dict(dataset.fingerprints),
-        "method": settings.method.name,
-        "modalities": list(settings.model.modalities or dataset.modalities),
-        "target_domain": training.target_domain,
-        "target_split": settings.dataset.target_split,
-        "source_domains": list(source_domains(settings, dataset)),
-        "seed": training.seed,
-        "label_names": list(dataset.label_names),
-        "settings": weights_settings(settings),
-        "epochs": {name: int(checkpoint.epoch) for name, checkpoint in checkpoints.items()},
-    }
+SetFigures = dict[str, dict[str, HeadFigures]]
+"""Source or target -> head -> figures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """The deployed model's top-1 (0 to 1) of every head, on the target or (without one) in-domain."""
+
+    checkpoint: str
+    model: str
+    clips: str
+    top1: dict[str, float]
+
+
+@dataclass(slots=True, kw_only=True)
+class Results:
+    """What an evaluation found: what results.json holds.
+
+    Attributes:
+        format: `RESULTS_FORMAT`.
+        fingerprints: modality -> fingerprint of its cache.
+        settings: `weights_settings`. epochs: checkpoint -> its epoch.
+        models: checkpoint -> teacher or student -> figures.
+        warnings: what a reader should know. checkpoints: checkpoint -> checksum of its file, where it lies in a run.
+        missing: source or target -> figures. provenance: what is behind the figures -> its version.
+    """
+
+    format: int
+    dataset: str
+    fingerprints: dict[str, str]
+    method: str
+    modalities: list[str]
+    target_domain: str | None
+    target_split: str
+    source_domains: list[str]
+    seed: int
+    label_names: list[str]
+    settings: dict[str, str]
+    epochs: dict[str, int]
+    models: dict[str, dict[str, SetFigures]]
+    headline: Headline
+    provenance: dict[str, str]
+    warnings: list[str] = field(default_factory=list)
+    checkpoints: dict[str, str] = field(default_factory=dict)
+    oracle: Oracle | None = field(default=None, metadata=OPTIONAL)
+    missing: dict[str, MissingModalities] | None = field(default=None, metadata=OPTIONAL)
+    shift: Disturbed | None = field(default=None, metadata=OPTIONAL)
+    corruptions: Corrupted | None = field(default=None, metadata=OPTIONAL)
+    trust: TrustFigures | None = field(default=None, metadata=OPTIONAL)
+    hardest: HardestClips | None = field(default=None, metadata=OPTIONAL)
+    ood: ForeignClips | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def title(self) -> str:
+        """One line that says which run this is."""
+        where = f"target {self.target_domain}" if self.target_domain else "in-domain"
+        return f"{self.dataset}, {'+'.join(self.modalities)}, {self.method}, {where}, seed {self.seed}"
+
+    @property
+    def deployed_sets(self) -> SetFigures:
+        """The deployed model's figures, those on the target first."""
+        sets = self.models[self.headline.checkpoint][self.headline.model]
+        return {name: sets[name] for name in (TARGET, SOURCE) if name in sets}
+
+    def clips_name(self, clip_set: str) -> str:
+        """`target (street)` or `source (studio, tilted)`."""
+        domains = [str(self.target_domain)] if clip_set == TARGET else self.source_domains
+        return f"{clip_set} ({', '.join(domains)})"
+
+
+def results_of(
+    settings: Settings,
+    dataset: Dataset,
+    checkpoints: Mapping[str, Checkpoint],
+    evaluated: Iterable[Evaluated],
+    *,
+    deployed: tuple[str, str],
+    device: torch.device,
+) -> Results:
+    """Figures of every model, what was evaluated, and warnings; `deployed` names checkpoint and model."""
+    models: dict[str, dict[str, SetFigures]] = {}
+    for on_set in evaluated:
+        by_set = models.setdefault(on_set.checkpoint, {}).setdefault(on_set.model, {})
+        by_set[on_set.clip_set.name] = on_set.figures
+    checkpoint, model = deployed
+    sets = models[checkpoint][model]
+    headline_set = TARGET if TARGET in sets else next(iter(sets))
+    top1 = {head: figures.top1 for head, figures in sets[headline_set].items()}
+    results = Results(
+        format=RESULTS_FORMAT,
+        dataset=dataset.name,
+        fingerprints=dict(dataset.fingerprints),
+        method=method_label(settings),
+        modalities=list(settings.model.modalities or dataset.modalities),
+        target_domain=settings.training.target_domain,
+        target_split=settings.dataset.target_split,
+        source_domains=list(source_domains(settings, dataset)),
+        seed=settings.training.seed,
+        label_names=list(dataset.label_names),
+        settings=weights_settings(settings),
+        epochs={name: int(weights.epoch) for name, weights in checkpoints.items()},
+        models=models,
+        headline=Headline(checkpoint, model, headline_set, top1),
+        provenance=provenance(dataset, checkpoints, device),
+    )
+    results.warnings = _warnings(results, checkpoints)
+    return results
 
 
 def weights_settings(settings: Settings) -> dict[str, str]:
@@ -62,7 +161,7 @@ def weights_sha256(checkpoint: Checkpoint) -> str:
 
 def provenance(dataset: Dataset, checkpoints: Mapping[str, Checkpoint], device: torch.device) -> dict[str, str]:
     """Versions, weights and caches behind the figures, flat: what -> value."""
-    found = {
+    versions = {
         "mbcd": mbcd_cli.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -70,40 +169,17 @@ def provenance(dataset: Dataset, checkpoints: Mapping[str, Checkpoint], device: 
         "platform": f"{platform.system()} {platform.machine()}, {device.type}",
     }
     for name, checkpoint in checkpoints.items():
-        found[f"{name} weights, sha256"] = weights_sha256(checkpoint)
+        versions[f"{name} weights, sha256"] = weights_sha256(checkpoint)
     for name, fingerprint in dataset.fingerprints.items():
-        found[f"{name} cache"] = fingerprint
+        versions[f"{name} cache"] = fingerprint
     for name, cache in dataset.caches.items():
         for key, value in cache.provenance.items():
-            found[f"{name} cache, {key.replace('_', ' ')}"] = str(value)
-    return found
-
-
-def gathered_results(about: Mapping[str, Any], results: Iterable[Evaluated], chosen: tuple[str, str]) -> dict[str, Any]:
-    """`about` with the figures: models[checkpoint][teacher|student][source|target][head], and the headline.
-
-    The headline repeats the deployed (`chosen`) model's top-1 of every head on the target (without one, in-domain).
-    """
-    models: dict[str, Any] = {}
-    for one in results:
-        models.setdefault(one.checkpoint, {}).setdefault(one.model, {})[one.clip_set.name] = one.figures
-    checkpoint, model = chosen
-    sets = models[checkpoint][model]
-    measured_on = TARGET if TARGET in sets else next(iter(sets))
-    return {
-        **about,
-        "models": models,
-        "headline": {
-            "checkpoint": checkpoint,
-            "model": model,
-            "clips": measured_on,
-            "top1": {head: figures["top1"] for head, figures in sets[measured_on].items()},
-        },
-    }
+            versions[f"{name} cache, {key.replace('_', ' ')}"] = str(value)
+    return versions
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What an evaluation wrote.
+    """What an evaluation wrote, as the JSON that it is: perhaps another version's, or no evaluation's at all.
 
     Raises:
         RunError: no such file, or a damaged one.
@@ -116,25 +192,22 @@ def read_results(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} cannot be read: {error}", "Evaluate that run again.") from error
 
 
-def result_warnings(figures: Mapping[str, Any], checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+def _warnings(results: Results, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     """What a reader of the figures should know: another cache, diverged models, absent classes."""
-    found = []
+    warnings = []
     for name, checkpoint in checkpoints.items():
         trained = checkpoint.fingerprints
-        changed = [m for m, f in figures["fingerprints"].items() if m in trained and trained[m] != f]
+        changed = [m for m, f in results.fingerprints.items() if m in trained and trained[m] != f]
         if changed:
-            found.append(f"The {name} checkpoint was trained on another cache of {', '.join(changed)}.")
-    for checkpoint, models in figures["models"].items():
+            warnings.append(f"The {name} checkpoint was trained on another cache of {', '.join(changed)}.")
+    for name, models in results.models.items():
         for model, sets in models.items():
             for clip_set, heads in sets.items():
-                bad = sum(head["unpredicted"] for head in heads.values())
-                if bad:
-                    found.append(
-                        f"The {checkpoint} {model} diverged: {bad} non-finite outputs on {clip_set} are wrong."
-                    )
-    headline = figures["headline"]
-    for clip_set, heads in figures["models"][headline["checkpoint"]][headline["model"]].items():
-        absent = [name for name, entry in heads["fused"]["per_class"].items() if entry["clips"] == 0]
+                if bad := sum(head.unpredicted for head in heads.values()):
+                    warnings.append(f"The {name} {model} diverged: {bad} non-finite outputs on {clip_set} are wrong.")
+    headline = results.headline
+    for clip_set, heads in results.models[headline.checkpoint][headline.model].items():
+        absent = [name for name, figures in heads["fused"].per_class.items() if figures.clips == 0]
         if absent:
-            found.append(f"No {clip_set} clip of class {', '.join(absent)}: left out of the mean class accuracy.")
-    return found
+            warnings.append(f"No {clip_set} clip of class {', '.join(absent)}: left out of the mean class accuracy.")
+    return warnings

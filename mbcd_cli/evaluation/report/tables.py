@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -87,17 +86,6 @@ class Table:
 def plain(cell: str | Score) -> str:
     """A cell as plain text."""
     return cell if isinstance(cell, str) else cell.text()
-
-
-def as_values(table: Table) -> dict[str, Any]:
-    """The table as JSON-able values; `from_values` is the way back."""
-    return asdict(table)
-
-
-def from_values(values: Mapping[str, Any]) -> Table:
-    """The table that `as_values` described."""
-    rows = [[Score(**cell) if isinstance(cell, dict) else cell for cell in row] for row in values["rows"]]
-    return Table(values["name"], values["title"], values["columns"], rows, values["note"], values.get("blocks", False))
 
 
 def markdown(table: Table) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def demo(
             *(path for path in surfaces["files"].values() if str(path).endswith(".png")),
         ],
         "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
-        "prepared": prepared["modalities"],
+        "prepared": {name: asdict(modality) for name, modality in prepared.modalities.items()},
     }
 
 

@@ -103,7 +103,7 @@ def expected_inputs(settings, batch, *, seed: int, epoch: int, through_trunk: bo
 def test_only_test_views_are_stored(prepared):
     settings, result = prepared
     dataset, _ = opened(settings)
-    assert result["rejected"] == []
+    assert result.rejected == []
     for cache in dataset.caches.values():
         assert cache.views == 0
         assert not cache.stored(0).any()
@@ -337,7 +337,7 @@ def test_bad_files_come_to_light_in_prepare_and_later_ones_in_training(tmp_path)
     root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha", "beta", "gamma"))
     (root / "video" / "alpha_0_0.mp4").write_bytes(b"no video")
     settings = tree(root, tmp_path / "cache", "dataset.max_bad=1")
-    assert [r["clip"] for r in prepare(settings)["rejected"]] == ["alpha_0_0"]
+    assert [r.clip for r in prepare(settings).rejected] == ["alpha_0_0"]
     dataset, clips = opened(settings)
     assert "alpha_0_0" not in {dataset.clips.ids[i] for i in clips}
     (root / "audio" / "beta_1_1.wav").unlink()
@@ -352,7 +352,9 @@ def test_what_only_a_later_view_meets_is_mended_with_a_warning(tmp_path, capsys)
     prepare(settings)
     dataset, _ = opened(settings, "dataset.missing_frames=reject")
     helpers.write_wav(root / "audio" / "beta_1_1.wav", helpers.tone(0.1))
-    dataset.online._media["audio"] = [replace(one, stop=0.5) for one in dataset.online._media["audio"]]
+    sources = dataset.online._sources
+    shorter = [replace(media, stop=0.5) for media in sources["audio"].media]
+    sources["audio"] = replace(sources["audio"], media=shorter)
     clips = dataset.select(domains=["alpha", "beta"], splits=["train"])
     for _ in range(2):
         assert len(list(dataset.batches(clips, batch_size=1, training=True))) == len(clips)

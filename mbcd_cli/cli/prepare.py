@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,7 @@ from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Reply, command, emit_settings, preset_of
 
 if TYPE_CHECKING:
+    from mbcd_cli.preparation.check import Checked
     from mbcd_cli.preparation.prepare import Prepared
 
 _PREPARES = [
@@ -72,11 +74,11 @@ def prepare(
     configure(settings.runtime)
     if check:
         report = checking.check(settings)
-        return report, partial(show_check, report)
+        return asdict(report), partial(show_check, report)
     result = prepare(settings, say=console.terminal)
-    if not result:  # rank 0 of several processes tells
+    if result is None:  # rank 0 of several processes tells
         return None
-    return result, partial(show_prepared, result, preset=preset, repeat=_repeated(asked, layered=bool(preset)))
+    return asdict(result), partial(show_prepared, result, preset=preset, repeat=_repeated(asked, layered=bool(preset)))
 
 
 def _look_up(reader: str, root: Path | None) -> None:
@@ -117,90 +119,89 @@ def show_prepared(result: Prepared, *, preset: str | None, repeat: Sequence[str]
         repeat: words of its command line that `train` needs too, to mean the same cache.
     """
     columns = ["modality", "clips", "MB", "bytes per view", "shards", "reused", "seconds"]
-    squeezed = any(done["int8_error"] is not None for done in result["modalities"].values())
+    squeezed = any(done.int8_error is not None for done in result.modalities.values())
     rows = []
-    for name, done in result["modalities"].items():
-        row = [name, done["clips"], f"{done['bytes'] / 1e6:.1f}", done["bytes_per_view"]]
-        row += [done["shards"], done["shards_reused"], f"{done['seconds']:.1f}"]
+    for name, done in result.modalities.items():
+        row = [name, done.clips, f"{done.bytes / 1e6:.1f}", done.bytes_per_view]
+        row += [done.shards, done.shards_reused, f"{done.seconds:.1f}"]
         if squeezed:
-            row.append("-" if done["int8_error"] is None else f"{100 * done['int8_error']:.2f}%")
+            row.append("-" if done.int8_error is None else f"{100 * done.int8_error:.2f}%")
         rows.append(row)
     console.table(
-        f"{result['dataset']}: {result['clips']} clips, {result['classes']} classes, "
-        f"domains {', '.join(result['domains'])}",
+        f"{result.dataset}: {result.clips} clips, {result.classes} classes, domains {', '.join(result.domains)}",
         columns + (["int8 error"] if squeezed else []),
         rows,
     )
-    bad = len({r["clip"] for r in result["rejected"]})
-    if result["exit_code"]:
+    bad = len({r.clip for r in result.rejected})
+    if result.exit_code:
         console.say(
             f"error: {bad} clips were rejected, and --max-bad allows fewer; the other clips are prepared.\n"
             f"Mend the files in the table above, or run again with --max-bad {bad}."
         )
         return
-    named = ["--preset", preset] if preset else ["--dataset", result["dataset"]]
-    console.say(f"Next: mbcd train {shlex.join([*named, '--target-domain', result['domains'][-1], *repeat])}")
+    named = ["--preset", preset] if preset else ["--dataset", result.dataset]
+    console.say(f"Next: mbcd train {shlex.join([*named, '--target-domain', result.domains[-1], *repeat])}")
 
 
 _SHOWN = 5
 
 
-def show_check(report: dict[str, Any]) -> None:
+def show_check(report: Checked) -> None:
     """Print what `check` returned."""
-    for line in report["layout"]:
+    for line in report.layout:
         console.show(line)
-    for line in report["warnings"]:
+    for line in report.warnings:
         console.warn(line)
     console.table(
-        f"{report['dataset']}: {report['clips']} clips, {report['splits']['train']} train + "
-        f"{report['splits']['test']} test, {report['classes']} classes",
+        f"{report.dataset}: {report.clips} clips, {report.splits['train']} train + "
+        f"{report.splits['test']} test, {report.classes} classes",
         ("domain", "train", "test"),
-        [(domain, counts["train"], counts["test"]) for domain, counts in report["domains"].items()],
+        [(domain, counts["train"], counts["test"]) for domain, counts in report.domains.items()],
     )
-    begun = any(one["shards_there"] for one in report["modalities"].values())
+    begun = any(modality.shards_there for modality in report.modalities.values())
     rows = []
-    for name, one in report["modalities"].items():
-        row = [name, one["complete"], one["incomplete"], one["absent"], one["files_missing"]]
+    for name, modality in report.modalities.items():
+        row = [name, modality.complete, modality.incomplete, modality.absent, modality.files_missing]
         row += [
-            f"{one['bytes_per_view']['train'] / 1e6:.2f}",
-            f"{one['bytes'] / 1e9:.2f}",
-            console.duration(one["seconds"]),
+            f"{modality.bytes_per_view['train'] / 1e6:.2f}",
+            f"{modality.bytes / 1e9:.2f}",
+            console.duration(modality.seconds),
         ]
-        rows.append(row + ([f"{one['shards_there']}/{one['shards']}"] if begun else []))
+        rows.append(row + ([f"{modality.shards_there}/{modality.shards}"] if begun else []))
     console.table(
-        f"Clips whole, in part or absent, files missing; and what --views {report['views']} makes of it",
+        f"Clips whole, in part or absent, files missing; and what --views {report.views} makes of it",
         ["modality", "whole", "part", "absent", "missing", "MB/view", "GB", "time", *(["shards"] if begun else [])],
         rows,
     )
-    for name, one in report["modalities"].items():
-        for gap in one["gaps"][:_SHOWN]:
-            lacks = f"lacks {gap['missing']} of {gap['expected']}, first {gap['first']}"
-            console.say(f"{name}: {gap['clip']} {lacks}{': ' if gap['cause'] else ''}{gap['cause']}")
-        for bad in one["unusable"]:
-            console.say(f"{name}: {bad['clip']}, which was tried, cannot be used: {bad['file']}: {bad['cause']}")
-        if len(one["gaps"]) > _SHOWN:
-            console.say(f"{name}: ... and {len(one['gaps']) - _SHOWN} more clips (--json lists all of them)")
-        if one["weights"] and not one["weights"]["present"]:
-            console.warn(f"{name}: {one['weights']['message']}")
-    room = "fits" if report["fits"] else "does not fit"
+    for name, modality in report.modalities.items():
+        for gap in modality.gaps[:_SHOWN]:
+            lacks = f"lacks {gap.missing} of {gap.expected}, first {gap.first}"
+            console.say(f"{name}: {gap.clip} {lacks}{': ' if gap.cause else ''}{gap.cause}")
+        for bad in modality.unusable:
+            console.say(f"{name}: {bad.clip}, which was tried, cannot be used: {bad.file}: {bad.cause}")
+        if len(modality.gaps) > _SHOWN:
+            console.say(f"{name}: ... and {len(modality.gaps) - _SHOWN} more clips (--json lists all of them)")
+        if modality.lacks_weights:
+            console.warn(f"{name}: {modality.weights.message}")
+    room = "fits" if report.fits else "does not fit"
     console.say(
-        f"To write: {report['bytes_to_write'] / 1e9:.1f} GB, free: {report['free_bytes'] / 1e9:.1f} GB ({room}). "
-        f"About {console.duration(report['seconds'])} on {report['device']} with {report['workers']} decoding workers."
+        f"To write: {report.bytes_to_write / 1e9:.1f} GB, free: {report.free_bytes / 1e9:.1f} GB ({room}). "
+        f"About {console.duration(report.seconds)} on {report.device} with {report.workers} decoding workers."
     )
-    if untimed := [name for name, one in report["modalities"].items() if not one["decode_timed_clips"]]:
+    if untimed := [name for name, modality in report.modalities.items() if not modality.decode_timed_clips]:
         console.say(f"No clip of {', '.join(untimed)} could be timed: a usual decoding time was taken.")
-    if report["clips_to_be_rejected"]:
-        console.warn(f"{report['clips_to_be_rejected']} clips lack files, or cannot be used, and would be rejected")
-    lacking = [name for name, one in report["modalities"].items() if one["weights"] and not one["weights"]["present"]]
+    if report.clips_to_be_rejected:
+        console.warn(f"{report.clips_to_be_rejected} clips lack files, or cannot be used, and would be rejected")
+    lacking = [name for name, modality in report.modalities.items() if modality.lacks_weights]
     if lacking:
         console.say(f"error: `prepare` would stop, since it lacks the weights of {', '.join(lacking)}.")
-    if not report["fits"]:
+    if not report.fits:
         console.say(
             "error: `prepare` would stop, since the cache does not fit. Free some space, name another disk with "
             "--cache-dir, or store fewer views (--views 1)."
         )
-    if report["exit_code"] == 3:
+    if report.exit_code == 3:
         console.say(
             "error: `prepare` would end with exit code 3. Mend the files above, or allow that many clips with "
-            f"--max-bad {report['clips_to_be_rejected']}."
+            f"--max-bad {report.clips_to_be_rejected}."
         )

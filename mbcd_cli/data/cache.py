@@ -21,11 +21,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import h5py
 import numpy as np
@@ -36,7 +36,7 @@ from mbcd_cli.data.media.condition import condition, holding
 from mbcd_cli.data.media.timeline import DECODER
 from mbcd_cli.data.modalities.modality import Modality, each_file
 from mbcd_cli.data.ranks import partial_is_ours
-from mbcd_cli.data.records import TEST_VIEW, Rejected
+from mbcd_cli.data.records import TEST_VIEW, Mended, Rejected
 from mbcd_cli.errors import FOREIGN, CacheError
 from mbcd_cli.files import open_hdf5, remove_partial, written_hdf5
 from mbcd_cli.processes import ALONE, Place
@@ -48,6 +48,7 @@ SHARD_BYTES = 512 * 2**20
 SHARD_CLIPS, FEW_CLIPS, LEAST_BYTES = 64, 64 * 64, 2**20
 """Clips of a shard; in datasets of more than a few as many more as have so many bytes: many small files are slow."""
 _TEXT = h5py.string_dtype("utf-8")
+AnyRecord = TypeVar("AnyRecord", Rejected, Mended)
 
 
 def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha256: str | None) -> dict[str, object]:
@@ -61,9 +62,9 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
     """
     # With nothing frozen the cache holds decoded tensors, whatever encoder reads them later.
     view = modality.model_dump(mode="json", include={*fields_for(type(modality), "cache")})
-    recipe: dict[str, Any] = {"format": FORMAT, "decoder": DECODER, "modality": name, "view": view}
+    recipe: dict[str, object] = {"format": FORMAT, "decoder": DECODER, "modality": name, "view": view}
     for group in (settings.dataset, settings.cache):
-        recipe |= {field: getattr(group, field) for field in fields_for(type(group), "cache")}
+        recipe |= {key: getattr(group, key) for key in fields_for(type(group), "cache")}
     if settings.cache.views:
         del recipe["trunk_batch_norm"]
     if modality.cut != "input" or modality.weights is not None:
@@ -150,32 +151,29 @@ def _write_strings(group: h5py.Group, name: str, values: Sequence[str]) -> None:
     group.create_dataset(name, data=np.array(encoded, h5py.string_dtype("utf-8", length)))
 
 
-def _write_rejected(file: h5py.File, rejected: Sequence[Rejected]) -> None:
-    group = file.create_group("rejected")
-    for key in ("clip", "modality", "file", "cause", "remedy"):
-        _write_strings(group, key, [getattr(r, key) for r in rejected])
+def _write_records(file: h5py.File, name: str, kind: type[AnyRecord], records: Sequence[AnyRecord]) -> None:
+    group = file.create_group(name)
+    for column in fields(kind):
+        _write_strings(group, column.name, [getattr(record, column.name) for record in records])
 
 
 def _strings(dataset: h5py.Dataset) -> list[str]:
     return [value.decode(errors="surrogateescape") for value in dataset[()]]
 
 
-def _write_mended(file: h5py.File, mended: Sequence[tuple[str, str]]) -> None:
-    group = file.create_group("mended")
-    _write_strings(group, "clip", [clip for clip, _ in mended])
-    _write_strings(group, "note", [note for _, note in mended])
+def _read_records(file: h5py.File, name: str, kind: type[AnyRecord]) -> list[AnyRecord]:
+    columns = [_strings(file[name][column.name]) for column in fields(kind)]
+    return [kind(*row) for row in zip(*columns, strict=True)]
 
 
-def read_mended(file: h5py.File) -> list[tuple[str, str]]:
-    """(clip, note) of what decoding mended: frames taken from a neighbour and the like."""
-    return list(zip(_strings(file["mended/clip"]), _strings(file["mended/note"]), strict=True))
+def read_mended(file: h5py.File) -> list[Mended]:
+    """The mended clips recorded in a shard or an index."""
+    return _read_records(file, "mended", Mended)
 
 
 def read_rejected(file: h5py.File) -> list[Rejected]:
     """The rejected clips recorded in a shard or an index."""
-    group = file["rejected"]
-    columns = [_strings(group[field]) for field in ("clip", "modality", "file", "cause", "remedy")]
-    return [Rejected(*row) for row in zip(*columns, strict=True)]
+    return _read_records(file, "rejected", Rejected)
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -196,15 +194,15 @@ def is_done(folder: Path, number: int, span: range, clips: Clips, name: str) -> 
 
 
 def _conditions(
-    clips: Clips, span: range, name: str, rejected: Sequence[Rejected], mended: Sequence[tuple[str, str]]
+    clips: Clips, span: range, name: str, rejected: Sequence[Rejected], mended: Sequence[Mended]
 ) -> dict[str, str]:
-    doubtful = {bad.clip for bad in rejected} | {clip for clip, _ in mended}
+    doubtful = {record.clip for record in (*rejected, *mended)}
     if not doubtful:
         return {}
     return {clips.ids[i]: condition(clips.media[name][i]) for i in span if clips.ids[i] in doubtful}
 
 
-def root_checksum(recipe: Mapping[str, Any], clips: Clips, files: Mapping[str, str]) -> str:
+def root_checksum(recipe: Mapping[str, object], clips: Clips, files: Mapping[str, str]) -> str:
     """One checksum over a cache: its recipe, its clips and every stored byte; when it was prepared plays no part."""
     return checksums.of_text(json.dumps([recipe, clips.digest, files], sort_keys=True))
 
@@ -241,14 +239,14 @@ class Rows:
 
 @dataclass(slots=True)
 class Shard:
-    """What one shard holds: rows per group, the clips that were rejected, and (clip, note) of what was mended.
+    """What one shard holds: rows per group, the clips that were rejected, and those that were mended.
 
     `errors` has per part the sums of squared int8 errors and of squared values; zeros where nothing is rounded to int8.
     """
 
     rows: dict[str, Rows]
     rejected: list[Rejected]
-    mended: list[tuple[str, str]]
+    mended: list[Mended]
     errors: list[list[float]] = field(default_factory=list)
 
 
@@ -263,7 +261,7 @@ class Finished:
     """
 
     rejected: list[Rejected]
-    mended: list[tuple[str, str]]
+    mended: list[Mended]
     error: float | None
     lost: str = ""
 
@@ -280,7 +278,8 @@ class CacheWriter:
         provenance: reader, dataset, root, weights and the like, as readable attributes.
         compression: "none", "gzip" or "lzf".
         place: this process' place among those that fill the cache together.
-        online: JSON-able: what `train` needs to decode training views by itself; None where they are stored.
+        online: JSON of the `data.online.MediaSource` that `train` decodes training views from; None where they are
+            stored.
     """
 
     def __init__(
@@ -296,7 +295,7 @@ class CacheWriter:
         provenance: Mapping[str, str],
         compression: str,
         place: Place = ALONE,
-        online: Mapping[str, object] | None = None,
+        online: str | None = None,
     ) -> None:
         self.folder = folder
         self.online = online
@@ -347,8 +346,8 @@ class CacheWriter:
             name = self.recipe["modality"]
             conditions = _conditions(self.clips, self.shards[number], name, shard.rejected, shard.mended)
             file.attrs["conditions"] = np.bytes_(json.dumps(conditions))  # see `_write_strings`
-            _write_rejected(file, shard.rejected)
-            _write_mended(file, shard.mended)
+            _write_records(file, "rejected", Rejected, shard.rejected)
+            _write_records(file, "mended", Mended, shard.mended)
 
     def finish(self, unlisted: Sequence[Rejected] = (), *, settings: str = "", lost: str = "") -> Finished:
         """Write the index over all shards; return what they report.
@@ -365,7 +364,7 @@ class CacheWriter:
         columns: dict[str, list[np.ndarray]] = {"clip": [], "view": [], "shard": [], "row": []}
         files = {file.name: checksums.checksum(file) for file in sorted(self.folder.glob("*.pt"))}
         rejected: list[Rejected] = []
-        mended: list[tuple[str, str]] = []
+        mended: list[Mended] = []
         errors = np.zeros(2)
         for number in range(len(self.shards)):
             path = self.shard_path(number)
@@ -397,7 +396,7 @@ class CacheWriter:
             for key, value in self.provenance.items():
                 file.attrs[key] = str(value)
             if self.online is not None:
-                file.create_dataset("online", data=json.dumps(self.online), dtype=_TEXT)
+                file.create_dataset("online", data=self.online, dtype=_TEXT)
             file.create_dataset("settings", data=settings, dtype=_TEXT)
             if (beside := self.folder / checksums.PREPARED_WITH).exists():  # paths are in it: no part of the root
                 file.attrs["prepared_with"] = checksums.checksum(beside)
@@ -416,8 +415,8 @@ class CacheWriter:
             rows = file.create_group("rows")
             for key, values in columns.items():
                 rows.create_dataset(key, data=np.concatenate(values))
-            _write_rejected(file, [*unlisted, *rejected])
-            _write_mended(file, mended)
+            _write_records(file, "rejected", Rejected, [*unlisted, *rejected])
+            _write_records(file, "mended", Mended, mended)
         for path in self.folder.glob("shard-*.h5"):  # of a time when shards held fewer clips
             if path.name not in files:
                 path.unlink()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -275,19 +274,19 @@ def _newest(settings: Settings, name: str, caches: Sequence[ModalityCache]) -> M
     given = {f: value for f in PREPARED if (value := getattr(settings.cache, f)) != getattr(defaults, f)}
     for cache in caches:
         have = as_prepared(cache)
-        if all(have[field] == value for field, value in given.items()):
+        if all(getattr(have, field) == value for field, value in given.items()):
             return cache
     have = as_prepared(caches[0])
-    lines = [f"  {f}: cache has {have[f]}, settings say {v}" for f, v in given.items() if have[f] != v]
+    lines = [f"  {f}: cache has {was}, settings say {v}" for f, v in given.items() if (was := getattr(have, f)) != v]
     raise CacheError(
         f"The cache of {name} is stale ({caches[0].folder}):\n" + "\n".join(lines),
         "Run `mbcd prepare` with these settings, or leave them out.",
     )
 
 
-def as_prepared(cache: ModalityCache) -> dict[str, Any]:
-    """`PREPARED`, as the cache was prepared."""
-    return {"trunk_batch_norm": "running", **{f: cache.recipe[f] for f in PREPARED if f in cache.recipe}}
+def as_prepared(cache: ModalityCache) -> CacheSettings:
+    """The defaults, with `PREPARED` as the cache was prepared."""
+    return CacheSettings().model_copy(update={f: cache.recipe[f] for f in PREPARED if f in cache.recipe})
 
 
 def _resolved(wanted: Modality, prepared: Modality) -> Modality:

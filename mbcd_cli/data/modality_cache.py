@@ -111,7 +111,7 @@ class ModalityCache:
         folder, fingerprint, recipe, provenance: where it is and how it was made.
         modality: the resolved settings it was prepared with.
         views: V, training views stored per training clip.
-        online: where V is 0, the JSON of what decodes training views (`data.online.describe_media`); else None.
+        online: where V is 0, the JSON of what decodes training views (`data.online.MediaSource`); else None.
         files: name -> checksum of every other file of the cache. root_checksum: over all that it holds.
 
     Args:

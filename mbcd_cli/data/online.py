@@ -9,9 +9,9 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,33 +23,54 @@ from mbcd_cli.data.records import Clip, Media, Parts
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings, Settings
 
-_FILES = ("path", "path_v", "clock")
+_FILES = {"path", "path_v", "clock"}
 _APART = 2**32
 """Between the numbers of two views of one epoch: more than there are epochs."""
 
 
-def describe_media(settings: Settings, clips: Clips, name: str) -> dict[str, Any]:
-    """Where one modality's media lie, relative to the root, and how to decode them: what the index keeps."""
-    root = (settings.dataset.root or Path()).resolve()
-    media = []
-    for one in clips.media[name]:
-        entry = asdict(one)
-        for key in _FILES:
-            if entry[key] is not None:
-                entry[key] = os.path.relpath(
-                    os.path.realpath(entry[key]), root
-                )  # unlike resolve, it bears a loop of links
-        media.append({key: value for key, value in entry.items() if value is not None})
-    return {
-        "root": str(root),
-        "seed": settings.cache.seed,
-        "dataset": settings.dataset.model_dump(mode="json", exclude={"root", "reader"}),
-        "media": media,
-    }
+@dataclass(frozen=True, slots=True)
+class MediaSource:
+    """Where one modality's media lie, and how to decode them: what the index of its cache keeps as JSON.
 
+    Attributes:
+        root: the dataset's folder, absolute.
+        seed: of the views.
+        dataset: limits on bad media.
+        media: of every clip.
+    """
 
-def _media(entry: Mapping[str, Any], root: Path) -> Media:
-    return Media(**{key: root / value if key in _FILES else value for key, value in entry.items()})
+    root: Path
+    seed: int
+    dataset: DatasetSettings
+    media: Sequence[Media]
+
+    @classmethod
+    def of(cls, settings: Settings, clips: Clips, name: str) -> Self:
+        """That of modality `name`."""
+        root = (settings.dataset.root or Path()).resolve()
+        return cls(root, settings.cache.seed, settings.dataset, clips.media[name])
+
+    def to_json(self) -> str:
+        """JSON in which files are told relative to the root."""
+        entries = []
+        for media in self.media:
+            entry = {key: value for key, value in asdict(media).items() if value is not None}
+            for key in _FILES & entry.keys():  # unlike resolve, realpath bears a loop of links
+                entry[key] = os.path.relpath(os.path.realpath(entry[key]), self.root)
+            entries.append(entry)
+        dataset = self.dataset.model_dump(mode="json", exclude={"root", "reader"})
+        return json.dumps({"root": str(self.root), "seed": self.seed, "dataset": dataset, "media": entries})
+
+    @classmethod
+    def from_json(cls, text: str, *, root: Path | None) -> Self:
+        """What `to_json` told, of media that lie below `root` where they are not where they were."""
+        told = json.loads(text)
+        base = Path(told["root"]) if root is None else root.resolve()
+        media = MediaColumn(
+            Media(**{key: base / value if key in _FILES else value for key, value in entry.items()})
+            for entry in told["media"]
+        )
+        return cls(base, int(told["seed"]), DatasetSettings.model_validate(told["dataset"]), media)
 
 
 class OnlineViews:
@@ -63,7 +84,7 @@ class OnlineViews:
         warn: hears of what is mended where `prepare` was told to reject.
 
     Args:
-        described: modality -> the JSON of what `describe_media` gave.
+        described: modality -> the JSON of its `MediaSource`.
         modalities: their settings.
         ids: of the clip table.
         root: the dataset's folder, where it is not where it was.
@@ -83,22 +104,13 @@ class OnlineViews:
         self.trunks: dict[str, Callable[[Parts], Parts]] = {}
         self.warn: Callable[[str], None] = lambda message: None
         self._ids, self._workers = ids, workers
-        self._strict = False
-        self._media, self._datasets, self._seeds = {}, {}, {}
-        for name, text in described.items():
-            one = json.loads(text)
-            base = Path(root).resolve() if root is not None else Path(one["root"])
-            self._media[name] = MediaColumn(_media(entry, base) for entry in one["media"])
-            # A clip that `prepare` took cannot be left out in the middle of an epoch.
-            dataset = DatasetSettings.model_validate(one["dataset"])
-            self._strict |= dataset.missing_frames == "reject"
-            self._datasets[name] = dataset.model_copy(update={"missing_frames": "nearest"})
-            self._seeds[name] = int(one["seed"])
+        self._sources = {name: MediaSource.from_json(text, root=root) for name, text in described.items()}
+        self._strict = any(source.dataset.missing_frames == "reject" for source in self._sources.values())
 
     @property
     def names(self) -> tuple[str, ...]:
         """Modalities that are decoded on the fly."""
-        return tuple(self._media)
+        return tuple(self._sources)
 
     def batches(
         self, index: Sequence[np.ndarray], *, seed: int, epoch: int, views: int = 1
@@ -114,21 +126,27 @@ class OnlineViews:
             MediaError: a file can no longer be used.
         """
         jobs = {
-            name: DecodeJob(name, self.modalities[name], self._datasets[name], mixed_seed(self._seeds[name], seed))
-            for name in self._media
+            name: DecodeJob(
+                name,
+                self.modalities[name],
+                # A clip that `prepare` took cannot be left out in the middle of an epoch.
+                source.dataset.model_copy(update={"missing_frames": "nearest"}),
+                mixed_seed(source.seed, seed),
+            )
+            for name, source in self._sources.items()
         }
         shown = [epoch + number * _APART for number in range(views)]
         items = (
-            (int(row), Clip(self._ids[row], "", "train", 0, "", {name: self._media[name][row]}), shown, jobs[name])
+            (int(row), Clip(self._ids[row], "", "train", 0, "", {name: source.media[row]}), shown, jobs[name])
             for batch in index
-            for name in self._media
+            for name, source in self._sources.items()
             for row in batch
         )
-        ahead = 2 * len(self._media) * max((len(batch) for batch in index), default=0)
+        ahead = 2 * len(self._sources) * max((len(batch) for batch in index), default=0)
         with Decoder(workers=self._workers) as decoder, closing(decoder.run_jobs(items, ahead=ahead)) as stream:
             for batch in index:
                 inputs = {}
-                for name in self._media:
+                for name in self._sources:
                     columns = []
                     for _ in batch:
                         decoded = next(stream)

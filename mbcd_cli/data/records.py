@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 if TYPE_CHECKING:  # the processes that decode media need no torch: seconds of start and 280 MB each
     import torch
 
@@ -110,6 +112,14 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Mended:
+    """A clip that was used all the same, and what decoding mended of it: frames taken from a neighbour and the like."""
+
+    clip: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """One modality of one clip that could not be used, as `prepare` reports it and stores it in the cache.
 
@@ -126,3 +136,14 @@ class Rejected:
     file: str
     cause: str
     remedy: str = ""
+
+
+@dataclass(slots=True)
+class Decoded:
+    """The views of one clip, each a tuple of parts; or why there are none."""
+
+    index: int
+    views: list[int]
+    parts: list[tuple[np.ndarray, ...]]
+    rejected: Rejected | None = None
+    notes: list[str] = field(default_factory=list)

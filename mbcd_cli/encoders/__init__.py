@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -23,7 +22,7 @@ class EncoderEntry:
     """One encoder: the kind of modality it reads, how it is built from that modality's settings, and what it is."""
 
     kind: str
-    build: Callable[[Any], StagedEncoder]
+    build: Callable[..., StagedEncoder]
     summary: str
 
 

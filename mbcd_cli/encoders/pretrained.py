@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -83,35 +82,20 @@ PUBLIC: dict[str, PublicWeights] = {
 """Encoders with published weights."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What `load_pretrained` did.
+def checked_sha256(file: Path, expected: str | None) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits.
 
-    Attributes:
-        sha256: of the file.
-        loaded: tensors that were loaded (all of the encoder's).
-        ignored: keys left out because they belong to the classifier or to preprocessing.
+    Raises:
+        CheckpointError: it does not begin as `expected`, where something is.
     """
-
-    sha256: str
-    loaded: int
-    ignored: tuple[str, ...]
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def another_file(file: Path, digest: str, expected: str | None) -> CheckpointError | None:
-    """The error that `file` is not the one expected, told by its SHA-256; None where it is, or where any will do."""
-    if not expected or digest.startswith(expected.lower()):
-        return None
-    return CheckpointError(
-        f"{file}: its SHA-256 begins with {digest[: max(len(expected), 8)]}, not {expected}.",
-        "The download is damaged or another file; get it again, or set modalities.NAME.weights_sha256.",
-    )
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if expected and not digest.startswith(expected.lower()):
+        raise CheckpointError(
+            f"{file}: its SHA-256 begins with {digest[: max(len(expected), 8)]}, not {expected}.",
+            "The download is damaged or another file; get it again, or set modalities.NAME.weights_sha256.",
+        )
+    return digest
 
 
 def find_weights(encoder_name: str, weights: Path | None, weights_dir: Path) -> Path:
@@ -140,31 +124,18 @@ def find_weights(encoder_name: str, weights: Path | None, weights_dir: Path) -> 
     )
 
 
-def checked_weights(encoder_name: str, weights: Path | None, weights_dir: Path, sha256: str | None) -> tuple[Path, str]:
-    """The weights file of an encoder and its SHA-256, without loading it.
-
-    Raises:
-        CheckpointError: as `find_weights`; or it is another file than `sha256` (or its beginning) says.
-    """
-    file = find_weights(encoder_name, weights, weights_dir)
-    digest = sha256_of(file)
-    if other := another_file(file, digest, sha256):
-        raise other
-    return file, digest
-
-
 @contextlib.contextmanager
 def _numbers_allowed() -> Iterator[None]:
     # A best accuracy beside the weights is often a NumPy scalar: it holds a number and runs nothing.
     scalar = np.float64(0).__reduce__()[0]
-    kinds: list[Any] = [np.dtype, *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32))]
+    kinds = [np.dtype, *(type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.int32))]
     with torch.serialization.safe_globals(
         [*kinds, (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
     ):
         yield
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path) -> object:
     try:
         with _numbers_allowed():
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -203,35 +174,31 @@ def _state_dict(content: object, public: PublicWeights | None, file: Path) -> di
     return {str(key).removeprefix("module."): value for key, value in entries.items()}
 
 
-def translate(
-    keys: Mapping[str, torch.Tensor], encoder_name: str
-) -> tuple[dict[str, torch.Tensor], list[str], list[str]]:
-    """Public state dict -> (ours, without the leading `stages.`; ignored keys; unexpected keys), in file order.
+def translate(keys: Mapping[str, torch.Tensor], encoder_name: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Public state dict -> (ours, without the leading `stages.`; unexpected keys), in file order.
 
     An encoder without published weights takes its own names.
     """
     public = PUBLIC.get(encoder_name)
     if public is None:
         ours = {key: value for key, value in keys.items() if isinstance(value, torch.Tensor)}
-        return ours, [], [key for key in keys if key not in ours]
+        return ours, [key for key in keys if key not in ours]
     prefixed = any(key.startswith(public.prefix) for key in keys)
     ours: dict[str, torch.Tensor] = {}
-    ignored: list[str] = []
     unexpected: list[str] = []
     for key, tensor in keys.items():
         inside = key.removeprefix(public.prefix)
         if re.match(public.ignored, inside):
-            ignored.append(key)
             continue
         rename = next((pair for pair in public.renames if re.match(pair[0], inside)), None)
         if rename is None or (prefixed and inside == key) or not isinstance(tensor, torch.Tensor):
             unexpected.append(key)
         else:
             ours[re.sub(rename[0], rename[1], inside, count=1)] = tensor
-    return ours, ignored, unexpected
+    return ours, unexpected
 
 
-def load_pretrained(encoder: StagedEncoder, encoder_name: str, file: Path, *, sha256: str | None = None) -> Report:
+def load_pretrained(encoder: StagedEncoder, encoder_name: str, file: Path, *, sha256: str | None = None) -> None:
     """Load a public checkpoint, or a bare state dict, into `encoder`; all of its tensors or none.
 
     Args:
@@ -246,11 +213,10 @@ def load_pretrained(encoder: StagedEncoder, encoder_name: str, file: Path, *, sh
     """
     if not file.is_file():
         find_weights(encoder_name, Path(file.name), file.parent)
-    digest = sha256_of(file)
-    if other := another_file(file, digest, sha256):
-        raise other
+    if sha256 is not None:
+        checked_sha256(file, sha256)
     state = _state_dict(_read(file), PUBLIC.get(encoder_name), file)
-    ours, ignored, unexpected = translate(state, encoder_name)
+    ours, unexpected = translate(state, encoder_name)
     target = {
         key: tensor
         for key, tensor in encoder.stages.state_dict().items()
@@ -274,4 +240,3 @@ def load_pretrained(encoder: StagedEncoder, encoder_name: str, file: Path, *, sh
         encoder.stages.load_state_dict(ours, strict=False)
     except RuntimeError as error:  # of another layout or type
         raise CheckpointError(f"{file}: {str(error).splitlines()[-1].strip()}", "Download it again.") from error
-    return Report(sha256=digest, loaded=len(ours), ignored=tuple(ignored))

@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,21 +82,22 @@ def predict_new(
         cache = settings.cache.model_copy(update={"dir": Path(folder)})
         whole = settings.model_copy(update={"dataset": dataset, "cache": cache})
         prepared = prepare_listing(whole, listing, say=say)
-        caches = {name: ModalityCache(Path(prepared["modalities"][name]["folder"])) for name in names}
+        caches = {name: ModalityCache(Path(prepared.modalities[name].folder)) for name in names}
         clips = CachedDataset(listing.name, caches, {name: settings.modalities[name] for name in names})
         figures, rows = _predicted(whole, clips, checkpoints, device, say)
     folder = output or Path(listing.name.replace("new-", "predict-", 1))
     files = {"predictions": write_rows(folder / "predict.csv", rows)}
-    if prepared["rejected"]:
-        files["rejected"] = write_rows(folder / "rejected.csv", prepared["rejected"])
+    rejected = [asdict(bad) for bad in prepared.rejected]
+    if rejected:
+        files["rejected"] = write_rows(folder / "rejected.csv", rejected)
     else:
         (folder / "rejected.csv").unlink(missing_ok=True)  # of an earlier time
-    figures |= {"clips": prepared["clips"], "rejected": prepared["rejected"], "data_root": str(root)}
+    figures |= {"clips": prepared.clips, "rejected": rejected, "data_root": str(root)}
     files["results"] = write_json(folder / "predict.json", figures)
     return {
         **figures,
         "files": {name: str(path) for name, path in files.items()},
-        "exit_code": prepared["exit_code"],
+        "exit_code": prepared.exit_code,
         "max_bad": max_bad,
     }
 

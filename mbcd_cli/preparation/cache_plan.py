@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch.nn import ModuleDict
@@ -26,11 +25,7 @@ from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.naming import modality_faults, name_faults
-from mbcd_cli.preparation.trunk import (
-    Shapes,
-    cached_shapes,
-    row_bytes,
-)
+from mbcd_cli.preparation.trunk import Shapes, WeightsFile, cached_shapes, row_bytes, weights_bytes
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
@@ -75,16 +70,18 @@ class Plan:
     Attributes:
         views: of a clip of the train split, and of the test split.
         sizes: bytes of every clip's rows, [N] int64.
+        weights_bytes: of the weights that are stored beside them.
         shapes: shape and dtype of every part of a row, per group.
     """
 
     folder: Path
     fingerprint: str
-    recipe: dict[str, Any]
+    recipe: dict[str, object]
     views: list[list[int]]
     shards: list[range]
     sizes: np.ndarray
     shapes: dict[str, Shapes]
+    weights_bytes: int
 
     def to_do(self, clips: Clips) -> list[int]:
         """Shards that are still to be written."""
@@ -95,6 +92,11 @@ class Plan:
         """Bytes of the rows of some shards."""
         return sum(int(self.sizes[span.start : span.stop].sum()) for span in (self.shards[n] for n in shards))
 
+    @property
+    def weights_to_write(self) -> int:
+        """Bytes of the weights that are still to be stored."""
+        return 0 if (self.folder / "tail.pt").is_file() else self.weights_bytes
+
 
 def plan_cache(
     settings: Settings,
@@ -102,17 +104,18 @@ def plan_cache(
     name: str,
     modality: Modality,
     *,
-    weights_sha256: str | None,
+    weights: WeightsFile | None,
     made: Plan | None = None,
     say: Say = SILENT,
 ) -> Plan:
     """The plan of one modality; no media file is opened and nothing is computed.
 
     Args:
+        weights: of its encoder; None for random ones.
         made: a plan of this modality; it is the one if it has the same recipe.
         say: told how many clips' files have been looked at.
     """
-    recipe = recipe_of(settings, name, modality, weights_sha256=weights_sha256)
+    recipe = recipe_of(settings, name, modality, weights_sha256=weights and weights.sha256)
     if made is not None and made.recipe == recipe:
         return made
     root = settings.dataset.root or Path()
@@ -131,6 +134,7 @@ def plan_cache(
         shards=shard_ranges(clip_sizes.tolist(), limit=settings.cache.shard_clips),
         sizes=clip_sizes,
         shapes=shapes,
+        weights_bytes=weights_bytes(settings, name, modality),
     )
 
 

@@ -6,7 +6,7 @@ Reads the tables and folder listings; opens at most a few clips, to time their d
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,11 +19,10 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media
 from mbcd_cli.data.records import SPLITS, Rejected
-from mbcd_cli.encoders.pretrained import another_file, find_weights, sha256_of
 from mbcd_cli.errors import CheckpointError
 from mbcd_cli.files import free_bytes
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing, stored_views
-from mbcd_cli.preparation.trunk import meta_inputs, meta_trunk, needs_weights, row_bytes, weights_bytes
+from mbcd_cli.preparation.trunk import meta_inputs, meta_trunk, row_bytes, weights_file
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.settings import Settings
 
@@ -32,12 +31,104 @@ _LONG_FILE = 200 * 2**20
 """A longer video is not opened: its index alone takes seconds."""
 
 
-def check(settings: Settings) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class CheckedWeights:
+    """Whether an encoder's weights are there, and are those expected; where not, `message` says why."""
+
+    present: bool
+    message: str = ""
+    file: str = ""
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedModality:
+    """What is there of one modality, and what `prepare` would make of it.
+
+    Attributes:
+        clips, complete, absent, incomplete: that should be there, of which nothing, all or a part is missing.
+        files, files_missing: that should be there (every frame, in folders of frames), and those that are not.
+        unusable: clips that were tried and cannot be used.
+        weights: None where the encoder needs none.
+        views: per group of rows ("train", "test"); bytes_per_view and trunk_gflop (1e9 floating-point operations of
+            the trunk on one view) likewise.
+        bytes: of the whole cache; bytes_to_write, weights_to_write: of what is not there yet.
+        shards, shards_there: of the cache, and those that are written already.
+        decode_seconds_per_clip: of one worker; decode_timed_clips: from how many clips, 0 where it is the usual time.
+        seconds: that preparing it takes, about.
+    """
+
+    clips: int
+    complete: int
+    absent: int
+    incomplete: int
+    files: int
+    files_missing: int
+    gaps: list[Gap]
+    unusable: list[Rejected]
+    encoder: str
+    cut: str
+    weights: CheckedWeights | None
+    views: dict[str, int]
+    bytes_per_view: dict[str, int]
+    bytes: int
+    bytes_to_write: int
+    weights_to_write: int
+    shards: int
+    shards_there: int
+    trunk_gflop: dict[str, float]
+    decode_seconds_per_clip: float
+    decode_timed_clips: int
+    seconds: float
+
+    @property
+    def lacks_weights(self) -> bool:
+        """Whether `prepare` would stop for want of its weights."""
+        return self.weights is not None and not self.weights.present
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
     """What `prepare` would find and do.
 
-    Returns:
-        A JSON-able report; `exit_code` is the one `prepare` would end with: 1 without weights or room on the disk, 3
-        when more clips lack files than `dataset.max_bad`.
+    Attributes:
+        clips: all that are listed; splits: per split; domains: per domain and split.
+        layout: how the media lie on the disk, in words.
+        views: training views per clip.
+        bytes, bytes_to_write, free_bytes: of all caches, of what is still to be written, free on the disk.
+        seconds: that preparing takes, about.
+        exit_code: that `prepare` would end with: 1 without weights or room on the disk, 3 when more clips lack files
+            than `dataset.max_bad`.
+    """
+
+    dataset: str
+    reader: str
+    root: str | None
+    clips: int
+    splits: dict[str, int]
+    domains: dict[str, dict[str, int]]
+    classes: int
+    layout: list[str]
+    warnings: list[str]
+    modalities: dict[str, CheckedModality]
+    clips_to_be_rejected: int
+    views: int
+    cache: str
+    bytes: int
+    bytes_to_write: int
+    free_bytes: int
+    fits: bool
+    device: str
+    workers: int
+    seconds: float
+    exit_code: int
+
+
+def check(settings: Settings) -> Checked:
+    """What `prepare` would find and do.
+
+    Raises:
+        ManifestError, SettingsError: as `read_listing`.
     """
     listing = read_listing(settings)
     device = pick_device(settings.runtime)
@@ -50,35 +141,35 @@ def check(settings: Settings) -> dict[str, Any]:
     lost = {r.clip for r in listing.rejected}
     for name, presence in present.items():
         lost |= {gap.clip for gap in presence.gaps if not _mendable(settings, listing.modalities[name], gap)}
-        lost |= {bad["clip"] for bad in modalities[name]["unusable"]}
+        lost |= {bad.clip for bad in modalities[name].unusable}
     counts = _counts(listing)
-    needed = sum(one["bytes_to_write"] + one["weights_to_write"] for one in modalities.values())
+    needed = sum(checked.bytes_to_write + checked.weights_to_write for checked in modalities.values())
     free = free_bytes(settings.cache.dir)
-    weights = [one["weights"] for one in modalities.values() if one["weights"] and not one["weights"]["present"]]
+    stops = needed > free or any(checked.lacks_weights for checked in modalities.values())
     exit_code = 0 if settings.dataset.tolerates(len(lost), len(listing.clips) + len(listing.rejected)) else 3
-    return {
-        "dataset": listing.name,
-        "reader": settings.dataset.reader.name,
-        "root": str(settings.dataset.root) if settings.dataset.root else None,
-        "clips": len(listing.clips) + len(listing.rejected),
-        "splits": {split: sum(counts[domain][split] for domain in listing.domains) for split in SPLITS},
-        "domains": counts,
-        "classes": len(listing.label_names),
-        "layout": listing.notes,
-        "warnings": listing.warnings,
-        "modalities": modalities,
-        "clips_to_be_rejected": len(lost),
-        "views": settings.cache.views,
-        "cache": str(settings.cache.dir / listing.name),
-        "bytes": sum(one["bytes"] for one in modalities.values()),
-        "bytes_to_write": needed,
-        "free_bytes": free,
-        "fits": needed <= free,
-        "device": str(device),
-        "workers": settings.cache.workers,
-        "seconds": round(sum(one["seconds"] for one in modalities.values()), 1),
-        "exit_code": 1 if weights or needed > free else exit_code,
-    }
+    return Checked(
+        dataset=listing.name,
+        reader=settings.dataset.reader.name,
+        root=str(settings.dataset.root) if settings.dataset.root else None,
+        clips=len(listing.clips) + len(listing.rejected),
+        splits={split: sum(counts[domain][split] for domain in listing.domains) for split in SPLITS},
+        domains=counts,
+        classes=len(listing.label_names),
+        layout=listing.notes,
+        warnings=listing.warnings,
+        modalities=modalities,
+        clips_to_be_rejected=len(lost),
+        views=settings.cache.views,
+        cache=str(settings.cache.dir / listing.name),
+        bytes=sum(checked.bytes for checked in modalities.values()),
+        bytes_to_write=needed,
+        free_bytes=free,
+        fits=needed <= free,
+        device=str(device),
+        workers=settings.cache.workers,
+        seconds=round(sum(checked.seconds for checked in modalities.values()), 1),
+        exit_code=1 if stops else exit_code,
+    )
 
 
 def _counts(listing: Listing) -> dict[str, dict[str, int]]:
@@ -91,9 +182,14 @@ def _counts(listing: Listing) -> dict[str, dict[str, int]]:
 
 def _modality(
     settings: Settings, listing: Listing, name: str, modality: Modality, presence: Presence, speed: float | None
-) -> dict[str, Any]:
-    weights, sha = _weights(settings, modality)
-    plan = plan_cache(settings, listing, name, modality, weights_sha256=sha)
+) -> CheckedModality:
+    source, weights = None, None
+    try:
+        if source := weights_file(settings, modality):
+            weights = CheckedWeights(True, file=str(source.file), sha256=source.sha256)
+    except CheckpointError as error:
+        weights = CheckedWeights(False, str(error))
+    plan = plan_cache(settings, listing, name, modality, weights=source)
     to_do = plan.to_do(listing.clips)
     left = np.array([i for n in to_do for i in plan.shards[n]], np.int64)
     views = _views(plan, listing.clips.splits)
@@ -103,33 +199,30 @@ def _modality(
     work = sum(gflop[group] * count for group, count in views_left.items()) * 1e9
     decode_s = decoding * len(left) / max(settings.cache.workers, 1)
     trunk_s = work / speed if speed and work else 0.0
-    return {
-        "clips": presence.clips,
-        "complete": presence.complete,
-        "absent": presence.absent,
-        "incomplete": presence.clips - presence.complete - presence.absent,
-        "files": presence.files,
-        "files_missing": presence.files_missing,
-        "gaps": [
-            {"clip": g.clip, "missing": g.missing, "expected": g.expected, "first": g.first, "cause": g.cause}
-            for g in presence.gaps
-        ],
-        "unusable": [{"clip": bad.clip, "file": bad.file, "cause": bad.cause} for bad in unusable],
-        "encoder": modality.encoder,
-        "cut": modality.cut,
-        "weights": weights,
-        "views": views,
-        "bytes_per_view": {group: row_bytes(plan.shapes[group]) for group in ("train", "test")},
-        "bytes": int(plan.sizes.sum()),
-        "bytes_to_write": plan.bytes_of(to_do),
-        "weights_to_write": 0 if (plan.folder / "tail.pt").is_file() else weights_bytes(settings, name, modality),
-        "shards": len(plan.shards),
-        "shards_there": len(plan.shards) - len(to_do),
-        "trunk_gflop": {group: round(value, 2) for group, value in gflop.items()},
-        "decode_seconds_per_clip": round(decoding, 4),
-        "decode_timed_clips": timed,
-        "seconds": round(max(decode_s, trunk_s), 1),  # the two overlap
-    }
+    return CheckedModality(
+        clips=presence.clips,
+        complete=presence.complete,
+        absent=presence.absent,
+        incomplete=presence.clips - presence.complete - presence.absent,
+        files=presence.files,
+        files_missing=presence.files_missing,
+        gaps=presence.gaps,
+        unusable=unusable,
+        encoder=modality.encoder,
+        cut=modality.cut,
+        weights=weights,
+        views=views,
+        bytes_per_view={group: row_bytes(plan.shapes[group]) for group in ("train", "test")},
+        bytes=int(plan.sizes.sum()),
+        bytes_to_write=plan.bytes_of(to_do),
+        weights_to_write=plan.weights_to_write,
+        shards=len(plan.shards),
+        shards_there=len(plan.shards) - len(to_do),
+        trunk_gflop={group: round(value, 2) for group, value in gflop.items()},
+        decode_seconds_per_clip=round(decoding, 4),
+        decode_timed_clips=timed,
+        seconds=round(max(decode_s, trunk_s), 1),  # the two overlap
+    )
 
 
 def _views(plan: Plan, splits: np.ndarray) -> dict[str, int]:
@@ -146,19 +239,6 @@ def _mendable(settings: Settings, modality: Modality, gap: Gap) -> bool:
     if settings.dataset.missing_frames != "nearest" or not modality.framed:
         return False
     return gap.share <= MOST_MISSING and gap.expected - gap.missing >= settings.dataset.min_frames
-
-
-def _weights(settings: Settings, modality: Modality) -> tuple[dict[str, str | bool | None] | None, str | None]:
-    """What is known of the weights file, and its SHA-256."""
-    if not needs_weights(settings, modality):
-        return None, None
-    try:
-        file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
-    except CheckpointError as error:
-        return {"present": False, "message": str(error)}, None
-    sha = sha256_of(file)
-    other = another_file(file, sha, modality.weights_sha256)
-    return {"present": other is None, "file": str(file), "sha256": sha, "message": str(other or "")}, sha
 
 
 def _gflop(settings: Settings, name: str, modality: Modality, group: str) -> float:

@@ -16,8 +16,9 @@ import torch
 
 from mbcd_cli.data.cache import GROUPS, CacheWriter, Rows, Shard, group_of
 from mbcd_cli.data.clips import Clips
-from mbcd_cli.data.media.decoding import Decoded, Decoder
+from mbcd_cli.data.media.decoding import Decoder
 from mbcd_cli.data.quantise import quantise, scale_shape, squared_error
+from mbcd_cli.data.records import Decoded, Mended
 from mbcd_cli.data.rounding import Rounding
 from mbcd_cli.encoders.staged import TOGETHER, Trunk
 from mbcd_cli.errors import CacheError
@@ -99,7 +100,7 @@ class Filler:
             if decoded.rejected is not None:
                 shard.rejected.append(decoded.rejected)
                 continue
-            shard.mended.extend((self.clips.ids[decoded.index], note) for note in decoded.notes)
+            shard.mended.extend(Mended(self.clips.ids[decoded.index], note) for note in decoded.notes)
             if not self._views(decoded.index):
                 continue
             for view, parts in zip(decoded.views, decoded.parts, strict=True):

@@ -6,8 +6,8 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -17,24 +17,16 @@ from mbcd_cli.data import ranks
 from mbcd_cli.data.cache import CacheWriter, Finished
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.data.online import describe_media
+from mbcd_cli.data.online import MediaSource
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.readers import Listing
-from mbcd_cli.data.records import Rejected
-from mbcd_cli.encoders.pretrained import checked_weights
+from mbcd_cli.data.records import Mended, Rejected
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, CheckpointError
 from mbcd_cli.files import free_bytes, size_text, write_rows, write_text
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
-from mbcd_cli.preparation.trunk import (
-    Frozen,
-    build_trunk,
-    needs_weights,
-    row_bytes,
-    save_weights,
-    weights_bytes,
-)
+from mbcd_cli.preparation.trunk import Frozen, WeightsFile, build_trunk, row_bytes, save_weights, weights_file
 from mbcd_cli.processes import this_process, wait_for
 from mbcd_cli.runtime import pick_device
 from mbcd_cli.say import SILENT, Say
@@ -44,8 +36,17 @@ from mbcd_cli.settings.sources import to_toml
 _SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 
 
-class PreparedModality(TypedDict):
-    """What `prepare` says of one modality; `bytes` without the index, `seconds` of this run."""
+@dataclass(frozen=True, slots=True)
+class PreparedModality:
+    """What `prepare` says of one modality.
+
+    Attributes:
+        clips: that can be used.
+        bytes: of the shards, without the index; bytes_per_view: of a training view.
+        int8_error: root of the mean squared error relative to the values; None where nothing is int8.
+        float16_loss: what float16 took from the values, in words; empty where that is next to nothing.
+        seconds: of this run.
+    """
 
     folder: str
     fingerprint: str
@@ -54,14 +55,20 @@ class PreparedModality(TypedDict):
     bytes_per_view: int
     int8_error: float | None
     float16_loss: str
-    mended: list[dict[str, str]]
+    mended: list[Mended]
     shards: int
     shards_reused: int
     seconds: float
 
 
-class Prepared(TypedDict):
-    """What `prepare` returns; `exit_code` is 3 where more clips were rejected than `dataset.max_bad`."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What `prepare` returns.
+
+    Attributes:
+        clips: those that can be used and those that cannot.
+        exit_code: 3 where more clips were rejected than `dataset.max_bad`.
+    """
 
     dataset: str
     cache: str
@@ -69,32 +76,35 @@ class Prepared(TypedDict):
     domains: list[str]
     classes: int
     modalities: dict[str, PreparedModality]
-    rejected: list[dict[str, str]]
+    rejected: list[Rejected]
     exit_code: int
 
 
-def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared:
+def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared | None:
     """Fill the caches of every modality of a dataset; what is already there is reused.
 
     Started by torchrun, the processes share the shards; rank 0 alone writes the indices, and prints.
 
     Returns:
-        A JSON-able summary: clips, domains, per modality the folder, bytes and what was reused, and every rejected
-        clip; `exit_code` is 3 when more clips were rejected than `dataset.max_bad`. Nothing in ranks other than 0.
+        What was prepared, what was reused and every rejected clip; None in ranks other than 0.
+
+    Raises:
+        ManifestError: the dataset's tables are wrong. CheckpointError: weights are missing, or others than expected.
+        CacheError: no room for the cache, or no clip can be used.
     """
     with say.progress("reading what clips there are"):
         listing = read_listing(settings)
     return prepare_listing(settings, listing, say=say)
 
 
-def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> Prepared:
+def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> Prepared | None:
     """`prepare`, for clips that are listed already: every modality of `listing` in the cache."""
     place = this_process()
     if not place.main:
         device = pick_device(settings.runtime)
         for name, modality in listing.modalities.items():
             _prepare_modality(settings, listing, name, modality, device, [], say, None)
-        return {}
+        return None
     for line in listing.notes:
         say(line)
     for line in listing.warnings:
@@ -103,9 +113,10 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
     plans = check_beforehand(settings, listing, say=say)
     rejected: list[Rejected] = list(listing.rejected)
     total = len(listing.clips) + len({r.clip for r in listing.rejected}.difference(listing.clips.ids))
-    done: dict[str, Any] = {}
-    for name, modality in listing.modalities.items():
-        done[name] = _prepare_modality(settings, listing, name, modality, device, rejected, say, plans.get(name))
+    done = {
+        name: _prepare_modality(settings, listing, name, modality, device, rejected, say, plans[name])
+        for name, modality in listing.modalities.items()
+    }
     bad = sorted({r.clip for r in rejected})
     if rejected:
         say.table(
@@ -114,9 +125,7 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
             _rejected_rows(rejected, settings),
         )
     table = settings.cache.dir / listing.name / "rejected.csv"
-    listed = [
-        {"clip": r.clip, "modality": r.modality, "file": r.file, "cause": r.cause, "remedy": r.remedy} for r in rejected
-    ]
+    listed = [asdict(bad) for bad in rejected]
     if listed:
         write_rows(table, listed, place="--cache-dir")
     else:
@@ -124,16 +133,16 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
     if len(bad) == total:
         message = f"All {len(bad)} clips of {listing.name} were rejected."
         raise CacheError(message, "The table above says why.", {"clips": total, "rejected": listed})
-    return {
-        "dataset": listing.name,
-        "cache": str(settings.cache.dir / listing.name),
-        "clips": total,
-        "domains": list(listing.domains),
-        "classes": len(listing.label_names),
-        "modalities": done,
-        "rejected": listed,
-        "exit_code": 0 if settings.dataset.tolerates(len(bad), total) else 3,
-    }
+    return Prepared(
+        dataset=listing.name,
+        cache=str(settings.cache.dir / listing.name),
+        clips=total,
+        domains=list(listing.domains),
+        classes=len(listing.label_names),
+        modalities=done,
+        rejected=rejected,
+        exit_code=0 if settings.dataset.tolerates(len(bad), total) else 3,
+    )
 
 
 def check_beforehand(settings: Settings, listing: Listing, *, say: Say = SILENT) -> dict[str, Plan]:
@@ -147,25 +156,21 @@ def check_beforehand(settings: Settings, listing: Listing, *, say: Say = SILENT)
         CacheError: the disk cannot take the caches that are still to be written.
     """
     problems: list[CheckpointError] = []
-    plans: dict[str, Plan] = {}
-    needed = 0
+    weights: dict[str, WeightsFile | None] = {}
     for name, modality in listing.modalities.items():
-        sha = None
-        if needs_weights(settings, modality):
-            try:
-                where = (modality.weights, settings.cache.weights_dir, modality.weights_sha256)
-                _, sha = checked_weights(modality.encoder, *where)
-            except CheckpointError as error:
-                problems.append(error)
-                continue
-        plan = plans[name] = plan_cache(settings, listing, name, modality, weights_sha256=sha, say=say)
-        needed += plan.bytes_of(plan.to_do(listing.clips))
-        if not (plan.folder / "tail.pt").is_file():
-            needed += weights_bytes(settings, name, modality)
+        try:
+            weights[name] = weights_file(settings, modality)
+        except CheckpointError as error:
+            problems.append(error)
     if len(problems) > 1:
         raise CheckpointError("\n".join(map(str, problems)))
     if problems:
         raise problems[0]
+    plans = {
+        name: plan_cache(settings, listing, name, modality, weights=weights[name], say=say)
+        for name, modality in listing.modalities.items()
+    }
+    needed = sum(plan.bytes_of(plan.to_do(listing.clips)) + plan.weights_to_write for plan in plans.values())
     _check_disk(settings.cache.dir / listing.name, needed)
     return plans
 
@@ -199,12 +204,11 @@ def _prepare_modality(
     rejected: list[Rejected],
     say: Say,
     made: Plan | None,
-) -> PreparedModality:
+) -> PreparedModality | None:
     started = time.monotonic()
     place = this_process()
     frozen = build_trunk(settings, name, modality, say=say)
-    trunk, sha = frozen.trunk, frozen.sha256
-    plan = plan_cache(settings, listing, name, modality, weights_sha256=sha, made=made, say=say)
+    plan = plan_cache(settings, listing, name, modality, weights=frozen.source, made=made, say=say)
     clips, folder = listing.clips, plan.folder
     with locked(folder, place):
         writer = writer_of(settings, listing, name, modality, frozen, plan, folder=folder)
@@ -213,9 +217,9 @@ def _prepare_modality(
         if place.main:
             _check_disk(folder, plan.bytes_of(missing))
         label = name if place.world == 1 else f"{name} (rank {place.rank})"
-        lost = fill(writer, settings, plan, trunk.to(device), pending, device=device, label=label, say=say)
+        lost = fill(writer, settings, plan, frozen.trunk.to(device), pending, device=device, label=label, say=say)
         if not place.main:
-            return {}
+            return None
         wait_for(
             writer.pending,
             named=lambda left: f"{len(left)} shards of process {sorted({shard % place.world for shard in left})}",
@@ -228,13 +232,14 @@ def _prepare_modality(
         finished = close_cache(writer, settings, listing.rejected, lost=lost)
         if len(finished.rejected) == len(clips):  # nothing that anybody could use, and in the way of a right one
             shutil.rmtree(folder)
-    found, mended = finished.rejected, finished.mended
-    rejected.extend(found)
+    unusable, mended = finished.rejected, finished.mended
+    rejected.extend(unusable)
     if mended:
-        say.warn(f"{name}: {len(mended)} clips were mended while decoding, the first {mended[0][0]}: {mended[0][1]}")
+        first = mended[0]
+        say.warn(f"{name}: {len(mended)} clips were mended while decoding, the first {first.clip}: {first.note}")
     if finished.lost:
         say.warn(f"{name}: {finished.lost}. --set cache.dtype=float32 keeps them as they are.")
-    gone = {r.clip for r in found}
+    gone = {bad.clip for bad in unusable}
     there = np.fromiter((identity not in gone for identity in clips.ids), bool, len(clips))
     kept = int(np.array([len(wanted) for wanted in plan.views])[clips.splits[there]].sum())
     state = "reused" if not missing else "prepared"
@@ -242,34 +247,34 @@ def _prepare_modality(
     nbytes = sum(path.stat().st_size for path in folder.glob("shard-*.h5"))
     error = f", int8 adds {100 * finished.error:.2f} % error" if finished.error is not None else ""
     say(
-        f"{name}: {state} {len(clips) - len(found)} clips, {kept} views, {nbytes / 1e6:.1f} MB{error} "
+        f"{name}: {state} {len(clips) - len(unusable)} clips, {kept} views, {nbytes / 1e6:.1f} MB{error} "
         f"in {seconds:.1f} s -> {folder}"
     )
-    return {
-        "folder": str(folder),
-        "fingerprint": plan.fingerprint,
-        "clips": len(clips) - len(found),
-        "bytes": nbytes,
-        "bytes_per_view": row_bytes(plan.shapes["train"]),
-        "int8_error": finished.error,
-        "float16_loss": finished.lost,
-        "mended": [{"clip": clip, "note": note} for clip, note in mended],
-        "shards": len(writer.shards),
-        "shards_reused": len(writer.shards) - len(missing),
-        "seconds": round(seconds, 3),
-    }
+    return PreparedModality(
+        folder=str(folder),
+        fingerprint=plan.fingerprint,
+        clips=len(clips) - len(unusable),
+        bytes=nbytes,
+        bytes_per_view=row_bytes(plan.shapes["train"]),
+        int8_error=finished.error,
+        float16_loss=finished.lost,
+        mended=mended,
+        shards=len(writer.shards),
+        shards_reused=len(writer.shards) - len(missing),
+        seconds=round(seconds, 3),
+    )
 
 
 def writer_of(
     settings: Settings, listing: Listing, name: str, modality: Modality, frozen: Frozen, plan: Plan, *, folder: Path
 ) -> CacheWriter:
     """What writes the cache of one modality into `folder`."""
-    sha = frozen.sha256
+    weights = frozen.source
     return CacheWriter(
         folder,
         recipe=plan.recipe,
         # Runs keep this digest with their settings, so that new data never meets another trunk.
-        modality=modality if sha is None else modality.model_copy(update={"weights_sha256": sha}),
+        modality=modality if weights is None else modality.model_copy(update={"weights_sha256": weights.sha256}),
         clips=listing.clips,
         shards=plan.shards,
         domains=listing.domains,
@@ -280,12 +285,12 @@ def writer_of(
             # Evaluation looks there for sound, from wherever it is started.
             "root": str((settings.dataset.root or Path()).resolve()),
             "encoder": modality.encoder if frozen.trunk.names else "none (decoded tensors)",
-            "weights_sha256": sha or "none",
+            "weights_sha256": "none" if weights is None else weights.sha256,
             "torch_version": str(torch.__version__),
         },
         compression=settings.cache.compression,
         place=this_process(),
-        online=describe_media(settings, listing.clips, name) if settings.cache.views == 0 else None,
+        online=MediaSource.of(settings, listing.clips, name).to_json() if settings.cache.views == 0 else None,
     )
 
 

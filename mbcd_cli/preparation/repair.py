@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,7 +40,7 @@ class Repaired:
     root_checksum: str
 
 
-def repair(path: Path, *, flags: Mapping[str, Any] | None = None, say: Say = SILENT) -> list[Repaired]:
+def repair(path: Path, *, flags: Mapping[str, object] | None = None, say: Say = SILENT) -> list[Repaired]:
     """Make every cache under `path` whole again; whole ones are left alone.
 
     Args:
@@ -62,7 +61,7 @@ def _is_of_cache(file: Path) -> bool:
     return named and file.parent.name != _ASIDE
 
 
-def _repair(folder: Path, flags: Mapping[str, Any], say: Say) -> Repaired:
+def _repair(folder: Path, flags: Mapping[str, object], say: Say) -> Repaired:
     faults = {file.name for file in examine(folder).faults}
     if not faults:
         return Repaired(folder, [], ModalityCache(folder).root_checksum)
@@ -101,7 +100,7 @@ def _compute_anew(folder: Path, faults: set[str], settings: Settings, say: Say) 
     name = folder.name.rsplit("-", 1)[0]
     modality = listing.modalities.get(name)
     frozen = None if modality is None else build_trunk(settings, name, modality)
-    plan = frozen and plan_cache(settings, listing, name, modality, weights_sha256=frozen.sha256)
+    plan = frozen and plan_cache(settings, listing, name, modality, weights=frozen.source)
     if plan is None or plan.folder.name != folder.name:
         raise CacheError(
             f"{settings.dataset.root or listing.name} is not what it was prepared from: clips, files or their sizes "

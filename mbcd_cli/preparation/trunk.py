@@ -11,7 +11,7 @@ import torch
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.quantise import scale_shape
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
+from mbcd_cli.encoders.pretrained import checked_sha256, find_weights, load_pretrained
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.files import written_file
 from mbcd_cli.say import SILENT, Say
@@ -26,18 +26,38 @@ def needs_weights(settings: Settings, modality: Modality) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """The file of the weights that an encoder needs, and its SHA-256."""
+
+    file: Path
+    sha256: str
+
+
+def weights_file(settings: Settings, modality: Modality) -> WeightsFile | None:
+    """The weights file of `modality`'s encoder; None where it needs none. Nothing of it is loaded.
+
+    Raises:
+        CheckpointError: it is not there, or another one than the settings say.
+    """
+    if not needs_weights(settings, modality):
+        return None
+    file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
+    return WeightsFile(file, checked_sha256(file, modality.weights_sha256))
+
+
+@dataclass(frozen=True, slots=True)
 class Frozen:
     """What `prepare` runs and keeps of an encoder.
 
     Attributes:
         trunk: the stages whose outputs are cached; none where decoded views are.
         weights: file in the cache folder -> state dict that `train` begins with; none where it draws its own.
-        sha256: of the pretrained weights, None for random ones.
+        source: of the pretrained weights; None for random ones.
     """
 
     trunk: Trunk
     weights: dict[str, dict[str, torch.Tensor]]
-    sha256: str | None
+    source: WeightsFile | None
 
 
 def build_trunk(settings: Settings, name: str, modality: Modality, *, say: Say = SILENT) -> Frozen:
@@ -51,17 +71,16 @@ def build_trunk(settings: Settings, name: str, modality: Modality, *, say: Say =
     cut = encoder.cut(modality.cut)
     if modality.cut == "input" and modality.weights is None:
         return Frozen(cut[0], {}, None)
-    sha = None
-    if needs_weights(settings, modality):
-        file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
-        sha = load_pretrained(encoder, modality.encoder, file, sha256=modality.weights_sha256).sha256
-        say(f"{name}: {modality.encoder} with the weights of {file} (SHA-256 {sha[:8]}...)")
+    source = weights_file(settings, modality)
+    if source is not None:
+        load_pretrained(encoder, modality.encoder, source.file, sha256=source.sha256)
+        say(f"{name}: {modality.encoder} with the weights of {source.file} (SHA-256 {source.sha256[:8]}...)")
     if settings.cache.live_trunks:
         cut = encoder.cut(modality.cut, live=True)
     weights = {"tail.pt": cut[1].state_dict()}
     if settings.cache.views == 0:
         weights["trunk.pt"] = cut[0].state_dict()
-    return Frozen(Trunk({}) if settings.cache.live_trunks else cut[0], weights, sha)
+    return Frozen(Trunk({}) if settings.cache.live_trunks else cut[0], weights, source)
 
 
 def meta_inputs(modality: Modality, group: str) -> tuple[torch.Tensor, ...]:

@@ -68,7 +68,7 @@ def _as_prepared(settings: Settings, dataset: CachedDataset) -> CacheSettings:
     found: dict[str, Any] = {}
     prepared = {name: as_prepared(cache) for name, cache in dataset.caches.items()}
     for field in PREPARED:
-        values = {name: one[field] for name, one in prepared.items()}
+        values = {name: getattr(one, field) for name, one in prepared.items()}
         found[field] = next(iter(values.values()))
         if len(set(values.values())) > 1:
             raise CacheError(

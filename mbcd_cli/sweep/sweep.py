@@ -64,8 +64,8 @@ def prepare_first(
 
 
 def _prepare(settings: Settings, say: Say) -> None:
-    found = preparing.prepare(settings, say=say)
-    if found.get("exit_code"):
+    prepared = preparing.prepare(settings, say=say)
+    if prepared is not None and prepared.exit_code:
         raise CacheError(
             f"More clips were rejected than dataset.max_bad = {settings.dataset.max_bad} allows.",
             "Mend the files in the table above, or raise it with --set dataset.max_bad=N.",

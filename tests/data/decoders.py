@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mbcd_cli.data.media.decoding import Decoded
 from mbcd_cli.data.media.timeline import Deadline
+from mbcd_cli.data.records import Decoded
 
 
 def crash(index, clip, views, job):

@@ -189,7 +189,7 @@ def test_sequences_of_different_lengths_end_to_end(tmp_path, capfd):
     root = sequences(tmp_path / "tiny", lambda n: np.full((lengths[n], 2), n + 1.0))
     padded = tree(root, tmp_path / "cache")
     expected = "pose: sequences of 3 to 47 steps, padded with zeros to 47"
-    assert any(expected in line for line in check(padded)["layout"])
+    assert any(expected in line for line in check(padded).layout)
     prepare(padded, say=console.terminal)
     assert expected in " ".join("".join(capfd.readouterr()).split())
     rows = rows_of(padded)
@@ -249,22 +249,22 @@ def test_rounding_against_its_definition():
 def test_what_float16_loses_is_told(tmp_path, capfd, scale, offset, told):
     root = sequences(tmp_path / "tiny", lambda n: offset + scale * np.random.default_rng(n).normal(size=3))
     for _ in range(2):  # the second time from the index: all is reused
-        done = prepare(tree(root, tmp_path / "cache"), say=console.terminal)["modalities"]["pose"]
+        done = prepare(tree(root, tmp_path / "cache"), say=console.terminal).modalities["pose"]
         out = " ".join("".join(capfd.readouterr()).split())
-        assert told in done["float16_loss"]
-        assert bool(told) == bool(done["float16_loss"])
+        assert told in done.float16_loss
+        assert bool(told) == bool(done.float16_loss)
         assert ("--set cache.dtype=float32" in out) == bool(told)
-    assert not prepare(tree(root, tmp_path / "cache", "cache.dtype=float32"))["modalities"]["pose"]["float16_loss"]
+    assert not prepare(tree(root, tmp_path / "cache", "cache.dtype=float32")).modalities["pose"].float16_loss
 
 
 def test_whole_numbers_are_kept_or_told(tmp_path):
     root = sequences(tmp_path / "tiny", lambda n: np.array([n, 2048 - n, -n]))
-    done = prepare(tree(root, tmp_path / "cache"))["modalities"]["pose"]
-    assert not done["float16_loss"]
+    done = prepare(tree(root, tmp_path / "cache")).modalities["pose"]
+    assert not done.float16_loss
     assert (rows_of(tree(root, tmp_path / "cache"))[:, :2].sum(axis=1) == 2048).all()
     root = sequences(tmp_path / "large" / "tiny", lambda n: np.array([3001 * (n + 1), 5]))
-    done = prepare(tree(root, tmp_path / "cache2"))["modalities"]["pose"]
-    assert "whole numbers" in done["float16_loss"]
+    done = prepare(tree(root, tmp_path / "cache2")).modalities["pose"]
+    assert "whole numbers" in done.float16_loss
     notes: list[str] = []
     path = write_array(tmp_path / "big.npy", np.array([2**24 + 1, 3]))
     read_array(Media(path), notes)
@@ -301,7 +301,7 @@ def cached_rows(root: Path, cache: Path) -> tuple[dict, dict[str, np.ndarray]]:
         sets=["dataset.target_split=all", "cache.views=1"],
     )
     done = prepare(settings)
-    dataset = open_dataset(settings, name=done["dataset"])
+    dataset = open_dataset(settings, name=done.dataset)
     clips = dataset.select(domains=dataset.domains)
     (batch,) = dataset.batches(clips, batch_size=len(clips), training=False)
     ids = [dataset.clips.ids[i] for i in clips]
@@ -313,7 +313,7 @@ def test_rows_of_a_packed_array_are_what_files_are(tmp_path, shape):
     values = np.random.default_rng(0).normal(size=(12, *shape)).astype(np.float32)
     files = cached_rows(packed_dataset(tmp_path / "files", values, packed=False), tmp_path / "one")[1]
     done, packed = cached_rows(packed_dataset(tmp_path / "packed", values, packed=True), tmp_path / "two")
-    assert done["rejected"] == []
+    assert done.rejected == []
     assert list(files) == list(packed)
     for name in files:
         np.testing.assert_array_equal(files[name], packed[name])
@@ -323,7 +323,7 @@ def test_rows_are_read_without_workers(tmp_path, monkeypatch):
     monkeypatch.setattr("mbcd_cli.data.media.decoding.Decoder._start", lambda self: pytest.fail("a worker"))
     root = packed_dataset(tmp_path / "packed", np.zeros((12, 5), np.float32), packed=True)
     settings = resolve_settings(flags={"dataset.root": root, "cache.dir": tmp_path / "cache", "cache.workers": 2})
-    assert prepare(settings)["modalities"]["x"]["clips"] == 12
+    assert prepare(settings).modalities["x"].clips == 12
 
 
 def test_bad_rows_cost_their_clips(tmp_path):
@@ -332,7 +332,7 @@ def test_bad_rows_cost_their_clips(tmp_path):
     rows = [index // 2 for index in range(12)]
     rows[5] = 6
     done, packed = cached_rows(packed_dataset(tmp_path / "packed", values, packed=True, rows=rows), tmp_path / "cache")
-    told = {bad["clip"]: (Path(bad["file"]).name, bad["cause"]) for bad in done["rejected"]}
+    told = {bad.clip: (Path(bad.file).name, bad.cause) for bad in done.rejected}
     assert told == {
         "c2": ("a.npy#1", "1 of 5 values are not finite (NaN or infinity)"),
         "c5": ("b.npy#6", "the file has 6 rows, counted from 0"),
@@ -344,9 +344,7 @@ def test_a_bad_packed_array_costs_all_that_name_it(tmp_path):
     root = packed_dataset(tmp_path / "packed", np.zeros((12, 5), np.float32), packed=True)
     write_array(root / "x/a.npy", np.zeros(6))
     done, packed = cached_rows(root, tmp_path / "cache")
-    assert {bad["cause"] for bad in done["rejected"]} == {
-        "shape [6] where a packed array, [N, D] or [N, T, D], is expected"
-    }
+    assert {bad.cause for bad in done.rejected} == {"shape [6] where a packed array, [N, D] or [N, T, D], is expected"}
     assert set(packed) == {f"c{index}" for index in range(1, 12, 2)}
 
 

@@ -23,8 +23,8 @@ def prepared(reader: str, root: Path, cache: Path, *sets: str):
         flags={"dataset.reader": reader, "dataset.root": root, "cache.dir": cache},
     )
     result = prepare(settings)
-    rejected = {(r["clip"], r["modality"]): r for r in result["rejected"]}
-    assert all(r["cause"] and r["remedy"] and r["file"] for r in rejected.values())
+    rejected = {(r.clip, r.modality): r for r in result.rejected}
+    assert all(r.cause and r.remedy and r.file for r in rejected.values())
     return result, rejected, settings
 
 
@@ -39,7 +39,7 @@ def test_truncated_jpg_and_missing_flow_direction(tmp_path):
     gone.rmdir()
     sets = ("modalities.video.frames=12", "dataset.max_bad=99")
     result, rejected, _ = prepared("epic-kitchens", root, tmp_path / "nearest", *sets)
-    notes = {one["clip"]: one["note"] for one in result["modalities"]["video"]["mended"]}
+    notes = {one.clip: one.note for one in result.modalities["video"].mended}
     assert any("frame_0000000003.jpg is damaged or cut short" in note for note in notes.values())
     assert {key[0].rpartition("-")[0] for key in rejected} == {"P01_01"}
     assert {key[1] for key in rejected} == {"flow"}
@@ -53,7 +53,7 @@ def test_missing_flow_direction_of_files(tmp_path):
     (root / "animal/flow/animal_1_flow_y.mp4").unlink()
     result, rejected, _ = prepared("hac", root, tmp_path / "cache", "modalities.video.frames=4")
     assert set(rejected) == {("animal-test-animal_1", "flow")}
-    assert result["exit_code"] == 3
+    assert result.exit_code == 3
 
 
 def test_containers_turned_uneven_and_short_videos(tmp_path):
@@ -73,7 +73,7 @@ def test_containers_turned_uneven_and_short_videos(tmp_path):
     helpers.write_manifest(tmp_path / "manifest.csv", rows)
     _, rejected, settings = prepared("manifest", tmp_path, tmp_path / "cache", "model.modalities=video")
     assert set(rejected) == {("one.mp4", "video")}
-    assert "1 frame" in rejected["one.mp4", "video"]["cause"]
+    assert "1 frame" in rejected["one.mp4", "video"].cause
     dataset = open_dataset(settings, name="awkward", modalities=["video"])
     clips = dataset.select(domains=["a", "b"], splits=["test"])
     (batch,) = dataset.batches(clips, batch_size=16, training=False)
@@ -103,8 +103,8 @@ def test_sound_shorter_than_its_time_stamps(tmp_path):
     helpers.write_manifest(tmp_path / "manifest.csv", rows)
     result, rejected, _ = prepared("manifest", tmp_path, tmp_path / "one", "model.modalities=audio")
     assert set(rejected) == {("far", "audio")}
-    ((mended),) = result["modalities"]["audio"]["mended"]
-    assert mended["clip"] == "short"
-    assert "2.00 of 2.50 s" in mended["note"]
+    ((mended),) = result.modalities["audio"].mended
+    assert mended.clip == "short"
+    assert "2.00 of 2.50 s" in mended.note
     strict = prepared("manifest", tmp_path, tmp_path / "two", "model.modalities=audio", "dataset.missing_frames=reject")
     assert set(strict[1]) == {("far", "audio"), ("short", "audio")}

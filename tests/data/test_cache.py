@@ -29,7 +29,6 @@ from mbcd_cli.data.records import TEST_VIEW, Clip
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError, CheckpointError, FileError
 from mbcd_cli.integrity import examine
-from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
@@ -74,7 +73,7 @@ def test_every_row_is_the_decoded_view(prepared):
     dataset = open_dataset(settings, name="tiny")
     listing = read_listing(settings)
     assert list(dataset.clips.ids) == [clip.id for clip in listing.clips]
-    assert result["rejected"] == []
+    assert result.rejected == []
     for index, clip in enumerate(listing.clips):
         views = [TEST_VIEW] if clip.split == "test" else [0, 1]
         for name, modality in dataset.modalities.items():
@@ -87,7 +86,7 @@ def test_every_row_is_the_decoded_view(prepared):
 
 def test_shards_are_plain_contiguous_hdf5_with_provenance(prepared):
     _, result = prepared
-    folder = Path(result["modalities"]["video"]["folder"])
+    folder = Path(result.modalities["video"].folder)
     with h5py.File(folder / "shard-00000.h5") as file:
         part = file["train/part0"]
         assert part.chunks is None
@@ -102,12 +101,12 @@ def test_shards_are_plain_contiguous_hdf5_with_provenance(prepared):
 def test_second_run_reuses_everything_and_workers_change_nothing(root, prepared, tmp_path):
     settings, result = prepared
     again = prepare(settings)
-    for name, done in again["modalities"].items():
-        assert done["shards_reused"] == done["shards"] > 1
-        assert done["fingerprint"] == result["modalities"][name]["fingerprint"]
+    for name, done in again.modalities.items():
+        assert done.shards_reused == done.shards > 1
+        assert done.fingerprint == result.modalities[name].fingerprint
     other = prepare(settings_for(root, tmp_path, "cache.workers=2"))
-    for name, done in other["modalities"].items():
-        assert same(contents(Path(done["folder"])), contents(Path(result["modalities"][name]["folder"])))
+    for name, done in other.modalities.items():
+        assert same(contents(Path(done.folder)), contents(Path(result.modalities[name].folder)))
 
 
 def test_compressed_shards_hold_the_same(root, prepared, tmp_path):
@@ -147,11 +146,11 @@ def test_killed_prepare_resumes_to_the_same_cache(root, prepared, tmp_path):
     leftover = next(tmp_path.glob("tiny/*/shard-*.h5")).with_name(".shard-00007.h5.host.1.partial")
     leftover.write_bytes(b"torn")
     done = prepare(settings_for(root, tmp_path, "cache.shard_clips=1"))
-    assert done["modalities"]["video"]["shards_reused"] >= 2
+    assert done.modalities["video"].shards_reused >= 2
     assert not leftover.exists()
-    for name, entry in done["modalities"].items():
-        whole = ModalityCache(Path(result["modalities"][name]["folder"]))
-        resumed = ModalityCache(Path(entry["folder"]))
+    for name, entry in done.modalities.items():
+        whole = ModalityCache(Path(result.modalities[name].folder))
+        resumed = ModalityCache(Path(entry.folder))
         for view in (TEST_VIEW, 0, 1):
             clips = np.flatnonzero(whole.stored(view))
             views = np.full(len(clips), view)
@@ -258,7 +257,7 @@ def test_missing_caches_say_what_there_is(root, prepared, tmp_path):
 
 def test_damaged_shard_is_named(root, tmp_path):
     settings = settings_for(root, tmp_path, "model.modalities=video")
-    folder = Path(prepare(settings)["modalities"]["video"]["folder"])
+    folder = Path(prepare(settings).modalities["video"].folder)
     shard = folder / "shard-00001.h5"
     shard.write_bytes(shard.read_bytes()[:3000])
     dataset = open_dataset(settings, name="tiny", modalities=["video"])
@@ -282,9 +281,9 @@ def test_full_disk_while_weights_are_written(root, tmp_path, monkeypatch):
         prepare(settings)
     assert not list(tmp_path.glob("tiny/*/*.partial"))
     monkeypatch.undo()
-    done = prepare(settings)["modalities"]["video"]
-    assert done["shards_reused"] == done["shards"]
-    folder = Path(done["folder"])
+    done = prepare(settings).modalities["video"]
+    assert done.shards_reused == done.shards
+    folder = Path(done.folder)
     whole = sum((folder / name).stat().st_size for name in ("tail.pt",))
     assert 0 < weights_bytes(settings, "video", settings.modalities["video"]) <= whole
 
@@ -292,7 +291,7 @@ def test_full_disk_while_weights_are_written(root, tmp_path, monkeypatch):
 def test_room_for_the_weights_is_counted(root, tmp_path, monkeypatch):
     sets = ("model.modalities=video", "cache.random_weights=true", "modalities.video.cut=pool")
     settings = settings_for(root, tmp_path, *sets)
-    monkeypatch.setattr(preparing, "weights_bytes", lambda *_: 10**15)
+    monkeypatch.setattr("mbcd_cli.preparation.cache_plan.weights_bytes", lambda *_: 10**15)
     with pytest.raises(CacheError, match=r"The cache needs 1000000\.0 GB more"):
         prepare(settings)
 
@@ -314,7 +313,7 @@ def test_full_disk_is_one_message_and_keeps_what_is_there(root, tmp_path, monkey
     monkeypatch.undo()
     assert len(list(tmp_path.glob("tiny/*/shard-*.h5"))) == 1
     assert not list(tmp_path.glob("tiny/*/*.partial"))
-    assert prepare(settings)["modalities"]["video"]["shards_reused"] == 1
+    assert prepare(settings).modalities["video"].shards_reused == 1
 
 
 def test_weights_and_room_for_all_modalities_are_checked_before_anything_is_written(root, tmp_path, monkeypatch):
@@ -325,7 +324,7 @@ def test_weights_and_room_for_all_modalities_are_checked_before_anything_is_writ
     both = settings_for(root, tmp_path / "cache", "model.modalities=video,audio")
     needed = check(both)
     # Enough for either of the two, but not for both.
-    room = max(one["bytes"] for one in needed["modalities"].values()) + 1000
+    room = max(one.bytes for one in needed.modalities.values()) + 1000
     monkeypatch.setattr("mbcd_cli.preparation.prepare.free_bytes", lambda folder: room)
     with pytest.raises(CacheError, match="The cache needs"):
         prepare(both)
@@ -474,7 +473,7 @@ def test_rejected_clips_are_a_table_beside_the_cache(tmp_path):
     spoilt = next(root.rglob("*.wav"))
     spoilt.write_bytes(b"")
     found = prepare(settings_for(root, tmp_path / "cache", "dataset.max_bad=50%"))
-    assert found["exit_code"] == 0
+    assert found.exit_code == 0
     table = tmp_path / "cache" / "tiny" / "rejected.csv"
     assert str(spoilt) in table.read_text()
     helpers.write_wav(spoilt, helpers.tone(1.0))
@@ -484,7 +483,7 @@ def test_rejected_clips_are_a_table_beside_the_cache(tmp_path):
 
 def test_shards_of_another_layout_leave_nothing_behind(root, tmp_path):
     done = [prepare(settings_for(root, tmp_path, f"cache.shard_clips={n}", "model.modalities=audio")) for n in (1, 5)]
-    folder = Path(done[0]["modalities"]["audio"]["folder"])
-    assert [one["modalities"]["audio"]["shards"] for one in done] == [12, 3]
+    folder = Path(done[0].modalities["audio"].folder)
+    assert [one.modalities["audio"].shards for one in done] == [12, 3]
     assert len(list(folder.glob("shard-*.h5"))) == 3
     assert not examine(folder).faults

@@ -71,20 +71,20 @@ def test_int8_cache(root, tmp_path, compression):
             assert ((have - want).abs() <= channels / 127 * 0.5 * 1.001 + 1e-7).all()
             errors += float(((have - want).double() ** 2).sum())
             powers += float((want.double() ** 2).sum())
-        assert done["modalities"][name]["int8_error"] == pytest.approx((errors / powers) ** 0.5, rel=1e-3)
-        assert 0 < done["modalities"][name]["int8_error"] < 0.05
+        assert done.modalities[name].int8_error == pytest.approx((errors / powers) ** 0.5, rel=1e-3)
+        assert 0 < done.modalities[name].int8_error < 0.05
         if compression == "none":
-            rows = planned["modalities"][name]["bytes"]
-            assert rows <= done["modalities"][name]["bytes"] < rows + 20_000 * done["modalities"][name]["shards"]
-    assert prepare(small)["modalities"]["video"]["int8_error"] == done["modalities"]["video"]["int8_error"]
+            rows = planned.modalities[name].bytes
+            assert rows <= done.modalities[name].bytes < rows + 20_000 * done.modalities[name].shards
+    assert prepare(small).modalities["video"].int8_error == done.modalities["video"].int8_error
     with pytest.raises(CacheError, match="dtype: cache has int8, settings say float16"):
         open_dataset(tree(root, tmp_path / "small", "cache.dtype=float16"), name="tiny")
 
 
 def test_frames_stay_bytes_and_need_no_scale(root, tmp_path):
     settings = tree(root, tmp_path, "cache.dtype=int8", "modalities.video.cut=input", "model.modalities=video")
-    done = prepare(settings)["modalities"]["video"]
-    assert done["int8_error"] is None
+    done = prepare(settings).modalities["video"]
+    assert done.int8_error is None
     (part,) = (
         open_dataset(settings, name="tiny", modalities=["video"]).caches["video"].read(np.array([0]), np.array([0]))
     )
@@ -94,7 +94,7 @@ def test_frames_stay_bytes_and_need_no_scale(root, tmp_path):
 def test_caches_of_another_version(root, tmp_path):
     """They are named with what to do; and are in nobody's way beside a newer one."""
     settings = tree(root, tmp_path, "model.modalities=video")
-    folder = Path(prepare(settings)["modalities"]["video"]["folder"])
+    folder = Path(prepare(settings).modalities["video"].folder)
     old = folder.with_name("video-000000000000")
     old.mkdir()
     (old / "index.h5").write_bytes((folder / "index.h5").read_bytes())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from multiprocessing import shared_memory
 
 import numpy as np
@@ -10,12 +9,7 @@ import pytest
 
 from mbcd_cli.data.media import sharing
 from mbcd_cli.data.media.sharing import SMALLEST, Blocks, Shared, share
-
-
-@dataclass
-class Result:
-    number: int
-    parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+from mbcd_cli.data.records import Decoded
 
 
 @pytest.fixture
@@ -27,20 +21,20 @@ def blocks():
         sharing._open.popitem()[1].close()
 
 
-def result(number: int, nbytes: int = 2 * SMALLEST) -> Result:
+def result(number: int, nbytes: int = 2 * SMALLEST) -> Decoded:
     rng = np.random.default_rng(number)
     big = rng.integers(0, 256, nbytes, dtype=np.uint8)
-    return Result(number, [(big, rng.random((3, 5), np.float32)), (big[:7], rng.random(1))])
+    return Decoded(number, [0, 1], [(big, rng.random((3, 5), np.float32)), (big[:7], rng.random(1))])
 
 
-def passed(blocks: Blocks, one: Result) -> tuple[Result, str | None, bool]:
+def passed(blocks: Blocks, one: Decoded) -> tuple[Decoded, str | None, bool]:
     name = blocks.lend()
     message = share(one, name)
     return blocks.receive(message, name), name, isinstance(message, Shared)
 
 
-def assert_same(one: Result, other: Result) -> None:
-    assert one.number == other.number
+def assert_same(one: Decoded, other: Decoded) -> None:
+    assert one.index == other.index
     for view, expected in zip(one.parts, other.parts, strict=True):
         for array, value in zip(view, expected, strict=True):
             assert array.dtype == value.dtype
@@ -80,7 +74,7 @@ def test_a_received_array_outlives_its_block(blocks):
 def test_small_results_and_rejections_take_the_pipe(blocks):
     passed(blocks, result(0))
     assert not passed(blocks, result(1, 100))[2]
-    assert not passed(blocks, Result(2))[2]
+    assert not passed(blocks, Decoded(2, [], []))[2]
 
 
 def test_without_room_in_shared_memory_the_pipe_serves(blocks, monkeypatch):

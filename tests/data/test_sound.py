@@ -425,7 +425,7 @@ def test_mixed_sample_rates_are_told_once(tmp_path):
     def warnings(*sets: str) -> list[str]:
         settings = resolve(sets=[*helpers.SMALL, *sets], flags={"dataset.root": root, "cache.dir": tmp_path / "cache"})
         told = [line for line in read_listing(settings).warnings if "sample rates" in line]
-        assert told == [line for line in check(settings)["warnings"] if "sample rates" in line]
+        assert told == [line for line in check(settings).warnings if "sample rates" in line]
         return told
 
     assert not warnings()

@@ -188,9 +188,8 @@ def test_feature_maps_of_every_stage_agree(tmp_path, backbones, encoder_name, ke
         expected = theirs["layer4"].mean(dim=(2, 3, 4))
     assert relative(pooled, expected) < 1e-5
     if train:  # the running statistics moved alike
-        ours, ignored, unexpected = translate_back(encoder, peer, encoder_name)
+        ours, unexpected = translate_back(encoder, peer, encoder_name)
         assert not unexpected
-        assert not ignored
         for key, value in encoder.stages.state_dict().items():
             if key.endswith(("running_mean", "running_var")):
                 assert relative(value, ours[key]) < 1e-5, key

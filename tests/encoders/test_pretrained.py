@@ -35,15 +35,12 @@ def save(path: Path, state: dict, **options) -> Path:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_loads_both_file_formats_and_reports(tmp_path, zipped):
+def test_both_file_formats_load(tmp_path, zipped):
     state = published() | {"audnet.fc.weight": torch.zeros(309, 512), "audnet.fc.bias": torch.zeros(309)}
     file = save(tmp_path / "vggsound_avgpool.pth.tar", state, _use_new_zipfile_serialization=zipped)
     encoder = audio()
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    report = load_pretrained(encoder, "audio-resnet18", file, sha256=digest[:8].upper())
-    assert report.sha256 == digest
-    assert report.loaded == 120
-    assert report.ignored == ("audnet.fc.weight", "audnet.fc.bias")
+    load_pretrained(encoder, "audio-resnet18", file, sha256=digest[:8].upper())
     own = encoder.stages.state_dict()
     assert torch.equal(own["stem.conv1.weight"], state["audnet.conv1.weight"])
     assert torch.equal(own["layer3.0.downsample.1.running_var"], state["audnet.layer3.0.downsample.1.running_var"])

@@ -42,20 +42,20 @@ def root(tmp_path_factory) -> Path:
 def test_bytes_are_those_prepare_writes(root, tmp_path):
     settings = tree(root, tmp_path, "cache.shard_clips=4")
     before = check(settings)
-    assert before["exit_code"] == 0
-    assert before["fits"]
+    assert before.exit_code == 0
+    assert before.fits
     assert not list(tmp_path.iterdir())
     done = prepare(settings)
     after = check(settings)
-    for name, one in before["modalities"].items():
+    for name, one in before.modalities.items():
         # HDF5 adds its own few kilobytes to every shard.
-        assert 0 < done["modalities"][name]["bytes"] - one["bytes"] < 20_000 * one["shards"]
-        assert one["shards"] == done["modalities"][name]["shards"]
-        assert one["decode_timed_clips"] > 0
-        assert one["seconds"] >= 0
-        assert after["modalities"][name]["shards_there"] == one["shards"]
-    assert before["bytes_to_write"] == before["bytes"]
-    assert after["bytes_to_write"] == 0
+        assert 0 < done.modalities[name].bytes - one.bytes < 20_000 * one.shards
+        assert one.shards == done.modalities[name].shards
+        assert one.decode_timed_clips > 0
+        assert one.seconds >= 0
+        assert after.modalities[name].shards_there == one.shards
+    assert before.bytes_to_write == before.bytes
+    assert after.bytes_to_write == 0
 
 
 def test_what_to_run_next_finds_what_was_prepared(root, tmp_path, monkeypatch):
@@ -136,8 +136,8 @@ def test_every_gap_is_in_the_json_and_the_first_ones_are_shown(tmp_path):
 def test_weights_and_room_are_checked_beforehand(root, tmp_path, monkeypatch):
     settings = tree(root, tmp_path, "modalities.video.cut=layer3", "model.modalities=video")
     report = check(settings)
-    assert report["exit_code"] == 1
-    assert not report["modalities"]["video"]["weights"]["present"]
+    assert report.exit_code == 1
+    assert not report.modalities["video"].weights.present
     sets = ("--set", "modalities.video.cut=layer3", "--modalities", "video")
     common = ("prepare", "manifest", "--root", root, "--cache-dir", tmp_path / "cache", *SETS, *sets, "--check")
     shown = run(*common, code=1).stderr
@@ -149,7 +149,7 @@ def test_weights_and_room_are_checked_beforehand(root, tmp_path, monkeypatch):
     assert "get it again" in shown
     monkeypatch.setattr("mbcd_cli.preparation.check.free_bytes", lambda folder: 10)
     report = check(tree(root, tmp_path, "model.modalities=video"))
-    assert (report["fits"], report["exit_code"]) == (False, 1)
+    assert (report.fits, report.exit_code) == (False, 1)
     shown = run(*common[:-1], "--random-weights", "--check", code=1).stderr
     assert "does not fit. Free some space" in " ".join(shown.split())
 

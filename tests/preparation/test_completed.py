@@ -41,7 +41,7 @@ def kitchens(tmp_path) -> Path:
 def stored(result: dict, name: str = "video") -> dict[str, np.ndarray]:
     """Every row of a prepared modality."""
     rows = {}
-    for path in sorted(Path(result["modalities"][name]["folder"]).glob("shard-*.h5")):
+    for path in sorted(Path(result.modalities[name].folder).glob("shard-*.h5")):
         with h5py.File(path) as file:
             for group in ("train", "test"):
                 rows[f"{path.name}/{group}"] = file[f"{group}/part0"][()]
@@ -71,17 +71,17 @@ def test_a_restored_frame_changes_what_is_cached(kitchens, tmp_path, damage, pol
     good = (kitchens / FRAME).read_bytes()
     damage(kitchens / FRAME)
     first, rejected, settings = prepared("epic-kitchens", kitchens, tmp_path / "cache", *sets)
-    doubtful = {CLIP} if policy == "reject" else {one["clip"] for one in first["modalities"]["video"]["mended"]}
+    doubtful = {CLIP} if policy == "reject" else {one.clip for one in first.modalities["video"].mended}
     assert CLIP in doubtful
     assert (policy == "reject") == ((CLIP, "video") in rejected)
     assert not equal(stored(first), stored(whole))
     again, _, _ = prepared("epic-kitchens", kitchens, tmp_path / "cache", *sets)
-    assert again["modalities"]["video"]["shards_reused"] == 6  # nothing changed, nothing is done
+    assert again.modalities["video"].shards_reused == 6  # nothing changed, nothing is done
     (kitchens / FRAME).write_bytes(good)
-    assert check(settings)["modalities"]["video"]["shards_there"] < 6
+    assert check(settings).modalities["video"].shards_there < 6
     mended, rejected, _ = prepared("epic-kitchens", kitchens, tmp_path / "cache", *sets)
     assert rejected == {}
-    assert mended["modalities"]["video"]["mended"] == []
+    assert mended.modalities["video"].mended == []
     assert equal(stored(mended), stored(whole))
 
 
@@ -91,7 +91,7 @@ def test_a_restored_folder_changes_what_is_cached(kitchens, tmp_path, gone):
     (kitchens / gone).rename(aside)
     _, rejected, settings = prepared("epic-kitchens", kitchens, tmp_path / "cache", *SETS)
     assert {kind for _, kind in rejected} == {"video" if gone.startswith("rgb") else "flow"}
-    assert check(settings)["clips_to_be_rejected"] == 2
+    assert check(settings).clips_to_be_rejected == 2
     aside.rename(kitchens / gone)
     _, rejected, settings = prepared("epic-kitchens", kitchens, tmp_path / "cache", *SETS)
     assert rejected == {}
@@ -104,8 +104,8 @@ def test_what_no_camera_wrote_changes_nothing(kitchens, tmp_path):
     (kitchens / FRAME).with_name("Thumbs.db").write_bytes(b"x")
     (kitchens / FRAME).with_name("._frame_0000000005.jpg").write_bytes(b"x")
     again, _, _ = prepared("epic-kitchens", kitchens, tmp_path / "cache", *sets)
-    assert again["modalities"]["video"]["folder"] == first["modalities"]["video"]["folder"]
-    assert again["modalities"]["video"]["shards_reused"] == 6
+    assert again.modalities["video"].folder == first.modalities["video"].folder
+    assert again.modalities["video"].shards_reused == 6
 
 
 def test_frames_added_to_whole_folders_make_another_cache(tmp_path):
@@ -118,12 +118,12 @@ def test_frames_added_to_whole_folders_make_another_cache(tmp_path):
         )
     helpers.write_manifest(root / "manifest.csv", rows)
     settings = checking.tree(root, tmp_path / "cache", "model.modalities=video")
-    first = preparing.prepare(settings)["modalities"]["video"]
-    assert preparing.prepare(settings)["modalities"]["video"]["shards_reused"] == first["shards"]
+    first = preparing.prepare(settings).modalities["video"]
+    assert preparing.prepare(settings).modalities["video"].shards_reused == first.shards
     shutil.copy(root / "clips/0/frame_0000000001.jpg", root / "clips/0/frame_0000000009.jpg")
-    second = preparing.prepare(settings)["modalities"]["video"]
-    assert second["fingerprint"] != first["fingerprint"]
-    assert second["shards_reused"] == 0
+    second = preparing.prepare(settings).modalities["video"]
+    assert second.fingerprint != first.fingerprint
+    assert second.shards_reused == 0
 
 
 def test_a_rejected_file_of_the_same_size_is_tried_again_when_it_changed(tmp_path):
@@ -133,12 +133,12 @@ def test_a_rejected_file_of_the_same_size_is_tried_again_when_it_changed(tmp_pat
     victim.write_bytes(bytes(len(good)))
     settings = checking.tree(root, tmp_path / "cache", "dataset.max_bad=9")
     first = preparing.prepare(settings)
-    assert [r["clip"] for r in first["rejected"]] == ["alpha_0_0"]
+    assert [r.clip for r in first.rejected] == ["alpha_0_0"]
     victim.write_bytes(good)
     second = preparing.prepare(settings)
-    assert second["rejected"] == []
-    assert second["modalities"]["audio"]["folder"] == first["modalities"]["audio"]["folder"]
-    assert second["modalities"]["audio"]["shards_reused"] == second["modalities"]["audio"]["shards"] - 1
+    assert second.rejected == []
+    assert second.modalities["audio"].folder == first.modalities["audio"].folder
+    assert second.modalities["audio"].shards_reused == second.modalities["audio"].shards - 1
 
 
 # --- --check ---------------------------------------------------------------------------------------------------------
@@ -154,10 +154,10 @@ def test_check_and_prepare_agree_about_folders(kitchens, tmp_path):
         (kitchens / f"rgb/train/D3/P22_01/frame_{number:010d}.jpg").unlink()
     result, rejected, settings = prepared("epic-kitchens", kitchens, tmp_path / "cache", *SETS)
     report = check(settings)
-    assert report["clips_to_be_rejected"] == len({clip for clip, _ in rejected}) == 6
-    assert {Path(r["file"]).name for r in result["rejected"] if r["modality"] == "flow"} == {"v"}
-    gaps = {gap["clip"]: gap for gap in report["modalities"]["video"]["gaps"]}
-    assert "2 sequences of frames: depth_0001.jpg" in gaps["P01_02-107"]["cause"]
+    assert report.clips_to_be_rejected == len({clip for clip, _ in rejected}) == 6
+    assert {Path(r.file).name for r in result.rejected if r.modality == "flow"} == {"v"}
+    gaps = {gap.clip: gap for gap in report.modalities["video"].gaps}
+    assert "2 sequences of frames: depth_0001.jpg" in gaps["P01_02-107"].cause
 
 
 def test_a_frame_0_of_another_spelling_shifts_nothing(kitchens):
@@ -194,8 +194,8 @@ def test_the_first_decoding_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setitem(room, "decode", slow_at_first)
     monkeypatch.setitem(room, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     report = check(checking.tree(root, tmp_path / "cache", "model.modalities=audio"))
-    assert report["modalities"]["audio"]["decode_timed_clips"] > 1
-    assert report["modalities"]["audio"]["decode_seconds_per_clip"] == 0.5
+    assert report.modalities["audio"].decode_timed_clips > 1
+    assert report.modalities["audio"].decode_seconds_per_clip == 0.5
     assert calls[0] == calls[1]
 
 
@@ -254,9 +254,9 @@ def test_a_folder_without_permission_costs_its_clips(kitchens, tmp_path, monkeyp
     denied(monkeypatch, kitchens / "flow/train/D1/P08_01")
     _, rejected, settings = prepared("epic-kitchens", kitchens, tmp_path / "cache", *SETS)
     assert set(rejected) == {("P08_01-101", "flow"), ("P08_01-102", "flow")}
-    assert {r["cause"] for r in rejected.values()} == {"Permission denied"}
-    assert {r["remedy"] for r in rejected.values()} == {"Give yourself the right to read it."}
-    assert check(settings)["clips_to_be_rejected"] == 2
+    assert {r.cause for r in rejected.values()} == {"Permission denied"}
+    assert {r.remedy for r in rejected.values()} == {"Give yourself the right to read it."}
+    assert check(settings).clips_to_be_rejected == 2
     monkeypatch.undo()
     _, rejected, _ = prepared("epic-kitchens", kitchens, tmp_path / "cache", *SETS)
     assert rejected == {}
@@ -279,9 +279,9 @@ def test_a_clip_file_shorter_than_its_annotation_is_said(tmp_path):
     helpers.write_video(root / "video/train/D2/D2_P01_01_7_23_1.mp4", helpers.numbered_frames(14), fps=60)
     sets = ("model.modalities=video", "dataset.max_bad=9")
     result, rejected, _ = prepared("epic-kitchens", root, tmp_path / "cache", *sets)
-    (note,) = result["modalities"]["video"]["mended"]
-    assert note["clip"] == "P08_01-102"
-    assert "9 frames where the annotation gives 16" in note["note"]
+    (note,) = result.modalities["video"].mended
+    assert note.clip == "P08_01-102"
+    assert "9 frames where the annotation gives 16" in note.note
     assert rejected == {}
     _, rejected, _ = prepared("epic-kitchens", root, tmp_path / "strict", *sets, "dataset.missing_frames=reject")
     assert set(rejected) == {("P08_01-102", "video")}
@@ -294,9 +294,9 @@ def test_flow_shorter_than_its_video_is_said(tmp_path):
         helpers.write_video(root / f"animal/flow/test_2_flow_{direction}.mp4", helpers.numbered_frames(8))
     sets = ("modalities.video.frames=4", "modalities.video.interval=1", "dataset.max_bad=9")
     result, _, _ = prepared("hac", root, tmp_path / "cache", *sets)
-    notes = result["modalities"]["flow"]["mended"]
-    assert {note["clip"] for note in notes} == {"animal-test-test_2"}
-    assert "8 frames where the annotation gives 19" in notes[0]["note"]
+    notes = result.modalities["flow"].mended
+    assert {note.clip for note in notes} == {"animal-test-test_2"}
+    assert "8 frames where the annotation gives 19" in notes[0].note
 
 
 # --- caches ----------------------------------------------------------------------------------------------------------
@@ -335,12 +335,12 @@ def test_the_table_of_rejected_clips_counts_those_of_a_kind(tmp_path, capsys):
     (root / "audio" / "beta_1_9.wav").unlink()
     settings = checking.tree(root, tmp_path / "cache", "model.modalities=audio", "dataset.max_bad=99")
     result = preparing.prepare(settings, say=console.terminal)
-    assert len(result["rejected"]) == 16
+    assert len(result.rejected) == 16
     shown = capsys.readouterr().err
     assert sum(path.stem in shown for path in bad) == 10
     assert "... and 5 more" in shown
     assert "beta_1_9" in shown
     # 32 training clips have two views each, 8 test clips one.
     kept = sum(2 if int(name.rpartition("_")[2]) < 8 else 1 for name in {p.stem for p in (root / "video").iterdir()})
-    lost_views = sum(2 if int(r["clip"].rpartition("_")[2]) < 8 else 1 for r in result["rejected"])
+    lost_views = sum(2 if int(r.clip.rpartition("_")[2]) < 8 else 1 for r in result.rejected)
     assert f"24 clips, {kept - lost_views} views" in " ".join(shown.split())

@@ -43,11 +43,11 @@ def test_two_processes_fill_one_cache(tmp_path):
     assert answers[1][0] == ""
     done = json.loads(answers[0][0])
     alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
-    assert [r["clip"] for r in done["rejected"]] == [r["clip"] for r in alone["rejected"]] == ["beta_0_0", "beta_0_1"]
-    for name, entry in alone["modalities"].items():
-        assert entry["fingerprint"] == done["modalities"][name]["fingerprint"]
-        assert done["modalities"][name]["clips"] == entry["clips"]
-        assert same(contents(Path(entry["folder"])), contents(Path(done["modalities"][name]["folder"])))
+    assert [r["clip"] for r in done["rejected"]] == [bad.clip for bad in alone.rejected] == ["beta_0_0", "beta_0_1"]
+    for name, entry in alone.modalities.items():
+        assert entry.fingerprint == done["modalities"][name]["fingerprint"]
+        assert done["modalities"][name]["clips"] == entry.clips
+        assert same(contents(Path(entry.folder)), contents(Path(done["modalities"][name]["folder"])))
     assert not list((tmp_path / "two").rglob("*.partial"))
 
 
@@ -61,10 +61,10 @@ def test_rank_0_ends_when_the_others_have_died(tmp_path, monkeypatch):
         prepare(settings)
     assert not list((tmp_path / "cache").rglob("index.h5"))
     monkeypatch.setenv("RANK", "1")
-    assert prepare(settings) == {}
+    assert prepare(settings) is None
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
-    assert prepare(settings)["modalities"]["audio"]["shards_reused"] == 6
+    assert prepare(settings).modalities["audio"].shards_reused == 6
 
 
 def test_locks_of_ranks(tmp_path):
@@ -120,7 +120,7 @@ def test_four_processes_of_which_one_is_killed(tmp_path, killed):
         again = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=120, check=False)
         assert again.returncode == 0, (log.seek(0), log.read())
     flags = {"dataset.root": root, "cache.dir": tmp_path / "one", "cache.workers": 0, "cache.shard_clips": 1}
-    (entry,) = prepare(resolve(flags=flags))["modalities"].values()
-    assert same(contents(Path(entry["folder"])), contents(folder))
-    assert ModalityCache(folder).root_checksum == ModalityCache(Path(entry["folder"])).root_checksum
+    (entry,) = prepare(resolve(flags=flags)).modalities.values()
+    assert same(contents(Path(entry.folder)), contents(folder))
+    assert ModalityCache(folder).root_checksum == ModalityCache(Path(entry.folder)).root_checksum
     assert not list(folder.glob("*.partial"))

@@ -20,13 +20,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 import cv2
-import numpy as np
 
 from mbcd_cli.allocator import keep_freed_memory
 from mbcd_cli.data.media.checks import allowed_seconds
 from mbcd_cli.data.media.sharing import Blocks, share
 from mbcd_cli.data.modalities.modality import Modality, load_views
-from mbcd_cli.data.records import Clip, Rejected
+from mbcd_cli.data.records import Clip, Decoded, Rejected
 from mbcd_cli.errors import MbcdError, MediaError, RunError
 from mbcd_cli.settings import DatasetSettings
 
@@ -58,17 +57,6 @@ class DecodeJob:
     modality: Modality
     dataset: DatasetSettings
     seed: int
-
-
-@dataclass(slots=True)
-class Decoded:
-    """The views of one clip, each a tuple of parts; or why there are none."""
-
-    index: int
-    views: list[int]
-    parts: list[tuple[np.ndarray, ...]]
-    rejected: Rejected | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def rejection(clip: Clip, name: str, cause: str) -> Rejected:

@@ -12,9 +12,10 @@ import os
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from multiprocessing import shared_memory
-from typing import Any
 
 import numpy as np
+
+from mbcd_cli.data.records import Decoded
 
 SMALLEST = 1 << 18
 """Bytes below which a pipe is as quick."""
@@ -25,14 +26,14 @@ _KEPT = 64
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """A result whose `parts` lie in a block of shared memory.
+    """A clip whose parts lie in a block of shared memory.
 
     Attributes:
-        result: the result, without its parts.
+        clip: as it was decoded, without its parts.
         places: per view and part (offset, shape, dtype).
     """
 
-    result: Any
+    clip: Decoded
     places: list[list[tuple[int, tuple[int, ...], str]]]
 
 
@@ -71,7 +72,7 @@ class Blocks:
             return None
         return block
 
-    def receive(self, message: Any, name: str | None) -> Any:
+    def receive(self, message: Decoded | Shared, name: str | None) -> Decoded:
         """What `share` was given, its arrays copied out of the block `name`, which is free again.
 
         Args:
@@ -84,7 +85,7 @@ class Blocks:
                 tuple(np.ndarray(shape, dtype, buffer=block.buf, offset=offset).copy() for offset, shape, dtype in row)
                 for row in message.places
             ]
-            message = replace(message.result, parts=parts)
+            message = replace(message.clip, parts=parts)
         else:
             self._grow(_places(message)[1])
         if block is not None:
@@ -120,10 +121,10 @@ def _remove(block: shared_memory.SharedMemory) -> None:
         block.unlink()
 
 
-def _places(result: Any) -> tuple[list[list[tuple[int, tuple[int, ...], str]]], int]:
-    """Where the parts of `result` lie in a block, and the bytes that they take."""
+def _places(clip: Decoded) -> tuple[list[list[tuple[int, tuple[int, ...], str]]], int]:
+    """Where the parts of a clip lie in a block, and the bytes that they take."""
     places, size = [], 0
-    for view in result.parts:
+    for view in clip.parts:
         row = []
         for array in view:
             row.append((size, array.shape, array.dtype.str))
@@ -145,18 +146,18 @@ def _opened(name: str) -> shared_memory.SharedMemory:
     return _open[name]
 
 
-def share(result: Any, name: str | None) -> Any:
-    """In a worker: `result` (a dataclass with `parts`: views of tuples of arrays), its arrays moved to block `name`.
+def share(clip: Decoded, name: str | None) -> Decoded | Shared:
+    """In a worker: a decoded clip, its arrays moved to block `name`.
 
-    `result` itself where it is small, no block was lent or the block is too small.
+    The clip itself where it is small, no block was lent or the block is too small.
     """
-    places, size = _places(result)
+    places, size = _places(clip)
     if name is None or size < SMALLEST:
-        return result
+        return clip
     block = _opened(name)
     if size > block.size:
-        return result
-    arrays = (array for view in result.parts for array in view)
+        return clip
+    arrays = (array for view in clip.parts for array in view)
     for array, (offset, shape, dtype) in zip(arrays, (p for row in places for p in row), strict=True):
         np.ndarray(shape, dtype, buffer=block.buf, offset=offset)[...] = array
-    return Shared(replace(result, parts=[]), places)
+    return Shared(replace(clip, parts=[]), places)

@@ -1,23 +1,24 @@
 """Split tables: CSV with a header, and pickled pandas frames read without pandas and without running anything.
 
 A pickle is a program. `read_pickled_frame` runs it on an unpickler that knows only inert stand-ins for the few names
-a frame of numbers and strings needs; any other name ends the reading before anything is called.
+a frame of numbers and strings needs: they keep what they are given, and what that means is read off them afterwards.
+Any other name ends the reading before anything is called.
+
+Letters: N rows.
 """
 
 from __future__ import annotations
 
 import csv
 import pickle
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mbcd_cli.errors import ManifestError
 
-Columns = dict[str, list[Any]]
-"""Column name -> values, all of one length."""
+Columns = dict[str, list[object]]
+"""Column name -> values, N each."""
 
 _LARGEST = 256 * 2**20
 _USE_CSV = "Get the table again from its publisher, or put the same table beside it as CSV with a header."
@@ -58,174 +59,125 @@ def read_csv(path: Path) -> Columns:
 # --- pickled frames ------------------------------------------------------------------------------------------------
 
 
-class _Dtype:
-    """Stand-in for numpy.dtype: only its name and byte order are kept."""
+class _Inert:
+    """Stands for an object that a frame needs, and does nothing.
 
-    def __init__(self, name: str = "O", *_: object) -> None:
-        self.name = str(name).lstrip("<>|=")
-        self.order = "<"
+    Attributes:
+        given: what it was made with. state: what it was then told to hold.
+    """
 
-    def __setstate__(self, state: tuple) -> None:
-        self.order = state[1] if state[1] in ("<", ">", "|") else "<"
+    def __new__(cls, *given: object, **_: object) -> _Inert:
+        made = super().__new__(cls)
+        made.given, made.state = given, None
+        return made
 
-    def numbers(self) -> np.dtype:
-        if self.name not in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8", "b1"):
-            raise ValueError(f"columns of type {self.name!r}")
-        return np.dtype(self.order.replace("|", "=") + self.name)
+    def __setstate__(self, state: object) -> None:
+        self.state = state
 
 
-class _Array:
-    """Stand-in for numpy.ndarray: numbers of a few types, or plain Python objects."""
+class _Array(_Inert):
+    """numpy.ndarray: numbers of a few types, or plain Python objects."""
 
-    def __init__(self, *_: object) -> None:
-        self.values = np.zeros(0, object)
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, data = state
-        if isinstance(data, list):
-            flat = np.empty(len(data), object)
-            flat[:] = data
+    @property
+    def values(self) -> np.ndarray:
+        _, shape, dtype, fortran, content = self.state
+        if isinstance(content, list):
+            flat = np.empty(len(content), object)
+            flat[:] = content
         else:
-            flat = np.frombuffer(data, dtype.numbers())
-        self.values = flat.reshape(shape, order="F" if fortran else "C")
+            flat = np.frombuffer(content, _number_type(dtype))
+        return flat.reshape(shape, order="F" if fortran else "C")
 
 
-def _frombuffer(data: Any, dtype: _Dtype, shape: tuple, order: str = "C", *_: object) -> _Array:
-    array = _Array()
-    array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
-    return array
+class _Buffer(_Array):
+    """The same, as protocol 5 has it."""
+
+    @property
+    def values(self) -> np.ndarray:
+        content, dtype, shape, order = self.given[:4]
+        return np.frombuffer(bytes(content), _number_type(dtype)).reshape(shape, order=order)
 
 
-class _Index:
-    def __init__(self, data: Mapping[str, Any] | None = None) -> None:
-        held = (data or {}).get("data")
-        self.name = (data or {}).get("name")
-        self.labels = _flat(held) if held is not None else []
+class _Strings(_Array):
+    """pandas' arrays of strings wrap an array of objects."""
+
+    @property
+    def values(self) -> np.ndarray:
+        held = self.given[-1] if self.state is None else self.state
+        (wrapped,) = (part for part in held if isinstance(part, _Array))
+        return wrapped.values
 
 
-def _new_index(_: object, data: Mapping[str, Any]) -> _Index:
-    return _Index(data)
+class _Frame(_Inert):
+    pass
 
 
-class _Backed:
-    """Stand-in for pandas' string arrays: they wrap an array of objects."""
-
-    def __init__(self, *_: object) -> None:
-        self.values = np.zeros(0, object)
-
-    def __setstate__(self, state: Any) -> None:
-        found = [part for part in state if isinstance(part, _Array)] if isinstance(state, tuple) else []
-        if len(found) != 1:
-            raise ValueError("a string array of an unknown make")
-        self.values = found[0].values
-
-
-def _unpickle_backed(*args: object) -> _Backed:
-    backed = _Backed()
-    if args and isinstance(args[-1], tuple):
-        backed.__setstate__(args[-1])
-    return backed
-
-
-class _Manager:
-    """Stand-in for pandas' BlockManager: axes, and blocks of equally typed columns."""
-
-    def __init__(self, blocks: Any = (), axes: Any = ()) -> None:
-        self.blocks, self.axes = list(blocks), list(axes)
-
-    def __setstate__(self, state: tuple) -> None:
-        held = state[3]["0.14.1"]
-        self.axes = list(held["axes"])
-        self.blocks = [(block["values"], block["mgr_locs"]) for block in held["blocks"]]
-
-
-def _block(values: Any, placement: Any, *_: object, **__: object) -> tuple[Any, Any]:
-    return values, placement
-
-
-class _Frame:
-    def __init__(self) -> None:
-        self.manager: Any = None
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.manager = state.get("_mgr", state.get("_data"))
-
-
-class _Nothing:
-    """Stand-in for types that carry no values of their own (string dtypes, index classes)."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-def _multiarray(module: str) -> dict[tuple[str, str], Callable]:
-    return {
-        (f"numpy.{module}.multiarray", "_reconstruct"): _Array,
-        (f"numpy.{module}.numeric", "_frombuffer"): _frombuffer,
-    }
-
-
-_ALLOWED: dict[tuple[str, str], Callable] = {
-    **_multiarray("core"),
-    **_multiarray("_core"),
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
-    ("builtins", "slice"): slice,
-    ("pandas", "DataFrame"): _Frame,
-    ("pandas.core.frame", "DataFrame"): _Frame,
-    ("pandas.core.internals.managers", "BlockManager"): _Manager,
-    ("pandas.core.internals.blocks", "new_block"): _block,
-    ("pandas._libs.internals", "_unpickle_block"): _block,
-    ("pandas._libs.arrays", "__pyx_unpickle_NDArrayBacked"): _unpickle_backed,
-    ("pandas.arrays", "StringArray"): _Nothing,
-    ("pandas.core.arrays.string_", "StringArray"): _Nothing,
-    ("pandas", "StringDtype"): _Nothing,
-    ("pandas.core.arrays.string_", "StringDtype"): _Nothing,
-    ("pandas.core.indexes.base", "_new_Index"): _new_index,
-    ("pandas.core.indexes.base", "Index"): _Nothing,
-    ("pandas.core.indexes.numeric", "Int64Index"): _Nothing,
-    ("pandas", "Index"): _Nothing,
-    ("pandas", "RangeIndex"): _Nothing,
-    ("pandas.core.indexes.range", "RangeIndex"): _Nothing,
+_STAND_INS: dict[type, tuple[str, ...]] = {
+    _Array: ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+    _Buffer: ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"),
+    _Strings: ("pandas._libs.arrays.__pyx_unpickle_NDArrayBacked",),
+    _Frame: ("pandas.DataFrame", "pandas.core.frame.DataFrame"),
+    _Inert: (
+        *("numpy.ndarray", "numpy.dtype"),
+        "pandas.core.internals.managers.BlockManager",
+        *("pandas.core.internals.blocks.new_block", "pandas._libs.internals._unpickle_block"),
+        *("pandas.core.indexes.base._new_Index", "pandas.core.indexes.base.Index", "pandas.Index"),
+        *("pandas.core.indexes.numeric.Int64Index", "pandas.core.indexes.range.RangeIndex", "pandas.RangeIndex"),
+        *(f"pandas.{place}.String{what}" for place in ("arrays", "core.arrays.string_") for what in ("Array", "Dtype")),
+        "pandas.StringDtype",
+    ),
+    slice: ("builtins.slice",),
 }
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        found = _ALLOWED.get((module, name))
-        if found is None:
-            raise _ForeignNameError(f"{module}.{name}")
-        return found
-
-    def persistent_load(self, pid: object) -> Any:
-        raise _ForeignNameError(f"a persistent id ({pid})")
+_ALLOWED = {name: stand_in for stand_in, names in _STAND_INS.items() for name in names}
 
 
 class _ForeignNameError(Exception):
     pass
 
 
-def _flat(held: Any) -> list[Any]:
-    return held.values.ravel().tolist() if isinstance(held, _Array | _Backed) else list(held)
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        if f"{module}.{name}" not in _ALLOWED:
+            raise _ForeignNameError(f"{module}.{name}")
+        return _ALLOWED[f"{module}.{name}"]
+
+    def persistent_load(self, pid: object) -> object:
+        raise _ForeignNameError(f"a persistent id ({pid})")
 
 
-def _columns(manager: _Manager) -> Columns:
-    names = [str(name) for name in manager.axes[0].labels]
-    found: dict[int, list[Any]] = {}
-    for values, placement in manager.blocks:
-        if isinstance(placement, slice):
-            places = list(range(*placement.indices(len(names))))
-        else:
-            places = [int(place) for place in _flat(placement)]
-        rows = values.values.reshape(len(places), -1)
-        found.update({place: row.tolist() for place, row in zip(places, rows, strict=True)})
-    table = {name: found[place] for place, name in enumerate(names)}
-    index = manager.axes[1]
-    if index.name is not None and index.labels:
-        table.setdefault(str(index.name), index.labels)
+def _number_type(dtype: _Inert) -> np.dtype:
+    """Of a numpy.dtype: made with its name, told its byte order."""
+    name, order = str(dtype.given[0]).lstrip("<>|="), dtype.state[1] if dtype.state else "<"
+    if name not in ("i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f4", "f8", "b1"):
+        raise ValueError(f"columns of type {name!r}")
+    return np.dtype((order if order in "<>" else "=") + name)
+
+
+def _flat(held: object) -> list[object]:
+    return held.values.ravel().tolist() if isinstance(held, _Array) else list(held)
+
+
+def _columns(frame: object) -> Columns:
+    """What a frame's blocks of equally typed columns hold."""
+    if not isinstance(frame, _Frame):
+        raise ValueError(f"a pickled {type(frame).__name__.strip('_').lower()}, no frame")
+    manager = frame.state.get("_mgr", frame.state.get("_data"))
+    if manager.state is None:
+        blocks, axes = [block.given[:2] for block in manager.given[0]], manager.given[1]
+    else:
+        state = manager.state[3]["0.14.1"]
+        blocks, axes = [(block["values"], block["mgr_locs"]) for block in state["blocks"]], state["axes"]
+    header, index = (axis.given[1] for axis in axes)
+    names = [str(name) for name in _flat(header["data"])]
+    columns: dict[int, list[object]] = {}
+    for array, placement in blocks:
+        at = range(*placement.indices(len(names))) if isinstance(placement, slice) else map(int, _flat(placement))
+        places = list(at)
+        rows = array.values.reshape(len(places), -1)
+        columns.update({place: row.tolist() for place, row in zip(places, rows, strict=True)})
+    table = {name: columns[place] for place, name in enumerate(names)}
+    if index.get("name") is not None and index.get("data") is not None:
+        table.setdefault(str(index["name"]), _flat(index["data"]))
     if len({len(column) for column in table.values()}) > 1:
         raise ValueError("columns of different lengths")
     return table
@@ -243,10 +195,7 @@ def read_pickled_frame(path: Path) -> Columns:
         if path.stat().st_size > _LARGEST:
             raise ManifestError(f"{path}: too large for a split table ({path.stat().st_size / 1e6:.0f} MB).", _USE_CSV)
         with path.open("rb") as stream:
-            frame = _Unpickler(stream).load()
-        if not isinstance(frame, _Frame) or not isinstance(frame.manager, _Manager):
-            raise ValueError(f"a pickled {type(frame).__name__.strip('_').lower()}, no frame")
-        return _columns(frame.manager)
+            return _columns(_Unpickler(stream).load())
     except _ForeignNameError as error:
         raise ManifestError(
             f"{path}: the pickle asks for {error}, which no split table needs; nothing of it was executed.", _USE_CSV

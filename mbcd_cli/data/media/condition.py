@@ -7,7 +7,6 @@ import json
 import os
 from pathlib import Path
 from stat import S_ISDIR
-from typing import Any
 
 from mbcd_cli.data.media.folders import folder_span, frames_of, names_digest
 from mbcd_cli.data.records import Media
@@ -30,7 +29,7 @@ def holding(path: Path) -> int | str:
 
 def condition(media: Media) -> str:
     """Digest of the sizes, times of change and rights of a clip's files, in folders those of its own frames."""
-    seen: list[Any] = []
+    seen: list[object] = []
     for path in files_of(media):
         seen.append([str(path.name), *_look(path), holding(path)])
         try:
@@ -42,7 +41,7 @@ def condition(media: Media) -> str:
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
 
-def _look(path: Path) -> list[Any]:
+def _look(path: Path) -> list[int | bool | None]:
     try:
         found = path.stat()
     except OSError as error:

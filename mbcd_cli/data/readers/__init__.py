@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
 
 from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.modalities.modality import Modality
@@ -82,7 +81,7 @@ def _ours(
     module: str, summary: str, *, settings: str | type[ReaderSettings] = ReaderSettings, generates: bool = False
 ) -> ReaderEntry:
     # Readers import this module for Listing, so the registry imports them when they are called.
-    def part(where: str) -> Callable[..., Any]:
+    def part(where: str) -> Callable[..., Listing | ReaderSettings]:
         module, _, name = where.partition(":")
         return getattr(import_module(f"{__name__}.{module}"), name)
 

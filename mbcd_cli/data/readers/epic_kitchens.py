@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mbcd_cli.data.media.folders import counts_from
 from mbcd_cli.data.modalities.modality import Modality
@@ -22,18 +22,19 @@ from mbcd_cli.data.readers.places import (
     Found,
     MediaLayout,
     Row,
+    SplitTables,
     by_kind,
     check_label,
     check_rows,
     find_media,
-    modalities_in_use,
+    listing_of,
     path_of,
     pick_domains,
     root_of,
     split_folder,
     whole_number,
 )
-from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
+from mbcd_cli.data.records import SPLITS, Media
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.settings import DatasetSettings
 
@@ -132,35 +133,17 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     asked = by_kind(modalities)
     names = [f"{domain}_{split}.{end}" for domain in domains for split in SPLITS for end in ("csv", "pkl")]
     splits = split_folder(dataset, root, SPLIT_FOLDERS, names)
-    rows, warnings = _read_splits(splits, domains)
+    tables = _read_splits(splits, domains)
     disk, bases = Disk(), _bases(root, splits)
-    notes = [f"split tables: {splits}"]
-    looked = {kind: find_media(rows, PLACES[kind], bases, disk) for kind in asked}
-    found = {kind: places for kind, places in looked.items() if places.hits}
-    computed = asked["video"][0] if dataset.compute_flow and "video" in found else None
-    told = {"root": root, "total": len(rows), "notes": notes, "warnings": warnings}
-    used = modalities_in_use(asked, looked, computed=computed, remedies=_ABSENT_REMEDIES, **told)
-    if not used:
-        patterns = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind][:2])
-        known = "".join(f"\n  {asked[kind][0]}{p.why_missing}" for kind, p in looked.items() if p.why_missing)
-        raise ManifestError(
-            f"{root}: no media of the clips in {splits} are there. Looked for, among others:\n{patterns}{known}",
-            "Name the folder that holds rgb/ (or video/), flow/ and audio/ with --root.",
-        )
-    clips = []
-    for index, row in enumerate(rows):
-        media = {name: _media(kind, found, index, row) for kind, (name, _) in used.items()}
-        label = row["label"]
-        clips.append(Clip(row["id"], row["domain"], row["split"], label, VERBS[label], media))
-    settings_of = dict(used.values())
-    return Listing(
-        name=dataset.name or "epic-kitchens",
-        clips=clips,
-        domains=domains,
-        label_names=VERBS,
-        modalities={name: settings_of[name] for name in modality_order(list(settings_of))},
-        warnings=warnings,
-        notes=notes,
+    found = {kind: find_media(tables.rows, PLACES[kind], bases, disk) for kind in asked}
+    hit = {kind: where for kind, where in found.items() if where.hits}
+    return listing_of(
+        *(dataset.name or "epic-kitchens", tables, asked, found, partial(_media, hit)),
+        root=root,
+        places=PLACES,
+        computed=asked["video"][0] if dataset.compute_flow and "video" in hit else None,
+        remedies=_ABSENT_REMEDIES,
+        holds="rgb/ (or video/), flow/ and audio/",
     )
 
 
@@ -171,7 +154,7 @@ def _bases(root: Path, splits: Path) -> list[Path]:
     return list(dict.fromkeys(near))
 
 
-def _media(kind: str, found: Mapping[str, Found], index: int, row: Row) -> Media:
+def _media(found: Mapping[str, Found], kind: str, index: int, row: Row) -> Media:
     # Published flow has half the frame rate of the annotations: it is told by every second frame.
     computed = 2 if kind == "flow" and kind not in found else 0
     place = found["video" if computed else kind].places[index]
@@ -195,8 +178,12 @@ def _media(kind: str, found: Mapping[str, Found], index: int, row: Row) -> Media
 # --- the tables ----------------------------------------------------------------------------------------------------
 
 
-def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[Row], list[str]]:
-    """The rows of all tables as fields, and what is unusual about them."""
+def _read_splits(folder: Path, domains: tuple[str, ...]) -> SplitTables:
+    """The rows of all tables as fields, and what is unusual about them.
+
+    Raises:
+        ManifestError: tables are missing, or rows wrong.
+    """
     absent = [
         f"{domain}_{split}"
         for domain in domains
@@ -208,26 +195,26 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[Row], lis
             f"{folder}: there are no tables {', '.join(absent)} (.csv or .pkl).",
             "Complete the split folder, or choose domains with --set dataset.domains=...",
         )
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     warnings: list[str] = []
     problems: list[str] = []
     for domain in domains:
         for split in SPLITS:
             path, *others = [p for end in ("csv", "pkl") if (p := folder / f"{domain}_{split}.{end}").is_file()]
-            found = _rows(path, domain, split, problems)
-            if others and not problems and (differing := _differing(found, others[0], domain, split)):
+            listed = _rows(path, domain, split, problems)
+            if others and not problems and (differing := _differing(listed, others[0], domain, split)):
                 warnings.append(f"{path.name} is taken, and {others[0].name} beside it {differing}")
-            rows += found
+            rows += listed
             expected = CLIPS[domain, split]
-            if len(found) != expected and not problems:
-                warnings.append(f"{path.name}: {len(found)} clips where the published split has {expected}")
-            others = {row["participant"] for row in found} - {PARTICIPANTS[domain]}
+            if len(listed) != expected and not problems:
+                warnings.append(f"{path.name}: {len(listed)} clips where the published split has {expected}")
+            others = {row["participant"] for row in listed} - {PARTICIPANTS[domain]}
             if others:
                 warnings.append(
                     f"{path.name}: {domain} is kitchen {PARTICIPANTS[domain]}, and it holds {', '.join(sorted(others))}"
                 )
     check_rows(folder, rows, problems)
-    return rows, warnings
+    return SplitTables(folder, rows, VERBS, domains, warnings)
 
 
 def _differing(rows: list[Row], path: Path, domain: str, split: str) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import csv
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
@@ -20,18 +20,18 @@ from mbcd_cli.data.readers.places import (
     Found,
     MediaLayout,
     Row,
+    SplitTables,
     by_kind,
     check_label,
     check_rows,
     find_media,
-    modalities_in_use,
+    listing_of,
     path_of,
     pick_domains,
     root_of,
     split_folder,
 )
-from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
-from mbcd_cli.errors import ManifestError
+from mbcd_cli.data.records import SPLITS, Media
 from mbcd_cli.settings import DatasetSettings
 
 DOMAINS = ("human", "animal", "cartoon")
@@ -73,44 +73,20 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     asked = by_kind(modalities)
     names = [f"HAC_{split}_only_{domain}.csv" for domain in domains for split in SPLITS]
     splits = split_folder(dataset, root, SPLIT_FOLDERS, names)
-    rows, warnings = _read_splits(splits, domains)
+    tables = _read_splits(splits, domains)
     disk = Disk()
     bases = list(dict.fromkeys([root, root / "HAC", splits, *([root.parent] if root == splits else [])]))
-    found = {kind: find_media(rows, PLACES[kind], bases, disk) for kind in asked}
+    found = {kind: find_media(tables.rows, PLACES[kind], bases, disk) for kind in asked}
     # The video tells where the other files should be, and the sound its times.
-    videos = find_media(rows, PLACES["video"], bases, disk) if "video" not in found else found["video"]
-    notes = [f"split tables: {splits}"]
-    computed = "the videos" if dataset.compute_flow and videos.hits else None
-    told = {"root": root, "total": len(rows), "notes": notes, "warnings": warnings}
-    used = modalities_in_use(asked, found, computed=computed, remedies=MAKES_FLOW, **told)
-    if not used:
-        looked = "\n".join(f"  {root / place.pattern}" for kind in asked for place in PLACES[kind])
-        looked += "".join(f"\n  {asked[kind][0]}{p.why_missing}" for kind, p in found.items() if p.why_missing)
-        raise ManifestError(
-            f"{root}: no media of the clips in {splits} are there. Looked for:\n{looked}",
-            "Name the folder that holds human/, animal/ and cartoon/ with --root.",
-        )
+    videos = find_media(tables.rows, PLACES["video"], bases, disk) if "video" not in found else found["video"]
     follows_flow = _follows_flow(asked) and (dataset.compute_flow or bool(found["flow"].hits))
-    clips = [
-        Clip(
-            row["id"],
-            row["domain"],
-            row["split"],
-            row["label"],
-            ACTIONS[row["label"]],
-            {name: _media(kind, found, videos, index, row, follows_flow) for kind, (name, _) in used.items()},
-        )
-        for index, row in enumerate(rows)
-    ]
-    settings_of = dict(used.values())
-    return Listing(
-        name=dataset.name or "hac",
-        clips=clips,
-        domains=domains,
-        label_names=ACTIONS,
-        modalities={name: settings_of[name] for name in modality_order(list(settings_of))},
-        warnings=warnings,
-        notes=notes,
+    return listing_of(
+        *(dataset.name or "hac", tables, asked, found, partial(_media, found, videos, follows_flow)),
+        root=root,
+        places=PLACES,
+        computed="the videos" if dataset.compute_flow and videos.hits else None,
+        remedies=MAKES_FLOW,
+        holds="human/, animal/ and cartoon/",
     )
 
 
@@ -120,7 +96,7 @@ def _follows_flow(asked: Mapping[str, tuple[str, Modality]]) -> bool:
     return follow is not None and "flow" in asked and follow == asked["flow"][0]
 
 
-def _media(kind: str, found: Mapping[str, Found], videos: Found, index: int, row: Row, follows_flow: bool) -> Media:
+def _media(found: Mapping[str, Found], videos: Found, follows_flow: bool, kind: str, index: int, row: Row) -> Media:
     video = Path(path_of(videos.places[index], row))
     if kind == "flow" and not found[kind].hits:
         return Media(video, computed=1)
@@ -136,19 +112,23 @@ def _media(kind: str, found: Mapping[str, Found], videos: Found, index: int, row
     return Media(path, clock=video) if kind == "audio" and videos.hits else Media(path)
 
 
-def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[Row], list[str]]:
-    """The rows of all tables as fields, and what is unusual about them."""
-    rows: list[dict[str, Any]] = []
+def _read_splits(folder: Path, domains: tuple[str, ...]) -> SplitTables:
+    """The rows of all tables as fields, and what is unusual about them.
+
+    Raises:
+        ManifestError: tables are missing, or rows wrong.
+    """
+    rows: list[Row] = []
     warnings: list[str] = []
     problems: list[str] = []
     for domain in domains:
         for split in SPLITS:
             path = folder / f"HAC_{split}_only_{domain}.csv"
-            found = _rows(path, domain, split, problems)
-            rows += found
-            if len(found) != CLIPS[domain, split] and not problems:
+            listed = _rows(path, domain, split, problems)
+            rows += listed
+            if len(listed) != CLIPS[domain, split] and not problems:
                 expected = CLIPS[domain, split]
-                warnings.append(f"{path.name}: {len(found)} clips where the published split has {expected}")
+                warnings.append(f"{path.name}: {len(listed)} clips where the published split has {expected}")
         both = Counter(row["file"] for row in rows if row["domain"] == domain)
         shared = sum(count > 1 for count in both.values())
         if shared:
@@ -162,7 +142,7 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> tuple[list[Row], lis
         if odd := [file for file, several in labels.items() if len(several) > 1]:
             warnings.append(f"{domain}: {len(odd)} files have two labels, the first {odd[0]} (in train and in test)")
     check_rows(folder, rows, problems)
-    return rows, warnings
+    return SplitTables(folder, rows, ACTIONS, domains, warnings)
 
 
 def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[Row]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.modalities.modality import Modality
+from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.records import Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError, SettingsError
 from mbcd_cli.settings import DatasetSettings, ReaderSettings
 
@@ -156,41 +158,91 @@ def found_line(name: str, found: Found, total: int) -> str:
     return f"{name}: {where}; {total - found.missing} of {total} clips found"
 
 
-def modalities_in_use(
+@dataclass(frozen=True, slots=True)
+class SplitTables:
+    """What the split tables of a dataset say.
+
+    Attributes:
+        folder: where they are.
+        rows: of all of them. labels: names of the classes.
+        domains: those asked for.
+        warnings: what is unusual about them.
+    """
+
+    folder: Path
+    rows: list[Row]
+    labels: tuple[str, ...]
+    domains: tuple[str, ...]
+    warnings: list[str]
+
+
+def listing_of(
+    name: str,
+    tables: SplitTables,
     asked: Mapping[str, tuple[str, Modality]],
     found: Mapping[str, Found],
+    media: Callable[[str, int, Row], Media],
     *,
     root: Path,
-    total: int,
+    places: Mapping[str, Sequence[MediaLayout]],
     computed: str | None,
     remedies: Mapping[str, str],
-    notes: list[str],
-    warnings: list[str],
-) -> dict[str, tuple[str, Modality]]:
-    """Of the modalities asked for (kind -> name, settings) those of which anything is on disk, or can be computed.
+    holds: str,
+) -> Listing:
+    """The clips of split tables, with those modalities of which anything is on disk, or can be computed.
 
     Args:
-        found: per kind that was asked for.
-        root, total: the dataset's root, number of its clips.
+        asked: kind -> name and settings. found: per kind.
+        media: (kind, number of a row, the row) -> where it lies.
+        places: per kind, where its media were looked for.
         computed: what flow is computed from where there is none; None where it is not.
         remedies: kind -> what is said where there is none, and nothing else is known.
-        notes, warnings: what is to be told is added.
+        holds: folders by which the root is told.
+
+    Raises:
+        ManifestError: no media of any modality.
     """
+    total, warnings, notes = len(tables.rows), tables.warnings, [f"split tables: {tables.folder}"]
     used = {}
-    for kind, (name, settings) in asked.items():
-        media = found[kind]
-        if media.hits:
-            notes.append(found_line(name, media, total))
-            if media.missing:
-                warnings.append(f"{name}: nothing is on disk for {media.missing} of {total} clips{media.why_missing}")
+    for kind, (modality, settings) in asked.items():
+        where = found[kind]
+        if where.hits:
+            notes.append(found_line(modality, where, total))
+            if where.missing:
+                lacking = f"nothing is on disk for {where.missing} of {total} clips{where.why_missing}"
+                warnings.append(f"{modality}: {lacking}")
         elif kind == "flow" and computed is not None:
-            notes.append(f"{name}: computed from {computed}")
+            notes.append(f"{modality}: computed from {computed}")
         else:
-            remedy = media.why_missing or remedies.get(kind, "")
-            warnings.append(f"{name}: there is none under {root}, so it is left out{remedy}")
+            remedy = where.why_missing or remedies.get(kind, "")
+            warnings.append(f"{modality}: there is none under {root}, so it is left out{remedy}")
             continue
-        used[kind] = (name, settings)
-    return used
+        used[kind] = (modality, settings)
+    if not used:
+        looked = [f"  {root / place.pattern}" for kind in asked for place in places[kind][:2]]
+        looked += [f"  {asked[kind][0]}{where.why_missing}" for kind, where in found.items() if where.why_missing]
+        raise ManifestError(
+            f"{root}: no media of the clips in {tables.folder} are there. Looked for, among others:\n"
+            + "\n".join(looked),
+            f"Name the folder that holds {holds} with --root.",
+        )
+    clips = [
+        Clip(
+            *(row["id"], row["domain"], row["split"], row["label"], tables.labels[row["label"]]),
+            {modality: media(kind, index, row) for kind, (modality, _) in used.items()},
+        )
+        for index, row in enumerate(tables.rows)
+    ]
+    settings_of = dict(used.values())
+    return Listing(
+        name=name,
+        clips=clips,
+        domains=tables.domains,
+        label_names=tables.labels,
+        modalities={modality: settings_of[modality] for modality in modality_order(list(settings_of))},
+        warnings=warnings,
+        notes=notes,
+    )
 
 
 def check_rows(folder: Path, rows: Sequence[Row], problems: list[str]) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from mbcd_cli.data.media import video
 from mbcd_cli.data.media.video import read_frames
 from mbcd_cli.data.records import Media
 from mbcd_cli.settings import DatasetSettings
@@ -29,6 +30,12 @@ _BITS, _CHECKED = 11, 5  # 16 blocks: the number, and its remainder, by which a 
 _PRIME, _SALT = 31, 19
 _DARK, _BRIGHT = 40, 215
 ILLEGIBLE = -1
+
+
+def close_recordings() -> None:
+    """What this thread keeps open is opened anew."""
+    while video._recordings._entries:
+        video._recordings._entries.pop()[1].close()
 
 
 def picture_of(number: int, width: int = 64, height: int = 64) -> np.ndarray:

@@ -61,8 +61,8 @@ def with_decord(path: Path) -> None:
 def spans(path: Path, held: int) -> None:
     """Ten spans of one recording, opened anew."""
     timeline._HELD_BYTES = held
-    for _, recording in video._kept.__dict__.pop("videos", []):
-        recording.close()
+    while video._recordings._entries:
+        video._recordings._entries.pop()[1].close()
     for start in (20, 4, 33, 12, 28, 0, 36, 8, 16, 24):
         read_frames(
             Media(path, start=start, stop=start + 2), lambda count: np.arange(0, 60, 2), dataset=DatasetSettings()

@@ -11,7 +11,7 @@ import pytest
 from conformance import FFMPEG, STRICT, Coding, differences, encode, every, numbers_of, shown
 from kinds import CODINGS, cuts
 
-from mbcd_cli.data.media import timeline, video
+from mbcd_cli.data.media import timeline
 from mbcd_cli.data.media.flow import read_flow
 from mbcd_cli.data.media.video import read_frames
 from mbcd_cli.data.records import Media
@@ -30,8 +30,7 @@ KINDS = [
 def no_open_recordings():
     """Recordings that one test left open are not the next one's."""
     yield
-    for _, recording in video._kept.__dict__.pop("videos", []):
-        recording.close()
+    conformance.close_recordings()
 
 
 def made(folder: Path, name: str, suffix: str, **changes: object) -> Path:
@@ -49,7 +48,7 @@ def test_frames_are_those_of_a_sequential_read(tmp_path, monkeypatch, name, suff
     assert len(truth.numbers) > 0.8 * len(CODINGS[name].pictures())
     assert differences(path, truth) == []
     # A recording too long to be held in memory is sought in.
-    video._kept.__dict__.pop("videos")[0][1].close()
+    conformance.close_recordings()
     monkeypatch.setattr(timeline, "_HELD_BYTES", 0)
     assert differences(path, truth, seed=1) == []
 

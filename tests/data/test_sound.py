@@ -16,6 +16,7 @@ from helpers import cause, numbered_frames, tone, write_video, write_wav
 from scipy.signal import resample_poly
 
 from mbcd_cli.data.media import sound as module
+from mbcd_cli.data.media.kept import Kept
 from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.media.soundtrack import Soundtrack
 from mbcd_cli.data.records import Media
@@ -401,7 +402,7 @@ def test_a_recording_is_decoded_once_for_all_its_spans(tmp_path, monkeypatch):
             decoded[-1] += 0 if block is None else len(block)
             super()._hold(block)
 
-    monkeypatch.setattr(module, "Soundtrack", Counting)
+    monkeypatch.setattr(module, "_recordings", Kept(Counting, limit=1))
     path = encode(tmp_path / "a.mkv", noise(4.0), "flac")
     assert len(heard(path, start=0.5, stop=1.0)) == 8000
     assert decoded[0] < 2 * RATE  # no more than what was asked for

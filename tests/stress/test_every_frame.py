@@ -17,7 +17,7 @@ from conformance import FFMPEG, ILLEGIBLE, differences, encode, every, numbers_o
 from kinds import CODINGS, SUFFIXES, cuts, wrappings
 from tally import Tally
 
-from mbcd_cli.data.media import timeline, video
+from mbcd_cli.data.media import timeline
 from mbcd_cli.data.media.video import read_frames
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
@@ -71,8 +71,7 @@ def tally():
 @pytest.fixture(autouse=True)
 def no_open_recordings():
     yield
-    for _, recording in video._kept.__dict__.pop("videos", []):
-        recording.close()
+    conformance.close_recordings()
 
 
 @pytest.mark.parametrize("name", CODINGS)

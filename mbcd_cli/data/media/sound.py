@@ -9,16 +9,16 @@ Letters: S samples.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-from mbcd_cli.data.media.checks import REPLACE, Notes, check_present, file_version, tolerate
+from mbcd_cli.data.media.checks import REPLACE, Notes, check_present, tolerate
+from mbcd_cli.data.media.kept import Kept
 from mbcd_cli.data.media.soundtrack import Soundtrack
 from mbcd_cli.data.media.timeline import open_container
 from mbcd_cli.data.media.video import frame_times
@@ -133,34 +133,15 @@ class _Plain:
         return samples.mean(axis=1)
 
 
-_kept = threading.local()
-"""`sound`: (file version, Soundtrack) that a thread's latest span was cut from."""
+_recordings = Kept(Soundtrack, limit=1)
 
 
 @contextmanager
 def _sound(media: Media, head: bytes) -> Iterator[_Plain | Soundtrack]:
     """The clip's file, open. What was decoded of a long recording is kept for the next span of it."""
-    path = media.path
-    sound = _plain(path, head)
-    if sound is not None or (media.start is None and media.stop is None):
-        sound = sound or Soundtrack(path)
-        try:
-            yield sound
-        finally:
-            sound.close()
-        return
-    version = file_version(path)
-    known, sound = _kept.__dict__.pop("sound", (None, None))
-    if known != version:
-        if sound is not None:
-            sound.close()
-        sound = Soundtrack(path)
-    try:
+    plain = _plain(media.path, head)
+    with _recordings.lent(media) if plain is None else closing(plain) as sound:
         yield sound
-    except BaseException:
-        sound.close()  # what a file that failed gives next is nobody's promise
-        raise
-    _kept.sound = (version, sound)
 
 
 def _is_compressed(head: bytes) -> bool:

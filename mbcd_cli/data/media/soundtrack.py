@@ -18,10 +18,9 @@ import numpy as np
 from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.container import InputContainer
-from av.stream import Disposition
 
 from mbcd_cli.data.media.checks import REENCODE, REPLACE
-from mbcd_cli.data.media.timeline import Deadline, beginning, open_container
+from mbcd_cli.data.media.timeline import Deadline, beginning, only_stream, open_container, packet_end
 from mbcd_cli.data.media.whole import check_seconds, mp3_frames
 from mbcd_cli.errors import MediaError
 
@@ -151,7 +150,7 @@ class Soundtrack:
         try:
             for packet in self._container.demux([self._stream, *self._container.streams.video]):
                 self._deadline.check()
-                self._note_end(packet)
+                self._end = max(self._end, packet_end(packet))
                 if packet.stream is not self._stream:  # the empty packet that ends a stream has no other mark
                     continue
                 self._packets += bool(packet.size) and not packet.is_corrupt
@@ -171,11 +170,6 @@ class Soundtrack:
             if self._container.format.name == "ogg":
                 cause += "; streams that differ may be joined in it"
             raise MediaError(self.path, cause, "Decode it into a wav with another tool, or replace it.") from None
-
-    def _note_end(self, packet: av.Packet) -> None:
-        moment = packet.pts if packet.pts is not None else packet.dts
-        if moment is not None and packet.time_base is not None:
-            self._end = max(self._end, float((moment + (packet.duration or 0)) * packet.time_base))
 
     def _check_whole(self, there: int) -> None:
         """All that the container promised was there; asked at the end.
@@ -205,18 +199,12 @@ def _pick(path: Path, container: InputContainer) -> AudioStream:
     sounds = [stream for stream in container.streams.audio if stream.codec_context is not None]
     if not sounds:
         raise MediaError(path, "its sound is of a codec that cannot be decoded", REENCODE)
-    preferred = [stream for stream in sounds if stream.disposition & Disposition.default]
-    if len(sounds) == 1 or len(preferred) == 1:
-        return (preferred or sounds)[0]
-    named = " and ".join(
-        f"stream {s.index} ({s.codec_context.name}, {s.codec_context.channels} channels, language {s.language or '?'})"
-        for s in sounds[:2]
-    )
-    raise MediaError(
-        path,
-        f"it holds {len(sounds)} sounds of equal standing: {named}",
-        f"Keep one of them: ffmpeg -i IN -map 0:v? -map 0:{sounds[0].index} -c copy OUT.",
-    )
+
+    def about(stream: AudioStream) -> str:
+        codec = stream.codec_context
+        return f"{codec.name}, {codec.channels} channels, language {stream.language or '?'}"
+
+    return only_stream(path, sounds, what="sounds", about=about, maps="-map 0:v? -map 0:{}")
 
 
 def _mono(frame: AudioFrame) -> np.ndarray:

@@ -10,16 +10,16 @@ Letters: N frames presented, K key frames.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import av
 import numpy as np
 from av.container import InputContainer
-from av.stream import Disposition
+from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
 from mbcd_cli.data.media.checks import REENCODE, REPLACE, allowed_seconds, check_present
@@ -51,9 +51,8 @@ _HELD_BYTES = 64 * 2**20
 _HIDDEN_VP8 = 0x10  # cleared in the first byte of a frame that only others are predicted from
 _OGG_HEADERS = (b"\x80theora", b"\x81theora", b"\x82theora", b"OVP80")  # where files are joined, they come again
 _IDR = 5
-
-
 _NOTHING = 16  # bytes
+AnyStream = TypeVar("AnyStream", bound=Stream)
 
 
 class _Row(NamedTuple):
@@ -190,6 +189,37 @@ def beginning(container: InputContainer) -> float:
     return 0.0 if -_RUN_IN < earliest < 0 else earliest
 
 
+def packet_end(packet: av.Packet) -> float:
+    """Seconds at which a packet ends by the file's time stamps; 0 where it has none."""
+    moment = packet.pts if packet.pts is not None else packet.dts
+    if moment is None or packet.time_base is None:
+        return 0.0
+    return float((moment + (packet.duration or 0)) * packet.time_base)
+
+
+def only_stream(
+    path: Path, streams: Sequence[AnyStream], *, what: str, about: Callable[[AnyStream], str], maps: str
+) -> AnyStream:
+    """The only one of a file's streams, or the only one that it marks as its default.
+
+    Args:
+        what: they are. about: words on one of them.
+        maps: ffmpeg's options that keep one, its number being {}.
+
+    Raises:
+        MediaError: there are several of equal standing.
+    """
+    preferred = [stream for stream in streams if stream.disposition & Disposition.default]
+    if len(streams) == 1 or len(preferred) == 1:
+        return (preferred or streams)[0]
+    named = " and ".join(f"stream {stream.index} ({about(stream)})" for stream in streams[:2])
+    raise MediaError(
+        path,
+        f"it holds {len(streams)} {what} of equal standing: {named}",
+        f"Keep one of them: ffmpeg -i IN {maps.format(streams[0].index)} -c copy OUT.",
+    )
+
+
 class Packets:
     """What the packets of a file say of its picture, read once from the beginning to the end, without decoding.
 
@@ -219,7 +249,7 @@ class Packets:
         try:
             for packet in container.demux():  # subtitles as well: the file may be as long as they are
                 deadline.check()
-                self._note_end(packet)
+                self._end = max(self._end, packet_end(packet))
                 index = packet.stream_index
                 if not packet.size or index not in pictures:
                     continue
@@ -255,28 +285,16 @@ class Packets:
         self._stated = (container.duration or 0) / 1e6
         self._check_whole()
 
-    def _note_end(self, packet: av.Packet) -> None:
-        moment = packet.pts if packet.pts is not None else packet.dts
-        if moment is not None and packet.time_base is not None:
-            self._end = max(self._end, float((moment + (packet.duration or 0)) * packet.time_base))
-
     def _pick(self, pictures: dict[int, VideoStream], rows: dict[int, list]) -> VideoStream:
         """The one picture of the file: covers, and single images beside a moving picture, do not count."""
         streams = [s for s in pictures.values() if not s.disposition & Disposition.attached_pic] or [*pictures.values()]
         candidates = [s for s in streams if len(rows[s.index]) > 1] or streams
-        preferred = [s for s in candidates if s.disposition & Disposition.default]
-        if len(candidates) == 1 or len(preferred) == 1:
-            return (preferred or candidates)[0]
-        named = " and ".join(
-            f"stream {s.index} ({s.codec_context.name}, {s.codec_context.width}x{s.codec_context.height}, "
-            f"{len(rows[s.index])} frames)"
-            for s in candidates[:2]
-        )
-        raise MediaError(
-            self.path,
-            f"it holds {len(candidates)} pictures of equal standing: {named}",
-            f"Keep one of them: ffmpeg -i IN -map 0:{candidates[0].index} -map 0:a? -c copy OUT.",
-        )
+
+        def about(stream: VideoStream) -> str:
+            codec = stream.codec_context
+            return f"{codec.name}, {codec.width}x{codec.height}, {len(rows[stream.index])} frames"
+
+        return only_stream(self.path, candidates, what="pictures", about=about, maps="-map 0:{} -map 0:a?")
 
     def _check_whole(self) -> None:
         """Nothing is lacking of what the file claims to hold: frames of an index, or seconds."""

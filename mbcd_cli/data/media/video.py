@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import itertools
 import struct
-import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from mbcd_cli.data.media.checks import (
     tolerate,
 )
 from mbcd_cli.data.media.folders import read_folder
+from mbcd_cli.data.media.kept import Kept
 from mbcd_cli.data.media.timeline import Packets, Timeline, decoded_frames, open_container
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
@@ -42,7 +41,6 @@ _TOLERATED = 0.1
 _FEWER = 3  # frames by which cutting a clip out of a recording may miss the annotation
 Pick = Callable[[Timeline], tuple[np.ndarray, int]]
 """A file's timeline -> (numbers of the frames wanted, number of the last frame that has to be there)."""
-_KEPT = 2  # recordings that a thread keeps open: both directions of a flow
 
 
 class _UnprovenError(Exception):
@@ -245,35 +243,7 @@ def _upright(frames: np.ndarray, a: int, b: int, c: int, d: int) -> np.ndarray:
 
 # --- clips of files --------------------------------------------------------------------------------------------------
 
-_kept = threading.local()
-"""`videos`: (key, Video) of the recordings that a thread's latest clips were cut from."""
-
-
-@contextmanager
-def _video(media: Media) -> Iterator[Video]:
-    """The clip's file, open. Reading the packets of an hour of video takes seconds, so its clips share one `Video`."""
-    if media.start is None and media.stop is None:
-        video = Video(media.path)
-        try:
-            yield video
-        finally:
-            video.close()
-        return
-    key = file_version(media.path)
-    kept: list[tuple[tuple, Video]] = _kept.__dict__.setdefault("videos", [])
-    entry = next((entry for entry in kept if entry[0] == key), None)
-    if entry is None:
-        while len(kept) >= _KEPT:
-            kept.pop(0)[1].close()  # closed before the next is opened
-        entry = (key, Video(media.path))
-    else:
-        kept.remove(entry)
-    try:
-        yield entry[1]
-    except BaseException:
-        entry[1].close()  # what a file that failed gives next is nobody's promise
-        raise
-    kept.append(entry)
+_recordings = Kept(Video, limit=2)  # both directions of a flow
 
 
 def read_frames(
@@ -318,7 +288,7 @@ def read_frames(
             numbers[:, 1] = np.minimum(np.maximum(numbers[:, 1], numbers[:, 0] + 1), len(timeline) - 1)
         return numbers, max(int(numbers.max()), last - 1)
 
-    with _video(media) as video:
+    with _recordings.lent(media) as video:
         frames = video.read(pick, dataset=dataset, notes=notes)
     if notes is not None:
         notes += mended

@@ -50,12 +50,12 @@ def examine(path: Path, *, seen: Callable[[int], None] = lambda count: None) -> 
     Raises:
         OSError: a folder cannot be read.
     """
-    found = Condition()
+    condition = Condition()
     told: dict[Path, str] = {}
     files = list(_files(path))
     for teller in (file for file in files if file.name in checksums.TELLERS):
         with suppress(OSError, ValueError, KeyError, TypeError):  # its own checksum tells below that it is damaged
-            told |= {teller.parent / name: value for name, value in _told(teller, found).items()}
+            told |= {teller.parent / name: value for name, value in _told(teller, condition).items()}
     for file in files:
         size = file.stat().st_size
         try:
@@ -63,23 +63,25 @@ def examine(path: Path, *, seen: Callable[[int], None] = lambda count: None) -> 
         except OSError as error:
             why = str(error)
         if why is None:
-            found.unchecked.append(file)
+            condition.unchecked.append(file)
         elif why:
-            found.damaged[file] = why
+            condition.damaged[file] = why
         else:
-            found.whole.append(file)
-            found.nbytes += size
+            condition.whole.append(file)
+            condition.nbytes += size
         seen(size)
     there = set(files)
-    found.missing = sorted(file for file in told if file not in there and path in (file, *file.parents))
+    condition.missing = sorted(file for file in told if file not in there and path in (file, *file.parents))
     shards = {file.parent for file in files if file.name.startswith("shard-") and file.suffix == ".h5"}
     whole_caches = [
-        folder / name for folder in sorted(shards | set(found.roots)) for name in ("index.h5", checksums.PREPARED_WITH)
+        folder / name
+        for folder in sorted(shards | set(condition.roots))
+        for name in ("index.h5", checksums.PREPARED_WITH)
     ]
-    found.missing += [file for file in whole_caches if file not in there and not path.is_file()]
+    condition.missing += [file for file in whole_caches if file not in there and not path.is_file()]
     runs = [file.parent for file in files if file.name == "last.pt" and file.parent.name == "checkpoints"]
-    found.unfinished = sorted(folder.parent for folder in runs if not (folder.parent / "done").exists())
-    return found
+    condition.unfinished = sorted(folder.parent for folder in runs if not (folder.parent / "done").exists())
+    return condition
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -88,13 +90,13 @@ def _files(path: Path) -> Iterator[Path]:
             yield file
 
 
-def _told(teller: Path, found: Condition) -> dict[str, str]:
+def _told(teller: Path, condition: Condition) -> dict[str, str]:
     """Name -> checksum of the files that a whole `teller` speaks of."""
     if teller.suffix != ".h5":
         return dict(read_json(teller)["files"])
     checksums.verified(teller)
     with open_hdf5(teller) as index:
-        found.roots[teller.parent] = str(index.attrs["root_checksum"])
+        condition.roots[teller.parent] = str(index.attrs["root_checksum"])
         beside = index.attrs.get("prepared_with")
         return json.loads(index["files"].asstr()[()]) | ({checksums.PREPARED_WITH: str(beside)} if beside else {})
 

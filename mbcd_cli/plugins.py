@@ -41,23 +41,23 @@ def entry_of(name: str, group: str, ours: Mapping[str, AnyEntry], kind: type[Any
     installed = {} if name in ours else plugins(group)
     if name not in installed:
         return ours.get(name)
-    found = load_plugin(installed[name])
-    if not isinstance(found, kind):
+    entry = load_plugin(installed[name])
+    if not isinstance(entry, kind):
         raise SettingsError(
-            f"{group} {name!r} ({installed[name].value}) is {type(found).__name__}, not {kind.__name__}.",
+            f"{group} {name!r} ({installed[name].value}) is {type(entry).__name__}, not {kind.__name__}.",
             f"Let the entry point name a {kind.__name__}; docs/extending.md shows one.",
         )
-    return found
+    return entry
 
 
 def summaries_of(group: str, ours: Mapping[str, AnyEntry], kind: type[AnyEntry]) -> list[tuple[str, AnyEntry | str]]:
     """(name, entry) of `ours` and of installed packages; what is wrong instead of an entry that cannot be had."""
-    found: list[tuple[str, AnyEntry | str]] = list(ours.items())
+    summaries: list[tuple[str, AnyEntry | str]] = list(ours.items())
     for name in plugins(group):
         if name not in ours:
             try:
                 entry = entry_of(name, group, ours, kind)
-                found.append((name, entry if entry is not None else "error: it is gone"))
+                summaries.append((name, entry if entry is not None else "error: it is gone"))
             except SettingsError as error:
-                found.append((name, f"error: {error.message}"))
-    return found
+                summaries.append((name, f"error: {error.message}"))
+    return summaries

@@ -187,8 +187,8 @@ def is_done(folder: Path, number: int, span: range, clips: Clips, name: str) -> 
         with open_hdf5(shard_path(folder, number)) as file:
             if (file.attrs["first"], file.attrs["stop"]) != (span.start, span.stop):
                 return False
-            known = json.loads(file.attrs["conditions"])
-            return known == _conditions(clips, span, name, read_rejected(file), read_mended(file))
+            conditions = json.loads(file.attrs["conditions"])
+            return conditions == _conditions(clips, span, name, read_rejected(file), read_mended(file))
     except (OSError, RuntimeError, *FOREIGN):
         return False
 

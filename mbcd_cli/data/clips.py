@@ -99,8 +99,8 @@ class MediaColumn(Sequence[Media]):
         self.absent = self.packed = 0
         # A packed array is named by many clips.
         self._apart, self._path = lru_cache(maxsize=256)(self._split), lru_cache(maxsize=256)(self._joined)
-        for one in media:
-            self.append(one)
+        for item in media:
+            self.append(item)
 
     def append(self, media: Media | None) -> None:
         """Of one more clip; None where it has none."""

@@ -216,7 +216,7 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
     """
     folder = settings.cache.dir / name
     check_dataset(settings.cache.dir, name)
-    found: dict[str, list[ModalityCache]] = {}
+    caches_of: dict[str, list[ModalityCache]] = {}
     foreign: dict[str, OtherVersionError] = {}
     for index in sorted(folder.glob("*/index.h5")):
         try:
@@ -224,34 +224,34 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
         except OtherVersionError as error:  # in nobody's way as long as there is a newer one
             foreign[index.parent.name.rsplit("-", 1)[0]] = error
             continue
-        found.setdefault(cache.recipe["modality"], []).append(cache)
-    if lost := _without_index(folder, modalities, found):
+        caches_of.setdefault(cache.recipe["modality"], []).append(cache)
+    if lost := _without_index(folder, modalities, caches_of):
         raise CacheError(
             f"The cache {lost} has no index: its preparation was interrupted, or the file is lost.",
             "Run the same `mbcd prepare` again, or choose others with --modalities.",
         )
-    for caches in found.values():
+    for caches in caches_of.values():
         caches.sort(key=lambda cache: cache.prepared_at, reverse=True)
-    names = list(modalities) or modality_order(list(settings.modalities) or list(found))
+    names = list(modalities) or modality_order(list(settings.modalities) or list(caches_of))
     names = names or list(foreign)
-    missing = [n for n in names if n not in found]
+    missing = [n for n in names if n not in caches_of]
     if missing and missing[0] in foreign:
         raise foreign[missing[0]]
     if missing:
         raise CacheError(
             f"Modality {missing[0]!r} of dataset {name} is not prepared.",
-            f"{did_you_mean(missing[0], found)}Prepared are {', '.join(sorted(found))}; run `mbcd prepare` for it, or "
-            "choose with --modalities.",
+            f"{did_you_mean(missing[0], caches_of)}Prepared are {', '.join(sorted(caches_of))}; run `mbcd prepare` for "
+            "it, or choose with --modalities.",
         )
     chosen: dict[str, ModalityCache] = {}
     resolved: dict[str, Modality] = {}
     for modality in names:
         wanted = settings.modalities.get(modality)
         if wanted is None:
-            chosen[modality] = _newest(settings, modality, found[modality])
+            chosen[modality] = _newest(settings, modality, caches_of[modality])
             resolved[modality] = chosen[modality].modality
             continue
-        chosen[modality] = _matching(settings, modality, wanted, found[modality])
+        chosen[modality] = _matching(settings, modality, wanted, caches_of[modality])
         resolved[modality] = _resolved(wanted, chosen[modality].modality)
     return CachedDataset(name, chosen, resolved, root=settings.dataset.root, workers=settings.cache.workers)
 

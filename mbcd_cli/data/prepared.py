@@ -21,26 +21,26 @@ def check_dataset(cache: Path, name: str) -> None:
     Raises:
         CacheError: there is no such dataset under `cache`.
     """
-    known = prepared_datasets(cache)
-    if name not in known:
-        have = f"Prepared so far: {', '.join(known)}." if known else "Nothing is prepared there yet."
+    prepared = prepared_datasets(cache)
+    if name not in prepared:
+        have = f"Prepared so far: {', '.join(prepared)}." if prepared else "Nothing is prepared there yet."
         raise CacheError(
             f"There is no cache of dataset {name!r} in {cache}.",
-            f"{did_you_mean(name, known)}{have} Run `mbcd prepare` first, or name the folder with --cache-dir.",
+            f"{did_you_mean(name, prepared)}{have} Run `mbcd prepare` first, or name the folder with --cache-dir.",
         )
 
 
-def check_domains(name: str, known: Sequence[str], wanted: Iterable[str | None]) -> None:
+def check_domains(name: str, domains: Sequence[str], wanted: Iterable[str | None]) -> None:
     """Refuse domains that a dataset does not have; None is none.
 
     Raises:
         SettingsError: it does not have one.
     """
-    unknown = [domain for domain in wanted if domain is not None and domain not in known]
+    unknown = [domain for domain in wanted if domain is not None and domain not in domains]
     if unknown:
         raise SettingsError(
             f"Dataset {name} has no domain {', '.join(map(repr, unknown))}.",
-            f"{did_you_mean(unknown[0], known)}Its domains are {', '.join(known)}.",
+            f"{did_you_mean(unknown[0], domains)}Its domains are {', '.join(domains)}.",
         )
 
 

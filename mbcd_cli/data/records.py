@@ -26,8 +26,8 @@ TEST_VIEW = -1
 
 def modality_order(names: list[str] | tuple[str, ...]) -> list[str]:
     """`names` in fusion order: video, audio, flow, then the others as given."""
-    known = [name for name in MODALITY_ORDER if name in names]
-    return known + [name for name in names if name not in known]
+    leading = [name for name in MODALITY_ORDER if name in names]
+    return leading + [name for name in names if name not in leading]
 
 
 @dataclass(frozen=True, slots=True)

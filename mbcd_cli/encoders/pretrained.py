@@ -165,9 +165,9 @@ def _state_dict(content: object, public: PublicWeights | None, file: Path) -> di
             break
     entries = content if isinstance(content, Mapping) else {}
     if not any(isinstance(value, torch.Tensor) for value in entries.values()):
-        found = ", ".join(map(str, list(entries)[:6])) or type(content).__name__
+        held = ", ".join(map(str, list(entries)[:6])) or type(content).__name__
         raise CheckpointError(
-            f"{file}: holds no state dict (found: {found}).",
+            f"{file}: holds no state dict (found: {held}).",
             "Give a checkpoint with a state_dict, or a bare state dict.",
         )
     # Networks saved from inside DataParallel carry its prefix.

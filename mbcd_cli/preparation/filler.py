@@ -126,16 +126,16 @@ class Filler:
         return _SMALL_TOGETHER if row_bytes(self.shapes[group]) <= _SMALL else 1
 
     def _store(
-        self, shard: Shard, group: str, first: int, found: list[tuple[int, int, tuple[np.ndarray, ...]]]
+        self, shard: Shard, group: str, first: int, views: list[tuple[int, int, tuple[np.ndarray, ...]]]
     ) -> None:
         """Run the trunk on some views and put what comes out into rows `first`, ... of a group."""
         rows = shard.rows[group]
-        columns = zip(*(parts for _, _, parts in found), strict=True)
+        columns = zip(*(parts for _, _, parts in views), strict=True)
         stacked = [column[0][None] if len(column) == 1 else np.stack(column) for column in columns]
         if self.trunk.names:
             tensors = tuple(torch.from_numpy(array).to(self.device) for array in stacked)
             stacked = [part.float().cpu().numpy() for part in self.trunk(tensors)]
-        at = slice(first, first + len(found))
+        at = slice(first, first + len(views))
         for number, (target, source) in enumerate(zip(rows.parts, stacked, strict=True)):
             if target.dtype == np.int8:
                 finite = np.isfinite(source)
@@ -146,17 +146,17 @@ class Filler:
             else:
                 with np.errstate(over="ignore"):
                     target[at] = source
-                finite = np.isfinite(target[at]) if target.dtype.kind == "f" else np.ones(len(found), bool)
+                finite = np.isfinite(target[at]) if target.dtype.kind == "f" else np.ones(len(views), bool)
                 if finite.all() and target.dtype == np.float16:
                     self._note_rounding(number, source, target[at])
             if not finite.all():
-                bad = np.flatnonzero(~finite.reshape(len(found), -1).all(axis=1))
-                names = ", ".join(dict.fromkeys(self.clips.ids[found[row][0]] for row in bad))
+                bad = np.flatnonzero(~finite.reshape(len(views), -1).all(axis=1))
+                names = ", ".join(dict.fromkeys(self.clips.ids[views[row][0]] for row in bad))
                 raise CacheError(
                     f"Clip {names}: values do not fit {target.dtype}.", "Prepare with --set cache.dtype=float32."
                 )
-        rows.clips[at] = [index for index, _, _ in found]
-        rows.views[at] = [view for _, view, _ in found]
+        rows.clips[at] = [index for index, _, _ in views]
+        rows.views[at] = [view for _, view, _ in views]
 
     def _note_rounding(self, number: int, source: np.ndarray, stored: np.ndarray) -> None:
         """Collects what float16 takes from part `number`; spectrograms are standardised, and have nothing to lose."""

@@ -60,8 +60,8 @@ def _row(media: Media) -> np.ndarray:
         MediaError: the file cannot be used, or has no such row.
     """
     try:
-        found = media.path.stat()
-        packed = _packed(media.path, found.st_mtime_ns, found.st_size)
+        status = media.path.stat()
+        packed = _packed(media.path, status.st_mtime_ns, status.st_size)
     except OSError:
         packed = load_npy(media.path)  # which says why
     row = int(media.start or 0)

@@ -21,10 +21,10 @@ def files_of(media: Media) -> list[Path]:
 def holding(path: Path) -> int | str:
     """Bytes of a file, the digest of the names of a folder's images, -1 where nothing can be seen."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return -1
-    return names_digest(path) if S_ISDIR(found.st_mode) else found.st_size
+    return names_digest(path) if S_ISDIR(status.st_mode) else status.st_size
 
 
 def condition(media: Media) -> str:
@@ -43,9 +43,9 @@ def condition(media: Media) -> str:
 
 def _look(path: Path) -> list[int | bool | None]:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError as error:
         return [error.errno]
     # The time at which a folder changed tells of its other clips too; its frames are looked at one by one.
-    times = [] if S_ISDIR(found.st_mode) else [found.st_mtime_ns]
-    return [found.st_size if times else 0, *times, os.access(path, os.R_OK)]
+    times = [] if S_ISDIR(status.st_mode) else [status.st_mtime_ns]
+    return [status.st_size if times else 0, *times, os.access(path, os.R_OK)]

@@ -231,7 +231,7 @@ class Decoder:
         while todo:
             if len(self._team) < self.workers:
                 self._team.append(self._start())
-            worker = min(self._team, key=lambda one: len(one.tasks))
+            worker = min(self._team, key=lambda member: len(member.tasks))
             if len(worker.tasks) >= _HANDED:
                 return
             task = todo.popleft()

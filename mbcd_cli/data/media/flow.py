@@ -126,7 +126,7 @@ def _check_in_step(media: Media, u: Timeline | None, v: Timeline | None) -> None
     """
     if u is None or v is None:
         return
-    moments = [one.starts[: min(len(u), len(v))] + one.zero for one in (u, v)]
+    moments = [timeline.starts[: min(len(u), len(v))] + timeline.zero for timeline in (u, v)]
     apart = np.abs(moments[0] - moments[1]) > u.step / 2
     if apart.any():
         number = int(apart.argmax())

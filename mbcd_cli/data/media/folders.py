@@ -92,7 +92,9 @@ def count_frames(folder: Path) -> int:
 
 def counting_differs(media: Sequence[Media]) -> str:
     """What to know of folders of frames, some of which count from 0 and others from 1, where spans are counted."""
-    folders = dict.fromkeys(one.path for one in media if (one.start, one.stop) != (None, None) and _is_dir(one.path))
+    folders = dict.fromkeys(
+        item.path for item in media if (item.start, item.stop) != (None, None) and _is_dir(item.path)
+    )
     begins: dict[int, list[Path]] = {}
     for folder in folders:
         begins.setdefault(counts_from(folder), []).append(folder)
@@ -145,17 +147,17 @@ def _changed(folder: Path) -> int:
 
 def _images(folder: Path) -> dict[str, dict[str, str]]:
     """Beginning of a name -> {name: digits after it}, for all images that a camera may have written."""
-    found: dict[str, dict[str, str]] = {}
+    images: dict[str, dict[str, str]] = {}
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 stem, _, suffix = entry.name.rpartition(".")
                 begin = stem.rstrip("0123456789")
                 if suffix.lower() in _SUFFIXES and begin != stem and not stem.startswith("."):
-                    found.setdefault(begin, {})[entry.name] = stem[len(begin) :]
+                    images.setdefault(begin, {})[entry.name] = stem[len(begin) :]
     except OSError as error:
         raise unreadable(folder, error) from None
-    return found
+    return images
 
 
 @lru_cache(maxsize=4096)  # a few words for every folder of a dataset

@@ -19,8 +19,8 @@ _parent = os.getppid()
 def _listens_at() -> Path | None:
     """Where this process listens: the one socket with a name that it has inherited."""
     for number in range(3, _FEW):
-        with suppress(OSError), socket.socket(fileno=os.dup(number)) as one:
-            if one.family == socket.AF_UNIX and isinstance(name := one.getsockname(), str) and name:
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as held:
+            if held.family == socket.AF_UNIX and isinstance(name := held.getsockname(), str) and name:
                 return Path(name)
     return None
 

@@ -331,19 +331,19 @@ class Packets:
         # Pictures shown before the first key frame may lean on a frame that is not in the file.
         return len(set(shown)) == len(shown) and key and first is not None and first <= min(shown)
 
-    def timeline(self, *, without: Collection[int] = (), **known: object) -> Timeline:
+    def timeline(self, *, without: Collection[int] = (), **told: object) -> Timeline:
         """As the packets have it."""
         shown = {row.pts for row in self._rows if row.shown} - set(without)
         stamps = np.array(sorted(shown), dtype=np.int64)
-        return self._build(stamps, self._seconds(stamps), **known)
+        return self._build(stamps, self._seconds(stamps), **told)
 
     def _seconds(self, stamps: np.ndarray) -> np.ndarray:
         return stamps.astype(np.float64) * self._unit - self._zero
 
-    def _build(self, stamps: np.ndarray, starts: np.ndarray, **known: object) -> Timeline:
+    def _build(self, stamps: np.ndarray, starts: np.ndarray, **told: object) -> Timeline:
         step = float(np.median(np.diff(starts))) if len(starts) > 1 else 1 / self._rate
         until = self._last_until() if len(starts) else 0.0
-        return Timeline(stamps, starts, step, self._zero, until, rateless=self._format in _RATELESS, **known)
+        return Timeline(stamps, starts, step, self._zero, until, rateless=self._format in _RATELESS, **told)
 
     def _last_until(self) -> float:
         """Seconds to which the last frame is shown, as far as its packet or the header of a whole file says."""

@@ -126,8 +126,8 @@ def _joined_at(version: tuple[Path, int, int, int], kind: str) -> int | None:
     if kind not in _BEGINNINGS:
         return None
     with version[0].open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        found = re.compile(_BEGINNINGS[kind]).search(data, 4)
-        return found and found.start()
+        joint = re.compile(_BEGINNINGS[kind]).search(data, 4)
+        return joint and joint.start()
 
 
 def _boxes(path: Path) -> Iterator[tuple[bytes, int]]:

@@ -14,7 +14,8 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.modalities.video import VideoModality
 
 KINDS: dict[str, type[Modality]] = {
-    one.model_fields["kind"].default: one for one in (VideoModality, FlowModality, AudioModality, ArrayModality)
+    modality.model_fields["kind"].default: modality
+    for modality in (VideoModality, FlowModality, AudioModality, ArrayModality)
 }
 AnyKind = Annotated[Union[tuple(KINDS.values())], Field(discriminator="kind")]  # noqa: UP007
 """Type of a modality's settings in a tree, told by their `kind`."""
@@ -23,7 +24,7 @@ AnyKind = Annotated[Union[tuple(KINDS.values())], Field(discriminator="kind")]  
 def infer_kind(name: str) -> str | None:
     """Kind of a modality told from its name (`video_left` -> video), or None when the name tells nothing."""
     words = re.split(r"[^a-z]+", name.lower())
-    return next((kind for kind, one in KINDS.items() if any(word in words for word in one.words)), None)
+    return next((kind for kind, modality in KINDS.items() if any(word in words for word in modality.words)), None)
 
 
 def default_modality(name: str, kind: str | None = None) -> Modality:

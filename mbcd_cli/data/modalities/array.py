@@ -177,8 +177,8 @@ def _sample(media: Sequence[Media]) -> list[np.ndarray]:
     rows: list[np.ndarray] = []
     for item in media[:: -(-len(media) // _LOOKED_AT) or 1]:
         with suppress(MediaError):
-            found = np.atleast_2d(read_array(item))
-            rows += [found] if not rows or found.shape[1] == rows[0].shape[1] else []
+            sequence = np.atleast_2d(read_array(item))
+            rows += [sequence] if not rows or sequence.shape[1] == rows[0].shape[1] else []
     return rows
 
 

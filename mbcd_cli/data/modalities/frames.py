@@ -108,9 +108,9 @@ class FrameModality(FrameSampling, Modality):
 
         frames = resize_short_side(self.read(media, choose, dataset=dataset, notes=notes), self.short_side)
         chosen = list(picks.values())[-1]
-        known = np.unique(np.concatenate(chosen))
+        decoded = np.unique(np.concatenate(chosen))
         return [
-            (self._geometry(frames, np.searchsorted(known, pick), rng),)
+            (self._geometry(frames, np.searchsorted(decoded, pick), rng),)
             for pick, rng in zip(chosen, generators, strict=True)
         ]
 

@@ -71,4 +71,4 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     root = dataset.root or Path("mbcd-digits")
     marker = {"generator": "mbcd digits", "version": VERSION}
     generate(root, marker, lambda folder: write_vectors(folder, digit_vectors()))
-    return read_vectors(dataset, modalities, root=root, known=MODALITIES)
+    return read_vectors(dataset, modalities, root=root, has=MODALITIES)

@@ -135,10 +135,10 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     splits = split_folder(dataset, root, SPLIT_FOLDERS, names)
     tables = _read_splits(splits, domains)
     disk, bases = Disk(), _bases(root, splits)
-    found = {kind: find_media(tables.rows, PLACES[kind], bases, disk) for kind in asked}
-    hit = {kind: where for kind, where in found.items() if where.hits}
+    media_of = {kind: find_media(tables.rows, PLACES[kind], bases, disk) for kind in asked}
+    hit = {kind: where for kind, where in media_of.items() if where.hits}
     return listing_of(
-        *(dataset.name or "epic-kitchens", tables, asked, found, partial(_media, hit)),
+        *(dataset.name or "epic-kitchens", tables, asked, media_of, partial(_media, hit)),
         root=root,
         places=PLACES,
         computed=asked["video"][0] if dataset.compute_flow and "video" in hit else None,
@@ -154,10 +154,10 @@ def _bases(root: Path, splits: Path) -> list[Path]:
     return list(dict.fromkeys(near))
 
 
-def _media(found: Mapping[str, Found], kind: str, index: int, row: Row) -> Media:
+def _media(media_of: Mapping[str, Found], kind: str, index: int, row: Row) -> Media:
     # Published flow has half the frame rate of the annotations: it is told by every second frame.
-    computed = 2 if kind == "flow" and kind not in found else 0
-    place = found["video" if computed else kind].places[index]
+    computed = 2 if kind == "flow" and kind not in media_of else 0
+    place = media_of["video" if computed else kind].places[index]
     path = Path(path_of(place, row))
     second = Path(path_of(place, row, second=True)) if place[1].second else None
     if kind == "audio" or place[1].layout == WHOLE:

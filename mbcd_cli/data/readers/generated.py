@@ -65,11 +65,11 @@ def generate(root: Path, marker: Mapping[str, object], fill: Callable[[Path], No
         return
     try:
         with folder_aside(root) as aside:
-            found = marker_of(root)
-            if found == marker:  # another process was quicker
+            holding = marker_of(root)
+            if holding == marker:  # another process was quicker
                 return
             if root.exists() and (not root.is_dir() or any(root.iterdir())):
-                what = "another generated dataset" if found is not None else "something else"
+                what = "another generated dataset" if holding is not None else "something else"
                 raise ManifestError(f"{root} holds {what}.", "Remove it, or choose another folder with --root.")
             fill(aside)
             (aside / _MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
@@ -102,8 +102,8 @@ def write_manifest(folder: Path, modalities: Sequence[str], rows: Sequence[Seque
 
 
 def read_vectors(
-    dataset: DatasetSettings, modalities: Mapping[str, Modality], *, root: Path, known: Sequence[str]
+    dataset: DatasetSettings, modalities: Mapping[str, Modality], *, root: Path, has: Sequence[str]
 ) -> Listing:
     """The clips of a generated dataset in `root`, by default with all modalities that it has."""
-    asked = modalities or {name: ArrayModality() for name in known}
+    asked = modalities or {name: ArrayModality() for name in has}
     return manifest.read(dataset.model_copy(update={"root": root}), asked)

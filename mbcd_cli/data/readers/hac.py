@@ -76,12 +76,12 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     tables = _read_splits(splits, domains)
     disk = Disk()
     bases = list(dict.fromkeys([root, root / "HAC", splits, *([root.parent] if root == splits else [])]))
-    found = {kind: find_media(tables.rows, PLACES[kind], bases, disk) for kind in asked}
+    media_of = {kind: find_media(tables.rows, PLACES[kind], bases, disk) for kind in asked}
     # The video tells where the other files should be, and the sound its times.
-    videos = find_media(tables.rows, PLACES["video"], bases, disk) if "video" not in found else found["video"]
-    follows_flow = _follows_flow(asked) and (dataset.compute_flow or bool(found["flow"].hits))
+    videos = find_media(tables.rows, PLACES["video"], bases, disk) if "video" not in media_of else media_of["video"]
+    follows_flow = _follows_flow(asked) and (dataset.compute_flow or bool(media_of["flow"].hits))
     return listing_of(
-        *(dataset.name or "hac", tables, asked, found, partial(_media, found, videos, follows_flow)),
+        *(dataset.name or "hac", tables, asked, media_of, partial(_media, media_of, videos, follows_flow)),
         root=root,
         places=PLACES,
         computed="the videos" if dataset.compute_flow and videos.hits else None,
@@ -96,18 +96,18 @@ def _follows_flow(asked: Mapping[str, tuple[str, Modality]]) -> bool:
     return follow is not None and "flow" in asked and follow == asked["flow"][0]
 
 
-def _media(found: Mapping[str, Found], videos: Found, follows_flow: bool, kind: str, index: int, row: Row) -> Media:
+def _media(media_of: Mapping[str, Found], videos: Found, follows_flow: bool, kind: str, index: int, row: Row) -> Media:
     video = Path(path_of(videos.places[index], row))
-    if kind == "flow" and not found[kind].hits:
+    if kind == "flow" and not media_of[kind].hits:
         return Media(video, computed=1)
-    place = found[kind].places[index]
+    place = media_of[kind].places[index]
     path = Path(path_of(place, row))
     if kind == "flow":
         return Media(path, Path(path_of(place, row, second=True)), clock=video if videos.hits else None)
     if kind == "audio" and follows_flow:
-        computed = int(not found["flow"].hits)
+        computed = int(not media_of["flow"].hits)
         return Media(
-            path, clock=video if computed else Path(path_of(found["flow"].places[index], row)), computed=computed
+            path, clock=video if computed else Path(path_of(media_of["flow"].places[index], row)), computed=computed
         )
     return Media(path, clock=video) if kind == "audio" and videos.hits else Media(path)
 

@@ -53,21 +53,21 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
         ManifestError: the table is missing, or wrong; all bad lines are listed together.
     """
     root, path = locate_table(dataset)
-    found = parse(CsvTable(read_bytes(path)), dataset, modalities, root=root, path=path)
-    domains = _domains(found.clips, dataset, path)
-    clips = found.clips
+    parsed = parse(CsvTable(read_bytes(path)), dataset, modalities, root=root, path=path)
+    domains = _domains(parsed.clips, dataset, path)
+    clips = parsed.clips
     if set(domains) < set(clips.domain_names):
         clips = Clips(clip for clip in clips if clip.domain in domains)
     warnings = _lacking_splits(clips, domains)
-    labels, without = _label_names(clips, found.names, dataset)
+    labels, without = _label_names(clips, parsed.names, dataset)
     return Listing(
         name=dataset.name or default_name(root, path),
         clips=clips,
         domains=domains,
         label_names=labels,
-        modalities=found.modalities,
+        modalities=parsed.modalities,
         warnings=warnings + without,
-        notes=found.notes,
+        notes=parsed.notes,
     )
 
 
@@ -145,7 +145,7 @@ def _suffixes(table: CsvTable, columns: Mapping[str, int]) -> dict[str, set[str]
                 file = cells[column].partition("|")[0]
                 file = file.partition("#")[0] if ".npy#" in file else file
                 ends[name][file[file.rfind(".") :]] = file
-    return {name: {PurePosixPath(file).suffix.lower() for file in found.values()} for name, found in ends.items()}
+    return {name: {PurePosixPath(file).suffix.lower() for file in files.values()} for name, files in ends.items()}
 
 
 def _kind_of(name: str, suffixes: set[str], table: CsvTable, column: int, root: Path) -> str | None:
@@ -263,27 +263,27 @@ class _Rows:
             self.problems.append((line, f"{len(cells)} cells where the header has {self.columns.width}"))
             return None
         at = self.columns.at
-        found: list[str] = []
+        faults: list[str] = []
         # One name has several spellings in Unicode, which look the same.
         identity, domain = (unicodedata.normalize("NFC", cells[at[name]]) for name in ("id", "domain"))
         split = cells[at["split"]]
-        found += name_faults("id", identity)
-        found += name_faults("domain", domain)
+        faults += name_faults("id", identity)
+        faults += name_faults("domain", domain)
         if "," in domain:
-            found.append(f"domain {domain!r} holds a comma")
+            faults.append(f"domain {domain!r} holds a comma")
         if split not in SPLITS:
-            found.append(f"split {split!r} is neither train nor test")
-        label = self._label(cells[at["label"]], found)
+            faults.append(f"split {split!r} is neither train nor test")
+        label = self._label(cells[at["label"]], faults)
         named = unicodedata.normalize("NFC", cells[at["label_name"]]) if "label_name" in at else ""
-        span = self._span(cells, found)
-        media = self._rated(cells, self._media(cells, span, found), found)
-        if not found and label is not None and named:
-            self._check_name(label, named, line, found)
+        span = self._span(cells, faults)
+        media = self._rated(cells, self._media(cells, span, faults), faults)
+        if not faults and label is not None and named:
+            self._check_name(label, named, line, faults)
         if identity:
             self._lines.append(line)
             self._hashes.append(hash(identity))
-        if found or label is None:
-            self.problems += [(line, text) for text in found]
+        if faults or label is None:
+            self.problems += [(line, text) for text in faults]
             return None
         return Clip(identity, domain, split, label, named or str(label), media)
 
@@ -293,38 +293,38 @@ class _Rows:
         _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
         alike = set(np.array(self._lines, np.int64)[counts[inverse] > 1].tolist())
         first: dict[str, int] = {}
-        found = []
+        repetitions = []
         for line, cells in table.rows if alike else ():
             if line in alike:
                 identity = unicodedata.normalize("NFC", cells[self.columns.at["id"]])
                 if first.setdefault(identity, line) != line:
-                    found.append((line, f"id {identity!r} is already on line {first[identity]}"))
-        return found
+                    repetitions.append((line, f"id {identity!r} is already on line {first[identity]}"))
+        return repetitions
 
-    def _label(self, cell: str, found: list[str]) -> int | None:
+    def _label(self, cell: str, faults: list[str]) -> int | None:
         if not re.fullmatch(r"[+-]?[0-9]{1,9}", cell):
-            found.append(f"label {cell!r} is not an integer")
+            faults.append(f"label {cell!r} is not an integer")
             return None
         label, classes = int(cell), self.dataset.classes
         if label < 0 or (classes is not None and label >= classes):
             end = f"{classes - 1}" if classes is not None else "..."
-            found.append(f"label {label} is out of range (classes are 0 to {end})")
+            faults.append(f"label {label} is out of range (classes are 0 to {end})")
             return None
         return label
 
-    def _check_name(self, label: int, name: str, line: int, found: list[str]) -> None:
+    def _check_name(self, label: int, name: str, line: int, faults: list[str]) -> None:
         if self.names.get(label, name) != name:
             earlier = self._name_line[label]
-            found.append(f"label {label} is called {name!r} here and {self.names[label]!r} on line {earlier}")
+            faults.append(f"label {label} is called {name!r} here and {self.names[label]!r} on line {earlier}")
         elif self._label_of.get(name, label) != label:
             other = self._label_of[name]
-            found.append(f"label_name {name!r} is label {label} here and {other} on line {self._name_line[other]}")
+            faults.append(f"label_name {name!r} is label {label} here and {other} on line {self._name_line[other]}")
         else:
             self.names[label] = name
             self._label_of[name] = label
             self._name_line.setdefault(label, line)
 
-    def _span(self, cells: list[str], found: list[str]) -> dict[str, object]:
+    def _span(self, cells: list[str], faults: list[str]) -> dict[str, object]:
         span: dict[str, object] = {}
         for end, index, unit in self.columns.spans:
             cell = cells[index]
@@ -336,14 +336,14 @@ class _Rows:
                 value = math.nan
             if not math.isfinite(value) or value < 0:
                 what = "a frame number" if unit == "frame" else "a time in seconds"
-                found.append(f"{end} {cell!r} is not {what}")
+                faults.append(f"{end} {cell!r} is not {what}")
                 continue
             span[end], span["unit"] = value, unit
         if "start" in span and "stop" in span and not span["start"] < span["stop"]:  # type: ignore[operator]
-            found.append(f"stop ({span['stop']:g}) is not after start ({span['start']:g})")
+            faults.append(f"stop ({span['stop']:g}) is not after start ({span['start']:g})")
         return span
 
-    def _media(self, cells: list[str], span: dict[str, object], found: list[str]) -> dict[str, Media]:
+    def _media(self, cells: list[str], span: dict[str, object], faults: list[str]) -> dict[str, Media]:
         media: dict[str, Media] = {}
         columns = self.columns
         for name, settings in columns.modalities.items():
@@ -354,27 +354,27 @@ class _Rows:
                 if path is not None:  # a bad path is reported once, with the video's own column
                     media[name] = Media(path, computed=1, **span)
                 elif not any(index == columns.flow_from[name] for index in columns.paths.values()):
-                    found.append(f"{name}: {path_fault(cell)}")
+                    faults.append(f"{name}: {path_fault(cell)}")
                 continue
             files = settings.cell_files(cell)
             paths = [inside(self.root, file) for file in files]
-            faults = [path_fault(file) for file, path in zip(files, paths, strict=True) if path is None]
-            if faults:
-                found.append(f"{name}: {faults[0]}")
+            misplaced = [path_fault(file) for file, path in zip(files, paths, strict=True) if path is None]
+            if misplaced:
+                faults.append(f"{name}: {misplaced[0]}")
                 continue
             if len(files) > 2:
-                found.append(f"{name}: more than two files are named")
+                faults.append(f"{name}: more than two files are named")
                 continue
             extra: dict[str, object] = dict(span) if settings.spanned else {}
             if (row := settings.cell_row(cell)) is not None:
                 if not re.fullmatch(r"[0-9]{1,15}", row):
-                    found.append(f"{name}: row {row!r} of {files[0]} is not a whole number from 0")
+                    faults.append(f"{name}: row {row!r} of {files[0]} is not a whole number from 0")
                     continue
                 extra |= {"start": int(row), "stop": int(row) + 1, "unit": "row"}
             if settings.clocked and span.get("unit") == "frame":
                 clock = None if columns.clock is None else inside(self.root, cells[columns.clock])
                 if columns.clock is None:
-                    found.append(f"{name}: a span in frames needs a video column that tells their times")
+                    faults.append(f"{name}: a span in frames needs a video column that tells their times")
                     continue
                 extra["clock"] = clock
             media[name] = Media(paths[0], paths[1] if len(paths) == 2 else None, **extra)
@@ -384,7 +384,7 @@ class _Rows:
                 media[name] = replace(media[name], clock=guide.path, computed=guide.computed)
         return media
 
-    def _rated(self, cells: list[str], media: dict[str, Media], found: list[str]) -> dict[str, Media]:
+    def _rated(self, cells: list[str], media: dict[str, Media], faults: list[str]) -> dict[str, Media]:
         """The media of a row, with the rate of those that are folders of frames."""
         cell = "" if self.columns.rate is None else cells[self.columns.rate]
         if not cell:
@@ -394,15 +394,15 @@ class _Rows:
         except ValueError:
             rate = math.nan
         if not (math.isfinite(rate) and rate > 0):
-            found.append(f"{RATE} {cell!r} is not a number of frames per second")
+            faults.append(f"{RATE} {cell!r} is not a number of frames per second")
             return media
         timed = {
-            name: replace(one, rate=rate)
-            for name, one in media.items()
-            if _is_folder(one.path) or (one.clock is not None and _is_folder(one.clock))
+            name: replace(item, rate=rate)
+            for name, item in media.items()
+            if _is_folder(item.path) or (item.clock is not None and _is_folder(item.clock))
         }
         if media and not timed:
-            found.append(f"{RATE} {cell} is given, and the row names no folder of frames: files have their own times")
+            faults.append(f"{RATE} {cell} is given, and the row names no folder of frames: files have their own times")
         return media | timed
 
 
@@ -417,14 +417,14 @@ def _is_folder(path: Path) -> bool:
 
 
 def _domains(clips: Clips, dataset: DatasetSettings, path: Path) -> tuple[str, ...]:
-    known = clips.domain_names
+    present = clips.domain_names
     asked = tuple(dict.fromkeys(unicodedata.normalize("NFC", name) for name in dataset.domains))
-    unknown = [name for name in asked if name not in known]
+    unknown = [name for name in asked if name not in present]
     if unknown:
         raise ManifestError(
-            f"{path}: there is no domain {', '.join(map(repr, unknown))}.", f"It has: {', '.join(known)}."
+            f"{path}: there is no domain {', '.join(map(repr, unknown))}.", f"It has: {', '.join(present)}."
         )
-    return asked or known
+    return asked or present
 
 
 def _lacking_splits(clips: Clips, domains: tuple[str, ...]) -> list[str]:

@@ -41,17 +41,17 @@ def read_new(dataset: DatasetSettings, modalities: Mapping[str, Modality], *, la
     root, path = locate_table(dataset)
     table = CsvTable(read_bytes(path))
     notes, labels, foreign = _completed(table, modalities, label_names)
-    known = dataset.model_copy(update={"classes": len(label_names)})
-    found = parse(table, known, modalities, root=root, path=path)
+    with_classes = dataset.model_copy(update={"classes": len(label_names)})
+    parsed = parse(table, with_classes, modalities, root=root, path=path)
     names = {**dict(enumerate(label_names)), UNKNOWN: ""}
-    clips = Clips(replace(clip, label=labels[clip.id], label_name=names[labels[clip.id]]) for clip in found.clips)
+    clips = Clips(replace(clip, label=labels[clip.id], label_name=names[labels[clip.id]]) for clip in parsed.clips)
     return Listing(
         name=dataset.name or default_name(root, path),
         clips=clips,
         domains=clips.domain_names,
         label_names=tuple(label_names),
-        modalities=found.modalities,
-        notes=notes + found.notes,
+        modalities=parsed.modalities,
+        notes=notes + parsed.notes,
         warnings=[_foreign_line(foreign, label_names)] if foreign else [],
     )
 

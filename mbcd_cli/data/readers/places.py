@@ -119,22 +119,22 @@ def find_media(rows: Sequence[Row], places: Sequence[MediaLayout], bases: Sequen
         disk: listings read so far.
     """
     candidates = [(str(base), place) for place in places for base in bases if _begins(str(base), place, disk)]
-    found = Found()
+    media = Found()
     picks: list[tuple[str, MediaLayout] | None] = []
     for row in rows:
         pick = next((c for c in candidates if disk.has(path_of(c, row))), None)
         picks.append(pick)
         if pick is not None:
-            found.hits[pick] += 1
-    likeliest = found.hits.most_common(1)[0][0] if found.hits else (str(bases[0]), places[0])
-    found.places = [pick or likeliest for pick in picks]
-    found.missing = sum(pick is None for pick in picks)
-    if found.missing:
+            media.hits[pick] += 1
+    likeliest = media.hits.most_common(1)[0][0] if media.hits else (str(bases[0]), places[0])
+    media.places = [pick or likeliest for pick in picks]
+    media.missing = sum(pick is None for pick in picks)
+    if media.missing:
         lacking = [row for row, pick in zip(rows, picks, strict=True) if pick is None]
         paths = dict.fromkeys(path_of(c, row).removesuffix("/u") for c in candidates for row in lacking)
-        found.archives = [path + end for path in paths for end in _ARCHIVES if disk.has(path + end)]
-        found.denied = list(disk.denied)
-    return found
+        media.archives = [path + end for path in paths for end in _ARCHIVES if disk.has(path + end)]
+        media.denied = list(disk.denied)
+    return media
 
 
 def _begins(base: str, place: MediaLayout, disk: Disk) -> bool:
@@ -180,7 +180,7 @@ def listing_of(
     name: str,
     tables: SplitTables,
     asked: Mapping[str, tuple[str, Modality]],
-    found: Mapping[str, Found],
+    media_of: Mapping[str, Found],
     media: Callable[[str, int, Row], Media],
     *,
     root: Path,
@@ -192,7 +192,7 @@ def listing_of(
     """The clips of split tables, with those modalities of which anything is on disk, or can be computed.
 
     Args:
-        asked: kind -> name and settings. found: per kind.
+        asked: kind -> name and settings. media_of: per kind.
         media: (kind, number of a row, the row) -> where it lies.
         places: per kind, where its media were looked for.
         computed: what flow is computed from where there is none; None where it is not.
@@ -205,7 +205,7 @@ def listing_of(
     total, warnings, notes = len(tables.rows), tables.warnings, [f"split tables: {tables.folder}"]
     used = {}
     for kind, (modality, settings) in asked.items():
-        where = found[kind]
+        where = media_of[kind]
         if where.hits:
             notes.append(found_line(modality, where, total))
             if where.missing:
@@ -220,7 +220,7 @@ def listing_of(
         used[kind] = (modality, settings)
     if not used:
         looked = [f"  {root / place.pattern}" for kind in asked for place in places[kind][:2]]
-        looked += [f"  {asked[kind][0]}{where.why_missing}" for kind, where in found.items() if where.why_missing]
+        looked += [f"  {asked[kind][0]}{where.why_missing}" for kind, where in media_of.items() if where.why_missing]
         raise ManifestError(
             f"{root}: no media of the clips in {tables.folder} are there. Looked for, among others:\n"
             + "\n".join(looked),
@@ -297,18 +297,18 @@ def split_folder(dataset: DatasetSettings, root: Path, usual: Sequence[str], nam
     )
 
 
-def pick_domains(dataset: DatasetSettings, known: Sequence[str]) -> tuple[str, ...]:
+def pick_domains(dataset: DatasetSettings, domains: Sequence[str]) -> tuple[str, ...]:
     """The domains asked for, by default all known ones.
 
     Raises:
         ManifestError: an unknown domain.
     """
-    unknown = [name for name in dataset.domains if name not in known]
+    unknown = [name for name in dataset.domains if name not in domains]
     if unknown:
         raise ManifestError(
-            f"dataset.domains: there is no domain {', '.join(map(repr, unknown))}.", f"It has: {', '.join(known)}."
+            f"dataset.domains: there is no domain {', '.join(map(repr, unknown))}.", f"It has: {', '.join(domains)}."
         )
-    return tuple(dict.fromkeys(dataset.domains)) or tuple(known)
+    return tuple(dict.fromkeys(dataset.domains)) or tuple(domains)
 
 
 def by_kind(modalities: Mapping[str, Modality]) -> dict[str, tuple[str, Modality]]:

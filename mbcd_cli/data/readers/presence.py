@@ -100,9 +100,9 @@ def _files(path: Path, media: Media) -> tuple[int, int, str, str]:
     # In a folder that is not there, or of which the frames cannot be told, all frames are missing.
     inside = int(media.stop) - int(media.start or 0) if media.unit == "frame" and media.stop is not None else 1
     try:
-        found = path.stat()
-        if not S_ISDIR(found.st_mode):
-            there = found.st_size > 0  # a download that was cut off at once leaves none
+        status = path.stat()
+        if not S_ISDIR(status.st_mode):
+            there = status.st_size > 0  # a download that was cut off at once leaves none
             return (1, 0, "", "") if there else (inside, inside, str(path), "")
         frames = frames_of(path)
         first, last = folder_span(media, frames)

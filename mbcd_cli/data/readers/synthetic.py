@@ -79,14 +79,14 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
         ManifestError: the folder holds something else, cannot be written, or modalities are asked for that it lacks.
     """
     informativeness, domain_shift = list(dataset.reader.informativeness), dataset.reader.domain_shift
-    known = names(len(informativeness))
-    unknown = [name for name in modalities if name not in known]
+    has = names(len(informativeness))
+    unknown = [name for name in modalities if name not in has]
     if unknown:
         raise ManifestError(
-            f"The synthetic dataset has modalities {', '.join(known)}, and no {unknown[0]}.",
+            f"The synthetic dataset has modalities {', '.join(has)}, and no {unknown[0]}.",
             "dataset.reader.informativeness has one value per modality.",
         )
-    root = dataset.root or Path(f"mbcd-synthetic-{len(known)}")
+    root = dataset.root or Path(f"mbcd-synthetic-{len(has)}")
     marker = {
         "generator": "mbcd synthetic",
         "version": VERSION,
@@ -95,4 +95,4 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     }
     made = partial(synthetic_vectors, informativeness, domain_shift=domain_shift)
     generate(root, marker, lambda folder: write_vectors(folder, made()))
-    return read_vectors(dataset, modalities, root=root, known=known)
+    return read_vectors(dataset, modalities, root=root, has=has)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import struct
+import subprocess
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +29,17 @@ def cause(reading: Callable[[], object]) -> str:
     assert caught.value.remedy
     assert caught.value.file in str(caught.value)
     return caught.value.cause
+
+
+def until(there: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+    """Look again and again, for a minute at most, until something is there; `process` has to live until then."""
+    for _ in range(30_000):
+        if there():
+            return
+        if process is not None and process.poll() is not None:
+            break
+        time.sleep(0.002)
+    assert there(), "it never came"
 
 
 def numbered_frames(count: int = 16, height: int = 48, width: int = 64) -> np.ndarray:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -138,8 +137,7 @@ def test_killed_prepare_resumes_to_the_same_cache(root, prepared, tmp_path):
     command += ["--set", "cache.shard_clips=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while not list(tmp_path.glob("tiny/*/shard-00001.h5")) and process.poll() is None:
-        time.sleep(0.002)
+    helpers.until(lambda: list(tmp_path.glob("tiny/*/shard-00001.h5")), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not list(tmp_path.glob("tiny/audio-*/index.h5"))

@@ -11,6 +11,7 @@ import sys
 import time
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import decoders
 import helpers
@@ -52,12 +53,26 @@ def test_a_stalled_decoder_costs_only_its_own_clip(monkeypatch):
     assert "did not finish within" in results[1].rejected.cause
 
 
-def test_a_worker_has_the_time_that_its_decoder_gives_itself(monkeypatch):
+def test_a_worker_has_the_time_that_its_decoder_gives_itself(monkeypatch, tmp_path):
     """What many pixels may take is known to the decoder, not to who waits for it."""
+    real, clock = decoding.wait, SimpleNamespace(now=0.0)
     monkeypatch.setattr(decoding, "decode", decoders.granted)
-    monkeypatch.setattr(decoding, "patience", lambda clip, name: 0.3 if clip.id == "c1" else 300.0)
+    monkeypatch.setattr(decoding, "patience", lambda clip, name: 50.0 if clip.id == "c1" else 300.0)
+    monkeypatch.setattr(decoding, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=time.sleep))
+    monkeypatch.setattr(decoding.Decoder, "_lose", lambda *_: pytest.fail("it was given up"))
     with decoding.Decoder(workers=2, job=JOB) as decoder:
-        assert [r.rejected for r in decoder.run(numbered(4))] == [None] * 4
+
+        def wait(connections, timeout=None):
+            """Once c1's decoder has said what it may take, more than `patience` has gone by and it has not answered."""
+            if clock.now or not any(worker.granted > 60 for worker in decoder._team):
+                return real(connections)
+            clock.now = 60.0
+            (tmp_path / "f1.go").touch()
+            return []
+
+        monkeypatch.setattr(decoding, "wait", wait)
+        assert [r.rejected for r in decoder.run(numbered(4, tmp_path))] == [None] * 4
+    assert clock.now
 
 
 def test_workers_killed_in_the_midst_of_an_answer_cost_nothing(monkeypatch, tmp_path):
@@ -67,8 +82,7 @@ def test_workers_killed_in_the_midst_of_an_answer_cost_nothing(monkeypatch, tmp_
         stream = decoder.run(numbered(6, tmp_path))
         results = [next(stream)]
         for number in (1, 2):
-            while not (tmp_path / f"f{number}.sent").exists():
-                time.sleep(0.001)
+            helpers.until((tmp_path / f"f{number}.sent").exists)
         for worker in multiprocessing.active_children():
             worker.kill()
         results += stream
@@ -123,17 +137,12 @@ def test_no_process_block_or_temporary_file_outlives_a_killed_prepare(root, tmp_
     environ = {**os.environ, "TMPDIR": str(temporary)}
     process = subprocess.Popen(command, **said, env=environ, start_new_session=True)
     session = process.pid
-    while not list(tmp_path.rglob("shard-00001.h5")) and process.poll() is None:
-        time.sleep(0.01)
+    helpers.until(lambda: list(tmp_path.rglob("shard-00001.h5")), process)
     assert len(members(session)) >= 4  # the command, the fork server and two workers
     process.send_signal(how)
     process.wait(timeout=60)
-    for _ in range(1000):
-        if not members(session):
-            assert not list(temporary.glob("pymp-*"))
-            return
-        time.sleep(0.01)
-    assert not members(session)
+    helpers.until(lambda: not members(session))
+    assert not list(temporary.glob("pymp-*"))
 
 
 def members(session: int) -> list[str]:

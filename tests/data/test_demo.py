@@ -9,11 +9,11 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 from dataclasses import astuple
 from pathlib import Path
 
 import cv2
+import helpers
 import numpy as np
 import pytest
 import soundfile
@@ -166,8 +166,7 @@ def test_killed_generation_begins_again(made, tmp_path):
     root = tmp_path / "media"
     process = multiprocessing.get_context("spawn").Process(target=_generate, args=(root,))
     process.start()
-    while len(list(tmp_path.rglob("*.wav"))) < 5 and process.is_alive():
-        time.sleep(0.01)
+    helpers.until(lambda: len(list(tmp_path.rglob("*.wav"))) >= 5)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert not root.exists()

@@ -3,7 +3,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 
 import h5py
 import numpy as np
@@ -158,13 +157,17 @@ def test_a_torn_journal_line_is_dropped(tmp_path):
 
 # Without torch, so that the process starts quickly.
 _KILLED = """
-import sys, time
+import itertools, sys
+from types import SimpleNamespace
+from mbcd_cli.landscape import store as module
 from mbcd_cli.landscape.store import GridStore, axis
 x = axis(1, 41)
 identity = {"weights": "abc", "directions": {"seed": 0}}
-with GridStore(sys.argv[1], x=x, y=x, identity=identity, fold_seconds=0.03) as store:
+looks = itertools.count()
+module.time = SimpleNamespace(monotonic=lambda: next(looks))  # a second goes by at each look: folded every seventh time
+with GridStore(sys.argv[1], x=x, y=x, identity=identity, fold_seconds=7) as store:
     for number, (row, column) in enumerate(store.missing(), start=41 * 41 - len(store.missing()) + 1):
-        time.sleep(0.005)
+        sys.stdin.readline()
         store.record(row, column, x[column] ** 2 + 2 * x[row], 0.5)
         print(number, flush=True)
 """
@@ -174,9 +177,11 @@ def test_kill_9_loses_at_most_the_point_in_flight(tmp_path):
     path = tmp_path / "s.h5"
     done = 0
     for round_ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", _KILLED, path], stdout=subprocess.PIPE, text=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen([sys.executable, "-c", _KILLED, path], **pipes, text=True)
+        process.stdin.write(400 * "\n")  # a point each: it is killed in the midst of them
+        process.stdin.flush()
         lines = [process.stdout.readline() for _ in range(30 + 11 * round_)]
-        time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         rest = process.stdout.read()
         process.wait()

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -110,8 +109,7 @@ def test_four_processes_of_which_one_is_killed(tmp_path, killed):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w+") as log:
         job = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        while not list((tmp_path / "four").glob(f"packed/*/shard-{killed:05d}.h5")) and job.poll() is None:
-            time.sleep(0.002)
+        helpers.until(lambda: list((tmp_path / "four").glob(f"packed/*/shard-{killed:05d}.h5")), job)
         os.kill(process_of(job.pid, killed), signal.SIGKILL)
         assert job.wait(timeout=120) != 0
         (folder,) = (tmp_path / "four").glob("packed/x-*")

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections import deque
 from pathlib import Path
 
+import helpers
 import pytest
 from sweep_cases import finish, plan_of
 
@@ -117,8 +117,7 @@ def test_two_sweeps_share_cells(cells):
         boards.append(running_quietly(cells[:2], watch=look))
 
     started = running.start(cells[:1], cells[:1], threads=1, gpu=None, slot=0)  # the first sweep's process
-    while not held(beside(cells[0].folder, "lock")):
-        time.sleep(0.01)
+    helpers.until(lambda: held(beside(cells[0].folder, "lock")))
     thread = threading.Thread(target=second)
     thread.start()
     for _ in range(20):  # nothing but the first sweep's cell is left, and it goes on looking
@@ -162,8 +161,7 @@ def test_a_killed_sweep_leaves_its_processes_to_the_next_one(cells, tmp_path):
     root = HERE.parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{root}"}
     parent = subprocess.Popen([sys.executable, str(script)], env=environment)
-    while not calls(cells[0]) and parent.poll() is None:
-        time.sleep(0.01)
+    helpers.until(lambda: calls(cells[0]), parent)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     assert state(cells[0].folder) == "running"

@@ -88,7 +88,8 @@ class MultiModalModel(nn.Module):
         }
 
     def at_cut(self, inputs: Mapping[str, Parts]) -> dict[str, Parts]:
-        """Inputs as the dataset gives them -> parts at the cut: through the live trunks, where there are any."""
+        """Inputs as the dataset gives them -> parts at the cut, each [B, ...]: through the live trunks, where there are
+        any."""
         return {
             name: self.trunks[name](inputs[name]) if name in self.trunks else inputs[name] for name in self.modalities
         }

@@ -92,7 +92,7 @@ class CachedDataset:
         return {name: cache.weights(file) for name, cache in caches.items()}
 
     def has_test_views(self, clips: np.ndarray) -> bool:
-        """Whether the test view of all these clips is stored, in every modality."""
+        """Whether the test view of all these clips ([n] indices) is stored, in every modality."""
         return all(cache.stored(TEST_VIEW)[clips].all() for cache in self.caches.values())
 
     @property
@@ -101,7 +101,7 @@ class CachedDataset:
         return sum(cache.nbytes for cache in self.caches.values())
 
     def select(self, *, domains: Sequence[str], splits: Sequence[str] = SPLITS, limit: int | None = None) -> np.ndarray:
-        """Indices (int64, table order) of the usable clips of these domains and splits.
+        """Indices ([n] int64, table order) of the usable clips of these domains and splits.
 
         Args:
             limit: at most this many, spread evenly over the table.
@@ -143,7 +143,7 @@ class CachedDataset:
         views: int = 1,
         read: Read | None = None,
     ) -> Iterator[Batch]:
-        """Batches over `clips`.
+        """Batches of B clips over `clips`, [n] indices into the clip table.
 
         Args:
             training: shuffle by (seed, epoch) and draw one stored training view per clip and modality, or decode a

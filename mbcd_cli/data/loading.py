@@ -89,8 +89,8 @@ class ResidentRows:
 
     Args:
         dataset: the open caches.
-        training: clips whose V training views are kept.
-        testing: clips whose test view is kept.
+        training: clips whose V training views are kept, [n] indices.
+        testing: clips whose test view is kept, [n] indices.
         device: where.
     """
 
@@ -139,7 +139,7 @@ def _rows(stored: int, training: np.ndarray, testing: np.ndarray) -> list[tuple[
 
 
 def resident_bytes(dataset: Dataset, *, training: np.ndarray, testing: np.ndarray) -> int:
-    """Bytes that `ResidentRows` would take."""
+    """Bytes that `ResidentRows` of these clips ([n] indices each) would take."""
     total = 0
     for cache in dataset.caches.values():
         for test, clips, _ in _rows(cache.views, training, testing):
@@ -154,6 +154,10 @@ def keep_on_device(
     """The selected rows on the GPU as `runtime.cache_device` asks, or None where the cache is read from disk.
 
     `auto` keeps them there when they take at most half of the GPU's free memory.
+
+    Args:
+        where: `runtime.cache_device`.
+        training: clips whose training views are read, [n] indices. testing: those whose test view is, [n] each.
 
     Raises:
         SettingsError: `cuda` is asked for and there is no GPU, or not enough memory on it.

@@ -49,10 +49,10 @@ class Dataset(Protocol):
     nbytes: int
 
     def has_test_views(self, clips: np.ndarray) -> bool:
-        """Whether the test view of all these clips is stored, in every modality."""
+        """Whether the test view of all these clips ([n] indices) is stored, in every modality."""
 
     def select(self, *, domains: Sequence[str], splits: Sequence[str] = SPLITS, limit: int | None = None) -> np.ndarray:
-        """Indices (int64, table order) of the usable clips of these domains and splits; `limit`: at most so many.
+        """Indices ([n] int64, table order) of the usable clips of these domains and splits; `limit`: at most so many.
 
         Raises:
             CacheError: a domain is unknown, or nothing is left.
@@ -72,4 +72,4 @@ class Dataset(Protocol):
         views: int = 1,
         read: Read | None = None,
     ) -> Iterator[Batch]:
-        """Batches over `clips`, as `data.dataset.CachedDataset.batches` gives them."""
+        """Batches of B clips over `clips` ([n] indices), as `data.dataset.CachedDataset.batches` gives them."""

@@ -34,7 +34,11 @@ def restore(rows: np.ndarray, scales: np.ndarray, out: np.ndarray | None = None)
 
 
 def squared_error(rows: np.ndarray, stored: np.ndarray, scales: np.ndarray) -> tuple[float, float]:
-    """(sum of squared errors of what is stored, sum of squares of the values): their ratio's root is the error."""
+    """(sum of squared errors of what is stored, sum of squares of the values): their ratio's root is the error.
+
+    Args:
+        rows: the values, [R, C, ...]. stored, scales: what `quantise` made of them, [R, C, ...] and [R, C].
+    """
     rows = np.asarray(rows, np.float32)
     error = (restore(stored, scales) - rows).ravel()
     flat = rows.ravel()

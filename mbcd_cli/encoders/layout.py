@@ -47,7 +47,7 @@ def _order(x: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def laid_out_like(x: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """`x` in the layout of `reference` (contiguous or channels-last); differentiable.
+    """`x` [...] in the layout of `reference` (of the same shape, contiguous or channels-last); differentiable.
 
     Arithmetic on two layouts walks one of them against its memory order: ten times slower than a copy first.
     """

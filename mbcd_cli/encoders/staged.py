@@ -31,13 +31,13 @@ class Stages(nn.Module):
         self.noise_before = frozenset(noise_before)
 
     def cast(self, parts: Parts) -> Parts:
-        """Integer and half-precision parts in the type of the parameters (float32 where there are none)."""
+        """Integer and half-precision parts [B, C, ...] in the type of the parameters (float32 where there are none)."""
         reference = next((p for p in self.parameters()), None)
         dtype = reference.dtype if reference is not None else torch.float32
         return tuple(part.to(dtype) for part in parts)
 
     def run(self, parts: Parts, noise: Noise | None = None) -> Parts:
-        """Parts before the first stage -> parts after the last; `noise` is applied where `noise_before` says."""
+        """Parts [B, C, ...] before the first stage -> after the last; `noise` is applied where `noise_before` says."""
         for name in self.names:
             if noise is not None and name in self.noise_before:
                 parts = noise(parts)
@@ -90,7 +90,7 @@ class Trunk(Stages):
 
     @torch.no_grad()
     def forward(self, parts: Parts) -> Parts:
-        """Decoded parts -> parts at the cut; in eval mode, where clips do not meet, a few clips at a time."""
+        """Decoded parts -> parts at the cut, [B, C, ...]; in eval mode, where clips do not meet, a few clips at a time."""
         if self.training:
             return self.run(self.cast(parts))
         pieces = zip(*(part.split(TOGETHER) for part in parts), strict=True)

@@ -1,6 +1,8 @@
 """`mbcd prepare DATASET --check`: what is there, what is missing, how large the cache and how long the preparation.
 
 Reads the tables and folder listings; opens at most a few clips, to time their decoding. Nothing is written.
+
+Letters: N clips.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def build_trunk(settings: Settings, name: str, modality: Modality, *, say: Say =
 
 
 def meta_inputs(modality: Modality, group: str) -> tuple[torch.Tensor, ...]:
-    """A view of one clip in shape only."""
+    """The parts of one view, [1, ...] each, in shape only (on the meta device)."""
     inputs = modality.part_shapes(test=group == "test")
     return tuple(
         torch.empty((1, *shape), dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device="meta")
@@ -119,7 +119,11 @@ def row_bytes(shapes: Shapes) -> int:
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write a state dict, whole or not at all (`files.written_file`)."""
+    """Write a state dict, whole or not at all (`files.written_file`).
+
+    Raises:
+        FileError: full disk or missing rights.
+    """
     with written_file(path, place="--cache-dir") as file:
         torch.save({key: value.cpu() for key, value in weights.items()}, file)
 

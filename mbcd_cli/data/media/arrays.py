@@ -110,6 +110,11 @@ def _shape(header: bytes) -> tuple[int, ...]:
 
 
 def load_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file, of whatever shape and type, mapped: no values are read.
+
+    Raises:
+        MediaError: missing, empty, not a .npy, cut short, pickled objects, or an archive of several.
+    """
     check_present(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,4 +1,7 @@
-"""What every decoder asks of a file before and after it reads: presence, enough of it, and what may be mended."""
+"""What every decoder asks of a file before and after it reads: presence, enough of it, and what may be mended.
+
+Letters: N frames chosen.
+"""
 
 from __future__ import annotations
 

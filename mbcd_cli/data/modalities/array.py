@@ -55,10 +55,12 @@ class ArrayModality(Modality):
 
     @classmethod
     def cell_files(cls, cell: str) -> list[str]:
+        """One file, without the row that the cell may name."""
         return [_in_cell(cell)[0]]
 
     @classmethod
     def cell_row(cls, cell: str) -> str | None:
+        """What stands behind `.npy#`."""
         return _in_cell(cell)[1]
 
     def part_shapes(self, *, test: bool = False) -> list[tuple[tuple[int, ...], np.dtype]]:
@@ -88,6 +90,7 @@ class ArrayModality(Modality):
 
     @property
     def random(self) -> bool:
+        """Whether noise is added, or moments are sampled."""
         return bool(self.noise) or (self.length is not None and self.fit == "sample")
 
     def _shaped(self, array: np.ndarray, media: Media) -> np.ndarray:

@@ -68,7 +68,11 @@ class Modality(ModalitySettings, ABC):
     def views(
         self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
     ) -> list[ViewParts]:
-        """As `load_views`, with the random numbers drawn."""
+        """As `load_views`, with the random numbers drawn: per view its parts, [...] each as `part_shapes` says.
+
+        Raises:
+            MediaError: the file cannot be used.
+        """
 
     @abstractmethod
     def part_shapes(self, *, test: bool = False) -> list[tuple[tuple[int, ...], np.dtype]]:

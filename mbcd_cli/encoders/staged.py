@@ -90,7 +90,7 @@ class Trunk(Stages):
 
     @torch.no_grad()
     def forward(self, parts: Parts) -> Parts:
-        """Decoded parts -> parts at the cut, [B, C, ...]; in eval mode, where clips do not meet, a few clips at a time."""
+        """Decoded parts -> parts at the cut, [B, C, ...]; in eval mode, where no clips meet, some at a time."""
         if self.training:
             return self.run(self.cast(parts))
         pieces = zip(*(part.split(TOGETHER) for part in parts), strict=True)

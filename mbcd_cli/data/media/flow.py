@@ -151,7 +151,7 @@ def _flow_array(media: Media, choose: Choose, *, dataset: DatasetSettings, bound
 
 
 def quantise_flow(flow: np.ndarray, bound: float) -> np.ndarray:
-    """[...] pixels per frame -> [...] uint8: -bound..bound is 1..255, 128 being no motion; what is beyond is clipped."""
+    """[...] pixels per frame -> [...] uint8: -bound..bound is 1..255, 128 no motion; what is beyond is clipped."""
     return np.rint(128.0 + np.clip(flow, -bound, bound) * (127.0 / bound)).astype(np.uint8)
 
 

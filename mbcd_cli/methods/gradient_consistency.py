@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 
-from mbcd_cli.encoders.layout import laid_out_like
 from mbcd_cli.model import TailWeights
 from mbcd_cli.settings import NonNegative, Slice
 
@@ -31,9 +30,7 @@ def inner_step(theta: TailWeights, gradients: Sequence[torch.Tensor], *, alpha: 
     """
     remaining = iter(gradients)
     return {
-        name: {
-            key: torch.sub(value, laid_out_like(next(remaining), value), alpha=alpha) for key, value in weights.items()
-        }
+        name: {key: torch.sub(value, next(remaining), alpha=alpha) for key, value in weights.items()}
         for name, weights in theta.items()
     }
 

@@ -13,7 +13,7 @@ from mbcd_cli.data.modalities.audio import AudioModality
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
-from mbcd_cli.encoders.layout import channels_last, laid_out_like, match_layout, weights_channels_last
+from mbcd_cli.encoders.layout import channels_last, match_layout, weights_channels_last
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.settings import ModelSettings, OptimizerSettings
@@ -113,17 +113,6 @@ def test_axes_of_one_place_need_no_copy():
     match_layout(weight)
     assert weight.grad.stride() == weight.stride()
     assert weight.grad.data_ptr() == where
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_laid_out_like_keeps_values_and_gradients(last):
-    x = torch.randn(3, 2, 2, 1, 4, requires_grad=True)
-    reference = channels_last(torch.zeros(3, 2, 2, 1, 4)) if last else torch.zeros(3, 2, 2, 1, 4)
-    out = laid_out_like(channels_last(x) if not last else x, reference)
-    assert out.stride() == reference.stride()
-    assert torch.equal(out, x)
-    (gradient,) = torch.autograd.grad((out * x.detach()).sum(), x)
-    assert torch.equal(gradient, x.detach())
 
 
 def test_graphs_are_refused_where_there_is_no_gpu():

@@ -24,7 +24,10 @@ Draws = Callable[[str], list[np.random.Generator | None]]
 """Modality -> the random numbers of each of its views asked for; None for the test view, which has none."""
 _Named = TypeVar("_Named")
 _Told = TypeVar("_Told")
-_AT_ONCE = 16  # files: a network's answers take their time
+_AT_ONCE = 16
+"""Files that are asked for together. Where a file system takes a millisecond to answer (a network's, here a sleep), one
+after the other takes 14 times as long for sizes, 4 times for headers of sound; on a local disk 0.3 to 0.7 times, which
+is 2 to 80 us a file."""
 
 
 class Modality(ModalitySettings, ABC):

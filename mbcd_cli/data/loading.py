@@ -41,8 +41,11 @@ def pinned(batch: Batch) -> Batch:
 def read_ahead(batches: Iterator[Batch], *, depth: int, pin: bool = False) -> Iterator[Batch]:
     """The same batches in the same order, up to `depth` of them read ahead by a thread.
 
-    What the thread raises is raised here, in its place. Closing this generator ends the thread. What it is worth is
-    `data_wait_share` in a run's `timing.jsonl`, with `runtime.prefetch = 0` beside it.
+    What the thread raises is raised here, in its place. Closing this generator ends the thread.
+
+    Without it batches of 16 rows of 4.8 MB, read in 17 ms each, take 1.35 times as long where a step leaves the
+    processor free for 50 ms (a GPU's, here a sleep), 1.2 times for 100 ms; where the step itself takes a core, about as
+    long (1.03; AMD EPYC, two cores, medians of three in turns).
 
     Args:
         depth: 0 reads each batch when it is asked for.
@@ -86,6 +89,9 @@ def read_ahead(batches: Iterator[Batch], *, depth: int, pin: bool = False) -> It
 
 class ResidentRows:
     """The rows of selected clips on a device; `read` stands in for reading the cache.
+
+    Populations keep them in a CPU's memory, too: batches of av-digits take 1.16 times as long from the cache (in the
+    page cache, checksums compared already; median of five in turns). On a GPU it has not been measured.
 
     Args:
         dataset: the open caches.

@@ -26,7 +26,8 @@ from mbcd_cli.preparation.trunk import Shapes, row_bytes
 from mbcd_cli.say import Ticker
 
 _SMALL, _SMALL_TOGETHER = 4096, 256
-"""Bytes of a row that costs less to copy than to be spoken of, and how many of those are stored at once."""
+"""Bytes of a row that costs less to copy than to be spoken of, and how many of those are stored at once: one at a time
+preparing 8,000 clips of two vectors took 1.8 times as long (median of three in turns, on a busy machine)."""
 
 
 @dataclass(slots=True)

@@ -75,7 +75,9 @@ class FeatureNoise(nn.Module):
 
     def _deviation(self, statistic: torch.Tensor) -> torch.Tensor:
         """Unbiased standard deviation over the global batch: [b, C] -> [1, C]."""
-        return (self._group.gather(statistic).var(dim=0, keepdim=True) + EPS).sqrt()
+        everyones = self._group.gather(statistic)
+        centred = everyones - everyones.mean(dim=0, keepdim=True)
+        return (centred.square().sum(dim=0, keepdim=True) / (len(everyones) - 1) + EPS).sqrt()
 
 
 def _var_mean(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -474,6 +474,23 @@ class _StackedLinear(nn.Linear):
         return product if self.bias is None else product + self.bias
 
 
+class _StackedBatchNorm(nn.BatchNorm1d):
+    """nn.BatchNorm1d of rows as a layer norm of their transpose: torch's own takes column after column of all members."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, D] -> [B, D]."""
+        if x.dim() != 2 or len(x) == 1 or not self.training:
+            return super().forward(x)
+        columns = x.mT
+        with torch.no_grad():
+            mean = columns.mean(dim=1)
+            variance = (columns - mean[:, None]).square().sum(dim=1) / (len(x) - 1)
+            self.running_mean.mul_(1 - self.momentum).add_(self.momentum * mean)
+            self.running_var.mul_(1 - self.momentum).add_(self.momentum * variance)
+            self.num_batches_tracked.add_(1)
+        return nn.functional.layer_norm(columns, (len(x),), eps=self.eps).mT * self.weight + self.bias
+
+
 def _replace(module: nn.Module, like: Sequence[nn.Module], randomness: StackedRandomness) -> None:
     """Put what draws or multiplies in a form for vmap; `like` are the members' own modules."""
     for parent, *each in zip(list(module.modules()), *(list(one.modules()) for one in like), strict=True):
@@ -483,6 +500,8 @@ def _replace(module: nn.Module, like: Sequence[nn.Module], randomness: StackedRa
                 setattr(parent, name, _StackedDropout(rates, randomness).train(child.training))
             elif type(child) is nn.Linear:
                 child.__class__ = _StackedLinear
+            elif type(child) is nn.BatchNorm1d and child.affine and child.momentum and child.track_running_stats:
+                child.__class__ = _StackedBatchNorm
 
 
 # ---- gradients: autograd sees the stacked tensors below vmap, where members are rows of one sum

@@ -50,7 +50,12 @@ def sweep(folder: Path, method: str, seeds: int, *, pack: str, jobs: int) -> tup
     runs = folder / f"{method}-{pack}"
     command = [*MBCD, "sweep", "--dataset", "vectors", "--targets", "c", "--methods", method, "--seeds", str(seeds)]
     command += ["--jobs", str(jobs), "--pack", pack, "--runs-dir", str(runs), "--output", str(runs / "tables")]
-    for one in (f"cache.dir={folder / 'cache'}", "evaluation.analyses=[]", "evaluation.report=false"):
+    for one in (
+        f"cache.dir={folder / 'cache'}",
+        "evaluation.analyses=[]",
+        "evaluation.report=false",
+        "evaluation.batch_size=512",
+    ):
         command += ["--set", one]
     for one in ("training.epochs=12", f"training.batch_size={BATCH}", f"model.hidden={HIDDEN}", "runtime.threads=1"):
         command += ["--set", one]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Container
+from functools import cache
 from pathlib import Path
-
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.ticker import LogFormatter
+from typing import TYPE_CHECKING
 
 from mbcd_cli.files import written
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Okabe and Ito's palette without its yellow, which is too light for lines on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -21,27 +23,57 @@ SEQUENTIAL = "cividis"
 DPI = 130
 """Pixels an inch."""
 
-matplotlib.rcdefaults()  # not what a file of the user's says: TeX, other fonts and sizes
-matplotlib.rcParams.update(
-    {
-        "font.size": 10,
-        "axes.titlesize": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": "#e4e4e4",
-        "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
-        "legend.frameon": False,
-        "figure.facecolor": "white",
-        "savefig.facecolor": "white",
-        "svg.hashsalt": "mbcd",
-    }
-)
+
+@cache
+def _style() -> None:
+    """Once, when something is drawn: matplotlib takes half a second to import."""
+    import matplotlib
+
+    matplotlib.rcdefaults()  # not what a file of the user's says: TeX, other fonts and sizes
+    matplotlib.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#e4e4e4",
+            "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+            "legend.frameon": False,
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "svg.hashsalt": "mbcd",
+        }
+    )
+
+
+def percent() -> PercentFormatter:
+    """Numbers from 0 to 100 as percentages."""
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter()
+
+
+def whole_numbers() -> MaxNLocator:
+    """Ticks at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
+
+
+def line(**look: object) -> Line2D:
+    """A line for a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **look)
 
 
 def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (6.4, 4.2), **subplots: object):
     """A figure and its axes, as `matplotlib.pyplot.subplots` returns them; `size` in inches is the whole figure's."""
+    from matplotlib.figure import Figure
+
+    _style()
     fig = Figure(figsize=size, layout="constrained")
     return fig, fig.subplots(rows, columns, **subplots)
 
@@ -72,6 +104,9 @@ def as_formula(name: str) -> str:
 
 def _as_written(fig: Figure, formulas: Container[str]) -> None:
     """Dollar signs in names are dollar signs, but in `formulas` and in what matplotlib makes of powers."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
+
     axes = [axis for panel in fig.axes for axis in panel._axis_map.values()]
     made = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
     powers = {text for axis in made for text in axis.get_ticklabels(which="both")}

@@ -34,15 +34,14 @@ class Randomness:
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
 
     def own_globals(self) -> None:
-        """From now on the global generators' draws are this object's own (`kept`), going on from where they are."""
+        """From now on the global generators' draws are this object's own (`keep_`), going on from where they are."""
         self._globals = global_states()
         self.dropout = torch.Generator()
         self.dropout.set_state(self._globals["torch"])
 
-    def kept(self, *shape: int, rate: float, dtype: torch.dtype) -> torch.Tensor:
+    def keep_(self, factors: torch.Tensor, *, rate: float) -> None:
         """Dropout's factors, as nn.Dropout draws them on a CPU: 0 with probability `rate`, else 1 / (1 - rate)."""
-        kept = torch.empty(shape, dtype=dtype).bernoulli_(1 - rate, generator=self.dropout).div_(1 - rate)
-        return kept.to(self.device)
+        factors.bernoulli_(1 - rate, generator=self.dropout).div_(1 - rate)
 
     def globals(self) -> dict:
         """States of the global generators, or of what stands for them here (see `global_states`)."""

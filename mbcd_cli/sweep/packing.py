@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import method_class
@@ -30,7 +31,9 @@ def width_of(text: str) -> int | None:
     )
 
 
-def units(cells: Sequence[Cell], *, width: int | None, jobs: int) -> dict[str, Sequence[Cell]]:
+def units(
+    cells: Sequence[Cell], *, width: int | None, jobs: int, prepared: Mapping[str, Settings] = MappingProxyType({})
+) -> dict[str, Sequence[Cell]]:
     """Cell's key -> the cells that one process trains, this one among them.
 
     Cells are alike when their settings differ in the seed, the target, the sources (as many) and numbers only (of the
@@ -39,11 +42,12 @@ def units(cells: Sequence[Cell], *, width: int | None, jobs: int) -> dict[str, S
 
     Args:
         width: of a population; 0: there are none; None: where models are small.
+        prepared: cell's key -> settings that name its modalities; its own may leave that to the prepared dataset.
     """
     alike: dict[str, list[Cell]] = {}
     for cell in cells:
         stackable = width != 0 and method_class(cell.settings.method.name).stackable
-        together = stackable and (width is not None or small(cell.settings))
+        together = stackable and (width is not None or small(prepared.get(cell.key, cell.settings)))
         alike.setdefault(kind(cell.settings) if together else cell.key, []).append(cell)
     parts = [group[part::jobs] for group in alike.values() for part in range(min(jobs, len(group)))]
     shares = [part[start : start + SHARE] for part in parts for start in range(0, len(part), SHARE)]

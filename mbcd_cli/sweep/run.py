@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mbcd_cli.files import write_text
 from mbcd_cli.processes import LAUNCH_VARIABLES
+from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import ENV_PREFIX, to_toml
 from mbcd_cli.sweep.packing import WIDTH, units
 from mbcd_cli.sweep.plan import Cell
@@ -156,6 +157,7 @@ def execute(
     jobs: int,
     threads: int,
     width: int | None = 0,
+    prepared: Mapping[str, Settings] | None = None,
     gpus: Sequence[str] = (),
     retry_failed: bool = False,
     watch: Callable[[Board], None] = lambda board: None,
@@ -169,7 +171,7 @@ def execute(
     Args:
         jobs: processes at a time.
         threads: CPU threads of each.
-        width: trainings that a process has under way at a time, as `packing.units` reads it.
+        width, prepared: trainings that a process has under way at a time, as `packing.units` reads them.
         gpus: visible GPUs, dealt out by slot; empty leaves the choice to the cell's settings.
         retry_failed: run failed cells again.
         watch: called at every change and every `poll` seconds.
@@ -178,7 +180,7 @@ def execute(
         KeyboardInterrupt: after the processes have stopped.
     """
     board = begin(cells, retry_failed=retry_failed)
-    together = units(cells, width=width, jobs=jobs)
+    together = units(cells, width=width, jobs=jobs, prepared=prepared or {})
     kills: dict[str, int] = {}
     before = signal.getsignal(signal.SIGTERM)
     signal.signal(signal.SIGTERM, _interrupt)

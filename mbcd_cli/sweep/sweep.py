@@ -123,8 +123,11 @@ def check_execution(jobs: int, launcher: str) -> None:
         raise RunError(f"There is no launcher {launcher!r}.", f"Use one of {', '.join(LAUNCHERS)}.")
 
 
-def check_prepared(cells: Sequence[Cell], *, root: Path | None = None, say: Say = SILENT) -> None:
+def check_prepared(cells: Sequence[Cell], *, root: Path | None = None, say: Say = SILENT) -> dict[str, Settings]:
     """Open every dataset and set of modalities once.
+
+    Returns:
+        Cell's key -> settings of one that reads the same data, with all that is known of it when it is prepared.
 
     Args:
         root: where the media lie: what some cells read otherwise than `prepare_first` found it is prepared too (sound
@@ -133,21 +136,23 @@ def check_prepared(cells: Sequence[Cell], *, root: Path | None = None, say: Say 
     Raises:
         CacheError, SettingsError: not prepared, or not as the settings say.
     """
-    seen = set()
+    opened: dict[tuple, Settings] = {}
+    prepared = {}
     for cell in cells:
         settings = cell.settings
         key = (settings.dataset.name, settings.model.modalities, settings.training.source_domains, cell.values)
-        if key not in seen:
-            seen.add(key)
+        if key not in opened:
             try:
-                open_for_training(settings)
+                opened[key], _ = open_for_training(settings)
             except CacheError:
                 if root is None:
                     raise
                 _prepare(
                     settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"root": root})}), say
                 )
-                open_for_training(settings)
+                opened[key], _ = open_for_training(settings)
+        prepared[cell.key] = opened[key]
+    return prepared
 
 
 def run(
@@ -182,7 +187,7 @@ def run(
     """
     check_execution(jobs, launcher)
     width = width_of(pack)
-    check_prepared(cells, root=root, say=say)
+    prepared = check_prepared(cells, root=root, say=say)
     started = time.monotonic()
     asked = cells[0].settings.runtime.threads if cells else 0
     if launcher == "slurm":
@@ -195,6 +200,7 @@ def run(
             jobs=jobs,
             threads=running.threads_per_job(jobs, asked),
             width=width,
+            prepared=prepared,
             gpus=_gpus(cells),
             retry_failed=retry_failed,
             watch=watch,

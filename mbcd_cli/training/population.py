@@ -437,12 +437,14 @@ class StackedRandomness:
 
     def kept(self, *shape: int, rates: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         """Dropout's factors: 0 with probability `rate`, else 1 / (1 - rate), of each member's rate."""
-        return _Stacked.apply(
-            lambda: torch.stack(
-                [draws.kept(*shape, rate=rate, dtype=dtype) for draws, rate in zip(self._draws, rates, strict=True)]
-            ),
-            self.member,
-        )
+
+        def draw() -> torch.Tensor:
+            factors = torch.empty((len(self._draws), *shape), dtype=dtype)
+            for mine, draws, rate in zip(factors, self._draws, rates, strict=True):
+                draws.keep_(mine, rate=rate)
+            return factors.to(self.device)
+
+        return _Stacked.apply(draw, self.member)
 
     def _of_each(self, draw: Callable[[Randomness], torch.Tensor]) -> torch.Tensor:
         return _Stacked.apply(lambda: torch.stack([draw(one) for one in self._draws]), self.member)
@@ -475,7 +477,7 @@ class _StackedLinear(nn.Linear):
 
 
 class _StackedBatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d of rows as a layer norm of their transpose: torch's own takes column after column of all members."""
+    """nn.BatchNorm1d of rows as a layer norm of their transpose: torch's own walks the columns of all members."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, D] -> [B, D]."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.manifold import TSNE
 
 from mbcd_cli.scoring.predictions import Predictions
 
@@ -36,6 +35,8 @@ def tsne(features: ArrayLike, *, seed: int = 0) -> np.ndarray:
     if np.ptp(values, axis=0).max() <= 1e-6 * max(np.abs(values).max(), 1e-30):
         return np.zeros((len(values), 2), np.float32)
     perplexity = min(30.0, (len(values) - 1) / 3)
+    from sklearn.manifold import TSNE  # a second of imports, of every evaluation
+
     model = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed, n_jobs=1, max_iter=ITERATIONS)
     return model.fit_transform(values)
 

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from mbcd_cli.scoring.metrics import finite, mean_cross_entropy, predicted, probabilities
 from mbcd_cli.scoring.predictions import Predictions
@@ -180,6 +179,8 @@ def separation(positive: ArrayLike, negative: ArrayLike) -> Separation:
         return Separation(None, None, None)
     truth = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
     scores = np.r_[positive, negative]
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # a second of imports
+
     false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
     return Separation(
         auroc=float(roc_auc_score(truth, scores)),

@@ -48,7 +48,7 @@ def _style() -> None:
     )
 
 
-def percent() -> PercentFormatter:
+def percent_format() -> PercentFormatter:
     """Numbers from 0 to 100 as percentages."""
     from matplotlib.ticker import PercentFormatter
 
@@ -62,7 +62,7 @@ def whole_numbers() -> MaxNLocator:
     return MaxNLocator(integer=True)
 
 
-def line(**look: object) -> Line2D:
+def legend_line(**look: object) -> Line2D:
     """A line for a legend."""
     from matplotlib.lines import Line2D
 

@@ -22,9 +22,9 @@ from mbcd_cli.plotting import (
     SEQUENTIAL,
     figure,
     legend_label,
-    line,
+    legend_line,
     panels,
-    percent,
+    percent_format,
     save,
     whole_numbers,
 )
@@ -62,7 +62,7 @@ def plot_confusion(counts: ArrayLike, label_names: Sequence[str], path: Path, *,
             tint = "black" if value > 55 else "white"
             ax.text(column, row, text, ha="center", va="center", fontsize=8, color=tint)
     ax.set(xlabel="predicted class", ylabel="class (clips)", title=title)
-    fig.colorbar(image, ax=ax, fraction=0.046, pad=0.03, format=percent(), label="of the class's clips")
+    fig.colorbar(image, ax=ax, fraction=0.046, pad=0.03, format=percent_format(), label="of the class's clips")
     return save(fig, path)
 
 
@@ -91,7 +91,7 @@ def _finished_bars(fig: Figure, path: Path, *, ylabel: str, title: str) -> Path:
     (ax,) = fig.axes
     ax.grid(axis="x", visible=False)
     ax.set(ylim=(0, 100), ylabel=ylabel, title=title)
-    ax.yaxis.set_major_formatter(percent())
+    ax.yaxis.set_major_formatter(percent_format())
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return save(fig, path)
 
@@ -146,7 +146,7 @@ def plot_lines(
         marker = _MARKERS[index % len(_MARKERS)] if len(x) <= 40 else None
         ax.plot(x, heights, label=name, color=colour(index), marker=marker, markersize=4, linewidth=1.8)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=fill(title, 64, break_long_words=False, break_on_hyphens=False))
-    ax.yaxis.set_major_formatter(percent())
+    ax.yaxis.set_major_formatter(percent_format())
     ax.xaxis.set_major_locator(whole_numbers())
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return save(fig, path)
@@ -162,7 +162,7 @@ def plot_subsets(figures: MissingModalities, path: Path, *, title: str) -> Path:
     left.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     left.set_yticks(range(len(order)), [name if name != "none" else "(nothing)" for name in order])
     left.set(xlim=(0, 108), xlabel="fused accuracy with these modalities present", title=title)
-    left.xaxis.set_major_formatter(percent())
+    left.xaxis.set_major_formatter(percent_format())
     left.grid(axis="y", visible=False)
     names = list(shares)
     points = [100 * shares[n] for n in names]
@@ -214,8 +214,8 @@ def plot_risk(curves: Mapping[str, RiskCurve], path: Path, *, title: str) -> Pat
         ax.plot([100 * c for c in curve.coverage], [100 * r for r in curve.risk], label=name, color=colour(index))
     ax.set(xlabel="coverage: clips answered, the most confident first", ylabel="error among them", title=title)
     ax.set(xlim=(0, 100), ylim=(0, None))
-    ax.xaxis.set_major_formatter(percent())
-    ax.yaxis.set_major_formatter(percent())
+    ax.xaxis.set_major_formatter(percent_format())
+    ax.yaxis.set_major_formatter(percent_format())
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return save(fig, path)
 
@@ -235,13 +235,13 @@ def plot_disturbed(records: Sequence[DisturbedAccuracy], path: Path, *, title: s
         ax.set(title=kind if len(kinds) > 1 else "", ylim=(0, 100))
     for ax in axes[::3]:
         ax.set_ylabel("accuracy")
-        ax.yaxis.set_major_formatter(percent())
+        ax.yaxis.set_major_formatter(percent_format())
     fig.supxlabel(xlabel, fontsize=10)
     fig.suptitle(title, fontsize=11)
-    lines = [line(color=colour(i), label=f"{name} disturbed") for i, name in enumerate(modalities)]
+    lines = [legend_line(color=colour(i), label=f"{name} disturbed") for i, name in enumerate(modalities)]
     lines += [
-        line(color="#333333", marker="o", markersize=4, label="fused head"),
-        line(color="#333333", marker="x", markersize=4, ls=":", label="its own head"),
+        legend_line(color="#333333", marker="o", markersize=4, label="fused head"),
+        legend_line(color="#333333", marker="x", markersize=4, ls=":", label="its own head"),
     ]
     fig.legend(handles=lines, loc="outside right center", fontsize=9)
     return save(fig, path)

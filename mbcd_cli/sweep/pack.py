@@ -29,7 +29,7 @@ from mbcd_cli.sweep.state import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, s
 from mbcd_cli.training.together import Outcome, Wanted, train_together
 
 
-def run_pack(folders: Sequence[Path], *, threads: int, width: int, say: Say = SILENT) -> int:
+def run_pack(folders: Sequence[Path], *, threads: int, width: int | None, say: Say = SILENT) -> int:
     """Train and evaluate the cells of these run folders, whatever of it is done already; the exit code.
 
     What became of each is told by its folder and the files beside it (`state`); the log lies beside the first.
@@ -108,10 +108,14 @@ def _evaluate(one: Wanted, dataset: Dataset, say: Say) -> None:
 
 
 def serve_pack(arguments: Sequence[str]) -> int:
-    """The process of a population: THREADS, WIDTH, and the run folders on standard input; the exit code."""
+    """The process of a population: THREADS, WIDTH (0: as many as are quick), run folders on standard input.
+
+    Returns:
+        The exit code.
+    """
     folders = [Path(line.removesuffix("\n")) for line in takewhile("\n".__ne__, sys.stdin)]
     end_with_sweep()
-    return run_pack(folders, threads=int(arguments[0]), width=int(arguments[1]), say=Say(log))
+    return run_pack(folders, threads=int(arguments[0]), width=int(arguments[1]) or None, say=Say(log))
 
 
 if __name__ == "__main__":

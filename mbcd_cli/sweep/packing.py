@@ -10,8 +10,6 @@ from mbcd_cli.methods import method_class
 from mbcd_cli.settings import Settings, Slice
 from mbcd_cli.sweep.plan import Cell, settings_key
 
-WIDTH = 32
-"""Trainings under way at a time in one process, unless told otherwise."""
 SHARE = 256
 """Cells of one process at most: it holds the lock of each."""
 

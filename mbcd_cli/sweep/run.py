@@ -17,7 +17,7 @@ from mbcd_cli.files import write_text
 from mbcd_cli.processes import LAUNCH_VARIABLES
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import ENV_PREFIX, to_toml
-from mbcd_cli.sweep.packing import WIDTH, units
+from mbcd_cli.sweep.packing import units
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
 
@@ -120,20 +120,20 @@ def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
 
 
 def start(
-    cells: Sequence[Cell], left: Sequence[Cell], *, threads: int, gpu: str | None, slot: int, width: int = WIDTH
+    cells: Sequence[Cell], left: Sequence[Cell], *, threads: int, gpu: str | None, slot: int, width: int | None = None
 ) -> Job:
     """Begin (or go on with) a cell, or a population, in a process of its own; its log is the first's `X.log`.
 
     Args:
         cells: of the process. left: those of them that are not done.
         threads, gpu: that it may use. slot: its number among those that run.
-        width: trainings of a population under way at a time.
+        width: trainings of a population under way at a time; None: as many as are quick.
     """
     for cell in left:
         write_settings(cell)
     line = cell_command(cells[0], threads=threads)
     if len(cells) > 1:
-        line = [sys.executable, "-m", PACKER, str(threads), str(width)]
+        line = [sys.executable, "-m", PACKER, str(threads), str(width or 0)]
     with beside(cells[0].folder, "log").open("ab") as log:
         process = subprocess.Popen(
             line,
@@ -186,7 +186,7 @@ def execute(
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         while board.waiting or board.running or board.elsewhere:
-            _fill(board, together, jobs=jobs, threads=threads, width=width or WIDTH, gpus=gpus)
+            _fill(board, together, jobs=jobs, threads=threads, width=width, gpus=gpus)
             watch(board)
             time.sleep(poll)
             for job in list(board.running.values()):
@@ -209,7 +209,13 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _fill(
-    board: Board, together: Mapping[str, Sequence[Cell]], *, jobs: int, threads: int, width: int, gpus: Sequence[str]
+    board: Board,
+    together: Mapping[str, Sequence[Cell]],
+    *,
+    jobs: int,
+    threads: int,
+    width: int | None,
+    gpus: Sequence[str],
 ) -> None:
     for slot in range(jobs):
         if slot not in board.running and board.waiting:

@@ -27,6 +27,7 @@ from mbcd_cli.sweep.request import (
     named,
 )
 from mbcd_cli.training.dry_run import dry_run as trial
+from mbcd_cli.training.together import check_width
 
 LAUNCHERS = ("local", "slurm")
 SHORT_STEP = 0.1
@@ -123,7 +124,9 @@ def check_execution(jobs: int, launcher: str) -> None:
         raise RunError(f"There is no launcher {launcher!r}.", f"Use one of {', '.join(LAUNCHERS)}.")
 
 
-def check_prepared(cells: Sequence[Cell], *, root: Path | None = None, say: Say = SILENT) -> dict[str, Settings]:
+def check_prepared(
+    cells: Sequence[Cell], *, root: Path | None = None, width: int | None = None, jobs: int = 1, say: Say = SILENT
+) -> dict[str, Settings]:
     """Open every dataset and set of modalities once.
 
     Returns:
@@ -132,9 +135,10 @@ def check_prepared(cells: Sequence[Cell], *, root: Path | None = None, say: Say 
     Args:
         root: where the media lie: what some cells read otherwise than `prepare_first` found it is prepared too (sound
             that follows the frames of another modality, an axis of the grid over what is cached).
+        width: trainings that each of `jobs` processes is to have under way at a time; 0, None: as many as are quick.
 
     Raises:
-        CacheError, SettingsError: not prepared, or not as the settings say.
+        CacheError, SettingsError: not prepared, or not as the settings say; or not so many fit into memory.
     """
     opened: dict[tuple, Settings] = {}
     prepared = {}
@@ -143,14 +147,16 @@ def check_prepared(cells: Sequence[Cell], *, root: Path | None = None, say: Say 
         key = (settings.dataset.name, settings.model.modalities, settings.training.source_domains, cell.values)
         if key not in opened:
             try:
-                opened[key], _ = open_for_training(settings)
+                opened[key], dataset = open_for_training(settings)
             except CacheError:
                 if root is None:
                     raise
                 _prepare(
                     settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"root": root})}), say
                 )
-                opened[key], _ = open_for_training(settings)
+                opened[key], dataset = open_for_training(settings)
+            if width:
+                check_width(opened[key], dataset, width=width, processes=jobs)
         prepared[cell.key] = opened[key]
     return prepared
 
@@ -187,7 +193,7 @@ def run(
     """
     check_execution(jobs, launcher)
     width = width_of(pack)
-    prepared = check_prepared(cells, root=root, say=say)
+    prepared = check_prepared(cells, root=root, width=width, jobs=jobs, say=say)
     started = time.monotonic()
     asked = cells[0].settings.runtime.threads if cells else 0
     if launcher == "slurm":

@@ -20,9 +20,9 @@ import torch
 from mbcd_cli.data.loading import ResidentRows, resident_bytes
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import TEST_VIEW, Batch
-from mbcd_cli.errors import MbcdError
+from mbcd_cli.errors import MbcdError, SettingsError
 from mbcd_cli.runs.folder import SETTINGS, open_run
-from mbcd_cli.runtime import configure, peak_memory_mb
+from mbcd_cli.runtime import configure, free_memory, peak_memory_mb
 from mbcd_cli.say import SILENT, Say, Ticker
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.assemble import assemble
@@ -34,6 +34,8 @@ from mbcd_cli.training.trainer import Trainer
 
 RESIDENT_BYTES = 2**31
 """Rows that are kept in memory for all members: at most so many bytes of them."""
+WIDTH = 32
+"""Trainings under way at a time in one process, unless told otherwise: more were no quicker."""
 POPULATION_BYTES = 2**30
 """What the weights of the trainings under way, with gradients, moments and averages, take at most."""
 
@@ -67,7 +69,7 @@ def train_together(
     wanted: Sequence[Wanted | None],
     dataset: Dataset,
     *,
-    width: int,
+    width: int | None,
     ended: Callable[[Wanted, Outcome], None],
     say: Say = SILENT,
 ) -> None:
@@ -82,7 +84,7 @@ def train_together(
         wanted: of one kind: settings that differ in the seed, the target and the sources (as many) only. None keeps
             the place of one that is done already.
         dataset: prepared, of all of them.
-        width: trainings under way at a time, at most: fewer where they would take more than `POPULATION_BYTES`.
+        width: trainings under way at a time, at most; None: `WIDTH`, or what `POPULATION_BYTES` allow.
         ended: told of each as soon as it ends: what `done` holds, or the error that ended it (a stop by a signal too).
         say: told how it goes.
     """
@@ -99,7 +101,7 @@ def train_together(
         clips = _clips(left, dataset, end)
         resident = _resident(dataset, list(clips.values()), device=device)
         feed = Feed(dataset, device=device, read=None if resident is None else partial(_read, resident))
-        width = _fitting(left[0].settings, dataset, width=width, device=device)
+        width = width or _fitting(left[0].settings, dataset, device=device)
         places = [
             _Place(deque(one for one in wanted[k::width] if one is not None and one.run in clips))
             for k in range(min(width, len(wanted)))
@@ -135,18 +137,47 @@ def train_together(
                 place.live = place.live and _goes_on(place.member, vector, end)
 
 
-def _fitting(settings: Settings, dataset: Dataset, *, width: int, device: torch.device) -> int:
-    """How many trainings like this one `POPULATION_BYTES` are enough for, `width` at most; whatever else is in memory.
+def member_bytes(settings: Settings, dataset: Dataset, *, device: torch.device) -> int:
+    """Of one of these trainings in a population: weights, their gradients and two moments; an average's weights.
 
-    Weights, their gradients and two moments of them; an average's weights.
+    Raises:
+        MbcdError: what assembling it raises.
     """
-    try:
-        step = assemble(settings, dataset, device=device).step
-    except MbcdError:  # each is going to be told
-        return width
+    step = assemble(settings, dataset, device=device).step
     modules = [step.model, step.method, *([] if step.average is None else [step.average.model])]
-    each = sum(value.nbytes * (4 if value.requires_grad else 1) for module in modules for value in module.parameters())
-    return max(min(width, POPULATION_BYTES // max(each, 1)), 1)
+    return sum(value.nbytes * (4 if value.requires_grad else 1) for module in modules for value in module.parameters())
+
+
+def check_width(settings: Settings, dataset: Dataset, *, width: int, processes: int) -> None:
+    """Refuse more trainings under way than there is memory for.
+
+    Args:
+        settings: of one of them, resolved against `dataset`.
+        width: of each of `processes` populations.
+
+    Raises:
+        SettingsError: so many do not fit; it says how many do.
+        MbcdError: what assembling one raises.
+    """
+    device = configure(settings.runtime)
+    each, free = member_bytes(settings, dataset, device=device), free_memory(device)
+    if free is not None and each * width * processes > free:
+        most = free // (each * processes)
+        where = f" in each of {processes} processes" if processes > 1 else ""
+        raise SettingsError(
+            f"--pack {width}: so many trainings{where} take {each * width * processes / 2**30:.3g} GB of memory, and "
+            f"{free / 2**30:.3g} GB are free.",
+            f"--pack {most} is the largest that fits." if most > 1 else "Use --pack off.",
+        )
+
+
+def _fitting(settings: Settings, dataset: Dataset, *, device: torch.device) -> int:
+    """How many trainings like this one `POPULATION_BYTES` are enough for, `WIDTH` at most."""
+    try:
+        each = member_bytes(settings, dataset, device=device)
+    except MbcdError:  # each is going to be told
+        return WIDTH
+    return max(min(WIDTH, POPULATION_BYTES // max(each, 1)), 1)
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import helpers
@@ -13,16 +14,18 @@ from sweep_cases import plan_of
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import lock, read_records
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.cell import run_cell
+from mbcd_cli.sweep.packing import small
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
-from mbcd_cli.sweep.sweep import estimate_sweep
+from mbcd_cli.sweep.sweep import check_prepared, estimate_sweep, run
 from mbcd_cli.training import train
+from mbcd_cli.training.together import member_bytes
 
 # Short trainings: what is tested is how they are run.
 SETS = (
@@ -110,6 +113,25 @@ def test_dry_run_times_steps_and_writes_nothing(cache, tmp_path):
     with pytest.raises(RunError, match="--jobs 0"):
         estimate_sweep(cells, jobs=0)
     assert not (tmp_path / "runs").exists()
+
+
+def test_more_trainings_at_a_time_than_fit_are_refused_with_the_number_that_do(cache, tmp_path, monkeypatch):
+    cells = cells_of(cache, tmp_path / "runs", methods="erm", seeds="3")
+    settings, data = open_for_training(cells[0].settings)
+    each = member_bytes(settings, data, device=configure(settings.runtime))
+    monkeypatch.setattr("mbcd_cli.training.together.free_memory", lambda device: 5 * each)
+    with pytest.raises(SettingsError, match=r"--pack 3: so many trainings in each of 2 processes") as caught:
+        run(cells, jobs=2, pack="3")
+    assert caught.value.remedy == "--pack 2 is the largest that fits."
+    assert not (tmp_path / "runs").exists()
+    check_prepared(cells, width=5, jobs=1)
+
+
+def test_what_is_prepared_tells_which_cells_are_small(cache, tmp_path):
+    (cell,) = cells_of(cache, tmp_path / "runs", methods="erm", seeds="1")
+    untold = replace(cell, settings=cell.settings.model_copy(update={"modalities": {}}))
+    assert not small(untold.settings)
+    assert small(check_prepared([untold])[untold.key])
 
 
 def test_a_dataset_that_is_not_prepared_is_one_message(tmp_path):

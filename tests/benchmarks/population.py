@@ -1,10 +1,11 @@
-"""A population of trainings against as many trainings in processes of their own, and against its matrix products alone.
+"""A population of trainings against as many trainings in processes of their own, and its step against its products.
 
 Vectors in the shapes of av-digits-vectors (1280 and 192 values, 1500 clips, three domains), that preset's widths, one
 target. Both are whole sweeps (`--pack auto` and `off`), start-up, validation, checkpoints and evaluation included;
 alone, fewer are trained and counted by their steps, since that only repeats itself. `of_floor` is the time of a
-member's step over that of its matrix products alone: a batched one per layer forward, two backward, for all members at
-once, on one thread (MBCD: twice; its teacher is not counted).
+population's step (one process, one thread) over that of its matrix products alone: per pass forward one batched product
+a layer for all members, backward two (one where the layer reads the input). ERM takes one pass each way, MBCD three:
+forward of the student twice and of the teacher, backward of uni-modal losses, their distillation and the fused loss.
 
     python tests/benchmarks/population.py --members 64 --alone 8 --methods erm,mbcd
 """
@@ -19,10 +20,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from mbcd_cli.data.records import Batch
+from mbcd_cli.resolved import resolve
+from mbcd_cli.runs.opening import open_for_training
+from mbcd_cli.training import together
 
 DIMENSIONS, DOMAINS, CLASSES, CLIPS, BATCH = {"frames": 1280, "speech": 192}, ("a", "b", "c"), 10, 1500, 16
 HIDDEN = 128
@@ -68,24 +75,66 @@ def sweep(folder: Path, method: str, seeds: int, *, pack: str, jobs: int) -> tup
 
 
 def floor(members: int, passes: int) -> float:
-    """Seconds that the products of a step take per member, of `passes` passes forward and as many backward."""
+    """Seconds that the products of a step take, of `passes` passes forward and as many backward."""
     torch.set_num_threads(1)
-    widths = [(width, HIDDEN) for width in DIMENSIONS.values()] + [(HIDDEN, HIDDEN)] * len(DIMENSIONS)
-    widths += [(HIDDEN, HIDDEN)] * len(DIMENSIONS) + [(HIDDEN, CLASSES)] * len(DIMENSIONS)
-    widths += [(HIDDEN * len(DIMENSIONS), HIDDEN), (HIDDEN, CLASSES)]
+    modalities = len(DIMENSIONS)
+    widths = [(width, HIDDEN) for width in DIMENSIONS.values()] + [(HIDDEN, HIDDEN)] * modalities
+    widths += [(HIDDEN, HIDDEN)] * modalities + [(HIDDEN, CLASSES)] * modalities
+    widths += [(HIDDEN * modalities, HIDDEN), (HIDDEN, CLASSES)]
     layers = []
     for inside, out in widths:
         x, weight = torch.randn(members, BATCH, inside), torch.randn(members, out, inside)
         layers.append((x, weight, torch.randn(members, BATCH, out)))
     best = float("inf")
-    for _ in range(5):
+    for _ in range(9):
         started = time.perf_counter()
-        for x, weight, gradient in layers:
+        for number, (x, weight, gradient) in enumerate(layers):
             torch.bmm(x, weight.mT)
-            torch.bmm(gradient, weight)
             torch.bmm(gradient.mT, x)
+            if number >= modalities:
+                torch.bmm(gradient, weight)
         best = min(best, time.perf_counter() - started)
-    return passes * best / members
+    return passes * best
+
+
+def step_seconds(folder: Path, method: str, members: int) -> float:
+    """Seconds of a population's step: the median of an epoch's, but for the first, which is compared with one alone."""
+    torch.set_num_threads(1)
+    seconds: list[float] = []
+
+    class Timed(together.StackedStep):
+        def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+            started = time.perf_counter()
+            vectors = super().__call__(batches)
+            seconds.append(time.perf_counter() - started)
+            return vectors
+
+    opened = None
+    wanted = []
+    for seed in range(members):
+        settings = resolve(
+            sets=[
+                f"training.batch_size={BATCH}",
+                f"model.hidden={HIDDEN}",
+                "runtime.threads=1",
+                f"training.seed={seed}",
+            ],
+            flags={
+                "dataset.name": "vectors",
+                "cache.dir": folder / "cache",
+                "method.name": method,
+                "training.epochs": 1,
+                "training.target_domain": "c",
+            },
+        )
+        settings, opened = open_for_training(settings, opened)
+        wanted.append(together.Wanted(settings, folder / "steps" / method / str(seed)))
+    plain, together.StackedStep = together.StackedStep, Timed
+    try:
+        together.train_together(wanted, opened, width=members, ended=lambda one, outcome: None)
+    finally:
+        together.StackedStep = plain
+    return sorted(seconds[1:])[len(seconds) // 2]
 
 
 def main() -> None:
@@ -118,12 +167,15 @@ def main() -> None:
             for pack, seeds in (("auto", told.members), ("off", told.alone)):
                 seconds, steps = sweep(folder, method, seeds, pack=pack, jobs=told.jobs)
                 rates[pack] = steps / seconds
-            least = floor(min(told.members, 32), 2 if method == "mbcd" else 1)
+            members = min(told.members, together.WIDTH)
+            step, least = step_seconds(folder, method, members), floor(members, 3 if method == "mbcd" else 1)
             result[method] = {
                 "member_steps_per_s": round(rates["auto"], 1),
                 "alone_steps_per_s": round(rates["off"], 1),
                 "ratio": round(rates["auto"] / rates["off"], 2),
-                "of_floor": round(told.jobs / rates["auto"] / least, 2),
+                "step_ms": round(1000 * step, 1),
+                "floor_ms": round(1000 * least, 1),
+                "of_floor": round(step / least, 2),
             }
     print(json.dumps(result, indent=1))
 

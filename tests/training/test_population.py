@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,3 +171,23 @@ def test_a_step_that_fails_in_the_midst_goes_on_from_the_checkpoints(tmp_path, m
     assert any("one after another: out of something" in line for line in lines)
     assert [outcomes[number]["steps"] for number in "01"] == [8, 8]
     assert [record["epoch"] for record in read_records(tmp_path / "0/metrics.jsonl")] == [1, 2]
+
+
+def test_what_a_member_rounds_to_depends_on_nothing_beside_it():
+    def weights_of_the_first(shrunk):
+        subject = Subject.of("ema")
+        members = [subject.training(seed=seed, shrunk=factor) for seed, factor in enumerate(shrunk)]
+        for member in members:
+            member.randomness.own_globals()
+            for module in (member.step.model, member.step.average.model):
+                module.float()
+        stacked = StackedStep([Member(member.step, member.randomness) for member in members])
+        for number in range(6):
+            batches = [subject.batch(10 * seed + number) for seed in range(3)]
+            single = [{name: tuple(p.float() for p in parts) for name, parts in b.inputs.items()} for b in batches]
+            stacked([replace(b, inputs=inputs) for b, inputs in zip(batches, single, strict=True)])
+        assert len(stacked._alike) == len(set(shrunk))
+        return {**members[0].step.model.state_dict(), **members[0].step.optimizer.state_dict()["state"][0]}
+
+    together, apart = weights_of_the_first((1.0, 1.0, 1.0)), weights_of_the_first((1.0, 0.9, 0.8))
+    assert all(torch.equal(value, apart[name]) for name, value in together.items())

@@ -187,7 +187,8 @@ def test_what_a_member_rounds_to_depends_on_nothing_beside_it():
             single = [{name: tuple(p.float() for p in parts) for name, parts in b.inputs.items()} for b in batches]
             stacked([replace(b, inputs=inputs) for b, inputs in zip(batches, single, strict=True)])
         assert len(stacked._alike) == len(set(shrunk))
-        return {**members[0].step.model.state_dict(), **members[0].step.optimizer.state_dict()["state"][0]}
+        moments = members[0].step.optimizer.state_dict()["state"]
+        return [*members[0].step.model.state_dict().values(), *(v for one in moments.values() for v in one.values())]
 
     together, apart = weights_of_the_first((1.0, 1.0, 1.0)), weights_of_the_first((1.0, 0.9, 0.8))
-    assert all(torch.equal(value, apart[name]) for name, value in together.items())
+    assert all(map(torch.equal, together, apart))

@@ -144,7 +144,8 @@ def check_prepared(
     prepared = {}
     for cell in cells:
         settings = cell.settings
-        key = (settings.dataset.name, settings.model.modalities, settings.training.source_domains, cell.values)
+        read = (settings.dataset, settings.cache, *settings.modalities.values())
+        key = (*(one.model_dump_json() for one in read), settings.model.modalities, settings.training.source_domains)
         if key not in opened:
             try:
                 opened[key], dataset = open_for_training(settings)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +24,7 @@ from mbcd_cli.cli.options import (
 from mbcd_cli.errors import UsageError
 
 if TYPE_CHECKING:
+    from mbcd_cli.training.dry_run import TrainingPlan
     from mbcd_cli.training.train import TrainingSummary
 
 _TRAINS = [
@@ -90,60 +90,63 @@ def train(
         return plan, partial(show_dry_run, plan)
     folder = run or runs_dir / data.name / run_name(settings)
     result = train(settings, data, run=folder, resume=resume, overwrite=overwrite, say=console.terminal)
-    return (result, partial(show_training, result)) if result else None  # under torchrun rank 0 alone reports
+    return None if result is None else (result, partial(show_training, result))  # under torchrun rank 0 alone reports
 
 
 def show_training(summary: TrainingSummary) -> None:
     """Print what `train` returned and what to run next."""
-    best, last, oracle = summary["best"], summary["last"], summary.get("oracle")
-    target, heads = summary["target_domain"], list(best["validation_unimodal"])
+    target, heads = summary.target_domain, list(summary.best.validation_unimodal)
     rows = []
-    for label, record in (("best", best), ("last", last), ("oracle: chosen on the target", oracle)):
-        if record is None:
+    for label, epoch in (
+        ("best", summary.best),
+        ("last", summary.last),
+        ("oracle: chosen on the target", summary.oracle),
+    ):
+        if epoch is None:
             continue
-        label += " (deployed)" if label == summary["tested"] else ""
-        row = [label, record["epoch"], f"{100 * record['validation']:.1f}"]
+        label += " (deployed)" if label == summary.tested else ""
+        row = [label, epoch.epoch, f"{100 * epoch.validation:.1f}"]
         if target:
-            of_heads = record.get("target_unimodal", {})
-            figures = [record.get("target"), *(of_heads.get(head) for head in heads)]
+            of_heads = epoch.target_unimodal or {}
+            figures = [epoch.target, *(of_heads.get(head) for head in heads)]
             row += ["" if figure is None else f"{100 * figure:.1f}" for figure in figures]
         rows.append(row)
-    columns = ["epoch of the " + summary["deployed"], "epoch", "validation"]
+    columns = [f"epoch of the {summary.deployed}", "epoch", "validation"]
     if target:
         columns += [f"{target} fused", *(f"{target} {head}" for head in heads)]
-    console.table(f"Accuracy in percent: {summary['method']}, seed {summary['seed']}", columns, rows)
+    console.table(f"Accuracy in percent: {summary.method}, seed {summary.seed}", columns, rows)
     console.say(
-        f"{summary['steps']} steps in {summary['seconds']:.0f} s ({summary['steps_per_second']:.1f}/s), "
-        f"peak memory {summary['peak_memory_mb']:.0f} MB"
+        f"{summary.steps} steps in {summary.seconds:.0f} s ({summary.steps_per_second:.1f}/s), "
+        f"peak memory {summary.peak_memory_mb:.0f} MB"
     )
-    console.say(f"Next: mbcd evaluate --run {shlex.quote(summary['run'])}")
-    console.say(f"      mbcd landscape --checkpoint {shlex.quote(summary['run'] + '/checkpoints/best.pt')}")
+    console.say(f"Next: mbcd evaluate --run {shlex.quote(summary.run)}")
+    console.say(f"      mbcd landscape --checkpoint {shlex.quote(summary.run + '/checkpoints/best.pt')}")
 
 
-def show_dry_run(plan: Mapping[str, Any]) -> None:
+def show_dry_run(plan: TrainingPlan) -> None:
     """Print what `dry_run` returned."""
-    parameters = plan["parameters"]
+    parameters = plan.parameters
     rows = [
         (
             name,
-            " + ".join("x".join(map(str, shape)) for shape in plan["shapes"][name]),
-            parameters["tails"][name],
-            parameters["trunks"][name],
+            " + ".join("x".join(map(str, shape)) for shape in shapes),
+            parameters.tails[name],
+            parameters.trunks[name],
         )
-        for name in plan["shapes"]
+        for name, shapes in plan.shapes.items()
     ]
     console.table(
-        f"{plan['dataset']}: {plan['training_clips']} training clips of {', '.join(plan['source_domains'])}",
+        f"{plan.dataset}: {plan.training_clips} training clips of {', '.join(plan.source_domains)}",
         ("modality", "shape at the cut", "trained in the tail", "frozen in the trunk"),
         rows,
     )
-    cache = f"{plan['cache_bytes'] / 1e6:.0f} MB" if plan["cache_bytes"] is not None else "unknown"
+    cache = f"{plan.cache_bytes / 1e6:.0f} MB" if plan.cache_bytes is not None else "unknown"
     for line in (
-        f"heads: {parameters['unimodal_heads']} uni-modal, {parameters['fused_head']} fused parameters; "
-        f"the method's own: {parameters['method']}",
-        f"trained {parameters['trained']}, frozen {parameters['frozen']} parameters; cache {cache}",
-        f"{plan['steps']} steps of {plan['batch_size']} clips on {plan['device']}, {plan['step_seconds']:.3f} s each: "
-        f"about {plan['estimated_training_seconds']:.0f} s without validation",
-        f"peak memory {plan['peak_memory_mb']:.0f} MB",
+        f"heads: {parameters.unimodal_heads} uni-modal, {parameters.fused_head} fused parameters; "
+        f"the method's own: {parameters.method}",
+        f"trained {parameters.trained}, frozen {parameters.frozen} parameters; cache {cache}",
+        f"{plan.steps} steps of {plan.batch_size} clips on {plan.device}, {plan.step_seconds:.3f} s each: "
+        f"about {plan.estimated_training_seconds:.0f} s without validation",
+        f"peak memory {plan.peak_memory_mb:.0f} MB",
     ):
         console.show(line)

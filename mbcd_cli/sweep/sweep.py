@@ -85,10 +85,10 @@ def measure(cell: Cell, *, jobs: int = 1) -> float | None:
     threads = running.threads_per_job(jobs, settings.runtime.threads)
     runtime = settings.runtime.model_copy(update={"threads": threads})
     settings = settings.model_copy(update={"runtime": runtime})
-    found = trial(settings, data)
+    tried = [trial(settings, data)]
     # Whatever else the machine does shows in short steps many times over: the best of three tells.
-    again = [trial(settings, data) for _ in range(2)] if found["step_seconds"] < SHORT_STEP else []
-    return min(float(one["estimated_training_seconds"]) for one in (found, *again))
+    tried += [trial(settings, data) for _ in range(2)] if tried[0].step_seconds < SHORT_STEP else []
+    return min(plan.estimated_training_seconds for plan in tried)
 
 
 def estimate_sweep(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -18,7 +18,48 @@ from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.step import TrainStep
 
 
-def dry_run(settings: Settings, dataset: Dataset, *, say: Say = SILENT) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class ParameterCounts:
+    """Parameters by part: trained (tails, heads and the method's own) and frozen (trunks)."""
+
+    trained: int
+    frozen: int
+    tails: dict[str, int]
+    trunks: dict[str, int]
+    unimodal_heads: int
+    fused_head: int
+    method: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """What `dry_run` returns.
+
+    Attributes:
+        held_out_clips: how many, by clip set. shapes: at the cut, of one clip, of every path of a modality's encoder.
+        cache_bytes: of the prepared dataset, None where it is not known.
+        step_seconds: of one step. estimated_training_seconds: of all, without validation.
+        peak_memory_mb: of this process so far.
+    """
+
+    dataset: str
+    source_domains: list[str]
+    target_domain: str | None
+    training_clips: int
+    held_out_clips: dict[str, int]
+    classes: int
+    device: str
+    batch_size: int
+    shapes: dict[str, list[list[int]]]
+    parameters: ParameterCounts
+    cache_bytes: int | None
+    step_seconds: float
+    steps: int
+    estimated_training_seconds: float
+    peak_memory_mb: float
+
+
+def dry_run(settings: Settings, dataset: Dataset, *, say: Say = SILENT) -> TrainingPlan:
     """What a training would be like: shapes, parameters, sizes and the time of a step; nothing is written.
 
     Raises:
@@ -48,23 +89,23 @@ def dry_run(settings: Settings, dataset: Dataset, *, say: Say = SILENT) -> dict[
     seconds = _step_seconds(step, batches, device)
     steps = len(clips) // training.batch_size * training.epochs
     steps = min(steps, training.max_steps or steps)
-    return {
-        "dataset": dataset.name,
-        "source_domains": list(training.source_domains),
-        "target_domain": training.target_domain,
-        "training_clips": len(clips),
-        "held_out_clips": {one.name: len(one.clips) for one in clip_sets(settings, dataset)},
-        "classes": dataset.classes,
-        "device": str(device),
-        "batch_size": training.batch_size,
-        "shapes": {name: [list(part.shape[1:]) for part in parts] for name, parts in batches[0].inputs.items()},
-        "parameters": _parameters(step, settings),
-        "cache_bytes": dataset.nbytes,
-        "step_seconds": round(seconds, 4),
-        "steps": steps,
-        "estimated_training_seconds": round(seconds * steps, 3),
-        "peak_memory_mb": peak_memory_mb(device),
-    }
+    return TrainingPlan(
+        dataset=dataset.name,
+        source_domains=list(training.source_domains),
+        target_domain=training.target_domain,
+        training_clips=len(clips),
+        held_out_clips={held.name: len(held.clips) for held in clip_sets(settings, dataset)},
+        classes=dataset.classes,
+        device=str(device),
+        batch_size=training.batch_size,
+        shapes={name: [list(part.shape[1:]) for part in parts] for name, parts in batches[0].inputs.items()},
+        parameters=_parameters(step, settings),
+        cache_bytes=dataset.nbytes,
+        step_seconds=round(seconds, 4),
+        steps=steps,
+        estimated_training_seconds=round(seconds * steps, 3),
+        peak_memory_mb=peak_memory_mb(device),
+    )
 
 
 def _step_seconds(step: TrainStep, batches: list[Batch], device: torch.device) -> float:
@@ -83,8 +124,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _parameters(step: TrainStep, settings: Settings) -> dict[str, int | dict[str, int]]:
-    """Parameters by part: trained (tails, heads and the method's own) and frozen (trunks)."""
+def _parameters(step: TrainStep, settings: Settings) -> ParameterCounts:
     model, own = step.model, step.method
 
     def count(module: torch.nn.Module, *, trained: bool = False) -> int:
@@ -95,12 +135,12 @@ def _parameters(step: TrainStep, settings: Settings) -> dict[str, int | dict[str
         for name, modality in settings.modalities.items()
     }
     tails = {name: count(model.tails[name]) for name in model.modalities}
-    return {
-        "trained": count(model, trained=True) + count(own, trained=True),
-        "frozen": sum(frozen.values()),
-        "tails": tails,
-        "trunks": frozen,
-        "unimodal_heads": count(model.heads),
-        "fused_head": count(model.fused_head),
-        "method": count(own, trained=True),
-    }
+    return ParameterCounts(
+        trained=count(model, trained=True) + count(own, trained=True),
+        frozen=sum(frozen.values()),
+        tails=tails,
+        trunks=frozen,
+        unimodal_heads=count(model.heads),
+        fused_head=count(model.fused_head),
+        method=count(own, trained=True),
+    )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from mbcd_cli.errors import FOREIGN, CheckpointError
 from mbcd_cli.randomness import Randomness
@@ -15,6 +17,9 @@ from mbcd_cli.runs.folder import RunFolder
 from mbcd_cli.training.figures import Layout
 from mbcd_cli.training.optimizer import load_optimizer
 from mbcd_cli.training.step import TrainStep
+from mbcd_cli.training.validation import EpochRecord
+
+_HISTORY = TypeAdapter(list[EpochRecord])
 
 
 @dataclass(slots=True)
@@ -25,7 +30,7 @@ class Progress:
         epoch: epochs finished. epoch_step: steps done in the one after. step: steps in all.
         pending: figures of the steps since the last record of steps.jsonl, as (clips [B], vector) pairs.
         sums: sums over the epoch's steps of their vectors times their clips, float64, and `clips` how many.
-        history: records of metrics.jsonl. best: the selected epoch's. warnings: key -> text.
+        history: records of metrics.jsonl. best: the selected one of them. warnings: key -> text.
     """
 
     epoch: int = 0
@@ -34,8 +39,8 @@ class Progress:
     pending: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     sums: torch.Tensor | None = None
     clips: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
+    history: list[EpochRecord] = field(default_factory=list)
+    best: EpochRecord | None = None
     warnings: dict[str, str] = field(default_factory=dict)
 
 
@@ -95,7 +100,8 @@ def resume(
         if state["layout"] is not None:
             scalars, rows = state["layout"]
             step.layout = Layout(tuple(scalars), tuple(rows), step.model.modalities)
-        progress.history, progress.best = saved.history, saved.best
+        progress.history = _records(saved.history)
+        progress.best = progress.history[saved.best["epoch"] - 1] if saved.best is not None else None
         progress.warnings = {str(key): str(text) for key, text in state["warning_keys"].items()}
         _check(progress, step.layout)
         run.cut(state["logs"])
@@ -107,6 +113,18 @@ def resume(
     return True
 
 
+def _records(history: list[dict[str, Any]]) -> list[EpochRecord]:
+    """Those of a checkpoint.
+
+    Raises:
+        ValueError: they are other figures than a training's.
+    """
+    try:
+        return _HISTORY.validate_json(json.dumps(history), strict=True)
+    except ValidationError as error:
+        raise ValueError("the figures of its epochs are others") from error
+
+
 def _check(progress: Progress, layout: Layout | None) -> None:
     """Refuse counts and figures that no training has left together.
 
@@ -114,10 +132,8 @@ def _check(progress: Progress, layout: Layout | None) -> None:
         ValueError: they are such.
     """
     epochs = list(range(1, progress.epoch + 1))
-    best = None
-    if progress.best is not None:
-        best, _ = progress.best["epoch"], float(progress.best["accuracy"]) + float(progress.best["loss"])
-    if [record["epoch"] for record in progress.history] != epochs or best not in (epochs or [None]):
+    measured = progress.best is not None and progress.best.validation.deployed.fused.loss is not None
+    if [record.epoch for record in progress.history] != epochs or measured != bool(epochs):
         raise ValueError("its epochs, their figures and the best of them do not belong together")
     if not 0 <= progress.epoch_step <= progress.step or not isinstance(progress.clips, int):
         raise ValueError("its counts of steps and clips do not belong together")

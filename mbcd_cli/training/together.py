@@ -21,6 +21,7 @@ from mbcd_cli.data.loading import ResidentRows, resident_bytes
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import TEST_VIEW, Batch
 from mbcd_cli.errors import MbcdError, SettingsError
+from mbcd_cli.json_values import json_values
 from mbcd_cli.runs.folder import SETTINGS, open_run
 from mbcd_cli.runtime import configure, free_memory, peak_memory_mb
 from mbcd_cli.say import SILENT, Say, Ticker
@@ -29,7 +30,7 @@ from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.interrupts import Interrupts
 from mbcd_cli.training.population import Member, StackedStep, StackingError
-from mbcd_cli.training.train import ClipsOfTraining, TrainingSummary, speed, summarise, train, trainer_of
+from mbcd_cli.training.train import ClipsOfTraining, TrainingSummary, summarise, summary_of, train, trainer_of
 from mbcd_cli.training.trainer import Trainer
 
 RESIDENT_BYTES = 2**31
@@ -220,8 +221,8 @@ def _begin(
         try:
             resume = (one.run / SETTINGS).is_file()
             folder = held.enter_context(open_run(one.run, settings=one.settings, resume=resume, overwrite=False))
-            if folder.resumed and folder.summary is not None:
-                end(one, folder.summary)
+            if folder.resumed and (done := summary_of(folder)) is not None:
+                end(one, done)
                 return None
             parts = assemble(one.settings, dataset, device=feed.device, say=one.say)
             parts.randomness.own_globals()
@@ -270,11 +271,11 @@ def _finished(member: _Member) -> Outcome:
     """What `done` holds, written; or why it could not be."""
     one, progress = member.wanted, member.trainer.progress
     try:
-        summary = summarise(progress, settings=one.settings, run=one.run)
-        memory = peak_memory_mb(member.trainer.device)
-        summary |= speed(progress, first=member.first, seconds=time.monotonic() - member.started, memory=memory)
-        summary["plots"] = []  # `mbcd evaluate` draws them; a thousand members would wait for them
-        member.trainer.run.finish(summary)
+        seconds, memory = time.monotonic() - member.started, peak_memory_mb(member.trainer.device)
+        where = {"settings": one.settings, "run": one.run}
+        # Without plots: `mbcd evaluate` draws them; a thousand members would wait for them.
+        summary = summarise(progress, **where, first=member.first, seconds=seconds, memory=memory)
+        member.trainer.run.finish(json_values(summary))
         return summary
     except Exception as error:
         return error

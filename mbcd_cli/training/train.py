@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NotRequired
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from mbcd_cli.data.loading import keep_on_device
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import FOREIGN, CheckpointError, RunError, SettingsError
+from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.json_values import OPTIONAL, json_values
 from mbcd_cli.processes import ALONE, Group, joined
 from mbcd_cli.runs.folder import RunFolder, open_run
 from mbcd_cli.runtime import configure, peak_memory_mb
@@ -27,20 +27,23 @@ from mbcd_cli.training.assemble import Training, assemble
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.resume import Progress
 from mbcd_cli.training.trainer import Trainer
+from mbcd_cli.training.validation import EpochRecord, HeldOutRecord
 
 
-class EpochAccuracy(TypedDict):
+@dataclass(frozen=True, slots=True)
+class EpochAccuracy:
     """Accuracies (0 to 1) of the deployed model after an epoch, of the fused head and of each modality's own."""
 
     epoch: int
     validation: float
     validation_unimodal: dict[str, float]
-    target: NotRequired[float]
-    target_unimodal: NotRequired[dict[str, float]]
-    note: NotRequired[str]
+    target: float | None = field(default=None, metadata=OPTIONAL)
+    target_unimodal: dict[str, float] | None = field(default=None, metadata=OPTIONAL)
+    note: str | None = field(default=None, metadata=OPTIONAL)
 
 
-class TrainingSummary(TypedDict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSummary:
     """What `train` returns and the run's `done` holds; `oracle` and `processes` only where there are such."""
 
     run: str
@@ -54,18 +57,18 @@ class TrainingSummary(TypedDict):
     steps: int
     best: EpochAccuracy
     last: EpochAccuracy
-    oracle: NotRequired[EpochAccuracy]
+    oracle: EpochAccuracy | None = field(default=None, metadata=OPTIONAL)
     warnings: list[str]
     seconds: float
     steps_per_second: float
     peak_memory_mb: float
-    processes: NotRequired[int]
-    plots: list[str]
+    processes: int | None = field(default=None, metadata=OPTIONAL)
+    plots: list[str] = field(default_factory=list)
 
 
 def train(
     settings: Settings, dataset: Dataset, *, run: Path, resume: bool, overwrite: bool, say: Say = SILENT
-) -> TrainingSummary:
+) -> TrainingSummary | None:
     """Train into the run folder.
 
     Args:
@@ -80,7 +83,7 @@ def train(
 
     Returns:
         What `done` holds: run, epochs, accuracies of best and last, seconds, steps per second, peak memory;
-        nothing in processes other than rank 0.
+        None in processes other than rank 0.
 
     Raises:
         SettingsError, CacheError: domains, splits or sizes that the dataset does not have.
@@ -95,9 +98,9 @@ def train(
     ):
         if not group.main:
             say = SILENT
-        if folder.resumed and (done := _summary_of(folder)) is not None:
+        if folder.resumed and (done := summary_of(folder)) is not None:
             say(f"{run} is complete; nothing to resume.")
-            return done if group.main else {}
+            return done if group.main else None
         parts = assemble(settings, dataset, device=device, group=group, say=say)
         feed = _feed(settings, dataset, clips, device=device, group=group)
         trainer = trainer_of(parts, settings, dataset, clips, folder=folder, feed=feed, group=group, say=say)
@@ -116,22 +119,25 @@ def train(
                 "training.batch_size: batch norm has no statistics in a batch of one clip.",
                 "Raise it, or set training.batch_norm=frozen.",
             ) from error
-        summary = summarise(progress, settings=settings, run=run)
         memory = max(group.gathered(peak_memory_mb(device)))
-        summary |= speed(progress, first=first, seconds=time.monotonic() - started, memory=memory)
-        if group.world > 1:
-            summary["processes"] = group.world
+        summary = summarise(
+            progress, settings=settings, run=run, first=first, seconds=time.monotonic() - started, memory=memory
+        )
 
         def finish() -> TrainingSummary:
             from mbcd_cli.training.curves import plot_run  # imports matplotlib: not before the first step
 
             method = parts.step.method
             plots = plot_run(run, method.panels(settings.method), method.terms)
-            summary["plots"] = [str(path.relative_to(run)) for path in plots]
-            folder.finish(summary)
-            return summary
+            whole = replace(
+                summary,
+                processes=group.world if group.world > 1 else None,
+                plots=[str(path.relative_to(run)) for path in plots],
+            )
+            folder.finish(json_values(whole))
+            return whole
 
-        return group.on_main(finish) or {}
+        return group.on_main(finish)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,41 +187,15 @@ def trainer_of(
         group=group,
         say=say,
     )
-    _check_history(trainer.progress, settings, folder)
     _warn_of_unseen_classes(dataset, clips.training, clips.held_out, say)
     _warn_of_long_memory(settings, trainer.total_steps, say)
     return trainer
 
 
-def speed(progress: Progress, *, first: int, seconds: float, memory: float) -> TrainingSummary:
-    """Seconds, steps per second since step `first`, and peak memory in MB."""
-    return {
-        "seconds": round(seconds, 3),
-        "steps_per_second": round((progress.step - first) / max(seconds, 1e-9), 3),
-        "peak_memory_mb": memory,
-    }
-
-
-def _check_history(progress: Progress, settings: Settings, folder: RunFolder) -> None:
-    """Refuse, before any step, figures of earlier epochs that could not be summed up after the last.
-
-    Raises:
-        CheckpointError: they are such.
-    """
-    try:
-        if progress.history:
-            TypeAdapter(EpochAccuracy).validate_python(summarise(progress, settings=settings, run=folder.path)["last"])
-    except (ValidationError, *FOREIGN) as error:
-        raise CheckpointError(
-            f"{folder.last} does not fit this run: its figures are others ({type(error).__name__}).",
-            "Start anew with --overwrite.",
-        ) from error
-
-
-def _summary_of(folder: RunFolder) -> TrainingSummary | None:
+def summary_of(folder: RunFolder) -> TrainingSummary | None:
     """What `done` holds; None while the run is not complete, and where that is no summary of ours."""
     try:
-        return TypeAdapter(TrainingSummary).validate_python(folder.summary, strict=True)
+        return TypeAdapter(TrainingSummary).validate_json(json.dumps(folder.summary), strict=True)
     except ValidationError:
         return None
 
@@ -235,10 +215,10 @@ def _warn_of_long_memory(settings: Settings, steps: int, say: Say) -> None:
 def _warn_of_unseen_classes(dataset: Dataset, clips: np.ndarray, held_out: Sequence[ClipSet], say: Say) -> None:
     """Warn of classes that are tested and that no training clip has."""
     labels = dataset.clips.labels
-    for one in held_out:
-        if unseen := np.setdiff1d(labels[one.clips], labels[clips]).tolist():
-            names = ", ".join(dataset.label_names[label] for label in unseen)
-            say.warn(f"No training clip is of class {names}, which {one.name} clips ({', '.join(one.domains)}) are of.")
+    for tested in held_out:
+        if unseen := np.setdiff1d(labels[tested.clips], labels[clips]).tolist():
+            names, domains = ", ".join(dataset.label_names[label] for label in unseen), ", ".join(tested.domains)
+            say.warn(f"No training clip is of class {names}, which {tested.name} clips ({domains}) are of.")
 
 
 def _run_folder(run: Path, settings: Settings, *, resume: bool, overwrite: bool, group: Group) -> RunFolder:
@@ -261,43 +241,55 @@ def _feed(
             dataset,
             where=settings.runtime.cache_device,
             training=clips.training,
-            testing=[one.clips for one in clips.held_out],
+            testing=[tested.clips for tested in clips.held_out],
             device=device,
         )
     read = None if resident is None else resident.read
     return Feed(dataset, device=device, ahead=settings.runtime.prefetch, read=read, group=group)
 
 
-def summarise(progress: Progress, *, settings: Settings, run: Path) -> TrainingSummary:
-    """Accuracies of the best and the last epoch, and (labelled) of the epoch that happened to suit the target."""
-    history = progress.history
-    deployed = deployed_of(history[-1]["validation"])
+def summarise(
+    progress: Progress, *, settings: Settings, run: Path, first: int, seconds: float, memory: float
+) -> TrainingSummary:
+    """Accuracies of the best and the last epoch, and (labelled) of the epoch that happened to suit the target.
 
-    def epoch(record: Mapping[str, Any]) -> EpochAccuracy:
-        found = {"epoch": record["epoch"]}
-        for where in ("validation", "target"):
-            if where in record:
-                figures = record[where][deployed]
-                found[where] = figures["fused"]["accuracy"]
-                found[f"{where}_unimodal"] = {k: v["accuracy"] for k, v in figures["unimodal"].items()}
-        return found
+    Args:
+        first: step that it began or went on at. seconds: that it took since. memory: the most it took, in MB.
+    """
+    history, training = progress.history, settings.training
+    oracle = None
+    if history[-1].target is not None:
+        suited = max(history, key=lambda record: record.target.deployed.fused.accuracy)
+        oracle = replace(_accuracy_of(suited), note="chosen on the target domain; never a result")
+    return TrainingSummary(
+        run=str(run),
+        method=settings.method.name,
+        target_domain=training.target_domain,
+        source_domains=list(training.source_domains),
+        seed=training.seed,
+        deployed=deployed_of(history[-1].validation.models),
+        tested=deployed_checkpoint(settings.evaluation.checkpoints),
+        epochs=len(history),
+        steps=progress.step,
+        best=_accuracy_of(progress.best),
+        last=_accuracy_of(history[-1]),
+        oracle=oracle,
+        warnings=list(progress.warnings.values()),
+        seconds=round(seconds, 3),
+        steps_per_second=round((progress.step - first) / max(seconds, 1e-9), 3),
+        peak_memory_mb=memory,
+    )
 
-    best = next(record for record in history if record["epoch"] == progress.best["epoch"])
-    summary = {
-        "run": str(run),
-        "method": settings.method.name,
-        "target_domain": settings.training.target_domain,
-        "source_domains": list(settings.training.source_domains),
-        "seed": settings.training.seed,
-        "deployed": deployed,
-        "tested": deployed_checkpoint(settings.evaluation.checkpoints),
-        "epochs": len(history),
-        "steps": progress.step,
-        "best": epoch(best),
-        "last": epoch(history[-1]),
-        "warnings": list(progress.warnings.values()),
-    }
-    if "target" in history[-1]:
-        oracle = max(history, key=lambda record: record["target"][deployed]["fused"]["accuracy"])
-        summary["oracle"] = epoch(oracle) | {"note": "chosen on the target domain; never a result"}
-    return summary
+
+def _accuracy_of(record: EpochRecord) -> EpochAccuracy:
+    def unimodal(figures: HeldOutRecord) -> dict[str, float]:
+        return {name: head.accuracy for name, head in figures.deployed.unimodal.items()}
+
+    validation, target = record.validation, record.target
+    return EpochAccuracy(
+        epoch=record.epoch,
+        validation=validation.deployed.fused.accuracy,
+        validation_unimodal=unimodal(validation),
+        target=None if target is None else target.deployed.fused.accuracy,
+        target_unimodal=None if target is None else unimodal(target),
+    )

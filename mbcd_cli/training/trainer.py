@@ -8,10 +8,9 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import torch
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError, SettingsError, StoppedError
+from mbcd_cli.json_values import json_values
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import Randomness
@@ -27,7 +27,6 @@ from mbcd_cli.runs.events import Events
 from mbcd_cli.runs.folder import RunFolder
 from mbcd_cli.say import SILENT, Say, Ticker
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet
-from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.settings import Settings
 from mbcd_cli.training import watch
 from mbcd_cli.training.feed import Feed
@@ -36,12 +35,12 @@ from mbcd_cli.training.interrupts import Interrupts
 from mbcd_cli.training.optimizer import rate_factor, set_rates
 from mbcd_cli.training.resume import Progress, resume, training_state
 from mbcd_cli.training.step import TrainStep
-from mbcd_cli.training.validation import validation_figures
+from mbcd_cli.training.validation import EpochRecord, HeadRecord, HeldOutRecord, held_out_record
 
 
-def better(figures: Mapping[str, float], best: Mapping[str, float]) -> bool:
+def better(figures: HeadRecord, best: HeadRecord) -> bool:
     """Selection: a higher validation accuracy; of equal ones the lower validation loss, then the earlier epoch."""
-    return (figures["accuracy"], -figures["loss"]) > (best["accuracy"], -best["loss"])
+    return (figures.accuracy, -figures.loss) > (best.accuracy, -best.loss)
 
 
 class Trainer:
@@ -89,7 +88,7 @@ class Trainer:
         self.randomness, self.clips, self.group, self._say = randomness, clips, group, say
         self.feed = feed or Feed(dataset, device=device, group=group)
         self.run_step = run_step or step
-        self.held_out = {one.name: one for one in held_out}
+        self.held_out = {clip_set.name: clip_set for clip_set in held_out}
         training = settings.training
         self.steps_per_epoch = len(clips) // training.batch_size
         if self.steps_per_epoch == 0:
@@ -168,7 +167,7 @@ class Trainer:
             )
             with closing(batches):
                 for clips, batch in batches:
-                    self._one(clips, (yield batch))
+                    self._take(clips, (yield batch))
                     if progress.step >= self.total_steps:
                         break
         seconds = time.monotonic() - started
@@ -178,7 +177,7 @@ class Trainer:
         self.run.append(
             "timing.jsonl",
             {
-                "epoch": record["epoch"],
+                "epoch": record.epoch,
                 "train_seconds": seconds,
                 "data_wait_share": round(self.feed.waited / max(seconds, 1e-9), 4),
                 "steps_per_second": (progress.step - first_step) / max(seconds, 1e-9),
@@ -186,7 +185,7 @@ class Trainer:
             },
         )
 
-    def _one(self, clips: torch.Tensor, vector: torch.Tensor) -> None:
+    def _take(self, clips: torch.Tensor, vector: torch.Tensor) -> None:
         progress, training = self.progress, self.settings.training
         self.group.average_([vector])
         progress.step += 1
@@ -276,35 +275,34 @@ class Trainer:
         rows = {modality: row[name] for modality, row in figures["modalities"].items() if name in row}
         return f"{name} {', '.join(f'{modality} {value:.2f}' for modality, value in rows.items())}" if rows else ""
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self) -> EpochRecord:
         """The epoch's record: training means, validation and target figures."""
         progress = self.progress
         models = {"student": self.step.model}
         if self.step.average is not None:
             if self.step.average.reads_validation:  # before the averaged weights are known
-                loss = self._validated(models, SOURCE)["student"]["fused"]["loss"]
+                loss = self._validated(models, SOURCE).student.fused.loss
                 if loss is None:
                     self._non_finite("The validation loss is not finite")
                 self.step.average.validated(loss, progress.step)
             models = {"teacher": self.step.average.model_for_evaluation(), **models}
-        record: dict[str, Any] = {
-            "epoch": progress.epoch + 1,
-            "step": progress.step,
-            "train": self._layout.unpack((progress.sums / progress.clips).tolist()),
-        }
-        for key, name in (("validation", SOURCE), ("target", TARGET)):
-            if name in self.held_out:
-                record[key] = self._validated(models, name)
-        if any(record["validation"][model]["fused"]["loss"] is None for model in models):
+        record = EpochRecord(
+            epoch=progress.epoch + 1,
+            step=progress.step,
+            train=self._layout.unpack((progress.sums / progress.clips).tolist()),
+            validation=self._validated(models, SOURCE),
+            target=self._validated(models, TARGET) if TARGET in self.held_out else None,
+        )
+        if any(figures.fused.loss is None for figures in record.validation.models.values()):
             self._non_finite("The validation loss is not finite")
         return record
 
-    def _validated(self, models: dict[str, MultiModalModel], name: str) -> dict[str, Any]:
-        """`validation_figures` on the clip set `name`, shared among the processes."""
+    def _validated(self, models: dict[str, MultiModalModel], name: str) -> HeldOutRecord:
+        """`held_out_record` on the clip set `name`, shared among the processes."""
         clips, group = self.held_out[name].clips, ALONE
         if len(clips) >= self.group.world:
             clips, group = np.array_split(clips, self.group.world)[self.group.rank], self.group
-        return validation_figures(
+        return held_out_record(
             models,
             lambda: self._watched(clips),
             device=self.device,
@@ -321,14 +319,13 @@ class Trainer:
 
     # ---- the end of an epoch
 
-    def _finish_epoch(self, record: dict[str, Any]) -> None:
+    def _finish_epoch(self, record: EpochRecord) -> None:
         progress = self.progress
-        deployed = deployed_of(record["validation"])
-        fused = record["validation"][deployed]["fused"]
-        improved = progress.best is None or better(fused, progress.best)
+        fused = record.validation.deployed.fused
+        improved = progress.best is None or better(fused, progress.best.validation.deployed.fused)
         if improved:
-            progress.best = {"epoch": record["epoch"], "accuracy": fused["accuracy"], "loss": fused["loss"]}
-        record["best_epoch"] = progress.best["epoch"]
+            progress.best = record
+        record.best_epoch = progress.best.epoch
         progress.history.append(record)
         for key, text in watch.training_warnings(
             progress.history, epochs=self.epochs, alarms=self.step.method.alarms
@@ -336,24 +333,24 @@ class Trainer:
             if key not in progress.warnings:
                 progress.warnings[key] = text
                 self._say.warn(text)
-        record["warnings"] = sorted(progress.warnings)
+        record.warnings = sorted(progress.warnings)
         progress.epoch += 1
         progress.epoch_step, progress.sums, progress.clips = 0, None, 0
-        self.run.append("metrics.jsonl", record)
+        line = json_values(record)
+        self.run.append("metrics.jsonl", line)
         if self._events is not None:
-            self._events.scalars(
-                "epoch", {k: record[k] for k in ("train", "validation", "target") if k in record}, progress.step
-            )
+            shown = {name: line[name] for name in ("train", "validation", "target") if name in line}
+            self._events.scalars("epoch", shown, progress.step)
         if self.settings.training.keep_checkpoints:
             self._write(self.run.checkpoints / f"epoch-{progress.epoch:03d}.pt", whole=False)
         if improved:
             self._write(self.run.best, whole=False)
         self._save()
-        target = record.get("target", {}).get(deployed, {}).get("fused", {}).get("accuracy")
+        target = record.target
         self._say(
-            f"epoch {record['epoch']}/{self.epochs}: loss {record['train']['total']:.3f}, "
-            f"validation {100 * fused['accuracy']:.1f} %"
-            + (f", target {100 * target:.1f} %" if target is not None else "")
+            f"epoch {record.epoch}/{self.epochs}: loss {record.train['total']:.3f}, "
+            f"validation {100 * fused.accuracy:.1f} %"
+            + (f", target {100 * target.deployed.fused.accuracy:.1f} %" if target is not None else "")
             + (" (best)" if improved else "")
         )
 
@@ -367,7 +364,7 @@ class Trainer:
             self._non_finite("The weights are not finite any more")
 
     def _checkpoint(self, *, whole: bool) -> Checkpoint:
-        progress, average = self.progress, self.step.average
+        progress, average, best = self.progress, self.step.average, self.progress.best
         training = training_state(progress, self.step, self.randomness, self.run) if whole else None
         return Checkpoint(
             settings=self.settings,
@@ -381,8 +378,8 @@ class Trainer:
             epoch=progress.epoch,
             epoch_step=progress.epoch_step,
             step=progress.step,
-            history=progress.history,
-            best=progress.best,
+            history=json_values(progress.history),
+            best=None if best is None else {"epoch": best.epoch, **json_values(best.validation.deployed.fused)},
             warnings=list(progress.warnings.values()),
             training=training,
         )

@@ -1,4 +1,4 @@
-"""Accuracy and loss of student and teacher on held-out clips, once per epoch.
+"""Accuracy and loss of student and teacher on held-out clips, once per epoch, and an epoch's record with them.
 
 Letters: N clips, C classes.
 """
@@ -6,61 +6,116 @@ Letters: N clips, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
 from mbcd_cli.data.records import Batch
+from mbcd_cli.json_values import OPTIONAL
 from mbcd_cli.methods.parts import distillation, teacher_probabilities
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import ALONE, Group
+from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.scoring.metrics import finite, mean_cross_entropy, top1
 from mbcd_cli.scoring.predictions import Predictions, predict
+from mbcd_cli.training.figures import Record
 
 
-def figures(predictions: Predictions) -> dict[str, Any]:
-    """Accuracy (0 to 1) and mean cross-entropy of the fused head and of every uni-modal head; None if not finite."""
+@dataclass(frozen=True, slots=True)
+class HeadRecord:
+    """Accuracy (0 to 1) and mean cross-entropy (nats, None if not finite) of one head."""
 
-    def one(logits: torch.Tensor) -> dict[str, float | None]:
-        return {
-            "accuracy": top1(logits, predictions.labels),
-            "loss": finite(mean_cross_entropy(logits, predictions.labels)),
-        }
-
-    return {
-        "fused": one(predictions.fused),
-        "unimodal": {name: one(logits) for name, logits in predictions.unimodal.items()},
-    }
+    accuracy: float
+    loss: float | None
 
 
-def validation_figures(
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """Those of the fused head and, by modality, of every uni-modal head."""
+
+    fused: HeadRecord
+    unimodal: dict[str, HeadRecord]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutRecord:
+    """Figures of a training's models on the same clips.
+
+    Attributes:
+        teacher: where weights are averaged.
+        student: of the trained weights.
+        divergence: with a teacher, KL(teacher || student) of the fused predictions averaged over the clips, in nats.
+    """
+
+    teacher: ModelRecord | None = field(default=None, metadata=OPTIONAL)
+    student: ModelRecord
+    divergence: float | None = field(default=None, metadata=OPTIONAL)
+
+    @property
+    def models(self) -> dict[str, ModelRecord]:
+        """Those there are, by name."""
+        return {"student": self.student} if self.teacher is None else {"teacher": self.teacher, "student": self.student}
+
+    @property
+    def deployed(self) -> ModelRecord:
+        """Those of the model that is deployed."""
+        return self.models[deployed_of(self.models)]
+
+
+@dataclass(slots=True)
+class EpochRecord:
+    """A line of metrics.jsonl.
+
+    Attributes:
+        epoch: its number, from 1. step: steps done in all.
+        train: means of the step's figures over the epoch's clips.
+        validation: on the source domains' test split. target: on the target's, where there is one.
+        best_epoch: the selected epoch so far. warnings: keys of the warnings so far.
+    """
+
+    epoch: int
+    step: int
+    train: Record
+    validation: HeldOutRecord
+    target: HeldOutRecord | None = field(default=None, metadata=OPTIONAL)
+    best_epoch: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+def model_record(predictions: Predictions) -> ModelRecord:
+    """Figures of every head."""
+
+    def of(logits: torch.Tensor) -> HeadRecord:
+        loss = finite(mean_cross_entropy(logits, predictions.labels))
+        return HeadRecord(top1(logits, predictions.labels), loss)
+
+    return ModelRecord(of(predictions.fused), {name: of(logits) for name, logits in predictions.unimodal.items()})
+
+
+def held_out_record(
     models: dict[str, MultiModalModel],
     batches: Callable[[], Iterable[Batch]],
     *,
     device: torch.device,
     precision: str,
     group: Group = ALONE,
-) -> dict[str, Any]:
-    """Figures of every model on the same clips, by model name.
+) -> HeldOutRecord:
+    """Figures of every model on the same clips.
 
     Args:
         models: "teacher" (if any) and "student".
         batches: gives the clips anew on every call; of this process, where several share them.
         group: the processes that share the clips; all get the figures of all clips.
-
-    Returns:
-        model -> `figures`; with a teacher also "divergence", KL(teacher || student) of the fused predictions
-        averaged over the clips (None if not finite).
     """
     predictions = {
         name: _merged(group.gathered(predict(model, batches(), device=device, precision=precision)))
         for name, model in models.items()
     }
-    result: dict[str, Any] = {name: figures(one) for name, one in predictions.items()}
+    divergence = None
     if "teacher" in predictions:
         target = teacher_probabilities(predictions["teacher"].fused.double())
-        result["divergence"] = finite(distillation(target, predictions["student"].fused.double()).item())
-    return result
+        divergence = distillation(target, predictions["student"].fused.double()).item()
+    return HeldOutRecord(**{name: model_record(told) for name, told in predictions.items()}, divergence=divergence)
 
 
 def _merged(parts: list[Predictions]) -> Predictions:

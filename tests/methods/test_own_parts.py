@@ -83,9 +83,9 @@ def train(run, settings, dataset=None, resume=False):
 def test_own_modules_are_trained_saved_and_resumed_but_never_deployed(tmp_path, settings):
     torch.set_num_threads(1)
     summary = train(tmp_path / "whole", settings)
-    assert summary["deployed"] == "teacher"
-    assert "plots/spread.png" in summary["plots"]
-    assert any("left spreads by" in warning for warning in summary["warnings"])
+    assert summary.deployed == "teacher"
+    assert "plots/spread.png" in summary.plots
+    assert any("left spreads by" in warning for warning in summary.warnings)
     record = json.loads((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[-1])
     assert {"agreement", "ce_fused", "total"} <= record["train"].keys()
     with pytest.raises(RunError, match="Stopped by SIGTERM"):

@@ -60,8 +60,8 @@ def one_process(run: Path, resume: bool, dataset, changes) -> int:
     except MbcdError as error:
         console.say(error.message)
         return error.exit_code
-    if "steps" in summary:
-        print("steps", summary["steps"], file=stdout)
+    if summary is not None:
+        print("steps", summary.steps, file=stdout)
     return 0
 
 

@@ -64,8 +64,8 @@ def test_members_leave_what_they_would_have_left_alone(tmp_path, method, monkeyp
     outcomes = together(tmp_path / "population", members, width=2)
     for number, settings in enumerate(members):
         summary = alone(tmp_path / str(number), settings)
-        assert outcomes[str(number)]["steps"] == summary["steps"]
-        assert outcomes[str(number)]["best"]["epoch"] == summary["best"]["epoch"]
+        assert outcomes[str(number)].steps == summary.steps
+        assert outcomes[str(number)].best.epoch == summary.best.epoch
         mine, theirs = tmp_path / "population" / str(number), tmp_path / str(number)
         for log in ("metrics.jsonl", "steps.jsonl"):
             for one, other in zip(read_records(mine / log), read_records(theirs / log), strict=True):
@@ -144,7 +144,7 @@ def test_what_cannot_be_stacked_trains_one_after_another(tmp_path, monkeypatch):
     lines = []
     outcomes = together(tmp_path, [settings_of(seed, method="erm") for seed in range(2)], say=Say(lines.append))
     assert any("cannot be stacked" in line for line in lines)
-    assert [outcomes[number]["steps"] for number in "01"] == [8, 8]
+    assert [outcomes[number].steps for number in "01"] == [8, 8]
 
 
 def test_what_a_method_refuses_is_told_of_every_member(tmp_path):
@@ -169,7 +169,7 @@ def test_a_step_that_fails_in_the_midst_goes_on_from_the_checkpoints(tmp_path, m
     lines = []
     outcomes = together(tmp_path, [settings_of(seed) for seed in range(2)], say=Say(lines.append))
     assert any("one after another: out of something" in line for line in lines)
-    assert [outcomes[number]["steps"] for number in "01"] == [8, 8]
+    assert [outcomes[number].steps for number in "01"] == [8, 8]
     assert [record["epoch"] for record in read_records(tmp_path / "0/metrics.jsonl")] == [1, 2]
 
 

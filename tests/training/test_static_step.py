@@ -174,4 +174,4 @@ def test_a_captured_bfloat16_step_draws_anew_each_time():
 def test_training_on_a_gpu_learns(tmp_path, monkeypatch, runtime):
     settings = memory_settings(training={"epochs": 8}, runtime={"device": "cuda", **runtime})
     summary = command.train(settings, MemoryDataset(), run=tmp_path / "run", resume=False, overwrite=False)
-    assert summary["best"]["validation"] >= 0.9
+    assert summary.best.validation >= 0.9

@@ -107,7 +107,7 @@ def train(run, dataset=None, *, resume=False):
 
 def test_a_training_that_is_stopped_and_resumed_ends_in_the_same_bits(tmp_path, monkeypatch):
     summary = train(tmp_path / "whole")
-    assert summary["deployed"] == "teacher"
+    assert summary.deployed == "teacher"
     records = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     losses = [record["validation"]["student"]["fused"]["loss"] for record in records]
     whole = load_checkpoint(tmp_path / "whole/checkpoints/last.pt")

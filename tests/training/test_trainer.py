@@ -23,6 +23,7 @@ from mbcd_cli.training import train as command
 from mbcd_cli.training import watch
 from mbcd_cli.training.dry_run import dry_run
 from mbcd_cli.training.trainer import better
+from mbcd_cli.training.validation import EpochRecord, HeadRecord, HeldOutRecord, ModelRecord
 
 
 def run_training(run, settings, dataset=None):
@@ -47,29 +48,29 @@ def test_training_learns_and_the_record_is_true(tmp_path, method):
     settings = memory_settings(training={"epochs": 8}, method={"name": method}, average={"beta": 0.7})
     dataset = MemoryDataset()
     summary = run_training(tmp_path / "run", settings, dataset)
-    assert summary["deployed"] == ("student" if method == "erm" else "teacher")
-    assert summary["best"]["validation"] >= 0.9
-    assert summary["oracle"]["target"] >= summary["best"]["target"]
+    assert summary.deployed == ("student" if method == "erm" else "teacher")
+    assert summary.best.validation >= 0.9
+    assert summary.oracle.target >= summary.best.target
     best = load_checkpoint(tmp_path / "run/checkpoints/best.pt")
     models = build_models(settings, dataset, best, device=torch.device("cpu"))
     validation = dataset.select(domains=("a", "b"), splits=("test",))
     target = dataset.select(domains=("c",), splits=("test",))
-    model = models[summary["deployed"]]
-    assert accuracy(model, dataset, validation) == pytest.approx(summary["best"]["validation"])
-    assert accuracy(model, dataset, target) == pytest.approx(summary["best"]["target"])
+    model = models[summary.deployed]
+    assert accuracy(model, dataset, validation) == pytest.approx(summary.best.validation)
+    assert accuracy(model, dataset, target) == pytest.approx(summary.best.target)
     history = read_records(tmp_path / "run/metrics.jsonl")
-    scores = [r["validation"][summary["deployed"]]["fused"] for r in history]
+    scores = [r["validation"][summary.deployed]["fused"] for r in history]
     expected = max(range(8), key=lambda i: (scores[i]["accuracy"], -scores[i]["loss"], -i)) + 1
-    assert best.epoch == summary["best"]["epoch"] == expected
+    assert best.epoch == summary.best.epoch == expected
 
 
 def test_selection_breaks_ties_by_loss_then_by_the_earlier_epoch():
-    best = {"accuracy": 0.9, "loss": 0.4}
-    assert better({"accuracy": 0.91, "loss": 0.8}, best)
-    assert better({"accuracy": 0.9, "loss": 0.3}, best)
-    assert not better({"accuracy": 0.9, "loss": 0.4}, best)
-    assert not better({"accuracy": 0.9, "loss": 0.5}, best)
-    assert not better({"accuracy": 0.89, "loss": 0.1}, best)
+    best = HeadRecord(0.9, 0.4)
+    assert better(HeadRecord(0.91, 0.8), best)
+    assert better(HeadRecord(0.9, 0.3), best)
+    assert not better(HeadRecord(0.9, 0.4), best)
+    assert not better(HeadRecord(0.9, 0.5), best)
+    assert not better(HeadRecord(0.89, 0.1), best)
 
 
 def test_the_target_never_influences_training(tmp_path):
@@ -115,9 +116,9 @@ def test_same_seed_same_bits_other_seed_other_weights(tmp_path):
 
 def test_limits(tmp_path):
     summary = run_training(tmp_path / "steps", memory_settings(training={"max_steps": 6, "epochs": 9}))
-    assert (summary["steps"], summary["epochs"]) == (6, 2)
+    assert (summary.steps, summary.epochs) == (6, 2)
     summary = run_training(tmp_path / "clips", memory_settings(training={"limit_clips": 17}))
-    assert summary["steps"] == 2 * (17 // 8)
+    assert summary.steps == 2 * (17 // 8)
     with pytest.raises(SettingsError, match="fewer than one batch"):
         run_training(tmp_path / "few", memory_settings(training={"limit_clips": 5}))
     with pytest.raises(SettingsError, match="batch of one clip"):
@@ -127,8 +128,8 @@ def test_limits(tmp_path):
 def test_no_target_trains_in_domain(tmp_path):
     settings = memory_settings(training={"target_domain": None, "source_domains": ("a", "b", "c")})
     summary = run_training(tmp_path / "run", settings)
-    assert "oracle" not in summary
-    assert "target" not in summary["best"]
+    assert summary.oracle is None
+    assert summary.best.target is None
 
 
 class Poisoned(MemoryDataset):
@@ -168,15 +169,13 @@ def test_infinite_weights_never_reach_a_checkpoint(tmp_path):
 
 
 def record(epoch, *, dropped=0.0, teacher=0.9, student=0.9, divergence=0.1):
-    return {
-        "epoch": epoch,
-        "train": {"modalities": {"video": {"dropped": dropped}, "audio": {"dropped": 0.0}}},
-        "validation": {
-            "teacher": {"fused": {"accuracy": teacher}},
-            "student": {"fused": {"accuracy": student}},
-            "divergence": divergence,
-        },
-    }
+    teachers, students = (ModelRecord(HeadRecord(accuracy, 1.0), {}) for accuracy in (teacher, student))
+    return EpochRecord(
+        epoch=epoch,
+        step=epoch,
+        train={"modalities": {"video": {"dropped": dropped}, "audio": {"dropped": 0.0}}},
+        validation=HeldOutRecord(teacher=teachers, student=students, divergence=divergence),
+    )
 
 
 def test_warnings():
@@ -192,15 +191,15 @@ def test_warnings():
 def test_a_warning_is_given_once_and_recorded(tmp_path, capsys):
     settings = memory_settings(training={"epochs": 3}, method={"dropout": {"strategy": "fixed", "rate": 1.0}})
     summary = run_training(tmp_path / "run", settings)
-    assert len([w for w in summary["warnings"] if "collapse" in w]) == 2
+    assert len([w for w in summary.warnings if "collapse" in w]) == 2
     assert capsys.readouterr().err.count("modality left was dropped") == 1
     assert "collapse left" in read_records(tmp_path / "run/metrics.jsonl")[0]["warnings"]
 
 
 def test_plots_and_events_are_written(tmp_path):
     summary = run_training(tmp_path / "run", memory_settings())
-    assert summary["plots"] == ["plots/losses.png", "plots/balance.png", "plots/accuracy.png"]
-    for name in summary["plots"]:
+    assert summary.plots == ["plots/losses.png", "plots/balance.png", "plots/accuracy.png"]
+    for name in summary.plots:
         assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -238,13 +237,13 @@ def test_dry_run_counts_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report = dry_run(memory_settings(), MemoryDataset())
     # Tail: (6+1)*16 + 2*16 + (16+1)*16 + 2*16 = 448; head: (16+1)*8 + (8+1)*4 = 172; fused: (32+1)*8 + (8+1)*4 = 300.
-    assert report["parameters"]["tails"] == {"left": 448, "right": 448}
-    assert report["parameters"]["unimodal_heads"] == 344
-    assert report["parameters"]["fused_head"] == 300
-    assert report["parameters"]["trained"] == 2 * 448 + 344 + 300
-    assert report["shapes"] == {"left": [[6]], "right": [[6]]}
-    assert report["steps"] == 8
-    assert report["step_seconds"] > 0
+    assert report.parameters.tails == {"left": 448, "right": 448}
+    assert report.parameters.unimodal_heads == 344
+    assert report.parameters.fused_head == 300
+    assert report.parameters.trained == 2 * 448 + 344 + 300
+    assert report.shapes == {"left": [[6]], "right": [[6]]}
+    assert report.steps == 8
+    assert report.step_seconds > 0
     assert not list(tmp_path.iterdir())
 
 
@@ -267,7 +266,7 @@ def test_a_plot_that_fails_does_not_cost_the_training_its_end(tmp_path, monkeypa
     with pytest.warns(UserWarning, match="A plot could not be drawn"):
         summary = run_training(tmp_path / "run", memory_settings(training={"epochs": 1}))
     assert (tmp_path / "run" / "done").is_file()
-    assert "plots/accuracy.png" in summary["plots"]
+    assert "plots/accuracy.png" in summary.plots
 
 
 def test_classes_that_are_only_tested_are_told(tmp_path, capsys):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +16,7 @@ from mbcd_cli.json_values import json_values
 
 if TYPE_CHECKING:
     from mbcd_cli.evaluation.report.comparison import Comparison
+    from mbcd_cli.sweep.sweep import SweepPlan
 
 
 @command(
@@ -71,10 +71,10 @@ def sweep(
     Without --output the tables go to a folder under sweeps.
     """
     from mbcd_cli.cli.board import Watch
-    from mbcd_cli.sweep import request as asking
     from mbcd_cli.sweep import sweep as sweeping
+    from mbcd_cli.sweep.request import Request
 
-    request = asking.Request(
+    request = Request(
         table=table,
         targets=targets,
         methods=methods,
@@ -83,45 +83,45 @@ def sweep(
         seeds=seeds,
         grid=grid or (),
     )
-    flags = dict(asked.flags)
-    root = flags.pop("dataset.root", None)
-    layers = {"preset": dataset_preset(asked), "config": asked.config, "sets": asked.sets, "flags": flags}
-    say = console.terminal
-    sweeping.check_execution(jobs, launcher)
-    if root is not None and not (dry_run or collect):
-        sweeping.prepare_first(root, **layers, say=say)
-    cells = asking.plan_cells(request, **layers, runs_dir=runs_dir, say=say)
-    if dry_run:
-        planned = sweeping.estimate_sweep(cells, jobs=jobs)
-        return planned, partial(show_plan, planned, planned.pop("estimate"))
-    done: dict[str, Any] = {"failed": {}}
-    if not collect:
-        how = {"jobs": jobs, "launcher": launcher, "slurm": slurm or (), "pack": pack, "retry_failed": retry_failed}
-        with Watch() as watch:
-            done = sweeping.run(cells, **how, root=root, watch=watch, say=say)
-    failure = sweeping.report_failures(done)
-    if failure is not None and not done["done"]:
-        raise failure
-    folder = output or asking.output_of(request, cells)
-    result = sweeping.write_tables(cells, output=folder, title=asking.title_of(request, cells))
+    swept = sweeping.sweep(
+        request,
+        preset=dataset_preset(asked),
+        config=asked.config,
+        sets=asked.sets,
+        flags=asked.flags,
+        runs_dir=runs_dir,
+        output=output,
+        jobs=jobs,
+        launcher=launcher,
+        slurm=slurm or (),
+        pack=pack,
+        retry_failed=retry_failed,
+        dry_run=dry_run,
+        collect=collect,
+        watch=Watch,
+        say=console.terminal,
+    )
+    if isinstance(swept, sweeping.SweepPlan):
+        return swept, partial(show_plan, swept)
+    show = partial(show_sweep, swept.comparison)
+    failure = sweeping.report_failures(swept.outcome)
     if failure is not None:
         if not asked.as_json:
-            show_sweep(result)
+            show()
         raise failure
-    return {**done, **json_values(result)}, partial(show_sweep, result)
+    return {**json_values(swept.outcome), **json_values(swept.comparison)}, show
 
 
-def show_plan(found: Mapping[str, Any], cost: Any) -> None:
-    """Print what `dry_run` returned, with its estimate."""
-
-    rows = [(Path(cell["run"]).name.rsplit("-", 1)[-1], cell["name"]) for cell in found["cells"]]
+def show_plan(plan: SweepPlan) -> None:
+    """Print what a dry run returned."""
+    rows = [(Path(cell.run).name.rsplit("-", 1)[-1], cell.name) for cell in plan.cells]
     console.table(f"{len(rows)} runs", ("run", "method, modalities, domains, seed"), rows)
-    states = ", ".join(f"{number} {name}" for name, number in sorted(found["states"].items()))
-    time_text = "time not known" if found["seconds"] is None else f"about {console.duration(found['seconds'])}"
-    disk = "disk not known" if cost.nbytes is None else f"about {_size(cost.nbytes)} of disk"
+    states = ", ".join(f"{number} {name}" for name, number in sorted(plan.states.items()))
+    time_text = "time not known" if plan.seconds is None else f"about {console.duration(plan.seconds)}"
+    disk = "disk not known" if plan.disk_bytes is None else f"about {_size(plan.disk_bytes)} of disk"
     for line in (
         f"{states}.",
-        f"Left: {cost.cells} runs, {found['jobs']} at a time: {time_text} ({cost.basis}); {disk}.",
+        f"Left: {plan.left} runs, {plan.jobs} at a time: {time_text} ({plan.basis}); {disk}.",
     ):
         console.show(line)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
 
 from mbcd_cli.errors import CacheError, MbcdError, RunError
 from mbcd_cli.evaluation.report.comparison import Comparison, write_comparison_files
 from mbcd_cli.evaluation.report.plots import plot_methods
+from mbcd_cli.json_values import OPTIONAL
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.opening import open_for_training
@@ -23,9 +25,7 @@ from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.estimate import counts, estimate
 from mbcd_cli.sweep.packing import width_of
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.request import (
-    named,
-)
+from mbcd_cli.sweep.request import Request, named, output_of, plan_cells, title_of
 from mbcd_cli.training.dry_run import dry_run as trial
 from mbcd_cli.training.together import check_width
 
@@ -34,12 +34,104 @@ SHORT_STEP = 0.1
 """Seconds; the time of a step shorter than that is measured three times."""
 
 
-class SweepOutcome(TypedDict):
-    """How many cells are done, run folder -> error of those that failed, seconds that it took."""
+@dataclass(frozen=True, slots=True)
+class SweepOutcome:
+    """How many cells are done, run folder -> error of failed ones, seconds that it took; empty where none was run."""
 
-    done: int
-    failed: dict[str, str]
-    seconds: float
+    failed: dict[str, str] = field(default_factory=dict)
+    done: int | None = field(default=None, metadata=OPTIONAL)
+    seconds: float | None = field(default=None, metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What a sweep returns: how its cells ended, and its tables."""
+
+    outcome: SweepOutcome
+    comparison: Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCell:
+    """A cell as a dry run lists it: what is trained, its run folder, the key of its settings."""
+
+    name: str
+    run: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPlan:
+    """What a sweep would do.
+
+    Attributes:
+        states: state -> how many cells are in it. left: how many are not done.
+        seconds_one_after_another, seconds: of those, alone and `jobs` at a time; None where nothing was measured.
+        basis: where the seconds come from, in words. disk_bytes: that their run folders take, None when unknown.
+    """
+
+    cells: list[PlannedCell]
+    states: Mapping[str, int]
+    left: int
+    seconds_one_after_another: float | None
+    seconds: float | None
+    jobs: int
+    basis: str
+    disk_bytes: int | None
+
+
+def sweep(
+    request: Request,
+    *,
+    preset: str | None,
+    config: Path | None,
+    sets: Sequence[str],
+    flags: Mapping[str, object],
+    runs_dir: Path,
+    output: Path | None = None,
+    jobs: int = 1,
+    launcher: str = "local",
+    slurm: Sequence[str] = (),
+    pack: str = "auto",
+    retry_failed: bool = False,
+    dry_run: bool = False,
+    collect: bool = False,
+    watch: Callable[[], AbstractContextManager[Callable[[running.Board], None]]] = lambda: nullcontext(lambda _: None),
+    say: Say = SILENT,
+) -> SweepPlan | Swept:
+    """Do what is asked: prepare, where `flags` have a dataset.root; plan; run what is not done; write the tables.
+
+    Args:
+        request: the grid.
+        preset, config, sets, flags: the settings' layers.
+        runs_dir: where run folders are. output: of the tables; None: `request.output_of`.
+        jobs, launcher, slurm, pack, retry_failed: as `run` takes them.
+        dry_run: only plan and estimate; nothing is written. collect: only write the tables.
+        watch: entered while cells run; what it gives is called with the board at every look.
+        say: told what is planned and prepared.
+
+    Raises:
+        MbcdError: what is asked for cannot be, or every cell failed (`report_failures`).
+    """
+    check_execution(jobs, launcher)
+    flags = dict(flags)
+    root = flags.pop("dataset.root", None)
+    layers = {"preset": preset, "config": config, "sets": sets, "flags": flags}
+    if root is not None and not (dry_run or collect):
+        prepare_first(root, **layers, say=say)
+    cells = plan_cells(request, **layers, runs_dir=runs_dir, say=say)
+    if dry_run:
+        return estimate_sweep(cells, jobs=jobs)
+    outcome = SweepOutcome()
+    if not collect:
+        how = {"jobs": jobs, "launcher": launcher, "slurm": slurm, "pack": pack, "retry_failed": retry_failed}
+        with watch() as look:
+            outcome = run(cells, **how, root=root, watch=look, say=say)
+    failure = report_failures(outcome)
+    if failure is not None and not outcome.done:
+        raise failure
+    where = output or output_of(request, cells)
+    return Swept(outcome, write_tables(cells, output=where, title=title_of(request, cells)))
 
 
 def prepare_first(
@@ -91,7 +183,7 @@ def measure(cell: Cell, *, jobs: int = 1) -> float | None:
     return min(plan.estimated_training_seconds for plan in tried)
 
 
-def estimate_sweep(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
+def estimate_sweep(cells: Sequence[Cell], *, jobs: int) -> SweepPlan:
     """The plan with an estimate of its cost; nothing is written.
 
     Raises:
@@ -99,17 +191,16 @@ def estimate_sweep(cells: Sequence[Cell], *, jobs: int) -> dict[str, Any]:
     """
     check_execution(jobs, "local")
     cost = estimate(cells, measure=partial(measure, jobs=jobs))
-    return {
-        "cells": [{"name": cell.name, "run": str(cell.folder), "key": cell.key} for cell in cells],
-        "states": dict(counts(cells)),
-        "left": cost.cells,
-        "seconds_one_after_another": cost.seconds,
-        "seconds": None if cost.seconds is None else cost.seconds / jobs,
-        "jobs": jobs,
-        "basis": cost.basis,
-        "disk_bytes": cost.nbytes,
-        "estimate": cost,
-    }
+    return SweepPlan(
+        cells=[PlannedCell(cell.name, str(cell.folder), cell.key) for cell in cells],
+        states=counts(cells),
+        left=cost.cells,
+        seconds_one_after_another=cost.seconds,
+        seconds=None if cost.seconds is None else cost.seconds / jobs,
+        jobs=jobs,
+        basis=cost.basis,
+        disk_bytes=cost.nbytes,
+    )
 
 
 def check_execution(jobs: int, launcher: str) -> None:
@@ -185,9 +276,6 @@ def run(
         watch: called with the board at every look.
         say: told what is prepared.
 
-    Returns:
-        done (how many), failed (run folder -> error), seconds.
-
     Raises:
         CacheError: a dataset is not prepared.
         RunError: an unknown launcher, or submitit is missing.
@@ -215,7 +303,7 @@ def run(
         )
     folders = {cell.key: str(cell.folder) for cell in cells}
     failed = {folders[key]: error for key, error in board.failed.items()}
-    return {"done": len(board.done), "failed": failed, "seconds": round(time.monotonic() - started, 1)}
+    return SweepOutcome(failed, len(board.done), round(time.monotonic() - started, 1))
 
 
 def _gpus(cells: Sequence[Cell]) -> list[str]:
@@ -238,12 +326,11 @@ def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> Comparis
     if not pairs:
         hint = "Run the sweep without --collect first; --retry-failed tries failed runs again."
         raise RunError("\n".join(["No run of this sweep is finished.", *notes]), hint)
-    runs = [one for _, one in pairs]
     output.mkdir(parents=True, exist_ok=True)
     axes = collecting.axis_tables(pairs)
     pictures = {table.title: plot_methods(table, output / f"{table.name}.png") for table in axes}
     return write_comparison_files(
-        runs,
+        [run for _, run in pairs],
         collecting.tables(pairs),
         notes=notes,
         output=output,
@@ -253,11 +340,11 @@ def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> Comparis
     )
 
 
-def report_failures(found: SweepOutcome) -> MbcdError | None:
+def report_failures(outcome: SweepOutcome) -> MbcdError | None:
     """The error that a sweep with failed runs ends with, listing them."""
-    if not found["failed"]:
+    if not outcome.failed:
         return None
-    lines = [f"  {folder}: {error.splitlines()[0]}" for folder, error in found["failed"].items()]
+    lines = [f"  {folder}: {error.splitlines()[0]}" for folder, error in outcome.failed.items()]
     number = len(lines)
     return RunError(
         "\n".join([f"{number} {'run' if number == 1 else 'runs'} failed:", *lines]),

@@ -11,7 +11,7 @@ from mbcd_cli.errors import RunError
 from mbcd_cli.files import read_json, write_json
 from mbcd_cli.sweep.collect import axis_tables, links, load, panel_tables, training_means
 from mbcd_cli.sweep.state import beside
-from mbcd_cli.sweep.sweep import report_failures, write_tables
+from mbcd_cli.sweep.sweep import SweepOutcome, report_failures, write_tables
 
 BETAS = ("0.9", "0.99", "0.999")
 
@@ -170,7 +170,7 @@ def test_nothing_finished_is_an_error(tmp_path):
 
 
 def test_failures_end_the_command():
-    assert report_failures({"failed": {}}) is None
-    error = report_failures({"failed": {"runs/x": "disk full\nmore"}})
+    assert report_failures(SweepOutcome()) is None
+    error = report_failures(SweepOutcome({"runs/x": "disk full\nmore"}))
     assert "1 run failed:\n  runs/x: disk full" in error.message
     assert "--retry-failed" in error.remedy

@@ -105,11 +105,11 @@ def test_a_killed_child_resumes_to_the_numbers_of_an_uninterrupted_run(cache, tm
 
 def test_dry_run_times_steps_and_writes_nothing(cache, tmp_path):
     cells = cells_of(cache, tmp_path / "runs", methods="erm", seeds="2")
-    found = estimate_sweep(cells, jobs=2)
-    assert found["left"] == 2
-    assert found["seconds"] == pytest.approx(found["seconds_one_after_another"] / 2)
-    assert 0 < found["seconds"] < 600
-    assert found["disk_bytes"] > 0, "the prepared dataset tells the shapes of array modalities"
+    planned = estimate_sweep(cells, jobs=2)
+    assert planned.left == 2
+    assert planned.seconds == pytest.approx(planned.seconds_one_after_another / 2)
+    assert 0 < planned.seconds < 600
+    assert planned.disk_bytes > 0, "the prepared dataset tells the shapes of array modalities"
     with pytest.raises(RunError, match="--jobs 0"):
         estimate_sweep(cells, jobs=0)
     assert not (tmp_path / "runs").exists()

@@ -55,7 +55,7 @@ def _merged(layers: Sequence[Mapping[str, object]], chassis: Mapping[str, object
     """
     chassis = chassis or {}
     chosen, below, over = DEFAULT, {}, merge(over_defaults(DEFAULT), chassis)
-    above: dict[str, Any] = {}
+    above: dict[str, object] = {}
     for values in layers:
         name = _name_at(values, "method")
         if name is not None:
@@ -70,7 +70,7 @@ def _merged(layers: Sequence[Mapping[str, object]], chassis: Mapping[str, object
 
 def _reader(layers: Sequence[Mapping[str, object]]) -> dict[str, object]:
     """The reader of all layers over each other; one that names a reader drops another reader's settings below it."""
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, object] = {}
     for values in layers:
         group = _at(values, "dataset", "reader")
         group = {"name": group} if isinstance(group, str) else group
@@ -160,12 +160,12 @@ def published_settings(name: str, values: Mapping[str, object]) -> dict[str, obj
         SettingsError: the method has none, or nothing names the modalities.
     """
     names = (_at(values, "dataset", "name"), _name_at(values, "dataset", "reader"))
-    found: dict[str, object] = {}
+    groups: dict[str, object] = {}
     for path, value in published_chassis(name).items():
         if isinstance(value, Mapping):
-            value = next((value[known] for known in names if known in value), value["default"])
-        found = merge(found, nest(path, value))
-    model = found.get("model")
+            value = next((value[dataset] for dataset in names if dataset in value), value["default"])
+        groups = merge(groups, nest(path, value))
+    model = groups.get("model")
     if isinstance(model, dict) and "feature_dropout_on" in model:
         taking_part = _named_modalities(values)
         if not taking_part:
@@ -176,7 +176,7 @@ def published_settings(name: str, values: Mapping[str, object]) -> dict[str, obj
         model["feature_dropout_on"] = [m for m in model["feature_dropout_on"] if m in taking_part]
         if not model["feature_dropout_on"]:  # which would mean all of them
             model["feature_dropout"] = 0.0
-    return found
+    return groups
 
 
 def _named_modalities(values: Mapping[str, object]) -> tuple[str, ...]:
@@ -354,14 +354,14 @@ def method_label(settings: Settings) -> str:
 
 
 def _switches(group: BaseModel) -> dict[str, str | bool]:
-    found: dict[str, str | bool] = {}
+    switches: dict[str, str | bool] = {}
     for key in type(group).model_fields:
         value = getattr(group, key)
         if isinstance(value, BaseModel):
-            found |= {f"{key}.{inner}": one for inner, one in _switches(value).items()}
+            switches |= {f"{key}.{inner}": switch for inner, switch in _switches(value).items()}
         elif isinstance(value, str | bool):
-            found[key] = value
-    return found
+            switches[key] = value
+    return switches
 
 
 def changed(saved: Settings, now: Settings) -> dict[str, tuple[object, object]]:

@@ -234,9 +234,9 @@ def method_class(name: str) -> type[Method]:
     )
 
 
-def same_class(one: str, other: str) -> bool:
+def same_class(name: str, other: str) -> bool:
     """Whether two methods are one class with other settings; classes are not imported for that."""
-    places = [METHODS[name].where if name in METHODS else name for name in (one, other)]
+    places = [METHODS[method].where if method in METHODS else method for method in (name, other)]
     return places[0] == places[1]
 
 
@@ -250,14 +250,14 @@ def _from_file(name: str) -> object:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever somebody's file raises
         raise SettingsError(f"{path} cannot be imported: {type(error).__name__}: {error}", "Mend the file.") from error
-    found = getattr(module, attribute, None)
-    if found is None:
+    named = getattr(module, attribute, None)
+    if named is None:
         raise SettingsError(f"{path} has no class {attribute!r}.", "Write path/to/file.py:ClassName.")
-    return found
+    return named
 
 
-def checked(found: object, name: str) -> type[Method]:
-    """`found`, if it is a whole method.
+def checked(kind: object, name: str) -> type[Method]:
+    """`kind`, if it is a whole method.
 
     Raises:
         SettingsError: it is no `Method`, or one of its parts is missing or of the wrong kind.
@@ -265,21 +265,21 @@ def checked(found: object, name: str) -> type[Method]:
     from mbcd_cli.methods.base import Method
 
     problem = None
-    if not (isinstance(found, type) and issubclass(found, Method)):
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
         problem = "it is no subclass of mbcd_cli.methods.base.Method"
-    elif not (isinstance(found.Settings, type) and issubclass(found.Settings, MethodSettings)):
+    elif not (isinstance(kind.Settings, type) and issubclass(kind.Settings, MethodSettings)):
         problem = "its Settings are no subclass of mbcd_cli.settings.MethodSettings"
-    elif found.average not in ("none", "ema", "sma", "swad"):
-        problem = f"its average is {found.average!r}, not none, ema, sma or swad"
-    elif found.views not in (1, 2):
-        problem = f"its views are {found.views!r}, not 1 or 2"
+    elif kind.average not in ("none", "ema", "sma", "swad"):
+        problem = f"its average is {kind.average!r}, not none, ema, sma or swad"
+    elif kind.views not in (1, 2):
+        problem = f"its views are {kind.views!r}, not 1 or 2"
     else:
-        bare = [f for f, info in found.Settings.model_fields.items() if info.is_required()]
+        bare = [f for f, info in kind.Settings.model_fields.items() if info.is_required()]
         if bare:
             problem = f"its setting {bare[0]} has no default"
     if problem is not None:
         raise SettingsError(f"Method {name!r} is not whole: {problem}.", "docs/extending.md shows what a method has.")
-    return found
+    return kind
 
 
 def over_defaults(name: str) -> dict[str, dict[str, object]]:

@@ -37,11 +37,11 @@ def run_checkpoints(run: Path) -> dict[str, Path]:
         raise RunError(
             f"{run} is not a run folder.", "`mbcd train` makes one; it holds settings.toml and checkpoints/."
         )
-    files = {name: run / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
-    found = {name: path for name, path in files.items() if path.is_file()}
-    if not found:
+    places = {name: run / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
+    files = {name: path for name, path in places.items() if path.is_file()}
+    if not files:
         raise RunError(f"Run {run} has no checkpoint yet.", "Go on with `mbcd train ... --resume`.")
-    return found
+    return files
 
 
 def label_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:

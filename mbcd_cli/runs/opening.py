@@ -65,18 +65,18 @@ def _as_prepared(settings: Settings, dataset: CachedDataset) -> CacheSettings:
     Raises:
         CacheError: modalities that were prepared differently.
     """
-    found: dict[str, Any] = {}
+    common: dict[str, object] = {}
     prepared = {name: as_prepared(cache) for name, cache in dataset.caches.items()}
     for field in PREPARED:
-        values = {name: getattr(one, field) for name, one in prepared.items()}
-        found[field] = next(iter(values.values()))
+        values = {name: getattr(recorded, field) for name, recorded in prepared.items()}
+        common[field] = next(iter(values.values()))
         if len(set(values.values())) > 1:
             raise CacheError(
                 f"The modalities of {dataset.name} were prepared with different cache.{field}: "
                 + ", ".join(f"{name} {value}" for name, value in values.items()),
                 "Run `mbcd prepare` once more for all modalities together.",
             )
-    return CacheSettings.model_validate({**settings.cache.model_dump(), **found})
+    return CacheSettings.model_validate({**settings.cache.model_dump(), **common})
 
 
 def check_unchanged(saved: Settings, now: Settings) -> None:
@@ -125,7 +125,7 @@ def kept_epochs(checkpoint: Path) -> list[tuple[int, Checkpoint]]:
             f"{checkpoint.parent} holds {len(files)} epochs' weights; a trajectory needs at least 3.",
             "Train with --set training.keep_checkpoints=true.",
         )
-    return [(found.epoch, found) for found in map(load_checkpoint, files)]
+    return [(kept.epoch, kept) for kept in map(load_checkpoint, files)]
 
 
 def open_other(settings: Settings, folder: Path) -> CachedDataset:

@@ -74,13 +74,13 @@ def _caches(pairs: Sequence[Pair]) -> list[str]:
     seen: dict[tuple[str, str], set[str]] = {}
     for _, run in pairs:
         for name in run.modalities:
-            if found := run.provenance.get(f"{name} cache"):
-                seen.setdefault((run.dataset, name), set()).add(found)
+            if cache := run.provenance.get(f"{name} cache"):
+                seen.setdefault((run.dataset, name), set()).add(cache)
     return [
-        f"Runs of {dataset} saw {len(found)} different caches of {name} ({', '.join(sorted(found))}): do not compare "
+        f"Runs of {dataset} saw {len(caches)} different caches of {name} ({', '.join(sorted(caches))}): do not compare "
         "them. Give the changed dataset a name of its own, or train again with another --runs-dir."
-        for (dataset, name), found in seen.items()
-        if len(found) > 1
+        for (dataset, name), caches in seen.items()
+        if len(caches) > 1
     ]
 
 
@@ -96,12 +96,12 @@ def _axes(pairs: Iterable[Pair]) -> dict[str, list[str]]:
         for key, value in cell.values:
             if value not in values.setdefault(key, []):
                 values[key].append(value)
-    return {key: found for key, found in values.items() if len(found) > 1}
+    return {key: several for key, several in values.items() if len(several) > 1}
 
 
 def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
     """Per axis of the grid: methods down, the axis' values across, fused accuracy averaged over targets."""
-    out = []
+    written = []
     for axis, values in _axes(pairs).items():
         groups: dict[tuple, list[Pair]] = {}
         for cell, run in pairs:
@@ -112,14 +112,14 @@ def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
         for names, group in sorted(groups.items()):
             rows: list[list[str | Score]] = []
             for label in order_methods(cell.label([axis]) for cell, _ in group):
-                mine = [(cell, run) for cell, run in group if cell.label([axis]) == label]
+                of_label = [(cell, run) for cell, run in group if cell.label([axis]) == label]
                 figures = []
                 for value in values:
-                    runs = [run for cell, run in mine if dict(cell.values).get(axis) == value]
+                    runs = [run for cell, run in of_label if dict(cell.values).get(axis) == value]
                     figures.append(averages(runs, sorted({r.column for r in runs})) if runs else Score(None))
                 rows.append([label, *figures])
             where = ", ".join(names)
-            out.append(
+            written.append(
                 Table(
                     "-".join([*names, short]).replace("+", "-"),
                     f"{where}: top-1 accuracy (%) by {axis}, average over targets",
@@ -128,7 +128,7 @@ def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
                     "Mean and standard deviation over seeds of the average over targets.",
                 )
             )
-    return out
+    return written
 
 
 def panel_tables(pairs: Sequence[Pair]) -> list[Table]:
@@ -141,12 +141,12 @@ def panel_tables(pairs: Sequence[Pair]) -> list[Table]:
     for cell, run in pairs:
         method = cell.settings.method
         for panel in method_class(method.name).panels(method):
-            found = training_means(run.path, [name for name, shown in panel.figures.items() if shown.row])
-            if found:
+            means = training_means(run.path, [name for name, shown in panel.figures.items() if shown.row])
+            if means:
                 panels.setdefault(panel.name, panel)
                 by_set = groups.setdefault((run.dataset, panel.name), {})
-                by_set.setdefault(run.modalities, {}).setdefault(run.method, []).append(found)
-    out = []
+                by_set.setdefault(run.modalities, {}).setdefault(run.method, []).append(means)
+    written = []
     for (dataset, key), by_set in sorted(groups.items()):
         panel, several = panels[key], len(by_set) > 1
         names = modality_order(dict.fromkeys(name for modalities in by_set for name in modalities))
@@ -157,12 +157,12 @@ def panel_tables(pairs: Sequence[Pair]) -> list[Table]:
                 for figure, shown in panel.figures.items():
                     if shown.row:
                         cells = [
-                            Score.over([shown.scale * found[m][figure] for found in by_label[label] if m in found])
+                            Score.over([shown.scale * means[m][figure] for means in by_label[label] if m in means])
                             for m in names
                         ]
                         rows.append([*block, f"{label}: {shown.row}", *cells])
         where = dataset if several else f"{dataset}, {'+'.join(names)}"
-        out.append(
+        written.append(
             Table(
                 f"{where.replace(', ', '-').replace('+', '-')}-{panel.name}",
                 f"{where}: {panel.title}",
@@ -172,7 +172,7 @@ def panel_tables(pairs: Sequence[Pair]) -> list[Table]:
                 blocks=several,
             )
         )
-    return out
+    return written
 
 
 def training_means(folder: Path, figures: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -219,8 +219,8 @@ def curves(pairs: Sequence[Pair], output: Path) -> dict[str, Path]:
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None
+    held = list(values)
+    return sum(held) / len(held) if held else None
 
 
 def links(cells: Sequence[Cell], output: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,10 @@ def estimate(cells: Sequence[Cell], *, measure: Callable[[Cell], float | None]) 
     for cell in left:
         key = group(cell)
         if key not in seconds:
-            known = finished.get(key)
-            seconds[key] = sum(known) / len(known) if known else measure(cell)
-            tried |= not known and seconds[key] is not None
-            told |= bool(known)
+            measured = finished.get(key)
+            seconds[key] = sum(measured) / len(measured) if measured else measure(cell)
+            tried |= not measured and seconds[key] is not None
+            told |= bool(measured)
     total = [seconds[group(cell)] for cell in left]
     if not left:
         basis = "nothing is left to do"
@@ -80,8 +81,8 @@ def estimate(cells: Sequence[Cell], *, measure: Callable[[Cell], float | None]) 
 def _seconds(folder: Path) -> float | None:
     """Seconds that a finished training took; None for others and for resumed ones that only tell their last part."""
     try:
-        found = read_json(folder / DONE)
-        return float(found["steps"]) / float(found["steps_per_second"])
+        summary = read_json(folder / DONE)
+        return float(summary["steps"]) / float(summary["steps_per_second"])
     except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
         return None
 
@@ -96,8 +97,8 @@ def _sizes(cells: Sequence[Cell], left: Sequence[Cell]) -> int | None:
     for cell in left:
         key = group(cell)
         if key not in sizes:
-            known = finished.get(key)
-            sizes[key] = sum(known) // len(known) if known else checkpoint_bytes(cell)
+            measured = finished.get(key)
+            sizes[key] = sum(measured) // len(measured) if measured else checkpoint_bytes(cell)
     total = [sizes[group(cell)] for cell in left]
     return None if None in total else sum(total)
 
@@ -111,9 +112,9 @@ def checkpoint_bytes(cell: Cell) -> int | None:
     names = settings.model.modalities
     chosen, classes = {name: settings.modalities.get(name) for name in names}, settings.dataset.classes
     try:
-        if not names or classes is None or any(one is None or one.raw for one in chosen.values()):
-            data = open_dataset(settings, name=str(settings.dataset.name), modalities=names)
-            chosen, classes = dict(data.modalities), len(data.label_names)
+        if not names or classes is None or any(kind is None or kind.raw for kind in chosen.values()):
+            dataset = open_dataset(settings, name=str(settings.dataset.name), modalities=names)
+            chosen, classes = dict(dataset.modalities), len(dataset.label_names)
         with torch.device("meta"):
             model = build_model(
                 chosen, settings=settings.model, classes=classes, live_trunks=settings.cache.live_trunks
@@ -129,8 +130,4 @@ def checkpoint_bytes(cell: Cell) -> int | None:
 
 def counts(cells: Sequence[Cell]) -> Mapping[str, int]:
     """How many cells are in each state."""
-    found: dict[str, int] = {}
-    for cell in cells:
-        now = state(cell.folder)
-        found[now] = found.get(now, 0) + 1
-    return found
+    return Counter(state(cell.folder) for cell in cells)

@@ -82,9 +82,8 @@ def settings_key(settings: Settings) -> str:
     Defaults are left out, so that a setting added to the tree later changes no key.
     """
     tree = settings.model_dump(mode="json", exclude_defaults=True)
-    known = {name: {**tree["modalities"][name], "kind": one.kind} for name, one in settings.modalities.items()}
-    tree["modalities"] = {name: known.get(name) for name in settings.model.modalities}
-
+    kinds = {name: {**tree["modalities"][name], "kind": kind.kind} for name, kind in settings.modalities.items()}
+    tree["modalities"] = {name: kinds.get(name) for name in settings.model.modalities}
     kept = {key: value for key, value in flatten(tree).items() if role_of(key) in ("weights", "cache")}
     text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]

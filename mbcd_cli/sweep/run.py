@@ -111,12 +111,13 @@ def cell_command(cell: Cell, *, threads: int) -> list[str]:
 
 def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
     """The environment of a cell's process: settled settings, alone in its training, and one GPU at most."""
-    found = {key: value for key, value in os.environ.items() if not key.upper().startswith(ENV_PREFIX)}
-    found = {key: value for key, value in found.items() if key not in LAUNCH_VARIABLES}
-    found |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    if gpu is not None:
-        found["CUDA_VISIBLE_DEVICES"] = gpu
-    return found
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.upper().startswith(ENV_PREFIX) and key not in LAUNCH_VARIABLES
+    }
+    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return inherited | own | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
 
 
 def start(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from mbcd_cli.errors import RunError
 from mbcd_cli.settings.sources import parse_value
@@ -16,9 +16,13 @@ from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.run import Board, begin, cell_command, environment, last_line, write_settings
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, read_failure, state
 
+if TYPE_CHECKING:
+    from submitit import Job as SubmittedJob
+    from submitit.helpers import DelayedSubmission
+
 _ARRAY_JOBS = 1000
 """Jobs of one array: Slurm takes no more than MaxArraySize (1001 unless a site says otherwise)."""
-DEFAULTS: dict[str, Any] = {"timeout_min": 720, "cpus_per_task": 4}
+DEFAULTS: dict[str, object] = {"timeout_min": 720, "cpus_per_task": 4}
 """submitit parameters where `--slurm` says nothing."""
 
 
@@ -46,7 +50,7 @@ class Task:
             )
             return self.process.wait()
 
-    def checkpoint(self) -> Any:
+    def checkpoint(self) -> DelayedSubmission:
         """submitit calls this when Slurm is about to end the job; the job it returns goes on from the checkpoint."""
         import submitit
 
@@ -62,7 +66,7 @@ def parse_options(texts: Sequence[str]) -> dict[str, object]:
     Raises:
         RunError: not of that form.
     """
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
@@ -120,7 +124,7 @@ def submit(
     each = threads or int(asked["cpus_per_task"])
     for cell in wanted:
         write_settings(cell)
-    jobs: list[Any] = []
+    jobs: list[SubmittedJob] = []
     try:
         for at in range(0, len(wanted), _ARRAY_JOBS):
             with executor.batch():
@@ -143,7 +147,7 @@ def submit(
     return board
 
 
-def _settle(board: Board, cell: Cell, job: Any) -> None:
+def _settle(board: Board, cell: Cell, job: SubmittedJob) -> None:
     error = job.exception()
     code = None if error is not None else job.result()
     if state(cell.folder) == "done" and code in (DONE_CODE, BUSY_CODE, None):

@@ -95,8 +95,8 @@ def train_with(
     _agree(model, group)
     average = build_average(model, settings.average)
     if runtime.compile:
-        for one in (model, *([average.model] if average is not None else [])):
-            compile_tails(one)
+        for compiled in (model, *([average.model] if average is not None else [])):
+            compile_tails(compiled)
     randomness = Randomness(seed=step_seed(training.seed), device=device)
     context = Context.of(
         model, randomness=randomness, average=average, precision=runtime.precision, group=group, sources=sources

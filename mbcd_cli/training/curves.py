@@ -48,7 +48,7 @@ def _evened(records: Records) -> Records:
     most = max((record.get("steps", 1) for record in records), default=1)
     groups: list[list[Mapping[str, Any]]] = [[]]
     for record in records:
-        if sum(one.get("steps", 1) for one in groups[-1]) >= most:
+        if sum(joined.get("steps", 1) for joined in groups[-1]) >= most:
             groups.append([])
         groups[-1].append(record)
     return [_mean(group) if len(group) > 1 else group[0] for group in groups if group]
@@ -106,9 +106,9 @@ def _panel(steps: Records, panel: Panel, path: Path) -> Path:
             formulas.add(label)
             values = _modality(steps, modality, name)
             axes[shown.axis].plot(x, values, shown.marker, color=colour, label=label, markersize=3)
-    for kind, one in axes.items():
-        one.set(ylabel=kind)
-        one.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside its own axes: lines of both look alike
+    for kind, drawn in axes.items():
+        drawn.set(ylabel=kind)
+        drawn.legend(loc="upper left", bbox_to_anchor=(1, 1))  # beside its own axes: lines of both look alike
     grid[0, 0].set(title=panel.title)
     grid[-1, 0].set(xlabel="step")
     return plotting.save(fig, path, formulas=formulas)

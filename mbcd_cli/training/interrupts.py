@@ -29,12 +29,12 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         # Only the main thread may set handlers; elsewhere (a notebook's worker) signals keep their meaning.
         if threading.current_thread() is threading.main_thread():
-            for one in _STOP:
-                if signal.getsignal(one) is signal.SIG_IGN:  # nohup
+            for stop in _STOP:
+                if signal.getsignal(stop) is signal.SIG_IGN:  # nohup
                     continue
-                self._before[one] = signal.signal(one, self._note)
+                self._before[stop] = signal.signal(stop, self._note)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
+        for stop, handler in self._before.items():
+            signal.signal(stop, handler)

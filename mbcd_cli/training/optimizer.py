@@ -130,6 +130,6 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     for group, own in zip(optimizer.param_groups, kept, strict=True):
         group.update(own)
     held = {tuple(sorted(values)) for values in optimizer.state.values()}
-    moments = [(one, value) for one, values in optimizer.state.items() for value in values.values()]
-    if len(held) > 1 or any(isinstance(v, torch.Tensor) and v.dim() and v.shape != one.shape for one, v in moments):
+    moments = [(weight, value) for weight, values in optimizer.state.items() for value in values.values()]
+    if len(held) > 1 or any(isinstance(v, torch.Tensor) and v.dim() and v.shape != w.shape for w, v in moments):
         raise ValueError("the optimizer's moments are not those of the weights")

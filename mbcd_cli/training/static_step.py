@@ -22,8 +22,8 @@ class StaticStep:
 
     On CUDA the step is captured after `WARM_UP` ordinary ones and replayed from then on: masks, noise, gradients,
     optimizer and average included. On other devices (and as the twin that tests compare with) the step runs as
-    usual, on the buffers. A batch of another size runs as usual too. What the graph saves has not been measured (no
-    GPU was at hand): `tests/benchmarks/train_step.py --device cuda --batch 16 --repeats 20` does so.
+    usual, on the buffers. A batch of another size runs as usual too. The gain was not measured yet (see
+    docs/performance.md): `tests/benchmarks/train_step.py --device cuda --batch 16 --repeats 20` does so on a GPU.
 
     Args:
         step: its optimizer must be capturable on CUDA.
@@ -83,8 +83,8 @@ class StaticStep:
                 domains=torch.empty_like(batch.domains),
                 clips=torch.empty_like(batch.clips),
             )
-        for mine, theirs in zip(_tensors(self._static), _tensors(batch), strict=True):
-            mine.copy_(theirs, non_blocking=True)
+        for buffer, value in zip(_tensors(self._static), _tensors(batch), strict=True):
+            buffer.copy_(value, non_blocking=True)
         return self._static
 
     def _on_side_stream(self, batch: Batch) -> torch.Tensor:

@@ -40,12 +40,12 @@ class SWAD(Average):
     @torch.no_grad()
     def update(self, step: torch.Tensor) -> None:
         """Take in the weights after an optimizer step; `step` [] is how many were done."""
-        theirs = self.tensors.theirs
+        students = self.tensors.students
         if not self._running:
-            self._running = [value.clone() for value in theirs]
-        if theirs:
-            difference = torch._foreach_sub(theirs, self._running)
-            torch._foreach_mul_(difference, 1 / (step - self._begun).to(theirs[0].dtype))
+            self._running = [value.clone() for value in students]
+        if students:
+            difference = torch._foreach_sub(students, self._running)
+            torch._foreach_mul_(difference, 1 / (step - self._begun).to(students[0].dtype))
             torch._foreach_add_(self._running, difference)
 
     @torch.no_grad()
@@ -63,7 +63,7 @@ class SWAD(Average):
         for t, (steps, segment) in self._undecided.items():
             if first <= t < end:
                 mean, weight = _merged(mean, weight, segment, steps)
-        for own, value in zip(self.tensors.mine, mean, strict=True):
+        for own, value in zip(self.tensors.averages, mean, strict=True):
             own.copy_(value)
         for own, counter in self.tensors.counters:
             own.copy_(counter)
@@ -71,11 +71,11 @@ class SWAD(Average):
     def _decide(self) -> None:
         """Move what is in for good into the mean, forget what is out."""
         count, settings = len(self.losses), self.settings
-        found = self._valley(closed=False)
-        if found is None:
+        span = self._valley(closed=False)
+        if span is None:
             kept = range(count - max(settings.converge - 1, 1), count)
         else:
-            first, end = found
+            first, end = span
             sure = min(end, count - settings.leave + 1)
             for t in [t for t in self._undecided if first <= t < sure]:
                 steps, segment = self._undecided[t]

@@ -122,7 +122,7 @@ def of_text(text: str) -> str:
 
 
 def of_row(*parts: np.ndarray, clip: int, view: int) -> int:
-    """XXH3 (64 bits) of the bytes of one stored row and of whose it is, so that rows cannot stand for one another."""
+    """XXH3 (64 bits) of the bytes of one row (parts [*]) and of whose it is, so that none can stand for another."""
     value = (clip << 16) + view + 1
     for part in parts:
         value = xxhash.xxh3_64_intdigest(part if part.flags.c_contiguous else part.copy(), seed=value)

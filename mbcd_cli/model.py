@@ -81,7 +81,7 @@ class MultiModalModel(nn.Module):
         }
 
     def theta(self) -> dict[str, dict[str, torch.Tensor]]:
-        """theta_k: the parameters of every tail that train, as they are now."""
+        """theta_k: the parameters of every tail that train, by name and each of its own shape, as they are now."""
         return {
             name: {key: value for key, value in self.tails[name].named_parameters() if key in self._trained[name]}
             for name in self.modalities

@@ -123,19 +123,19 @@ class Group(Place):
         control: a gloo group where tensors go through NCCL: decisions are made on the CPU, never waiting for a GPU.
     """
 
-    control: Any = None
+    control: dist.ProcessGroup | None = None
 
     # ---- tensors of the step
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over the processes, in place."""
+        """`tensor`, [*], summed over the processes, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     @torch.no_grad()
     def average_(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Floating tensors averaged over the processes, in place, with one exchange per type."""
+        """Floating tensors of any shapes averaged over the processes, in place, with one exchange per type."""
         if self.world == 1:
             return
         for dtype in dict.fromkeys(t.dtype for t in tensors):
@@ -147,7 +147,7 @@ class Group(Place):
                 tensor.copy_(value)
 
     def average(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """New tensors, averaged over the processes; the backward pass averages likewise."""
+        """New tensors of the same shapes, averaged over the processes; the backward pass averages likewise."""
         if self.world == 1:
             return list(tensors)
         return [_Average.apply(tensor, self.world) for tensor in tensors]

@@ -26,11 +26,11 @@ class Randomness:
         self._globals: dict = {}
 
     def uniform(self, *shape: int) -> torch.Tensor:
-        """Uniform in [0, 1), float32."""
+        """Uniform in [0, 1), [*shape] float32."""
         return torch.rand(shape, generator=self.generator, device=self.device)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Standard normal of floating type `dtype`."""
+        """Standard normal, [*shape] of floating type `dtype`."""
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
 
     def own_globals(self) -> None:
@@ -40,7 +40,7 @@ class Randomness:
         self.dropout.set_state(self._globals["torch"])
 
     def keep_(self, factors: torch.Tensor, *, rate: float) -> None:
-        """Dropout's factors, as nn.Dropout draws them on a CPU: 0 with probability `rate`, else 1 / (1 - rate)."""
+        """Into `factors`, [*], Dropout's, drawn as nn.Dropout's on a CPU: 0 (probability `rate`), else 1 / (1 - rate)."""
         factors.bernoulli_(1 - rate, generator=self.dropout).div_(1 - rate)
 
     def globals(self) -> dict:
@@ -56,7 +56,7 @@ class Randomness:
             load_global_states(states)
 
     def state(self) -> torch.Tensor:
-        """State to go on from, a CPU uint8 tensor."""
+        """State to go on from, a CPU uint8 tensor [n]."""
         return self.generator.get_state()
 
     def load(self, state: torch.Tensor) -> None:

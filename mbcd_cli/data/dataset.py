@@ -79,12 +79,12 @@ class CachedDataset:
 
     @property
     def tail_weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Initial weights of the tails that `prepare` stored (pretrained encoders); empty for whole encoders."""
+        """Initial state dicts of the tails that `prepare` stored (pretrained encoders); empty for whole encoders."""
         return self._weights("tail.pt")
 
     @property
     def trunk_weights(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Weights of the trunks that `prepare` stored (where no training view is stored)."""
+        """State dicts of the trunks that `prepare` stored (where no training view is stored)."""
         return self._weights("trunk.pt")
 
     def _weights(self, file: str) -> dict[str, dict[str, torch.Tensor]]:

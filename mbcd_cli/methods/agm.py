@@ -62,7 +62,7 @@ class AGM(Method):
         return self.figures(batch, out, loss, terms, alone=alone, kappa=kappa)
 
     def modulated(self, batch: Batch, out: Outputs, parts: list[torch.Tensor], kappa: torch.Tensor) -> Term:
-        """CE(f(all)), whose value does not know of kappa."""
+        """CE(f(all)), whose value does not know of kappa [M]; `parts` are M times phi_k [B, C]."""
         logits = full_precision(out.fused)
         for phi, factor in zip(parts, kappa, strict=True):
             logits = logits + (factor - 1) * (phi - phi.detach())
@@ -70,18 +70,18 @@ class AGM(Method):
         return self.losses(batch, fused)["ce_fused"]
 
     def logits(self, out: Outputs) -> dict[Subset, torch.Tensor]:
-        """f(S) of every set S but the empty one, [B, C]; in eval mode (no dropout) but for f(all)."""
+        """f(S) of every set S but the empty one, each [B, C]; in eval mode (no dropout) but for f(all)."""
         model, features = self.context.model, list(out.features.items())
         count = len(features)
-        found = {frozenset(range(count)): full_precision(out.fused)}
+        logits = {frozenset(range(count)): full_precision(out.fused)}
         model.fused_head.eval()
         with self.context.autocast():
             for size in range(1, count):
                 for some in combinations(range(count), size):
                     present = {n: h if k in some else torch.zeros_like(h) for k, (n, h) in enumerate(features)}
-                    found[frozenset(some)] = full_precision(model.fuse(present))
+                    logits[frozenset(some)] = full_precision(model.fuse(present))
         model.fused_head.train()
-        return found
+        return logits
 
 
 def logit_shares(logits: Mapping[Subset, torch.Tensor], count: int) -> list[torch.Tensor]:

@@ -149,11 +149,11 @@ class Context:
         )
 
     def gradient(self, parameter: torch.Tensor) -> torch.Tensor:
-        """What the optimizer will take for the gradient of `parameter` (zeros where nothing was added yet)."""
+        """What the optimizer will take for the gradient of `parameter`, both [*] (zeros where nothing was added)."""
         return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
     def set_gradient(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
-        """Have the optimizer take `gradient` for that of `parameter`."""
+        """Have the optimizer take `gradient` for that of `parameter`, both [*]."""
         parameter.grad = gradient
 
     def autocast(self) -> AbstractContextManager:
@@ -335,7 +335,7 @@ class Method(nn.Module):
             return Outputs(pooled, features, unimodal, model.fuse(features))
 
     def seen_by_heads(self, features: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """Features for the uni-modal heads: detached where the heads only probe."""
+        """Features [B, D_k] for the uni-modal heads: detached where the heads only probe."""
         if self.settings.unimodal == "joint":
             return features
         return {name: value.detach() for name, value in features.items()}
@@ -344,7 +344,7 @@ class Method(nn.Module):
     def figures(
         self, batch: Batch, out: Outputs, loss: torch.Tensor, terms: Mapping[str, Term], **more: torch.Tensor
     ) -> Figures:
-        """The loss, its terms, `more`, and the accuracies of the pass `out` (in train mode)."""
+        """The loss [], its terms, `more` ([] or [M]), and the accuracies of the pass `out` (in train mode)."""
 
         def accuracy(logits: torch.Tensor) -> torch.Tensor:
             return (full_precision(logits).argmax(dim=1) == batch.labels).sum() / len(batch)

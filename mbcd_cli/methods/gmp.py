@@ -80,7 +80,7 @@ class GMP(Method):
         out = self(batch)
         terms = self.losses(batch, out)
         weights, heads = model.theta(), {name: list(model.heads[name].parameters()) for name in model.modalities}
-        theta, classifiers = gcc.in_order(weights), [p for one in heads.values() for p in one]
+        theta, classifiers = gcc.in_order(weights), [p for of_head in heads.values() for p in of_head]
         alone = settings.unimodal_weight * terms["ce"].value.sum()
         g_c = context.gradients(alone, [*theta, *classifiers], retain_graph=True)
         rho = dominance(self.true_probabilities(list(out.unimodal.values()), batch.labels))
@@ -93,8 +93,8 @@ class GMP(Method):
                 judged = self.adversary(out.features)
             loss = torch.stack([cross_entropy(logits, domains) for logits in judged])
             terms["domain"] = Term(loss, settings.domain_weight)
-            found = context.gradients(loss.sum(), [*theta, *own], retain_graph=True)
-            g_d, g_own = [settings.domain_weight * g for g in found[: len(theta)]], found[len(theta) :]
+            gradients = context.gradients(loss.sum(), [*theta, *own], retain_graph=True)
+            g_d, g_own = [settings.domain_weight * g for g in gradients[: len(theta)]], gradients[len(theta) :]
             sigma = confusion(self.true_probabilities(judged, domains))
         context.backward(terms["ce_fused"].value)
         context.group.average_([*g_c, *g_d])

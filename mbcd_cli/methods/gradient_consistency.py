@@ -25,7 +25,8 @@ def inner_step(theta: TailWeights, gradients: Sequence[torch.Tensor], *, alpha: 
 
     Args:
         theta: parameters of the tails.
-        gradients: g in the order of `flatten(theta)`; constants for the first order, else with a graph.
+        gradients: g in the order of `in_order(theta)`, each of its parameter's shape; constants for the first order,
+            else with a graph.
         alpha: learning rate of the inner step; a tensor [] inside a population whose members' differ.
     """
     remaining = iter(gradients)
@@ -38,5 +39,5 @@ def inner_step(theta: TailWeights, gradients: Sequence[torch.Tensor], *, alpha: 
 
 
 def in_order(theta: TailWeights) -> list[torch.Tensor]:
-    """All tensors of `theta`, in order."""
+    """All tensors of `theta`, each of its own shape, modality after modality."""
     return [value for weights in theta.values() for value in weights.values()]

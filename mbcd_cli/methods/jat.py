@@ -171,7 +171,7 @@ class JAT(Method):
     def figures(
         self, batch: Batch, out: Outputs, loss: torch.Tensor, terms: Mapping[str, Term], **more: torch.Tensor
     ) -> Figures:
-        """Those of every method and `w`: what the uni-modal cross-entropies are multiplied with."""
+        """Those of every method and `w`, [M]: what the uni-modal cross-entropies are multiplied with."""
         return super().figures(batch, out, loss, terms, **more, w=terms["ce"].weight.detach())
 
 

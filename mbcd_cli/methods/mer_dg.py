@@ -87,7 +87,7 @@ class MERDG(Method):
 
 
 def exact(x: torch.Tensor) -> torch.Tensor:
-    """`x` in float64 where the device has it: eigenvalues of the spectral term span 1e-4 to D."""
+    """`x`, [*], in float64 where the device has it: eigenvalues of the spectral term span 1e-4 to D."""
     return full_precision(x) if x.device.type == "mps" else x.double()
 
 

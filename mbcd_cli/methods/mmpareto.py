@@ -47,8 +47,8 @@ class MMPareto(Method):
         terms = self.losses(batch, out)
         context, encoders = self.context, self.context.model.theta()
         theta, heads = gcc.in_order(encoders), list(context.model.heads.parameters())
-        found = context.gradients(terms["ce"].value.sum(), [*theta, *heads], retain_graph=True)
-        u, own = found[: len(theta)], found[len(theta) :]
+        gradients = context.gradients(terms["ce"].value.sum(), [*theta, *heads], retain_graph=True)
+        u, own = gradients[: len(theta)], gradients[len(theta) :]
         context.backward(terms["ce_fused"].value)
         for head, gradient in zip(heads, own, strict=True):
             context.set_gradient(head, gradient)
@@ -76,7 +76,7 @@ def pareto_share(m: Sequence[torch.Tensor], u: Sequence[torch.Tensor]) -> torch.
 def pareto_step(
     m: Sequence[torch.Tensor], u: Sequence[torch.Tensor], share: torch.Tensor, gamma: float
 ) -> list[torch.Tensor]:
-    """gamma h max(1, ||m + u|| / ||h||) of every tensor."""
+    """gamma h max(1, ||m + u|| / ||h||) of every tensor, in the shapes of m and u; `share` is a, []."""
     changes = []
     for x, y in zip(m, u, strict=True):
         h = 2 * share * x + 2 * (1 - share) * y

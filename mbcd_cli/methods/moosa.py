@@ -78,7 +78,7 @@ class MOOSA(SimMMDG):
         )
 
     def translated_from(self, out: Outputs) -> dict[str, torch.Tensor]:
-        """g_k: features with entries hidden, one mask per modality and clip."""
+        """g_k, [B, D_k]: features with entries hidden, one mask per modality and clip."""
         widths = [h.shape[1] for h in out.features.values()]
         clips = len(out.fused) * self.context.group.world
         seen = self.context.group.own(self.context.randomness.uniform(clips, sum(widths))) >= self.settings.masked

@@ -23,7 +23,7 @@ BASE_TEMPERATURE = 0.07
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
-    """Half-precision tensors as float32 (losses and statistics need the range), others as they are."""
+    """Half-precision tensors, [*], as float32 (losses and statistics need the range), others as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -199,7 +199,7 @@ class _Reversed(torch.autograd.Function):
 
 
 def reversed_gradient(x: torch.Tensor, strength: float) -> torch.Tensor:
-    """R_b: x forward, its gradient times -b backward (Ganin and Lempitsky, 2015)."""
+    """R_b: x, [*], forward, its gradient times -b backward (Ganin and Lempitsky, 2015)."""
     return _Reversed.apply(x, strength)
 
 

@@ -52,7 +52,7 @@ class Average:
         return copied
 
     def over(self, pieces: Callable[[torch.Tensor], list[torch.Tensor]]) -> Average:
-        """This average over what stands for its own tensors and the student's, for `update` only."""
+        """This average over what stands for its own and the student's tensors (`pieces`, any shapes), for `update`."""
         other, own = copy.copy(self), self.tensors
 
         def all_of(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -60,7 +60,7 @@ class Average:
 
         averages, counters = zip(*own.counters, strict=True) if own.counters else ((), ())
         counted = list(zip(all_of(averages), all_of(counters), strict=True))
-        other._tensors = _Tensors(all_of(own.mine), all_of(own.theirs), counted)
+        other._tensors = _Tensors(all_of(own.averages), all_of(own.students), counted)
         return other
 
     def moved(self) -> None:
@@ -81,20 +81,20 @@ class Average:
         Args:
             step: how many optimizer steps were done, [] on the device (a captured step reads it anew).
         """
-        mine, theirs = self.tensors.mine, self.tensors.theirs
+        averages, students = self.tensors.averages, self.tensors.students
         kind, start = self.settings.kind, self.settings.start
         if kind == "ema" and start == 0:
-            if mine:
-                torch._foreach_lerp_(mine, theirs, 1 - self.settings.beta)
-        elif mine:
+            if averages:
+                torch._foreach_lerp_(averages, students, 1 - self.settings.beta)
+        elif averages:
             # A copy until `start`; then the mean of the weights after steps start to step, or the exponential one.
             # In the weights' type: a float32 weight would round an average of float64.
-            after = (step - start).clamp(min=0).to(mine[0].dtype)
+            after = (step - start).clamp(min=0).to(averages[0].dtype)
             one_step = torch.full_like(after, 1 - self.settings.beta)
             weight = 1 / (after + 1) if kind == "sma" else torch.where(after > 0, one_step, 1.0)
-            difference = torch._foreach_sub(theirs, mine)
+            difference = torch._foreach_sub(students, averages)
             torch._foreach_mul_(difference, weight)
-            torch._foreach_add_(mine, difference)
+            torch._foreach_add_(averages, difference)
         for own, counter in self.tensors.counters:
             own.copy_(counter)
 
@@ -119,25 +119,25 @@ class Average:
 class _Tensors:
     """What is averaged: the average's floating tensors and the student's, and pairs of integer ones."""
 
-    mine: list[torch.Tensor]
-    theirs: list[torch.Tensor]
+    averages: list[torch.Tensor]
+    students: list[torch.Tensor]
     counters: list[tuple[torch.Tensor, torch.Tensor]]
 
     @classmethod
     def of(cls, modules: Sequence[tuple[nn.Module, nn.Module, tuple[str, ...]]]) -> _Tensors:
         """All pairs of (average, student, beginnings of the names that are averaged)."""
-        found = cls([], [], [])
+        pairs = cls([], [], [])
         for copied, module, beginnings in modules:
-            mine, theirs = copied.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
+            averages, students = copied.state_dict(keep_vars=True), module.state_dict(keep_vars=True)
             # Frozen weights are the student's for good.
             frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-            for key in mine:
+            for key in averages:
                 if not key.startswith(beginnings) or key in frozen:
                     continue
-                own, other = mine[key].detach(), theirs[key].detach()
-                if own.is_floating_point():
-                    found.mine.append(own)
-                    found.theirs.append(other)
+                average, student = averages[key].detach(), students[key].detach()
+                if average.is_floating_point():
+                    pairs.averages.append(average)
+                    pairs.students.append(student)
                 else:
-                    found.counters.append((own, other))
-        return found
+                    pairs.counters.append((average, student))
+        return pairs

@@ -90,7 +90,7 @@ class Subject:
         return train_with(kind or self.kind, model, settings, sources=range(sources), group=group)
 
     def batch(self, seed: int, *, modalities: int = 2, labels: torch.Tensor | None = None, sources: int = 2) -> Batch:
-        """B clips whose class shows in every modality; of methods with two views, both views of B / 2 clips."""
+        """B clips, labels [B], whose class shows in every modality; with two views both of B / 2 clips."""
         generator = torch.Generator().manual_seed(seed)
         rows = CLIPS // self.kind.views
         chosen = torch.arange(rows) % CLASSES if labels is None else labels[:rows]
@@ -118,12 +118,15 @@ def _shrunk(settings: Slice, by: float) -> dict[str, object]:
 
 
 def weights(step: TrainStep) -> dict[str, torch.Tensor]:
-    """Copies of everything that a training changes: student, average and own modules."""
-    found = {f"student.{name}": value for name, value in step.model.state_dict().items()}
-    found |= {f"method.{name}": value for name, value in step.method.state_dict().items()}
+    """Copies, in their own shapes, of everything that a training changes: student, average and own modules."""
+    modules = {"student": step.model, "method": step.method}
     if step.average is not None:
-        found |= {f"average.{name}": value for name, value in step.average.model_for_evaluation().state_dict().items()}
-    return {name: value.clone() for name, value in found.items()}
+        modules["average"] = step.average.model_for_evaluation()
+    return {
+        f"{part}.{name}": value.clone()
+        for part, module in modules.items()
+        for name, value in module.state_dict().items()
+    }
 
 
 def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], what: str) -> None:
@@ -155,13 +158,13 @@ def check_neutral(subject: Subject) -> None:
     else:
         kind = _silenced(subject.kind)
     erm = replace(subject, kind=Method, method={"unimodal": _unimodal(quiet)})
-    one = quiet.training(dropout=0.0, kind=kind).step
-    other = erm.training(dropout=0.0).step
+    neutral = quiet.training(dropout=0.0, kind=kind).step
+    plain = erm.training(dropout=0.0).step
     for seed in range(4):
-        one(subject.batch(seed))
-        other(subject.batch(seed))
-    own = [name for name in weights(one) if name.startswith("method.")]
-    _equal({k: v for k, v in weights(one).items() if k not in own}, weights(other), "neutral against ERM")
+        neutral(subject.batch(seed))
+        plain(subject.batch(seed))
+    shared = {name: value for name, value in weights(neutral).items() if not name.startswith("method.")}
+    _equal(shared, weights(plain), "neutral against ERM")
 
 
 def _unimodal(subject: Subject) -> str:
@@ -214,8 +217,8 @@ def check_resume(subject: Subject) -> None:
         parts["average"] = again.step.average.model
         again.step.average.load(state["average"])
     for part, module in parts.items():
-        mine = {k.removeprefix(f"{part}."): v for k, v in state["weights"].items() if k.startswith(f"{part}.")}
-        module.load_state_dict(mine)
+        of_part = {k.removeprefix(f"{part}."): v for k, v in state["weights"].items() if k.startswith(f"{part}.")}
+        module.load_state_dict(of_part)
     again.step.optimizer.load_state_dict(state["optimizer"])
     again.randomness.load(state["randomness"])
     load_global_states(state["global"])
@@ -246,11 +249,11 @@ def check_deployed(subject: Subject) -> None:
 
 def check_edges(subject: Subject) -> None:
     """Batches of one class, with one clip of a class, and of one domain give finite figures and weights."""
-    one, lone = torch.zeros(CLIPS, dtype=torch.int64), torch.arange(CLIPS) % CLASSES
+    alike, lone = torch.zeros(CLIPS, dtype=torch.int64), torch.arange(CLIPS) % CLASSES
     lone[lone == 2] = 1
     lone[0] = 2
     step = subject.training().step
-    for labels, sources in ((one, 2), (lone, 2), (None, 1), (one, 1)):
+    for labels, sources in ((alike, 2), (lone, 2), (None, 1), (alike, 1)):
         vector = step(subject.batch(3, labels=labels, sources=sources))
         assert torch.isfinite(vector).all(), f"figures with labels {labels} of {sources} domains"
     values = [value for value in weights(step).values() if value.is_floating_point()]
@@ -275,20 +278,20 @@ def check_order(subject: Subject) -> None:
         break
     else:
         raise AssertionError("it takes no two modalities; say symmetric = False")
-    one, other = (training.step for training in pair)
+    step, reordered = (training.step for training in pair)
     for training in pair:
         _quieten(training)
-    dims, theirs = one.model.dims, _held(other)
-    for name, value in _held(one).items():
+    dims, theirs = step.model.dims, _held(reordered)
+    for name, value in _held(step).items():
         assert name in theirs, f"{name}: own tensors have other names in another order of the modalities"
         theirs[name].copy_(_reordered(name, value, dims, order))
     for seed in range(3):
         batch = subject.batch(seed, modalities=count)
-        expected, found = (dict(_flat(step, step(batch))) for step in (one, other))
-        assert expected.keys() == found.keys()
-        differing = [name for name, value in expected.items() if abs(found[name] - value) > 1e-8]
+        expected, figures = (dict(_flat(each, each(batch))) for each in (step, reordered))
+        assert expected.keys() == figures.keys()
+        differing = [name for name, value in expected.items() if abs(figures[name] - value) > 1e-8]
         assert not differing, f"another order of modalities: {', '.join(differing)} differ in step {seed + 1}"
-    for name, value in _held(one).items():
+    for name, value in _held(step).items():
         if name.startswith("method.") and name.endswith(("running_mean", "running_var")):
             continue  # those of one batch norm for all modalities remember the last one best; training reads none
         expected = _reordered(name, value, dims, order)

@@ -52,9 +52,10 @@ class Feed:
     def training(
         self, clips: np.ndarray, *, batch_size: int, seed: int, epoch: int, start: int, views: int = 1
     ) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """(clip indices on the CPU, batch on the device), in the order that (seed, epoch) fixes.
+        """(clip indices [B] on the CPU, batch on the device), in the order that (seed, epoch) fixes.
 
         Args:
+            clips: to train on, [N] indices into the clip table.
             batch_size: clips of the global batch.
             start: batches to skip.
             views: views of every clip per batch; with 2, rows 2i and 2i + 1 of a batch are two views of one clip.
@@ -75,5 +76,5 @@ class Feed:
                 yield batch.clips, on_device
 
     def testing(self, clips: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
-        """The test view of `clips`, in table order."""
+        """The test view of `clips` [N], in table order."""
         yield from self._dataset.batches(clips, batch_size=batch_size, training=False, **self._options)

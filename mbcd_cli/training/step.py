@@ -1,6 +1,6 @@
 """One optimisation step, of whatever method.
 
-Letters: B clips (of this process, where torchrun started several), M modalities.
+Letters: B clips (of this process, where torchrun started several), M modalities, F numbers in a step's figures.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class TrainStep:
         )
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """One step on `batch` (already on the device), updating everything in place; its figures as one vector."""
+        """One step on `batch` (already on the device), updating everything in place; its figures, [F]."""
         self.optimizer.zero_grad(set_to_none=True)
         self.context.step += 1
         vector = self.gradients(batch)
@@ -85,7 +85,7 @@ class TrainStep:
         return vector
 
     def gradients(self, batch: Batch) -> torch.Tensor:
-        """The first half of a step: gradients of everything that trains; its figures as one vector."""
+        """The first half of a step: gradients of everything that trains; its figures, [F]."""
         self.model.train()
         self.method.train()
         for module in (*self._frozen, *(self.average.followed if self.average is not None else ())):

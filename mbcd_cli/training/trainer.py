@@ -1,6 +1,6 @@
 """The training loop: epochs of steps, validation, model selection, logs, checkpoints, resume.
 
-Letters: N clips, M modalities.
+Letters: N clips, M modalities, F numbers in a step's figures.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Trainer:
                     return self.progress
 
     def training(self, interrupts: Interrupts, ticker: Ticker) -> Generator[Batch, torch.Tensor, None]:
-        """The whole training, which asks for every step: it yields a batch and is sent the figures of its step.
+        """The whole training, which asks for every step: it yields a batch and is sent the step's figures, [F].
 
         Raises:
             RunError: as `fit`.

@@ -61,7 +61,7 @@ class Frames:
         return re.sub(r"\d+(?=\.\w+$)", lambda match: str(number).zfill(len(match[0])), like)
 
     def present(self, first: int, last: int) -> np.ndarray:
-        """Numbers in [first, last) that are there, ascending."""
+        """Numbers in first, ..., last - 1 that are there, ascending: [n] int64."""
         lo, hi = np.searchsorted(self.numbers, [first, last])
         return self.numbers[lo:hi]
 

@@ -1,1 +1,1 @@
-
+"""A run measured, new clips predicted, runs compared."""

@@ -1,1 +1,1 @@
-"""Training: the objective, one optimisation step, the loop around it, and checkpoints."""
+"""Training: one optimisation step of whatever method, the loop around it, the weight average, and resuming."""

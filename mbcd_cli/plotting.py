@@ -115,7 +115,7 @@ def _as_written(fig: Figure, formulas: Container[str]) -> None:
             text.set_parse_math(False)
 
 
-def save(fig: Figure, path: Path, *, dpi: int = DPI, formulas: Container[str] = ()) -> Path:
+def save(fig: Figure, path: Path, *, formulas: Container[str] = ()) -> Path:
     """Write `fig` tightly cropped (the format follows the suffix) aside, then rename it to `path`.
 
     Args:
@@ -130,5 +130,5 @@ def save(fig: Figure, path: Path, *, dpi: int = DPI, formulas: Container[str] = 
     metadata = {".png": {"Software": None}, ".svg": {"Date": None}}.get(path.suffix)
     with written(path) as aside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a letter that the font lacks is a box
-        fig.savefig(aside, format=path.suffix[1:], dpi=dpi, bbox_inches="tight", metadata=metadata)
+        fig.savefig(aside, format=path.suffix[1:], dpi=DPI, bbox_inches="tight", metadata=metadata)
     return path

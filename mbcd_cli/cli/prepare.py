@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,11 +73,11 @@ def prepare(
     configure(settings.runtime)
     if check:
         report = checking.check(settings)
-        return asdict(report), partial(show_check, report)
+        return report, partial(show_check, report)
     result = prepare(settings, say=console.terminal)
     if result is None:  # rank 0 of several processes tells
         return None
-    return asdict(result), partial(show_prepared, result, preset=preset, repeat=_repeated(asked, layered=bool(preset)))
+    return result, partial(show_prepared, result, preset=preset, repeat=_repeated(asked, layered=bool(preset)))
 
 
 def _look_up(reader: str, root: Path | None) -> None:

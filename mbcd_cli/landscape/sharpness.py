@@ -5,7 +5,7 @@ Letters: R radii, S random directions, n moving values; w the weights, g a pertu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,7 +72,6 @@ def worst_case(
     radius: float,
     steps: int = 10,
     seed: int = 0,
-    advance: Callable[[int], None] = lambda steps: None,
 ) -> tuple[float, float]:
     """Largest loss found on the sphere of `radius` around the start, and the accuracy there.
 
@@ -86,7 +85,6 @@ def worst_case(
         loss: around the checkpoint. sphere: the perturbations of radius 1 around it.
         radius: of the sphere; 0 is the checkpoint itself.
         steps: of the ascent, one gradient and one loss each. seed: of the random first step.
-        advance: told of every step.
     """
     start = loss.start
     terms = loss.terms()
@@ -99,7 +97,6 @@ def worst_case(
     for step in range(steps):
         point = move(start, [away], [radius])
         value, accuracy = loss.measure(point).tolist()
-        advance(1)
         if not np.isfinite(value):
             return value, accuracy
         best = max(best, (value, accuracy))

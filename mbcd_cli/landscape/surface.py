@@ -23,22 +23,19 @@ def fill_grid(
     loss: LossFunction,
     directions: Sequence[Vector],
     *,
-    origin: Vector | None = None,
     place: Place = ALONE,
     advance: Advance = lambda steps: None,
 ) -> int:
-    """Measure every missing point origin + x * directions[0] (+ y * directions[1]); returns how many.
+    """Measure every missing point loss.start + x * directions[0] (+ y * directions[1]); returns how many.
 
-    `origin` is the loss's `start` unless told; `place` says which points are this process'. Points are recorded pass by
-    pass: a kill loses the pass in flight.
+    `place` says which points are this process'. Points are recorded pass by pass: a kill loses the pass in flight.
     """
-    origin = loss.start if origin is None else origin
 
     def measure(cells: np.ndarray) -> torch.Tensor:
         where = np.stack((store.x[cells[:, 1]], store.y[cells[:, 0]]), axis=1)[:, : len(directions)]
         if len(cells) == 1:
-            return loss.measure(move(origin, directions, where[0]))[None]
-        return loss.measure_many(move_many(origin, directions, torch.from_numpy(where)))
+            return loss.measure(move(loss.start, directions, where[0]))[None]
+        return loss.measure_many(move_many(loss.start, directions, torch.from_numpy(where)))
 
     return _fill(store, loss, measure, place, advance)
 

@@ -23,6 +23,8 @@ from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read
 
 KILLS = 2
 """Times that a cell whose process was killed is begun again by one sweep."""
+PATIENCE = 60.0
+"""Seconds that the processes of a sweep that is stopped have for their last checkpoints."""
 WORKER = "mbcd_cli.sweep.cell"
 """Module that trains and evaluates one cell: `python -m WORKER RUN_FOLDER THREADS`."""
 PACKER = "mbcd_cli.sweep.pack"
@@ -278,11 +280,11 @@ def _look_again(board: Board, cell: Cell) -> None:
         board.waiting.append(cell)
 
 
-def _stop(board: Board, watch: Callable[[Board], None], *, patience: float = 60.0) -> None:
-    """Ask the running processes to write their checkpoints and end; those that do not within `patience` are killed."""
+def _stop(board: Board, watch: Callable[[Board], None]) -> None:
+    """Ask the running processes to write their checkpoints and end; those that do not within `PATIENCE` are killed."""
     for job in board.running.values():
         job.process.terminate()
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + PATIENCE
     for slot, job in list(board.running.items()):
         try:
             job.process.wait(timeout=max(deadline - time.monotonic(), 0.1))

@@ -48,22 +48,22 @@ def _directions(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
 
-def synthetic_vectors(informativeness: Sequence[float], *, domain_shift: float, seed: int = 0) -> Vectors:
-    """The dataset in memory; modality k's draws depend on the seed and k alone, so that more modalities change none."""
+def synthetic_vectors(informativeness: Sequence[float], *, domain_shift: float) -> Vectors:
+    """The dataset in memory; modality k's draws depend on k alone, so that more modalities change none."""
     per_domain = CLASSES * (TRAIN + TEST)
     labels = np.tile(np.repeat(np.arange(CLASSES), TRAIN + TEST), len(DOMAINS))
     domains = np.repeat(np.arange(len(DOMAINS)), per_domain)
     splits = (np.arange(len(labels)) % (TRAIN + TEST) >= TRAIN).astype(int)
     values = {}
     for k, (name, a) in enumerate(zip(names(len(informativeness)), informativeness, strict=True)):
-        rng = np.random.default_rng([seed, k])
+        rng = np.random.default_rng([0, k])
         means = _directions(rng, CLASSES, DIMENSION)
         displaced = _directions(rng, len(DOMAINS), CLASSES, DIMENSION)
         noise = rng.normal(size=(len(labels), DIMENSION))
         values[name] = a * means[labels] + domain_shift * displaced[domains, labels] + noise
-    order = np.random.default_rng([seed, 1000]).permutation(len(labels))
+    order = np.random.default_rng([0, 1000]).permutation(len(labels))
     return Vectors(
-        values={name: found[order] for name, found in values.items()},
+        values={name: rows[order] for name, rows in values.items()},
         labels=labels[order],
         domains=domains[order],
         splits=splits[order],

@@ -148,9 +148,9 @@ def _read(file: Path) -> object:
         AttributeError,
         OSError,
     ) as error:
-        if found := re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error)):
+        if asked := re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error)):
             raise CheckpointError(
-                f"{file}: holds {found.group(1)}, which is no tensor or number; nothing of it was executed.",
+                f"{file}: holds {asked.group(1)}, which is no tensor or number; nothing of it was executed.",
                 "Download the published file again, or store its state dict alone: torch.save(state_dict, FILE).",
             ) from error
         raise CheckpointError(

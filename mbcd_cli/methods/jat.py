@@ -177,7 +177,7 @@ class JAT(Method):
 
 def mean_entropies(logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """E[-sum_c p_c log p_c] of M times logits [B, C] -> M times []."""
-    logs = [full_precision(one).log_softmax(dim=1) for one in logits]
+    logs = [full_precision(of_modality).log_softmax(dim=1) for of_modality in logits]
     return [-(log.exp() * log).sum(dim=1).mean() for log in logs]
 
 

@@ -72,7 +72,7 @@ class MERDG(Method):
         if settings.on == "projection":
             with self.context.autocast():
                 z = [self.projections[name](h) for name, h in out.features.items()]
-        rows = [exact(group.gather(one)) for one in z]
+        rows = [exact(group.gather(h)) for h in z]
         dtype = full_precision(out.fused).dtype
         terms = super().losses(batch, out) | {
             "marginal": Term(torch.stack([marginal(r) for r in rows]).to(dtype), settings.weight * settings.marginal),
@@ -80,7 +80,7 @@ class MERDG(Method):
         }
         if self._contrasts:
             contrast = supervised_contrast(
-                [unit_rows(one) for one in z], batch.labels, temperature=settings.temperature, group=group
+                [unit_rows(h) for h in z], batch.labels, temperature=settings.temperature, group=group
             )
             terms["contrast"] = Term(contrast, settings.contrast)
         return terms

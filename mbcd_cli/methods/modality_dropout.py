@@ -33,8 +33,8 @@ def scores(logits: Sequence[torch.Tensor], labels: torch.Tensor, *, score: str) 
     `confidence` sums the largest class probability (no label is used), `true_class` the label's.
     """
     sums = []
-    for one in logits:
-        probabilities = full_precision(one.detach()).softmax(dim=1)
+    for of_modality in logits:
+        probabilities = full_precision(of_modality.detach()).softmax(dim=1)
         if score == "true_class":
             sums.append(probabilities.gather(1, labels[:, None]).sum())
         else:

@@ -118,7 +118,7 @@ def weighted_cross_entropy(
     """E sum_b w_ib ce_ib over branches, each [B, C], or (not per clip) sum_b E[w_ib] E[ce_ib], []."""
     logs = torch.stack([full_precision(logits).log_softmax(dim=1) for logits in branches])
     weights = ((logs.exp() * logs).sum(dim=2) / temperature).softmax(dim=0)
-    rows = torch.stack([F.nll_loss(one, labels, reduction="none") for one in logs])
+    rows = torch.stack([F.nll_loss(log, labels, reduction="none") for log in logs])
     if per_clip:
         return (weights * rows).sum(dim=0).mean()
     weight, mean = group.average([weights.mean(dim=1), rows.mean(dim=1)])

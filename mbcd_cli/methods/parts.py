@@ -67,10 +67,8 @@ def modulation(ratio: torch.Tensor, alpha: float) -> torch.Tensor:
     return torch.where(ratio > 1, 1 - torch.tanh(alpha * ratio), 1.0)
 
 
-def projection(
-    inside: int, *, hidden: int, out: int = 128, norm: Callable[[int], nn.Module] = nn.BatchNorm1d
-) -> nn.Sequential:
-    """P: three linear layers with a norm between, [B, inside] -> [B, out]."""
+def projection(inside: int, *, hidden: int, norm: Callable[[int], nn.Module] = nn.BatchNorm1d) -> nn.Sequential:
+    """P: three linear layers with a norm between, [B, inside] -> [B, 128]."""
     return nn.Sequential(
         nn.Linear(inside, hidden),
         norm(hidden),
@@ -78,7 +76,7 @@ def projection(
         nn.Linear(hidden, hidden),
         norm(hidden),
         nn.ReLU(inplace=True),
-        nn.Linear(hidden, out),
+        nn.Linear(hidden, 128),
     )
 
 
@@ -158,7 +156,7 @@ class Translators(nn.Module):
 
 def translation(translated: Sequence[tuple[str, torch.Tensor]], targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Mean over the pairs of E ||hat(T_{j->k}) - hat(h_k)||_2 (not squared, targets not detached), []; 0 for M = 1."""
-    apart = [row_distance(unit_rows(found), unit_rows(targets[k])) for k, found in translated]
+    apart = [row_distance(unit_rows(source), unit_rows(targets[k])) for k, source in translated]
     return torch.stack(apart).mean() if apart else full_precision(next(iter(targets.values()))).sum() * 0
 
 

@@ -53,7 +53,7 @@ class Slice(BaseModel):
 
 def field_role(group: type[Slice], field: str) -> Role:
     """What a field of a group is for."""
-    return next((one.role for one in group.model_fields[field].metadata if isinstance(one, _For)), group.role)
+    return next((mark.role for mark in group.model_fields[field].metadata if isinstance(mark, _For)), group.role)
 
 
 def fields_for(group: type[Slice], role: Role) -> tuple[str, ...]:

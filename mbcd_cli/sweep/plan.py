@@ -148,7 +148,7 @@ def splits(protocol: str, domains: Sequence[str], targets: Sequence[str]) -> lis
     return [(tuple(d for d in domains if d != target), target) for target in domains if target in targets]
 
 
-def parse_modality_set(text: str, known: Sequence[str], *, flag: str = "--modality-sets ") -> tuple[str, ...]:
+def parse_modality_set(text: str, available: Sequence[str], *, flag: str = "--modality-sets ") -> tuple[str, ...]:
     """`va` or `video+audio` -> (video, audio), in fusion order.
 
     Raises:
@@ -156,15 +156,15 @@ def parse_modality_set(text: str, known: Sequence[str], *, flag: str = "--modali
     """
     names = [part.strip() for part in text.split("+")]
     letters = {name[0]: name for name in MODALITY_ORDER}
-    if len(names) == 1 and names[0] not in known and set(names[0]) <= set(letters):
+    if len(names) == 1 and names[0] not in available and set(names[0]) <= set(letters):
         names = [letters[letter] for letter in names[0]]
-    unknown = [name for name in names if name not in known]
+    unknown = [name for name in names if name not in available]
     if unknown or len(set(names)) != len(names):
         raise SettingsError(
             f"{flag}{text}: not a set of this dataset's modalities.",
-            f"They are {', '.join(known)}; join them with +, or write letters such as va,af.",
+            f"They are {', '.join(available)}; join them with +, or write letters such as va,af.",
         )
-    ordered = [name for name in known if name in names]
+    ordered = [name for name in available if name in names]
     return tuple(modality_order(ordered))
 
 

@@ -88,15 +88,15 @@ def plan_cells(
     first = {key: values[0] for key, values in grid.items()}
     base = build(methods[0], first, {})
     domains = _domains(base)
-    known = tuple(base.modalities) or _prepared_modalities(base)
+    available = tuple(base.modalities) or _prepared_modalities(base)
     protocol = request.protocol or (table.protocol if table else "multi-source")
     targets = _targets(request.targets, base, domains, whole=table is not None or protocol == "in-domain")
     for text in grid.get("model.modalities", ()):
-        parse_modality_set(text.replace(",", "+"), known, flag="--grid model.modalities=")
+        parse_modality_set(text.replace(",", "+"), available, flag="--grid model.modalities=")
     return plan(
         build,
         methods=methods,
-        modality_sets=_modality_sets(request, table.modality_sets if table else None, base, known, say),
+        modality_sets=_modality_sets(request, table.modality_sets if table else None, base, available, say),
         pairs=splits(protocol, domains, targets),
         seeds=_seeds(request.seeds),
         grid=grid,
@@ -129,9 +129,10 @@ def _seeds(text: str) -> tuple[int, ...]:
 
 def _domains(settings: Settings) -> tuple[str, ...]:
     """Named by the settings, else by the paper, else by the cache."""
-    known = settings.dataset.domains or paper_domains(settings)
     return (
-        known or open_dataset(settings, name=str(settings.dataset.name), modalities=settings.model.modalities).domains
+        settings.dataset.domains
+        or paper_domains(settings)
+        or open_dataset(settings, name=str(settings.dataset.name), modalities=settings.model.modalities).domains
     )
 
 
@@ -147,15 +148,15 @@ def _targets(text: str | None, settings: Settings, domains: Sequence[str], *, wh
 
 
 def _modality_sets(
-    request: Request, of_table: Sequence[tuple[str, ...]] | None, settings: Settings, known: Sequence[str], say: Say
+    request: Request, of_table: Sequence[tuple[str, ...]] | None, settings: Settings, available: Sequence[str], say: Say
 ) -> list[tuple[str, ...]]:
     if request.modality_sets is not None:
-        sets = [parse_modality_set(text, known) for text in _names(request.modality_sets)]
+        sets = [parse_modality_set(text, available) for text in _names(request.modality_sets)]
         return list(dict.fromkeys(sets))
-    own = tuple(settings.model.modalities) or tuple(known)
+    own = tuple(settings.model.modalities) or tuple(available)
     if of_table is None:
         return [own]
-    fitting = [names for names in of_table if set(names) <= set(known)]
+    fitting = [names for names in of_table if set(names) <= set(available)]
     if not fitting:
         say(f"The table's modalities are not all here: using {'+'.join(own)} instead.")
     return fitting or [own]

@@ -129,9 +129,9 @@ def weights(step: TrainStep) -> dict[str, torch.Tensor]:
     }
 
 
-def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], what: str) -> None:
-    assert one.keys() == other.keys(), f"{what}: other tensors ({sorted(one.keys() ^ other.keys())})"
-    differing = [name for name in one if not torch.equal(one[name], other[name])]
+def _equal(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], what: str) -> None:
+    assert tensors.keys() == expected.keys(), f"{what}: other tensors ({sorted(tensors.keys() ^ expected.keys())})"
+    differing = [name for name in tensors if not torch.equal(tensors[name], expected[name])]
     assert not differing, f"{what}: {', '.join(differing[:4])} differ"
 
 

@@ -153,7 +153,7 @@ def _kind_of(name: str, suffixes: set[str], table: CsvTable, column: int, root: 
 
     But flow is stored as video too, and video files hold sound: there the column's name says which.
     """
-    told = next((kind for kind, one in KINDS.items() if suffixes and suffixes <= {*one.suffixes}), None)
+    told = next((kind for kind, settings in KINDS.items() if suffixes and suffixes <= {*settings.suffixes}), None)
     named = infer_kind(name)
     if told is None or named is None or not suffixes <= {*KINDS[named].also_in}:
         return told or named

@@ -40,7 +40,7 @@ class Randomness:
         self.dropout.set_state(self._globals["torch"])
 
     def keep_(self, factors: torch.Tensor, *, rate: float) -> None:
-        """Into `factors`, [*], Dropout's, drawn as nn.Dropout's on a CPU: 0 (probability `rate`), else 1 / (1 - rate)."""
+        """Dropout's into `factors`, [*], as nn.Dropout's on a CPU: 0 (probability `rate`), else 1 / (1 - rate)."""
         factors.bernoulli_(1 - rate, generator=self.dropout).div_(1 - rate)
 
     def globals(self) -> dict:

@@ -104,6 +104,16 @@ class ArrayDataset:
             )
 
 
+@dataclass
+class MemoryWeights:
+    """The one fake of `mbcd_cli.scoring.deployed.Weights`: what of a checkpoint is evaluated."""
+
+    student: dict[str, torch.Tensor]
+    teacher: dict[str, torch.Tensor] | None
+    label_names: tuple[str, ...]
+    epoch: int = 1
+
+
 def checkpoint_of(settings, dataset: ArrayDataset, *, student: dict, teacher: dict | None, epoch: int) -> Checkpoint:
     """A checkpoint that only holds weights, of a training on the dataset."""
     return Checkpoint(

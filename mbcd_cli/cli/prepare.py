@@ -68,9 +68,7 @@ def prepare(
         return emit_settings(settings, as_json=asked.as_json)
     from mbcd_cli.preparation import check as checking
     from mbcd_cli.preparation.prepare import prepare
-    from mbcd_cli.runtime import configure
 
-    configure(settings.runtime)
     if check:
         report = checking.check(settings)
         return report, partial(show_check, report)

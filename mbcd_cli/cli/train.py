@@ -79,11 +79,9 @@ def train(
         return emit_settings(settings, as_json=asked.as_json)
     from mbcd_cli.runs.names import run_name
     from mbcd_cli.runs.opening import open_for_training
-    from mbcd_cli.runtime import configure
     from mbcd_cli.training.dry_run import dry_run as trial
     from mbcd_cli.training.train import train
 
-    configure(settings.runtime)
     settings, data = open_for_training(settings)
     if dry_run:
         plan = trial(settings, data, say=console.terminal)

@@ -25,7 +25,7 @@ from mbcd_cli.errors import CheckpointError
 from mbcd_cli.files import free_bytes
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing, stored_views
 from mbcd_cli.preparation.trunk import meta_inputs, meta_trunk, row_bytes, weights_file
-from mbcd_cli.runtime import pick_device
+from mbcd_cli.runtime import configure
 from mbcd_cli.settings import Settings
 
 _TIMED_CLIPS, _TIMED_SECONDS = 4, 1.0
@@ -132,8 +132,8 @@ def check(settings: Settings) -> Checked:
     Raises:
         ManifestError, SettingsError: as `read_listing`.
     """
+    device = configure(settings.runtime)
     listing = read_listing(settings)
-    device = pick_device(settings.runtime)
     present = check_media(listing)
     speed = _flops_per_second(device) if any(m.cut != "input" for m in listing.modalities.values()) else None
     modalities = {

@@ -28,7 +28,7 @@ from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.trunk import Frozen, WeightsFile, build_trunk, row_bytes, save_weights, weights_file
 from mbcd_cli.processes import this_process, wait_for
-from mbcd_cli.runtime import pick_device
+from mbcd_cli.runtime import configure, pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml
@@ -92,6 +92,7 @@ def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared | None:
         ManifestError: the dataset's tables are wrong. CheckpointError: weights are missing, or others than expected.
         CacheError: no room for the cache, or no clip can be used.
     """
+    configure(settings.runtime)
     with say.progress("reading what clips there are"):
         listing = read_listing(settings)
     return prepare_listing(settings, listing, say=say)

@@ -17,7 +17,6 @@ from mbcd_cli.json_values import OPTIONAL
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.opening import open_for_training
-from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 from mbcd_cli.sweep import collect as collecting
@@ -151,9 +150,7 @@ def prepare_first(
     settings = resolve(
         preset=preset, config=config, environ=os.environ, sets=sets, flags={**flags, "dataset.root": root}
     )
-    settings = named(settings, preset)
-    configure(settings.runtime)
-    _prepare(settings, say)
+    _prepare(named(settings, preset), say)
 
 
 def _prepare(settings: Settings, say: Say) -> None:

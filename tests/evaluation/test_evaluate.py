@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_cases import make_checkpoint, make_dataset, make_settings
+from memory import MemoryWeights
 
 from mbcd_cli import console
 from mbcd_cli.cli.evaluate import show_evaluation
@@ -74,8 +75,8 @@ def test_every_model_on_every_set_of_clips(settings, dataset, tmp_path, target_s
 def test_teacher_heads_of_the_checkpoint_are_ignored_for_the_students(settings, dataset):
     checkpoint = make_checkpoint(settings, dataset)
     junk = {k: torch.full_like(v, 7.0) for k, v in checkpoint.student.items() if k.startswith("heads.")}
-    checkpoint = replace(checkpoint, teacher={**checkpoint.teacher, **junk})
-    teacher = build_models(settings, dataset, checkpoint, device=CPU)["teacher"].state_dict()
+    weights = MemoryWeights(checkpoint.student, {**checkpoint.teacher, **junk}, dataset.label_names)
+    teacher = build_models(settings, dataset, weights, device=CPU)["teacher"].state_dict()
     for key, value in checkpoint.student.items():
         expected = value if key.startswith("heads.") else checkpoint.teacher[key]
         assert torch.equal(teacher[key], expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -52,6 +54,17 @@ def tail(kind: str) -> Tail:
     if kind == "two":
         return Tail({"input": nn.Identity(), "layer1": TwoPaths(), "pool": TwoPool()}, dim=7, noise_before=noise_before)
     return Tail({"input": nn.Flatten(), "layer1": dense(6, 4), "pool": nn.Identity()}, dim=4, noise_before=noise_before)
+
+
+@dataclass
+class LentAverage:
+    """The one fake of `mbcd_cli.methods.base.WeightAverage`: a model that stays as it is."""
+
+    model: MultiModalModel
+    start: int = 0
+
+    def follow(self, module: nn.Module) -> nn.Module:
+        return module
 
 
 def live_trunk(kind: str) -> Trunk:

@@ -8,11 +8,12 @@ import torch
 from fakes import MemoryDataset, memory_settings
 from scipy.special import log_softmax, rel_entr, softmax
 from scipy.stats import binom
-from small import KINDS_ALL, make_step, small_batch, small_model, tail
+from small import KINDS_ALL, LentAverage, make_step, small_batch, small_model, tail
 
 from mbcd_cli.methods import modality_dropout as amd
-from mbcd_cli.methods.base import Method
+from mbcd_cli.methods.base import Context, Method
 from mbcd_cli.methods.feature_noise import FeatureNoise, FeatureNoiseSettings
+from mbcd_cli.methods.mbcd import MBCD
 from mbcd_cli.methods.modality_dropout import DropoutSettings
 from mbcd_cli.methods.parts import cross_entropy, distillation, teacher_probabilities
 from mbcd_cli.model import MultiModalModel
@@ -163,6 +164,18 @@ def test_teacher_follows_weights_and_statistics_but_not_heads():
     for key, value in teacher.model_for_evaluation().heads.state_dict().items():
         assert torch.equal(value, student.heads.state_dict()[key])
     assert not any(p.requires_grad for p in teacher.model.parameters())
+
+
+def test_a_method_distils_from_whatever_average_it_is_lent():
+    student, teacher = small_model(2, KINDS_ALL, seed=3), small_model(2, KINDS_ALL, seed=4).eval()
+    context = Context.of(student, randomness=Randomness(seed=1), average=LentAverage(teacher), precision="float32")
+    settings = {"dropout": {"strategy": "none"}, "consistency": {"order": "off"}, "feature_noise": {"enabled": False}}
+    batch = small_batch(2, KINDS_ALL)
+    figures = MBCD(MBCD.Settings.model_validate(settings), context).gradients(batch)
+    with torch.no_grad():
+        target = teacher_probabilities(teacher.fuse(teacher.features(batch.inputs)))
+        expected = distillation(target, student.fuse(student.features(batch.inputs)))
+    torch.testing.assert_close(figures["kl_fused"], expected, rtol=0, atol=1e-12)
 
 
 def averaged(settings, values):

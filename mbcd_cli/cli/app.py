@@ -6,10 +6,10 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command_from_info
 
 from mbcd_cli import __version__
@@ -23,7 +23,7 @@ class _Commands(Mapping):
 
     names = ("prepare", "train", "evaluate", "landscape", "demo", "sweep", "verify", "repair", "list")
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> TyperCommand:
         if name not in self.names:
             raise KeyError(name)
         info = getattr(import_module(f"{__package__}.{name}"), name)

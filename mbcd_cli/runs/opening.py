@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mbcd_cli.data.dataset import PREPARED, CachedDataset, as_prepared, open_dataset
 from mbcd_cli.data.prepared import check_domains
@@ -181,15 +180,14 @@ def load_checkpoints(
     return settings, checkpoints
 
 
-def open_checkpoints(files: Mapping[str, Path], **asked: Any) -> tuple[Settings, CachedDataset, dict[str, Checkpoint]]:
+def open_checkpoints(
+    files: Mapping[str, Path], *, config: Path | None, sets: Sequence[str], flags: Mapping[str, object]
+) -> tuple[Settings, CachedDataset, dict[str, Checkpoint]]:
     """`load_checkpoints`, and the dataset they were trained on.
-
-    Args:
-        asked: what `load_checkpoints` takes.
 
     Raises:
         CacheError: their dataset is not prepared here; and what `load_checkpoints` raises.
     """
-    settings, checkpoints = load_checkpoints(files, **asked)
+    settings, checkpoints = load_checkpoints(files, config=config, sets=sets, flags=flags)
     label_names = next(iter(checkpoints.values())).label_names
     return settings, open_for_checkpoint(settings, label_names), checkpoints

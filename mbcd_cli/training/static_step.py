@@ -47,11 +47,6 @@ class StaticStep:
         self._done = 0
         self._given_up = False
 
-    @property
-    def captured(self) -> bool:
-        """Whether steps are replayed from a graph."""
-        return self._graph is not None
-
     def __call__(self, batch: Batch) -> torch.Tensor:
         """One step on `batch` (on the device); its figures, a tensor of its own.
 

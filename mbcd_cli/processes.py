@@ -1,8 +1,7 @@
-"""Which process of a job this is, what of the work is its own, and what the processes exchange.
+"""What the processes of a job wait for and exchange; `place` says which of them this is.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without them a process is alone. `prepare`
-needs the first two only, since its processes meet through the cache's files; those of `train` and `landscape` meet at
-MASTER_ADDR:MASTER_PORT and exchange tensors through a `Group`.
+Those of `prepare` meet through the cache's files, those of `train` and `landscape` at MASTER_ADDR:MASTER_PORT, where
+they exchange tensors through a `Group`.
 
 Letters: B clips of the global batch, W processes, b = B / W clips of one process.
 """
@@ -14,7 +13,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,59 +25,11 @@ import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mbcd_cli.errors import MbcdError, RunError, SettingsError
+from mbcd_cli.place import UNSET, Place, this_process
 
 T = TypeVar("T")
-LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_UNSET = "Start the processes with torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK to run alone."
 _LOOK = 0.2  # seconds between two looks at what others have done
 _TELL = 10.0  # seconds of waiting after which a person is told for what; then after twice as long, and so on
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process' place among those of one job; alone it is 0 of 1.
-
-    Attributes:
-        rank: 0 to W - 1.
-        world: W.
-        local: its number among those of this machine, where a launcher gave one.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local: int | None = None
-
-    @property
-    def main(self) -> bool:
-        """Whether this is rank 0, which alone prints, and writes what all have made."""
-        return self.rank == 0
-
-    def owns(self, number: int) -> bool:
-        """Whether piece `number` of the work is this process'; told from the number alone, so that all agree."""
-        return number % self.world == self.rank
-
-    def share(self, pieces: Sequence[T]) -> Sequence[T]:
-        """Those of `pieces` (a list, or the rows of an array) whose positions this process owns."""
-        return pieces[self.rank :: self.world]
-
-
-def this_process(environ: Mapping[str, str] = os.environ) -> Place:
-    """The place that a launcher gave this process, by RANK, WORLD_SIZE and LOCAL_RANK.
-
-    Raises:
-        SettingsError: they are no numbers, contradict each other, or one is missing (left over from something else).
-    """
-    given = {name: environ[name] for name in LAUNCH_VARIABLES if environ.get(name)}
-    for name, value in given.items():
-        if not value.isdecimal():
-            raise SettingsError(f"The environment variable {name} is {value!r}, not a number.", _UNSET)
-    rank, world, local = (int(given[name]) if name in given else None for name in LAUNCH_VARIABLES)
-    if rank is None and (world or 1) > 1:
-        raise SettingsError(f"The environment variable WORLD_SIZE is {world}, and RANK is not set.", _UNSET)
-    place = Place(rank or 0, 1 if world is None else world, local)
-    if place.rank >= place.world:
-        raise SettingsError(f"RANK is {place.rank}, and WORLD_SIZE is {'not set' if world is None else world}.", _UNSET)
-    return place
 
 
 def wait_for(
@@ -323,7 +274,7 @@ def _meet(place: Place, say: Callable[[str], None], patience: float) -> dist.Sto
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal():
         raise SettingsError(
-            f"WORLD_SIZE is {place.world}, and MASTER_ADDR and MASTER_PORT do not name where to meet.", _UNSET
+            f"WORLD_SIZE is {place.world}, and MASTER_ADDR and MASTER_PORT do not name where to meet.", UNSET
         )
 
     def absent() -> list[int]:
@@ -339,7 +290,7 @@ def _meet(place: Place, say: Callable[[str], None], patience: float) -> dist.Sto
     def named(ranks: Sequence[int]) -> str:
         return f"process {', '.join(map(str, ranks))} of {place.world} at {host}:{port}"
 
-    wait = partial(wait_for, named=named, patience=patience, remedy=_UNSET)
+    wait = partial(wait_for, named=named, patience=patience, remedy=UNSET)
     # torchrun keeps a store of its own there; without it rank 0 does.
     serves = place.main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     if not serves:

@@ -12,7 +12,7 @@ import torch
 
 from mbcd_cli.allocator import keep_freed_memory
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.processes import this_process
+from mbcd_cli.place import this_process
 from mbcd_cli.settings import RuntimeSettings
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from mbcd_cli import processes
 from mbcd_cli.errors import RunError, SettingsError
-from mbcd_cli.processes import ALONE, Place, this_process, wait_for
+from mbcd_cli.place import Place, this_process
+from mbcd_cli.processes import ALONE, wait_for
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "mbcd_cli"
 # From the bottom; a room imports what stands on lower lines, and itself. Rooms of one line do not know each other.
 FLOORS = (
     "__init__ errors say allocator randomness checksums naming json_values",
-    "files processes settings plugins",
+    "files place settings plugins",
+    "processes",
     "runtime plotting data integrity",
     "encoders",
     "model",

@@ -48,7 +48,7 @@ def landscape(
     if to and len({path.resolve() for path in to}) < len(to):
         raise UsageError("--to names one checkpoint twice.", "Leave one out.")
     from mbcd_cli.landscape import measure
-    from mbcd_cli.processes import this_process
+    from mbcd_cli.place import this_process
 
     if plot_only:
         drawn = measure.redraw(output or measure.default_output(checkpoint[0]))

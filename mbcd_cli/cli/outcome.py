@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +12,9 @@ from types import MappingProxyType
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.errors import MbcdError
+from mbcd_cli.errors import MbcdError, SettingsError
 from mbcd_cli.json_values import json_values
+from mbcd_cli.place import this_process
 from mbcd_cli.say import SILENT
 
 
@@ -88,9 +88,11 @@ def _fail(
 
 
 def _rank() -> int:
-    """As it stands in the environment; 0 where it is wrong there, which may be what the error is about."""
-    rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdecimal() else 0
+    """0 where the environment is wrong about it, which may be what the error is about."""
+    try:
+        return this_process().rank
+    except SettingsError:
+        return 0
 
 
 def finish(result: object, show: Callable[[], None], *, as_json: bool) -> None:

@@ -77,17 +77,16 @@ def train(
     settings = asked.resolve(preset, named=True)
     if show_settings:
         return emit_settings(settings, as_json=asked.as_json)
-    from mbcd_cli.runs.names import run_name
-    from mbcd_cli.runs.opening import open_for_training
-    from mbcd_cli.training.dry_run import dry_run as trial
-    from mbcd_cli.training.train import train
-
-    settings, data = open_for_training(settings)
     if dry_run:
-        plan = trial(settings, data, say=console.terminal)
+        from mbcd_cli.training.dry_run import dry_run_of_prepared
+
+        plan = dry_run_of_prepared(settings, say=console.terminal)
         return plan, partial(show_dry_run, plan)
-    folder = run or runs_dir / data.name / run_name(settings)
-    result = train(settings, data, run=folder, resume=resume, overwrite=overwrite, say=console.terminal)
+    from mbcd_cli.training.train import train_prepared
+
+    result = train_prepared(
+        settings, run=run, runs_dir=runs_dir, resume=resume, overwrite=overwrite, say=console.terminal
+    )
     return None if result is None else (result, partial(show_training, result))  # under torchrun rank 0 alone reports
 
 

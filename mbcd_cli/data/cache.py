@@ -39,7 +39,8 @@ from mbcd_cli.data.ranks import partial_is_ours
 from mbcd_cli.data.records import TEST_VIEW, Mended, Rejected
 from mbcd_cli.errors import FOREIGN, CacheError
 from mbcd_cli.files import open_hdf5, remove_partial, written_hdf5
-from mbcd_cli.processes import ALONE, Place
+from mbcd_cli.place import Place
+from mbcd_cli.processes import ALONE
 from mbcd_cli.settings import Settings, fields_for
 
 FORMAT = 2

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import lock
-from mbcd_cli.processes import ALONE, Place
+from mbcd_cli.place import Place
+from mbcd_cli.processes import ALONE
 
 PATIENCE = 3600.0
 """Seconds without a new shard after which rank 0 no longer waits for the other processes."""

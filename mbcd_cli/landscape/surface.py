@@ -13,7 +13,8 @@ import torch
 from mbcd_cli.landscape.directions import Sphere, Vector, move, move_many
 from mbcd_cli.landscape.objective import LossFunction
 from mbcd_cli.landscape.store import GridStore
-from mbcd_cli.processes import ALONE, Place
+from mbcd_cli.place import Place
+from mbcd_cli.processes import ALONE
 
 Advance = Callable[[int], None]
 

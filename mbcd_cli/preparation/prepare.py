@@ -24,10 +24,11 @@ from mbcd_cli.data.records import Mended, Rejected
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, CheckpointError
 from mbcd_cli.files import free_bytes, size_text, write_rows, write_text
+from mbcd_cli.place import this_process
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.trunk import Frozen, WeightsFile, build_trunk, row_bytes, save_weights, weights_file
-from mbcd_cli.processes import this_process, wait_for
+from mbcd_cli.processes import wait_for
 from mbcd_cli.runtime import configure, pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbcd_cli.files import write_text
-from mbcd_cli.processes import LAUNCH_VARIABLES
+from mbcd_cli.place import LAUNCH_VARIABLES
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import ENV_PREFIX, to_toml
 from mbcd_cli.sweep.packing import units

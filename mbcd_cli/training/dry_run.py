@@ -10,6 +10,7 @@ import torch
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
+from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import clip_sets
@@ -57,6 +58,16 @@ class TrainingPlan:
     steps: int
     estimated_training_seconds: float
     peak_memory_mb: float
+
+
+def dry_run_of_prepared(settings: Settings, *, say: Say = SILENT) -> TrainingPlan:
+    """`dry_run` on the prepared dataset that `settings` name.
+
+    Raises:
+        MbcdError: nothing prepared that matches; what `dry_run` raises.
+    """
+    settings, dataset = open_for_training(settings)
+    return dry_run(settings, dataset, say=say)
 
 
 def dry_run(settings: Settings, dataset: Dataset, *, say: Say = SILENT) -> TrainingPlan:

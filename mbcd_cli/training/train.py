@@ -18,6 +18,8 @@ from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.json_values import OPTIONAL, json_values
 from mbcd_cli.processes import ALONE, Group, joined
 from mbcd_cli.runs.folder import RunFolder, open_run
+from mbcd_cli.runs.names import run_name
+from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import ClipSet, clip_sets
@@ -64,6 +66,23 @@ class TrainingSummary:
     peak_memory_mb: float
     processes: int | None = field(default=None, metadata=OPTIONAL)
     plots: list[str] = field(default_factory=list)
+
+
+def train_prepared(
+    settings: Settings, *, run: Path | None, runs_dir: Path, resume: bool, overwrite: bool, say: Say = SILENT
+) -> TrainingSummary | None:
+    """`train` on the prepared dataset that `settings` name.
+
+    Args:
+        run: the run folder; None: one in `runs_dir`, named after dataset, method, modalities, target and seed.
+        resume, overwrite, say: as `train`.
+
+    Raises:
+        MbcdError: nothing prepared that matches; what `train` raises.
+    """
+    settings, dataset = open_for_training(settings)
+    folder = run or runs_dir / dataset.name / run_name(settings)
+    return train(settings, dataset, run=folder, resume=resume, overwrite=overwrite, say=say)
 
 
 def train(

@@ -11,7 +11,7 @@ from landscape_cases import make_checkpoint, make_dataset, make_settings
 
 from mbcd_cli.landscape import measure as command
 from mbcd_cli.landscape.store import read_grid
-from mbcd_cli.processes import this_process
+from mbcd_cli.place import this_process
 
 _RANK = """
 import sys

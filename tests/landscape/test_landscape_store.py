@@ -12,7 +12,7 @@ from landscape_cases import Quadratic, symmetric
 
 from mbcd_cli.landscape.store import GridStore, StoreError, axis, read_grid
 from mbcd_cli.landscape.surface import fill_grid
-from mbcd_cli.processes import Place
+from mbcd_cli.place import Place
 
 IDENTITY = {"weights": "abc", "directions": {"seed": 0}}
 

@@ -18,8 +18,9 @@ from test_cache import contents, same, settings_for
 from mbcd_cli.data.modality_cache import ModalityCache
 from mbcd_cli.data.ranks import locked, partial_is_ours
 from mbcd_cli.errors import CacheError, RunError
+from mbcd_cli.place import Place
 from mbcd_cli.preparation.prepare import prepare
-from mbcd_cli.processes import ALONE, Place
+from mbcd_cli.processes import ALONE
 from mbcd_cli.resolved import resolve
 
 SETS = [part for assignment in [*helpers.SMALL, "cache.shard_clips=1"] for part in ("--set", assignment)]

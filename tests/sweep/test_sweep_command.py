@@ -125,6 +125,9 @@ def test_more_trainings_at_a_time_than_fit_are_refused_with_the_number_that_do(c
     assert caught.value.remedy == "--pack 2 is the largest that fits."
     assert not (tmp_path / "runs").exists()
     check_prepared(cells, width=5, jobs=1)
+    larger = cells_of(cache, tmp_path / "runs", methods="simmmdg", seeds="1")
+    with pytest.raises(SettingsError, match="--pack 5"):
+        check_prepared([*cells, *larger], width=5, jobs=1)
 
 
 def test_what_is_prepared_tells_which_cells_are_small(cache, tmp_path):

@@ -21,10 +21,11 @@ from mbcd_cli.training.together import Wanted, train_together
 from mbcd_cli.training.train import train
 
 
-def settings_of(seed, *, target="c", method="mbcd", **training):
+def settings_of(seed, *, target="c", method="mbcd", optimizer="adam", **training):
     sources = tuple(domain for domain in "abc" if domain != target)
     chosen = {"seed": seed, "target_domain": target, "source_domains": sources, **training}
-    return memory_settings(training=chosen, method={"name": method}, model={"dropout": 0.3})
+    groups = {"optimizer": {"name": optimizer}, "model": {"dropout": 0.3}}
+    return memory_settings(training=chosen, method={"name": method}, **groups)
 
 
 def together(folder, settings, *, dataset=None, width=8, say=SILENT, told=SILENT):
@@ -57,10 +58,14 @@ def close(one, other):
         assert one == other
 
 
-@pytest.mark.parametrize("method", ["erm", "mbcd", "swad", "jat"])
-def test_members_leave_what_they_would_have_left_alone(tmp_path, method, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [("erm", "adam"), ("mbcd", "adam"), ("swad", "adamw"), ("jat", "adam"), ("erm", "sgd")]
+)
+def test_members_leave_what_they_would_have_left_alone(tmp_path, method, optimizer, monkeypatch):
     monkeypatch.setattr("mbcd_cli.training.curves.plot_run", lambda *args: [])
-    members = [settings_of(0, method=method), settings_of(1, target="a", method=method), settings_of(2, method=method)]
+    members = [
+        settings_of(seed, target=target, method=method, optimizer=optimizer) for seed, target in enumerate("cac")
+    ]
     outcomes = together(tmp_path / "population", members, width=2)
     for number, settings in enumerate(members):
         summary = alone(tmp_path / str(number), settings)
@@ -90,8 +95,9 @@ def test_a_member_that_diverges_stops_alone(tmp_path):
     assert [(tmp_path / str(number) / "done").is_file() for number in range(3)] == [True, False, True]
 
 
-def test_stopped_and_gone_on_with_a_population_ends_in_the_same_bits(tmp_path):
-    members = [settings_of(seed, epochs=3) for seed in range(3)]
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_stopped_and_gone_on_with_a_population_ends_in_the_same_bits(tmp_path, optimizer):
+    members = [settings_of(seed, optimizer=optimizer, epochs=3) for seed in range(3)]
     together(tmp_path / "whole", members)
 
     lines = []

@@ -62,6 +62,7 @@ class Subject:
         kind: type[Method] | None = None,
         order: Sequence[int] = (),
         shrunk: float = 1.0,
+        optimizer: str = "adam",
         **training: object,
     ) -> Training:
         """A training of a tiny float64 model.
@@ -79,7 +80,7 @@ class Subject:
             "model": {"hidden": 8, "dropout": dropout * shrunk, "modalities": names},
             "method": _shrunk(self.kind.Settings.model_validate(self.method), shrunk),
             "average": {"beta": 0.9 * shrunk, **self.average},
-            "optimizer": {"lr": 1e-2 * shrunk, "weight_decay": 1e-3 * shrunk},
+            "optimizer": {"name": optimizer, "lr": 1e-2 * shrunk, "weight_decay": 1e-3 * shrunk},
             "training": training,
             "runtime": {"device": "cpu", "precision": "float32", "channels_last": "off"},
         }

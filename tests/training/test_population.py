@@ -83,8 +83,8 @@ def test_members_leave_what_they_would_have_left_alone(tmp_path, method, optimiz
         assert sizes[0] == pytest.approx(sizes[1], rel=0.01), "no tensor drags the others' memory along"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_other_optimizers_do_what_they_do_alone(optimizer):
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_optimizers_do_what_they_do_alone_and_keep_their_moments_where_members_are_stacked_anew(optimizer):
     subject = Subject.of("ema")
 
     def trained(together):
@@ -96,9 +96,11 @@ def test_other_optimizers_do_what_they_do_alone(optimizer):
                 for number in range(6):
                     members[-1].step(subject.batch(10 * seed + number))
         if together:
-            stacked = StackedStep([Member(member.step, member.randomness) for member in members])
-            for number in range(6):
-                stacked([subject.batch(10 * seed + number) for seed in range(3)])
+            for begin in (0, 3):
+                stacked = StackedStep([Member(member.step, member.randomness) for member in members])
+                for number in range(begin, begin + 3):
+                    stacked([subject.batch(10 * seed + number) for seed in range(3)])
+                stacked.release()
         return [weights(member.step) for member in members]
 
     for one, other in zip(trained(True), trained(False), strict=True):

@@ -397,7 +397,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         FileError: another line is no JSON.
     """
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)

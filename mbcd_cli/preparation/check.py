@@ -8,7 +8,8 @@ Letters: N clips.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -191,6 +192,9 @@ def _modality(
             weights = CheckedWeights(True, file=str(source.file), sha256=source.sha256)
     except CheckpointError as error:
         weights = CheckedWeights(False, str(error))
+        with suppress(CheckpointError):  # where it is another file than the settings say, it is told which
+            source = weights_file(settings, modality.model_copy(update={"weights_sha256": None}))
+            weights = replace(weights, file=str(source.file), sha256=source.sha256)
     plan = plan_cache(settings, listing, name, modality, weights=source)
     to_do = plan.to_do(listing.clips)
     left = np.array([i for n in to_do for i in plan.shards[n]], np.int64)

@@ -5,6 +5,7 @@ A record is `{"epoch": 3, "validation": {"teacher": {"fused": {"accuracy": 0.9}}
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ def fused_accuracy(record: Mapping[str, object], clips: str, model: str) -> floa
     value: object = record
     for key in (clips, model, "fused", "accuracy"):
         value = value.get(key) if isinstance(value, Mapping) else None
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def accuracy_history(records: Sequence[Mapping[str, object]]) -> History | None:

@@ -77,7 +77,16 @@ def _evaluate(folder: Path, *, threads: int, say: Say) -> None:
     )
     settings = settings.model_copy(update={"evaluation": asked.evaluation})
     wanted = {name: checkpoints[name] for name in settings.evaluation.checkpoints if name in checkpoints}
-    evaluate.evaluate(settings, data, wanted, device=configure(settings.runtime), run=folder, output=folder, say=say)
+    evaluate.evaluate(
+        settings,
+        data,
+        wanted,
+        device=configure(settings.runtime),
+        run=folder,
+        output=folder,
+        pictures=asked.evaluation.report,  # for tables alone nothing is drawn
+        say=say,
+    )
 
 
 def log(line: str) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mbcd_cli.errors import FileError
+from mbcd_cli.errors import FOREIGN, FileError
 from mbcd_cli.files import held, read_json, read_records, write_json
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.scoring.deployed import deployed_of
-from mbcd_cli.scoring.history import fused_accuracy
+from mbcd_cli.scoring.history import CLIPS, fused_accuracy
 
 State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
 
@@ -73,13 +73,8 @@ class CellProgress:
 def progress(folder: Path) -> CellProgress:
     """The last record of the run's metrics.jsonl, of the deployed model."""
     try:
-        records = read_records(folder / "metrics.jsonl")
-    except FileError:  # being written
+        *_, last = [{}, *read_records(folder / "metrics.jsonl")]
+        accuracies = [fused_accuracy(last, clips, deployed_of(last.get(clips) or ())) for clips in CLIPS]
+        return CellProgress(int(last.get("epoch", 0)), *accuracies)
+    except (FileError, *FOREIGN):  # being written, or nothing of ours
         return CellProgress(0)
-    if not records:
-        return CellProgress(0)
-
-    def accuracy(clips: str) -> float | None:
-        return fused_accuracy(records[-1], clips, deployed_of(records[-1].get(clips) or ()))
-
-    return CellProgress(int(records[-1].get("epoch", 0)), accuracy("validation"), accuracy("target"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 import shlex
@@ -147,6 +148,10 @@ def test_weights_and_room_are_checked_beforehand(root, tmp_path, monkeypatch):
     shown = run(*common, *own, "--weights-dir", tmp_path, code=1).stderr
     assert "own.pth: its SHA-256 begins with" in shown
     assert "get it again" in shown
+    told = run(*common, *own, "--weights-dir", tmp_path, "--json", code=1).data["modalities"]["video"]["weights"]
+    assert not told["present"]
+    assert told["file"] == str(tmp_path / "own.pth")
+    assert told["sha256"] == hashlib.sha256(b"another file").hexdigest()
     monkeypatch.setattr("mbcd_cli.preparation.check.free_bytes", lambda folder: 10)
     report = check(tree(root, tmp_path, "model.modalities=video"))
     assert (report.fits, report.exit_code) == (False, 1)

@@ -22,7 +22,7 @@ from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.cell import run_cell
 from mbcd_cli.sweep.packing import small
-from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
+from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, CellProgress, beside, progress, read_failure, state
 from mbcd_cli.sweep.sweep import check_prepared, estimate_sweep, run
 from mbcd_cli.training import train
 from mbcd_cli.training.together import member_bytes
@@ -101,6 +101,24 @@ def test_a_killed_child_resumes_to_the_numbers_of_an_uninterrupted_run(cache, tm
     row = next(t for t in found["tables"] if t["name"].endswith("multi-source"))["rows"][0]
     assert row[0] == "mbcd"
     assert row[1]["value"] == pytest.approx(100 * best)
+
+
+def test_what_the_board_reads_may_be_anything(tmp_path):
+    def told(accuracy):
+        return {"teacher": {"fused": {"accuracy": accuracy}}}
+
+    log = tmp_path / "metrics.jsonl"
+    assert progress(tmp_path) == CellProgress(0)
+    log.write_text(json.dumps({"epoch": 3, "validation": told(0.5), "target": told(0.25)}) + "\n")
+    whole = log.read_bytes()
+    assert progress(tmp_path) == CellProgress(3, 0.5, 0.25)
+    for last in (b'{"epoch": null}\n', b'{"epoch": 4, "validation": 5}\n', b'\xff\n{"epoch": 4}\n'):
+        log.write_bytes(whole + last)
+        assert progress(tmp_path) == CellProgress(0)
+    log.write_bytes(whole + '{"epoch": "ä'.encode()[:-1])
+    assert progress(tmp_path).epochs == 3
+    log.write_text(json.dumps({"epoch": 4, "validation": told(float("nan"))}))
+    assert progress(tmp_path) == CellProgress(4)
 
 
 def test_dry_run_times_steps_and_writes_nothing(cache, tmp_path):
@@ -204,4 +222,6 @@ def test_a_cell_that_fails_says_why_and_one_that_is_held_is_left_alone(cache, tm
     beside(cell.folder, "toml").write_text(to_toml(good.settings))
     assert run_cell(cell.folder, threads=1) == DONE_CODE
     assert (state(cell.folder), read_failure(cell.folder)) == ("done", "")
+    files = json.loads((cell.folder / "results.json").read_text())["files"]
+    assert not [name for name in files if name.endswith(".png")], "for tables alone nothing is drawn"
     assert run_cell(cell.folder, threads=1) == DONE_CODE

@@ -25,7 +25,7 @@ from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
 
 _FORMAT = "mbcd-checkpoint"
-_VERSION = 3
+_VERSION = 4
 _MODALITIES = TypeAdapter(dict[str, AnyKind])
 
 Tensors = dict[str, torch.Tensor]

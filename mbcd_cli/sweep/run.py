@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mbcd_cli.allocator import with_huge_pages
 from mbcd_cli.files import write_text
 from mbcd_cli.place import LAUNCH_VARIABLES
 from mbcd_cli.settings import Settings
@@ -135,15 +136,17 @@ def start(
     for cell in left:
         write_settings(cell)
     line = cell_command(cells[0], threads=threads)
+    variables = environment(threads=threads, gpu=gpu)
     if len(cells) > 1:
         line = [sys.executable, "-m", PACKER, str(threads), str(width or 0)]
+        variables = with_huge_pages(variables)
     with beside(cells[0].folder, "log").open("ab") as log:
         process = subprocess.Popen(
             line,
             stdin=subprocess.PIPE,  # held open to the end: a process whose sweep is killed ends too
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment(threads=threads, gpu=gpu),
+            env=variables,
             # Ctrl-C reaches the sweep alone, which then asks its processes to write their checkpoints.
             start_new_session=True,
         )

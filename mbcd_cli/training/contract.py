@@ -28,6 +28,7 @@ from mbcd_cli.randomness import global_states, load_global_states, seed_everythi
 from mbcd_cli.settings import ReaderSettings, Settings, Slice
 from mbcd_cli.settings.sources import merge
 from mbcd_cli.training.assemble import Training, train_with
+from mbcd_cli.training.optimizer import load_optimizer, optimizer_state
 from mbcd_cli.training.population import Member, StackedStep
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
@@ -202,7 +203,7 @@ def check_resume(subject: Subject) -> None:
         {
             "weights": weights(whole.step),
             "average": None if whole.step.average is None else whole.step.average.state(),
-            "optimizer": whole.step.optimizer.state_dict(),
+            "optimizer": optimizer_state(whole.step.optimizer),
             "randomness": whole.randomness.state(),
             "global": global_states(),
         },
@@ -220,7 +221,7 @@ def check_resume(subject: Subject) -> None:
     for part, module in parts.items():
         of_part = {k.removeprefix(f"{part}."): v for k, v in state["weights"].items() if k.startswith(f"{part}.")}
         module.load_state_dict(of_part)
-    again.step.optimizer.load_state_dict(state["optimizer"])
+    load_optimizer(again.step.optimizer, state["optimizer"])
     again.randomness.load(state["randomness"])
     load_global_states(state["global"])
     again.step.context.step.fill_(3)

@@ -15,7 +15,7 @@ from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.checkpoint import by_itself, load_checkpoint
 from mbcd_cli.runs.folder import RunFolder
 from mbcd_cli.training.figures import Layout
-from mbcd_cli.training.optimizer import load_optimizer
+from mbcd_cli.training.optimizer import load_optimizer, optimizer_state
 from mbcd_cli.training.step import TrainStep
 from mbcd_cli.training.validation import EpochRecord
 
@@ -46,13 +46,8 @@ class Progress:
 
 def training_state(progress: Progress, step: TrainStep, randomness: Randomness, run: RunFolder) -> dict[str, Any]:
     """What a checkpoint holds beside the models: own modules, average, optimizer, random states, figures, logs."""
-    optimizer = step.optimizer.state_dict()
-    moments = {
-        at: {k: by_itself(v) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
-        for at, state in optimizer["state"].items()
-    }
     return {
-        "optimizer": {**optimizer, "state": moments},
+        "optimizer": optimizer_state(step.optimizer),
         "method": {name: by_itself(value) for name, value in step.method.state_dict().items()},
         "average": {} if step.average is None else step.average.state(),
         "randomness": randomness.state(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +30,10 @@ from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.interrupts import Interrupts
 from mbcd_cli.training.population import Member, StackedStep, StackingError
+from mbcd_cli.training.stacked_predictions import predict_stacked, stackable
 from mbcd_cli.training.train import ClipsOfTraining, TrainingSummary, summarise, summary_of, train, trainer_of
-from mbcd_cli.training.trainer import Trainer
+from mbcd_cli.training.trainer import Asking, Said, Trainer
+from mbcd_cli.training.validation import Validation
 
 RESIDENT_BYTES = 2**31
 """Rows that are kept in memory for all members: at most so many bytes of them."""
@@ -55,12 +57,12 @@ Outcome = TrainingSummary | Exception
 
 @dataclass(slots=True)
 class _Member:
-    """A training under way: its trainer, what it asks for, and the batch of its next step."""
+    """A training under way: its trainer, its asking, and what it asks for."""
 
     wanted: Wanted
     trainer: Trainer
-    asking: Generator[Batch, torch.Tensor, None]
-    batch: Batch
+    asking: Asking
+    asked: Batch | Validation | None
     held: ExitStack
     started: float
     first: int
@@ -120,11 +122,13 @@ def train_together(
             live = [place for place in places if place.live]
             if not live:
                 return
+            if _validated(live, feed, end):
+                continue
             if stacked is None:
                 inputs = None if resident is None else lambda name, rows: resident.at(name, *rows)
                 stacked = StackedStep([place.row for place in places], inputs=inputs)
             try:
-                vectors = stacked([place.member.batch if place.live else live[0].member.batch for place in places])
+                vectors = stacked([place.member.asked if place.live else live[0].member.asked for place in places])
             except (RuntimeError, TypeError, StackingError) as error:
                 cause = next(iter(str(error).splitlines()), type(error).__name__)
                 say.warn(f"These trainings cannot be stacked, and go on one after another: {cause}")
@@ -253,10 +257,10 @@ def _one_by_one(
             end(one, outcome)
 
 
-def _goes_on(member: _Member, vector: torch.Tensor | None, end: Callable[[Wanted, Outcome], None]) -> bool:
-    """Hand a member the figures of its step (None: it begins); whether it asks for another one."""
+def _goes_on(member: _Member, answer: torch.Tensor | Said | None, end: Callable[[Wanted, Outcome], None]) -> bool:
+    """Hand a member the figures of its step, or what its models say (None: it begins); whether it asks for more."""
     try:
-        member.batch = member.asking.send(vector)
+        member.asked = member.asking.send(answer)
         return True
     except StopIteration:
         outcome: Outcome = _finished(member)
@@ -265,6 +269,32 @@ def _goes_on(member: _Member, vector: torch.Tensor | None, end: Callable[[Wanted
     member.held.close()
     end(member.wanted, outcome)
     return False
+
+
+def _validated(live: Sequence[_Place], feed: Feed, end: Callable[[Wanted, Outcome], None]) -> bool:
+    """Answer the members that ask for a validation, as many at once as have as many clips; whether there were any."""
+    alike: dict[tuple[int, tuple[str, ...]], list[_Place]] = {}
+    for place in live:
+        if isinstance(asked := place.member.asked, Validation):
+            alike.setdefault((len(asked.clips), tuple(asked.models)), []).append(place)
+    for places in alike.values():
+        for place, said in zip(places, _said([place.member for place in places], feed), strict=True):
+            place.live = _goes_on(place.member, said, end)
+    return bool(alike)
+
+
+def _said(members: Sequence[_Member], feed: Feed) -> list[Said]:
+    """What each one's models say."""
+    asked, trainer = [member.asked for member in members], members[0].trainer
+    clips, precision = [one.clips for one in asked], trainer.settings.runtime.precision
+    said: list[Said] = [{} for _ in members]
+    for name in asked[0].models:
+        models = [one.models[name] for one in asked]
+        if not stackable(models[0]):
+            return [member.trainer.predicted(member.asked) for member in members]
+        for its, what in zip(said, predict_stacked(models, clips, feed, precision=precision), strict=True):
+            its[name] = what
+    return said
 
 
 def _finished(member: _Member) -> Outcome:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from mbcd_cli.runs.events import Events
 from mbcd_cli.runs.folder import RunFolder
 from mbcd_cli.say import SILENT, Say, Ticker
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet
+from mbcd_cli.scoring.predictions import Predictions, predict
 from mbcd_cli.settings import Settings
 from mbcd_cli.training import watch
 from mbcd_cli.training.feed import Feed
@@ -35,7 +36,12 @@ from mbcd_cli.training.interrupts import Interrupts
 from mbcd_cli.training.optimizer import rate_factor, set_rates
 from mbcd_cli.training.resume import Progress, resume, training_state
 from mbcd_cli.training.step import TrainStep
-from mbcd_cli.training.validation import EpochRecord, HeadRecord, HeldOutRecord, held_out_record
+from mbcd_cli.training.validation import EpochRecord, HeadRecord, Validation, held_out_record, merged
+
+Said = Mapping[str, Predictions]
+"""What each of a training's models says on held-out clips."""
+Asking = Generator[Batch | Validation, torch.Tensor | Said, None]
+"""A training that asks for what it needs."""
 
 
 def better(figures: HeadRecord, best: HeadRecord) -> bool:
@@ -128,14 +134,16 @@ class Trainer:
             asking = self.training(interrupts, ticker)
             with closing(asking):
                 try:
-                    batch = next(asking)
+                    asked = next(asking)
                     while True:
-                        batch = asking.send(self.run_step(batch))
+                        step = isinstance(asked, Batch)
+                        asked = asking.send(self.run_step(asked) if step else self.predicted(asked))
                 except StopIteration:
                     return self.progress
 
-    def training(self, interrupts: Interrupts, ticker: Ticker) -> Generator[Batch, torch.Tensor, None]:
-        """The whole training, which asks for every step: it yields a batch and is sent the step's figures, [F].
+    def training(self, interrupts: Interrupts, ticker: Ticker) -> Asking:
+        """The whole training, which asks for every step: it yields a batch and is sent the step's figures, [F]; and for
+        every validation, when it is sent what the models say, by name.
 
         Raises:
             RunError: as `fit`.
@@ -149,7 +157,7 @@ class Trainer:
             if self._events is not None:
                 self._events.close()
 
-    def _epoch(self) -> Generator[Batch, torch.Tensor, None]:
+    def _epoch(self) -> Asking:
         progress, training = self.progress, self.settings.training
         started, first_step = time.monotonic(), progress.step
         self.feed.reset()
@@ -172,7 +180,7 @@ class Trainer:
                         break
         seconds = time.monotonic() - started
         self._flush()
-        record = self._evaluate()
+        record = yield from self._evaluate()
         self._finish_epoch(record)
         self.run.append(
             "timing.jsonl",
@@ -275,13 +283,13 @@ class Trainer:
         rows = {modality: row[name] for modality, row in figures["modalities"].items() if name in row}
         return f"{name} {', '.join(f'{modality} {value:.2f}' for modality, value in rows.items())}" if rows else ""
 
-    def _evaluate(self) -> EpochRecord:
+    def _evaluate(self) -> Generator[Validation, Said, EpochRecord]:
         """The epoch's record: training means, validation and target figures."""
         progress = self.progress
         models = {"student": self.step.model}
         if self.step.average is not None:
             if self.step.average.reads_validation:  # before the averaged weights are known
-                loss = self._validated(models, SOURCE).student.fused.loss
+                loss = held_out_record((yield self._validation(models, SOURCE))).student.fused.loss
                 if loss is None:
                     self._non_finite("The validation loss is not finite")
                 self.step.average.validated(loss, progress.step)
@@ -290,25 +298,26 @@ class Trainer:
             epoch=progress.epoch + 1,
             step=progress.step,
             train=self._layout.unpack((progress.sums / progress.clips).tolist()),
-            validation=self._validated(models, SOURCE),
-            target=self._validated(models, TARGET) if TARGET in self.held_out else None,
+            validation=held_out_record((yield self._validation(models, SOURCE))),
+            target=held_out_record((yield self._validation(models, TARGET))) if TARGET in self.held_out else None,
         )
         if any(figures.fused.loss is None for figures in record.validation.models.values()):
             self._non_finite("The validation loss is not finite")
         return record
 
-    def _validated(self, models: dict[str, MultiModalModel], name: str) -> HeldOutRecord:
-        """`held_out_record` on the clip set `name`, shared among the processes."""
-        clips, group = self.held_out[name].clips, ALONE
+    def _validation(self, models: Mapping[str, MultiModalModel], name: str) -> Validation:
+        return Validation(models, self.held_out[name].clips)
+
+    def predicted(self, asked: Validation) -> Said:
+        """What the models say on the held-out clips, which the processes share."""
+        clips, group = asked.clips, ALONE
         if len(clips) >= self.group.world:
             clips, group = np.array_split(clips, self.group.world)[self.group.rank], self.group
-        return held_out_record(
-            models,
-            lambda: self._watched(clips),
-            device=self.device,
-            precision=self.settings.runtime.precision,
-            group=group,
-        )
+        how = {"device": self.device, "precision": self.settings.runtime.precision}
+        return {
+            name: merged(group.gathered(predict(model, self._watched(clips), **how)))
+            for name, model in asked.models.items()
+        }
 
     def _watched(self, clips: np.ndarray) -> Iterator[Batch]:
         for batch in self.feed.testing(clips, batch_size=self.settings.evaluation.batch_size):

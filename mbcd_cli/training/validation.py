@@ -5,20 +5,32 @@ Letters: N clips, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from mbcd_cli.data.records import Batch
 from mbcd_cli.json_values import OPTIONAL
 from mbcd_cli.methods.parts import distillation, teacher_probabilities
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.scoring.metrics import finite, mean_cross_entropy, top1
-from mbcd_cli.scoring.predictions import Predictions, predict
+from mbcd_cli.scoring.predictions import Predictions
 from mbcd_cli.training.figures import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What a training asks for when an epoch is over: what its models say on held-out clips.
+
+    Attributes:
+        models: "teacher" (if any) and "student".
+        clips: indices into the clip table, [N].
+    """
+
+    models: Mapping[str, MultiModalModel]
+    clips: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,25 +104,8 @@ def model_record(predictions: Predictions) -> ModelRecord:
     return ModelRecord(of(predictions.fused), {name: of(logits) for name, logits in predictions.unimodal.items()})
 
 
-def held_out_record(
-    models: dict[str, MultiModalModel],
-    batches: Callable[[], Iterable[Batch]],
-    *,
-    device: torch.device,
-    precision: str,
-    group: Group = ALONE,
-) -> HeldOutRecord:
-    """Figures of every model on the same clips.
-
-    Args:
-        models: "teacher" (if any) and "student".
-        batches: gives the clips anew on every call; of this process, where several share them.
-        group: the processes that share the clips; all get the figures of all clips.
-    """
-    predictions = {
-        name: _merged(group.gathered(predict(model, batches(), device=device, precision=precision)))
-        for name, model in models.items()
-    }
+def held_out_record(predictions: Mapping[str, Predictions]) -> HeldOutRecord:
+    """Figures of a training's models ("teacher", if any, and "student") on the same clips."""
     divergence = None
     if "teacher" in predictions:
         target = teacher_probabilities(predictions["teacher"].fused.double())
@@ -118,7 +113,7 @@ def held_out_record(
     return HeldOutRecord(**{name: model_record(told) for name, told in predictions.items()}, divergence=divergence)
 
 
-def _merged(parts: list[Predictions]) -> Predictions:
+def merged(parts: Sequence[Predictions]) -> Predictions:
     """Predictions of several processes in the order of their ranks, as one."""
     if len(parts) == 1:
         return parts[0]

@@ -13,7 +13,7 @@ from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.settings import OptimizerSettings
 from mbcd_cli.training import train as command
-from mbcd_cli.training.optimizer import build_optimizer, load_optimizer, rate_factor, set_rates
+from mbcd_cli.training.optimizer import build_optimizer, load_optimizer, optimizer_state, rate_factor, set_rates
 
 
 def test_a_cosine_is_torchs():
@@ -45,7 +45,7 @@ def test_groups_keep_their_proportion_and_a_loaded_state_its_tensors():
     for group in other.param_groups:
         group["lr"] = torch.tensor(group["lr"])
     kept = [group["lr"] for group in other.param_groups]
-    load_optimizer(other, optimizer.state_dict())
+    load_optimizer(other, optimizer_state(optimizer))
     set_rates(other, 0.1)
     assert all(group["lr"] is rate for group, rate in zip(other.param_groups, kept, strict=True))
     assert [float(rate) for rate in kept] == pytest.approx([0.01, 0.05])

@@ -12,6 +12,7 @@ import typer
 from mbcd_cli import console
 from mbcd_cli.cli.evaluate import show_comparison
 from mbcd_cli.cli.options import Asked, DryRun, Output, Reply, RunsDir, command, dataset_preset
+from mbcd_cli.files import size_text
 from mbcd_cli.json_values import json_values
 
 if TYPE_CHECKING:
@@ -116,18 +117,25 @@ def show_plan(plan: SweepPlan) -> None:
     """Print what a dry run returned."""
     rows = [(Path(cell.run).name.rsplit("-", 1)[-1], cell.name) for cell in plan.cells]
     console.table(f"{len(rows)} runs", ("run", "method, modalities, domains, seed"), rows)
+    if plan.populations:
+        rows = [
+            (
+                one.methods[0] if len(one.methods) == 1 else f"{one.methods[0]} and {len(one.methods) - 1} more",
+                "+".join(one.modalities),
+                *(one.runs, one.processes, one.width, size_text(one.memory_bytes)),
+            )
+            for one in plan.populations
+        ]
+        columns = ("method", "modalities", "runs", "processes", "at a time", "memory of each")
+        console.table("trained together", columns, rows)
     states = ", ".join(f"{number} {name}" for name, number in sorted(plan.states.items()))
     time_text = "time not known" if plan.seconds is None else f"about {console.duration(plan.seconds)}"
-    disk = "disk not known" if plan.disk_bytes is None else f"about {_size(plan.disk_bytes)} of disk"
+    disk = "disk not known" if plan.disk_bytes is None else f"about {size_text(plan.disk_bytes)} of disk"
     for line in (
         f"{states}.",
         f"Left: {plan.left} runs, {plan.jobs} at a time: {time_text} ({plan.basis}); {disk}.",
     ):
         console.show(line)
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.1f} GB"
 
 
 def show_sweep(done: Comparison) -> None:

@@ -107,11 +107,6 @@ def write_settings(cell: Cell) -> Path:
     return write_text(path, to_toml(cell.settings, sealed=True), place="--runs-dir")
 
 
-def cell_command(cell: Cell, *, threads: int) -> list[str]:
-    """The command line of the cell's process."""
-    return [sys.executable, "-m", WORKER, str(cell.folder), str(threads)]
-
-
 def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
     """The environment of a cell's process: settled settings, alone in its training, and one GPU at most."""
     inherited = {
@@ -123,38 +118,50 @@ def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
     return inherited | own | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
 
 
-def start(
-    cells: Sequence[Cell], left: Sequence[Cell], *, threads: int, gpu: str | None, slot: int, width: int | None = None
-) -> Job:
-    """Begin (or go on with) a cell, or a population, in a process of its own; its log is the first's `X.log`.
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What begins the process of a cell, or of a population.
 
-    Args:
-        cells: of the process. left: those of them that are not done.
-        threads, gpu: that it may use. slot: its number among those that run.
-        width: trainings of a population under way at a time; None: as many as are quick.
+    Attributes:
+        line: its command line. folders: run folders that it is told, where they are several.
+        threads: that it may use. log: where what it says goes.
     """
-    for cell in left:
-        write_settings(cell)
-    line = cell_command(cells[0], threads=threads)
-    variables = environment(threads=threads, gpu=gpu)
-    if len(cells) > 1:
-        line = [sys.executable, "-m", PACKER, str(threads), str(width or 0)]
-        variables = with_huge_pages(variables)
-    with beside(cells[0].folder, "log").open("ab") as log:
-        process = subprocess.Popen(
-            line,
-            stdin=subprocess.PIPE,  # held open to the end: a process whose sweep is killed ends too
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=variables,
-            # Ctrl-C reaches the sweep alone, which then asks its processes to write their checkpoints.
-            start_new_session=True,
-        )
-    if len(cells) > 1:
-        with suppress(BrokenPipeError):
-            process.stdin.write("".join(f"{cell.folder}\n" for cell in cells).encode() + b"\n")
-            process.stdin.flush()
-    return Job(left, len(cells) > 1, process, slot, time.monotonic())
+
+    line: tuple[str, ...]
+    folders: tuple[str, ...]
+    threads: int
+    log: str
+
+    @classmethod
+    def of(cls, cells: Sequence[Cell], *, threads: int, width: int | None = None) -> Command:
+        """That of these cells; its log is the first's `X.log`.
+
+        Args:
+            width: trainings of a population under way at a time; None: as many as are quick.
+        """
+        folders = tuple(str(cell.folder.absolute()) for cell in cells)
+        words = (WORKER, folders[0], str(threads)) if len(cells) == 1 else (PACKER, str(threads), str(width or 0))
+        line = (sys.executable, "-m", *words)
+        return cls(line, folders if len(cells) > 1 else (), threads, str(beside(cells[0].folder, "log").absolute()))
+
+    def begin(self, *, gpu: str | None = None) -> subprocess.Popen:
+        """Begin, or go on with what is begun, on one GPU at most."""
+        variables = environment(threads=self.threads, gpu=gpu)
+        with Path(self.log).open("ab") as log:
+            process = subprocess.Popen(
+                self.line,
+                stdin=subprocess.PIPE,  # held open to the end: a process whose sweep is killed ends too
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=with_huge_pages(variables) if self.folders else variables,
+                # Ctrl-C reaches the sweep alone, which then asks its processes to write their checkpoints.
+                start_new_session=True,
+            )
+        if self.folders:
+            with suppress(BrokenPipeError):
+                process.stdin.write("".join(f"{folder}\n" for folder in self.folders).encode() + b"\n")
+                process.stdin.flush()
+        return process
 
 
 def execute(
@@ -230,19 +237,25 @@ def _fill(
             for cell in left:
                 board.waiting.remove(cell)
             gpu = gpus[slot % len(gpus)] if gpus else None
-            board.running[slot] = start(cells, left, threads=threads, width=width, gpu=gpu, slot=slot)
+            for cell in left:
+                write_settings(cell)
+            process = Command.of(cells, threads=threads, width=width).begin(gpu=gpu)
+            board.running[slot] = Job(left, len(cells) > 1, process, slot, time.monotonic())
 
 
 def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
     """Where the cells go whose process has ended with `code` (negative: the signal that killed it)."""
     seconds = (time.monotonic() - job.started) / len(job.cells)
     for cell in job.cells:
-        own = code
-        if job.packed:  # its folder tells; a stop or a kill is the process's
-            own = {"done": DONE_CODE, "failed": FAILED_CODE, "running": BUSY_CODE}.get(state(cell.folder), code or -1)
+        own = code_of(cell, code) if job.packed else code
         _settle_one(board, cell, own, kills)
         if own == DONE_CODE:
             board.seconds.append(seconds)
+
+
+def code_of(cell: Cell, code: int) -> int:
+    """That of a cell in a population whose process ended with `code`: its folder tells; a stop or a kill is of all."""
+    return {"done": DONE_CODE, "failed": FAILED_CODE, "running": BUSY_CODE}.get(state(cell.folder), code or -1)
 
 
 def _settle_one(board: Board, cell: Cell, code: int, kills: dict[str, int]) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbcd_cli.errors import RunError
+from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import parse_value
+from mbcd_cli.sweep.packing import units
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.run import Board, begin, cell_command, environment, last_line, write_settings
+from mbcd_cli.sweep.run import Board, Command, begin, code_of, last_line, write_settings
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, read_failure, state
 
 if TYPE_CHECKING:
@@ -28,36 +28,28 @@ DEFAULTS: dict[str, object] = {"timeout_min": 720, "cpus_per_task": 4}
 
 @dataclass(slots=True)
 class Task:
-    """What a job does: run a cell's process; before the time limit or a preemption have it write its checkpoint.
+    """What a job does: run the process of a cell or a population; before the time limit or a preemption have it write
+    its checkpoints.
 
-    submitit pickles it; called on the node it returns the exit code of the cell's process.
+    submitit pickles it; called on the node it returns the exit code of the process.
     """
 
-    folder: str
-    line: tuple[str, ...]
-    threads: int
+    command: Command
     process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
-        """Run the cell to its end."""
-        with Path(f"{self.folder}.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                self.line,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(threads=self.threads, gpu=None),
-            )
-            return self.process.wait()
+        """Run the cells to their end."""
+        self.process = self.command.begin()
+        return self.process.wait()
 
     def checkpoint(self) -> DelayedSubmission:
-        """submitit calls this when Slurm is about to end the job; the job it returns goes on from the checkpoint."""
+        """submitit calls this when Slurm is about to end the job; the job it returns goes on from the checkpoints."""
         import submitit
 
         if self.process is not None:
             self.process.terminate()
             self.process.wait()
-        return submitit.helpers.DelayedSubmission(Task(self.folder, self.line, self.threads))
+        return submitit.helpers.DelayedSubmission(Task(self.command))
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, object]:
@@ -80,6 +72,9 @@ def submit(
     *,
     options: Sequence[str],
     threads: int = 0,
+    width: int | None = 0,
+    jobs: int = 1,
+    prepared: Mapping[str, Settings] | None = None,
     retry_failed: bool = False,
     watch: Callable[[Board], None] = lambda board: None,
     poll: float = 5.0,
@@ -93,6 +88,7 @@ def submit(
         options: `key=value` parameters of submitit; `cluster=local` runs the jobs as processes of this machine,
             `folder` is where submitit's own logs go (default: `submitit` beside the runs).
         threads: CPU threads of a job; 0 takes `cpus_per_task`.
+        width, jobs, prepared: as `packing.units` reads them; a population is one job.
         retry_failed: run failed cells again.
         watch: called every `poll` seconds.
 
@@ -124,32 +120,38 @@ def submit(
     each = threads or int(asked["cpus_per_task"])
     for cell in wanted:
         write_settings(cell)
-    jobs: list[SubmittedJob] = []
+    together = units(cells, width=width, jobs=jobs, prepared=prepared or {})
+    shares = list({together[cell.key][0].key: together[cell.key] for cell in wanted}.values())
+    submitted: list[SubmittedJob] = []
     try:
-        for at in range(0, len(wanted), _ARRAY_JOBS):
+        for at in range(0, len(shares), _ARRAY_JOBS):
             with executor.batch():
-                for cell in wanted[at : at + _ARRAY_JOBS]:
-                    command = tuple(cell_command(cell, threads=each))
-                    jobs.append(executor.submit(Task(os.fspath(cell.folder.absolute()), command, each)))
+                for share in shares[at : at + _ARRAY_JOBS]:
+                    submitted.append(executor.submit(Task(Command.of(share, threads=each, width=width))))
     except FailedJobError as error:
         why = str(error).strip().splitlines()[-1] if str(error).strip() else "sbatch failed"
         raise RunError(f"Slurm refuses the jobs: {why}", "Correct --slurm key=value, or ask for fewer runs.") from error
-    pending = dict(zip((cell.key for cell in wanted), zip(wanted, jobs, strict=True), strict=True))
+    pending = list(zip(shares, submitted, strict=True))
     while pending:
-        for key, (cell, job) in list(pending.items()):
+        for one in list(pending):
+            share, job = one
             if job.done():
-                del pending[key]
-                board.waiting.remove(cell)
-                _settle(board, cell, job)
+                pending.remove(one)
+                for cell in share:
+                    if cell in board.waiting:
+                        board.waiting.remove(cell)
+                        _settle(board, cell, job, packed=len(share) > 1)
         watch(board)
         if pending:
             time.sleep(poll)
     return board
 
 
-def _settle(board: Board, cell: Cell, job: SubmittedJob) -> None:
+def _settle(board: Board, cell: Cell, job: SubmittedJob, *, packed: bool) -> None:
     error = job.exception()
     code = None if error is not None else job.result()
+    if packed and code is not None:
+        code = code_of(cell, code)
     if state(cell.folder) == "done" and code in (DONE_CODE, BUSY_CODE, None):
         board.done.append(cell)
     elif code == BUSY_CODE:

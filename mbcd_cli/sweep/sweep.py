@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from mbcd_cli.data.dataset import CachedDataset
@@ -19,16 +18,18 @@ from mbcd_cli.methods import method_class
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.opening import open_for_training
+from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 from mbcd_cli.sweep import collect as collecting
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.estimate import counts, estimate
-from mbcd_cli.sweep.packing import kind, width_of
+from mbcd_cli.sweep.packing import kind, units, width_of
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.request import Request, named, output_of, plan_cells, title_of
 from mbcd_cli.training.dry_run import dry_run as trial
-from mbcd_cli.training.together import check_width
+from mbcd_cli.training.population import StackingError
+from mbcd_cli.training.together import check_width, fitting_width, member_bytes, step_seconds
 
 LAUNCHERS = ("local", "slurm")
 SHORT_STEP = 0.1
@@ -61,17 +62,37 @@ class PlannedCell:
     key: str
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedPopulation:
+    """Cells that are trained together.
+
+    Attributes:
+        methods: rows of the table that they belong to. modalities: that they read. runs: how many cells.
+        processes: that share them. width: trainings that each has under way at a time.
+        memory_bytes: what the weights, gradients, moments and averages of those take in each process.
+    """
+
+    methods: list[str]
+    modalities: list[str]
+    runs: int
+    processes: int
+    width: int
+    memory_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPlan:
     """What a sweep would do.
 
     Attributes:
+        populations: of the cells that are trained together; empty where nothing is prepared.
         states: state -> how many cells are in it. left: how many are not done.
         seconds_one_after_another, seconds: of those, alone and `jobs` at a time; None where nothing was measured.
         basis: where the seconds come from, in words. disk_bytes: that their run folders take, None when unknown.
     """
 
     cells: list[PlannedCell]
+    populations: list[PlannedPopulation]
     states: Mapping[str, int]
     left: int
     seconds_one_after_another: float | None
@@ -122,7 +143,7 @@ def sweep(
         prepare_first(root, **layers, say=say)
     cells = plan_cells(request, **layers, runs_dir=runs_dir, say=say)
     if dry_run:
-        return estimate_sweep(cells, jobs=jobs)
+        return estimate_sweep(cells, jobs=jobs, width=width_of(pack))
     outcome = SweepOutcome()
     if not collect:
         how = {"jobs": jobs, "launcher": launcher, "slurm": slurm, "pack": pack, "retry_failed": retry_failed}
@@ -164,34 +185,54 @@ def _prepare(settings: Settings, say: Say) -> None:
         )
 
 
-def measure(cell: Cell, *, jobs: int = 1) -> float | None:
-    """Seconds of a cell's training from the time of three steps; None where its dataset is not prepared.
+def measure(cells: Sequence[Cell], *, jobs: int = 1) -> float | None:
+    """Seconds that the training of one of these cells, which are trained together, takes, from the time of three steps;
+    None where its dataset is not prepared.
 
     With the threads that one of `jobs` processes gets.
     """
     try:
-        settings, data = open_for_training(cell.settings)
+        settings, data = open_for_training(cells[0].settings)
     except CacheError:
         return None
     threads = running.threads_per_job(jobs, settings.runtime.threads)
     runtime = settings.runtime.model_copy(update={"threads": threads})
     settings = settings.model_copy(update={"runtime": runtime})
     tried = [trial(settings, data)]
+    if len(cells) > 1:
+        with suppress(RuntimeError, TypeError, StackingError):  # as the sweep would find out: they go on alone
+            members = [settings, *(open_for_training(cell.settings, data)[0] for cell in cells[1:])]
+            return tried[0].steps * step_seconds(members, data) / len(members)
     # Whatever else the machine does shows in short steps many times over: the best of three tells.
     tried += [trial(settings, data) for _ in range(2)] if tried[0].step_seconds < SHORT_STEP else []
     return min(plan.estimated_training_seconds for plan in tried)
 
 
-def estimate_sweep(cells: Sequence[Cell], *, jobs: int) -> SweepPlan:
+def estimate_sweep(cells: Sequence[Cell], *, jobs: int, width: int | None = None) -> SweepPlan:
     """The plan with an estimate of its cost; nothing is written.
 
+    Args:
+        width: of populations, as `packing.units` has it.
+
     Raises:
-        RunError: less than one job.
+        RunError: less than one job. SettingsError: as `check_prepared`.
     """
     check_execution(jobs, "local")
-    cost = estimate(cells, measure=partial(measure, jobs=jobs))
+    together: dict[str, Sequence[Cell]] = {}
+    populations: dict[str, PlannedPopulation] = {}
+    with suppress(CacheError):  # `estimate` says what is missing
+        prepared = check_prepared(cells, width=width, jobs=jobs)
+        together = units(cells, width=width, jobs=jobs, prepared=prepared)
+        populations = planned_populations(together, width=width)
+
+    def seconds(cell: Cell) -> float | None:
+        population = populations.get(cell.key)
+        return measure(together[cell.key][: population.width] if population else [cell], jobs=jobs)
+
+    cost = estimate(cells, measure=seconds)
     return SweepPlan(
         cells=[PlannedCell(cell.name, str(cell.folder), cell.key) for cell in cells],
+        populations=list({id(one): one for one in populations.values()}.values()),
         states=counts(cells),
         left=cost.cells,
         seconds_one_after_another=cost.seconds,
@@ -200,6 +241,29 @@ def estimate_sweep(cells: Sequence[Cell], *, jobs: int) -> SweepPlan:
         basis=cost.basis,
         disk_bytes=cost.nbytes,
     )
+
+
+def planned_populations(together: Mapping[str, Sequence[Cell]], *, width: int | None) -> dict[str, PlannedPopulation]:
+    """Cell's key -> the population that it is part of, where there is one (`packing.units`)."""
+    alike: dict[str, list[Sequence[Cell]]] = {}
+    for share in {share[0].key: share for share in together.values() if len(share) > 1}.values():
+        alike.setdefault(kind(share[0].settings), []).append(share)
+    found = {}
+    for shares in alike.values():
+        settings, dataset = open_for_training(shares[0][0].settings)
+        device = configure(settings.runtime)
+        most = min(width or fitting_width(settings, dataset, device=device), max(map(len, shares)))
+        cells = [cell for share in shares for cell in share]
+        population = PlannedPopulation(
+            methods=list(dict.fromkeys(cell.label() for cell in cells)),
+            modalities=list(settings.modalities),
+            runs=len(cells),
+            processes=len(shares),
+            width=most,
+            memory_bytes=most * member_bytes(settings, dataset, device=device),
+        )
+        found |= dict.fromkeys((cell.key for cell in cells), population)
+    return found
 
 
 def check_execution(jobs: int, launcher: str) -> None:
@@ -289,7 +353,8 @@ def run(
     if launcher == "slurm":
         from mbcd_cli.sweep.slurm import submit
 
-        board = submit(cells, options=slurm, threads=asked, retry_failed=retry_failed, watch=watch, poll=poll)
+        packs = {"width": width, "jobs": jobs, "prepared": prepared}
+        board = submit(cells, options=slurm, threads=asked, **packs, retry_failed=retry_failed, watch=watch, poll=poll)
     else:
         board = running.execute(
             cells,

@@ -116,7 +116,7 @@ def test_two_sweeps_share_cells(cells):
     def second():
         boards.append(running_quietly(cells[:2], watch=look))
 
-    started = running.start(cells[:1], cells[:1], threads=1, gpu=None, slot=0)  # the first sweep's process
+    started = running.Command.of(cells[:1], threads=1).begin()  # the first sweep's process
     helpers.until(lambda: held(beside(cells[0].folder, "lock")))
     thread = threading.Thread(target=second)
     thread.start()
@@ -125,7 +125,7 @@ def test_two_sweeps_share_cells(cells):
     assert thread.is_alive()
     beside(cells[0].folder, "go").touch()
     thread.join(timeout=60)
-    assert started.process.wait(timeout=60) == 0
+    assert started.wait(timeout=60) == 0
     assert len(boards[0].done) == 2
     assert len(calls(cells[0])) == 1
 
@@ -177,10 +177,10 @@ def test_a_killed_sweep_leaves_its_processes_to_the_next_one(cells, tmp_path):
 
 def test_a_cell_ends_when_its_sweep_is_killed(cells, monkeypatch):
     say(cells[0], "slow")
-    job = running.start(cells[:1], cells[:1], threads=1, gpu=None, slot=0)
-    assert stat.S_ISFIFO(os.fstat(job.process.stdin.fileno()).st_mode)  # whose other end goes with the sweep
+    process = running.Command.of(cells[:1], threads=1).begin()
+    assert stat.S_ISFIFO(os.fstat(process.stdin.fileno()).st_mode)  # whose other end goes with the sweep
     beside(cells[0].folder, "go").touch()
-    assert job.process.wait(60) == 0
+    assert process.wait(60) == 0
     theirs, ours = os.pipe()
     child = os.fork()
     if child == 0:

@@ -45,14 +45,21 @@ def test_cells_run_as_jobs_and_failures_are_told(cells):
 
 def test_before_the_time_limit_the_process_is_stopped_and_the_job_submitted_again(cells):
     beside(cells[0].folder, "say").write_text("slow")
-    task = slurm.Task(str(cells[0].folder), tuple(running.cell_command(cells[0], threads=1)), 1)
-    import subprocess
-
-    task.process = subprocess.Popen(task.line)
+    task = slurm.Task(running.Command.of(cells[:1], threads=1))
+    task.process = task.command.begin()
     following = task.checkpoint()
     assert task.process.returncode is not None
     job = pickle.loads(pickle.dumps(following.function))
-    assert (job.folder, job.line, job.process) == (task.folder, task.line, None)
+    assert (job.command, job.process) == (task.command, None)
+
+
+def test_a_population_is_a_job_and_its_cells_are_told_by_their_folders(cells, monkeypatch):
+    monkeypatch.setattr(running, "PACKER", "fake_packer")
+    beside(cells[1].folder, "say").write_text("fail")
+    board = submit(cells, width=2)
+    assert [cell.key for cell in board.done] == [cells[0].key]
+    assert board.failed == {cells[1].key: "no such clip"}
+    assert len(submit(cells, width=2, retry_failed=True).done) == 2
 
 
 def test_wrong_parameters_and_no_slurm_are_plain_errors(cells, monkeypatch):

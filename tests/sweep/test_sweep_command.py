@@ -133,6 +133,18 @@ def test_dry_run_times_steps_and_writes_nothing(cache, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_tells_what_is_trained_together(cache, tmp_path):
+    cells = cells_of(cache, tmp_path / "runs", methods="erm,simmmdg", seeds="5", grid=["optimizer.lr=1e-3,1e-4"])
+    planned = estimate_sweep(cells, jobs=2, width=4)
+    assert [(one.runs, one.processes, one.width) for one in planned.populations] == [(10, 2, 4)] * 2
+    erm, larger = planned.populations
+    assert erm.methods == ["erm, lr=1e-3", "erm, lr=1e-4"]
+    assert 0 < 4 * erm.memory_bytes < 4 * larger.memory_bytes
+    assert planned.seconds > 0
+    assert estimate_sweep(cells, jobs=2, width=0).populations == []
+    assert not (tmp_path / "runs").exists()
+
+
 def test_more_trainings_at_a_time_than_fit_are_refused_with_the_number_that_do(cache, tmp_path, monkeypatch):
     cells = cells_of(cache, tmp_path / "runs", methods="erm", seeds="3")
     settings, data = open_for_training(cells[0].settings)

@@ -15,16 +15,21 @@ from mbcd_cli.files import read_records
 from mbcd_cli.methods.base import Method, total
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.say import SILENT, Say
+from mbcd_cli.scoring.predictions import predict
+from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.contract import Subject, weights
+from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.population import Member, StackedStep, StackingError
+from mbcd_cli.training.stacked_predictions import predict_stacked
 from mbcd_cli.training.together import Wanted, train_together
 from mbcd_cli.training.train import train
 
 
-def settings_of(seed, *, target="c", method="mbcd", optimizer="adam", **training):
+def settings_of(seed, *, target="c", method="mbcd", optimizer="adam", hidden=None, **training):
     sources = tuple(domain for domain in "abc" if domain != target)
     chosen = {"seed": seed, "target_domain": target, "source_domains": sources, **training}
-    groups = {"optimizer": {"name": optimizer}, "model": {"dropout": 0.3}}
+    model = {"dropout": 0.3, **({} if hidden is None else {"hidden": hidden})}
+    groups = {"optimizer": {"name": optimizer}, "model": model}
     return memory_settings(training=chosen, method={"name": method}, **groups)
 
 
@@ -106,6 +111,34 @@ def test_optimizers_do_what_they_do_alone_and_keep_their_moments_where_members_a
     for one, other in zip(trained(True), trained(False), strict=True):
         for name, value in one.items():
             torch.testing.assert_close(value, other[name], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("hidden", [64, 13])
+def test_what_models_say_together_is_what_each_says_and_to_the_bit_whatever_is_beside_it(hidden):
+    dataset = MemoryDataset()
+    feed = Feed(dataset, device=torch.device("cpu"))
+    models = []
+    for seed in range(5):
+        parts = assemble(settings_of(seed, hidden=hidden), dataset, device=feed.device)
+        for module in parts.step.model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                torch.nn.init.normal_(module.running_mean)
+                torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+        models.append(parts.step.model)
+    sets = [dataset.select(domains=[domain], splits=("test",)) for domain in "abcab"]
+    least = min(map(len, sets))
+    for clips in ([sets[0]] * 5, [one[:least] for one in sets]):
+        together = predict_stacked(models, clips, feed, precision="float32")
+        for model, own, said in zip(models, clips, together, strict=True):
+            expected = predict(model, feed.testing(own, batch_size=7), device=feed.device)
+            assert torch.equal(said.clips, expected.clips)
+            assert torch.equal(said.labels, expected.labels)
+            for name, logits in said.heads.items():
+                torch.testing.assert_close(logits, expected.heads[name], rtol=0, atol=1e-5)
+        for some in ([3], [0, 3], [1, 3, 4]):
+            fewer = predict_stacked([models[k] for k in some], [clips[k] for k in some], feed, precision="float32")
+            for k, said in zip(some, fewer, strict=True):
+                assert all(torch.equal(said.heads[name], logits) for name, logits in together[k].heads.items())
 
 
 def test_a_member_that_diverges_stops_alone(tmp_path):

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from mbcd_cli.allocator import with_huge_pages
 from mbcd_cli.files import write_text
-from mbcd_cli.place import LAUNCH_VARIABLES
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.sources import ENV_PREFIX, to_toml
+from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.sweep.packing import units
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
+from mbcd_cli.sweep.task import environment
 
 KILLS = 2
 """Times that a cell whose process was killed is begun again by one sweep."""
@@ -112,17 +112,6 @@ def cell_command(cell: Cell, *, threads: int) -> list[str]:
     return [sys.executable, "-m", WORKER, str(cell.folder), str(threads)]
 
 
-def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
-    """The environment of a cell's process: settled settings, alone in its training, and one GPU at most."""
-    inherited = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.upper().startswith(ENV_PREFIX) and key not in LAUNCH_VARIABLES
-    }
-    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return inherited | own | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
-
-
 def start(
     cells: Sequence[Cell], left: Sequence[Cell], *, threads: int, gpu: str | None, slot: int, width: int | None = None
 ) -> Job:
@@ -201,7 +190,7 @@ def execute(
                     _settle(board, job, code, kills)
             for _ in range(len(board.elsewhere)):
                 cell = board.elsewhere.popleft()
-                _look_again(board, cell)
+                look_again(board, cell)
     finally:
         board.stopping = True
         _stop(board, watch)
@@ -240,12 +229,13 @@ def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
         own = code
         if job.packed:  # its folder tells; a stop or a kill is the process's
             own = {"done": DONE_CODE, "failed": FAILED_CODE, "running": BUSY_CODE}.get(state(cell.folder), code or -1)
-        _settle_one(board, cell, own, kills)
+        settle_cell(board, cell, own, kills)
         if own == DONE_CODE:
             board.seconds.append(seconds)
 
 
-def _settle_one(board: Board, cell: Cell, code: int, kills: dict[str, int]) -> None:
+def settle_cell(board: Board, cell: Cell, code: int, kills: dict[str, int]) -> None:
+    """Where a cell goes whose process has ended with `code`: one that was killed waits again, `KILLS` times."""
     if code == DONE_CODE:
         board.done.append(cell)
     elif code == BUSY_CODE:
@@ -270,7 +260,7 @@ def last_line(folder: Path) -> str:
     return lines[-1] if lines else "no output"
 
 
-def _look_again(board: Board, cell: Cell) -> None:
+def look_again(board: Board, cell: Cell) -> None:
     """A cell that another process worked on: done, failed, still at work, or left for us."""
     now = state(cell.folder)
     if now == "done":

@@ -2,62 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbcd_cli.errors import RunError
 from mbcd_cli.settings.sources import parse_value
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.run import Board, begin, cell_command, environment, last_line, write_settings
-from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, read_failure, state
+from mbcd_cli.sweep.run import Board, begin, cell_command, look_again, settle_cell, write_settings
+from mbcd_cli.sweep.state import DONE_CODE, FAILED_CODE, STOPPED_CODE, state
+from mbcd_cli.sweep.task import Task
 
 if TYPE_CHECKING:
     from submitit import Job as SubmittedJob
-    from submitit.helpers import DelayedSubmission
 
 _ARRAY_JOBS = 1000
 """Jobs of one array: Slurm takes no more than MaxArraySize (1001 unless a site says otherwise)."""
 DEFAULTS: dict[str, object] = {"timeout_min": 720, "cpus_per_task": 4}
 """submitit parameters where `--slurm` says nothing."""
-
-
-@dataclass(slots=True)
-class Task:
-    """What a job does: run a cell's process; before the time limit or a preemption have it write its checkpoint.
-
-    submitit pickles it; called on the node it returns the exit code of the cell's process.
-    """
-
-    folder: str
-    line: tuple[str, ...]
-    threads: int
-    process: subprocess.Popen | None = None
-
-    def __call__(self) -> int:
-        """Run the cell to its end."""
-        with Path(f"{self.folder}.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                self.line,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(threads=self.threads, gpu=None),
-            )
-            return self.process.wait()
-
-    def checkpoint(self) -> DelayedSubmission:
-        """submitit calls this when Slurm is about to end the job; the job it returns goes on from the checkpoint."""
-        import submitit
-
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait()
-        return submitit.helpers.DelayedSubmission(Task(self.folder, self.line, self.threads))
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, object]:
@@ -85,6 +49,9 @@ def submit(
     poll: float = 5.0,
 ) -> Board:
     """Submit all cells that are not done as array jobs, wait for them, and return how they ended.
+
+    A cell whose job was killed is submitted again, `run.KILLS` times at most; one that another job works on is waited
+    for (a job that Slurm has begun anew, because its node went down).
 
     Leaving (Ctrl-C) leaves the jobs in the queue; the same command later finds what they have done, and the cells'
     locks keep a second job from one that runs.
@@ -121,40 +88,45 @@ def submit(
         executor.update_parameters(**asked)
     except (NameError, TypeError, ValueError) as error:
         raise RunError(f"submitit refuses: {error}", "Correct --slurm key=value.") from error
+    # It tells of every question that the cluster leaves unanswered, across the table of the cells.
+    logging.getLogger("submitit").setLevel(logging.ERROR)
     each = threads or int(asked["cpus_per_task"])
-    for cell in wanted:
-        write_settings(cell)
-    jobs: list[SubmittedJob] = []
-    try:
-        for at in range(0, len(wanted), _ARRAY_JOBS):
-            with executor.batch():
-                for cell in wanted[at : at + _ARRAY_JOBS]:
-                    command = tuple(cell_command(cell, threads=each))
-                    jobs.append(executor.submit(Task(os.fspath(cell.folder.absolute()), command, each)))
-    except FailedJobError as error:
-        why = str(error).strip().splitlines()[-1] if str(error).strip() else "sbatch failed"
-        raise RunError(f"Slurm refuses the jobs: {why}", "Correct --slurm key=value, or ask for fewer runs.") from error
-    pending = dict(zip((cell.key for cell in wanted), zip(wanted, jobs, strict=True), strict=True))
-    while pending:
-        for key, (cell, job) in list(pending.items()):
+    kills: dict[str, int] = {}
+    under_way: dict[str, tuple[Cell, SubmittedJob]] = {}
+    while board.waiting or board.elsewhere:
+        begun = [cell for cell in board.waiting if cell.key not in under_way]
+        for cell in begun:
+            write_settings(cell)
+        try:
+            for at in range(0, len(begun), _ARRAY_JOBS):
+                with executor.batch():
+                    for cell in begun[at : at + _ARRAY_JOBS]:
+                        command = tuple(cell_command(cell, threads=each))
+                        task = Task(os.fspath(cell.folder.absolute()), command, each)
+                        under_way[cell.key] = cell, executor.submit(task)
+        except FailedJobError as error:
+            why = str(error).strip().splitlines()[-1] if str(error).strip() else "sbatch failed"
+            remedy = "Correct --slurm key=value, or ask for fewer runs."
+            raise RunError(f"Slurm refuses the jobs: {why}", remedy) from error
+        for key, (cell, job) in list(under_way.items()):
             if job.done():
-                del pending[key]
+                del under_way[key]
                 board.waiting.remove(cell)
-                _settle(board, cell, job)
+                _settle(board, cell, job, kills)
+        for _ in range(len(board.elsewhere)):
+            look_again(board, board.elsewhere.popleft())
         watch(board)
-        if pending:
+        if under_way or board.elsewhere:
             time.sleep(poll)
     return board
 
 
-def _settle(board: Board, cell: Cell, job: SubmittedJob) -> None:
+def _settle(board: Board, cell: Cell, job: SubmittedJob, kills: dict[str, int]) -> None:
+    """Where a cell goes whose job is over. Slurm itself may have begun it anew, when its node went down."""
     error = job.exception()
-    code = None if error is not None else job.result()
-    if state(cell.folder) == "done" and code in (DONE_CODE, BUSY_CODE, None):
-        board.done.append(cell)
-    elif code == BUSY_CODE:
-        board.elsewhere.append(cell)
-    elif error is not None:
+    code = STOPPED_CODE if error is not None else job.result()
+    if code != FAILED_CODE and state(cell.folder) == "done":
+        code = DONE_CODE
+    settle_cell(board, cell, code, kills)
+    if error is not None and cell.key in board.failed:
         board.failed[cell.key] = str(error).strip().splitlines()[-1]
-    else:
-        board.failed[cell.key] = read_failure(cell.folder) or last_line(cell.folder)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import h5py
 
 _LAST = "\uffff"  # sorts after every name
+_KEPT = 1 << 20  # bytes of one write that HDF5 may read again
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = {
     errno.EROFS: "the file system can only be read",
@@ -354,19 +355,39 @@ class _Remembering(FileIO):
     """A file whose first failure is kept, and told to nobody meanwhile.
 
     HDF5 drops errors on its way out of an object, prints others, and would leave a file with a hole in it; torch makes
-    an error of its own of them, that does not say what the disk said.
+    an error of its own of them, that does not say what the disk said. What HDF5 has written it may read again, and
+    reading something else has ended in a fault of its memory: it is kept, but for long runs of rows, which it never
+    looks at.
     """
 
     error: OSError | None = None
 
+    def __init__(self, path: Path, mode: str) -> None:
+        super().__init__(path, mode)
+        self._unwritten: list[tuple[int, bytes]] = []
+
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
-        done = 0
+        at, done = self.tell(), 0
         while self.error is None and done < len(view):
             try:
                 done += super().write(view[done:])
             except OSError as error:
                 self.error = error
+        if 0 < len(view) - done <= _KEPT:
+            self._unwritten.append((at + done, bytes(view[done:])))
+        return len(view)
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:
+        at, view = self.tell(), memoryview(buffer).cast("B")
+        count = super().readinto(view) or 0
+        if self.error is None:
+            return count
+        view[count:] = bytes(len(view) - count)
+        for start, data in self._unwritten:
+            first, last = max(start, at), min(start + len(data), at + len(view))
+            if first < last:
+                view[first - at : last - at] = data[first - start : last - start]
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:

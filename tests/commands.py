@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from collections.abc import Mapping
@@ -21,6 +22,8 @@ CUTS = ("modalities.video.cut=layer3", "cache.random_weights=true")
 """Settings with which the video has a trunk, and its cache a `tail.pt`."""
 SECONDS = 60
 """After which a command on a tiny home has hung."""
+DRAWS = int(os.environ.get("DRAWS", "10000"))
+"""Examples that a fuzz test draws at most, under `-m stress`."""
 CODES = (0, 1, 2, 3, 130)
 LONGEST = 20_000
 """Characters of the longest message."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 
 import pytest
+from commands import DRAWS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -96,7 +97,7 @@ def test_any_setting_is_a_tree_or_one_message(sets, flags):
 
 
 @pytest.mark.stress
-@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=DRAWS, deadline=None, suppress_health_check=list(HealthCheck))
 @given(sets=ASSIGNMENTS, flags=LAYER)
 def test_ten_thousand_settings(sets, flags):
     holds(sets, flags)

@@ -1,4 +1,7 @@
-"""Every command with whatever flags, paths, values and environments: as documented, one message, in time."""
+"""Every command with whatever flags, paths, values and environments: as documented, one message, in time.
+
+Under `-m stress` DRAWS=500 draws 500 examples instead of 10,000; --hypothesis-seed=1 others.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from commands import CUTS, tried
+from commands import CUTS, DRAWS, tried
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.models import ArgumentInfo
@@ -176,7 +179,7 @@ def rest(name: str, home: Path) -> list[str]:
     [
         settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)),
         pytest.param(
-            settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck)),
+            settings(max_examples=DRAWS, deadline=None, suppress_health_check=list(HealthCheck)),
             marks=[pytest.mark.stress, pytest.mark.timeout(0)],
         ),
     ],

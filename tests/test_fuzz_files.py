@@ -16,7 +16,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from commands import CUTS, LONGEST, settings_for, within
+from commands import CUTS, DRAWS, LONGEST, settings_for, within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_epic_kitchens import needs_tables, write_tables
@@ -180,7 +180,7 @@ def without_surprise(read: Callable[[], object], what: object) -> MbcdError | No
 
 
 FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=min(DRAWS, 300), deadline=None, suppress_health_check=list(HealthCheck))
 stress = [pytest.mark.stress, pytest.mark.timeout(0)]
 
 
@@ -260,7 +260,7 @@ SPANS = [{}, {"start": 0.1, "stop": 0.4}, {"start": 2, "stop": 6, "unit": "frame
 
 @pytest.mark.parametrize(
     "effort",
-    [settings(FEW, max_examples=150), pytest.param(settings(MANY, max_examples=10_000), marks=stress)],
+    [settings(FEW, max_examples=150), pytest.param(settings(MANY, max_examples=DRAWS), marks=stress)],
     ids=["few", "many"],
 )
 def test_media(media, tmp_path, effort):
@@ -292,7 +292,7 @@ def test_media(media, tmp_path, effort):
 
 @pytest.mark.parametrize(
     "effort",
-    [settings(FEW, max_examples=60), pytest.param(settings(MANY, max_examples=3000), marks=stress)],
+    [settings(FEW, max_examples=60), pytest.param(settings(MANY, max_examples=min(DRAWS, 3000)), marks=stress)],
     ids=["few", "many"],
 )
 @pytest.mark.parametrize("reader", ["epic-kitchens", "hac", pytest.param("pickle", marks=needs_tables)])
@@ -326,7 +326,7 @@ def write_pickles(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "effort", [FEW, pytest.param(settings(MANY, max_examples=1000), marks=stress)], ids=["few", "many"]
+    "effort", [FEW, pytest.param(settings(MANY, max_examples=min(DRAWS, 1000)), marks=stress)], ids=["few", "many"]
 )
 def test_published_weights(home, tmp_path, effort):
     modality = dataset_of(home).modalities["audio"]

@@ -9,18 +9,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mbcd_cli.allocator import with_huge_pages
 from mbcd_cli.files import write_text
-from mbcd_cli.place import LAUNCH_VARIABLES
 from mbcd_cli.settings import Settings
-from mbcd_cli.settings.sources import ENV_PREFIX, to_toml
+from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.sweep.packing import units
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
+from mbcd_cli.sweep.task import Command
 
 KILLS = 2
 """Times that a cell whose process was killed is begun again by one sweep."""
@@ -107,61 +105,17 @@ def write_settings(cell: Cell) -> Path:
     return write_text(path, to_toml(cell.settings, sealed=True), place="--runs-dir")
 
 
-def environment(*, threads: int, gpu: str | None) -> dict[str, str]:
-    """The environment of a cell's process: settled settings, alone in its training, and one GPU at most."""
-    inherited = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.upper().startswith(ENV_PREFIX) and key not in LAUNCH_VARIABLES
-    }
-    own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    return inherited | own | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+def command_of(cells: Sequence[Cell], *, threads: int, width: int | None = None) -> Command:
+    """What begins the process of a cell, or of a population; its log is the first's `X.log`.
 
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """What begins the process of a cell, or of a population.
-
-    Attributes:
-        line: its command line. folders: run folders that it is told, where they are several.
-        threads: that it may use. log: where what it says goes.
+    Args:
+        threads: CPU threads that it may use.
+        width: trainings of a population under way at a time; None: as many as are quick.
     """
-
-    line: tuple[str, ...]
-    folders: tuple[str, ...]
-    threads: int
-    log: str
-
-    @classmethod
-    def of(cls, cells: Sequence[Cell], *, threads: int, width: int | None = None) -> Command:
-        """That of these cells; its log is the first's `X.log`.
-
-        Args:
-            width: trainings of a population under way at a time; None: as many as are quick.
-        """
-        folders = tuple(str(cell.folder.absolute()) for cell in cells)
-        words = (WORKER, folders[0], str(threads)) if len(cells) == 1 else (PACKER, str(threads), str(width or 0))
-        line = (sys.executable, "-m", *words)
-        return cls(line, folders if len(cells) > 1 else (), threads, str(beside(cells[0].folder, "log").absolute()))
-
-    def begin(self, *, gpu: str | None = None) -> subprocess.Popen:
-        """Begin, or go on with what is begun, on one GPU at most."""
-        variables = environment(threads=self.threads, gpu=gpu)
-        with Path(self.log).open("ab") as log:
-            process = subprocess.Popen(
-                self.line,
-                stdin=subprocess.PIPE,  # held open to the end: a process whose sweep is killed ends too
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=with_huge_pages(variables) if self.folders else variables,
-                # Ctrl-C reaches the sweep alone, which then asks its processes to write their checkpoints.
-                start_new_session=True,
-            )
-        if self.folders:
-            with suppress(BrokenPipeError):
-                process.stdin.write("".join(f"{folder}\n" for folder in self.folders).encode() + b"\n")
-                process.stdin.flush()
-        return process
+    folders = tuple(str(cell.folder.absolute()) for cell in cells)
+    words = (WORKER, folders[0], str(threads)) if len(cells) == 1 else (PACKER, str(threads), str(width or 0))
+    line = (sys.executable, "-m", *words)
+    return Command(line, folders if len(cells) > 1 else (), threads, str(beside(cells[0].folder, "log").absolute()))
 
 
 def execute(
@@ -208,7 +162,7 @@ def execute(
                     _settle(board, job, code, kills)
             for _ in range(len(board.elsewhere)):
                 cell = board.elsewhere.popleft()
-                _look_again(board, cell)
+                look_again(board, cell)
     finally:
         board.stopping = True
         _stop(board, watch)
@@ -239,7 +193,7 @@ def _fill(
             gpu = gpus[slot % len(gpus)] if gpus else None
             for cell in left:
                 write_settings(cell)
-            process = Command.of(cells, threads=threads, width=width).begin(gpu=gpu)
+            process = command_of(cells, threads=threads, width=width).begin(gpu=gpu)
             board.running[slot] = Job(left, len(cells) > 1, process, slot, time.monotonic())
 
 
@@ -248,7 +202,7 @@ def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
     seconds = (time.monotonic() - job.started) / len(job.cells)
     for cell in job.cells:
         own = code_of(cell, code) if job.packed else code
-        _settle_one(board, cell, own, kills)
+        settle_cell(board, cell, own, kills)
         if own == DONE_CODE:
             board.seconds.append(seconds)
 
@@ -258,7 +212,8 @@ def code_of(cell: Cell, code: int) -> int:
     return {"done": DONE_CODE, "failed": FAILED_CODE, "running": BUSY_CODE}.get(state(cell.folder), code or -1)
 
 
-def _settle_one(board: Board, cell: Cell, code: int, kills: dict[str, int]) -> None:
+def settle_cell(board: Board, cell: Cell, code: int, kills: dict[str, int]) -> None:
+    """Where a cell goes whose process has ended with `code`: one that was killed waits again, `KILLS` times."""
     if code == DONE_CODE:
         board.done.append(cell)
     elif code == BUSY_CODE:
@@ -283,7 +238,7 @@ def last_line(folder: Path) -> str:
     return lines[-1] if lines else "no output"
 
 
-def _look_again(board: Board, cell: Cell) -> None:
+def look_again(board: Board, cell: Cell) -> None:
     """A cell that another process worked on: done, failed, still at work, or left for us."""
     now = state(cell.folder)
     if now == "done":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mbcd_cli.errors import RunError
@@ -13,43 +12,17 @@ from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import parse_value
 from mbcd_cli.sweep.packing import units
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.run import Board, Command, begin, code_of, last_line, write_settings
-from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, read_failure, state
+from mbcd_cli.sweep.run import Board, begin, code_of, command_of, look_again, settle_cell, write_settings
+from mbcd_cli.sweep.state import DONE_CODE, FAILED_CODE, STOPPED_CODE, state
+from mbcd_cli.sweep.task import Task
 
 if TYPE_CHECKING:
     from submitit import Job as SubmittedJob
-    from submitit.helpers import DelayedSubmission
 
 _ARRAY_JOBS = 1000
 """Jobs of one array: Slurm takes no more than MaxArraySize (1001 unless a site says otherwise)."""
 DEFAULTS: dict[str, object] = {"timeout_min": 720, "cpus_per_task": 4}
 """submitit parameters where `--slurm` says nothing."""
-
-
-@dataclass(slots=True)
-class Task:
-    """What a job does: run the process of a cell or a population; before the time limit or a preemption have it write
-    its checkpoints.
-
-    submitit pickles it; called on the node it returns the exit code of the process.
-    """
-
-    command: Command
-    process: subprocess.Popen | None = None
-
-    def __call__(self) -> int:
-        """Run the cells to their end."""
-        self.process = self.command.begin()
-        return self.process.wait()
-
-    def checkpoint(self) -> DelayedSubmission:
-        """submitit calls this when Slurm is about to end the job; the job it returns goes on from the checkpoints."""
-        import submitit
-
-        if self.process is not None:
-            self.process.terminate()
-            self.process.wait()
-        return submitit.helpers.DelayedSubmission(Task(self.command))
 
 
 def parse_options(texts: Sequence[str]) -> dict[str, object]:
@@ -80,6 +53,9 @@ def submit(
     poll: float = 5.0,
 ) -> Board:
     """Submit all cells that are not done as array jobs, wait for them, and return how they ended.
+
+    A cell whose job was killed is submitted again, `run.KILLS` times at most; one that another job works on is waited
+    for (a job that Slurm has begun anew, because its node went down).
 
     Leaving (Ctrl-C) leaves the jobs in the queue; the same command later finds what they have done, and the cells'
     locks keep a second job from one that runs.
@@ -117,46 +93,53 @@ def submit(
         executor.update_parameters(**asked)
     except (NameError, TypeError, ValueError) as error:
         raise RunError(f"submitit refuses: {error}", "Correct --slurm key=value.") from error
+    # It tells of every question that the cluster leaves unanswered, across the table of the cells.
+    logging.getLogger("submitit").setLevel(logging.ERROR)
     each = threads or int(asked["cpus_per_task"])
-    for cell in wanted:
-        write_settings(cell)
+    kills: dict[str, int] = {}
     together = units(cells, width=width, jobs=jobs, prepared=prepared or {})
-    shares = list({together[cell.key][0].key: together[cell.key] for cell in wanted}.values())
-    submitted: list[SubmittedJob] = []
-    try:
-        for at in range(0, len(shares), _ARRAY_JOBS):
-            with executor.batch():
-                for share in shares[at : at + _ARRAY_JOBS]:
-                    submitted.append(executor.submit(Task(Command.of(share, threads=each, width=width))))
-    except FailedJobError as error:
-        why = str(error).strip().splitlines()[-1] if str(error).strip() else "sbatch failed"
-        raise RunError(f"Slurm refuses the jobs: {why}", "Correct --slurm key=value, or ask for fewer runs.") from error
-    pending = list(zip(shares, submitted, strict=True))
-    while pending:
-        for one in list(pending):
-            share, job = one
+    under_way: list[tuple[list[Cell], SubmittedJob]] = []
+    while board.waiting or board.elsewhere:
+        busy = {cell.key for share, _ in under_way for cell in share}
+        shares: dict[str, list[Cell]] = {}  # by the first of all, whether it is done or not
+        for cell in board.waiting:
+            if cell.key not in busy:
+                write_settings(cell)
+                shares.setdefault(together[cell.key][0].key, []).append(cell)
+        begun = list(shares.values())
+        try:
+            for at in range(0, len(begun), _ARRAY_JOBS):
+                with executor.batch():
+                    for left in begun[at : at + _ARRAY_JOBS]:
+                        task = Task(command_of(together[left[0].key], threads=each, width=width))
+                        under_way.append((left, executor.submit(task)))
+        except FailedJobError as error:
+            why = str(error).strip().splitlines()[-1] if str(error).strip() else "sbatch failed"
+            remedy = "Correct --slurm key=value, or ask for fewer runs."
+            raise RunError(f"Slurm refuses the jobs: {why}", remedy) from error
+        for one in list(under_way):
+            left, job = one
             if job.done():
-                pending.remove(one)
-                for cell in share:
-                    if cell in board.waiting:
-                        board.waiting.remove(cell)
-                        _settle(board, cell, job, packed=len(share) > 1)
+                under_way.remove(one)
+                for cell in left:
+                    board.waiting.remove(cell)
+                    _settle(board, cell, job, kills, packed=len(together[cell.key]) > 1)
+        for _ in range(len(board.elsewhere)):
+            look_again(board, board.elsewhere.popleft())
         watch(board)
-        if pending:
+        if under_way or board.elsewhere:
             time.sleep(poll)
     return board
 
 
-def _settle(board: Board, cell: Cell, job: SubmittedJob, *, packed: bool) -> None:
+def _settle(board: Board, cell: Cell, job: SubmittedJob, kills: dict[str, int], *, packed: bool) -> None:
+    """Where a cell goes whose job is over. Slurm itself may have begun it anew, when its node went down."""
     error = job.exception()
-    code = None if error is not None else job.result()
-    if packed and code is not None:
+    code = STOPPED_CODE if error is not None else job.result()
+    if packed:
         code = code_of(cell, code)
-    if state(cell.folder) == "done" and code in (DONE_CODE, BUSY_CODE, None):
-        board.done.append(cell)
-    elif code == BUSY_CODE:
-        board.elsewhere.append(cell)
-    elif error is not None:
+    elif code != FAILED_CODE and state(cell.folder) == "done":
+        code = DONE_CODE
+    settle_cell(board, cell, code, kills)
+    if error is not None and cell.key in board.failed:
         board.failed[cell.key] = str(error).strip().splitlines()[-1]
-    else:
-        board.failed[cell.key] = read_failure(cell.folder) or last_line(cell.folder)

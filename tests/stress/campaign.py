@@ -35,22 +35,25 @@ SHIM = r"""
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
-static long at = -1, seen = 0;
+static long at = -1, none = 0, *seen = &none;  /* counted together with the processes that are forked */
 static int fault = 0;
 static char below[PATH_MAX], told[PATH_MAX + 32];
 void arm(const char *folder, long n, int which) {
+    if (seen == &none) seen = mmap(0, sizeof *seen, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     strncpy(below, folder, PATH_MAX - 1);
-    at = n; fault = which; seen = 0;
+    at = n; fault = which; *seen = 0;
 }
-long calls(void) { return seen; }
+void disarm(void) { below[0] = 0; }
+long calls(void) { return *seen; }
 const char *struck(void) { return told; }
 static int strikes(const char *what, const char *path) {
     if (!below[0] || strncmp(path, below, strlen(below))) return 0;
-    long now = __sync_add_and_fetch(&seen, 1);
+    long now = __sync_add_and_fetch(seen, 1);
     if (at < 0 || now < at) return 0;
     if (now == at) snprintf(told, sizeof told, "%s %s", what, path);
     if (fault < 0) { kill(getpid(), SIGKILL); pause(); }
@@ -112,7 +115,7 @@ def serve() -> None:
     from typer.testing import CliRunner
 
     from mbcd_cli.cli import app
-    from mbcd_cli.sweep import cell, run
+    from mbcd_cli.sweep import run
 
     torch.set_num_threads(1)
     # To draw would take most of the time. The file is written where and as it would be.
@@ -121,7 +124,8 @@ def serve() -> None:
     shim.calls.restype = ctypes.c_long
     shim.struck.restype = ctypes.c_char_p
     shim.prctl(_SUBREAPER, 1, 0, 0, 0)
-    run.start = _forked_cell(cell)
+    run.start = _forked
+    run.execute.__kwdefaults__["poll"] = 0.02
     shared_memory._SHM_NAME_PREFIX = f"/c{os.getpid()}-"
     gc.freeze()  # or every child copies what it only looks at
     for line in sys.stdin:
@@ -141,7 +145,7 @@ def serve() -> None:
                 "said": result.stderr[-3000:],
                 "modules": [] if number >= 0 else sorted(sys.modules),
             }
-            shim.arm(b"", ctypes.c_long(-1), 0)
+            shim.disarm()
             with os.fdopen(sender, "wb") as pipe:
                 pipe.write(json.dumps(told).encode())
             _run_finalizers()
@@ -217,58 +221,68 @@ def _left_over() -> list[str]:
     return names
 
 
-def _forked_cell(cell):
-    """`sweep.run.start`, whose process is forked, in a session of its own, and does what the module `cell` does."""
-    from mbcd_cli.sweep import run
+class _Fork:
+    """What `sweep.run` asks of the process of a cell or of a population: here one that is forked."""
 
-    class Forked:
-        def __init__(self, pid: int, held: int) -> None:
-            self.pid, self.held, self.code = pid, held, None
+    def __init__(self, pid: int, held: int) -> None:
+        self.pid, self.held, self.code = pid, held, None
 
-        def poll(self):
-            return self.code if self.code is not None else self._reap(os.WNOHANG)
+    def poll(self):
+        return self.code if self.code is not None else self._reap(os.WNOHANG)
 
-        def wait(self, timeout=None):
-            end = time.monotonic() + (timeout or 0.0)
-            while self.poll() is None:
-                if timeout is not None and time.monotonic() > end:
-                    raise subprocess.TimeoutExpired("cell", timeout)
-                time.sleep(0.01)
-            return self.code
+    def wait(self, timeout=None):
+        end = time.monotonic() + (timeout or 0.0)
+        while self.poll() is None:
+            if timeout is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired("cell", timeout)
+            time.sleep(0.01)
+        return self.code
 
-        def _reap(self, how: int):
-            pid, status = os.waitpid(self.pid, how)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-                os.close(self.held)
-            return self.code
+    def _reap(self, how: int):
+        pid, status = os.waitpid(self.pid, how)
+        if pid:
+            self.code = os.waitstatus_to_exitcode(status)
+            os.close(self.held)
+        return self.code
 
-        def terminate(self):
-            os.kill(self.pid, signal.SIGTERM)
+    def terminate(self):
+        os.kill(self.pid, signal.SIGTERM)
 
-        def kill(self):
-            os.kill(self.pid, signal.SIGKILL)
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
 
-    def start(one, *, threads, gpu, slot):
+
+def _forked(cells, left, *, threads, gpu, slot, width=None):
+    """`sweep.run.start`, whose process is forked, in a session of its own, and does what its module does."""
+    from mbcd_cli.sweep import cell, pack, run
+
+    for one in left:
         run.write_settings(one)
-        theirs, ours = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.setsid()
-            os.close(ours)
-            os.dup2(theirs, 0)
-            log = os.open(run.beside(one.folder, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            code = 1
-            try:
-                code = cell.serve_cell([str(one.folder), "1"])
-            finally:
-                os._exit(code)
-        os.close(theirs)
-        return run.Job(one, Forked(pid, ours), slot, time.monotonic())
-
-    return start
+    theirs, ours = os.pipe()
+    packed = len(cells) > 1
+    log = os.open(run.beside(cells[0].folder, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.close(ours)
+        os.dup2(theirs, 0)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdin = os.fdopen(0)
+        code = 1
+        try:
+            if packed:
+                code = pack.serve_pack([str(threads), str(width or 0)])
+            else:
+                code = cell.serve_cell([str(cells[0].folder), str(threads)])
+        finally:
+            os._exit(code)
+    os.close(theirs)
+    os.close(log)
+    if packed:
+        with suppress(BrokenPipeError):
+            os.write(ours, "".join(f"{one.folder}\n" for one in cells).encode() + b"\n")
+    return run.Job(left, packed, _Fork(pid, ours), slot, time.monotonic())
 
 
 # ---- the tests' side
@@ -337,42 +351,45 @@ def _sets(*sets: str) -> list[str]:
     return [word for one in sets for word in ("--set", one)]
 
 
+_WORKERS = (
+    *(*SMALL, "cache.workers=2", "modalities.video.width=1", "modalities.video.cut=input"),
+    *("modalities.video.frames=8", "modalities.video.crop=112", "modalities.video.short_side=112"),
+)
+
+
 def words_of(command: str, home: Path, out: Path) -> list[object]:
-    """A command that reads `home` and writes below `out`."""
-    sets = _sets(*SMALL, "cache.workers=0")
+    """A command that reads `home` and writes below `out`.
+
+    With workers, video is decoded: by `prepare`, or in every epoch by `train` and what a sweep runs.
+    """
+    workers = command.endswith(" with workers")
+    sets = _sets(*(_WORKERS if workers else (*SMALL, "cache.workers=0")))
+    dataset = ["--dataset", "clips" if workers else "tiny", "--cache-dir", home / ("fresh" if workers else "cache")]
     if command == "prepare with workers":
-        video = _sets("modalities.video.frames=8", "modalities.video.crop=112", "modalities.video.short_side=112")
-        sets = [*_sets(*SMALL, "cache.workers=2", "modalities.video.width=1", "modalities.video.cut=input"), *video]
         return ["prepare", "manifest", "--root", home / "clips", "--modalities", "video", "--cache-dir", out, *sets]
+    if command == "prepare fresh":
+        return [*words_of("prepare with workers", home, out), *_sets("cache.views=0")]
     if command == "prepare":
         return ["prepare", "manifest", "--root", home / "tiny", "--cache-dir", out, *sets]
-    training = ["--dataset", "tiny", "--cache-dir", home / "cache", *sets]
-    if command == "train":
+    if command.startswith("train"):
         there = (out / "run" / "settings.toml").exists()
-        words = ["train", "--target-domain", "gamma", "--epochs", 2, "--run", out / "run", *training]
-        return [*words, *(["--resume"] if there else [])]
+        more = ["--modalities", "video", *_sets("cache.views=0")] if workers else []
+        words = ["train", "--target-domain", "beta" if workers else "gamma", "--epochs", 2, "--run", out / "run"]
+        return [*words, *dataset, *sets, *more, *(["--resume"] if there else [])]
     if command == "evaluate":
         return ["evaluate", "--run", home / "run", "--output", out, "--analyses", "missing", "--export", "csv"]
     if command == "landscape":
         few = ("points=3", "analyses=['surface', 'curvature']", "eigenvalues=1", "trace_probes=1", "density_probes=1")
         words = ["landscape", "--checkpoint", home / "run/checkpoints/best.pt", "--output", out]
         return [*words, *_sets(*(f"landscape.{one}" for one in few))]
-    words = [
-        "sweep",
-        "--dataset",
-        "tiny",
-        "--cache-dir",
-        home / "cache",
-        "--targets",
-        "gamma",
-        "--methods",
-        "erm,mbcd",
-        "--seeds",
-        1,
-    ]
     few = ("training.epochs=1", "evaluation.analyses=[]", "evaluation.report=false", "evaluation.export=[]")
-    names = ["--runs-dir", out / "runs", "--output", out / "sweep", "--jobs", 2]
-    return [*words, *names, *sets, *_sets(*few)]
+    what = {
+        "sweep": ["--methods", "erm,mbcd", "--seeds", 1, "--jobs", 2],
+        "sweep of one": ["--methods", "erm", "--seeds", 1, "--retry-failed"],
+        "sweep of packs": ["--methods", "erm", "--seeds", 3, "--pack", 3, "--retry-failed"],
+    }[command]
+    names = ["--runs-dir", out / "runs", "--output", out / "sweep"]
+    return ["sweep", *dataset, "--targets", "gamma", *what, *names, *sets, *_sets(*few)]
 
 
 def furnish(server: Server, home: Path) -> Path:
@@ -386,7 +403,7 @@ def furnish(server: Server, home: Path) -> Path:
     with (home / "tiny/manifest.csv").open() as file:
         rows = [{key: value for key, value in row.items() if key != "video"} for row in csv.DictReader(file)]
     helpers.write_manifest(home / "tiny/manifest.csv", rows)
-    for command, out in (("prepare", home / "cache"), ("train", home)):
+    for command, out in (("prepare", home / "cache"), ("prepare fresh", home / "fresh"), ("train", home)):
         told = server.run(words_of(command, home, out), home)
         assert told["code"] == 0, told
     return home
@@ -406,7 +423,7 @@ def contents(folder: Path) -> dict[str, object]:
 
 def check_ended(command: str, told: dict, out: Path, expected: dict[str, object]) -> None:
     """A command given once more has ended in the files that it should, and left nothing behind."""
-    assert told["code"] == 0 or (command == "train" and "already holds a run" in told["said"])
+    assert told["code"] == 0 or (command.startswith("train") and "already holds a run" in told["said"])
     files = contents(out)
     assert files.keys() == expected.keys(), files.keys() ^ expected.keys()
     assert [key for key in files if files[key] != expected[key]] == []

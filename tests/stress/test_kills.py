@@ -52,9 +52,13 @@ def kill(pid: int, kind: str, after: float, rng: random.Random) -> bool:
 
 
 KINDS = [
-    *(("prepare with workers", kind) for kind in ("parent", "worker", "fork server", "tracker")),
-    *((command, "parent") for command in ("prepare", "train", "evaluate", "landscape", "sweep")),
-    ("sweep", "cell"),
+    *(
+        (f"{command} with workers", kind)
+        for command in ("prepare", "train")
+        for kind in ("parent", "worker", "fork server", "tracker")
+    ),
+    *((command, "parent") for command in ("prepare", "train", "evaluate", "landscape", "sweep", "sweep of packs")),
+    *((command, "cell") for command in ("sweep", "sweep of packs")),
 ]
 
 

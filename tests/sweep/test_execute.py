@@ -116,7 +116,7 @@ def test_two_sweeps_share_cells(cells):
     def second():
         boards.append(running_quietly(cells[:2], watch=look))
 
-    started = running.Command.of(cells[:1], threads=1).begin()  # the first sweep's process
+    started = running.command_of(cells[:1], threads=1).begin()  # the first sweep's process
     helpers.until(lambda: held(beside(cells[0].folder, "lock")))
     thread = threading.Thread(target=second)
     thread.start()
@@ -177,7 +177,7 @@ def test_a_killed_sweep_leaves_its_processes_to_the_next_one(cells, tmp_path):
 
 def test_a_cell_ends_when_its_sweep_is_killed(cells, monkeypatch):
     say(cells[0], "slow")
-    process = running.Command.of(cells[:1], threads=1).begin()
+    process = running.command_of(cells[:1], threads=1).begin()
     assert stat.S_ISFIFO(os.fstat(process.stdin.fileno()).st_mode)  # whose other end goes with the sweep
     beside(cells[0].folder, "go").touch()
     assert process.wait(60) == 0

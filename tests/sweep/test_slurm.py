@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
+import helpers
 import pytest
 from sweep_cases import plan_of
 
@@ -13,6 +16,7 @@ from mbcd_cli.errors import RunError
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep import slurm
 from mbcd_cli.sweep.state import beside, state
+from mbcd_cli.sweep.task import Task
 
 HERE = Path(__file__).parent
 
@@ -43,9 +47,40 @@ def test_cells_run_as_jobs_and_failures_are_told(cells):
     assert len(beside(cells[0].folder, "calls").read_text().splitlines()) == 1
 
 
+def test_a_killed_job_is_submitted_again_and_a_node_that_goes_down_three_times_is_told(cells):
+    beside(cells[0].folder, "say").write_text("kill")
+    beside(cells[1].folder, "say").write_text("kill kill kill")
+    board = submit(cells)
+    assert [cell.key for cell in board.done] == [cells[0].key]
+    assert "killed by signal 9, 3 times" in board.failed[cells[1].key]
+    assert [len(beside(cell.folder, "calls").read_text().splitlines()) for cell in cells] == [2, 3]
+
+
+def test_a_cell_that_slurm_itself_has_begun_anew_is_waited_for(cells):
+    beside(cells[0].folder, "say").write_text("slow")
+    other = running.command_of(cells[:1], threads=1).begin()
+    helpers.until(lambda: state(cells[0].folder) == "running", other)
+
+    def watch(board):
+        if board.elsewhere:
+            beside(cells[0].folder, "go").touch()
+
+    board = submit(cells, watch=watch)
+    assert other.wait() == 0
+    assert {cell.key for cell in board.done} == {cell.key for cell in cells}
+    assert not board.failed
+    assert len(beside(cells[0].folder, "calls").read_text().splitlines()) == 1
+
+
+def test_what_a_job_imports_is_little():
+    """On every node, for every cell."""
+    code = "import sys, mbcd_cli.sweep.task; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_before_the_time_limit_the_process_is_stopped_and_the_job_submitted_again(cells):
     beside(cells[0].folder, "say").write_text("slow")
-    task = slurm.Task(running.Command.of(cells[:1], threads=1))
+    task = Task(running.command_of(cells[:1], threads=1))
     task.process = task.command.begin()
     following = task.checkpoint()
     assert task.process.returncode is not None

@@ -12,9 +12,13 @@ from torch import nn
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders.layout import channels_last, match_layout
+from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.base import Method
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.figures import Layout
+
+_LONE = "Expected more than 1 value per channel"
+"""What torch says where a batch norm has a single value of a channel: of one clip without positions."""
 
 
 class TrainStep:
@@ -90,7 +94,15 @@ class TrainStep:
         self.method.train()
         for module in (*self._frozen, *(self.average.followed if self.average is not None else ())):
             module.eval()
-        figures = self.method.gradients(self._prepared(batch))
+        try:
+            figures = self.method.gradients(self._prepared(batch))
+        except ValueError as error:
+            if _LONE not in str(error):
+                raise
+            raise SettingsError(
+                f"training.batch_size: the encoders' batch norms cannot normalise a batch of {len(batch)} clip.",
+                f"Set training.batch_size to {2 * self._group.world} or more, or training.batch_norm=frozen.",
+            ) from error
         if self.layout is None:
             self.layout = Layout.of(figures, self.model.modalities)
         return self.layout.pack(figures)

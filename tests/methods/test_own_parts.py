@@ -125,6 +125,15 @@ def test_a_batch_too_small_for_own_batch_norms_is_refused_before_the_first_step(
     assemble(settings, MemoryDataset(), device=torch.device("cpu"))
 
 
+def test_a_batch_too_small_for_the_encoders_batch_norms_is_refused_at_the_first_step(tmp_path):
+    settings = memory_settings(method={"name": "erm"}, training={"batch_size": 1})
+    with pytest.raises(SettingsError, match="encoders' batch norms cannot normalise a batch of 1 clip"):
+        train(tmp_path / "run", settings)
+    train(
+        tmp_path / "frozen", memory_settings(method={"name": "erm"}, training={"batch_size": 1, "batch_norm": "frozen"})
+    )
+
+
 def test_one_source_leaves_no_batch_norm_to_fill():
     training = {"epochs": 1, "batch_size": 1, "source_domains": ("a",)}
     for method in ("gmp", "jat"):

@@ -89,7 +89,11 @@ class TrainStep:
         return vector
 
     def gradients(self, batch: Batch) -> torch.Tensor:
-        """The first half of a step: gradients of everything that trains; its figures, [F]."""
+        """The first half of a step: gradients of everything that trains; its figures, [F].
+
+        Raises:
+            SettingsError: a batch norm meets one clip without positions.
+        """
         self.model.train()
         self.method.train()
         for module in (*self._frozen, *(self.average.followed if self.average is not None else ())):
@@ -100,8 +104,8 @@ class TrainStep:
             if _LONE not in str(error):
                 raise
             raise SettingsError(
-                f"training.batch_size: the encoders' batch norms cannot normalise a batch of {len(batch)} clip.",
-                f"Set training.batch_size to {2 * self._group.world} or more, or training.batch_norm=frozen.",
+                "training.batch_size: batch norm has no statistics in a batch of one clip.",
+                "Raise it, or set training.batch_norm=frozen.",
             ) from error
         if self.layout is None:
             self.layout = Layout.of(figures, self.model.modalities)

@@ -51,6 +51,11 @@ class MIRO(Method):
         first = math.log(math.expm1(max(settings.variance - FLOOR, FLOOR))) / settings.speed
         self.raw = nn.ParameterDict({name: nn.Parameter(torch.full((d,), first)) for name, d in model.dims.items()})
 
+    @property
+    def least_batch(self) -> int:
+        """One clip: the oracle's batch norms are in eval mode."""
+        return 1
+
     def train(self, mode: bool = True) -> MIRO:
         """Train or eval mode of all but the oracle."""
         super().train(mode)

@@ -49,7 +49,8 @@ class MMPareto(Method):
         theta, heads = gcc.in_order(encoders), list(context.model.heads.parameters())
         gradients = context.gradients(terms["ce"].value.sum(), [*theta, *heads], retain_graph=True)
         u, own = gradients[: len(theta)], gradients[len(theta) :]
-        context.backward(terms["ce_fused"].value)
+        fused = terms["ce_fused"].value
+        context.backward(fused)
         for head, gradient in zip(heads, own, strict=True):
             context.set_gradient(head, gradient)
         m = [context.gradient(p) for p in theta]
@@ -58,7 +59,8 @@ class MMPareto(Method):
         for weights in encoders.values():
             tensors = list(weights.values())
             multi, single = [next(of_m) for _ in tensors], [next(of_u) for _ in tensors]
-            share = pareto_share(multi, single)
+            # An encoder that is cut after its last weight has none to share.
+            share = pareto_share(multi, single) if tensors else torch.full_like(fused.detach(), 0.5)
             shares.append(share)
             for parameter, change in zip(tensors, pareto_step(multi, single, share, self.settings.gamma), strict=True):
                 context.set_gradient(parameter, change)

@@ -12,10 +12,14 @@ import torch
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.files import read_json
+from mbcd_cli.methods import method_class
+from mbcd_cli.methods.base import Context
 from mbcd_cli.model import build_model
+from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.folder import DONE
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import state
+from mbcd_cli.training.assemble import build_average, build_method
 
 _FLOAT = 4  # bytes of a float32
 
@@ -104,7 +108,7 @@ def _sizes(cells: Sequence[Cell], left: Sequence[Cell]) -> int | None:
 
 
 def checkpoint_bytes(cell: Cell) -> int | None:
-    """Bytes of a run's two checkpoints: weights (and the teacher's) twice, Adam's two moments once.
+    """Bytes of a run's two checkpoints: weights (and the teacher's) twice, the method's own and the moments once.
 
     None where only `prepare` tells the shapes (array modalities, a dataset without fixed classes) and it has not run.
     """
@@ -119,13 +123,22 @@ def checkpoint_bytes(cell: Cell) -> int | None:
             model = build_model(
                 chosen, settings=settings.model, classes=classes, live_trunks=settings.cache.live_trunks
             )
+            average = build_average(model, settings.average)
+            context = Context.of(
+                model,
+                randomness=Randomness(seed=0, device=torch.device("cpu")),
+                average=average,
+                sources=range(len(settings.training.source_domains)),
+            )
+        # Not made without data: some compute tables and orders. What is left of it is.
+        method = build_method(method_class(settings.method.name), settings, context)
     except MbcdError:
         return None
-    weights = sum(value.numel() for value in model.state_dict().values())
-    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    weights, own = (sum(value.numel() for value in part.state_dict().values()) for part in (model, method))
+    trained = sum(value.numel() for part in (model, method) for value in part.parameters() if value.requires_grad)
     moments = {"adam": 2, "adamw": 2, "sgd": 1}[settings.optimizer.name]
-    models = 1 if settings.average.kind == "none" else 2
-    return _FLOAT * (2 * models * weights + moments * trained)
+    models = 1 if average is None else 2
+    return _FLOAT * (2 * models * weights + own + moments * trained)
 
 
 def counts(cells: Sequence[Cell]) -> Mapping[str, int]:

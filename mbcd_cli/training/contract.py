@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.records import Batch
+from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.methods import checked, method_class, over_defaults
 from mbcd_cli.methods.base import Method, Outputs, Term
@@ -64,31 +65,39 @@ class Subject:
         order: Sequence[int] = (),
         shrunk: float = 1.0,
         optimizer: str = "adam",
+        cut: str = "input",
+        trunks: bool = False,
+        norm: str = "layer",
+        double: bool = True,
+        precision: str = "float32",
         **training: object,
     ) -> Training:
-        """A training of a tiny float64 model.
+        """A training of a tiny model.
 
         Args:
             order: numbers of modalities, then of unequal widths.
             shrunk: what all settings are multiplied with that are numbers, but integers.
+            cut: where the encoders' trained tails begin; trunks: the stages before it are live.
+            double: weights are float64, else float32 (those that autocast to bfloat16 takes).
         """
         numbers = order or range(modalities)
         names = [f"m{k}" for k in numbers]
-        array = {"kind": "array", "dimension": DIMENSION}
+        array = {"kind": "array", "dimension": DIMENSION, "cut": cut}
         shapes = {f"m{k}": {**array, "width": 2 + k if order else 2} for k in numbers}
         tree = {
             "modalities": shapes,
-            "model": {"hidden": 8, "dropout": dropout * shrunk, "modalities": names},
+            "model": {"hidden": 8, "dropout": dropout * shrunk, "norm": norm, "modalities": names},
             "method": _shrunk(self.kind.Settings.model_validate(self.method), shrunk),
             "average": {"beta": 0.9 * shrunk, **self.average},
             "optimizer": {"name": optimizer, "lr": 1e-2 * shrunk, "weight_decay": 1e-3 * shrunk},
             "training": training,
-            "runtime": {"device": "cpu", "precision": "float32", "channels_last": "off"},
+            "runtime": {"device": "cpu", "precision": precision, "channels_last": "off"},
         }
         settings = Settings[self.kind.Settings, ArrayModality, ReaderSettings].model_validate(tree)
         seed_everything(settings.training.seed)
         arrays = {name: ArrayModality.model_validate(shape) for name, shape in shapes.items()}
-        model = build_model(arrays, settings=settings.model, classes=CLASSES).double()
+        model = build_model(arrays, settings=settings.model, classes=CLASSES, live_trunks=trunks)
+        model = model.double() if double else model
         return train_with(kind or self.kind, model, settings, sources=range(sources), group=group)
 
     def batch(self, seed: int, *, modalities: int = 2, labels: torch.Tensor | None = None, sources: int = 2) -> Batch:
@@ -344,6 +353,37 @@ def _flat(step: TrainStep, vector: torch.Tensor) -> Iterator[tuple[str, float]]:
     for modality, row in record.pop("modalities").items():
         yield from ((f"{modality}.{name}", value) for name, value in row.items())
     yield from record.items()
+
+
+def check_cuts(subject: Subject) -> None:
+    """Cut at any stage it does the same with trunks in the model as with what they return; live ones, too, train."""
+    for cut in (*build_encoder("m0", ArrayModality(dimension=DIMENSION)).names, "adapter"):
+        cached, whole, live = (subject.training(cut=cut, trunks=t, double=False) for t in (False, True, True))
+        models = [whole.step.model, *([whole.step.average.model] if whole.step.average is not None else [])]
+        for trunk in (trunk for model in models for trunk in model.trunks.values()):
+            trunk.live = False
+        for seed in range(3):
+            batch = subject.batch(seed)
+            with torch.no_grad():
+                inputs = whole.step.model.eval().at_cut(batch.inputs)
+            torch.manual_seed(seed)
+            expected = cached.step(replace(batch, inputs=inputs))
+            torch.manual_seed(seed)
+            assert torch.equal(whole.step(batch), expected), f"cut at {cut}: figures with the trunk in the model"
+            assert torch.isfinite(live.step(batch)).all(), f"cut at {cut}: figures with a live trunk"
+        theirs = {name: value for name, value in weights(whole.step).items() if ".trunks." not in name}
+        _equal(theirs, weights(cached.step), f"cut at {cut}: with the trunk in the model against without")
+
+
+def check_precision(subject: Subject) -> None:
+    """Under autocast to bfloat16, with a norm of the features and without, losses and weights are finite float32."""
+    for norm in ("layer", "none"):
+        step = subject.training(modalities=3, norm=norm, double=False, precision="bfloat16").step
+        vectors = [step(subject.batch(seed, modalities=3)) for seed in range(3)]
+        floating = [value for value in weights(step).values() if value.is_floating_point()]
+        for what, values in (("figures", vectors), ("weights", floating)):
+            assert {value.dtype for value in values} == {torch.float32}, f"{what} are no float32 under bfloat16"
+            assert all(torch.isfinite(value).all() for value in values), f"{what} under bfloat16"
 
 
 def check_static(subject: Subject) -> None:

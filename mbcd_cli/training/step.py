@@ -12,9 +12,13 @@ from torch import nn
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders.layout import channels_last, match_layout
+from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.base import Method
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.figures import Layout
+
+_LONE = "Expected more than 1 value per channel"
+"""What torch says where a batch norm has a single value of a channel: of one clip without positions."""
 
 
 class TrainStep:
@@ -85,12 +89,24 @@ class TrainStep:
         return vector
 
     def gradients(self, batch: Batch) -> torch.Tensor:
-        """The first half of a step: gradients of everything that trains; its figures, [F]."""
+        """The first half of a step: gradients of everything that trains; its figures, [F].
+
+        Raises:
+            SettingsError: a batch norm meets one clip without positions.
+        """
         self.model.train()
         self.method.train()
         for module in (*self._frozen, *(self.average.followed if self.average is not None else ())):
             module.eval()
-        figures = self.method.gradients(self._prepared(batch))
+        try:
+            figures = self.method.gradients(self._prepared(batch))
+        except ValueError as error:
+            if _LONE not in str(error):
+                raise
+            raise SettingsError(
+                "training.batch_size: batch norm has no statistics in a batch of one clip.",
+                "Raise it, or set training.batch_norm=frozen.",
+            ) from error
         if self.layout is None:
             self.layout = Layout.of(figures, self.model.modalities)
         return self.layout.pack(figures)

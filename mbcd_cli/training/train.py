@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mbcd_cli.data.loading import keep_on_device
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.errors import RunError
 from mbcd_cli.json_values import OPTIONAL, json_values
 from mbcd_cli.processes import ALONE, Group, joined
 from mbcd_cli.runs.folder import RunFolder, open_run
@@ -130,13 +130,6 @@ def train(
             raise RunError(
                 f"{device} is out of memory at batches of {training.batch_size} clips.",
                 "Lower training.batch_size.",
-            ) from error
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise SettingsError(
-                "training.batch_size: batch norm has no statistics in a batch of one clip.",
-                "Raise it, or set training.batch_norm=frozen.",
             ) from error
         memory = max(group.gathered(peak_memory_mb(device)))
         summary = summarise(

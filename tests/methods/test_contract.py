@@ -11,7 +11,7 @@ from torch import nn
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS, checked, method_class
 from mbcd_cli.methods.base import Method, ParameterGroup, Term, total
-from mbcd_cli.methods.parts import cross_entropy
+from mbcd_cli.methods.parts import cross_entropy, full_precision
 from mbcd_cli.settings import MethodSettings
 from mbcd_cli.training.contract import CHECKS, Subject, check_method
 
@@ -76,7 +76,8 @@ class Adversary(Method):
 
     def losses(self, batch, out):
         domains = self.context.source_domains(batch)
-        judged = [self.judges[n](Reversed.apply(h)) for n, h in out.features.items()]
+        with self.context.autocast():
+            judged = [self.judges[n](Reversed.apply(h)) for n, h in out.features.items()]
         norms = torch.stack(self.context.group.average([h.norm(dim=1).mean() for h in out.pooled.values()]))
         return super().losses(batch, out) | {
             "adversary": Term(torch.stack([cross_entropy(logits, domains) for logits in judged]), 0.1),
@@ -100,7 +101,9 @@ class TwoViews(Method):
         apart = []
         for name, h in out.features.items():
             first, second = h[0::2], h[1::2]
-            apart.append((self.project[name](first) - self.target[name](second).detach()).square().mean())
+            with self.context.autocast():
+                z, target = self.project[name](first), self.target[name](second).detach()
+            apart.append(full_precision(z - target).square().mean())
         return super().losses(batch, out) | {"views": Term(torch.stack(apart), 0.1 * gate)}
 
 

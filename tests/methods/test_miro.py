@@ -32,6 +32,7 @@ def test_the_oracle_is_in_eval_mode_whatever_trains():
     step = make("miro")[0].step
     step.method.oracle["video"].layer.add_module("norm", nn.BatchNorm1d(6).double())
     step(small_batch(0))
+    assert step.method.least_batch == 1
     assert step.method.training
     assert not step.method.oracle["video"].layer.norm.training
     assert step.method.oracle["video"].layer.norm.num_batches_tracked == 0

@@ -16,6 +16,7 @@ from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.training import train as command
 from mbcd_cli.training.assemble import assemble
+from mbcd_cli.training.dry_run import dry_run
 
 SOURCE = '''
 import torch
@@ -123,6 +124,12 @@ def test_a_batch_too_small_for_own_batch_norms_is_refused_before_the_first_step(
         batches["batch_norm"] = "frozen"
         settings = memory_settings(method={"name": method, **told}, training=batches, average={"kind": "ema"})
     assemble(settings, MemoryDataset(), device=torch.device("cpu"))
+
+
+def test_a_batch_too_small_for_the_encoders_batch_norms_is_refused_by_a_dry_run_too():
+    settings = memory_settings(method={"name": "erm"}, training={"batch_size": 1})
+    with pytest.raises(SettingsError, match="batch norm has no statistics in a batch of one clip"):
+        dry_run(settings, MemoryDataset())
 
 
 def test_one_source_leaves_no_batch_norm_to_fill():

@@ -196,6 +196,9 @@ def test_disk_is_what_the_checkpoints_hold_and_time_what_finished_runs_took(tmp_
     # 55,043,872 trained parameters with all three modalities, of which C = 8 here 7; plus buffers.
     nbytes = checkpoint_bytes(cells[0])
     assert 4 * 55.0e6 * 6 < nbytes < 4 * 55.5e6 * 6
+    # SimMMDG: no average; 83.4 million parameters of its own at the paper's features, with two moments, in one file.
+    (own,) = plan_of("hac", runs=tmp_path, targets="human", methods="simmmdg", seeds="1", modality_sets="vaf")
+    assert 4 * (55.0e6 * 4 + 83.4e6 * 3) < checkpoint_bytes(own) < 4 * (55.5e6 * 4 + 83.5e6 * 3)
     unknown = estimate(cells, measure=lambda cell: None)
     assert (unknown.cells, unknown.seconds, unknown.nbytes) == (3, None, 3 * nbytes)
     tried = estimate(cells, measure=lambda cell: 7.0)

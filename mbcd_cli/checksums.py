@@ -123,7 +123,7 @@ def of_text(text: str) -> str:
 
 def of_bytes(array: np.ndarray) -> str:
     """XXH3 of an array's shape and bytes."""
-    return xxhash.xxh3_128_hexdigest(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
+    return xxhash.xxh3_128_hexdigest(repr(array.shape).encode() + array.tobytes())
 
 
 def of_row(*parts: np.ndarray, clip: int, view: int) -> int:

@@ -10,14 +10,14 @@ Letters: N clips, K marks of one, D values of a mark, Q marks asked for, P pairs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from mbcd_cli.audit.findings import Alike, How
 from mbcd_cli.audit.listed import across, same_files
-from mbcd_cli.audit.prints import FRAMES, MIRROR, Print, unit_columns
+from mbcd_cli.audit.prints import MIRROR, Print, unit_columns
 from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.modalities.audio import AudioModality
 from mbcd_cli.data.modalities.frames import FrameModality
@@ -44,7 +44,7 @@ class Nearness:
     asked: int
 
 
-OF_FRAMES, OF_SOUND, OF_ARRAYS = Nearness(0.25, 0.985, 4), Nearness(0.5, 0.85, 8), Nearness(0.35, 0.98, 1)
+OF_FRAMES, OF_SOUND, OF_ARRAYS = Nearness(0.25, 0.985, 4), Nearness(0.5, 0.84, 8), Nearness(0.35, 0.98, 1)
 
 
 def find_alike(clips: Clips, name: str, modality: Modality, prints: Sequence[Print | None]) -> list[Alike]:
@@ -73,6 +73,17 @@ def find_alike(clips: Clips, name: str, modality: Modality, prints: Sequence[Pri
     return found
 
 
+def joined(alike: Sequence[Alike]) -> list[Alike]:
+    """The same copies of several modalities as one."""
+    found: dict[tuple[How, tuple[str, ...]], Alike] = {}
+    for copies in alike:
+        seen = found.setdefault((copies.how, copies.clips), copies)
+        if seen is not copies:
+            names, likeness = (*seen.modalities, *copies.modalities), max(seen.likeness, copies.likeness)
+            found[copies.how, copies.clips] = replace(seen, modalities=names, likeness=likeness)
+    return list(found.values())
+
+
 def _sets(rows: Sequence[int], key: Callable[[int], str]) -> dict[int, list[int]]:
     """First of every set of rows with one key -> all of it."""
     sets: dict[str, list[int]] = {}
@@ -82,14 +93,14 @@ def _sets(rows: Sequence[int], key: Callable[[int], str]) -> dict[int, list[int]
 
 
 def _alike(clips: Clips, name: str, how: How, likeness: float, rows: Sequence[int]) -> Alike:
-    return Alike(name, how, round(likeness, 4), tuple(clips.ids[index] for index in rows), across(clips, rows))
+    return Alike((name,), how, round(likeness, 4), tuple(clips.ids[index] for index in rows), across(clips, rows))
 
 
 def near_pairs(prints: Sequence[Print], modality: Modality) -> Iterator[tuple[int, int, How, float]]:
     """(a, b, how, likeness) of every two clips that are nearly the same, a before b."""
     if len(prints) < 2:
         return
-    marks, likeness = [held.marks for held in prints], covered
+    marks = [held.marks for held in prints]
     nearness = OF_ARRAYS
     if isinstance(modality, FrameModality):
         nearness = OF_FRAMES
@@ -99,13 +110,15 @@ def near_pairs(prints: Sequence[Print], modality: Modality) -> Iterator[tuple[in
     else:
         marks = unit_columns(marks)
     seen: dict[tuple[int, int], tuple[How, float]] = {}
-    ways: dict[How, np.ndarray | int] = {"near": 1} | ({"mirrored": MIRROR} if isinstance(modality, VideoModality) else {})
+    ways: dict[How, np.ndarray | int] = {"near": 1} | (
+        {"mirrored": MIRROR} if isinstance(modality, VideoModality) else {}
+    )
     for how, sign in ways.items():
         for a, b in candidates(marks, [sign * rows for rows in marks], nearness).tolist():
             if nearness is OF_SOUND:
                 value = correlation(waves(a), waves(b))
             else:
-                value = likeness(marks[a], sign * marks[b])
+                value = covered(marks[a], sign * marks[b])
             if value >= nearness.least and value > seen.get((a, b), ("", 0.0))[1]:
                 seen[a, b] = how, value
     yield from ((a, b, *told) for (a, b), told in sorted(seen.items()))

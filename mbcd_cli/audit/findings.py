@@ -16,17 +16,18 @@ Across = Literal["train and test", "domains", ""]
 
 @dataclass(frozen=True, slots=True)
 class Alike:
-    """Clips that are copies of each other in one modality.
+    """Clips that are copies of each other.
 
     Attributes:
-        how: the table names one file for both; files of the same bytes; the same frames, sound or values once decoded;
-            nearly the same; or nearly the same once mirrored.
-        likeness: 1, or how near they are: the cosine (of sound the correlation).
+        modalities: in which they are.
+        how: the table names one file (or span of it) for both; files of the same bytes; the same frames, sound or
+            values once decoded; nearly the same; or nearly the same once mirrored.
+        likeness: 1, or how near they are at the most: the cosine (of sound the correlation).
         clips: two or more ids; of near ones that have exact copies, all of these.
         across: whether they are in both splits, or (in one split) in several domains.
     """
 
-    modality: str
+    modalities: tuple[str, ...]
     how: How
     likeness: float
     clips: tuple[str, ...]

@@ -1,8 +1,9 @@
 """What a clip looks or sounds like, in few numbers that its copies share: re-encoded, cut, mirrored, louder, noisy.
 
 A clip is decoded once, in the decoding processes of `prepare`. Frames become small grey pictures, of which the low
-frequencies of a cosine transform, scaled to length 1, are a mark; loudness and contrast play no part in it. Sound is
-kept as it is, at 4 kHz; its marks are spectra around its loudest moments. Of an array the mark is its mean over steps.
+frequencies of a cosine transform, scaled to length 1, are a mark: brightness and contrast play no part in it. Sound is
+kept as it is, at 8 kHz and for 5 seconds; its marks are spectra around its loudest moments. Of an array the mark is its
+mean over steps.
 
 Letters: T frames, D values of a mark, K marks, S samples.
 """
@@ -24,9 +25,9 @@ from mbcd_cli.settings import DatasetSettings
 
 FRAMES, SIDE, WAVES = 32, 32, 8
 """Frames looked at of a clip, pixels of their side, and frequencies kept in each direction."""
-RATE, SECONDS = 4000, 8
+RATE, SECONDS = 8000, 5
 """Samples per second that are kept of sound, and for how long from its beginning."""
-WINDOW, HOP, BANDS, MOMENTS = 256, 64, 16, 8
+WINDOW, HOP, BANDS, MOMENTS = 512, 128, 16, 8
 """Of the spectra of sound: samples of a window and between two, bands, and the moments that have a mark."""
 _LEVEL, _SILENCE = 1.0, 1e-4
 """Grey levels, and parts of full scale, within which frames and sound are constant."""
@@ -152,8 +153,10 @@ def _array(media: Media, notes: list[str] | None) -> tuple[np.ndarray, np.ndarra
     from mbcd_cli.data.media.arrays import read_array
 
     values = read_array(media, notes)
-    constant = "values that are all the same" if values.size > 1 and np.ptp(values) == 0 else ""
-    return values, np.atleast_2d(values).mean(axis=0, keepdims=True), constant
+    mean = np.atleast_2d(values).mean(axis=0, keepdims=True)
+    if values.size > 1 and np.ptp(values) == 0:
+        return values, mean[:0], "values that are all the same"
+    return values, mean, ""
 
 
 def unit_columns(marks: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 
@@ -44,6 +44,11 @@ class Listing:
     def __post_init__(self) -> None:
         if not isinstance(self.clips, Clips):
             self.clips = Clips(self.clips)
+
+    def leave_out(self, ids: Collection[str]) -> None:
+        """Goes on without some clips."""
+        gone = {*ids}
+        self.clips = Clips(clip for clip in self.clips if clip.id not in gone)
 
     def survey(self) -> None:
         """Fills in what only the files tell of the modalities, and warns of what they have in different ways.

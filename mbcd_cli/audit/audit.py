@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mbcd_cli.audit.alike import find_alike, joined
+from mbcd_cli.audit.copies import find_copies, of_all_modalities
 from mbcd_cli.audit.domain_probe import probe_domains
-from mbcd_cli.audit.findings import Alike, Audit, Constant, Leak, Recording
+from mbcd_cli.audit.findings import Audit, Constant, Copies, Leak, Recording
 from mbcd_cli.audit.listed import label_counts, overlaps, scarce_classes, shared_names, shared_recordings
-from mbcd_cli.audit.prints import Look, Print
+from mbcd_cli.audit.prints import Glance, Print
 from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
@@ -46,7 +46,7 @@ def audit_listing(settings: Settings, listing: Listing, *, decoded: bool = True,
     """What clips that are listed tell, and their media where they are to be `decoded`; no cache is looked at."""
     clips, labels = listing.clips, listing.label_names
     found = Audit(listing.name, len(clips), listing.domains, labels, rejected=list(listing.rejected))
-    alike: list[Alike] = []
+    alike: list[Copies] = []
     for name in listing.modalities:
         prints: Sequence[Print | None] = [None] * len(clips)
         if any(media.computed for media in clips.media_of(name)[:1]):
@@ -55,8 +55,8 @@ def audit_listing(settings: Settings, listing: Listing, *, decoded: bool = True,
         if decoded:
             prints = _prints(settings, listing, name, found, say)
             found.looked_at[name] = sum(held is not None for held in prints)
-        alike += find_alike(clips, name, listing.modalities[name], prints)
-    found.alike = joined(alike)
+        alike += find_copies(clips, name, listing.modalities[name], prints)
+    found.copies = of_all_modalities(alike)
     found.recordings = shared_recordings(clips)
     found.overlaps = overlaps(clips, labels)
     found.labels = label_counts(clips, len(labels))
@@ -66,7 +66,7 @@ def audit_listing(settings: Settings, listing: Listing, *, decoded: bool = True,
         found.not_looked_at.append(
             "recordings: nothing tells which clips are of one (a column `group` of the manifest)"
         )
-    found.leaks = leaks_of(clips, found.alike, found.recordings)
+    found.leaks = leaks_of(clips, found.copies, found.recordings)
     bad = len({rejected.clip for rejected in found.rejected})
     found.exit_code = 0 if settings.dataset.tolerates(bad, len(clips)) else 3
     return found
@@ -75,7 +75,7 @@ def audit_listing(settings: Settings, listing: Listing, *, decoded: bool = True,
 def _prints(settings: Settings, listing: Listing, name: str, found: Audit, say: Say) -> list[Print | None]:
     """The print of every clip; what cannot be decoded, or is constant, goes to `found`."""
     clips, column = listing.clips, listing.clips.media[name]
-    job = DecodeJob(name, Look(listing.modalities[name]), settings.dataset, settings.cache.seed)
+    job = DecodeJob(name, Glance(listing.modalities[name]), settings.dataset, settings.cache.seed)
     prints: list[Print | None] = [None] * len(clips)
     items = ((index, clips[index], [TEST_VIEW]) for index in range(len(clips)) if column.has(index))
     # A row is read sooner than another process is told of it.
@@ -92,7 +92,7 @@ def _prints(settings: Settings, listing: Listing, name: str, found: Audit, say: 
     return prints
 
 
-def leaks_of(clips: Clips, alike: Sequence[Alike], recordings: Sequence[Recording]) -> list[Leak]:
+def leaks_of(clips: Clips, alike: Sequence[Copies], recordings: Sequence[Recording]) -> list[Leak]:
     """Training clips that are copies of a test clip, or of a recording of which there are test clips, in table order.
 
     The test splits stay as they are, so that accuracies can be compared with others'.

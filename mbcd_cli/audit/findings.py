@@ -15,7 +15,7 @@ Across = Literal["train and test", "domains", ""]
 
 
 @dataclass(frozen=True, slots=True)
-class Alike:
+class Copies:
     """Clips that are copies of each other.
 
     Attributes:
@@ -55,7 +55,7 @@ class Overlap:
 
     Attributes:
         share: of the shorter one's time that both have.
-        across: as of `Alike`.
+        across: as of `Copies`.
     """
 
     recording: str
@@ -155,7 +155,7 @@ class Audit:
     label_names: tuple[str, ...]
     looked_at: dict[str, int] = field(default_factory=dict)
     not_looked_at: list[str] = field(default_factory=list)
-    alike: list[Alike] = field(default_factory=list)
+    copies: list[Copies] = field(default_factory=list)
     recordings: list[Recording] = field(default_factory=list)
     overlaps: list[Overlap] = field(default_factory=list)
     scarce: list[ScarceClass] = field(default_factory=list)

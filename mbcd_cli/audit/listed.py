@@ -59,7 +59,7 @@ def shared_recordings(clips: Clips) -> list[Recording]:
 def overlaps(clips: Clips, label_names: Sequence[str]) -> list[Overlap]:
     """Pairs of clips of one recording that overlap in time and have different labels."""
     pairs = []
-    for name, rows in by_recording(clips):
+    for name, rows in by_recording(clips) if len(clips.spans) else ():
         timed = sorted((i for i in rows if not np.isnan(clips.spans[i, 0])), key=lambda i: clips.spans[i, 0])
         running: list[int] = []
         for index in timed:

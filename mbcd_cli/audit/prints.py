@@ -55,12 +55,12 @@ class Print:
 
     @classmethod
     def of(cls, parts: ViewParts) -> Print:
-        """What `Look.views` has put into arrays."""
+        """What `Glance.views` has put into arrays."""
         return cls(*bytes(parts[0]).decode().split("|"), *parts[1:])
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Glance:
     """Stands for a modality where clips are decoded (`data.media.decoding`): their one view is their print."""
 
     of: Modality
@@ -134,7 +134,7 @@ def _sound(
 
 
 def sound_marks(wave: np.ndarray) -> np.ndarray:
-    """[S] -> [K, D]: the spectra at the loudest moments, of each with those 4 hops before and after it."""
+    """[S] -> [K, D]: the spectra at and beside the loudest moments, each with those 4 hops before and after it."""
     from scipy.signal import find_peaks, stft
 
     padded = np.pad(wave.astype(np.float32), max(0, (WINDOW - len(wave)) // 2 + 1))
@@ -143,8 +143,10 @@ def sound_marks(wave: np.ndarray) -> np.ndarray:
     edges = np.unique(np.geomspace(1, len(power), BANDS + 1).round().astype(int) - 1)
     bands = np.sqrt(np.add.reduceat(power, edges[:-1], axis=0)).T  # [moments, bands]
     loud = np.convolve(bands.sum(axis=1), np.ones(3), "same")
-    peaks, _ = find_peaks(np.pad(loud, 1), distance=5)
+    peaks, _ = find_peaks(np.pad(loud, 1), distance=3)
     peaks = peaks[np.argsort(-np.pad(loud, 1)[peaks])][:MOMENTS] - 1
+    # A copy may be loudest a hop earlier or later.
+    peaks = np.clip((peaks[:, None] + [-1, 0, 1]).ravel(), 0, len(bands) - 1)
     beside = np.pad(bands, ((4, 4), (0, 0)))
     return unit(np.concatenate([beside[peaks + shift] for shift in (0, 4, 8)], axis=1))
 

@@ -47,12 +47,12 @@ def show_audit(found: Audit) -> None:
         console.show(f"not looked at: {line}")
     table = partial(console.table, most=_SHOWN)
     copies = Counter(
-        (copy.how, ", ".join(copy.modalities), copy.across or "one split of a domain") for copy in found.alike
+        (copy.how, ", ".join(copy.modalities), copy.across or "one split of a domain") for copy in found.copies
     )
     rows = [(*kind, count) for kind, count in copies.items()]
     table("Copies", ("how", "modalities", "across", "sets of clips"), rows)
-    if found.alike:
-        order = sorted(found.alike, key=lambda copy: ("train and test", "domains", "").index(copy.across))
+    if found.copies:
+        order = sorted(found.copies, key=lambda copy: ("train and test", "domains", "").index(copy.across))
         rows = [(c.across, c.how, ", ".join(c.modalities), f"{c.likeness:.3f}", ", ".join(c.clips)) for c in order]
         table("Clips that are copies of each other", ("across", "how", "modalities", "likeness", "clips"), rows)
     if found.recordings:

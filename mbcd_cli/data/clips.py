@@ -166,7 +166,8 @@ class Clips(Sequence[Clip]):
         domains: [N] int32, indices into `domain_names` (in the order in which they appear).
         splits: [N] int8, 0 train, 1 test. labels: [N] int32.
         media: per modality, of every clip.
-        groups: the recording of every clip. spans: [N, 2] float64, begin and end in it; NaN where nothing tells.
+        groups: the recording of every clip. spans: [N, 2] float64, begin and end in it; NaN where nothing tells, and
+            [0, 2] where nothing does of any.
     """
 
     def __init__(self, clips: Iterable[Clip] = ()) -> None:
@@ -178,7 +179,8 @@ class Clips(Sequence[Clip]):
         for count, clip in enumerate(clips):
             self.ids.append(clip.id)
             self.groups.append(clip.group)
-            spans.extend(clip.span or _NO_SPAN)
+            if clip.span is not None or spans:
+                spans.extend(_NO_SPAN * (count - len(spans) // 2) + (clip.span or _NO_SPAN))
             domains.append(numbers.setdefault(clip.domain, len(numbers)))
             splits.append(SPLITS.index(clip.split))
             classes.append(named.setdefault((clip.label, clip.label_name), len(named)))
@@ -202,8 +204,8 @@ class Clips(Sequence[Clip]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         media = {name: column[index] for name, column in self.media.items() if column.has(index)}
-        span = tuple(self.spans[index].tolist())
-        return Clip(self.ids[index], *self._row(index), media, self.groups[index], None if span[0] != span[0] else span)
+        span = tuple(self.spans[index].tolist()) if len(self.spans) else _NO_SPAN
+        return Clip(self.ids[index], *self._row(index), media, self.groups[index], None if np.isnan(span[0]) else span)
 
     def _row(self, index: int) -> tuple[str, str, int, str]:
         """Domain, split, label and its name."""

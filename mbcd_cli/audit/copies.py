@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mbcd_cli.audit.findings import Alike, How
+from mbcd_cli.audit.findings import Copies, How
 from mbcd_cli.audit.listed import across, same_files
 from mbcd_cli.audit.prints import MIRROR, Print, unit_columns
 from mbcd_cli.data.clips import Clips
@@ -44,10 +44,10 @@ class Nearness:
     asked: int
 
 
-OF_FRAMES, OF_SOUND, OF_ARRAYS = Nearness(0.25, 0.985, 4), Nearness(0.5, 0.84, 8), Nearness(0.35, 0.98, 1)
+OF_FRAMES, OF_SOUND, OF_ARRAYS = Nearness(0.25, 0.988, 4), Nearness(0.65, 0.84, 8), Nearness(0.35, 0.98, 1)
 
 
-def find_alike(clips: Clips, name: str, modality: Modality, prints: Sequence[Print | None]) -> list[Alike]:
+def find_copies(clips: Clips, name: str, modality: Modality, prints: Sequence[Print | None]) -> list[Copies]:
     """All copies in one modality.
 
     Args:
@@ -56,7 +56,7 @@ def find_alike(clips: Clips, name: str, modality: Modality, prints: Sequence[Pri
     telling = [index for index, held in enumerate(prints) if held is not None and len(held.marks)]
     exact = _sets(telling, lambda index: prints[index].content)
     named = same_files(clips, name)
-    found = [_alike(clips, name, "same file", 1.0, rows) for rows in named if not {*rows} <= {*telling}]
+    found = [_copies(clips, name, "same file", 1.0, rows) for rows in named if not {*rows} <= {*telling}]
     one_file = {index: rows for rows in named for index in rows}
     for rows in exact.values():
         if len(rows) > 1:
@@ -65,17 +65,17 @@ def find_alike(clips: Clips, name: str, modality: Modality, prints: Sequence[Pri
                 how = "same bytes"
             if {*rows} <= {*one_file.get(rows[0], ())}:
                 how = "same file"
-            found.append(_alike(clips, name, how, 1.0, rows))
+            found.append(_copies(clips, name, how, 1.0, rows))
     firsts = list(exact)
     for a, b, how, likeness in near_pairs([prints[index] for index in firsts], modality):
         rows = sorted([*exact[firsts[a]], *exact[firsts[b]]])
-        found.append(_alike(clips, name, how, likeness, rows))
+        found.append(_copies(clips, name, how, likeness, rows))
     return found
 
 
-def joined(alike: Sequence[Alike]) -> list[Alike]:
+def of_all_modalities(alike: Sequence[Copies]) -> list[Copies]:
     """The same copies of several modalities as one."""
-    found: dict[tuple[How, tuple[str, ...]], Alike] = {}
+    found: dict[tuple[How, tuple[str, ...]], Copies] = {}
     for copies in alike:
         seen = found.setdefault((copies.how, copies.clips), copies)
         if seen is not copies:
@@ -92,8 +92,8 @@ def _sets(rows: Sequence[int], key: Callable[[int], str]) -> dict[int, list[int]
     return {members[0]: members for members in sets.values()}
 
 
-def _alike(clips: Clips, name: str, how: How, likeness: float, rows: Sequence[int]) -> Alike:
-    return Alike((name,), how, round(likeness, 4), tuple(clips.ids[index] for index in rows), across(clips, rows))
+def _copies(clips: Clips, name: str, how: How, likeness: float, rows: Sequence[int]) -> Copies:
+    return Copies((name,), how, round(likeness, 4), tuple(clips.ids[index] for index in rows), across(clips, rows))
 
 
 def near_pairs(prints: Sequence[Print], modality: Modality) -> Iterator[tuple[int, int, How, float]]:

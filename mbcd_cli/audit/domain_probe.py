@@ -43,7 +43,7 @@ def probe_domains(dataset: Dataset, name: str) -> DomainProbe:
         ]
     )
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000))
     accuracy = float(cross_val_score(model, features, domains, cv=folds).mean())
     return DomainProbe(name, accuracy, float(np.bincount(domains).max() / len(domains)), len(clips))
 

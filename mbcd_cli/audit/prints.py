@@ -110,7 +110,7 @@ def marks_of(pictures: np.ndarray) -> np.ndarray:
     """Grey pictures [T, side, side] -> [T, D], the low frequencies of each but for its mean, of length 1."""
     from scipy.fft import dctn
 
-    waves = dctn(pictures, axes=(1, 2), norm="ortho")[:, :WAVES, :WAVES].reshape(len(pictures), -1)[:, 1:]
+    waves = dctn(pictures, axes=(1, 2), norm="ortho")[:, :WAVES, :WAVES].reshape(len(pictures), WAVES**2)[:, 1:]
     return unit(waves)
 
 

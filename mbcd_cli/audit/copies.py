@@ -24,7 +24,7 @@ from mbcd_cli.data.modalities.frames import FrameModality
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.modalities.video import VideoModality
 
-DIMENSIONS, NEAREST = 16, 16
+DIMENSIONS, NEAREST = 16, 12
 _SAMPLE, _TOGETHER = 20_000, 20_000
 _EMPHASIS, _KEPT = 0.7, 0.5
 
@@ -44,7 +44,7 @@ class Nearness:
     asked: int
 
 
-OF_FRAMES, OF_SOUND, OF_ARRAYS = Nearness(0.25, 0.988, 4), Nearness(0.65, 0.84, 8), Nearness(0.35, 0.98, 1)
+OF_FRAMES, OF_SOUND, OF_ARRAYS = Nearness(0.25, 0.988, 4), Nearness(0.5, 0.84, 8), Nearness(0.35, 0.98, 1)
 
 
 def find_copies(clips: Clips, name: str, modality: Modality, prints: Sequence[Print | None]) -> list[Copies]:
@@ -145,9 +145,15 @@ def candidates(marks: Sequence[np.ndarray], asked: Sequence[np.ndarray], nearnes
         some = queries[at : at + _TOGETHER] @ basis
         distances, hits = tree.query(some, k=[*range(1, most + 1)], distance_upper_bound=nearness.reach, workers=-1)
         row, column = np.nonzero(np.isfinite(distances))
-        both = np.stack([askers[at + row], owners[hits[row, column]]], axis=1)
+        hit, asker = hits[row, column], askers[at + row]
+        apart = np.linalg.norm(points[hit] - queries[at + row], axis=1)
+        worth = (owners[hit] != asker) & (apart <= nearness.reach)
+        row, hit, asker = row[worth], hit[worth], asker[worth]
+        # Of every query the nearest few: `row` ascends, and so do the distances within it.
+        rank = np.arange(len(row)) - np.searchsorted(row, row)
+        both = np.stack([asker, owners[hit]], axis=1)[rank < NEAREST]
         both.sort(axis=1)
-        pairs = np.unique(np.concatenate([pairs, both[both[:, 0] != both[:, 1]]]), axis=0)
+        pairs = np.unique(np.concatenate([pairs, both]), axis=0)
     return pairs
 
 

@@ -1,6 +1,6 @@
 """How the search for near copies grows: prints of N clips that differ, with one near copy in a hundred, in memory.
 
-python tests/benchmarks/audit_scale.py 1000 10000 100000
+python tests/benchmarks/audit_scale.py video 1000 10000 100000
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ def noisy(held: Print, rng: np.random.Generator) -> Print:
 
 
 def main() -> None:
-    for kind, made in (("video", video_prints), ("audio", sound_prints)):
-        for count in map(int, sys.argv[1:]):
-            rng = np.random.default_rng(0)
-            prints = made(count, rng)
-            copies = {(index, count + at) for at, index in enumerate(range(0, count, 100))}
-            prints += [noisy(prints[index], rng) for index, _ in sorted(copies)]
-            started = time.perf_counter()
-            found = {(a, b) for a, b, _, _ in near_pairs(prints, default_modality(kind))}
-            seconds = time.perf_counter() - started
-            print(
-                f"{kind} {count} clips: {seconds:.1f} s, {len(found & copies)} of {len(copies)} copies found, "
-                f"{len(found - copies)} others, {peak_memory_mb(CPU) / 1e3:.1f} GB",
-                flush=True,
-            )
+    kind = sys.argv[1]
+    for count in map(int, sys.argv[2:]):
+        rng = np.random.default_rng(0)
+        prints = {"video": video_prints, "audio": sound_prints}[kind](count, rng)
+        copies = {(index, count + at) for at, index in enumerate(range(0, count, 100))}
+        prints += [noisy(prints[index], rng) for index, _ in sorted(copies)]
+        started = time.perf_counter()
+        found = {(a, b) for a, b, _, _ in near_pairs(prints, default_modality(kind))}
+        seconds = time.perf_counter() - started
+        print(
+            f"{kind} {count} clips: {seconds:.1f} s, {len(found & copies)} of {len(copies)} copies found, "
+            f"{len(found - copies)} others, {peak_memory_mb(CPU) / 1e3:.1f} GB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

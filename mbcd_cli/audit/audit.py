@@ -36,7 +36,12 @@ def audit(settings: Settings, *, say: Say = SILENT) -> Audit:
         found.not_looked_at.insert(0, f"media: none are below {settings.dataset.root}; this is what its tables tell")
     if listing.name in prepared_datasets(settings.cache.dir):
         dataset = open_dataset(settings, name=listing.name)
-        found.probes = [probe_domains(dataset, name) for name in say.over(dataset.modalities, "probing the cache")]
+        for name in say.over(dataset.modalities, "probing the cache"):
+            probe = probe_domains(dataset, name)
+            if probe is not None:
+                found.probes.append(probe)
+            else:
+                found.not_looked_at.append(f"cached features of {name}: no two domains have clips enough for a probe")
     else:
         found.not_looked_at.append(f"cached features: {listing.name} is not prepared in {settings.cache.dir}")
     return found

@@ -18,10 +18,11 @@ _CELLS = 4
 _TOGETHER = 64
 
 
-def probe_domains(dataset: Dataset, name: str) -> DomainProbe:
+def probe_domains(dataset: Dataset, name: str) -> DomainProbe | None:
     """Accuracy of logistic regression for the domain, over five folds, on one stored view of at most 2,000 clips.
 
-    Of training clips where their views are stored, else of test clips. Maps are averaged over 4 cells along each axis.
+    Of training clips where their views are stored, else of test clips; None where no two domains have five of them.
+    Maps are averaged over 4 cells along each axis.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
@@ -30,11 +31,14 @@ def probe_domains(dataset: Dataset, name: str) -> DomainProbe:
 
     cache = dataset.caches[name]
     view, split = (0, "train") if cache.views else (TEST_VIEW, "test")
-    there = [d for d in dataset.domains if (_of(dataset, d, split) & cache.stored(view)).sum() >= FOLDS]
-    if len(there) < 2:
-        return DomainProbe(name, float("nan"), float("nan"), 0)
-    clips = dataset.select(domains=there, splits=[split], limit=CLIPS)
+    if not (cache.stored(view) & (dataset.clips.splits == SPLITS.index(split))).any():
+        return None
+    clips = dataset.select(domains=dataset.domains, splits=[split], limit=CLIPS)
+    many = np.bincount(dataset.clips.domains[clips]) >= FOLDS
+    clips = clips[many[dataset.clips.domains[clips]]]
     domains = dataset.clips.domains[clips]
+    if many.sum() < 2:
+        return None
     features = np.concatenate(
         [
             pooled(cache.read(some, np.full(len(some), view)))
@@ -46,12 +50,6 @@ def probe_domains(dataset: Dataset, name: str) -> DomainProbe:
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000))
     accuracy = float(cross_val_score(model, features, domains, cv=folds).mean())
     return DomainProbe(name, accuracy, float(np.bincount(domains).max() / len(domains)), len(clips))
-
-
-def _of(dataset: Dataset, domain: str, split: str) -> np.ndarray:
-    """[N] bool: clips of a domain's split."""
-    table = dataset.clips
-    return (table.domains == dataset.domains.index(domain)) & (table.splits == SPLITS.index(split))
 
 
 def pooled(parts: tuple[torch.Tensor, ...]) -> np.ndarray:

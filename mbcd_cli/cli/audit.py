@@ -50,8 +50,10 @@ def show_audit(found: Audit) -> None:
         (copy.how, ", ".join(copy.modalities), copy.across or "one split of a domain") for copy in found.copies
     )
     rows = [(*kind, count) for kind, count in copies.items()]
-    table("Copies", ("how", "modalities", "across", "sets of clips"), rows)
-    if found.copies:
+    if not rows:
+        console.show("no copies")
+    else:
+        table("Copies", ("how", "modalities", "across", "sets of clips"), rows)
         order = sorted(found.copies, key=lambda copy: ("train and test", "domains", "").index(copy.across))
         rows = [(c.across, c.how, ", ".join(c.modalities), f"{c.likeness:.3f}", ", ".join(c.clips)) for c in order]
         table("Clips that are copies of each other", ("across", "how", "modalities", "likeness", "clips"), rows)

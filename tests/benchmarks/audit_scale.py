@@ -55,6 +55,7 @@ def noisy(held: Print, rng: np.random.Generator) -> Print:
 
 def main() -> None:
     kind = sys.argv[1]
+    list(near_pairs(video_prints(50, np.random.default_rng(0)), default_modality("video")))  # pays for imports
     for count in map(int, sys.argv[2:]):
         rng = np.random.default_rng(0)
         prints = {"video": video_prints, "audio": sound_prints}[kind](count, rng)

@@ -121,6 +121,11 @@ def of_text(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
+def of_bytes(array: np.ndarray) -> str:
+    """XXH3 of an array's shape and bytes."""
+    return xxhash.xxh3_128_hexdigest(repr(array.shape).encode() + array.tobytes())
+
+
 def of_row(*parts: np.ndarray, clip: int, view: int) -> int:
     """XXH3 (64 bits) of the bytes of one row (parts [*]) and of whose it is, so that none can stand for another."""
     value = (clip << 16) + view + 1

@@ -122,19 +122,31 @@ terminal = Terminal(say)
 """What commands hand to the library."""
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, to_stderr: bool = False) -> None:
-    """Print a table; columns of figures are right-aligned, those with text left-aligned."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    to_stderr: bool = False,
+    most: int | None = None,
+) -> None:
+    """Print a table, its first `most` rows; columns of figures are right-aligned, those with text left-aligned."""
     cells = [[str(cell) for cell in row] for row in rows]
     if tables_folder is not None:
         name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80]
         write_table(tables_folder / f"{name or 'table'}.csv", columns, cells, place="--csv")
+    hidden = 0 if most is None else max(len(cells) - most, 0)
+    cells = cells[: len(cells) - hidden]
     grid = Table(title=Text(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         figures = bool(cells) and all(_FIGURE.fullmatch(row[index]) for row in cells)
         grid.add_column(Text(column), justify="right" if figures else "left", overflow="fold")
     for row in cells:
         grid.add_row(*map(Text, row))
-    (err if to_stderr else out).print(grid)
+    to = err if to_stderr else out
+    to.print(grid)
+    if hidden:
+        to.print(f"... and {hidden} more rows (--json has all of them, and so have the files of --csv)", markup=False)
 
 
 def emit_json(result: object) -> None:

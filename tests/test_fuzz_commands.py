@@ -150,7 +150,8 @@ def drawn(draw, home: Path, odd: list[str]) -> list[str]:
         if not argument and draw(st.integers(0, 9)) > (6 if needed else 1):
             continue
         if argument:
-            known = {"prepare": ["manifest", "manifest", "epic-kitchens", "hac"], "list": ["presets", "datasets"]}
+            readers = ["manifest", "manifest", "epic-kitchens", "hac"]
+            known = {"prepare": readers, "audit": readers, "list": ["presets", "datasets"]}
             line.append(draw(st.sampled_from([*known.get(name, ()), value(kind, names)])))
         elif "bool" in str(kind):
             line.append(draw(st.sampled_from(names)))
@@ -166,6 +167,7 @@ def rest(name: str, home: Path) -> list[str]:
     cache = ["--cache-dir", str(home / "cache")]
     quick = ["--set", "landscape.points=3", "--set", "landscape.analyses=['curve']"]
     return {
+        "audit": ["--root", str(home / "tiny"), *cache, *small],
         "prepare": ["--root", str(home / "tiny"), *small],
         "train": ["--dataset", "tiny", "--target-domain", "gamma", *cache, *small],
         "sweep": ["--dataset", "tiny", "--targets", "gamma", *cache, *small],

@@ -26,6 +26,7 @@ FLOORS = (
     "model",
     "methods",
     "resolved",
+    "audit",
     "preparation runs scoring paper",
     "training evaluation landscape",
     "sweep",
@@ -118,7 +119,7 @@ def test_help_is_quick():
         "for words in (['--version'], ['--help'], *([name, '--help'] for name in sys.argv[1:])):\n"
         f"    assert CliRunner().invoke(app, words).exit_code == 0, words\n    assert not {heavy}, (words, {heavy})"
     )
-    names = ["prepare", "train", "evaluate", "landscape", "sweep", "demo", "verify", "repair", "list"]
+    names = ["audit", "prepare", "train", "evaluate", "landscape", "sweep", "demo", "verify", "repair", "list"]
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

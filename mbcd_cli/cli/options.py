@@ -258,6 +258,13 @@ def preset_of(asked: Asked, *names: str) -> str | None:
     return next((name for name in names if name in preset_names()), None)
 
 
+def preset_for_reader(asked: Asked) -> str | None:
+    """The preset asked for, else (with no --config) the one named like the reader, else like the root folder."""
+    root = asked.flags.get("dataset.root")
+    named = (asked.flags["dataset.reader"], root.resolve().name if root is not None else "")
+    return preset_of(asked, *(named if asked.config is None else ()))
+
+
 def dataset_preset(asked: Asked) -> str | None:
     """The preset asked for, else the one named like the dataset, else (with nothing named) epic-kitchens."""
     unnamed = () if asked.config is not None else ("epic-kitchens",)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Reply, command, emit_settings, preset_of
+from mbcd_cli.cli.options import Asked, Reply, command, emit_settings, preset_for_reader
 
 if TYPE_CHECKING:
     from mbcd_cli.preparation.check import Checked
@@ -57,8 +57,7 @@ def prepare(
     Bad clips are reported and left out. What is prepared already is reused; a killed run resumes.
     """
     root = asked.flags.get("dataset.root")
-    named = (asked.flags["dataset.reader"], root.resolve().name if root is not None else "")
-    preset = preset_of(asked, *(named if asked.config is None else ()))
+    preset = preset_for_reader(asked)
     if preset is not None and asked.preset is None:
         console.say(f"Using preset {preset} (--preset none for the bare defaults).")
     if not show_settings:

@@ -68,6 +68,8 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
         recipe |= {key: getattr(group, key) for key in fields_for(type(group), "cache")}
     if settings.cache.views:
         del recipe["trunk_batch_norm"]
+    if settings.dataset.leave_out == "none":
+        del recipe["leave_out"]
     if modality.cut != "input" or modality.weights is not None:
         recipe["encoder"] = modality.encoder
         recipe["width"] = modality.width

@@ -27,6 +27,7 @@ _FIELDS = tuple(field.name for field in fields(Media))
 _FILES = tuple(_FIELDS.index(name) for name in ("path", "path_v", "clock"))
 _OTHERS = tuple(at for at in range(len(_FIELDS)) if at not in _FILES)
 _DEFAULTS = tuple(field.default for field in fields(Media))
+_NO_SPAN = (np.nan, np.nan)
 
 
 def chunks(items: Iterable[AnyItem]) -> Iterator[list[AnyItem]]:
@@ -165,16 +166,21 @@ class Clips(Sequence[Clip]):
         domains: [N] int32, indices into `domain_names` (in the order in which they appear).
         splits: [N] int8, 0 train, 1 test. labels: [N] int32.
         media: per modality, of every clip.
+        groups: the recording of every clip. spans: [N, 2] float64, begin and end in it; NaN where nothing tells, and
+            [0, 2] where nothing does of any.
     """
 
     def __init__(self, clips: Iterable[Clip] = ()) -> None:
-        self.ids = Texts()
+        self.ids, self.groups = Texts(), Texts()
         self.media: dict[str, MediaColumn] = {}
-        domains, splits, classes = array("i"), array("b"), array("i")
+        domains, splits, classes, spans = array("i"), array("b"), array("i"), array("d")
         numbers: dict[str, int] = {}
         named: dict[tuple[int, str], int] = {}
         for count, clip in enumerate(clips):
             self.ids.append(clip.id)
+            self.groups.append(clip.group)
+            if clip.span is not None or spans:
+                spans.extend(_NO_SPAN * (count - len(spans) // 2) + (clip.span or _NO_SPAN))
             domains.append(numbers.setdefault(clip.domain, len(numbers)))
             splits.append(SPLITS.index(clip.split))
             classes.append(named.setdefault((clip.label, clip.label_name), len(named)))
@@ -187,6 +193,7 @@ class Clips(Sequence[Clip]):
                 column.append(clip.media.get(name))
         self.domain_names = tuple(numbers)
         self.domains, self.splits = np.array(domains, np.int32), np.array(splits, np.int8)
+        self.spans = np.array(spans, np.float64).reshape(-1, 2)
         self._named, self._classes = list(named), np.array(classes, np.int32)
         self.labels = np.array([label for label, _ in self._named] or [0], np.int32)[self._classes]
 
@@ -197,7 +204,8 @@ class Clips(Sequence[Clip]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         media = {name: column[index] for name, column in self.media.items() if column.has(index)}
-        return Clip(self.ids[index], *self._row(index), media)
+        span = tuple(self.spans[index].tolist()) if len(self.spans) else _NO_SPAN
+        return Clip(self.ids[index], *self._row(index), media, self.groups[index], None if np.isnan(span[0]) else span)
 
     def _row(self, index: int) -> tuple[str, str, int, str]:
         """Domain, split, label and its name."""

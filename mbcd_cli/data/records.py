@@ -69,7 +69,12 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One labelled clip: an id unique in its dataset, its domain and split, and its media per modality."""
+    """One labelled clip: an id unique in its dataset, its domain and split, and its media per modality.
+
+    Attributes:
+        group: the recording or source video that it is a part of, by the table; empty where nothing tells.
+        span: its begin and end (exclusive) in that recording, in what the table counts.
+    """
 
     id: str
     domain: str
@@ -77,6 +82,8 @@ class Clip:
     label: int
     label_name: str
     media: Mapping[str, Media] = field(default_factory=dict)
+    group: str = ""
+    span: tuple[float, float] | None = None
 
 
 @dataclass(slots=True)

@@ -133,8 +133,9 @@ def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[Clips, DatasetSe
     if not root.is_dir():
         return None, f"the media are not at {root} (--set dataset.root=DIR says where they are)"
     try:
-        reader = load_settings(cache.folder / PREPARED_WITH).dataset.reader  # the run's settings name the dataset only
-        source = settings.dataset.model_copy(update={"root": root, "reader": reader})
+        prepared = load_settings(cache.folder / PREPARED_WITH).dataset  # the run's settings name the dataset only
+        same = {"reader": prepared.reader, "leave_out": prepared.leave_out, "left_out": prepared.left_out}
+        source = settings.dataset.model_copy(update={"root": root, **same})
         listing = read_listing(settings.model_copy(update={"dataset": source}))
     except MbcdError as error:
         return None, error.message.splitlines()[0].rstrip(".")

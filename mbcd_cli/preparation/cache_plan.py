@@ -19,7 +19,7 @@ from mbcd_cli.data.cache import (
     views_of,
 )
 from mbcd_cli.data.clips import Clips
-from mbcd_cli.data.modalities import default_modality
+from mbcd_cli.data.modalities import asked_modalities
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import SPLITS
@@ -37,10 +37,9 @@ def read_listing(settings: Settings) -> Listing:
         SettingsError: no such reader.
         ManifestError: the dataset's tables are wrong, or a modality asked for by name is not there.
     """
-    wanted = dict(settings.modalities)
-    if settings.model.modalities:
-        wanted = {name: wanted.get(name) or default_modality(name) for name in settings.model.modalities}
-    listing = read_dataset(settings.dataset, wanted)
+    listing = read_dataset(settings.dataset, asked_modalities(settings))
+    if settings.dataset.leave_out == "audit" and settings.dataset.left_out:
+        listing.leave_out(settings.dataset.left_out)
     if absent := [name for name in settings.model.modalities if name not in listing.modalities]:
         reasons = [line for line in listing.warnings if line.startswith(tuple(f"{name}:" for name in absent))]
         raise ManifestError(

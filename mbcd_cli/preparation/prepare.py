@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mbcd_cli.audit.audit import audit_listing
+from mbcd_cli.audit.findings import Leak
 from mbcd_cli.checksums import PREPARED_WITH
 from mbcd_cli.data import ranks
 from mbcd_cli.data.cache import CacheWriter, Finished
@@ -34,6 +36,8 @@ from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml
 
+LEFT_OUT = "left-out.csv"
+"""Beside a dataset's caches: the clips that were left out, and why."""
 _SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 
 
@@ -68,6 +72,7 @@ class Prepared:
 
     Attributes:
         clips: those that can be used and those that cannot.
+        left_out: training clips that are not among them, since they tell of test clips.
         exit_code: 3 where more clips were rejected than `dataset.max_bad`.
     """
 
@@ -78,6 +83,7 @@ class Prepared:
     classes: int
     modalities: dict[str, PreparedModality]
     rejected: list[Rejected]
+    left_out: list[Leak]
     exit_code: int
 
 
@@ -99,9 +105,29 @@ def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared | None:
     return prepare_listing(settings, listing, say=say)
 
 
+def leave_out_leaks(settings: Settings, listing: Listing, *, say: Say = SILENT) -> tuple[Settings, list[Leak]]:
+    """Take the clips that leak out of a listing, where settings ask for it; the settings that name them, and why.
+
+    Every process of several finds the same ones, and the first tells.
+    """
+    dataset = settings.dataset
+    if dataset.leave_out == "none" or dataset.left_out is not None:
+        return settings, []
+    leaks = audit_listing(settings, listing, say=say).leaks
+    listing.leave_out([leak.clip for leak in leaks])
+    named = dataset.model_copy(update={"left_out": tuple(leak.clip for leak in leaks)})
+    if this_process().main:
+        table = settings.cache.dir / listing.name / LEFT_OUT
+        say(f"{len(leaks)} training clips that tell of test clips are left out{f': {table}' if leaks else ''}.")
+        if leaks:
+            write_rows(table, [asdict(leak) for leak in leaks], place="--cache-dir")
+    return settings.model_copy(update={"dataset": named}), leaks
+
+
 def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> Prepared | None:
     """`prepare`, for clips that are listed already: every modality of `listing` in the cache."""
     place = this_process()
+    settings, leaks = leave_out_leaks(settings, listing, say=say)
     if not place.main:
         device = pick_device(settings.runtime)
         for name, modality in listing.modalities.items():
@@ -143,6 +169,7 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
         classes=len(listing.label_names),
         modalities=done,
         rejected=rejected,
+        left_out=leaks,
         exit_code=0 if settings.dataset.tolerates(len(bad), total) else 3,
     )
 

@@ -78,6 +78,10 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     """What to do when single frames of a clip are missing: use the nearest present frame, or reject the clip."""
     compute_flow: bool = False
     """Compute optical flow (OpenCV DIS) from the video where the dataset has none."""
+    leave_out: ForCache[Literal["none", "audit"]] = "none"
+    """Training clips to leave out: those that, by `mbcd audit`, tell of a test clip; the test splits stay whole."""
+    left_out: ForMachine[tuple[str, ...] | None] = None
+    """Filled in by `prepare`: ids of the clips that were left out."""
 
     @field_validator("name")
     @classmethod

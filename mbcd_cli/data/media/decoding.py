@@ -51,7 +51,10 @@ def patience(clip: Clip, name: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
-    """What a worker needs besides the clip: the modality, its settings, the dataset's and the seed of the views."""
+    """What a worker needs besides the clip: the modality, its settings, the dataset's and the seed of the views.
+
+    In place of a modality's settings there may be anything with its `random` and `views`: an audit's `Glance`.
+    """
 
     name: str
     modality: Modality

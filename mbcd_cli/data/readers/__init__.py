@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 
 from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.records import Rejected
-from mbcd_cli.errors import SettingsError
+from mbcd_cli.errors import ManifestError, SettingsError
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import entry_of, plugins
 from mbcd_cli.settings import DatasetSettings, ManifestSettings, ReaderSettings
@@ -45,6 +45,11 @@ class Listing:
         if not isinstance(self.clips, Clips):
             self.clips = Clips(self.clips)
 
+    def leave_out(self, ids: Collection[str]) -> None:
+        """Goes on without some clips."""
+        gone = {*ids}
+        self.clips = Clips(clip for clip in self.clips if clip.id not in gone)
+
     def survey(self) -> None:
         """Fills in what only the files tell of the modalities, and warns of what they have in different ways.
 
@@ -55,6 +60,16 @@ class Listing:
             media = self.clips.media_of(name)
             self.modalities[name] = modality.resolve(media, name=name, notes=self.notes)
             self.warnings += modality.warnings(media, name=name)
+
+
+class NoMediaError(ManifestError):
+    """None of a dataset's media are there.
+
+    Attributes:
+        listing: its clips by the tables alone, with media where they are to be expected.
+    """
+
+    listing: Listing
 
 
 ReadListing = Callable[[DatasetSettings, Mapping[str, Modality]], Listing]

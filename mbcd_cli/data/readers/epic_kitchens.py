@@ -138,7 +138,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     media_of = {kind: find_media(tables.rows, PLACES[kind], bases, disk) for kind in asked}
     hit = {kind: where for kind, where in media_of.items() if where.hits}
     return listing_of(
-        *(dataset.name or "epic-kitchens", tables, asked, media_of, partial(_media, hit)),
+        *(dataset.name or "epic-kitchens", tables, asked, media_of, partial(_media, hit or media_of)),
         root=root,
         places=PLACES,
         computed=asked["video"][0] if dataset.compute_flow and "video" in hit else None,
@@ -272,6 +272,7 @@ def _row(uid: str, cells: list[str], domain: str, split: str) -> Row:
         "split": split,
         "participant": participant,
         "video": video,
+        "group": video,
         "label": label,
         "start": first,
         "stop": last,

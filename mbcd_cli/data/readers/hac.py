@@ -7,6 +7,7 @@ Split tables are HAC_train_only_human.csv, ... with rows `file.mp4,label` and no
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
@@ -145,6 +146,15 @@ def _read_splits(folder: Path, domains: tuple[str, ...]) -> SplitTables:
     return SplitTables(folder, rows, ACTIONS, domains, warnings)
 
 
+def _source(stem: str) -> Row:
+    """The YouTube video that a clip was cut from and, where its name tells, between which seconds."""
+    match = re.fullmatch(r"([\w-]{11})(?:_(\d{6})_(\d{6})|-\d{3})", stem)
+    if not match:
+        return {}
+    span = {} if match[2] is None else {"start": int(match[2]), "stop": int(match[3])}
+    return {"group": match[1], **span}
+
+
 def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
@@ -168,5 +178,5 @@ def _rows(path: Path, domain: str, split: str, problems: list[str]) -> list[Row]
             problems.append(f"{path.name}, line {line}: label {cells[1]!r} is not one of 0 to {len(ACTIONS) - 1}")
         else:
             fields = {"domain": domain, "split": split, "file": file, "stem": stem, "label": label}
-            rows.append({"id": f"{domain}-{split}-{stem}", **fields})
+            rows.append({"id": f"{domain}-{split}-{stem}", **fields, **_source(stem)})
     return rows

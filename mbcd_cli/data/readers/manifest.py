@@ -2,7 +2,8 @@
 
 Columns: id, domain, split (train or test), label (0, 1, ...), optionally label_name, then one column per modality with
 paths relative to the dataset's root. Optional spans inside the files: start, stop (or start_s, stop_s) in seconds, or
-start_frame, stop_frame (zero-based, stop exclusive) in native frames; fps, the frames per second of folders of frames.
+start_frame, stop_frame (zero-based, stop exclusive) in native frames; fps, the frames per second of folders of frames;
+group, the recording that a clip is a part of.
 Lines count from 1, the header.
 """
 
@@ -40,6 +41,8 @@ SPANS = {
 }
 RATE = "fps"
 """Column with the frames per second of a row's folders of frames; files have times of their own."""
+GROUP_COLUMN = "group"
+"""Column with the recording or source video that a row's clip is a part of."""
 
 
 def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
@@ -185,7 +188,7 @@ def _columns(
     if len([n for n in header if n in SPANS]) > len({SPANS[n][0] for n in header if n in SPANS}) and len(units) == 1:
         problems.append("start or stop is given twice")
     kinds: dict[str, str] = {}
-    files = [n for n in at if n not in ("", "label_name", RATE, *REQUIRED) and n not in SPANS]
+    files = [n for n in at if n not in ("", "label_name", RATE, GROUP_COLUMN, *REQUIRED) and n not in SPANS]
     unsaid = {n: at[n] for n in files if n not in asked or asked[n] == default_modality(n)}
     suffixes = _suffixes(table, unsaid)
     for name in sorted(files, key=at.get):
@@ -285,7 +288,16 @@ class _Rows:
         if faults or label is None:
             self.problems += [(line, text) for text in faults]
             return None
-        return Clip(identity, domain, split, label, named or str(label), media)
+        return Clip(identity, domain, split, label, named or str(label), media, *self._recording(cells, span))
+
+    def _recording(self, cells: list[str], span: Mapping[str, object]) -> tuple[str, tuple[float, float] | None]:
+        """What a clip is a part of: what the table says, or the file that a span is of; and that span."""
+        columns = self.columns
+        group = unicodedata.normalize("NFC", cells[columns.at[GROUP_COLUMN]]) if GROUP_COLUMN in columns.at else ""
+        if not span:
+            return group, None
+        first = next(iter([*columns.paths.values(), *columns.flow_from.values()]))
+        return group or cells[first], (span.get("start", 0.0), span.get("stop", math.inf))
 
     def repeated(self, table: CsvTable) -> list[tuple[int, str]]:
         """Lines whose id an earlier one has."""

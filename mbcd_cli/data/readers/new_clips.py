@@ -16,7 +16,7 @@ from mbcd_cli.data.modalities import infer_kind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.csv_table import CsvTable, read_bytes
-from mbcd_cli.data.readers.manifest import RATE, REQUIRED, SPANS, default_name, locate_table, parse
+from mbcd_cli.data.readers.manifest import GROUP_COLUMN, RATE, REQUIRED, SPANS, default_name, locate_table, parse
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.naming import name_faults
 from mbcd_cli.settings import DatasetSettings
@@ -127,7 +127,7 @@ def _shown(names: Sequence[str]) -> str:
 
 def _is_known(name: str, modalities: Mapping[str, Modality]) -> bool:
     return (
-        name in (*REQUIRED, "label_name", RATE)
+        name in (*REQUIRED, "label_name", RATE, GROUP_COLUMN)
         or name in SPANS
         or name in modalities
         or (bool(name) and infer_kind(name) is not None)

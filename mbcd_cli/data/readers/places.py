@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.data.readers import Listing
+from mbcd_cli.data.readers import Listing, NoMediaError
 from mbcd_cli.data.records import Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError, SettingsError
 from mbcd_cli.settings import DatasetSettings, ReaderSettings
@@ -200,7 +200,7 @@ def listing_of(
         holds: folders by which the root is told.
 
     Raises:
-        ManifestError: no media of any modality.
+        NoMediaError: no media of any modality.
     """
     total, warnings, notes = len(tables.rows), tables.warnings, [f"split tables: {tables.folder}"]
     used = {}
@@ -218,23 +218,19 @@ def listing_of(
             warnings.append(f"{modality}: there is none under {root}, so it is left out{remedy}")
             continue
         used[kind] = (modality, settings)
-    if not used:
-        looked = [f"  {root / place.pattern}" for kind in asked for place in places[kind][:2]]
-        looked += [f"  {asked[kind][0]}{where.why_missing}" for kind, where in media_of.items() if where.why_missing]
-        raise ManifestError(
-            f"{root}: no media of the clips in {tables.folder} are there. Looked for, among others:\n"
-            + "\n".join(looked),
-            f"Name the folder that holds {holds} with --root.",
-        )
+    missing = not used
+    used = used or dict(asked)
     clips = [
         Clip(
             *(row["id"], row["domain"], row["split"], row["label"], tables.labels[row["label"]]),
             {modality: media(kind, index, row) for kind, (modality, _) in used.items()},
+            row.get("group", ""),
+            (row["start"], row["stop"]) if "start" in row else None,
         )
         for index, row in enumerate(tables.rows)
     ]
     settings_of = dict(used.values())
-    return Listing(
+    listing = Listing(
         name=name,
         clips=clips,
         domains=tables.domains,
@@ -243,6 +239,17 @@ def listing_of(
         warnings=warnings,
         notes=notes,
     )
+    if missing:
+        looked = [f"  {root / place.pattern}" for kind in asked for place in places[kind][:2]]
+        looked += [f"  {asked[kind][0]}{where.why_missing}" for kind, where in media_of.items() if where.why_missing]
+        error = NoMediaError(
+            f"{root}: no media of the clips in {tables.folder} are there. Looked for, among others:\n"
+            + "\n".join(looked),
+            f"Name the folder that holds {holds} with --root.",
+        )
+        error.listing = listing
+        raise error
+    return listing
 
 
 def check_rows(folder: Path, rows: Sequence[Row], problems: list[str]) -> None:

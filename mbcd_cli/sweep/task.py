@@ -1,4 +1,4 @@
-"""What begins the process of cells, here or as the job of a cluster: which imports this module, so it imports little."""
+"""What begins the process of cells, here or as the job of a cluster; that imports this module, so it imports little."""
 
 from __future__ import annotations
 

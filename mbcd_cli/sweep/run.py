@@ -87,11 +87,11 @@ def begin(cells: Sequence[Cell], *, retry_failed: bool) -> Board:
         now = state(cell.folder)
         if now == "failed" and not retry_failed:
             board.failed[cell.key] = read_failure(cell.folder) or "unknown"
-        elif now == "done":
-            board.done.append(cell)
-        else:
-            beside(cell.folder, "failed").unlink(missing_ok=True)
-            board.waiting.append(cell)
+            continue
+        beside(cell.folder, "failed").unlink(
+            missing_ok=True
+        )  # a cell may have failed after all that it writes was there
+        (board.done if now == "done" else board.waiting).append(cell)
     return board
 
 

@@ -60,6 +60,13 @@ def test_done_cells_never_run_again(cells, monkeypatch):
     assert [len(calls(c)) for c in cells] == [1] * 4
 
 
+def test_a_done_cell_keeps_no_mark_of_a_failure_after_its_results(cells):
+    execute(cells)
+    beside(cells[0].folder, "failed").write_text("{}")
+    assert len(execute(cells).done) == len(cells)
+    assert not beside(cells[0].folder, "failed").exists()
+
+
 def test_failed_cells_are_listed_and_run_again_on_request_only(cells):
     say(cells[1], "fail")
     board = execute(cells)

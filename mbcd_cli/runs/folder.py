@@ -31,7 +31,8 @@ from mbcd_cli.settings.sources import to_toml
 
 SETTINGS = checksums.TRAINED_WITH
 DONE = "done"
-LOGS = ("metrics.jsonl", "steps.jsonl", "timing.jsonl")
+_TIMES = "timing.jsonl"
+LOGS = ("metrics.jsonl", "steps.jsonl", _TIMES)
 _LOCK = ".lock"
 
 
@@ -71,13 +72,13 @@ class RunFolder:
             append_record(self.path / log, record, place="--run", then="go on with --resume")
 
     def sync(self) -> dict[str, int]:
-        """Bring the logs to the disk; their sizes in bytes, for `cut`."""
+        """Bring the logs to the disk; their sizes for `cut`: bytes, of times (which differ from run to run) records."""
         sizes = {}
         for name in LOGS:
             path = self.path / name
             if path.exists():
                 sync(path)
-                sizes[name] = path.stat().st_size
+                sizes[name] = path.read_bytes().count(b"\n") if name == _TIMES else path.stat().st_size
         return sizes
 
     def cut(self, sizes: Mapping[str, int]) -> None:
@@ -87,7 +88,10 @@ class RunFolder:
         for name in LOGS:
             path = self.path / name
             if path.exists():
-                os.truncate(path, min(sizes.get(name, 0), path.stat().st_size))
+                size = sizes.get(name, 0)
+                if name == _TIMES:
+                    size = sum(map(len, path.read_bytes().splitlines(keepends=True)[:size]))
+                os.truncate(path, min(size, path.stat().st_size))
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write `done`, the mark of a complete run: `summary`, and the checksums of all that the run has written."""

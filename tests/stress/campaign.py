@@ -434,7 +434,6 @@ def check_ended(command: str, told: dict, out: Path, expected: dict[str, object]
 def _timeless(path: Path) -> object:
     import h5py
     import numpy as np
-    import torch
 
     from mbcd_cli.files import read_json
 
@@ -445,33 +444,11 @@ def _timeless(path: Path) -> object:
         timed = ("seconds", "steps_per_second", "peak_memory_mb", "files")
         files = sorted(name for name in told["files"] if not name.startswith("events/"))
         return {key: value for key, value in told.items() if key not in timed} | {"files": files}
-    if path.name == "results.json":  # it has the checksum of `last.pt`, which has the length of the log of times
-        told = read_json(path)
-        return {**told, "checkpoints": {key: value for key, value in told["checkpoints"].items() if key != "last"}}
     if path.name == "index.h5":
         with h5py.File(path) as file:
             names = ("files", "clips/id", "rows/clip", "rows/view", "rows/shard", "rows/row")
             return [np.asarray(file[name][()]).tolist() for name in names]
-    if path.name == "last.pt":
-        told = torch.load(path, weights_only=True)
-        told["training"]["logs"].pop("timing.jsonl", None)
-        return _plain(told)
     return path.read_bytes()
-
-
-def _plain(value: object) -> object:
-    """Tensors as bytes, so that trees of them can be compared."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return (
-            str(value.dtype),
-            tuple(value.shape),
-            value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
-        )
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 if __name__ == "__main__":

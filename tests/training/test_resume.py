@@ -54,6 +54,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert one["optimizer"]["moments"].keys() == two["optimizer"]["moments"].keys() != set()
     for key, flat in one["optimizer"]["moments"].items():
         assert torch.equal(flat, two["optimizer"]["moments"][key])
+    assert one["logs"] == two["logs"]
     assert torch.equal(one["randomness"], two["randomness"])
     assert torch.equal(one["global"]["torch"], two["global"]["torch"])
     one, two = (read_json(r / "done") for r in (run, other))

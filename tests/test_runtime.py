@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mbcd_cli import runtime
-from mbcd_cli.allocator import with_huge_pages
 from mbcd_cli.settings import RuntimeSettings
 
 
@@ -67,11 +66,3 @@ def test_bfloat16_on_a_processor_without_it_is_told(monkeypatch, recwarn):
     monkeypatch.setattr(runtime, "_has_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match=r"no bfloat16 units.*runtime\.precision=float32"):
         runtime.configure(settings)
-
-
-def test_large_pages_are_asked_for_beside_what_is_set_already_and_not_twice():
-    asked = with_huge_pages({"A": "1"})
-    assert asked == {"A": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    assert with_huge_pages(asked) == asked
-    told = {"GLIBC_TUNABLES": "glibc.malloc.check=3:glibc.malloc.hugetlb=0"}
-    assert with_huge_pages(told) == told

@@ -88,9 +88,8 @@ def begin(cells: Sequence[Cell], *, retry_failed: bool) -> Board:
         if now == "failed" and not retry_failed:
             board.failed[cell.key] = read_failure(cell.folder) or "unknown"
             continue
-        beside(cell.folder, "failed").unlink(
-            missing_ok=True
-        )  # a cell may have failed after all that it writes was there
+        # A cell may have failed after all that it writes was there.
+        beside(cell.folder, "failed").unlink(missing_ok=True)
         (board.done if now == "done" else board.waiting).append(cell)
     return board
 

@@ -138,7 +138,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         ValueError: it belongs to another optimizer.
     """
     kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
     of = [parameters[at] for at in state["of"]]
     each: list[dict[str, torch.Tensor]] = [{} for _ in of]
     for name, flat in state["moments"].items():

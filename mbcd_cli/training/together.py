@@ -164,14 +164,15 @@ def step_seconds(settings: Sequence[Settings], dataset: Dataset) -> float:
         MbcdError: as `training.train.train`. RuntimeError, TypeError: they cannot be stacked.
     """
     device = configure(settings[0].runtime)
+    clips = [ClipsOfTraining.of(one, dataset).training for one in settings]
+    size = min(settings[0].training.batch_size, *map(len, clips))  # fewer clips than a batch: `train` refuses them
     members, batches = [], []
-    for one in settings:
+    for one, its in zip(settings, clips, strict=True):
         parts = assemble(one, dataset, device=device)
         parts.randomness.own_globals()
         members.append(Member(parts.step, parts.randomness))
-        training, clips = one.training, ClipsOfTraining.of(one, dataset).training
-        told = {"batch_size": training.batch_size, "seed": training.seed, "epoch": 0, "start": 0}
-        first = Feed(dataset, device=device).training(clips, **told, views=parts.step.method.views)
+        told = {"batch_size": size, "seed": one.training.seed, "epoch": 0, "start": 0}
+        first = Feed(dataset, device=device).training(its, **told, views=parts.step.method.views)
         batches.append(next(batch for _, batch in first))
     step, seconds = StackedStep(members), []
     for _ in range(4):
@@ -287,10 +288,14 @@ def _one_by_one(
             end(one, outcome)
 
 
-def _goes_on(member: _Member, answer: torch.Tensor | Said | None, end: Callable[[Wanted, Outcome], None]) -> bool:
-    """Hand a member the figures of its step, or what its models say (None: it begins); whether it asks for more."""
+def _goes_on(
+    member: _Member, answer: torch.Tensor | Said | Exception | None, end: Callable[[Wanted, Outcome], None]
+) -> bool:
+    """Hand a member the figures of its step, what its models say or what came instead (None: it begins); whether it
+    asks for more."""
     try:
-        member.asked = member.asking.send(answer)
+        one = member.asking
+        member.asked = one.throw(answer) if isinstance(answer, Exception) else one.send(answer)
         return True
     except StopIteration:
         outcome: Outcome = _finished(member)
@@ -313,18 +318,25 @@ def _validated(live: Sequence[_Place], feed: Feed, end: Callable[[Wanted, Outcom
     return bool(alike)
 
 
-def _said(members: Sequence[_Member], feed: Feed) -> list[Said]:
-    """What each one's models say."""
-    asked, trainer = [member.asked for member in members], members[0].trainer
-    clips, precision = [one.clips for one in asked], trainer.settings.runtime.precision
-    said: list[Said] = [{} for _ in members]
-    for name in asked[0].models:
-        models = [one.models[name] for one in asked]
-        if not stackable(models[0]):
-            return [member.trainer.predicted(member.asked) for member in members]
-        for its, what in zip(said, predict_stacked(models, clips, feed, precision=precision), strict=True):
-            its[name] = what
-    return said
+def _said(members: Sequence[_Member], feed: Feed) -> list[Said | Exception]:
+    """What each one's models say, or what ends that member."""
+    asked = [member.asked for member in members]
+    if all(map(stackable, asked[0].models.values())):
+        clips, precision = [one.clips for one in asked], members[0].trainer.settings.runtime.precision
+        with suppress(RuntimeError, TypeError):  # vmap has no rule for something in an encoder: each by itself
+            said = {
+                name: predict_stacked([one.models[name] for one in asked], clips, feed, precision=precision)
+                for name in asked[0].models
+            }
+            return [{name: each[k] for name, each in said.items()} for k in range(len(members))]
+    return [_said_alone(member) for member in members]
+
+
+def _said_alone(member: _Member) -> Said | Exception:
+    try:
+        return member.trainer.predicted(member.asked)
+    except Exception as error:  # a signal too: its checkpoint is written
+        return error
 
 
 def _finished(member: _Member) -> Outcome:

@@ -142,6 +142,8 @@ def test_dry_run_tells_what_is_trained_together(cache, tmp_path):
     assert 0 < 4 * erm.memory_bytes < 4 * larger.memory_bytes
     assert planned.seconds > 0
     assert estimate_sweep(cells, jobs=2, width=0).populations == []
+    huge = cells_of(cache, tmp_path / "runs", methods="erm", seeds="2", grid=["training.batch_size=9999"])
+    assert estimate_sweep(huge, jobs=1, width=2).seconds == 0, "as a dry run of one: `train` refuses it"
     assert not (tmp_path / "runs").exists()
 
 

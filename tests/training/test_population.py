@@ -10,7 +10,7 @@ import pytest
 import torch
 from fakes import MemoryDataset, memory_settings
 
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import RunError, StoppedError
 from mbcd_cli.files import read_records
 from mbcd_cli.methods.base import Method, total
 from mbcd_cli.runs.checkpoint import load_checkpoint
@@ -23,6 +23,7 @@ from mbcd_cli.training.population import Member, StackedStep, StackingError
 from mbcd_cli.training.stacked_predictions import predict_stacked
 from mbcd_cli.training.together import Wanted, train_together
 from mbcd_cli.training.train import train
+from mbcd_cli.training.trainer import Trainer
 
 
 def settings_of(seed, *, target="c", method="mbcd", optimizer="adam", hidden=None, **training):
@@ -175,6 +176,32 @@ def test_stopped_and_gone_on_with_a_population_ends_in_the_same_bits(tmp_path, o
         one, other = (load_checkpoint(run / "checkpoints/last.pt") for run in (whole, cut))
         assert all(torch.equal(value, other.student[name]) for name, value in one.student.items())
         assert all(torch.equal(value, other.teacher[name]) for name, value in one.teacher.items())
+
+
+@pytest.mark.parametrize("why", ["it convolves", "vmap has no rule"])
+def test_models_that_do_not_stack_are_validated_one_by_one_and_a_signal_then_stops_them_all(tmp_path, monkeypatch, why):
+    def no_rule(*args, **options):
+        raise RuntimeError(why)
+
+    name, instead = ("stackable", lambda model: False) if "convolves" in why else ("predict_stacked", no_rule)
+    monkeypatch.setattr(f"mbcd_cli.training.together.{name}", instead)
+    members = [settings_of(seed) for seed in range(2)]
+    together(tmp_path / "whole", members)
+    predicted, asked = Trainer.predicted, []
+
+    def stopping(self, validation):
+        asked.append(self)
+        if len(asked) == 3:  # the second member's turn, of the target's clips after the sources'
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predicted(self, validation)
+
+    monkeypatch.setattr(Trainer, "predicted", stopping)
+    outcomes = together(tmp_path / "cut", members)
+    assert [type(outcomes[number]) for number in "01"] == [StoppedError] * 2
+    together(tmp_path / "cut", members)
+    for number in "01":
+        for log in ("metrics.jsonl", "steps.jsonl"):
+            assert (tmp_path / "whole" / number / log).read_bytes() == (tmp_path / "cut" / number / log).read_bytes()
 
 
 def test_gradients_that_are_others_in_a_population_are_told():

@@ -3,6 +3,7 @@
 So do the cases of the rooms that others' tests use.
 """
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 sys.path += [str(Path(__file__).parent / room) for room in ("data", "training")]
+# Two processes of tests share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's background jobs ignore Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing import forkserver
 from pathlib import Path
@@ -131,8 +133,7 @@ def test_no_process_block_or_temporary_file_outlives_a_killed_prepare(root, tmp_
     command = [sys.executable, "-m", "mbcd_cli", "prepare", "manifest", "--root", str(root), "--workers", "2"]
     command += ["--cache-dir", str(tmp_path / "cache"), *(f"--set={one}" for one in helpers.SMALL[:-2])]
     command += ["--set=cache.shard_clips=1", "--set=cache.views=400"]
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp())  # a short path: of a long one the socket lies elsewhere
     said = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environ = {**os.environ, "TMPDIR": str(temporary)}
     process = subprocess.Popen(command, **said, env=environ, start_new_session=True)
@@ -143,6 +144,16 @@ def test_no_process_block_or_temporary_file_outlives_a_killed_prepare(root, tmp_
     process.wait(timeout=60)
     helpers.until(lambda: not members(session))
     assert not list(temporary.glob("pymp-*"))
+    shutil.rmtree(temporary)
+
+
+def test_a_folder_of_temporary_files_whose_path_is_too_long_for_a_socket(root, tmp_path):
+    (long := tmp_path / ("t" * 100)).mkdir()
+    command = [sys.executable, "-m", "mbcd_cli", "prepare", "manifest", "--root", str(root), "--workers", "1"]
+    command += ["--cache-dir", str(tmp_path / "cache"), *(f"--set={one}" for one in helpers.SMALL[:-2])]
+    environ = {**os.environ, "TMPDIR": str(long)}
+    told = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
 
 
 def members(session: int) -> list[str]:

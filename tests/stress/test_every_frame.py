@@ -1,4 +1,4 @@
-"""All kinds of files against ffmpeg's own sequential decoding (pytest -m stress tests/stress/test_every_frame.py -s).
+"""All kinds of files against ffmpeg's sequential decoding (pytest -m stress tests/stress/test_every_frame.py -sn0).
 
 What is accepted shows the numbers that ffmpeg shows, always; of what ffmpeg can decode 99 % is accepted. The counts are
 printed per codec and per container.

@@ -1,4 +1,4 @@
-"""All kinds of sound against ffmpeg's own sequential decoding (pytest -m stress tests/stress/test_every_sample.py -s).
+"""All kinds of sound against ffmpeg's sequential decoding (pytest -m stress tests/stress/test_every_sample.py -sn0).
 
 What is accepted is what ffmpeg decodes, sample for sample: whole, and in spans asked for out of order; of what ffmpeg
 can decode 99 % is accepted. The counts are printed per container.

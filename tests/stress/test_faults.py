@@ -1,4 +1,4 @@
-"""A fault at every single call that changes the disk (pytest -m stress tests/stress/test_faults.py -s).
+"""A fault at every single call that changes the disk (pytest -m stress tests/stress/test_faults.py -sn0).
 
 The n-th write, rename, sync, truncation, deletion or new folder fails (the disk full, broken or read-only), or the
 process is killed there; once more, the same command leaves the same files, and nothing that was half written.

@@ -1,4 +1,4 @@
-"""SIGKILL of a command, its workers and helpers at random instants (pytest -m stress tests/stress/test_kills.py -s).
+"""SIGKILL of a command, its workers and helpers at random instants (pytest -m stress tests/stress/test_kills.py -sn0).
 
 Killed itself, a command leaves nothing behind after ten seconds, and once more ends in the same files. Killed at its
 workers or helpers it goes on, and ends in the same files at once. INSTANTS=20 tries twenty instants instead of a

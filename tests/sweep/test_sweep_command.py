@@ -134,7 +134,7 @@ def test_dry_run_times_steps_and_writes_nothing(cache, tmp_path):
 
 
 def test_dry_run_tells_what_is_trained_together(cache, tmp_path):
-    cells = cells_of(cache, tmp_path / "runs", methods="erm,simmmdg", seeds="5", grid=["optimizer.lr=1e-3,1e-4"])
+    cells = cells_of(cache, tmp_path / "runs", methods="erm,ema", seeds="5", grid=["optimizer.lr=1e-3,1e-4"])
     planned = estimate_sweep(cells, jobs=2, width=4)
     assert [(one.runs, one.processes, one.width) for one in planned.populations] == [(10, 2, 4)] * 2
     erm, larger = planned.populations

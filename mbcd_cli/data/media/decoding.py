@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections import deque
@@ -37,6 +38,8 @@ _PAUSES = (0.01, 0.1, 1.0)
 """Seconds before another attempt to start a worker."""
 _STARTS = 3
 """Workers in a row that may end before they begin."""
+_SOCKET_FOLDER = 70
+"""Bytes of the longest path whose `pymp-xxxxxxxx/listener-xxxxxxxx` is no longer than the name of a socket may be."""
 
 
 def patience(clip: Clip, name: str) -> float:
@@ -114,6 +117,18 @@ def _end_with_parent() -> None:
     if parent is not None:
         wait([parent.sentinel])
         os._exit(1)
+
+
+@contextlib.contextmanager
+def _room_for_a_socket() -> Iterator[None]:
+    """The fork server's socket lies in the folder of temporary files, or in /tmp where that one's path is too long."""
+    before = tempfile.tempdir
+    if len(os.fsencode(tempfile.gettempdir())) > _SOCKET_FOLDER:
+        tempfile.tempdir = "/tmp"
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 @dataclass(slots=True)
@@ -253,7 +268,8 @@ class Decoder:
         process = self._context.Process(target=_serve, args=(its,), daemon=True)
         for pause in _PAUSES:
             try:
-                process.start()
+                with _room_for_a_socket():
+                    process.start()
                 break
             except (OSError, EOFError):  # the fork server was killed; once it is gone, a start brings a new one
                 time.sleep(pause)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MARK = b"xxh3-128:"
 _DIGITS = 32
 PLACE = MARK.decode() + "0" * _DIGITS
-"""What a text holds until `seal` has filled it in."""
+"""What a text holds until `stamp` has filled it in."""
 USER_BLOCK = 512
 """Bytes before an HDF5 file's first, for its checksum."""
 TELLERS = ("index.h5", "done", "results.json", "comparison.json", "landscape.json")
@@ -30,7 +30,7 @@ TELLERS = ("index.h5", "done", "results.json", "comparison.json", "landscape.jso
 PREPARED_WITH, TRAINED_WITH = "prepare.toml", "settings.toml"
 """Files of settings, of a cache and of a run."""
 NAMED = (*TELLERS, PREPARED_WITH, TRAINED_WITH)
-"""Files that are found by their names are sealed with them: none can stand for another."""
+"""Files that are found by their names are stamped with them: none can stand for another."""
 _NEAR_END = 1 << 12
 _ZIP_END = b"PK\5\6"
 _ZIP_END_BYTES = 22
@@ -44,7 +44,7 @@ class NoChecksumError(DamagedError):
     """A file carries no checksum."""
 
 
-def seal(path: Path, name: str = "") -> None:
+def stamp(path: Path, name: str = "") -> None:
     """Fill in the checksum of a file that is complete; files without a place for one stay as they are.
 
     Args:

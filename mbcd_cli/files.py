@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbcd_cli.checksums import PLACE, USER_BLOCK, seal, verified
+from mbcd_cli.checksums import PLACE, USER_BLOCK, stamp, verified
 from mbcd_cli.errors import FileError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def written(path: Path, **where: str) -> Iterator[Path]:
 
     Until then `path` is what it was before; when the block raises nothing is left behind. Folders are made. What a
     kill leaves lies beside it as `.NAME.HOST.PID.partial` (see `remove_partial`). A file with a place for its checksum
-    gets it (`checksums.seal`).
+    gets it (`checksums.stamp`).
 
     Args:
         where: `place` and `then` of `unwritable`.
@@ -77,7 +77,7 @@ def written(path: Path, **where: str) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_partial(path.parent, of=path.name, ours=_of_the_dead)
         yield aside
-        seal(aside, path.name)
+        stamp(aside, path.name)
         sync(aside)
         aside.replace(path)
         sync(path.parent)

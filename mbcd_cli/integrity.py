@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbcd_cli import checksums
+from mbcd_cli.errors import FileError
 from mbcd_cli.files import is_partial, open_hdf5, read_json
+from mbcd_cli.ledger import LEDGER, looks
 
 _OUR_LOCKS = ".lock"
 
@@ -103,6 +105,12 @@ def _told(teller: Path, condition: Condition) -> dict[str, str]:
 
 def _fault(file: Path, told: str | None) -> str | None:
     """What is wrong with a file; empty where nothing is, None where nothing says what it should be."""
+    if file.name == LEDGER:
+        try:
+            looks(file.parent)
+            return ""
+        except FileError as error:
+            return error.message
     try:
         own = checksums.verified(file)
     except checksums.NoChecksumError:

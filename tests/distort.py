@@ -1,4 +1,4 @@
-"""Structured damage: one place of a tree, of an HDF5 file, of a table or of a container changed, and sealed again.
+"""Structured damage: one place of a tree, of an HDF5 file, of a table or of a container changed, and stamped again.
 
 Checksums tell damage, not malice: where a file carries its own it is written anew, so that what is behind it is tried.
 `draw` is hypothesis' (`data.draw`).
@@ -108,7 +108,7 @@ def tree(draw: Draw, value: Any) -> Any:
     return value
 
 
-# --- files of our own, sealed again --------------------------------------------------------------------------------
+# --- files of our own, stamped again -------------------------------------------------------------------------------
 
 
 def write_json(path: Path, value: object) -> None:
@@ -117,7 +117,7 @@ def write_json(path: Path, value: object) -> None:
     if isinstance(value, dict):
         text = json.dumps({**value, "checksum": checksums.PLACE}, indent=1)
     path.write_text(text)
-    checksums.seal(path)
+    checksums.stamp(path)
 
 
 def json_file(draw: Draw, path: Path) -> None:
@@ -156,12 +156,12 @@ def text_file(draw: Draw, path: Path) -> None:
         )
     )
     path.write_bytes(b"".join(lines))
-    checksums.seal(path)
+    checksums.stamp(path)
 
 
 def torch_file(draw: Draw, path: Path) -> None:
     torch.save(tree(draw, torch.load(path, weights_only=True)), path)
-    checksums.seal(path)
+    checksums.stamp(path)
 
 
 def _datasets(file: h5py.File) -> list[tuple[str, str | None]]:
@@ -188,7 +188,7 @@ def hdf5_file(draw: Draw, path: Path) -> None:
         else:
             _dataset(draw, file, name)
     aside.replace(path)
-    checksums.seal(path)
+    checksums.stamp(path)
 
 
 def _attribute(draw: Draw, attributes: h5py.AttributeManager, key: str) -> None:
@@ -257,7 +257,7 @@ def toml_file(draw: Draw, path: Path) -> None:
     values = tree(draw, tomllib.loads(path.read_text()))
     with contextlib.suppress(TypeError, ValueError, AttributeError):  # TOML has no such value, and the file stays
         path.write_text(tomli_w.dumps(values) + f"\n# {checksums.PLACE}\n")
-    checksums.seal(path)
+    checksums.stamp(path)
 
 
 def pickle_file(draw: Draw, path: Path) -> None:
@@ -289,7 +289,7 @@ def of_cache(damage: Callable[[Draw, Path], None]) -> Callable[[Draw, Path], Non
             files = json.loads(file["files"].asstr()[()])
             files[path.name] = checksums.checksum(path)
             file["files"][()] = json.dumps(files)
-        checksums.seal(index)
+        checksums.stamp(index)
 
     return damaged
 
@@ -374,7 +374,7 @@ def media_file(draw: Draw, path: Path) -> None:
     else:
         other = draw(st.integers(0, len(data) - 1))
         data[at : at + size], data[other : other + size] = data[other : other + size], data[at : at + size]
-    path.write_bytes(_ogg_sealed(data) if data[:4] == b"OggS" else data)
+    path.write_bytes(_ogg_summed(data) if data[:4] == b"OggS" else data)
 
 
 def _all(data: bytes, name: bytes) -> Iterator[int]:
@@ -402,7 +402,7 @@ def _entry(byte: int) -> int:
 _TABLE = [_entry(byte) for byte in range(256)]
 
 
-def _ogg_sealed(data: bytearray) -> bytearray:
+def _ogg_summed(data: bytearray) -> bytearray:
     """Every page with the sum of what it holds now."""
     starts = [*_all(data, b"OggS"), len(data)]
     for at, end in itertools.pairwise(starts):

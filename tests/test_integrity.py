@@ -55,7 +55,7 @@ def everything(dataset) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".h5", ".pt"])
-def test_a_sealed_file_tells_every_flipped_bit(tmp_path, suffix):
+def test_a_stamped_file_tells_every_flipped_bit(tmp_path, suffix):
     path = tmp_path / f"file{suffix}"
     if suffix == ".json":
         write_json(path, {"x": [1, 2, 3], "ö": "ä"})
@@ -74,7 +74,7 @@ def test_a_sealed_file_tells_every_flipped_bit(tmp_path, suffix):
         with pytest.raises(checksums.DamagedError):
             checksums.verified(path)
     path.write_bytes(whole)
-    checksums.seal(path)  # sealed once more it is the same
+    checksums.stamp(path)  # stamped once more it is the same
     assert path.read_bytes() == whole
 
 

@@ -21,7 +21,19 @@ _MARKUP = "rich"
 class _Commands(Mapping):
     """name -> command, of the module of that name beside this one."""
 
-    names = ("audit", "prepare", "train", "evaluate", "landscape", "demo", "sweep", "verify", "repair", "list")
+    names = (
+        "audit",
+        "prepare",
+        "train",
+        "evaluate",
+        "landscape",
+        "demo",
+        "sweep",
+        "reveal",
+        "verify",
+        "repair",
+        "list",
+    )
 
     def __getitem__(self, name: str) -> TyperCommand:
         if name not in self.names:

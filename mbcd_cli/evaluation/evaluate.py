@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,16 +18,17 @@ from mbcd_cli.evaluation.evaluator import evaluate_models
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import Results, results_of
-from mbcd_cli.files import folder_aside, read_records, write_json
+from mbcd_cli.files import folder_aside, write_json
 from mbcd_cli.json_values import json_values
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.checkpoint import Checkpoint
+from mbcd_cli.runs.folder import epoch_records
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
 from mbcd_cli.scoring.history import accuracy_history
-from mbcd_cli.settings import DatasetSettings, Settings
+from mbcd_cli.settings import DatasetSettings, EvaluationSettings, Settings
 from mbcd_cli.settings.sources import to_toml
 
 
@@ -37,6 +38,12 @@ class Evaluation:
 
     results: Results
     files: dict[str, Path]
+
+
+def for_tables(asked: EvaluationSettings) -> EvaluationSettings:
+    """What of an evaluation tables need: no report, and nothing that is only drawn."""
+    analyses = tuple(name for name in asked.analyses if name != "insight")
+    return asked.model_copy(update={"analyses": analyses, "report": False})
 
 
 def evaluate(
@@ -81,7 +88,7 @@ def evaluate(
         )
         chosen = deployed(checkpoints)
         results = results_of(settings, dataset, checkpoints, evaluated, deployed=chosen, device=device)
-        results.checkpoints = _checksums(run, checkpoints)
+        results.checkpoints = checkpoint_checksums(run, checkpoints)
         of_chosen = [on_set for on_set in evaluated if (on_set.checkpoint, on_set.model) == chosen]
         clips, missing = _media(settings, dataset) if "corruptions" in settings.evaluation.analyses else (None, "")
         analysis = Analysis(
@@ -118,9 +125,9 @@ def _beside(files: Mapping[str, Path], aside: Path, output: Path) -> list[Path]:
     return [p for p in files.values() if p.is_relative_to(output) and not p.is_relative_to(aside)]
 
 
-def _checksums(run: Path | None, checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+def checkpoint_checksums(run: Path | None, names: Iterable[str]) -> dict[str, str]:
     """The checksum of every checkpoint's file, so that readers of the results can tell whether it is still there."""
-    files = {} if run is None else {name: run / "checkpoints" / f"{name}.pt" for name in checkpoints}
+    files = {} if run is None else {name: run / "checkpoints" / f"{name}.pt" for name in names}
     return {name: checksum(path) for name, path in files.items() if path.is_file()}
 
 
@@ -168,7 +175,7 @@ def _accuracy_plots(analysis: Analysis) -> None:
 
 
 def _history(analysis: Analysis, run: Path | None, checkpoint: Checkpoint) -> None:
-    records = read_records(run / "metrics.jsonl") if run is not None else []
+    records = epoch_records(run) if run is not None else []
     history = accuracy_history(records or checkpoint.history)
     if history is None:
         return

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mbcd_cli.data.protocol import Dataset
+from mbcd_cli.errors import MbcdError
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import ClipSet, clip_sets
@@ -46,7 +47,7 @@ def evaluate_models(
     say: Say = SILENT,
     variants: Callable[[MultiModalModel], Mapping[str, Variant]] = lambda model: {},
 ) -> tuple[list[Evaluated], MultiModalModel]:
-    """Every model of every checkpoint on every set of clips, in that order; and the deployed model, for more.
+    """Every model of every checkpoint on every set of clips but a sealed one, in that order; and the deployed model.
 
     Args:
         settings: of the run, with the evaluation slice to use now.
@@ -59,7 +60,12 @@ def evaluate_models(
     Raises:
         SettingsError, MbcdError: domains without clips. CheckpointError: weights of another model.
     """
-    sets = clip_sets(settings, dataset)
+    sets = [clip_set for clip_set in clip_sets(settings, dataset) if not clip_set.sealed]
+    if not sets:
+        raise MbcdError(
+            "The sources have no clips to test, and the target is sealed (dataset.seal_target).",
+            "Open it with `mbcd reveal RUN`, or prepare held-out clips of the sources.",
+        )
     chosen = deployed(checkpoints)
     results = []
     kept = None

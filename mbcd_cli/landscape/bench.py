@@ -34,7 +34,13 @@ def _clips(settings: Settings, dataset: Dataset) -> np.ndarray:
         clips = dataset.select(domains=source_domains(settings, dataset), splits=("train",))
     else:
         wanted = SOURCE if chosen.data == "validation" else TARGET
-        clips = next((s.clips for s in clip_sets(settings, dataset) if s.name == wanted), [])
+        found = next((s for s in clip_sets(settings, dataset) if s.name == wanted), None)
+        if found is not None and found.sealed:
+            raise SettingsError(
+                "landscape.data: the target of this run is sealed (dataset.seal_target).",
+                "Choose validation or train, or open it: `mbcd reveal RUN`.",
+            )
+        clips = [] if found is None else found.clips
     if len(clips) == 0:
         raise SettingsError(
             f"landscape.data: there are no {chosen.data} clips.",

@@ -358,7 +358,7 @@ def close_cache(writer: CacheWriter, settings: Settings, unlisted: Sequence[Reje
         unlisted, lost: as `CacheWriter.finish` takes them.
     """
     kept = _anywhere(settings)
-    write_text(writer.folder / PREPARED_WITH, to_toml(kept, sealed=True), place="--cache-dir")
+    write_text(writer.folder / PREPARED_WITH, to_toml(kept, stamped=True), place="--cache-dir")
     return writer.finish(unlisted, settings=to_toml(kept), lost=lost)
 
 

@@ -1,7 +1,8 @@
 """The run folder: created once, locked while trained in, its logs cut back to the checkpoint on resume.
 
 settings.toml, metrics.jsonl (one record per epoch), steps.jsonl, timing.jsonl, events/ (TensorBoard),
-checkpoints/{last,best}.pt, plots/, done.
+checkpoints/{last,best}.pt, plots/, done; where the target is sealed, sealed.jsonl: the classes that are said of it, by
+epoch, model and head.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from mbcd_cli.files import (
     is_partial,
     lock,
     read_json,
+    read_records,
     remove_partial,
     sync,
     write_json,
     write_text,
 )
+from mbcd_cli.ledger import REVEALED, revealed_by
 from mbcd_cli.resolved import changed, load_settings
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml
@@ -32,7 +35,8 @@ from mbcd_cli.settings.sources import to_toml
 SETTINGS = checksums.TRAINED_WITH
 DONE = "done"
 _TIMES = "timing.jsonl"
-LOGS = ("metrics.jsonl", "steps.jsonl", _TIMES)
+SEALED = "sealed.jsonl"
+LOGS = ("metrics.jsonl", "steps.jsonl", _TIMES, SEALED)
 _LOCK = ".lock"
 
 
@@ -118,6 +122,19 @@ class RunFolder:
         self.close()
 
 
+def epoch_records(run: Path) -> list[dict[str, Any]]:
+    """A run's records of metrics.jsonl; with the target's accuracies, where it was sealed and is revealed.
+
+    Raises:
+        FileError: they cannot be read.
+    """
+    records = read_records(run / "metrics.jsonl")
+    if revealed_by(run) is not None:
+        told = {each["epoch"]: each["target"] for each in read_json(run / REVEALED)["epochs"]}
+        records = [{**record, "target": told.get(record.get("epoch"))} for record in records]
+    return records
+
+
 def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -> RunFolder:
     """Create the run folder, or take over the one that is there.
 
@@ -156,7 +173,7 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
             for entry in path.iterdir():
                 if entry.name not in (_LOCK, SETTINGS):
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            write_text(path / SETTINGS, to_toml(settings, sealed=True), place="--run")
+            write_text(path / SETTINGS, to_toml(settings, stamped=True), place="--run")
     except BaseException:
         held.close()
         raise

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mbcd_cli.errors import RunError
+from mbcd_cli.files import flatten
 from mbcd_cli.resolved import method_label
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import Settings, role_of
 
 REPEATED = "'"
 """Ends the label of a checkpoint that is named once more."""
@@ -19,6 +22,19 @@ def run_name(settings: Settings) -> str:
     short = "".join(name[0] for name in names) if set(names) <= {"video", "audio", "flow"} else "+".join(names)
     target = settings.training.target_domain or "in-domain"
     return f"{method_label(settings)}-{short}-{target}-s{settings.training.seed}"
+
+
+def settings_key(settings: Settings) -> str:
+    """Hash of every setting a trained weight may depend on, as `open_run` knows them; 12 hexadecimal digits.
+
+    Defaults are left out, so that a setting added to the tree later changes no key.
+    """
+    tree = settings.model_dump(mode="json", exclude_defaults=True)
+    kinds = {name: {**tree["modalities"][name], "kind": kind.kind} for name, kind in settings.modalities.items()}
+    tree["modalities"] = {name: kinds.get(name) for name in settings.model.modalities}
+    kept = {key: value for key, value in flatten(tree).items() if role_of(key) in ("weights", "cache")}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def run_of(checkpoint: Path) -> Path | None:

@@ -10,6 +10,7 @@ from mbcd_cli.data.dataset import PREPARED, CachedDataset, as_prepared, open_dat
 from mbcd_cli.data.prepared import check_domains
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import CacheError, CheckpointError, SettingsError
+from mbcd_cli.ledger import revealed_by
 from mbcd_cli.resolved import changed, load_settings, resolve
 from mbcd_cli.runs.checkpoint import Checkpoint, load_checkpoint
 from mbcd_cli.runs.names import run_of
@@ -85,6 +86,8 @@ def check_unchanged(saved: Settings, now: Settings) -> None:
         SettingsError: names the settings that differ.
     """
     names = [name for name in changed(saved, now) if name not in _FREE and not name.startswith("runtime.")]
+    if "dataset.seal_target" in names:
+        raise SettingsError("The target of this run was sealed when it was trained.", "`mbcd reveal RUN` opens it.")
     if names:
         raise SettingsError(
             f"These settings belong to the training and cannot be changed here: {', '.join(names)}.",
@@ -145,7 +148,9 @@ def load_checkpoints(
     sets: Sequence[str],
     flags: Mapping[str, object],
 ) -> tuple[Settings, dict[str, Checkpoint]]:
-    """Checkpoints, and the settings they were trained with (evaluation, landscape and runtime as asked now).
+    """Checkpoints, and the settings they were trained with, but evaluation, landscape and runtime as asked now.
+
+    The target of a run that was revealed is not sealed any more.
 
     Args:
         flags: further settings from the command line, dotted name -> value.
@@ -177,6 +182,8 @@ def load_checkpoints(
         flags=flags,
     )
     check_unchanged(saved, settings)
+    if all((run := run_of(path)) is not None and revealed_by(run) for path in files.values()):
+        settings = settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"seal_target": False})})
     return settings, checkpoints
 
 

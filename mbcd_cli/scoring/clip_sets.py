@@ -6,7 +6,7 @@ Letters: N clips.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,11 +21,15 @@ SOURCE, TARGET = "source", "target"
 
 @dataclass(frozen=True, slots=True)
 class ClipSet:
-    """Clips that are tested together: `name` is source or target, `clips` [N] indices into the clip table."""
+    """Clips that are tested together: `name` is source or target, `clips` [N] indices into the clip table.
+
+    The labels of a `sealed` one are not to be read.
+    """
 
     name: str
     clips: np.ndarray
     domains: tuple[str, ...]
+    sealed: bool = False
 
 
 def source_domains(settings: Settings, dataset: Dataset) -> tuple[str, ...]:
@@ -35,7 +39,7 @@ def source_domains(settings: Settings, dataset: Dataset) -> tuple[str, ...]:
 
 
 def clip_sets(settings: Settings, dataset: Dataset) -> list[ClipSet]:
-    """What to evaluate on: the sources' test split, and the target's rows (`dataset.target_split`).
+    """What to evaluate on: the sources' test split, and the target's rows (`dataset.target_split`), perhaps sealed.
 
     Raises:
         SettingsError: a domain that the dataset does not have.
@@ -51,7 +55,7 @@ def clip_sets(settings: Settings, dataset: Dataset) -> list[ClipSet]:
     sets = [_clip_set(SOURCE, dataset, sources, ("test",))]
     if target is not None:
         splits = ("test",) if settings.dataset.target_split == "test" else ("train", "test")
-        sets.append(_clip_set(TARGET, dataset, (target,), splits))
+        sets.append(replace(_clip_set(TARGET, dataset, (target,), splits), sealed=settings.dataset.seal_target))
         if not len(sets[-1].clips):
             raise SettingsError(
                 f"The target domain {target!r} has no usable clips of the {' or '.join(splits)} split: "

@@ -163,10 +163,10 @@ def set_layers(assignments: Sequence[str]) -> list[Layer]:
     return layers
 
 
-def to_toml(settings: Settings, *, sealed: bool = False) -> str:
+def to_toml(settings: Settings, *, stamped: bool = False) -> str:
     """The whole tree as TOML; unset (None) fields are left out and come back as their defaults.
 
     Args:
-        sealed: for a file that carries its checksum, in a last comment.
+        stamped: for a file that carries its checksum, in a last comment.
     """
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)) + (f"\n# {PLACE}\n" if sealed else "")
+    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)) + (f"\n# {PLACE}\n" if stamped else "")

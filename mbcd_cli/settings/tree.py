@@ -80,6 +80,8 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     """Compute optical flow (OpenCV DIS) from the video where the dataset has none."""
     leave_out: ForCache[Literal["none", "audit"]] = "none"
     """Training clips to leave out: those that, by `mbcd audit`, tell of a test clip; the test splits stay whole."""
+    seal_target: bool = False
+    """Read none of the target's labels (no accuracy, plot, warning) until `mbcd reveal` writes the look down."""
     left_out: ForMachine[tuple[str, ...] | None] = None
     """Filled in by `prepare`: ids of the clips that were left out."""
 

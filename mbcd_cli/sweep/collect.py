@@ -20,6 +20,7 @@ from mbcd_cli.files import read_records
 from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Panel
 from mbcd_cli.resolved import method_label
+from mbcd_cli.runs.folder import epoch_records
 from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.scoring.history import accuracy_history
 from mbcd_cli.sweep.plan import Cell
@@ -86,7 +87,8 @@ def _caches(pairs: Sequence[Pair]) -> list[str]:
 
 def tables(pairs: Sequence[Pair]) -> list[Table]:
     """Every table: one per axis of the grid first, then those of any comparison, then what the methods show."""
-    return [*axis_tables(pairs), *compare([run for _, run in pairs]), *panel_tables(pairs)]
+    opened = [(cell, run) for cell, run in pairs if not run.sealed]
+    return [*axis_tables(opened), *compare([run for _, run in pairs]), *panel_tables(pairs)]
 
 
 def _axes(pairs: Iterable[Pair]) -> dict[str, list[str]]:
@@ -194,7 +196,7 @@ def curves(pairs: Sequence[Pair], output: Path) -> dict[str, Path]:
     """Plots of accuracy per epoch, mean over targets and seeds: one per dataset, modalities, protocol and clips."""
     groups: dict[tuple, dict[str, list[Mapping[int, float]]]] = {}
     for _, run in pairs:
-        history = accuracy_history(read_records(run.path / "metrics.jsonl"))
+        history = accuracy_history(epoch_records(run.path))
         if history is None:
             continue
         for where in ("validation", "target"):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import MbcdError, StoppedError
-from mbcd_cli.evaluation.evaluate import evaluate
+from mbcd_cli.evaluation.evaluate import evaluate, for_tables
 from mbcd_cli.files import lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE
@@ -99,10 +99,8 @@ def _evaluate(one: Wanted, dataset: Dataset, say: Say) -> None:
     """As the cell's settings say, but for the report and what is only drawn: `mbcd evaluate` makes those."""
     assert (one.run / DONE).is_file()
     settings, checkpoints = load_checkpoints(run_checkpoints(one.run), config=None, sets=(), flags={})
-    asked = one.settings.evaluation
-    analyses = tuple(name for name in asked.analyses if name != "insight")
-    evaluation = asked.model_copy(update={"analyses": analyses, "report": False})
-    settings = settings.model_copy(update={"evaluation": evaluation, "runtime": one.settings.runtime})
+    asked = for_tables(one.settings.evaluation)
+    settings = settings.model_copy(update={"evaluation": asked, "runtime": one.settings.runtime})
     chosen = {name: checkpoints[name] for name in settings.evaluation.checkpoints if name in checkpoints}
     evaluate(settings, dataset, chosen, device=configure(settings.runtime), run=one.run, output=one.run, pictures=False)
 

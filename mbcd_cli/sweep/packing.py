@@ -7,8 +7,9 @@ from types import MappingProxyType
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import method_class
+from mbcd_cli.runs.names import settings_key
 from mbcd_cli.settings import Settings, Slice
-from mbcd_cli.sweep.plan import Cell, settings_key
+from mbcd_cli.sweep.plan import Cell
 
 SHARE = 256
 """Cells of one process at most: it holds the lock of each."""

@@ -5,8 +5,6 @@ A plan is made without looking at data: domains and modalities are given. The pa
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -15,9 +13,9 @@ from typing import Any
 
 from mbcd_cli.data.records import MODALITY_ORDER, modality_order
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.files import flatten
 from mbcd_cli.methods import short_name
 from mbcd_cli.resolved import PUBLISHED
+from mbcd_cli.runs.names import settings_key
 from mbcd_cli.settings import Settings, role_of
 from mbcd_cli.settings.sources import parse_value
 
@@ -74,19 +72,6 @@ class Cell:
         grouped = [v for k, v in self.values if k in _GROUPED and k != "model.modalities"]
         modalities = "+".join(self.settings.model.modalities)
         return ", ".join([*grouped, self.label(), modalities, where, f"seed {training.seed}"])
-
-
-def settings_key(settings: Settings) -> str:
-    """Hash of every setting a trained weight may depend on, as `open_run` knows them; 12 hexadecimal digits.
-
-    Defaults are left out, so that a setting added to the tree later changes no key.
-    """
-    tree = settings.model_dump(mode="json", exclude_defaults=True)
-    kinds = {name: {**tree["modalities"][name], "kind": kind.kind} for name, kind in settings.modalities.items()}
-    tree["modalities"] = {name: kinds.get(name) for name in settings.model.modalities}
-    kept = {key: value for key, value in flatten(tree).items() if role_of(key) in ("weights", "cache")}
-    text = json.dumps(kept, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:

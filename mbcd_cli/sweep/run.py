@@ -101,7 +101,7 @@ def write_settings(cell: Cell) -> Path:
         FileError: the folder cannot be written to.
     """
     path = beside(cell.folder, "toml")
-    return write_text(path, to_toml(cell.settings, sealed=True), place="--runs-dir")
+    return write_text(path, to_toml(cell.settings, stamped=True), place="--runs-dir")
 
 
 def command_of(cells: Sequence[Cell], *, threads: int, width: int | None = None) -> Command:

@@ -393,7 +393,7 @@ def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> Comparis
         hint = "Run the sweep without --collect first; --retry-failed tries failed runs again."
         raise RunError("\n".join(["No run of this sweep is finished.", *notes]), hint)
     output.mkdir(parents=True, exist_ok=True)
-    axes = collecting.axis_tables(pairs)
+    axes = collecting.axis_tables([(cell, run) for cell, run in pairs if not run.sealed])
     pictures = {table.title: plot_methods(table, output / f"{table.name}.png") for table in axes}
     return write_comparison_files(
         [run for _, run in pairs],

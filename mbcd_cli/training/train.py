@@ -227,7 +227,7 @@ def _warn_of_long_memory(settings: Settings, steps: int, say: Say) -> None:
 def _warn_of_unseen_classes(dataset: Dataset, clips: np.ndarray, held_out: Sequence[ClipSet], say: Say) -> None:
     """Warn of classes that are tested and that no training clip has."""
     labels = dataset.clips.labels
-    for tested in held_out:
+    for tested in (clip_set for clip_set in held_out if not clip_set.sealed):
         if unseen := np.setdiff1d(labels[tested.clips], labels[clips]).tolist():
             names, domains = ", ".join(dataset.label_names[label] for label in unseen), ", ".join(tested.domains)
             say.warn(f"No training clip is of class {names}, which {tested.name} clips ({domains}) are of.")

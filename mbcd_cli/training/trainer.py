@@ -24,10 +24,12 @@ from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
 from mbcd_cli.runs.events import Events
-from mbcd_cli.runs.folder import RunFolder
+from mbcd_cli.runs.folder import SEALED, RunFolder
 from mbcd_cli.say import SILENT, Say, Ticker
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet
+from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.scoring.predictions import Predictions, predict
+from mbcd_cli.scoring.unlabelled import said_classes, unlabelled_record
 from mbcd_cli.settings import Settings
 from mbcd_cli.training import watch
 from mbcd_cli.training.feed import Feed
@@ -53,7 +55,8 @@ class Trainer:
     """Trains `step`'s student and leaves everything in `run`.
 
     The epoch that is selected is that whose deployed model (the teacher, where weights are averaged) is the best
-    (`better`) on the source domains' test split. The target's accuracy is recorded every epoch and never used.
+    (`better`) on the source domains' test split. The target's accuracy (of a sealed one, the classes that are said) is
+    recorded every epoch and never used.
 
     Args:
         settings: the resolved tree.
@@ -180,8 +183,8 @@ class Trainer:
                         break
         seconds = time.monotonic() - started
         self._flush()
-        record = yield from self._evaluate()
-        self._finish_epoch(record)
+        record, sealed = yield from self._evaluate()
+        self._finish_epoch(record, sealed)
         self.run.append(
             "timing.jsonl",
             {
@@ -283,8 +286,8 @@ class Trainer:
         rows = {modality: row[name] for modality, row in figures["modalities"].items() if name in row}
         return f"{name} {', '.join(f'{modality} {value:.2f}' for modality, value in rows.items())}" if rows else ""
 
-    def _evaluate(self) -> Generator[Validation, Said, EpochRecord]:
-        """The epoch's record: training means, validation and target figures."""
+    def _evaluate(self) -> Generator[Validation, Said, tuple[EpochRecord, Said]]:
+        """The epoch's record: training means, validation and target figures; and what is said of a sealed target."""
         progress = self.progress
         models = {"student": self.step.model}
         if self.step.average is not None:
@@ -298,12 +301,19 @@ class Trainer:
             epoch=progress.epoch + 1,
             step=progress.step,
             train=self._layout.unpack((progress.sums / progress.clips).tolist()),
-            validation=held_out_record((yield self._validation(models, SOURCE))),
-            target=held_out_record((yield self._validation(models, TARGET))) if TARGET in self.held_out else None,
+            validation=held_out_record(source := (yield self._validation(models, SOURCE))),
         )
         if any(figures.fused.loss is None for figures in record.validation.models.values()):
             self._non_finite("The validation loss is not finite")
-        return record
+        if TARGET not in self.held_out:
+            return record, {}
+        target = yield self._validation(models, TARGET)
+        deployed = deployed_of(models)
+        record.unlabelled = unlabelled_record(source[deployed], target[deployed])
+        if self.held_out[TARGET].sealed:
+            return record, target
+        record.target = held_out_record(target)
+        return record, {}
 
     def _validation(self, models: Mapping[str, MultiModalModel], name: str) -> Validation:
         return Validation(models, self.held_out[name].clips)
@@ -328,7 +338,7 @@ class Trainer:
 
     # ---- the end of an epoch
 
-    def _finish_epoch(self, record: EpochRecord) -> None:
+    def _finish_epoch(self, record: EpochRecord, sealed: Said) -> None:
         progress = self.progress
         fused = record.validation.deployed.fused
         improved = progress.best is None or better(fused, progress.best.validation.deployed.fused)
@@ -347,6 +357,9 @@ class Trainer:
         progress.epoch_step, progress.sums, progress.clips = 0, None, 0
         line = json_values(record)
         self.run.append("metrics.jsonl", line)
+        if sealed:  # `mbcd reveal` makes accuracies of it
+            said = {name: said_classes(predictions) for name, predictions in sealed.items()}
+            self.run.append(SEALED, {"epoch": record.epoch, **said})
         if self._events is not None:
             shown = {name: line[name] for name in ("train", "validation", "target") if name in line}
             self._events.scalars("epoch", shown, progress.step)

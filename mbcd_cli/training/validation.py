@@ -17,6 +17,7 @@ from mbcd_cli.model import MultiModalModel
 from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.scoring.metrics import finite, mean_cross_entropy, top1
 from mbcd_cli.scoring.predictions import Predictions
+from mbcd_cli.scoring.unlabelled import UnlabelledRecord
 from mbcd_cli.training.figures import Record
 
 
@@ -81,7 +82,8 @@ class EpochRecord:
     Attributes:
         epoch: its number, from 1. step: steps done in all.
         train: means of the step's figures over the epoch's clips.
-        validation: on the source domains' test split. target: on the target's, where there is one.
+        validation: on the source domains' test split. target: on the target's, where there is one that is not sealed.
+        unlabelled: what the deployed model's predictions on the target tell without its labels.
         best_epoch: the selected epoch so far. warnings: keys of the warnings so far.
     """
 
@@ -90,6 +92,7 @@ class EpochRecord:
     train: Record
     validation: HeldOutRecord
     target: HeldOutRecord | None = field(default=None, metadata=OPTIONAL)
+    unlabelled: UnlabelledRecord | None = field(default=None, metadata=OPTIONAL)
     best_epoch: int = 0
     warnings: list[str] = field(default_factory=list)
 

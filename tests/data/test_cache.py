@@ -226,7 +226,7 @@ def test_a_cache_older_than_a_setting_has_its_default(root, tmp_path):
         recipe = json.loads(file.attrs["recipe"])
         del recipe["view"]["sampling"]
         file.attrs["recipe"] = json.dumps(recipe)
-    checksums.seal(index)
+    checksums.stamp(index)
     assert open_dataset(settings, name="tiny", modalities=["video"]).caches
     other = settings_for(root, tmp_path, "model.modalities=video", "modalities.video.sampling=reference")
     with pytest.raises(CacheError, match="sampling: cache has centred, settings say reference"):
@@ -388,13 +388,13 @@ def copied(prepared, tmp_path: Path) -> Path:
     return next((tmp_path / "cache").glob("*/video-*"))
 
 
-def resealed(path: Path, change) -> None:
+def stamped_again(path: Path, change) -> None:
     """Change an HDF5 file and give it a checksum that fits: what malice could do, and damage could not."""
     with h5py.File(path, "r+") as file:
         change(file)
     with path.open("r+b") as file:
         file.write(bytes(checksums.USER_BLOCK))
-    checksums.seal(path)
+    checksums.stamp(path)
 
 
 def put(name: str, value):
@@ -420,7 +420,7 @@ def put(name: str, value):
 )
 def test_an_index_that_leads_out_of_its_tables_is_one_message(prepared, tmp_path, change, told):
     folder = copied(prepared, tmp_path)
-    resealed(folder / "index.h5", change)
+    stamped_again(folder / "index.h5", change)
     with pytest.raises(CacheError, match=told):
         ModalityCache(folder)
 
@@ -445,14 +445,14 @@ def virtual(file: h5py.File) -> None:
 def test_values_from_another_file_are_refused(prepared, tmp_path, change):
     folder = copied(prepared, tmp_path)
     shard = folder / "shard-00000.h5"
-    resealed(shard, change)
+    stamped_again(shard, change)
 
     def told(file: h5py.File) -> None:
         files = json.loads(file["files"].asstr()[()]) | {shard.name: checksums.checksum(shard)}
         del file["files"]
         file["files"] = json.dumps(files)
 
-    resealed(folder / "index.h5", told)
+    stamped_again(folder / "index.h5", told)
     with pytest.raises(CacheError, match="another file"):
         ModalityCache(folder).shapes()
 

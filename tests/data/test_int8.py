@@ -101,7 +101,7 @@ def test_caches_of_another_version(root, tmp_path):
     with h5py.File(old / "index.h5", "r+") as file:
         file.attrs["format"] = 0
         file.attrs["mbcd_version"] = "0.0.1"
-    checksums.seal(old / "index.h5")
+    checksums.stamp(old / "index.h5")
     open_dataset(settings, name="tiny", modalities=["video"])
     kept = folder.rename(tmp_path / "kept")
     with pytest.raises(CacheError, match=r"another version of mbcd \(0\.0\.1\).*\n.*mbcd prepare"):
@@ -115,7 +115,7 @@ def test_caches_of_another_version(root, tmp_path):
             else:
                 modality = json.loads(file.attrs["modality_settings"]) | {"gone": 1}
                 file.attrs["modality_settings"] = json.dumps(modality)
-        checksums.seal(old / "index.h5")
+        checksums.stamp(old / "index.h5")
         with pytest.raises(CacheError, match="another version of mbcd"):
             open_dataset(settings, name="tiny", modalities=["video"])
     # A shard is of the version of its index: what it lacks is damage.

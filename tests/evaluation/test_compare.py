@@ -356,7 +356,7 @@ def test_results_of_other_weights_than_the_deployed_ones_are_refused(tmp_path):
     for name, path in files.items():
         path.parent.mkdir(exist_ok=True)
         torch.save({"name": name}, path)
-        checksums.seal(path)
+        checksums.stamp(path)
     change(folder, checkpoints={"best": checksums.checksum(files["best"])})
     assert c.load_run(folder).heads["fused"] == 50
     change(folder, checkpoints={"best": checksums.checksum(files["last"])})

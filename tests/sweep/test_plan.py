@@ -10,9 +10,10 @@ from sweep_cases import finish, plan_of
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS
 from mbcd_cli.resolved import resolve
+from mbcd_cli.runs.names import settings_key
 from mbcd_cli.sweep.estimate import checkpoint_bytes, estimate
 from mbcd_cli.sweep.packing import kind, units, width_of
-from mbcd_cli.sweep.plan import parse_grid, parse_modality_set, settings_key, splits
+from mbcd_cli.sweep.plan import parse_grid, parse_modality_set, splits
 from mbcd_cli.sweep.request import Request, output_of, title_of
 
 DOMAINS = {"epic-kitchens": ("D1", "D2", "D3"), "hac": ("human", "animal", "cartoon")}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbcd_cli.checksums import of_file
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import FileError, RunError
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.compare import (
     Run,
@@ -18,10 +18,11 @@ from mbcd_cli.evaluation.report.compare import (
     main_tables,
     told_apart,
 )
-from mbcd_cli.evaluation.report.html import runs_html, write_comparison
+from mbcd_cli.evaluation.report.html import runs_html, table_html, write_comparison
 from mbcd_cli.evaluation.report.tables import Table, comma_separated, latex, markdown
 from mbcd_cli.files import write_json, write_text
 from mbcd_cli.json_values import json_values
+from mbcd_cli.ledger import looks, revealed_by, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,21 @@ def _loaded(folders: Sequence[Path], notes: list[str]) -> list[Run]:
     return runs
 
 
+def _looks(runs: Sequence[Run]) -> tuple[dict[str, str], list[str]]:
+    """How often sealed targets were looked at, as a section of the page; and ledgers that cannot be trusted."""
+    rows, broken = [], []
+    for place in sorted({run.path.parent for run in runs if run.sealed or revealed_by(run.path) is not None}):
+        try:
+            found = looks(place)
+        except FileError as error:
+            broken.append(f"{error.message} {error.remedy}")
+            continue
+        rows += [[str(place), told(found), "", "", ""]]
+        rows += [["", f"look {look.look}", look.when, look.what, str(len(look.runs))] for look in found]
+    table = Table("looks", "Looks at sealed targets", ["runs", "ledger", "when (UTC)", "what", "runs revealed"], rows)
+    return ({"Looks at the targets": table_html(table)} if rows else {}), broken
+
+
 def write_comparison_files(
     runs: Sequence[Run],
     tables: Sequence[Table],
@@ -90,10 +106,13 @@ def write_comparison_files(
     Raises:
         FileError: they cannot be written.
     """
-    bars = {t.title: plots.plot_methods(t, output / f"{t.name}.png") for t in main_tables(runs)}
+    opened = main_tables([run for run in runs if not run.sealed])
+    bars = {table.title: plots.plot_methods(table, output / f"{table.name}.png") for table in opened}
     bars |= pictures or {}
     report = output / "comparison.html"
-    more = {**(sections or {}), "Provenance": runs_html(runs)}
+    looked, broken = _looks(runs)
+    notes = [*notes, *broken]
+    more = {**(sections or {}), **looked, "Provenance": runs_html(runs)}
     page = write_comparison(report, tables, title=title, files=bars, warnings=notes, sections=more)
     files = {"report": page} | {path.name: path for path in bars.values()}
     text = {"comparison.md": "\n".join(map(markdown, tables))}

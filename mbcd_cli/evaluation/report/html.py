@@ -201,7 +201,7 @@ def runs_html(runs: Sequence[Run]) -> str:
             run.method,
             run.column,
             str(run.seed),
-            f"{run.heads['fused']:.2f}",
+            "sealed" if run.sealed else f"{run.heads['fused']:.2f}",
             short(run, f"{run.provenance.get('checkpoint')} weights, sha256"),
             short(run, " cache"),
             f"{run.provenance.get('mbcd', '-')} / {run.provenance.get('torch', '-')}",

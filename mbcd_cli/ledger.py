@@ -37,7 +37,7 @@ class LookedAt:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class LedgerEntry:
     """A line of the ledger.
 
     Attributes:
@@ -55,17 +55,17 @@ class Look:
     digest: str
 
 
-_LOOK = TypeAdapter(Look)
+_LOOK = TypeAdapter(LedgerEntry)
 
 
-def looks(folder: Path) -> list[Look]:
+def looks(folder: Path) -> list[LedgerEntry]:
     """Those at the runs of a folder, in order; a last line that a kill has cut off is none yet.
 
     Raises:
         FileError: the ledger was changed, or what a run has been revealed by is gone.
     """
     path = folder / LEDGER
-    found: list[Look] = []
+    found: list[LedgerEntry] = []
     try:
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     except OSError as error:
@@ -99,7 +99,7 @@ def revealed_by(run: Path) -> str | None:
         return "unreadable"
 
 
-def write_look(folder: Path, what: str, runs: Sequence[LookedAt], *, trained: int) -> Look:
+def write_look(folder: Path, what: str, runs: Sequence[LookedAt], *, trained: int) -> LedgerEntry:
     """Append a look at `runs` of `folder`, and bring it to the disk.
 
     Raises:
@@ -108,7 +108,7 @@ def write_look(folder: Path, what: str, runs: Sequence[LookedAt], *, trained: in
     path = folder / LEDGER
     before = looks(folder)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    look = Look(len(before) + 1, now, what, trained, list(runs), before[-1].digest if before else _BEGINNING, "")
+    look = LedgerEntry(len(before) + 1, now, what, trained, list(runs), before[-1].digest if before else _BEGINNING, "")
     look = replace(look, digest=_digest(look))
     file = lock(path, place="--runs-dir")
     if file is None:
@@ -126,7 +126,7 @@ def write_look(folder: Path, what: str, runs: Sequence[LookedAt], *, trained: in
     return look
 
 
-def told(found: Sequence[Look]) -> str:
+def told(found: Sequence[LedgerEntry]) -> str:
     """`looked at once, after 120 runs`."""
     if not found:
         return "not looked at yet"
@@ -134,7 +134,7 @@ def told(found: Sequence[Look]) -> str:
     return f"looked at {times}, after {', '.join(str(look.trained) for look in found)} runs"
 
 
-def _digest(look: Look) -> str:
+def _digest(look: LedgerEntry) -> str:
     return hashlib.sha256(json.dumps(asdict(replace(look, digest="")), sort_keys=True).encode()).hexdigest()
 
 

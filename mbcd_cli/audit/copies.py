@@ -2,7 +2,7 @@
 
 A pair is a candidate where a mark of one is among the nearest marks of the other's within `Nearness.reach`; marks are
 projected on their 16 principal directions first, which brings no two further apart. Candidates are then compared whole.
-How the limits were chosen is in docs/honest.md.
+How the limits were chosen is in docs/audit.md.
 
 Letters: N clips, K marks of one, D values of a mark, Q marks asked for, P pairs, S samples.
 """

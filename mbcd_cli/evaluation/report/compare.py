@@ -285,7 +285,7 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
         rows: TableRows = []
         for modalities in sets:
             block: TableRows = []
-            for method, of_method in _by_method([run for run in group if run.modalities == modalities]):
+            for method, of_method in by_method([run for run in group if run.modalities == modalities]):
                 cells: list[Score] = []
                 for dataset in datasets:
                     of_dataset = [run for run in of_method if run.dataset == dataset]
@@ -318,7 +318,7 @@ def _seeds(runs: Sequence[Run]) -> str:
     return "One seed." if high == 1 else f"Mean and standard deviation over {count} seeds."
 
 
-def _per_setting(
+def per_setting(
     runs: Sequence[Run], suffix: str, title: str, fill: Callable[[list[Run]], tuple[TableRows, Sequence[str], str]]
 ) -> list[Table]:
     """A table per dataset, modalities and setting; `fill` gives rows (none: no table), columns, note."""
@@ -338,13 +338,13 @@ def main_tables(runs: Sequence[Run]) -> list[Table]:
         first = group[0]
         columns = _columns(group, first.dataset)
         rows: TableRows = []
-        for method, of_method in _by_method(group):
+        for method, of_method in by_method(group):
             cells = [Score.over([r.heads["fused"] for r in of_method if r.column == column]) for column in columns]
             rows.append([method, *cells, averages(of_method, columns)])
         published = _published(first.setting, first.dataset, first.modalities, columns, ablations=True)
         return marked(rows) + published, ["method", *columns, "average"], _seeds(group)
 
-    return _per_setting(runs, "", "top-1 accuracy (%)", fill)
+    return per_setting(runs, "", "top-1 accuracy (%)", fill)
 
 
 def modality_tables(runs: Sequence[Run]) -> list[Table]:
@@ -353,14 +353,14 @@ def modality_tables(runs: Sequence[Run]) -> list[Table]:
     def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
         columns, heads = sorted({run.column for run in group}), ("fused", *group[0].modalities)
         rows: TableRows = []
-        for method, of_method in _by_method(group):
+        for method, of_method in by_method(group):
             tested = [run for run in of_method if run.in_domain is not None]
             cells = [averages(of_method, columns, head) for head in heads]
             rows.append([method, *cells, averages(tested, columns, "in-domain")])
         note = "In-domain is the fused accuracy on the source domains' test split."
         return marked(rows), ["method", *heads, "in-domain"], note
 
-    return _per_setting(runs, "-modalities", "by head, average over targets (%)", fill)
+    return per_setting(runs, "-modalities", "by head, average over targets (%)", fill)
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,7 +413,7 @@ def significance_tables(runs: Sequence[Run]) -> list[Table]:
 
     def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
         rows: TableRows = []
-        for methods in combinations(_by_method(group), 2):
+        for methods in combinations(by_method(group), 2):
             first, second = ({(r.column, r.seed): r.heads["fused"] for r in of_method} for _, of_method in methods)
             common = sorted(set(first) & set(second))
             test = paired([first[key] for key in common], [second[key] for key in common])
@@ -427,10 +427,10 @@ def significance_tables(runs: Sequence[Run]) -> list[Table]:
         )
         return rows, ["methods", "pairs", "difference (points)", "p (sign flips)", "p (t-test)"], note
 
-    return _per_setting(runs, "-significance", "significance, paired over targets and seeds", fill)
+    return per_setting(runs, "-significance", "significance, paired over targets and seeds", fill)
 
 
-def _by_method(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+def by_method(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """The runs of each method, in the order of tables."""
     return [(method, [r for r in runs if r.method == method]) for method in order_methods(r.method for r in runs)]
 
@@ -455,10 +455,10 @@ def sealed_tables(runs: Sequence[Run]) -> list[Table]:
     def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
         columns = _columns(group, group[0].dataset)
         rows: TableRows = []
-        for method, of_method in _by_method(group):
+        for method, of_method in by_method(group):
             by_target = [[run.in_domain for run in of_method if run.column == column] for column in columns]
             rows.append([method, *map(Score.over, by_target), averages(of_method, columns, "in-domain")])
         note = "The targets are sealed: `mbcd reveal` opens them, and writes the look into the ledger beside the runs."
         return marked(rows), ["method", *(f"without {c}" for c in columns), "average"], f"{_seeds(group)} {note}"
 
-    return _per_setting(runs, "-sealed", "top-1 accuracy (%) on held-out clips of the sources", fill)
+    return per_setting(runs, "-sealed", "top-1 accuracy (%) on held-out clips of the sources", fill)

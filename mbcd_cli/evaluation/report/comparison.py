@@ -19,6 +19,7 @@ from mbcd_cli.evaluation.report.compare import (
     told_apart,
 )
 from mbcd_cli.evaluation.report.html import runs_html, table_html, write_comparison
+from mbcd_cli.evaluation.report.selection import selected, selection_tables, write_selection
 from mbcd_cli.evaluation.report.tables import Table, comma_separated, latex, markdown
 from mbcd_cli.files import write_json, write_text
 from mbcd_cli.json_values import json_values
@@ -95,6 +96,7 @@ def write_comparison_files(
     title: str,
     pictures: Mapping[str, Path] | None = None,
     sections: Mapping[str, str] | None = None,
+    left_out: Mapping[Path, Sequence[Run]] | None = None,
 ) -> Comparison:
     """Write `tables` of `runs` in every form, with bars of the main ones; what `compare_runs` returns.
 
@@ -102,19 +104,28 @@ def write_comparison_files(
         notes: warnings to show.
         pictures: more plots, caption -> file.
         sections: more of the page, heading -> HTML.
+        left_out: as `selection.selected` takes it.
 
     Raises:
         FileError: they cannot be written.
     """
-    opened = main_tables([run for run in runs if not run.sealed])
-    bars = {table.title: plots.plot_methods(table, output / f"{table.name}.png") for table in opened}
+    opened = [run for run in runs if not run.sealed]
+    bars = {table.title: plots.plot_methods(table, output / f"{table.name}.png") for table in main_tables(opened)}
     bars |= pictures or {}
+    files = {}
+    if found := selected(opened, left_out):
+        tables = [*tables, *selection_tables(found)]
+        regrets: dict[str, list[float]] = {}
+        for one in found:
+            regrets.setdefault(one.rule, []).append(one.regret)
+        bars["Regret of each rule of selection"] = plots.plot_regrets(regrets, output / "regret.png")
+        files["selection.csv"] = write_selection(found, output / "selection.csv")
     report = output / "comparison.html"
     looked, broken = _looks(runs)
     notes = [*notes, *broken]
     more = {**(sections or {}), **looked, "Provenance": runs_html(runs)}
     page = write_comparison(report, tables, title=title, files=bars, warnings=notes, sections=more)
-    files = {"report": page} | {path.name: path for path in bars.values()}
+    files |= {"report": page} | {path.name: path for path in bars.values()}
     text = {"comparison.md": "\n".join(map(markdown, tables))}
     for table in tables:
         text |= {f"{table.name}.csv": comma_separated(table), f"{table.name}.tex": latex(table)}

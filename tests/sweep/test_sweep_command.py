@@ -224,8 +224,19 @@ def test_a_dataset_that_only_its_files_know_is_planned_after_it_is_prepared(tmp_
 
 def test_a_search_killed_between_its_phases_goes_on(cache, tmp_path, monkeypatch):
     """As a user sees it: trials are one population, so are the runs that are reported; nothing is done twice."""
-    words = ["sweep", "--preset", "synthetic-4", "--targets", "south,north", "--methods", "erm", "--search", "2", "--threads", "1"]
-    words += ["--seeds", "2", "--cache-dir", cache, "--runs-dir", tmp_path / "runs", "--output", tmp_path / "out"]
+    words = ["sweep", "--preset", "synthetic-4", "--targets", "south,north", "--methods", "erm", "--search", "2"]
+    words += [
+        "--seeds",
+        "2",
+        "--threads",
+        "1",
+        "--cache-dir",
+        cache,
+        "--runs-dir",
+        tmp_path / "runs",
+        "--output",
+        tmp_path / "out",
+    ]
     words += [word for text in SETS for word in ("--set", text)]
     plan = json.loads(invoke(*words, "--dry-run", "--json").stdout)
     assert [one["runs"] for one in plan["populations"]] == [6, 4]

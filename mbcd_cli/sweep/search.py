@@ -109,7 +109,7 @@ class Search:
         made = []
         for base in self.bases:
             where = base.settings.dataset.name, base.settings.model.modalities, _domains_of(base)
-            first_seed = int(_share(where, "seed", base.method) * len(TRIAL_SEEDS))
+            first_seed = int(_share(where, "seed", base.method, self.benchmark) * len(TRIAL_SEEDS))
             for number in range(self.count + 1):
                 drawn = {}
                 for path, (drawn_from, value) in (self.ranges(base) if number else {}).items():

@@ -74,7 +74,7 @@ def test_the_first_trial_is_the_default_and_a_longer_search_has_the_same_beginni
         "optimizer.lr": 0.0008564,
         "optimizer.weight_decay": 0.0005128,
     }, "run folders are found again by these numbers, whatever the machine and the versions"
-    assert drawn.cell.settings.training.seed == 4695519
+    assert drawn.cell.settings.training.seed == 8095145
 
 
 def test_shared_settings_are_drawn_alike_for_all_methods_of_a_target():

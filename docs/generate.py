@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from mbcd_cli.methods import DEFAULT
+from mbcd_cli.settings.ranges import range_of
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/generate.py; change the code, then run it again. -->"
@@ -73,7 +74,9 @@ def _rows(model: type[BaseModel], prefix: str) -> list[str]:
             nested += _rows(annotation, f"{prefix}{name}.")
             continue
         default = DEFAULT if f"{prefix}{name}" == "method.name" else field.default
-        rows.append(f"| `{prefix}{name}` | {_type_name(annotation)} | {_default(default)} | {field.description} |")
+        meaning, drawn_from = field.description, range_of(field)
+        meaning += f" Searched {drawn_from}." if drawn_from else ""
+        rows.append(f"| `{prefix}{name}` | {_type_name(annotation)} | {_default(default)} | {meaning} |")
     return rows + nested
 
 
@@ -87,7 +90,7 @@ def settings_page() -> str:
     pages = [NOTE, "# Settings", ""]
     pages += [
         "Precedence: flag > `--set part.field=value` > `MBCD_PART__FIELD` > `--config FILE` > `--preset` > default.",
-        "`mbcd train --show-settings` prints the resolved tree.",
+        "`mbcd train --show-settings` prints the resolved tree. Searched: what `mbcd sweep --search` draws from.",
         "",
     ]
     header = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         "mbcd sweep --preset epic-kitchens --table 1 --dry-run",
         "mbcd sweep --preset hac --table 1 --chassis published",
         "mbcd sweep --preset av-digits --grid average.beta=0.9,0.99",
+        "mbcd sweep --preset av-digits --targets all --methods erm,mbcd --search 10",
     ),
 )
 def sweep(
@@ -49,6 +51,13 @@ def sweep(
     grid: Annotated[
         list[str] | None, typer.Option("--grid", help="One axis over a setting: part.field=v1,v2; repeatable.")
     ] = None,
+    search: Annotated[
+        int | None,
+        typer.Option("--search", help="Try the default and so many random configurations; report the best, anew."),
+    ] = None,
+    search_protocol: Annotated[
+        str, typer.Option("--search-protocol", help="equal, or mmdg-bench: as the public benchmark searches.")
+    ] = "equal",
     dry_run: DryRun = False,
     collect: Annotated[bool, typer.Option("--collect", help="Only collect the runs that are done.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
@@ -83,6 +92,8 @@ def sweep(
         protocol=protocol,
         seeds=seeds,
         grid=grid or (),
+        search=search,
+        search_protocol=search_protocol,
     )
     swept = sweeping.sweep(
         request,
@@ -115,8 +126,21 @@ def sweep(
 
 def show_plan(plan: SweepPlan) -> None:
     """Print what a dry run returned."""
-    rows = [(Path(cell.run).name.rsplit("-", 1)[-1], cell.name) for cell in plan.cells]
-    console.table(f"{len(rows)} runs", ("run", "method, modalities, domains, seed"), rows)
+    title, told = f"{len(plan.cells)} runs", "method, modalities, domains"
+    names = [cell.name.rpartition(", ") for cell in plan.cells]
+    trials = Counter(what for what, _, which in names if which.startswith("trial "))
+    if trials:
+        every = Counter(what for what, _, _ in names)
+        rows = [(what, trials[what], number - trials[what]) for what, number in every.items()]
+        console.table(title, (told, "trials", "then"), rows)
+        console.table(
+            "what is searched",
+            ("setting", "range", "methods"),
+            [(row.setting, f"{row.low:g} to {row.high:g}", ", ".join(row.methods)) for row in plan.searched],
+        )
+    else:
+        rows = [(Path(cell.run).name.rsplit("-", 1)[-1], cell.name) for cell in plan.cells]
+        console.table(title, ("run", f"{told}, seed"), rows)
     if plan.populations:
         rows = [
             (

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import combinations
 from math import comb
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
 from mbcd_cli.methods.parts import full_precision
-from mbcd_cli.settings import MethodSettings, NonNegative, Positive
+from mbcd_cli.settings import AROUND, MethodSettings, NonNegative, Positive
 
 Subset = frozenset[int]
 
@@ -23,7 +23,7 @@ Subset = frozenset[int]
 class AGMSettings(MethodSettings):
     """AGM."""
 
-    alpha: NonNegative = 2.5
+    alpha: Annotated[NonNegative, AROUND] = 2.5
     """Strength of the modulation."""
     cap: Positive = 10.0
     """Largest difference of ratios that counts (the authors': 10 of two modalities, 7 of three)."""

@@ -5,7 +5,7 @@ Letters: B clips of the global batch, M modalities, S source domains, D features
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch.nn import functional as F
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Method, Outputs, Term
 from mbcd_cli.methods.parts import full_precision, need_domains
-from mbcd_cli.settings import MethodSettings, NonNegative
+from mbcd_cli.settings import AROUND, MethodSettings, NonNegative
 
 
 class AlignmentSettings(MethodSettings):
     """A distance between source domains."""
 
-    weight: NonNegative = 1.0
+    weight: Annotated[NonNegative, AROUND] = 1.0
     """Weight of the distance between the source domains."""
     on: Literal["fused", "unimodal", "both"] = "both"
     """Features that are aligned: those that the fused head reads together, each modality's, or both."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import permutations
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from torch import nn
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
 from mbcd_cli.methods.parts import projection, row_distance, supervised_contrast, unit_rows
-from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive
+from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive, Range
 
 QUANTILES = 4096
 """How finely the Beta distribution is tabulated."""
@@ -28,11 +28,11 @@ class CMRFSettings(MethodSettings):
 
     unimodal: Literal["joint", "probe"] = "joint"
     """Uni-modal heads train with their encoders (the paper), or only probe detached features, to be reported."""
-    unimodal_weight: NonNegative = 2.0
+    unimodal_weight: Annotated[NonNegative, Range(0, 5, benchmark=1)] = 2.0
     """Weight of the uni-modal cross-entropies."""
     contrast: NonNegative = 3.0
     """Weight of the supervised contrast of the projected features."""
-    distillation: NonNegative = 3.0
+    distillation: Annotated[NonNegative, Range(0, 5, benchmark=1)] = 3.0
     """Weight of the distillation of interpolated teacher features."""
     modality_weights: dict[str, NonNegative] = Field(default={"audio": 0.5})
     """w_k of a modality, in its cross-entropy and distillation; 1 for those that are not named."""

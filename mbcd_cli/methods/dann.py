@@ -14,7 +14,7 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.alignment import AlignmentSettings
 from mbcd_cli.methods.base import Context, Method, Outputs, Term
 from mbcd_cli.methods.parts import DomainAdversary, cross_entropy, full_precision, need_domains, reversed_gradient
-from mbcd_cli.settings import Count, NonNegative
+from mbcd_cli.settings import AROUND, Count, NonNegative
 
 
 class DANNSettings(AlignmentSettings):
@@ -22,7 +22,7 @@ class DANNSettings(AlignmentSettings):
 
     weight: NonNegative = 1.0
     """Weight of the domain losses, for the discriminators and, reversed, for the features."""
-    reversal: NonNegative = 1.0
+    reversal: Annotated[NonNegative, AROUND] = 1.0
     """lambda, what the domain gradient is multiplied with (and reversed) on its way into the features."""
     ramp: Annotated[int, Field(ge=0)] = 0
     """Steps in which lambda grows from 0 (the paper: the whole training); 0 has it from the first step."""

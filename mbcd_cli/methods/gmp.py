@@ -6,7 +6,7 @@ Letters: B clips, M modalities, S source domains.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
@@ -15,7 +15,7 @@ from mbcd_cli.methods import gradient_consistency as gcc
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
 from mbcd_cli.methods.parts import DomainAdversary, cross_entropy, modulation
-from mbcd_cli.settings import Count, MethodSettings, NonNegative
+from mbcd_cli.settings import Count, MethodSettings, NonNegative, Range
 
 FLOOR = 1e-6
 """Added to what probabilities are divided by."""
@@ -26,15 +26,15 @@ class GMPSettings(MethodSettings):
 
     unimodal: Literal["joint", "probe"] = "joint"
     """Uni-modal heads train with their encoders, or only probe detached features, to be reported."""
-    unimodal_weight: NonNegative = 3.0
+    unimodal_weight: Annotated[NonNegative, Range(0, 5, benchmark=1)] = 3.0
     """Weight of the uni-modal cross-entropies."""
     domain_weight: NonNegative = 0.5
     """Weight of the domain losses in the encoders' gradients."""
-    reversal: NonNegative = 0.3
+    reversal: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.3
     """b, what the domain gradient is multiplied with (and reversed) on its way into the encoders."""
-    alpha_class: NonNegative = 0.5
+    alpha_class: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.5
     """Strength of the modulation of the classification gradients."""
-    alpha_domain: NonNegative = 0.5
+    alpha_domain: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.5
     """Strength of the modulation of the domain gradients."""
     norm_with_head: bool = False
     """The norm of a classification gradient includes its head's part, as in the public benchmark; not in the paper."""

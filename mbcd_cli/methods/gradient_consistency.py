@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from mbcd_cli.model import TailWeights
-from mbcd_cli.settings import NonNegative, Slice
+from mbcd_cli.settings import NonNegative, Range, Slice
 
 
 class ConsistencySettings(Slice):
@@ -16,7 +16,7 @@ class ConsistencySettings(Slice):
 
     order: Literal["off", "first", "second"] = "first"
     """No inner step, one whose gradient is a constant (the reference), or one that is differentiated through."""
-    alpha: NonNegative = 1e-4
+    alpha: Annotated[NonNegative, Range(0.1, 10, times=True, only=("order", "first", "second"))] = 1e-4
     """Learning rate of the inner step."""
 
 

@@ -6,7 +6,7 @@ Letters: B clips (of this process), M modalities, C classes, S source domains.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from mbcd_cli.methods.parts import (
     full_precision,
 )
 from mbcd_cli.model import TailWeights
-from mbcd_cli.settings import Count, Fraction, MethodSettings, NonNegative, Positive
+from mbcd_cli.settings import Count, Fraction, MethodSettings, NonNegative, Positive, Range
 
 
 class JATSettings(MethodSettings):
@@ -31,7 +31,7 @@ class JATSettings(MethodSettings):
 
     unimodal: Literal["joint", "probe"] = "joint"
     """Uni-modal heads train with their encoders (the paper), or only probe detached features."""
-    unimodal_weight: NonNegative = 1.0
+    unimodal_weight: Annotated[NonNegative, Range(0, 5, benchmark=1)] = 1.0
     """Weight of the uni-modal cross-entropies, on top of w_k."""
     weighting: Literal["domain", "off"] = "domain"
     """w_k: by the confusion of each modality's domain discriminator (the paper), or all alike."""
@@ -41,13 +41,13 @@ class JATSettings(MethodSettings):
     """w_k with one source domain: all alike (the published code), or by class entropies (the public benchmark)."""
     temperature: Positive = 1.0
     """Temperature of the softmax that gives w_k."""
-    modality_weight: NonNegative = 0.1
+    modality_weight: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.1
     """Weight of the modality adversary."""
-    domain_weight: NonNegative = 0.5
+    domain_weight: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.5
     """Weight of each of the two domain adversaries."""
-    modality_reversal: NonNegative = 0.1
+    modality_reversal: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.1
     """a, what the modality adversary's gradient is multiplied with (and reversed) on its way into the encoders."""
-    domain_reversal: NonNegative = 0.3
+    domain_reversal: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.3
     """b, the same of the domain adversaries."""
     dropout: Fraction = 0.5
     """Rate at which clips lose a modality before fusion, never all of them; 0 (the public benchmark): none."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import model_validator
@@ -21,7 +21,7 @@ from mbcd_cli.methods.gradient_consistency import ConsistencySettings
 from mbcd_cli.methods.modality_dropout import DropoutSettings
 from mbcd_cli.methods.parts import cross_entropy, distillation, teacher_probabilities
 from mbcd_cli.model import TailWeights
-from mbcd_cli.settings import MethodSettings, NonNegative, Slice
+from mbcd_cli.settings import MethodSettings, NonNegative, Range, Slice
 
 
 class DistillationSettings(Slice):
@@ -29,7 +29,7 @@ class DistillationSettings(Slice):
 
     enabled: bool = True
     """Add lambda * L_dis to the objective."""
-    weight: NonNegative = 1.0
+    weight: Annotated[NonNegative, Range(0, 2, benchmark=1, only=("enabled", True))] = 1.0
     """lambda of Eq. 9."""
 
 

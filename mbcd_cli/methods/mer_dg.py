@@ -5,7 +5,7 @@ Letters: B clips of the global batch, M modalities, D columns of a feature z.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import model_validator
@@ -14,7 +14,7 @@ from torch import nn
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Method, Outputs, Term
 from mbcd_cli.methods.parts import full_precision, projection, supervised_contrast, unit_rows
-from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive
+from mbcd_cli.settings import AROUND, Count, MethodSettings, NonNegative, Positive
 
 FLOOR = 1e-4
 """Added to variances, deviations and the diagonal of the spectral term."""
@@ -25,9 +25,9 @@ class MERDGSettings(MethodSettings):
 
     weight: NonNegative = 3.0
     """Weight of both entropy terms."""
-    marginal: NonNegative = 1.0
+    marginal: Annotated[NonNegative, AROUND] = 1.0
     """alpha_m, weight of the hinge on each column's deviation."""
-    spectral: NonNegative = 1.0
+    spectral: Annotated[NonNegative, AROUND] = 1.0
     """alpha_s, weight of the log-determinant of the correlations."""
     on: Literal["feature", "projection"] = "feature"
     """What the terms read: pooled features before the norm (the paper), or a projection of 128 numbers (its code)."""

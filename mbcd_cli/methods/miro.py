@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Method, Outputs, ParameterGroup, Term
 from mbcd_cli.methods.parts import full_precision
-from mbcd_cli.settings import MethodSettings, NonNegative, Positive
+from mbcd_cli.settings import AROUND, MethodSettings, NonNegative, Positive
 
 FLOOR = 1e-5
 """Least variance."""
@@ -24,7 +25,7 @@ FLOOR = 1e-5
 class MIROSettings(MethodSettings):
     """MIRO."""
 
-    weight: NonNegative = 0.1
+    weight: Annotated[NonNegative, AROUND] = 0.1
     """lambda, weight of the regularisation."""
     variance: Positive = 0.1
     """Variance of every feature at first."""

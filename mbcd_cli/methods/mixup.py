@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from scipy.special import betaincinv
@@ -16,7 +16,7 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
 from mbcd_cli.methods.parts import need_domains
 from mbcd_cli.processes import Group
-from mbcd_cli.settings import MethodSettings, NonNegative
+from mbcd_cli.settings import AROUND, MethodSettings, NonNegative
 
 QUANTILES = 4096
 """How finely the Beta distribution is tabulated."""
@@ -25,7 +25,7 @@ QUANTILES = 4096
 class MixupSettings(MethodSettings):
     """Mixup."""
 
-    alpha: NonNegative = 0.2
+    alpha: Annotated[NonNegative, AROUND] = 0.2
     """Both parameters of the Beta distribution of lambda; with 0 nothing is mixed."""
     at: Literal["cut", "features"] = "cut"
     """What is mixed: what enters the trained tails (the clip itself at the cut `input`), or what the heads read."""

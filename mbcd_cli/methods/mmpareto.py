@@ -6,14 +6,14 @@ Letters: M modalities.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import gradient_consistency as gcc
 from mbcd_cli.methods.base import Figures, Method, total
-from mbcd_cli.settings import MethodSettings, Positive
+from mbcd_cli.settings import MethodSettings, Positive, Range
 
 FLOOR = 1e-12
 """Least squared norm, and norm, that is divided by."""
@@ -24,7 +24,7 @@ class MMParetoSettings(MethodSettings):
 
     unimodal: Literal["joint", "probe"] = "joint"
     """Uni-modal heads train with their encoders, or only probe detached features, to be reported."""
-    gamma: Positive = 1.5
+    gamma: Annotated[Positive, Range(1, 3)] = 1.5
     """What every encoder's gradient is multiplied with at last."""
 
 

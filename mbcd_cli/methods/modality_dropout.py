@@ -6,13 +6,13 @@ Letters: B clips, M modalities, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from mbcd_cli.methods.parts import full_precision
 from mbcd_cli.randomness import Randomness
-from mbcd_cli.settings import Fraction, Slice
+from mbcd_cli.settings import Fraction, Range, Slice
 
 
 class DropoutSettings(Slice):
@@ -20,7 +20,7 @@ class DropoutSettings(Slice):
 
     strategy: Literal["none", "fixed", "adaptive"] = "adaptive"
     """No modality dropout, one fixed rate, or the adaptive rate of Eq. 3-4."""
-    rate: Fraction = 0.5
+    rate: Annotated[Fraction, Range(0.1, 0.9, only=("strategy", "fixed"))] = 0.5
     """Rate of the fixed strategy."""
     score: Literal["confidence", "true_class"] = "confidence"
     """What s_k sums: the largest class probability (the paper), or the true class's (a label-aware variant)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import permutations
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from mbcd_cli.methods.base import Context, Outputs, Term
 from mbcd_cli.methods.parts import cross_entropy, full_precision
 from mbcd_cli.methods.simmmdg import SimMMDG, SimMMDGSettings
 from mbcd_cli.processes import Group
-from mbcd_cli.settings import Count, Fraction, NonNegative, Positive
+from mbcd_cli.settings import Count, Fraction, NonNegative, Positive, Range
 
 
 class MOOSASettings(SimMMDGSettings):
@@ -32,15 +32,15 @@ class MOOSASettings(SimMMDGSettings):
     """Entropy weights of the heads per clip (the paper), of batch means (the public benchmark), or a plain sum."""
     weighting_temperature: Positive = 1.0
     """T of the entropy weights."""
-    entropy: NonNegative = 0.001
+    entropy: Annotated[NonNegative, Range(0, 1, benchmark=4)] = 0.001
     """Weight of the entropy minimisation."""
-    jigsaw: NonNegative = 1.0
+    jigsaw: Annotated[NonNegative, Range(0, 3, benchmark=1)] = 1.0
     """Weight of the jigsaw of feature parts."""
     parts: Count | None = None
     """s, parts of a feature in the jigsaw; default: 4 of one or two modalities, 2 of more (the authors')."""
     permutations: Count = 128
     """P, permutations of the jigsaw; all, where there are fewer."""
-    masked: Fraction = 0.3
+    masked: Annotated[Fraction, Range(0, 1, benchmark=1)] = 0.3
     """r, the fraction of a feature's entries that is hidden from the translators."""
 
 

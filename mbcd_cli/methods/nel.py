@@ -7,7 +7,7 @@ D_k features of modality k.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Method, Outputs, Term
 from mbcd_cli.methods.parts import full_precision, shared_projections, shared_rows, supervised_contrast, unit_rows
-from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive
+from mbcd_cli.settings import Count, Fraction, MethodSettings, NonNegative, Positive, Range
 
 LEAST = 1e-6
 """Eigenvalues up to this one are none."""
@@ -26,17 +26,17 @@ class NELSettings(MethodSettings):
 
     scale: Positive = 0.5
     """What the whole objective is multiplied with."""
-    agreement: NonNegative = 0.7
+    agreement: Annotated[Fraction, Range(0, 1, benchmark=1)] = 0.7
     """alpha, weight of the contrast of two views' mean-shifted projections."""
-    contrast: NonNegative = 0.3
-    """1 - alpha, weight of the supervised contrast of the projections."""
-    flatness: NonNegative = 0.0625
+    contrast: NonNegative | None = None
+    """Weight of the supervised contrast of the projections; default: 1 - alpha."""
+    flatness: Annotated[NonNegative, Range(0, 1, benchmark=4)] = 0.0625
     """beta, weight of the spectrum's negative entropy."""
-    neighbours: Count = 8
+    neighbours: Annotated[Count, Range(choices=(4, 8, 12, 16), benchmark=0)] = 8
     """K, nearest rows that a mean shift takes in; all others, where there are fewer."""
-    agreement_temperature: Positive = 0.25
+    agreement_temperature: Annotated[Positive, Range(0.1, 1, benchmark=1)] = 0.25
     """Temperature of the contrast of two views."""
-    temperature: Positive = 0.1
+    temperature: Annotated[Positive, Range(0.1, 1, benchmark=1)] = 0.1
     """Temperature of the supervised contrast."""
     hidden: Count = 2048
     """Width of the projections."""
@@ -69,11 +69,11 @@ class NEL(Method):
         contrast = supervised_contrast(rows, batch.labels, temperature=settings.temperature, group=group)
         shifted = [mean_shift(group.gather(z), settings.neighbours) for z in rows]
         fused = group.gather(full_precision(torch.cat(list(out.features.values()), dim=1)))
-        scale = settings.scale
+        scale, weight = settings.scale, 1 - settings.agreement if settings.contrast is None else settings.contrast
         return terms | {
             "ce_fused": Term(terms["ce_fused"].value, scale),
             "agreement": Term(view_agreement(shifted, settings.agreement_temperature), scale * settings.agreement),
-            "contrast": Term(contrast, scale * settings.contrast),
+            "contrast": Term(contrast, scale * weight),
             "flatness": Term(spectral_negative_entropy(fused), scale * settings.flatness),
         }
 

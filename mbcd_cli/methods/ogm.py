@@ -16,7 +16,7 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, total
 from mbcd_cli.methods.parts import modulation
-from mbcd_cli.settings import MethodSettings, NonNegative
+from mbcd_cli.settings import MethodSettings, NonNegative, Range
 
 Epochs = Annotated[int, Field(ge=0)]
 
@@ -24,7 +24,7 @@ Epochs = Annotated[int, Field(ge=0)]
 class OGMGESettings(MethodSettings):
     """OGM-GE."""
 
-    alpha: NonNegative = 0.8
+    alpha: Annotated[NonNegative, Range(0.1, 1)] = 0.8
     """Strength of the modulation: kappa = 1 - tanh(alpha rho)."""
     noise: bool = True
     """Add Gaussian noise to the modulated gradients (GE); without it the method is OGM."""

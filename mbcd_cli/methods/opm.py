@@ -14,15 +14,15 @@ from pydantic import Field
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Figures, Method, Outputs, total
-from mbcd_cli.settings import Fraction, MethodSettings, NonNegative
+from mbcd_cli.settings import Fraction, MethodSettings, NonNegative, Range
 
 
 class OPMSettings(MethodSettings):
     """OPM."""
 
-    rate: Fraction = 0.5
+    rate: Annotated[Fraction, Range(0.1, 0.9)] = 0.5
     """q_0, the drop rate of a modality that barely dominates."""
-    strength: NonNegative = 0.5
+    strength: Annotated[NonNegative, Range(0.1, 1)] = 0.5
     """lambda, by how much the rate grows with dominance."""
     probability: Fraction = 0.7
     """Probability that a batch is modulated."""

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from typing import Annotated
 
 import torch
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Method, Outputs, Term
 from mbcd_cli.methods.parts import full_precision
-from mbcd_cli.settings import MethodSettings, Names, NonNegative
+from mbcd_cli.settings import MethodSettings, Names, NonNegative, Range
 
 
 class RNANetSettings(MethodSettings):
     """RNA-Net."""
 
-    weight: NonNegative = 1.0
+    weight: Annotated[NonNegative, Range(0, 3, benchmark=1)] = 1.0
     """lambda, the weight of the norms' alignment."""
     priority: Names = ("video", "flow", "audio")
     """Modalities whose norm is the numerator of a ratio, first ones first; all others follow in fusion order."""

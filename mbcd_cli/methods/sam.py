@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Figures, Method, total
-from mbcd_cli.settings import MethodSettings, NonNegative
+from mbcd_cli.settings import AROUND, MethodSettings, NonNegative
 
 
 class SAMSettings(MethodSettings):
     """SAM."""
 
-    rho: NonNegative = 0.05
+    rho: Annotated[NonNegative, AROUND] = 0.05
     """Radius of the step up the slope, in weights."""
 
 

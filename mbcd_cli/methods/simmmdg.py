@@ -5,6 +5,8 @@ Letters: B clips, M modalities, D_k features of modality k.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 
 from mbcd_cli.data.records import Batch
@@ -17,17 +19,19 @@ from mbcd_cli.methods.parts import (
     supervised_contrast,
     translation,
 )
-from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive
+from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive, Range
+
+_OWN = ("name", "simmmdg")  # the public benchmark leaves them as they are in MOOSA
 
 
 class SimMMDGSettings(MethodSettings):
     """SimMMDG."""
 
-    translation: NonNegative = 0.1
+    translation: Annotated[NonNegative, Range(0, 1, benchmark=1, only=_OWN)] = 0.1
     """Weight of the translation of each modality's feature into the others'."""
-    contrast: NonNegative = 3.0
+    contrast: Annotated[NonNegative, Range(0, 5, benchmark=1, only=_OWN)] = 3.0
     """Weight of the supervised contrast of the shared halves."""
-    distance: NonNegative = 0.7
+    distance: Annotated[NonNegative, Range(0, 1, benchmark=1, only=_OWN)] = 0.7
     """Weight of the distance between the shared and the specific half of a feature."""
     hidden: Count = 2048
     """Width of the projections and translators."""

@@ -2,6 +2,7 @@
 """The settings tree and what each field is for; `sources` reads layers, `resolved` lays them together."""
 
 from mbcd_cli.settings.flags import FLAGS, flag_of
+from mbcd_cli.settings.ranges import AROUND, Range
 from mbcd_cli.settings.roles import (
     ForCache,
     ForMachine,

@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from mbcd_cli.naming import modality_faults, name_faults
+from mbcd_cli.settings.ranges import AROUND, Range
 from mbcd_cli.settings.roles import ForCache, ForMachine, ForWeights, Role, Slice, field_role
 
 
@@ -181,7 +182,7 @@ class ModelSettings(Slice):
     """Modalities to train on, in fusion order; empty means all that are prepared."""
     hidden: Count = 512
     """Width of the hidden layer of every head."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    dropout: Annotated[float, Field(ge=0, lt=1), Range(0.1, 0.8)] = 0.5
     """Dropout inside the heads."""
     unimodal_head: Literal["mlp", "linear"] = "mlp"
     """Uni-modal heads: one hidden layer as in the fused head, or a single linear layer."""
@@ -226,7 +227,7 @@ class AverageSettings(Slice):
 
     kind: Literal["none", "ema", "sma", "swad"] = "none"
     """No average, an exponential one, the mean of all steps, or SWAD's; the default is the method's own."""
-    beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    beta: Annotated[float, Field(ge=0, lt=1), Range(0.9, 0.9999, benchmark=4, only=("kind", "ema"))] = 0.999
     """ema: Theta_EMA <- beta Theta_EMA + (1 - beta) Theta after every step."""
     start: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """ema, sma: step from which weights are averaged; until then the average is a copy of the student."""
@@ -249,7 +250,7 @@ class OptimizerSettings(Slice):
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
     """Adam with coupled weight decay (the paper), AdamW, or SGD with momentum."""
-    lr: Positive = 1e-4
+    lr: Annotated[Positive, AROUND] = 1e-4
     """Learning rate, of the first epoch at least."""
     schedule: Literal["constant", "cosine", "step"] = "constant"
     """Learning rate by epoch: constant, falling along half a cosine, or a tenth after each of `drops`."""
@@ -257,7 +258,7 @@ class OptimizerSettings(Slice):
     """cosine: the learning rate that it would reach after the last epoch."""
     drops: tuple[Count, ...] = (70,)
     """step: epochs after each of which the learning rate is a tenth of what it was."""
-    weight_decay: NonNegative = 1e-4
+    weight_decay: Annotated[NonNegative, AROUND] = 1e-4
     """Weight decay."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of SGD; beta_1 of Adam."""

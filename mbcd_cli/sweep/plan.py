@@ -45,6 +45,7 @@ class Cell:
         folder: the run folder.
         method: the method's name.
         values: (setting, value) of every grid axis.
+        trial: its number among the configurations that a search tries, None for others.
     """
 
     settings: Settings
@@ -52,6 +53,7 @@ class Cell:
     folder: Path
     method: str
     values: tuple[tuple[str, str], ...] = ()
+    trial: int | None = None
 
     def label(self, leave_out: Iterable[str] = ()) -> str:
         """The method and the grid's values, as a row of a table is called: `mbcd, beta=0.99`."""
@@ -71,7 +73,8 @@ class Cell:
         where = "+".join(training.source_domains) + (f" -> {target}" if target else " in-domain")
         grouped = [v for k, v in self.values if k in _GROUPED and k != "model.modalities"]
         modalities = "+".join(self.settings.model.modalities)
-        return ", ".join([*grouped, self.label(), modalities, where, f"seed {training.seed}"])
+        which = f"seed {training.seed}" if self.trial is None else f"trial {self.trial}"
+        return ", ".join([*grouped, self.label(), modalities, where, which])
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:

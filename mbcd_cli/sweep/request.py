@@ -12,11 +12,13 @@ from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import method_class
 from mbcd_cli.paper.grids import TABLES
 from mbcd_cli.paper.published import paper_domains
-from mbcd_cli.resolved import named_dataset, resolve
+from mbcd_cli.resolved import layers_of, named_dataset, resolve, stated
 from mbcd_cli.runs.names import run_name
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
+from mbcd_cli.settings.ranges import searched
 from mbcd_cli.sweep.plan import Cell, parse_grid, parse_modality_set, plan, splits
+from mbcd_cli.sweep.search import FORMS, Search, check_search
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,8 @@ class Request:
         protocol: multi-source, single-source or in-domain.
         seeds: how many (3 means 0, 1, 2), or the seeds themselves (0,4,7).
         grid: axes, `key=v1,v2`.
+        search: random configurations that are tried beside the default one; None: no search.
+        search_protocol: one of `search.FORMS`.
     """
 
     table: int | None = None
@@ -39,6 +43,8 @@ class Request:
     protocol: str | None = None
     seeds: str = "3"
     grid: Sequence[str] = ()
+    search: int | None = None
+    search_protocol: str = FORMS[0]
 
 
 def plan_cells(
@@ -51,7 +57,7 @@ def plan_cells(
     runs_dir: Path,
     say: Say = SILENT,
 ) -> list[Cell]:
-    """The cells that `request` means.
+    """The cells that `request` means; of a search, those that it is for (`search_of` tells their trials).
 
     Raises:
         SettingsError: unknown names, or a request that contradicts itself.
@@ -60,6 +66,8 @@ def plan_cells(
         raise SettingsError(
             f"--table {request.table}: there is no such table.", f"Use one of {', '.join(map(str, TABLES))}."
         )
+    seeds = parse_seeds(request.seeds)
+    check_search(request.search, request.search_protocol, seeds)
     table = TABLES[request.table] if request.table is not None else None
     grid = parse_grid(request.grid)
 
@@ -69,6 +77,7 @@ def plan_cells(
             config=config,
             environ=os.environ,
             # The grid's values come last: they are what the cells differ in.
+            # (Here a search will say dataset.seal_target=true, below what is set.)
             sets=[*sets, *(f"{key}={value}" for key, value in values.items())],
             method=method,
             flags={**flags, **cell},
@@ -98,10 +107,31 @@ def plan_cells(
         methods=methods,
         modality_sets=_modality_sets(request, table.modality_sets if table else None, base, available, say),
         pairs=splits(protocol, domains, targets),
-        seeds=_seeds(request.seeds),
+        seeds=seeds if request.search is None else seeds[:1],
         grid=grid,
         runs=runs_dir,
         name=run_name,
+    )
+
+
+def search_of(request: Request, cells: Sequence[Cell], *, sets: Sequence[str], say: Say = SILENT) -> Search | None:
+    """The search that is asked for, of the cells of `plan_cells`; None where there is none.
+
+    What `--set` or the environment say of a setting stays; `say` is told of it.
+    """
+    if request.search is None:
+        return None
+    layers = layers_of(environ=os.environ, sets=sets)
+    paths = dict.fromkeys(path for cell in cells for path, _, _ in searched(cell.settings))
+    fixed = [path for path in paths if stated(layers, path) is not None]
+    if fixed:
+        say(f"Set, and so not searched: {', '.join(fixed)}.")
+    return Search(
+        bases=cells,
+        count=request.search,
+        seeds=parse_seeds(request.seeds),
+        benchmark=request.search_protocol != FORMS[0],
+        fixed=frozenset(fixed),
     )
 
 
@@ -117,7 +147,12 @@ def _names(text: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`--seeds`: 3 -> 0, 1, 2; `0,4,7` -> these.
+
+    Raises:
+        SettingsError: neither.
+    """
     try:
         numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
@@ -169,14 +204,16 @@ def title_of(request: Request, cells: Sequence[Cell]) -> str:
     what = f"table {request.table}: {TABLES[request.table].title}" if request.table else f"sweep of {methods}"
     axes = ", ".join(text.split("=")[0] for text in request.grid)
     chassis = ", published chassis" if cells[0].published else ""
-    return f"{', '.join(names)}, {what}{chassis}" + (f" over {axes}" if axes else "")
+    form = "" if request.search is None else f", {request.search_protocol} search of {request.search} and the default"
+    return f"{', '.join(names)}, {what}{chassis}{form}" + (f" over {axes}" if axes else "")
 
 
 def output_of(request: Request, cells: Sequence[Cell]) -> Path:
-    """The default folder of the collected tables: `sweeps/<dataset>[-table-N][-published][-axis...]`."""
+    """The default folder of the collected tables: `sweeps/<dataset>[-table-N][-published][-search][-axis...]`."""
     parts = [str(cells[0].settings.dataset.name)]
     parts += [f"table-{request.table}"] if request.table else []
     parts += [request.protocol] if request.protocol else []
     parts += ["published"] if cells[0].published else []
+    parts += [] if request.search is None else [f"{request.search_protocol}-search-{request.search}"]
     parts += [text.split("=")[0].strip().rsplit(".", 1)[-1] for text in request.grid]
     return Path("sweeps") / "-".join(parts)

@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.errors import CacheError, MbcdError, RunError
 from mbcd_cli.evaluation.report.comparison import Comparison, write_comparison_files
 from mbcd_cli.evaluation.report.plots import plot_methods
+from mbcd_cli.evaluation.report.tables import Table
 from mbcd_cli.json_values import OPTIONAL
 from mbcd_cli.methods import method_class
 from mbcd_cli.preparation import prepare as preparing
@@ -26,7 +27,8 @@ from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.estimate import counts, estimate
 from mbcd_cli.sweep.packing import kind, units, width_of
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.request import Request, named, output_of, plan_cells, title_of
+from mbcd_cli.sweep.request import Request, named, output_of, plan_cells, search_of, title_of
+from mbcd_cli.sweep.search import SearchedSetting
 from mbcd_cli.training.dry_run import dry_run as trial
 from mbcd_cli.training.population import StackingError
 from mbcd_cli.training.together import check_width, fitting_width, member_bytes, step_seconds
@@ -55,7 +57,10 @@ class Swept:
 
 @dataclass(frozen=True, slots=True)
 class PlannedCell:
-    """A cell as a dry run lists it: what is trained, its run folder, the key of its settings."""
+    """A cell as a dry run lists it: what is trained, its run folder, the key of its settings.
+
+    Where a search has not chosen its configuration yet, folder and key say `chosen` instead.
+    """
 
     name: str
     run: str
@@ -85,6 +90,7 @@ class SweepPlan:
     """What a sweep would do.
 
     Attributes:
+        searched: settings that a search draws, and between what; empty without one.
         populations: of the cells that are trained together; empty where nothing is prepared.
         states: state -> how many cells are in it. left: how many are not done.
         seconds_one_after_another, seconds: of those, alone and `jobs` at a time; None where nothing was measured.
@@ -92,6 +98,7 @@ class SweepPlan:
     """
 
     cells: list[PlannedCell]
+    searched: list[SearchedSetting]
     populations: list[PlannedPopulation]
     states: Mapping[str, int]
     left: int
@@ -142,18 +149,40 @@ def sweep(
     if root is not None and not (dry_run or collect):
         prepare_first(root, **layers, say=say)
     cells = plan_cells(request, **layers, runs_dir=runs_dir, say=say)
+    search = search_of(request, cells, sets=sets, say=say)
+    trials = [] if search is None else search.trials()
+    tried = [trial.cell for trial in trials]
     if dry_run:
-        return estimate_sweep(cells, jobs=jobs, width=width_of(pack))
+        phases = [cells] if search is None else [tried, search.expected(trials)]
+        planned = estimate_sweep(*phases, jobs=jobs, width=width_of(pack))
+        return planned if search is None else replace(planned, searched=search.settings())
+    where, title = output or output_of(request, cells), title_of(request, cells)
     outcome = SweepOutcome()
-    if not collect:
+
+    def run_too(more: Sequence[Cell]) -> SweepOutcome:
         how = {"jobs": jobs, "launcher": launcher, "slurm": slurm, "pack": pack, "retry_failed": retry_failed}
         with watch() as look:
-            outcome = run(cells, **how, root=root, watch=look, say=say)
+            ran = run(more, **how, root=root, watch=look, say=say)
+        done, seconds = (outcome.done or 0) + ran.done, (outcome.seconds or 0.0) + ran.seconds
+        return SweepOutcome({**outcome.failed, **ran.failed}, done, seconds)
+
+    beside_them: dict[str, Sequence] = {}
+    if search is not None:
+        if not collect:
+            outcome = run_too(tried)
+        choices, notes = search.choose(trials, over=not collect)
+        cells = [cell for choice in choices for cell in search.reported(choice)]
+        beside_them = {"notes": notes, "more": search.tables(choices), "trials": tried}
+        # One that failed was a bad configuration, and is told of; where all did there is nothing to report.
+        chosen = {choice.trial.base.key for choice in choices}
+        lost = {str(trial.cell.folder) for trial in trials if trial.base.key not in chosen}
+        outcome = replace(outcome, failed={run: why for run, why in outcome.failed.items() if run in lost})
+    if not collect:
+        outcome = run_too([cell for cell in cells if cell.trial is None])
     failure = report_failures(outcome)
     if failure is not None and not outcome.done:
         raise failure
-    where = output or output_of(request, cells)
-    return Swept(outcome, write_tables(cells, output=where, title=title_of(request, cells)))
+    return Swept(outcome, write_tables(cells, output=where, title=title, **beside_them))
 
 
 def prepare_first(
@@ -208,10 +237,11 @@ def measure(cells: Sequence[Cell], *, jobs: int = 1) -> float | None:
     return min(plan.estimated_training_seconds for plan in tried)
 
 
-def estimate_sweep(cells: Sequence[Cell], *, jobs: int, width: int | None = None) -> SweepPlan:
+def estimate_sweep(*phases: Sequence[Cell], jobs: int, width: int | None = None) -> SweepPlan:
     """The plan with an estimate of its cost; nothing is written.
 
     Args:
+        phases: cells that run when all those before are done.
         width: of populations, as `packing.units` has it.
 
     Raises:
@@ -220,10 +250,13 @@ def estimate_sweep(cells: Sequence[Cell], *, jobs: int, width: int | None = None
     check_execution(jobs, "local")
     together: dict[str, Sequence[Cell]] = {}
     populations: dict[str, PlannedPopulation] = {}
+    cells = [cell for phase in phases for cell in phase]
     with suppress(CacheError):  # `estimate` says what is missing
         prepared = check_prepared(cells, width=width, jobs=jobs)
-        together = units(cells, width=width, jobs=jobs, prepared=prepared)
-        populations = planned_populations(together, width=width)
+        for phase in phases:
+            shares = units(phase, width=width, jobs=jobs, prepared=prepared)
+            together |= shares
+            populations |= planned_populations(shares, width=width)
 
     def seconds(cell: Cell) -> float | None:
         population = populations.get(cell.key)
@@ -232,6 +265,7 @@ def estimate_sweep(cells: Sequence[Cell], *, jobs: int, width: int | None = None
     cost = estimate(cells, measure=seconds)
     return SweepPlan(
         cells=[PlannedCell(cell.name, str(cell.folder), cell.key) for cell in cells],
+        searched=[],
         populations=list({id(one): one for one in populations.values()}.values()),
         states=counts(cells),
         left=cost.cells,
@@ -382,13 +416,25 @@ def _gpus(cells: Sequence[Cell]) -> list[str]:
     return visible or [str(index) for index in range(torch.cuda.device_count())]
 
 
-def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> Comparison:
+def write_tables(
+    cells: Sequence[Cell],
+    *,
+    output: Path,
+    title: str,
+    notes: Sequence[str] = (),
+    more: Sequence[Table] = (),
+    trials: Sequence[Cell] = (),
+) -> Comparison:
     """The finished cells as tables, in text, Markdown, CSV, LaTeX and HTML under `output`.
+
+    Args:
+        notes, more: warnings and tables to be added. trials: cells that the page lists, and no table reads.
 
     Raises:
         RunError: no cell is finished.
     """
-    pairs, notes = collecting.load(cells)
+    pairs, missing = collecting.load(cells)
+    notes, listed = [*notes, *missing], {"Runs": cells} | ({"Trials": trials} if trials else {})
     if not pairs:
         hint = "Run the sweep without --collect first; --retry-failed tries failed runs again."
         raise RunError("\n".join(["No run of this sweep is finished.", *notes]), hint)
@@ -397,12 +443,12 @@ def write_tables(cells: Sequence[Cell], *, output: Path, title: str) -> Comparis
     pictures = {table.title: plot_methods(table, output / f"{table.name}.png") for table in axes}
     return write_comparison_files(
         [run for _, run in pairs],
-        collecting.tables(pairs),
+        [*collecting.tables(pairs), *more],
         notes=notes,
         output=output,
         title=title,
         pictures=pictures | collecting.curves(pairs, output),
-        sections={"Runs": collecting.links(cells, output)},
+        sections={heading: collecting.links(some, output) for heading, some in listed.items()},
     )
 
 

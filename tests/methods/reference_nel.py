@@ -35,12 +35,13 @@ def flatness(e):
 class NELReference(SimMMDGReference):
     def loss(self, s):
         o, terms = self.settings, self.erm(s)
+        weight = 1 - o.agreement if o.contrast is None else o.contrast
         z = [self.project(h[:, : h.shape[1] // 2], n) for h, n in zip(s.h, self.names, strict=True)]
         shifted = [mean_shift(one, o.neighbours) for one in z]
         return {
             "ce_fused": (terms["ce_fused"][0], o.scale),
             "ce": terms["ce"],
             "agreement": (agreement(shifted, o.agreement_temperature), o.scale * o.agreement),
-            "contrast": (supcon(z, s.labels, o.temperature), o.scale * o.contrast),
+            "contrast": (supcon(z, s.labels, o.temperature), o.scale * weight),
             "flatness": (flatness(torch.cat(s.h, dim=1)), o.scale * o.flatness),
         }

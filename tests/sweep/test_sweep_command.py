@@ -22,6 +22,7 @@ from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.cell import run_cell
 from mbcd_cli.sweep.packing import small
+from mbcd_cli.sweep.search import Search
 from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, CellProgress, beside, progress, read_failure, state
 from mbcd_cli.sweep.sweep import check_prepared, estimate_sweep, run
 from mbcd_cli.training import train
@@ -219,6 +220,51 @@ def test_a_dataset_that_only_its_files_know_is_planned_after_it_is_prepared(tmp_
     assert "no cache of dataset 'tiny'" in " ".join(invoke(*words).output.split())
     invoke(*words, "--root", root)
     assert [cell.settings.training.target_domain for cell in started] == ["alpha", "beta", "gamma"]
+
+
+def test_a_search_killed_between_its_phases_goes_on(cache, tmp_path, monkeypatch):
+    """As a user sees it: trials are one population, so are the runs that are reported; nothing is done twice."""
+    words = ["sweep", "--preset", "synthetic-4", "--targets", "south,north", "--methods", "erm", "--search", "2"]
+    words += [
+        "--seeds",
+        "2",
+        "--threads",
+        "1",
+        "--cache-dir",
+        cache,
+        "--runs-dir",
+        tmp_path / "runs",
+        "--output",
+        tmp_path / "out",
+    ]
+    words += [word for text in SETS for word in ("--set", text)]
+    plan = json.loads(invoke(*words, "--dry-run", "--json").stdout)
+    assert [one["runs"] for one in plan["populations"]] == [6, 4]
+    assert [cell["key"].startswith("chosen") for cell in plan["cells"]] == [False] * 6 + [True] * 4
+    assert plan["searched"][1] == {"setting": "optimizer.lr", "low": 1e-4, "high": 1e-2, "methods": ["erm"]}
+    begun = []
+
+    def begin(cells, **how):
+        command = command_of(cells, **how)
+        begun.append((command.line[2], len(cells)))
+        return command
+
+    command_of = running.command_of
+    monkeypatch.setattr(running, "command_of", begin)
+    monkeypatch.setenv("PYTHONPATH", str(Path(running.__file__).parents[2]))
+    with monkeypatch.context() as killed:
+        killed.setattr(Search, "choose", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        assert invoke(*words).exit_code == 130
+    assert len(list((tmp_path / "runs" / "synthetic-4").glob("*/results.json"))) == 6
+    done = invoke(*words, "--json")
+    assert done.exit_code == 0, done.output
+    assert begun == [(running.PACKER, 6), (running.PACKER, 4)]
+    found = json.loads(done.stdout)
+    assert (found["done"], found["failed"], len(found["runs"])) == (10, {}, 4)
+    assert {Path(run).name.rpartition("-")[0][-2:] for run in found["runs"]} == {"s0", "s1"}
+    chosen = found["tables"][-1]
+    assert [row[:2] for row in chosen["rows"]] == [["erm", "north"], ["erm", "south"]]
+    assert "2 more are drawn" in chosen["note"]
 
 
 def test_a_cell_that_fails_says_why_and_one_that_is_held_is_left_alone(cache, tmp_path):

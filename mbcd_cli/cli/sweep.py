@@ -58,6 +58,10 @@ def sweep(
     search_protocol: Annotated[
         str, typer.Option("--search-protocol", help="equal, or mmdg-bench: as the public benchmark searches.")
     ] = "equal",
+    leave_one_source_out: Annotated[
+        bool,
+        typer.Option("--leave-one-source-out", help="Train each run without each source too, to study selection."),
+    ] = False,
     dry_run: DryRun = False,
     collect: Annotated[bool, typer.Option("--collect", help="Only collect the runs that are done.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
@@ -94,6 +98,7 @@ def sweep(
         grid=grid or (),
         search=search,
         search_protocol=search_protocol,
+        leave_one_source_out=leave_one_source_out,
     )
     swept = sweeping.sweep(
         request,

@@ -6,7 +6,7 @@ A plan is made without looking at data: domains and modalities are given. The pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mbcd_cli.data.records import MODALITY_ORDER, modality_order
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import short_name
 from mbcd_cli.resolved import PUBLISHED
-from mbcd_cli.runs.names import settings_key
+from mbcd_cli.runs.names import run_name, settings_key
 from mbcd_cli.settings import Settings, role_of
 from mbcd_cli.settings.sources import parse_value
 
@@ -75,6 +75,27 @@ class Cell:
         modalities = "+".join(self.settings.model.modalities)
         which = f"seed {training.seed}" if self.trial is None else f"trial {self.trial}"
         return ", ".join([*grouped, self.label(), modalities, where, which])
+
+
+def with_settings(cell: Cell, settings: Settings) -> Cell:
+    """The cell of other settings of the same dataset, with a folder beside it."""
+    key = settings_key(settings)
+    return replace(cell, settings=settings, key=key, folder=cell.folder.with_name(f"{run_name(settings)}-{key}"))
+
+
+def without_each_source(cell: Cell) -> list[Cell]:
+    """The same training without each of its sources, which is the unseen domain then; none where it has one source."""
+    training = cell.settings.training
+    if training.target_domain is None or len(training.source_domains) < 2:
+        return []
+    domains = [
+        {"source_domains": tuple(d for d in training.source_domains if d != out), "target_domain": out}
+        for out in training.source_domains
+    ]
+    return [
+        with_settings(cell, cell.settings.model_copy(update={"training": training.model_copy(update=one)}))
+        for one in domains
+    ]
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:

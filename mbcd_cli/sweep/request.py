@@ -34,6 +34,7 @@ class Request:
         grid: axes, `key=v1,v2`.
         search: random configurations that are tried beside the default one; None: no search.
         search_protocol: one of `search.FORMS`.
+        leave_one_source_out: train every run once more without each of its sources, for the rules of selection.
     """
 
     table: int | None = None
@@ -45,6 +46,7 @@ class Request:
     grid: Sequence[str] = ()
     search: int | None = None
     search_protocol: str = FORMS[0]
+    leave_one_source_out: bool = False
 
 
 def plan_cells(
@@ -71,14 +73,17 @@ def plan_cells(
     table = TABLES[request.table] if request.table is not None else None
     grid = parse_grid(request.grid)
 
+    said = layers_of(preset=preset, config=config, environ=os.environ, sets=sets)
+    unsaid = request.search is not None and stated(said, "dataset.seal_target") is None
+    sealed = ["dataset.seal_target=true"] if unsaid else []
+
     def build(method: str, values: Mapping[str, str], cell: Mapping[str, object]) -> Settings:
         settings = resolve(
             preset=preset,
             config=config,
             environ=os.environ,
             # The grid's values come last: they are what the cells differ in.
-            # (Here a search will say dataset.seal_target=true, below what is set.)
-            sets=[*sets, *(f"{key}={value}" for key, value in values.items())],
+            sets=[*sealed, *sets, *(f"{key}={value}" for key, value in values.items())],
             method=method,
             flags={**flags, **cell},
         )

@@ -20,7 +20,7 @@ from mbcd_cli.scoring.deployed import deployed_checkpoint, deployed_of
 from mbcd_cli.settings import Range, Settings
 from mbcd_cli.settings.ranges import searched
 from mbcd_cli.settings.sources import Layer, merge, nest
-from mbcd_cli.sweep.plan import Cell, settings_key
+from mbcd_cli.sweep.plan import Cell, with_settings
 from mbcd_cli.sweep.state import read_failure, state
 from mbcd_cli.training.trainer import better
 from mbcd_cli.training.validation import HeadRecord
@@ -120,7 +120,7 @@ class Search:
                 if not self.benchmark:  # of a trial that is not reported, its accuracy is all that is wanted
                     short = settings.evaluation.model_copy(update={"analyses": (), "report": False})
                     settings = settings.model_copy(update={"evaluation": short})
-                made.append(Trial(base, number, drawn, replace(_cell(base, settings), trial=number)))
+                made.append(Trial(base, number, drawn, replace(with_settings(base, settings), trial=number)))
         return made
 
     def choose(self, trials: Sequence[Trial], *, over: bool) -> tuple[list[Choice], list[str]]:
@@ -185,7 +185,7 @@ class Search:
         return cells
 
     def _fresh(self, base: Cell, drawn: Mapping[str, float]) -> list[Cell]:
-        return [_cell(base, _configured(base.settings, drawn, seed)) for seed in self.seeds]
+        return [with_settings(base, _configured(base.settings, drawn, seed)) for seed in self.seeds]
 
     def tables(self, choices: Sequence[Choice]) -> list[Table]:
         """What was chosen: a table per dataset and set of modalities."""
@@ -264,8 +264,3 @@ def _configured(settings: Settings, drawn: Mapping[str, float], seed: int) -> Se
     for path, value in {**drawn, "training.seed": seed}.items():
         draws = merge(draws, nest(path, value))
     return validate(merge(values, draws), [Layer("the range that is searched", draws)])
-
-
-def _cell(base: Cell, settings: Settings) -> Cell:
-    key = settings_key(settings)
-    return replace(base, settings=settings, key=key, folder=base.folder.with_name(f"{run_name(settings)}-{key}"))

@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from mbcd_cli.data.dataset import CachedDataset
-from mbcd_cli.errors import CacheError, MbcdError, RunError
+from mbcd_cli.errors import CacheError, MbcdError, RunError, SettingsError
 from mbcd_cli.evaluation.report.comparison import Comparison, write_comparison_files
 from mbcd_cli.evaluation.report.plots import plot_methods
 from mbcd_cli.evaluation.report.tables import Table
@@ -26,7 +28,7 @@ from mbcd_cli.sweep import collect as collecting
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.estimate import counts, estimate
 from mbcd_cli.sweep.packing import kind, units, width_of
-from mbcd_cli.sweep.plan import Cell
+from mbcd_cli.sweep.plan import Cell, without_each_source
 from mbcd_cli.sweep.request import Request, named, output_of, plan_cells, search_of, title_of
 from mbcd_cli.sweep.search import SearchedSetting
 from mbcd_cli.training.dry_run import dry_run as trial
@@ -154,6 +156,8 @@ def sweep(
     tried = [trial.cell for trial in trials]
     if dry_run:
         phases = [cells] if search is None else [tried, search.expected(trials)]
+        if request.leave_one_source_out:
+            phases.append(_others(left_out_of(phases[-1])))
         planned = estimate_sweep(*phases, jobs=jobs, width=width_of(pack))
         return planned if search is None else replace(planned, searched=search.settings())
     where, title = output or output_of(request, cells), title_of(request, cells)
@@ -166,7 +170,7 @@ def sweep(
         done, seconds = (outcome.done or 0) + ran.done, (outcome.seconds or 0.0) + ran.seconds
         return SweepOutcome({**outcome.failed, **ran.failed}, done, seconds)
 
-    beside_them: dict[str, Sequence] = {}
+    beside_them: dict[str, Any] = {}
     if search is not None:
         if not collect:
             outcome = run_too(tried)
@@ -179,10 +183,34 @@ def sweep(
         outcome = replace(outcome, failed={run: why for run, why in outcome.failed.items() if run in lost})
     if not collect:
         outcome = run_too([cell for cell in cells if cell.trial is None])
+    if request.leave_one_source_out:
+        beside_them["left_out"] = left_out_of(cells)
+        if not collect:
+            others = _others(beside_them["left_out"])
+            say(f"Leave one source out: {len(others)} more runs.")
+            outcome = run_too(others)
     failure = report_failures(outcome)
     if failure is not None and not outcome.done:
         raise failure
     return Swept(outcome, write_tables(cells, output=where, title=title, **beside_them))
+
+
+def left_out_of(cells: Sequence[Cell]) -> dict[Path, list[Cell]]:
+    """Run folder of each cell -> the same trainings without each of its sources.
+
+    Raises:
+        SettingsError: none has two sources and a target.
+    """
+    found = {cell.folder: without_each_source(cell) for cell in cells}
+    if cells and not any(found.values()):
+        raise SettingsError(
+            "--leave-one-source-out: no run has two sources and a target.", "Use it with --protocol multi-source."
+        )
+    return found
+
+
+def _others(left_out: Mapping[Path, Sequence[Cell]]) -> list[Cell]:
+    return list({cell.key: cell for others in left_out.values() for cell in others}.values())
 
 
 def prepare_first(
@@ -424,17 +452,27 @@ def write_tables(
     notes: Sequence[str] = (),
     more: Sequence[Table] = (),
     trials: Sequence[Cell] = (),
+    left_out: Mapping[Path, Sequence[Cell]] = MappingProxyType({}),
 ) -> Comparison:
     """The finished cells as tables, in text, Markdown, CSV, LaTeX and HTML under `output`.
 
     Args:
         notes, more: warnings and tables to be added. trials: cells that the page lists, and no table reads.
+        left_out: `left_out_of` the cells.
 
     Raises:
         RunError: no cell is finished.
     """
     pairs, missing = collecting.load(cells)
-    notes, listed = [*notes, *missing], {"Runs": cells} | ({"Trials": trials} if trials else {})
+    others, lacking = collecting.load(_others(left_out))
+    notes = [*notes, *missing, *(f"Leave one source out: {note}" for note in lacking)]
+    listed = {"Runs": cells, "Trials": trials, "Without one source": _others(left_out)}
+    of_folder = {cell.folder: run for cell, run in others}
+    ready = {  # where one is missing the rule says nothing
+        folder: [of_folder[cell.folder] for cell in cells]
+        for folder, cells in left_out.items()
+        if cells and all(cell.folder in of_folder for cell in cells)
+    }
     if not pairs:
         hint = "Run the sweep without --collect first; --retry-failed tries failed runs again."
         raise RunError("\n".join(["No run of this sweep is finished.", *notes]), hint)
@@ -448,7 +486,8 @@ def write_tables(
         output=output,
         title=title,
         pictures=pictures | collecting.curves(pairs, output),
-        sections={heading: collecting.links(some, output) for heading, some in listed.items()},
+        sections={heading: collecting.links(some, output) for heading, some in listed.items() if some},
+        left_out=ready,
     )
 
 

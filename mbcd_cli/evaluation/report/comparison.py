@@ -131,7 +131,8 @@ def write_comparison_files(
         text |= {f"{table.name}.csv": comma_separated(table), f"{table.name}.tex": latex(table)}
     for name, content in text.items():
         files[name] = write_text(output / name, content)
-    done = Comparison([run.path for run in runs], list(notes), list(tables), files)
+    beside = {run.path: None for others in (left_out or {}).values() for run in others}
+    done = Comparison([*(run.path for run in runs), *beside], list(notes), list(tables), files)
     sums = {path.relative_to(output).as_posix(): of_file(path) for path in files.values()}
     files["results"] = write_json(output / "comparison.json", {**json_values(done), "files": sums})
     return done

@@ -193,8 +193,8 @@ class Search:
         for choice in choices:
             base, trial = choice.trial.base, choice.trial
             where = str(base.settings.dataset.name), "+".join(base.settings.model.modalities)
-            told = ", ".join(f"{path}={value:g}" for path, value in trial.drawn.items())
-            figures = [Score(100 * choice.validation.accuracy), f"{choice.validation.loss:.3g}"]
+            told = ", ".join(f"{path} {value:g}" for path, value in trial.drawn.items())
+            figures = [Score(100 * choice.validation.accuracy), f"{choice.validation.loss:.2g}"]
             row = [base.label(), _domains_of(base), str(trial.number), *figures, told or "default"]
             groups.setdefault(where, []).append(row)
         columns = ["method", "domain", "trial", "validation", "loss", "configuration"]

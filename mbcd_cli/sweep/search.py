@@ -193,11 +193,11 @@ class Search:
         for choice in choices:
             base, trial = choice.trial.base, choice.trial
             where = str(base.settings.dataset.name), "+".join(base.settings.model.modalities)
-            told = ", ".join(f"{path}={value:g}" for path, value in trial.drawn.items())
-            accuracy = Score(100 * choice.validation.accuracy)
-            row = [base.label(), _domains_of(base), str(trial.number), accuracy, told or "default"]
+            told = ", ".join(f"{path} {value:g}" for path, value in trial.drawn.items())
+            figures = [Score(100 * choice.validation.accuracy), f"{choice.validation.loss:.2g}"]
+            row = [base.label(), _domains_of(base), str(trial.number), *figures, told or "default"]
             groups.setdefault(where, []).append(row)
-        columns = ["method", "domain", "trial", "validation", "configuration"]
+        columns = ["method", "domain", "trial", "validation", "loss", "configuration"]
         return [
             Table(
                 f"{'-'.join(where).replace('+', '-')}-search",

@@ -7,11 +7,11 @@ import pytest
 from sweep_cases import finish, plan_of
 
 from mbcd_cli.cli.sweep import show_sweep
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import read_json, write_json
 from mbcd_cli.sweep.collect import axis_tables, links, load, panel_tables, training_means
 from mbcd_cli.sweep.state import beside
-from mbcd_cli.sweep.sweep import SweepOutcome, report_failures, write_tables
+from mbcd_cli.sweep.sweep import SweepOutcome, left_out_of, report_failures, write_tables
 
 BETAS = ("0.9", "0.99", "0.999")
 
@@ -174,3 +174,35 @@ def test_failures_end_the_command():
     error = report_failures(SweepOutcome({"runs/x": "disk full\nmore"}))
     assert "1 run failed:\n  runs/x: disk full" in error.message
     assert "--retry-failed" in error.remedy
+
+
+def test_leave_one_source_out_chooses_the_epoch_that_is_best_on_each_source_when_it_is_unseen(tmp_path):
+    cells = plan_of("synthetic-4", runs=tmp_path / "runs", targets="all", methods="erm", seeds="1")
+    left_out = left_out_of(cells)
+    others = list({cell.key: cell for each in left_out.values() for cell in each}.values())
+    domains = {(one.settings.training.source_domains, one.settings.training.target_domain) for one in others}
+    assert domains == {((a,), b) for a in ("north", "east", "south") for b in ("north", "east", "south") if a != b}
+    assert {len(each) for each in left_out.values()} == {2}
+    told = {"student": {"fused": {"accuracy": 0.5, "loss": 1.0}}}
+
+    def records(*accuracies: float) -> list[dict]:
+        return [
+            {"epoch": epoch, "validation": told, "target": {"student": {"fused": {"accuracy": value}}}, "best_epoch": 1}
+            for epoch, value in enumerate(accuracies, 1)
+        ]
+
+    for cell in cells:
+        finish(cell, top1=0.5, records=records(0.1, 0.3, 0.2))
+    for cell in others:
+        finish(cell, top1=0.5, records=records(0.1, 0.2, 0.9))
+    done = write_tables(cells, output=tmp_path / "out", title="t", left_out=left_out)
+    lines = [line.split(",") for line in (tmp_path / "out/selection.csv").read_text().splitlines()]
+    by_rule = [line[-4:] for line in lines if "leave one source out" in line]
+    assert by_rule == [["leave one source out", "3", "20.0", "10.0"]] * 3
+    assert set(done.runs) == {cell.folder for cell in (*cells, *others)}
+    (others[0].folder / "results.json").unlink()
+    fewer = write_tables(cells, output=tmp_path / "out", title="t", left_out=left_out)
+    assert any("Leave one source out: 1 of 6 runs are not finished" in note for note in fewer.warnings)
+    assert (tmp_path / "out/selection.csv").read_text().count("leave one source out") == 2
+    with pytest.raises(SettingsError, match="two sources and a target"):
+        left_out_of(plan_of("synthetic-4", runs=tmp_path, targets="all", methods="erm", protocol="single-source"))

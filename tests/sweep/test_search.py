@@ -58,9 +58,12 @@ def test_everyone_tries_as_many_configurations_each_with_its_own_seed():
 
 def test_the_first_trial_is_the_default_and_a_longer_search_has_the_same_beginning():
     short, long = search_for(methods="mbcd"), search_for(methods="erm,mbcd,sam", search=5)
-    (ordinary,) = plan_of("hac", targets="human", methods="mbcd", seeds="1")
+    sealed = ("dataset.seal_target=true",)  # as a search has it, unless told otherwise
+    (ordinary,) = plan_of("hac", sets=sealed, targets="human", methods="mbcd", seeds="1")
+    told = search_for(methods="mbcd", sets=("dataset.seal_target=false",))
+    assert not told.bases[0].settings.dataset.seal_target
     seed = short.trials()[0].cell.settings.training.seed
-    (same,) = plan_of("hac", targets="human", methods="mbcd", seeds=f"{seed},{seed}")
+    (same,) = plan_of("hac", sets=sealed, targets="human", methods="mbcd", seeds=f"{seed},{seed}")
     assert short.trials()[0].cell.key == same.key
     assert short.bases[0].key == ordinary.key
     of_mbcd = [trial.cell.key for trial in long.trials() if trial.base.method == "mbcd"]

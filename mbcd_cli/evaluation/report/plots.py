@@ -103,7 +103,9 @@ def _whole(row: Sequence[str | Score]) -> bool:
 def plot_regrets(regrets: Mapping[str, Sequence[float]], path: Path) -> Path:
     """Rule of selection -> points that each run lost against the best of its epochs: boxes, means as triangles."""
     fig, ax = figure(size=(7.2, 1.2 + 0.5 * len(regrets)))
-    ax.boxplot(list(regrets.values()), vert=False, showmeans=True, widths=0.6, flierprops={"markersize": 3})
+    ax.boxplot(
+        list(regrets.values()), orientation="horizontal", showmeans=True, widths=0.6, flierprops={"markersize": 3}
+    )
     ax.set_yticks(range(1, len(regrets) + 1), [f"{rule} ({len(values)})" for rule, values in regrets.items()])
     ax.invert_yaxis()
     ax.set(xlabel="points below the oracle (runs)", title="Regret of each rule of selection")

@@ -131,7 +131,8 @@ def told(found: Sequence[LedgerEntry]) -> str:
     if not found:
         return "not looked at yet"
     times = {1: "once", 2: "twice"}.get(len(found), f"{len(found)} times")
-    return f"looked at {times}, after {', '.join(str(look.trained) for look in found)} runs"
+    *most, last = [str(look.trained) for look in found]
+    return f"looked at {times}, after {' and '.join(filter(None, [', '.join(most), last]))} runs"
 
 
 def _digest(look: LedgerEntry) -> str:

@@ -24,8 +24,7 @@ def reveal(
 ) -> Reply:
     """Open the targets of runs that were trained with dataset.seal_target.
 
-    The look is written into ledger.jsonl beside the runs first: what, when, how many runs there were. Then each is
-    evaluated on its target.
+    The look is written into ledger.jsonl beside the runs; then each is evaluated.
     """
     from mbcd_cli.evaluation.reveal import reveal
 

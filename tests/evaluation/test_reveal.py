@@ -178,7 +178,7 @@ def test_a_ledger_that_was_tampered_with_is_told(tmp_path):
     path = ledger(tmp_path, 3)
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
-    assert told(looks(tmp_path)) == "looked at 3 times, after 10, 20, 30 runs"
+    assert told(looks(tmp_path)) == "looked at 3 times, after 10, 20 and 30 runs"
     for others, why in {
         whole.replace(b"what 1", b"what 9"): "line 2 was changed",
         whole.replace(b'"trained": 20', b'"trained": 19'): "line 2 was changed",

@@ -21,6 +21,10 @@ class MemoryClips:
     splits: np.ndarray
     labels: np.ndarray
 
+    @property
+    def recordings(self) -> np.ndarray:
+        return np.arange(len(self))
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -29,6 +29,7 @@ class _Commands(Mapping):
         "landscape",
         "demo",
         "sweep",
+        "power",
         "reveal",
         "verify",
         "repair",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, CheckpointPath, Output, Reply, RunPath, command, listed
+from mbcd_cli.cli.options import Asked, CheckpointPath, Output, Reply, RunPath, RunPatterns, command, listed
 from mbcd_cli.errors import UsageError
 from mbcd_cli.json_values import json_values
 
@@ -38,10 +39,7 @@ def evaluate(
     asked: Asked,
     run: RunPath = None,
     checkpoint: CheckpointPath = None,
-    runs: Annotated[
-        list[str] | None,
-        typer.Option("--runs", help="Evaluated run folders (a pattern; repeatable) to compare in tables."),
-    ] = None,
+    runs: RunPatterns = None,
     ood: Annotated[
         Path | None,
         typer.Option("--ood", help="Cache folder of another dataset, for out-of-distribution detection."),
@@ -111,7 +109,8 @@ def show_evaluation(done: Evaluation) -> None:
 
 def show_comparison(done: Comparison) -> None:
     """Print what `compare_runs` returned."""
-    print_tables(done.tables, done.warnings)
+    fitting = [table.fitting(console.out.width) for table in done.tables]
+    print_tables([replace(table, rows=table.shown()) for table in fitting], done.warnings)
     print_paths({name: path for name, path in done.files.items() if not name.endswith((".csv", ".tex", ".png"))})
 
 

@@ -57,6 +57,10 @@ ShowSettings = Annotated[
     typer.Option("--show-settings", help="Print the resolved settings as TOML and stop.", rich_help_panel=_SETTINGS),
 ]
 RunPath = Annotated[Path | None, typer.Option("--run", "--run-dir", help="Run folder.")]
+RunPatterns = Annotated[list[str] | None, typer.Option("--runs", help="Evaluated run folders (a pattern; repeatable).")]
+Targets = Annotated[str | None, typer.Option("--targets", help="Unseen domains: all, or names.")]
+MethodNames = Annotated[str | None, typer.Option("--methods", help="Methods, e.g. erm,ema,mbcd (mbcd list methods).")]
+Seeds = Annotated[str, typer.Option("--seeds", help="How many seeds, or the seeds: 3 or 0,4,7.")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")]
 _CHECKPOINT = typer.Option("--checkpoint", help="Checkpoint file; `mbcd landscape` compares several.")
 CheckpointPath = Annotated[Path | None, _CHECKPOINT]

@@ -12,7 +12,18 @@ import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.evaluate import show_comparison
-from mbcd_cli.cli.options import Asked, DryRun, Output, Reply, RunsDir, command, dataset_preset
+from mbcd_cli.cli.options import (
+    Asked,
+    DryRun,
+    MethodNames,
+    Output,
+    Reply,
+    RunsDir,
+    Seeds,
+    Targets,
+    command,
+    dataset_preset,
+)
 from mbcd_cli.files import size_text
 from mbcd_cli.json_values import json_values
 
@@ -37,17 +48,15 @@ if TYPE_CHECKING:
 def sweep(
     asked: Asked,
     table: Annotated[int | None, typer.Option("--table", help="One of the paper's tables, 1 to 5.")] = None,
-    targets: Annotated[str | None, typer.Option("--targets", help="Unseen domains: all, or names.")] = None,
-    methods: Annotated[
-        str | None, typer.Option("--methods", help="Methods, e.g. erm,ema,mbcd (mbcd list methods).")
-    ] = None,
+    targets: Targets = None,
+    methods: MethodNames = None,
     modality_sets: Annotated[
         str | None, typer.Option("--modality-sets", help="Sets of modalities: va,vf,vaf or video+audio,... .")
     ] = None,
     protocol: Annotated[
         str | None, typer.Option("--protocol", help="multi-source (default), single-source or in-domain.")
     ] = None,
-    seeds: Annotated[str, typer.Option("--seeds", help="How many seeds, or the seeds: 3 or 0,4,7.")] = "3",
+    seeds: Seeds = "3",
     grid: Annotated[
         list[str] | None, typer.Option("--grid", help="One axis over a setting: part.field=v1,v2; repeatable.")
     ] = None,
@@ -172,5 +181,4 @@ def show_sweep(done: Comparison) -> None:
     joint = [table for table in done.tables if table.columns[:2] == ["modalities", "method"] and "all-" in table.name]
     told = tuple(f"-{table.name.rpartition('all-')[2]}" for table in joint)
     tables = [table for table in done.tables if table in joint or not table.name.endswith(told)]
-    fitting = [table.fitting(console.out.width) for table in tables]
-    show_comparison(replace(done, tables=[replace(table, rows=table.shown()) for table in fitting]))
+    show_comparison(replace(done, tables=tables))

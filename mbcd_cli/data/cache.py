@@ -415,6 +415,8 @@ class CacheWriter:
             table.create_dataset("domain", data=domains[self.clips.domains])
             table.create_dataset("split", data=self.clips.splits)
             table.create_dataset("label", data=self.clips.labels)
+            # No part of the fingerprint: whoever prepares again with another column `group` has it at once.
+            table.create_dataset("recording", data=self.clips.recordings)
             rows = file.create_group("rows")
             for key, values in columns.items():
                 rows.create_dataset(key, data=np.concatenate(values))

@@ -217,6 +217,13 @@ class Clips(Sequence[Clip]):
         column = self.media.get(name, MediaColumn())
         return [column[index] for index in range(len(column)) if column.has(index)] if column.absent else column
 
+    @property
+    def recordings(self) -> np.ndarray:
+        """[N] int32: of every clip the first one of its recording; itself where nothing tells of one."""
+        first: dict[str, int] = {}
+        named = (first.setdefault(group, at) if group else at for at, group in enumerate(self.groups))
+        return np.fromiter(named, np.int32, len(self))
+
     @cached_property
     def digest(self) -> str:
         """Digest of ids, domains, splits and labels: modalities can be joined only when theirs agree."""

@@ -35,6 +35,7 @@ class ClipTable:
 
     Attributes:
         domains, splits, labels: [N] int64: domain (index), split (0 train, 1 test) and label.
+        recordings: [N] int64, the first clip of the recording that a clip is a part of; itself where nothing tells.
 
     Args:
         index: the cache's index, open; ids are read from it when one is asked for.
@@ -43,8 +44,8 @@ class ClipTable:
     def __init__(self, index: h5py.File) -> None:
         self._index, self._checksum = Path(index.filename), checksums.checksum(Path(index.filename))
         table = index["clips"]
-        self.domains, self.splits, self.labels = (
-            table[name][()].astype(np.int64) for name in ("domain", "split", "label")
+        self.domains, self.splits, self.labels, self.recordings = (
+            table[name][()].astype(np.int64) for name in ("domain", "split", "label", "recording")
         )
         if table["id"].shape != self.labels.shape:
             raise ValueError("it has other ids than clips")
@@ -176,13 +177,14 @@ class ModalityCache:
             "label": (self.clips.labels, -1, len(self.label_names)),  # -1: new clips without one
             "domain": (self.clips.domains, 0, len(self.domains)),
             "split": (self.clips.splits, 0, len(SPLITS)),
+            "recording": (self.clips.recordings, 0, count),
             "clip": (clip, 0, count),
             "view": (view, TEST_VIEW, 1 << 15),
             "shard": (self._shard, 0, shards),
             "row": (self._row, 0, 1 << 31),
         }
         for name, (values, least, end) in limits.items():
-            wanted = count if name in ("label", "domain", "split") else len(clip)
+            wanted = count if name in ("label", "domain", "split", "recording") else len(clip)
             if values.shape != (wanted,) or values.dtype.kind not in "iu":
                 raise ValueError(f"its {name}s are no list of whole numbers of the right length")
             if len(values) and not least <= values.min() <= values.max() < end:

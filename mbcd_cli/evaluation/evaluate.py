@@ -16,6 +16,7 @@ from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, earlier, giv
 from mbcd_cli.evaluation.analyses.robustness import subset_variants
 from mbcd_cli.evaluation.evaluator import evaluate_models
 from mbcd_cli.evaluation.report import plots
+from mbcd_cli.evaluation.report.export import write_outcomes
 from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import Results, results_of
 from mbcd_cli.files import folder_aside, write_json
@@ -104,6 +105,7 @@ def evaluate(
             say=say,
             pictures=pictures,
         )
+        analysis.files["outcomes"] = write_outcomes(analysis.main.predictions, dataset, aside)
         _accuracy_plots(analysis)
         _history(analysis, run, checkpoints[chosen[0]])
         analyse(analysis, ood=ood)

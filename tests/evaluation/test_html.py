@@ -131,7 +131,7 @@ def test_evaluating_again_leaves_nothing_of_before(report, tmp_path):
     evaluate(settings, dataset, checkpoints, device=torch.device("cpu"), run=None, output=tmp_path / "run")
     names = {p.name for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert names == {
-        *("results.json", "losses.png", "classes-source.png", "classes-target.png"),
+        *("results.json", "outcomes.h5", "losses.png", "classes-source.png", "classes-target.png"),
         *("confusion-source.png", "confusion-target.png"),
     }
 

@@ -28,7 +28,14 @@ from mbcd_cli.evaluation.analyses.trust import ForeignClips, out_of_distribution
 from mbcd_cli.evaluation.analyses.waveform import sound_corruptions
 from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.evaluation.report import plots
-from mbcd_cli.evaluation.report.export import ClipRow, HardestClips, hardest_rows, prediction_rows, write_hdf5
+from mbcd_cli.evaluation.report.export import (
+    OUTCOMES,
+    ClipRow,
+    HardestClips,
+    hardest_rows,
+    prediction_rows,
+    write_hdf5,
+)
 from mbcd_cli.evaluation.report.results import Results
 from mbcd_cli.files import remove, rename, write_rows
 from mbcd_cli.model import MultiModalModel
@@ -40,7 +47,8 @@ from mbcd_cli.settings import DatasetSettings, Settings
 _OWN = (
     *(f"plots/{kind}-*.png" for kind in ("confusion", "classes", "missing", "reliability", "risk-coverage", "tsne")),
     *(f"plots/{name}.png" for name in ("shift", "corruptions")),
-    *("evaluation/predictions-*.csv", "evaluation/embeddings-*.h5", "evaluation/tsne.csv", "report.html"),
+    *("evaluation/predictions-*.csv", "evaluation/embeddings-*.h5", "evaluation/tsne.csv"),
+    *(OUTCOMES, "report.html"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Several runs: grouped by dataset, modalities, sources and method; mean and spread over seeds; paired significance.
+"""Several runs: grouped by dataset, modalities, sources and method; mean and spread over seeds; what can be claimed.
 
 All figures in tables are top-1 in percent, of each run's deployed model.
 """
@@ -18,6 +18,19 @@ import numpy as np
 
 from mbcd_cli import checksums
 from mbcd_cli.errors import FOREIGN, RunError
+from mbcd_cli.evaluation.claims import (
+    ALPHA,
+    DOMAINS,
+    RECORDINGS,
+    SEEDS,
+    Difference,
+    TargetOutcomes,
+    critical_difference,
+    holm,
+    in_new_domains,
+    method_difference,
+)
+from mbcd_cli.evaluation.report.export import Outcomes, read_outcomes
 from mbcd_cli.evaluation.report.results import RESULTS_FORMAT, read_results
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.paper.published import published_domains
@@ -26,10 +39,6 @@ from mbcd_cli.resolved import PUBLISHED
 from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed_checkpoint
-
-EXACT_PAIRS = 15
-"""Up to this many pairs every sign pattern is tried."""
-
 
 _VARIED = ("training.seed", "training.target_domain", "training.source_domains", "dataset.target_split")
 """Settings in which the runs of one method and table may differ."""
@@ -363,71 +372,144 @@ def modality_tables(runs: Sequence[Run]) -> list[Table]:
     return per_setting(runs, "-modalities", "by head, average over targets (%)", fill)
 
 
-@dataclass(frozen=True, slots=True)
-class PairedTest:
-    """Whether the mean of paired differences is zero.
-
-    Attributes:
-        pairs: how many. difference: their mean; None without any.
-        p_permutation: exact two-sided sign-flip test (every sign pattern up to `EXACT_PAIRS` pairs, 20000 random ones
-            beyond); None below two pairs.
-        p_t: paired t-test; None below two pairs or without spread.
-    """
-
-    pairs: int
-    difference: float | None = None
-    p_permutation: float | None = None
-    p_t: float | None = None
-
-
-def paired(first: Sequence[float], second: Sequence[float]) -> PairedTest:
-    """Is the mean of `second` - `first` (paired, [n] each) different from zero?"""
-    a, b = np.asarray(first, float), np.asarray(second, float)
-    difference, count = b - a, len(a)
-    if count < 2:
-        return PairedTest(count, float(difference[0]) if count else None)
-    if count <= EXACT_PAIRS:
-        signs = 1 - 2 * ((np.arange(2**count)[:, None] >> np.arange(count)) & 1)
-    else:
-        signs = np.random.default_rng(0).choice((-1, 1), size=(20_000, count))
-        signs[0] = 1  # the observed pattern is one of them
-    flipped = np.abs((signs * difference).mean(axis=1))
-    from scipy.stats import ttest_rel  # a third of a second to import
-
-    return PairedTest(
-        pairs=count,
-        difference=float(difference.mean()),
-        p_permutation=float((flipped >= abs(difference.mean()) - 1e-9).mean()),
-        p_t=float(ttest_rel(b, a).pvalue) if np.ptp(difference) > 1e-9 else None,
-    )
-
-
-def _p_text(p: float | None) -> str:
-    if p is None:
-        return "-"
+def _p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def significance_tables(runs: Sequence[Run]) -> list[Table]:
-    """Every two methods on the (target, seed) pairs that both have."""
+Tested = Mapping[tuple[str, int], Outcomes]
+"""Column of the table and seed -> outcomes, of one method's runs."""
+
+
+def outcomes_of(runs: Sequence[Run]) -> tuple[Tested, str]:
+    """Of one method's runs; and why some have none, if so."""
+    found, why = {}, ""
+    for run in runs:
+        try:
+            found[run.column, run.seed] = read_outcomes(run.path)
+        except RunError as error:
+            why = str(error)
+    return found, why
+
+
+def _paired(first: Tested, second: Tested) -> tuple[dict[str, TargetOutcomes], str]:
+    """Column -> how the second differs from the first with every seed that both have everywhere; and why nothing can be
+    said for sure, if so."""
+    common = first.keys() & second.keys()
+    columns = sorted({column for column, _ in common})
+    seeds = [
+        seed for seed in sorted({seed for _, seed in common}) if all((column, seed) in common for column in columns)
+    ]
+    if not seeds:
+        return {}, "no seed of both"
+    if any(len({held[column, seed].digest for held in (first, second) for seed in seeds}) > 1 for column in columns):
+        return {}, "tested on different clips"
+    targets = {}
+    for column in columns:
+        right = [np.stack([held[column, seed].correct for seed in seeds]).astype(np.int8) for held in (first, second)]
+        targets[column] = TargetOutcomes(right[1] - right[0], first[column, seeds[0]].recordings)
+    if len(seeds) < SEEDS:
+        return targets, f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    few = {column: count for column, target in targets.items() if (count := target.groups) < RECORDINGS}
+    return targets, "; ".join(f"{count} recordings of {column}" for column, count in few.items())
+
+
+def claim_tables(runs: Sequence[Run]) -> list[Table]:
+    """Every two methods on the targets and seeds that both have, as `evaluation.claims` has it."""
 
     def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
+        outcomes = {method: outcomes_of(of_method) for method, of_method in by_method(group)}
+        pairs = {
+            (first, second): _paired(outcomes[first][0], outcomes[second][0])
+            for first, second in combinations(outcomes, 2)
+        }
+        told = {pair: method_difference([*targets.values()]) for pair, (targets, why) in pairs.items() if not why}
+        corrected = dict(zip(told, holm([claim.p for claim in told.values()]), strict=True))
         rows: TableRows = []
-        for methods in combinations(by_method(group), 2):
-            first, second = ({(r.column, r.seed): r.heads["fused"] for r in of_method} for _, of_method in methods)
-            common = sorted(set(first) & set(second))
-            test = paired([first[key] for key in common], [second[key] for key in common])
-            if test.pairs:
-                names, p = f"{methods[1][0]} - {methods[0][0]}", map(_p_text, (test.p_permutation, test.p_t))
-                rows.append([names, str(test.pairs), f"{test.difference:+.2f}", *p])
-        note = (
-            "Difference of top-1, the first minus the second. p: chance of one at least as large if both were "
-            "equal and all pairs independent, not corrected for the number of rows. With n pairs the sign-flip "
-            "test cannot give less than 2 / 2^n."
-        )
-        return rows, ["methods", "pairs", "difference (points)", "p (sign flips)", "p (t-test)"], note
+        for pair, (targets, why) in pairs.items():
+            row = [f"{pair[1]} - {pair[0]}"]
+            if why:
+                points = 100 * np.mean([target.differences.mean() for target in targets.values()]) if targets else None
+                row += ["-" if points is None else f"{points:+.2f}", *["-"] * 6, f"cannot be told: {why}"]
+            else:
+                claim, p = told[pair], corrected[pair]
+                new = _interval(in_new_domains([*targets.values()])) if len(targets) >= DOMAINS else "-"
+                better = f"{pair[claim.value > 0]} is better" if p < ALPHA else "not told apart"
+                row += [f"{100 * claim.value:+.2f}", _interval(claim), f"{100 * claim.probability:.1f} %"]
+                row += [_p_text(claim.p), _p_text(p), f"{100 * claim.smallest(ALPHA / len(told)):.1f}", new, better]
+            rows.append(row)
+        if not rows:
+            return [], (), ""
+        columns = ["methods", "points", "95 %", "P", "p", "Holm", "least seen", "new domains", "verdict"]
+        return rows, columns, _claims_note(pairs.values(), {why: None for _, why in outcomes.values() if why})
 
-    return per_setting(runs, "-significance", "significance, paired over targets and seeds", fill)
+    return per_setting(runs, "-claims", "differences of top-1, and what can be claimed", fill)
+
+
+def _interval(claim: Difference) -> str:
+    return " to ".join(f"{100 * end:+.1f}" for end in claim.interval())
+
+
+def _claims_note(pairs: Iterable[tuple[dict[str, TargetOutcomes], str]], lacking: Iterable[str]) -> str:
+    """What the columns mean, and of what clips, recordings and seeds they are."""
+    sets = {column: target for targets, _ in pairs for column, target in targets.items()}
+    counts = [f"{column} {target.clips} clips of {target.groups} recordings" for column, target in sets.items()]
+    alone = all(target.groups == target.clips for target in sets.values())
+    return " ".join(
+        [
+            "The first minus the second, with the interval over seeds, recordings and their clips. P: that the first "
+            "is better. Holm: p corrected for all pairs of the table, by which the verdict goes (5 %). Least seen: the "
+            "smallest true difference in points that such a study finds with 80 % probability. New domains: the "
+            "interval if these targets are a sample of many.",
+            f"Tested on {'; '.join(counts)}{' (each clip is one by itself)' * alone}." if counts else "",
+            *lacking,
+        ]
+    )
+
+
+BLOCKS = 6
+"""Fewer blocks than these give no ranking: its test takes their number to be large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Mean ranks (1 is best) of methods over blocks, a block being a target and a seed with which all were trained.
+
+    Attributes:
+        p: that all are equal (Friedman). critical: Nemenyi's critical difference of two mean ranks.
+    """
+
+    name: str
+    title: str
+    ranks: dict[str, float]
+    blocks: int
+    p: float
+    critical: float
+
+
+def rankings(runs: Sequence[Run]) -> list[Ranking]:
+    """One per dataset, modalities and setting with three methods and `BLOCKS` blocks at least.
+
+    Blocks of one target share their clips, so they are less than independent: the ranking orders, the table of claims
+    tells apart.
+    """
+    from scipy.stats import friedmanchisquare, rankdata
+
+    found = []
+    for (dataset, modalities, setting), group in _grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
+        values = {m: {(r.column, r.seed): r.heads["fused"] for r in of_method} for m, of_method in by_method(group)}
+        blocks = sorted(set.intersection(*({*of_method} for of_method in values.values())))
+        if len(values) < 3 or len(blocks) < BLOCKS:
+            continue
+        table = np.array([[of_method[block] for block in blocks] for of_method in values.values()])
+        if (table == table[0]).all():
+            continue
+        ranks = rankdata(-table.round(9), axis=0).mean(axis=1)
+        name = f"{dataset}-{'-'.join(modalities)}-{setting}-ranks"
+        title = f"{dataset}, {'+'.join(modalities)}, {setting}: mean rank over {len(blocks)} targets x seeds"
+        p, critical = friedmanchisquare(*table).pvalue, critical_difference(len(values), len(blocks))
+        of_methods = dict(zip(values, ranks.tolist(), strict=True))
+        found.append(Ranking(name, title, of_methods, len(blocks), float(p), critical))
+    return found
 
 
 def by_method(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
@@ -445,7 +527,7 @@ def _grouped(runs: Sequence[Run], key: Callable[[Run], Key]) -> list[tuple[Key, 
 def compare(runs: Sequence[Run]) -> list[Table]:
     """Every table that `runs` give."""
     runs, sealed = [run for run in runs if not run.sealed], [run for run in runs if run.sealed]
-    tables = [*joint_tables(runs), *main_tables(runs), *modality_tables(runs), *significance_tables(runs)]
+    tables = [*joint_tables(runs), *main_tables(runs), *modality_tables(runs), *claim_tables(runs)]
     return [*tables, *sealed_tables(sealed)]
 
 

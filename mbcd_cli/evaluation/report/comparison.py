@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mbcd_cli.checksums import of_file
 from mbcd_cli.errors import FileError, RunError
+from mbcd_cli.evaluation.claims import ALPHA
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.compare import (
     Run,
@@ -16,6 +17,7 @@ from mbcd_cli.evaluation.report.compare import (
     find_runs,
     load_run,
     main_tables,
+    rankings,
     told_apart,
 )
 from mbcd_cli.evaluation.report.html import runs_html, table_html, write_comparison
@@ -111,6 +113,10 @@ def write_comparison_files(
     """
     opened = [run for run in runs if not run.sealed]
     bars = {table.title: plots.plot_methods(table, output / f"{table.name}.png") for table in main_tables(opened)}
+    for one in rankings(opened):
+        chance = "" if one.p < ALPHA else ", not more than chance gives"
+        caption = f"{one.title} (Friedman p {one.p:.2g}{chance})"
+        bars[caption] = plots.plot_ranks(one.ranks, one.critical, output / f"{one.name}.png", title=one.title)
     bars |= pictures or {}
     files = {}
     if found := selected(opened, left_out):

@@ -6,6 +6,7 @@ Letters: N clips, C classes, D_k features of modality k.
 from __future__ import annotations
 
 import heapq
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,65 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from mbcd_cli.files import written_hdf5
+from mbcd_cli.checksums import verified
+from mbcd_cli.data.clips import Digest, chunks
+from mbcd_cli.data.protocol import Dataset
+from mbcd_cli.errors import FOREIGN, RunError
+from mbcd_cli.files import open_hdf5, written_hdf5
 from mbcd_cli.scoring.metrics import predicted, probabilities
 from mbcd_cli.scoring.predictions import Predictions
 
 ClipRow = dict[str, str | float]
 """Column -> cell, of a CSV file."""
+
+
+OUTCOMES = "evaluation/outcomes.h5"
+"""Where a run has the outcomes of its evaluation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """What the deployed model got right, clip by clip: what comparing runs needs.
+
+    Attributes:
+        digest: of the clips' ids, in order: outcomes of one digest are of the same clips.
+        correct: [N] bool. recordings: [N] int, `ClipTable.recordings`.
+    """
+
+    digest: str
+    correct: np.ndarray
+    recordings: np.ndarray
+
+
+def write_outcomes(predictions: Predictions, dataset: Dataset, output: Path) -> Path:
+    """Write which of N clips the fused head gets right, as `OUTCOMES` under `output`."""
+    clips, digest = predictions.clips.numpy(), Digest()
+    for chunk in chunks(clips.tolist()):
+        digest.add([dataset.clips.ids[clip] for clip in chunk])
+    with written_hdf5(output / OUTCOMES) as file:
+        file.attrs["digest"] = digest.hexdigest()
+        for name, values in (
+            ("correct", predicted(predictions.fused) == predictions.labels.numpy()),
+            ("recordings", dataset.clips.recordings[clips].astype(np.int32)),
+        ):
+            file.create_dataset(name, data=values, compression="gzip")
+    return output / OUTCOMES
+
+
+def read_outcomes(run: Path) -> Outcomes:
+    """What `write_outcomes` wrote of a run.
+
+    Raises:
+        RunError: it is not there, or damaged.
+    """
+    path = run / OUTCOMES
+    try:
+        verified(path)
+        with open_hdf5(path) as file:
+            return Outcomes(str(file.attrs["digest"]), file["correct"][()].astype(bool), file["recordings"][()])
+    except (OSError, *FOREIGN) as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise RunError(f"{path} {why}.", f"Run `mbcd evaluate --run {shlex.quote(str(run))}` again.") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,56 @@ def plot_methods(table: Table, path: Path) -> Path:
     return _finished_bars(fig, path, ylabel="top-1 accuracy", title=title)
 
 
+def plot_ranks(ranks: Mapping[str, float], critical: float, path: Path, *, title: str) -> Path:
+    """Critical-difference diagram: mean ranks, 1 (best) on the left; a bar joins methods whose ranks hardly differ."""
+    names = sorted(ranks, key=ranks.__getitem__)
+    places = [ranks[name] for name in names]
+    bars = _alike(places, critical)
+    half, rows = (len(names) + 1) // 2, len(bars)
+    fig, ax = figure(size=(7.2, 1.5 + 0.18 * rows + 0.26 * half))
+    low, high = 1, max(len(names), 2)
+    ax.plot([low, high], [0, 0], color="#333333", linewidth=1)
+    for rank in range(low, high + 1):
+        ax.plot([rank, rank], [0, 0.25], color="#333333", linewidth=1)
+        ax.text(rank, 0.4, str(rank), ha="center", va="bottom", fontsize=9)
+    end = min(low + critical, high)
+    ax.plot([low, end], [1.7, 1.7], color=PALETTE[1], linewidth=2)
+    text = f"critical difference {critical:.2f}" + (" (more than all ranks)" if low + critical > high else "")
+    ax.text(low, 1.85, text, ha="left", va="bottom", fontsize=9, color=PALETTE[1])
+    for row, (first, last) in enumerate(bars):
+        ax.plot([places[first] - 0.03, places[last] + 0.03], [-0.6 - 0.5 * row] * 2, color=PALETTE[0], linewidth=4)
+    margin = 0.12 * (high - low)
+    for index, (name, place) in enumerate(zip(names, places, strict=True)):
+        left = index < half
+        depth = -0.9 - 0.5 * rows - 0.8 * (index if left else len(names) - 1 - index)
+        edge = low - margin if left else high + margin
+        ax.plot([place, place, edge], [0, depth, depth], color="#333333", linewidth=0.8)
+        label = f"{legend_label(name)} ({place:.2f})"
+        ax.annotate(
+            label,
+            (edge, depth),
+            xytext=(-4 if left else 4, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            fontsize=9,
+        )
+    lowest = -0.9 - 0.5 * rows - 0.8 * half
+    ax.set(ylim=(lowest, 3.2), title=fill(title, 64, break_long_words=False, break_on_hyphens=False))
+    ax.axis("off")
+    return save(fig, path)
+
+
+def _alike(places: Sequence[float], critical: float) -> list[tuple[int, int]]:
+    """First and last of every longest run of ascending ranks less than `critical` apart, of two methods at least."""
+    runs: list[tuple[int, int]] = []
+    for first, place in enumerate(places):
+        last = max(index for index, other in enumerate(places) if other - place < critical)
+        if last > first and (not runs or last > runs[-1][1]):
+            runs.append((first, last))
+    return runs
+
+
 def plot_lines(
     x: Sequence[float],
     lines: Mapping[str, Sequence[float | None]],

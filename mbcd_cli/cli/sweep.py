@@ -85,7 +85,7 @@ def sweep(
     runs_dir: RunsDir = Path("runs"),
     output: Output = None,
 ) -> Reply:
-    """Run the grid of runs behind a table, then collect it: mean and spread over seeds, significance, curves.
+    """Run the grid of runs behind a table, then collect it: mean and spread over seeds, claims, curves.
 
     Runs that are done are never repeated, killed ones resume, failed ones are listed.
 

@@ -77,7 +77,7 @@ def test_collect_writes_every_form_and_the_papers_figures(grid, tmp_path):
     assert "HAC &lt;beta&gt;" in page
     assert page.count("data:image/png") >= 3
     assert "mbcd, beta=0.9 - ema, beta=0.9" in page
-    assert "0.031" in page, "two-sided sign flips over 3 targets x 2 seeds: 2 / 2^6"
+    assert "what can be claimed" in page
     (grid[0].folder / "report.html").write_text("x")
     write_tables(grid, output=tmp_path / "out", title="t")
     link = f"../runs/hac/{grid[0].folder.name}/report.html"

@@ -111,11 +111,13 @@ def serve() -> None:
     from multiprocessing import shared_memory
 
     import torch
+    import torch._dynamo  # which a population's process brings
     from matplotlib.figure import Figure
     from typer.testing import CliRunner
 
     from mbcd_cli.cli import app
     from mbcd_cli.sweep import run
+    from mbcd_cli.sweep.task import Command
 
     torch.set_num_threads(1)
     # To draw would take most of the time. The file is written where and as it would be.
@@ -124,7 +126,7 @@ def serve() -> None:
     shim.calls.restype = ctypes.c_long
     shim.struck.restype = ctypes.c_char_p
     shim.prctl(_SUBREAPER, 1, 0, 0, 0)
-    run.start = _forked
+    Command.begin = _forked
     run.execute.__kwdefaults__["poll"] = 0.02
     shared_memory._SHM_NAME_PREFIX = f"/c{os.getpid()}-"
     gc.freeze()  # or every child copies what it only looks at
@@ -252,15 +254,12 @@ class _Fork:
         os.kill(self.pid, signal.SIGKILL)
 
 
-def _forked(cells, left, *, threads, gpu, slot, width=None):
-    """`sweep.run.start`, whose process is forked, in a session of its own, and does what its module does."""
+def _forked(command, *, gpu=None):
+    """`Command.begin`, whose process is forked, in a session of its own, and does what its module does."""
     from mbcd_cli.sweep import cell, pack, run
 
-    for one in left:
-        run.write_settings(one)
     theirs, ours = os.pipe()
-    packed = len(cells) > 1
-    log = os.open(run.beside(cells[0].folder, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(command.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     pid = os.fork()
     if pid == 0:
         os.setsid()
@@ -269,20 +268,17 @@ def _forked(cells, left, *, threads, gpu, slot, width=None):
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdin = os.fdopen(0)
+        module, *arguments = command.line[2:]
         code = 1
         try:
-            if packed:
-                code = pack.serve_pack([str(threads), str(width or 0)])
-            else:
-                code = cell.serve_cell([str(cells[0].folder), str(threads)])
+            code = {run.WORKER: cell.serve_cell, run.PACKER: pack.serve_pack}[module](arguments)
         finally:
             os._exit(code)
     os.close(theirs)
     os.close(log)
-    if packed:
-        with suppress(BrokenPipeError):
-            os.write(ours, "".join(f"{one.folder}\n" for one in cells).encode() + b"\n")
-    return run.Job(left, packed, _Fork(pid, ours), slot, time.monotonic())
+    with suppress(BrokenPipeError):
+        os.write(ours, "".join(f"{folder}\n" for folder in (*command.folders, "")).encode())
+    return _Fork(pid, ours)
 
 
 # ---- the tests' side

@@ -382,7 +382,7 @@ def words_of(command: str, home: Path, out: Path) -> list[object]:
     what = {
         "sweep": ["--methods", "erm,mbcd", "--seeds", 1, "--jobs", 2],
         "sweep of one": ["--methods", "erm", "--seeds", 1, "--retry-failed"],
-        "sweep of packs": ["--methods", "erm", "--seeds", 3, "--pack", 3, "--retry-failed"],
+        "sweep of packs": ["--methods", "erm", "--seeds", 2, "--pack", 2, "--retry-failed"],
     }[command]
     names = ["--runs-dir", out / "runs", "--output", out / "sweep"]
     return ["sweep", *dataset, "--targets", "gamma", *what, *names, *sets, *_sets(*few)]

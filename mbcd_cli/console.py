@@ -78,8 +78,8 @@ class _Bar(Ticker):
 
 
 def _as_it_is(text: str) -> Text:
-    """Without markup, and what would steer a terminal (names are others') spelled out."""
-    return Text(text.translate(_CONTROLS))
+    """Without markup; what would steer a terminal (names are others'), or is no text, spelled out."""
+    return Text(text.translate(_CONTROLS).encode(errors="backslashreplace").decode())
 
 
 def say(message: str) -> None:

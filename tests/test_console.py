@@ -40,12 +40,12 @@ def test_names_are_shown_as_they_are(capsys, monkeypatch):
     assert all(word in shown for word in ("[bold]:cat:", "[red]a", ":dog:", "[x]"))
 
 
-def test_a_name_does_not_steer_the_terminal(capsys):
-    name = "clip\x1b]0;title\x07\x9b31m"
+def test_a_name_neither_steers_the_terminal_nor_stops_it(capsys):
+    name = "clip\x1b]0;title\x07\x9b31m\udcff"
     console.say(f"error: {name}")
     console.warn(name)
     console.show(name)
     console.table(name, (name,), [(name,)])
     shown = "".join(capsys.readouterr())
     assert not set("\x1b\x07\x9b") & set(shown)
-    assert shown.count(r"clip\x1b]0;title\x07\x9b31m") == 6
+    assert shown.count(r"clip\x1b]0;title\x07\x9b31m\udcff") == 6

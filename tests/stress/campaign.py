@@ -42,9 +42,12 @@ SHIM = r"""
 #include <unistd.h>
 static long at = -1, none = 0, *seen = &none;  /* counted together with the processes that are forked */
 static int fault = 0;
-static char below[PATH_MAX], told[PATH_MAX + 32];
+static char below[PATH_MAX], nothing[PATH_MAX + 64], *told = nothing;
 void arm(const char *folder, long n, int which) {
-    if (seen == &none) seen = mmap(0, sizeof *seen, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (seen == &none) {
+        seen = mmap(0, sizeof *seen + sizeof nothing, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        told = (char *) (seen + 1);
+    }
     strncpy(below, folder, PATH_MAX - 1);
     at = n; fault = which; *seen = 0;
 }
@@ -55,7 +58,7 @@ static int strikes(const char *what, const char *path) {
     if (!below[0] || strncmp(path, below, strlen(below))) return 0;
     long now = __sync_add_and_fetch(seen, 1);
     if (at < 0 || now < at) return 0;
-    if (now == at) snprintf(told, sizeof told, "%s %s", what, path);
+    if (now == at) snprintf(told, sizeof nothing, "%s %s", what, path);
     if (fault < 0) { kill(getpid(), SIGKILL); pause(); }
     if (now > at && fault == EIO) return 0;  /* a sector; a full or read-only disk stays so */
     if (fault == ENOSPC && (!strncmp(what, "unlink", 6) || !strcmp(what, "rmdir"))) return 0;

@@ -53,6 +53,8 @@ def tried(arguments: list[str], environ: Mapping[str, str] | None = None) -> Res
     errors = [line for line in result.stderr.splitlines() if re.match(r"error( in process \d+)?: ", line)]
     if result.exit_code == 2 and not errors:
         assert "Error" in result.stderr, told
+    elif result.exit_code and "--json" in arguments and not errors:  # what was found is the answer
+        assert json.loads(result.stdout)["exit_code"] == result.exit_code, told
     elif result.exit_code:
         assert len(errors) == 1, told
         assert len(result.stderr[result.stderr.index(errors[0]) :]) > 10, told  # a name may hold a line's end

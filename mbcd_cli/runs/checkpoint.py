@@ -156,9 +156,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} was not written by mbcd train.", "Encoder weights are set with modalities.NAME.weights."
         )
-    if payload.get("version") != _VERSION:
+    version = payload.get("version")
+    if not isinstance(version, int) or version != _VERSION:
         raise CheckpointError(
-            f"{path} has format version {payload.get('version')}, this mbcd reads {_VERSION}.",
+            f"{path} has format version {str(version)[:20]}, this mbcd reads {_VERSION}.",
             "Use the mbcd that wrote it, or train again.",
         )
     try:

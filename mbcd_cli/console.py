@@ -44,6 +44,7 @@ out = _console(stderr=False)
 tables_folder: Path | None = None
 """Where every table that is printed is written as CSV too; None: nowhere."""
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
 _FIGURE = re.compile(r"[-+]?[0-9.,]*( ?(±|\+-) ?[0-9.]+)?%?")
 
 
@@ -76,20 +77,25 @@ class _Bar(Ticker):
         self._bar.update(self._task, note=note)
 
 
+def _as_it_is(text: str) -> Text:
+    """Without markup; what would steer a terminal (names are others'), or is no text, spelled out."""
+    return Text(text.translate(_CONTROLS).encode(errors="backslashreplace").decode())
+
+
 def say(message: str) -> None:
-    """One line for a person, on stderr, without interpreting brackets as markup."""
-    err.print(message, markup=False)
+    """One line for a person, on stderr."""
+    err.print(_as_it_is(message))
 
 
 def warn(message: str) -> None:
     """One warning line on stderr."""
-    err.print(Text("warning: ", style="yellow") + Text(message))
+    err.print(Text("warning: ", style="yellow") + _as_it_is(message))
 
 
 def show(*lines: str) -> None:
-    """Lines of a result, on stdout, as they are."""
+    """Lines of a result, on stdout."""
     for line in lines:
-        out.print(line, markup=False)
+        out.print(_as_it_is(line))
 
 
 class Terminal(Say):
@@ -137,12 +143,12 @@ def table(
         write_table(tables_folder / f"{name or 'table'}.csv", columns, cells, place="--csv")
     hidden = 0 if most is None else max(len(cells) - most, 0)
     cells = cells[: len(cells) - hidden]
-    grid = Table(title=Text(title), title_justify="left", title_style="bold")
+    grid = Table(title=_as_it_is(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         figures = bool(cells) and all(_FIGURE.fullmatch(row[index]) for row in cells)
-        grid.add_column(Text(column), justify="right" if figures else "left", overflow="fold")
+        grid.add_column(_as_it_is(column), justify="right" if figures else "left", overflow="fold")
     for row in cells:
-        grid.add_row(*map(Text, row))
+        grid.add_row(*map(_as_it_is, row))
     to = err if to_stderr else out
     to.print(grid)
     if hidden:

@@ -116,8 +116,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], **where: str) -> Path:
-    """`written`, for a table as CSV; returns `path`."""
-    with written(path, **where) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+    """`written`, for a table as CSV, names that are no UTF-8 spelled out; returns `path`."""
+    how = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with written(path, **where) as aside, aside.open("w", **how) as file:
         csv.writer(file, lineterminator="\n").writerows([columns, *rows])
     return path
 
@@ -211,6 +212,12 @@ def remove_partial(folder: Path, *, of: str = "", ours: Callable[[Path], bool] =
     for path in folder.glob(".*.partial"):
         if is_partial(path, of) and ours(path):
             path.unlink(missing_ok=True)
+
+
+def delete(path: Path) -> None:
+    """Delete a file of `written`, and what killed processes have left half written of it."""
+    path.unlink(missing_ok=True)
+    remove_partial(path.parent, of=path.name, ours=_of_the_dead)
 
 
 @contextmanager

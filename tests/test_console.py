@@ -38,3 +38,14 @@ def test_names_are_shown_as_they_are(capsys, monkeypatch):
     console.table("[bold]:cat:", ("[red]a", "b"), [(":dog:", "[x]")], to_stderr=True)
     shown = capsys.readouterr().err
     assert all(word in shown for word in ("[bold]:cat:", "[red]a", ":dog:", "[x]"))
+
+
+def test_a_name_neither_steers_the_terminal_nor_stops_it(capsys):
+    name = "clip\x1b]0;title\x07\x9b31m\udcff"
+    console.say(f"error: {name}")
+    console.warn(name)
+    console.show(name)
+    console.table(name, (name,), [(name,)])
+    shown = "".join(capsys.readouterr())
+    assert not set("\x1b\x07\x9b") & set(shown)
+    assert shown.count(r"clip\x1b]0;title\x07\x9b31m\udcff") == 6

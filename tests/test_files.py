@@ -81,7 +81,8 @@ with files.written(Path(sys.argv[1])) as aside:
 """
 
 
-def test_the_next_writer_of_a_file_clears_what_the_dead_left_of_it(tmp_path):
+@pytest.mark.parametrize("do", [lambda path: files.write_text(path, "x"), files.delete])
+def test_who_writes_or_deletes_a_file_clears_what_the_dead_left_of_it(tmp_path, do):
     dead = run("")
     dead.wait()
     here = files._HOST
@@ -89,8 +90,13 @@ def test_the_next_writer_of_a_file_clears_what_the_dead_left_of_it(tmp_path):
     others = [tmp_path / f".another.{here}.{dead.pid}.partial", tmp_path / f".file.elsewhere.{dead.pid}.partial"]
     for path in (*left, *others):
         path.touch()
-    files.write_text(tmp_path / "file", "x")
+    do(tmp_path / "file")
     assert [path.exists() for path in (*left, *others)] == [False, True, True, True]
+
+
+def test_a_table_spells_out_names_that_are_no_text(tmp_path):
+    files.write_table(tmp_path / "table.csv", ["path"], [["a\udcff"]])
+    assert (tmp_path / "table.csv").read_text() == "path\na\\udcff\n"
 
 
 def test_a_write_that_fails_once_inside_hdf5_is_told(tmp_path):

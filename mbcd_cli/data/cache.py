@@ -384,7 +384,7 @@ class CacheWriter:
                     mended.extend(read_mended(file))
                     if "errors" in file.attrs:
                         errors += np.asarray(file.attrs["errors"]).reshape(-1, 2).sum(axis=0)
-            except (OSError, KeyError, ValueError) as error:
+            except (OSError, RuntimeError, *FOREIGN) as error:
                 raise CacheError(f"Shard {path} cannot be read: {error}.", "Delete it and prepare again.") from error
         lost = lost or self._lost_before()
         with written_hdf5(self.folder / "index.h5", libver="latest", place="--cache-dir") as file:

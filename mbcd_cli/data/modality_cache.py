@@ -67,7 +67,7 @@ class ClipTable:
                 stored = file["clips/id"].asstr()
                 runs = (stored[first : first + AT_ONCE] for first in range(0, len(self), AT_ONCE))
                 return Texts(identity for run in runs for identity in run)
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, RuntimeError, *FOREIGN) as error:
             raise CacheError(f"{self._index} cannot be read: {error}.", "Run the same command again.") from error
 
 
@@ -142,8 +142,8 @@ class ModalityCache:
                     for key, value in file.attrs.items()
                     if key not in ("recipe", "modality_settings", "format", "listing")
                 }
-                self.domains = tuple(file["domains"].asstr()[()])
-                self.label_names = tuple(file["label_names"].asstr()[()])
+                self.domains = tuple(name.decode() for name in file["domains"][()])
+                self.label_names = tuple(name.decode() for name in file["label_names"][()])
                 self.clips = ClipTable(file)
                 rows = file["rows"]
                 self._shard, self._row = rows["shard"][()], rows["row"][()]

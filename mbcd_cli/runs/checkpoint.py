@@ -7,6 +7,7 @@ file is refused, nothing in it is executed.
 from __future__ import annotations
 
 import json
+import sys
 import warnings as python_warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,7 +101,19 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     payload |= {key: getattr(checkpoint, key) for key in _PLAIN}
     kept = "go on with --resume (the previous checkpoint is kept)"
     with written_file(path, place="--run", then=kept) as file:
-        torch.save(payload, file)
+        torch.save(_alike(payload), file)
+
+
+def _alike(value: Any) -> Any:
+    """The tree with equal texts as one object and every container its own, so that equal trees are equal bytes: pickle
+    writes an object that it meets again as a reference, and what was loaded shares others than what was not."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    if isinstance(value, Mapping):
+        return {_alike(key): _alike(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_alike, value))
+    return value
 
 
 def by_itself(value: torch.Tensor) -> torch.Tensor:
@@ -143,9 +156,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} was not written by mbcd train.", "Encoder weights are set with modalities.NAME.weights."
         )
-    if payload.get("version") != _VERSION:
+    version = payload.get("version")
+    if not isinstance(version, int) or version != _VERSION:
         raise CheckpointError(
-            f"{path} has format version {payload.get('version')}, this mbcd reads {_VERSION}.",
+            f"{path} has format version {str(version)[:20]}, this mbcd reads {_VERSION}.",
             "Use the mbcd that wrote it, or train again.",
         )
     try:

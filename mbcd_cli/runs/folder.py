@@ -77,7 +77,7 @@ class RunFolder:
 
     def sync(self) -> dict[str, int]:
         """Bring the logs to the disk; their sizes for `cut`: bytes, of times (which differ from run to run) records."""
-        sizes = {}
+        sizes = dict.fromkeys(LOGS, 0)  # as of those that a resume has cut to nothing
         for name in LOGS:
             path = self.path / name
             if path.exists():

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mbcd_cli.errors import BusyError, MbcdError, StoppedError
 from mbcd_cli.evaluation import evaluate
-from mbcd_cli.files import lock
+from mbcd_cli.files import delete, lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints
@@ -52,7 +52,7 @@ def run_cell(folder: Path, *, threads: int, say: Say = SILENT) -> int:
             say(f"error: {error}" if isinstance(error, MbcdError) else traceback.format_exc())
             write_failure(folder, error)
             return FAILED_CODE
-        beside(folder, "failed").unlink(missing_ok=True)
+        delete(beside(folder, "failed"))
     return DONE_CODE
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import MbcdError, StoppedError
 from mbcd_cli.evaluation.evaluate import evaluate, for_tables
-from mbcd_cli.files import lock
+from mbcd_cli.files import delete, lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE
 from mbcd_cli.runs.names import run_checkpoints
@@ -50,7 +50,7 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int | None, say: S
                 return
             try:
                 _evaluate(one, dataset, say)
-                beside(one.run, "failed").unlink(missing_ok=True)
+                delete(beside(one.run, "failed"))
             except Exception as error:
                 _failed(one.run, error, say)
 

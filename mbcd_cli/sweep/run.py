@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mbcd_cli.files import write_text
+from mbcd_cli.files import delete, write_text
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.sweep.packing import units
@@ -89,7 +89,7 @@ def begin(cells: Sequence[Cell], *, retry_failed: bool) -> Board:
             board.failed[cell.key] = read_failure(cell.folder) or "unknown"
             continue
         # A cell may have failed after all that it writes was there.
-        beside(cell.folder, "failed").unlink(missing_ok=True)
+        delete(beside(cell.folder, "failed"))
         (board.done if now == "done" else board.waiting).append(cell)
     return board
 

@@ -184,8 +184,7 @@ class Trainer:
         seconds = time.monotonic() - started
         self._flush()
         record, sealed = yield from self._evaluate()
-        self._finish_epoch(record, sealed)
-        self.run.append(
+        self.run.append(  # before the checkpoint, which counts it: a run that goes on from there keeps it
             "timing.jsonl",
             {
                 "epoch": record.epoch,
@@ -195,6 +194,7 @@ class Trainer:
                 "validation_seconds": time.monotonic() - started - seconds,
             },
         )
+        self._finish_epoch(record, sealed)
 
     def _take(self, clips: torch.Tensor, vector: torch.Tensor) -> None:
         progress, training = self.progress, self.settings.training

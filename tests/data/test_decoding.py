@@ -127,8 +127,11 @@ def test_workers_that_cannot_begin_are_one_message(monkeypatch):
         list(decoder.run(numbered(2)))
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_block_or_temporary_file_outlives_a_killed_prepare(root, tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [(signal.SIGTERM, "at work"), (signal.SIGKILL, "at work"), (signal.SIGKILL, "the fork server begins")],
+)
+def test_no_process_block_or_temporary_file_outlives_a_killed_prepare(root, tmp_path, how, when):
     """Decoding workers, the fork server and their blocks of shared memory go with the command, however it ends."""
     command = [sys.executable, "-m", "mbcd_cli", "prepare", "manifest", "--root", str(root), "--workers", "2"]
     command += ["--cache-dir", str(tmp_path / "cache"), *(f"--set={one}" for one in helpers.SMALL[:-2])]
@@ -138,8 +141,11 @@ def test_no_process_block_or_temporary_file_outlives_a_killed_prepare(root, tmp_
     environ = {**os.environ, "TMPDIR": str(temporary)}
     process = subprocess.Popen(command, **said, env=environ, start_new_session=True)
     session = process.pid
-    helpers.until(lambda: list(tmp_path.rglob("shard-00001.h5")), process)
-    assert len(members(session)) >= 4  # the command, the fork server and two workers
+    if when == "at work":
+        helpers.until(lambda: list(tmp_path.rglob("shard-00001.h5")), process)
+        assert len(members(session)) >= 4  # the command, the fork server and two workers
+    else:
+        helpers.until(lambda: any("forkserver" in line for line in members(session)), process)
     process.send_signal(how)
     process.wait(timeout=60)
     helpers.until(lambda: not members(session))

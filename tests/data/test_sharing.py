@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from multiprocessing import shared_memory
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +73,27 @@ def test_a_received_array_outlives_its_block(blocks):
     kept = [passed(blocks, result(number))[0] for number in range(3)]
     for number, one in enumerate(kept):
         assert_same(one, result(number))
+
+
+def test_a_process_that_is_ended_while_it_makes_a_block_leaves_none():
+    """Between the block and its tracker's notice of it."""
+    prefix = f"/t{os.getpid()}-"
+    program = f"""
+from multiprocessing import shared_memory
+from pathlib import Path
+from mbcd_cli.data.media import sharing
+shared_memory._SHM_NAME_PREFIX = {prefix!r}
+def interrupted(*_):
+    assert list(Path("/dev/shm").glob({prefix[1:]!r} + "*"))
+    raise KeyboardInterrupt
+shared_memory.mmap.mmap = interrupted
+blocks = sharing.Blocks()
+blocks._size = sharing.SMALLEST
+blocks.lend()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    assert "KeyboardInterrupt" in ended.stderr
+    assert not list(Path("/dev/shm").glob(f"{prefix[1:]}*"))
 
 
 def test_small_results_and_rejections_take_the_pipe(blocks):

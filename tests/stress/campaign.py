@@ -42,9 +42,12 @@ SHIM = r"""
 #include <unistd.h>
 static long at = -1, none = 0, *seen = &none;  /* counted together with the processes that are forked */
 static int fault = 0;
-static char below[PATH_MAX], told[PATH_MAX + 32];
+static char below[PATH_MAX], nothing[PATH_MAX + 64], *told = nothing;
 void arm(const char *folder, long n, int which) {
-    if (seen == &none) seen = mmap(0, sizeof *seen, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (seen == &none) {
+        seen = mmap(0, sizeof *seen + sizeof nothing, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        told = (char *) (seen + 1);
+    }
     strncpy(below, folder, PATH_MAX - 1);
     at = n; fault = which; *seen = 0;
 }
@@ -55,7 +58,7 @@ static int strikes(const char *what, const char *path) {
     if (!below[0] || strncmp(path, below, strlen(below))) return 0;
     long now = __sync_add_and_fetch(seen, 1);
     if (at < 0 || now < at) return 0;
-    if (now == at) snprintf(told, sizeof told, "%s %s", what, path);
+    if (now == at) snprintf(told, sizeof nothing, "%s %s", what, path);
     if (fault < 0) { kill(getpid(), SIGKILL); pause(); }
     if (now > at && fault == EIO) return 0;  /* a sector; a full or read-only disk stays so */
     if (fault == ENOSPC && (!strncmp(what, "unlink", 6) || !strcmp(what, "rmdir"))) return 0;
@@ -111,11 +114,13 @@ def serve() -> None:
     from multiprocessing import shared_memory
 
     import torch
+    import torch._dynamo  # which a population's process brings
     from matplotlib.figure import Figure
     from typer.testing import CliRunner
 
     from mbcd_cli.cli import app
     from mbcd_cli.sweep import run
+    from mbcd_cli.sweep.task import Command
 
     torch.set_num_threads(1)
     # To draw would take most of the time. The file is written where and as it would be.
@@ -124,7 +129,7 @@ def serve() -> None:
     shim.calls.restype = ctypes.c_long
     shim.struck.restype = ctypes.c_char_p
     shim.prctl(_SUBREAPER, 1, 0, 0, 0)
-    run.start = _forked
+    Command.begin = _forked
     run.execute.__kwdefaults__["poll"] = 0.02
     shared_memory._SHM_NAME_PREFIX = f"/c{os.getpid()}-"
     gc.freeze()  # or every child copies what it only looks at
@@ -252,15 +257,12 @@ class _Fork:
         os.kill(self.pid, signal.SIGKILL)
 
 
-def _forked(cells, left, *, threads, gpu, slot, width=None):
-    """`sweep.run.start`, whose process is forked, in a session of its own, and does what its module does."""
+def _forked(command, *, gpu=None):
+    """`Command.begin`, whose process is forked, in a session of its own, and does what its module does."""
     from mbcd_cli.sweep import cell, pack, run
 
-    for one in left:
-        run.write_settings(one)
     theirs, ours = os.pipe()
-    packed = len(cells) > 1
-    log = os.open(run.beside(cells[0].folder, "log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(command.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     pid = os.fork()
     if pid == 0:
         os.setsid()
@@ -269,20 +271,17 @@ def _forked(cells, left, *, threads, gpu, slot, width=None):
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.stdin = os.fdopen(0)
+        module, *arguments = command.line[2:]
         code = 1
         try:
-            if packed:
-                code = pack.serve_pack([str(threads), str(width or 0)])
-            else:
-                code = cell.serve_cell([str(cells[0].folder), str(threads)])
+            code = {run.WORKER: cell.serve_cell, run.PACKER: pack.serve_pack}[module](arguments)
         finally:
             os._exit(code)
     os.close(theirs)
     os.close(log)
-    if packed:
-        with suppress(BrokenPipeError):
-            os.write(ours, "".join(f"{one.folder}\n" for one in cells).encode() + b"\n")
-    return run.Job(left, packed, _Fork(pid, ours), slot, time.monotonic())
+    with suppress(BrokenPipeError):
+        os.write(ours, "".join(f"{folder}\n" for folder in (*command.folders, "")).encode())
+    return _Fork(pid, ours)
 
 
 # ---- the tests' side
@@ -386,7 +385,7 @@ def words_of(command: str, home: Path, out: Path) -> list[object]:
     what = {
         "sweep": ["--methods", "erm,mbcd", "--seeds", 1, "--jobs", 2],
         "sweep of one": ["--methods", "erm", "--seeds", 1, "--retry-failed"],
-        "sweep of packs": ["--methods", "erm", "--seeds", 3, "--pack", 3, "--retry-failed"],
+        "sweep of packs": ["--methods", "erm", "--seeds", 2, "--pack", 2, "--retry-failed"],
     }[command]
     names = ["--runs-dir", out / "runs", "--output", out / "sweep"]
     return ["sweep", *dataset, "--targets", "gamma", *what, *names, *sets, *_sets(*few)]

@@ -13,7 +13,7 @@ import torch
 from fakes import MemoryDataset, Signalling, memory_settings
 
 from mbcd_cli.errors import CheckpointError, RunError
-from mbcd_cli.files import read_json
+from mbcd_cli.files import read_json, read_records
 from mbcd_cli.json_values import json_values
 from mbcd_cli.runs import checkpoint, folder
 from mbcd_cli.runs.checkpoint import load_checkpoint
@@ -74,7 +74,7 @@ def in_child(action) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def killed_at(event: int, run: Path, *, resume: bool) -> bool:
+def killed_at(event: int, run: Path, *, resume: bool, settings=SETTINGS) -> bool:
     """Train in a child that gets SIGKILL at its event-th write, rename, sync or step; False if it ended before."""
 
     def action():
@@ -95,7 +95,7 @@ def killed_at(event: int, run: Path, *, resume: bool) -> bool:
         checkpoint.torch.save = counted(torch.save)
         folder.RunFolder.append = counted(folder.RunFolder.append)
         trainer.TrainStep.__call__ = counted(trainer.TrainStep.__call__)
-        run_training(run, resume=resume)
+        run_training(run, resume=resume, settings=settings)
 
     status = in_child(action)
     assert os.WIFSIGNALED(status) or status == 0
@@ -112,6 +112,16 @@ def test_killed_at_any_write_and_resumed(whole, tmp_path, event):
         killed_at(event + 7, run, resume=True)  # and once more
         run_training(run, resume=True)
     assert_same(run, whole)
+
+
+def test_killed_after_an_epoch_it_ends_in_the_same_bytes(whole, tmp_path):
+    run = tmp_path / "run"
+    assert killed_at(30, run, resume=False, settings=SILENT)
+    assert load_checkpoint(run / "checkpoints/last.pt").epoch in (1, 2)
+    run_training(run, resume=True, settings=SILENT)
+    for log in ("timing.jsonl", "metrics.jsonl"):
+        assert [record["epoch"] for record in read_records(run / log)] == [1, 2, 3]
+    assert (run / "checkpoints/last.pt").read_bytes() == (whole / "checkpoints/last.pt").read_bytes()
 
 
 @pytest.mark.stress

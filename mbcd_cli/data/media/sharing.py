@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from multiprocessing import shared_memory
+from multiprocessing import resource_tracker, shared_memory
 
 import numpy as np
 
@@ -59,9 +59,14 @@ class Blocks:
     def _new(self) -> shared_memory.SharedMemory | None:
         if self._none_left:
             return None
+        # The tracker has its name before it is there: what ends this process in between leaves nothing.
+        name = shared_memory._make_filename()
+        resource_tracker.register(name, "shared_memory")
         try:
-            block = shared_memory.SharedMemory(create=True, size=self._size)
+            block = shared_memory.SharedMemory(name.removeprefix("/"), create=True, size=self._size)
         except OSError:
+            resource_tracker.register(name, "shared_memory")  # it may have been told already that there is none
+            resource_tracker.unregister(name, "shared_memory")
             self._none_left = True
             return None
         try:

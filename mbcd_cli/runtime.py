@@ -45,13 +45,26 @@ def pick_device(settings: RuntimeSettings) -> torch.device:
     return device
 
 
+_THREADS_EACH = 8
+"""Threads that may be asked for, for each processor."""
+
+
 def configure(settings: RuntimeSettings) -> torch.device:
     """Apply threads and determinism to this process and return the device.
 
     `deterministic` asks torch for deterministic kernels wherever it has them (it warns once where it has none);
     without it cuDNN times its kernels and takes the quickest, which may differ from run to run.
+
+    Raises:
+        SettingsError: no such device, or far more threads than processors.
     """
     device = pick_device(settings)
+    processors = os.cpu_count() or 1
+    if settings.threads > _THREADS_EACH * processors:  # some thousands and no other program gets any
+        raise SettingsError(
+            f"runtime.threads: {settings.threads} threads are too many for {processors} processors.",
+            f"Use --threads {processors}, or 0, which leaves it to torch.",
+        )
     if settings.threads:
         torch.set_num_threads(settings.threads)
     if settings.deterministic:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mbcd_cli import runtime
+from mbcd_cli.errors import SettingsError
 from mbcd_cli.settings import RuntimeSettings
 
 
@@ -55,6 +56,14 @@ for one, other in zip(ours['state'].values(), theirs['state'].values()):
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_far_more_threads_than_processors_are_refused(monkeypatch):
+    monkeypatch.setattr("mbcd_cli.runtime.os.cpu_count", lambda: 2)
+    before = torch.get_num_threads()
+    with pytest.raises(SettingsError, match="17 threads are too many for 2 processors"):
+        runtime.configure(RuntimeSettings(threads=17))
+    assert torch.get_num_threads() == before
 
 
 def test_bfloat16_on_a_processor_without_it_is_told(monkeypatch, recwarn):

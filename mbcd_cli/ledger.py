@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -90,13 +91,31 @@ def looks(folder: Path) -> list[LedgerEntry]:
 
 
 def revealed_by(run: Path) -> str | None:
-    """Digest of the look that revealed a run; None where none has. What cannot be read was no look's."""
+    """Digest of the look that revealed a run; None where none has.
+
+    Raises:
+        FileError: what tells of it is damaged.
+    """
+    told = revealed(run)
+    return None if told is None else str(told["look"])
+
+
+def revealed(run: Path) -> dict[str, Any] | None:
+    """What a run keeps of the look that revealed it: `look`, its digest, and `epochs`, the accuracies that were told.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    path = run / REVEALED
     try:
-        return str(read_json(run / REVEALED)["look"])
+        found = read_json(path)
+        if not isinstance(found["look"], str) or not all(isinstance(each["epoch"], int) for each in found["epochs"]):
+            raise ValueError("it tells of no look")
+        return found
     except FileNotFoundError:
         return None
-    except (OSError, *FOREIGN):
-        return "unreadable"
+    except (OSError, *FOREIGN) as error:
+        raise FileError(f"{path} cannot be read: {error}.", "Delete it; `mbcd reveal` writes it again.") from error
 
 
 def write_look(folder: Path, what: str, runs: Sequence[LookedAt], *, trained: int) -> LedgerEntry:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import FOREIGN, RunError
 from mbcd_cli.evaluation.evaluate import checkpoint_checksums, evaluate, for_tables
 from mbcd_cli.evaluation.report.results import read_results
 from mbcd_cli.files import read_json, read_records, write_json
@@ -75,14 +75,24 @@ def reveal(paths: Sequence[Path], *, flags: Mapping[str, object], say: Say = SIL
 
 def _is_open(run: Path) -> bool:
     """Whether a run was revealed, and evaluated since."""
-    return revealed_by(run) is not None and read_results(run / "results.json")["headline"]["clips"] == TARGET
+    if revealed_by(run) is None:
+        return False
+    try:
+        return read_results(run / "results.json")["headline"]["clips"] == TARGET
+    except (RunError, *FOREIGN):  # it is evaluated again
+        return False
 
 
 def _runs(path: Path) -> list[Path]:
     if (path / SETTINGS).is_file():
         return [path]
     if (path / "comparison.json").is_file():
-        return [Path(run) for run in read_json(path / "comparison.json")["runs"]]
+        try:
+            return [Path(run) for run in read_json(path / "comparison.json")["runs"]]
+        except (OSError, *FOREIGN) as error:
+            raise RunError(
+                f"{path / 'comparison.json'} cannot be read: {error}.", "Name the runs, or collect the sweep again."
+            ) from error
     if runs := [file.parent for file in sorted(path.glob(f"*/{SETTINGS}"))]:
         return runs
     raise RunError(f"There is no run at {path}.", "Name a run folder, a folder of runs, or one of a sweep's tables.")
@@ -144,12 +154,17 @@ def _accuracies(run: Path, settings: Settings, dataset: Dataset) -> list[dict[st
     labels = dataset.clips.labels[target.clips]
 
     def head(classes: Sequence[int]) -> dict[str, float | None]:
+        if len(classes) != len(labels):
+            raise ValueError(f"an epoch has {len(classes)} classes for {len(labels)} clips")
         return {"accuracy": float(np.mean(np.asarray(classes) == labels)), "loss": None}
 
     def figures(said: Mapping[str, Any]) -> dict[str, object]:
         return {"fused": head(said["fused"]), "unimodal": {name: head(each) for name, each in said["unimodal"].items()}}
 
-    return [
-        {"epoch": record["epoch"], "target": {name: figures(said) for name, said in record.items() if name != "epoch"}}
-        for record in read_records(run / SEALED)
-    ]
+    try:
+        return [
+            {"epoch": record.pop("epoch"), "target": {name: figures(said) for name, said in record.items()}}
+            for record in read_records(run / SEALED)
+        ]
+    except FOREIGN as error:
+        raise RunError(f"{run / SEALED} is not what a training writes: {error}.", "Train that run again.") from error

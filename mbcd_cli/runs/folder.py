@@ -27,7 +27,7 @@ from mbcd_cli.files import (
     write_json,
     write_text,
 )
-from mbcd_cli.ledger import REVEALED, revealed_by
+from mbcd_cli.ledger import revealed
 from mbcd_cli.resolved import changed, load_settings
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml
@@ -129,8 +129,8 @@ def epoch_records(run: Path) -> list[dict[str, Any]]:
         FileError: they cannot be read.
     """
     records = read_records(run / "metrics.jsonl")
-    if revealed_by(run) is not None:
-        told = {each["epoch"]: each["target"] for each in read_json(run / REVEALED)["epochs"]}
+    if (look := revealed(run)) is not None:
+        told = {each["epoch"]: each.get("target") for each in look["epochs"]}
         records = [{**record, "target": told.get(record.get("epoch"))} for record in records]
     return records
 

@@ -165,6 +165,35 @@ def test_what_a_sealed_run_refuses(cache, packed, tmp_path):
     assert looks(sealed.parent) == []
 
 
+def test_damage_is_one_message_and_what_is_lost_is_told_again(packed, tmp_path):
+    sealed = packed[0].folder
+    said = sealed / "sealed.jsonl"
+    whole = said.read_bytes()
+    for others in (
+        b'{"epoch": 1, "student": {"fused": [0], "unimodal": {}}}\n',
+        b"[]\n{}\n",
+        b'{"epoch": 1, "student": 5}\n',
+    ):
+        said.write_bytes(others)
+        assert "sealed.jsonl" in run("reveal", sealed, code=1).stderr
+    said.write_bytes(whole)
+    run("reveal", sealed)
+    told_then = (sealed / "revealed.json").read_bytes()
+    for others in (told_then[:-20], b"{}", told_then.replace(b'"look"', b'"took"')):
+        (sealed / "revealed.json").write_bytes(others)
+        for words_ in (("reveal", sealed), ("evaluate", "--run", sealed)):
+            assert "revealed.json cannot be read" in run(*words_, code=1).stderr
+    (sealed / "revealed.json").unlink()
+    run("reveal", sealed)
+    assert (sealed / "revealed.json").read_bytes() == told_then
+    (sealed / "results.json").write_text("{}")
+    run("reveal", sealed)
+    assert len(looks(sealed.parent)) == 1
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/comparison.json").write_text("{}")
+    assert "comparison.json cannot be read" in run("reveal", tmp_path / "sweep", code=1).stderr
+
+
 def ledger(folder: Path, count: int) -> Path:
     for number in range(count):
         at = LookedAt(f"run-{number}", "street", "key", {"m": "root"}, {"best": "sum"})

@@ -25,7 +25,7 @@ from mbcd_cli.evaluation.report.selection import selected, selection_tables, wri
 from mbcd_cli.evaluation.report.tables import Table, comma_separated, latex, markdown
 from mbcd_cli.files import write_json, write_text
 from mbcd_cli.json_values import json_values
-from mbcd_cli.ledger import looks, revealed_by, told
+from mbcd_cli.ledger import REVEALED, looks, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def _loaded(folders: Sequence[Path], notes: list[str]) -> list[Run]:
 def _looks(runs: Sequence[Run]) -> tuple[dict[str, str], list[str]]:
     """How often sealed targets were looked at, as a section of the page; and ledgers that cannot be trusted."""
     rows, broken = [], []
-    for place in sorted({run.path.parent for run in runs if run.sealed or revealed_by(run.path) is not None}):
+    for place in sorted({run.path.parent for run in runs if run.sealed or (run.path / REVEALED).is_file()}):
         try:
             found = looks(place)
         except FileError as error:

@@ -192,7 +192,7 @@ def test_a_missing_package_is_named(folders, monkeypatch):
     assert "uv sync --group hf" in caught.value.remedy
 
 
-@pytest.mark.parametrize(("cut", "dtype"), [("block1", "int8"), ("adapter", "float16"), ("adapter", "int8")])
+@pytest.mark.parametrize(("cut", "dtype"), [("block1", "float16"), ("adapter", "int8")])
 def test_from_media_to_results(folders, tmp_path, cut, dtype):
     """Prepared, trained from the cache alone, evaluated: with the folders gone."""
     root = helpers.write_dataset(tmp_path / "tiny")

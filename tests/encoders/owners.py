@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 
 
+@cache
 def import_torchvision() -> None:
     """Import torchvision, whose compiled half is of another build of torch than a CPU's, or skip.
 

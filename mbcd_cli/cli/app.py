@@ -33,6 +33,7 @@ class _Commands(Mapping):
         "reveal",
         "verify",
         "repair",
+        "check",
         "list",
     )
 

@@ -12,7 +12,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.quantise import scale_shape
 from mbcd_cli.encoders import build_encoder, format_of
 from mbcd_cli.encoders.formats import files_sha256
-from mbcd_cli.encoders.pretrained import checked_sha256, find_weights, load_pretrained
+from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.files import written_file
 from mbcd_cli.say import SILENT, Say
@@ -34,6 +34,18 @@ class WeightsFile:
     sha256: str
 
 
+def weight_files(settings: Settings, modality: Modality) -> list[Path]:
+    """The files that hold the weights of `modality`'s encoder.
+
+    Raises:
+        CheckpointError: they are not there.
+    """
+    form, folder = format_of(modality), settings.cache.weights_dir
+    if form is None:
+        return [find_weights(modality.encoder, modality.weights, folder)]
+    return form.files(modality, folder)
+
+
 def weights_file(settings: Settings, modality: Modality) -> WeightsFile | None:
     """The weights file of `modality`'s encoder; None where it needs none. Nothing of it is loaded.
 
@@ -42,13 +54,8 @@ def weights_file(settings: Settings, modality: Modality) -> WeightsFile | None:
     """
     if not needs_weights(settings, modality):
         return None
-    if (form := format_of(modality)) is not None:
-        files = form.files(modality, settings.cache.weights_dir)
-        return WeightsFile(
-            files[0] if len(files) == 1 else files[0].parent, files_sha256(files, modality.weights_sha256)
-        )
-    file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
-    return WeightsFile(file, checked_sha256(file, modality.weights_sha256))
+    files = weight_files(settings, modality)
+    return WeightsFile(files[0] if len(files) == 1 else files[0].parent, files_sha256(files, modality.weights_sha256))
 
 
 @dataclass(frozen=True, slots=True)

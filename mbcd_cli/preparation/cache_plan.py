@@ -149,13 +149,16 @@ def corrupted_plans(
     Args:
         wanted: kind and severity of every corruption; those of other modalities are left out.
     """
+    own = [(kind, severity) for kind, severity in wanted if kind in modality.corruptions]
+    if not own:
+        return []
     views = [views_of(split, views=0, test_view=settings.dataset.target_split) for split in SPLITS]
     sizes = np.array([len(stored) * row_bytes(plan.shapes["test"]) for stored in views], np.int64)[clips.splits]
     shards = shard_ranges(sizes.tolist(), limit=settings.cache.shard_clips)
     column = clips.media[str(plan.recipe["modality"])]
     pool = tuple(column[i] for i in np.unique(np.linspace(0, len(clips) - 1, POOL).astype(int)) if column.has(i))
     plans = []
-    for kind, severity in ((kind, severity) for kind, severity in wanted if kind in modality.corruptions):
+    for kind, severity in own:
         corruption = Corruption(kind, severity, pool if kind == BABBLE else ())
         recipe, folder = {**plan.recipe, "corruption": corruption.folder}, plan.folder / corruption.folder
         changed = {"folder": folder, "recipe": recipe, "corruption": corruption, "weights_bytes": 0}

@@ -87,8 +87,8 @@ def test_what_to_run_next_finds_what_was_prepared(root, tmp_path, monkeypatch):
     assert trained.data["epochs"] == 1
 
 
-def test_the_target_to_begin_with_is_one_that_train_takes(tmp_path):
-    """One that is only ever tested; else one that can be tested."""
+def test_the_target_to_begin_with_and_what_check_cannot_know(tmp_path):
+    """A target that is only ever tested, else one that can be tested; --check counts what the audit will leave out."""
     helpers.write_array(tmp_path / "x.npy", np.ones(3, np.float32))
     splits = {"only tested": ["test"], "both": ["train", "test"], "only trained on": ["train"]}
     rows = [
@@ -98,6 +98,8 @@ def test_the_target_to_begin_with_is_one_that_train_takes(tmp_path):
     ]
     helpers.write_manifest(tmp_path / "manifest.csv", rows)
     words = ["prepare", "manifest", "--root", tmp_path, "--cache-dir", tmp_path / "cache", "--json"]
+    report = run(*words, "--check", "--set", "dataset.leave_out=audit").data
+    assert any("leave_out" in line for line in report["warnings"])
     two = ["--set", "dataset.domains=['both', 'only trained on']"]
     assert run(*words).data["target"] == "only tested"
     assert run(*words, *two).data["target"] == "both"

@@ -22,12 +22,13 @@ def name_faults(what: str, value: str) -> list[str]:
     if (
         len(value.encode()) > 200
         or value.startswith((".", "-"))
+        or value != value.strip()
         or re.search(r'[/\\:*?"<>|]', value)
         or any(unicodedata.category(character)[0] == "C" for character in value)
     ):
         return [
             f"{what} {value[:60]!r} cannot serve as a name (up to 200 bytes, no . or - in front, "
-            'no control characters, none of / \\ : * ? " < > |)'
+            'no space at its ends, no control characters, none of / \\ : * ? " < > |)'
         ]
     return []
 

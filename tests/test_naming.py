@@ -11,7 +11,7 @@ from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.resolved import resolve
 
 
-@pytest.mark.parametrize("name", ["../x", "/abs", "a/b", "a\nb", "-x", ".x", "", "n" * 201, "\x1b[31m"])
+@pytest.mark.parametrize("name", ["../x", "/abs", "a/b", "a\nb", "-x", ".x", "", " ", "a ", "n" * 201, "\x1b[31m"])
 def test_names_that_lead_out_of_their_folder_or_cannot_be_shown(name):
     assert name_faults("domain", name)
     with pytest.raises(SettingsError, match=r"dataset\.name"):

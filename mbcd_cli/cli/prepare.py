@@ -156,7 +156,7 @@ def show_prepared(result: Prepared, *, preset: str | None, repeat: Sequence[str]
         )
         return
     named = ["--preset", preset] if preset else ["--dataset", result.dataset]
-    console.say(f"Next: mbcd train {shlex.join([*named, '--target-domain', result.domains[-1], *repeat])}")
+    console.say(f"Next: mbcd train {shlex.join([*named, '--target-domain', result.target, *repeat])}")
 
 
 _SHOWN = 5

@@ -212,6 +212,15 @@ class Clips(Sequence[Clip]):
         label, name = self._named[self._classes[index]]
         return self.domain_names[self.domains[index]], SPLITS[self.splits[index]], label, name
 
+    @property
+    def splits_of(self) -> dict[str, set[str]]:
+        """The splits of which a domain has clips, by domain."""
+        pairs = np.unique(np.stack([self.domains, self.splits]), axis=1).T.tolist()
+        return {
+            name: {SPLITS[split] for domain, split in pairs if domain == number}
+            for number, name in enumerate(self.domain_names)
+        }
+
     def media_of(self, name: str) -> Sequence[Media]:
         """The media of one modality, of the clips that have it."""
         column = self.media.get(name, MediaColumn())

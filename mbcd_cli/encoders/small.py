@@ -14,12 +14,13 @@ from torch import nn
 from mbcd_cli.data.modalities.audio import AudioModality
 from mbcd_cli.data.modalities.flow import FlowModality
 from mbcd_cli.data.modalities.video import VideoModality
+from mbcd_cli.encoders.convolution import Conv3d
 from mbcd_cli.encoders.staged import Normalise, StagedEncoder
 
 
 def _block3d(inside: int, out: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> list[nn.Module]:
     padding = tuple(k // 2 for k in kernel)
-    return [nn.Conv3d(inside, out, kernel, stride, padding, bias=False), nn.BatchNorm3d(out), nn.ReLU(inplace=True)]
+    return [Conv3d(inside, out, kernel, stride, padding, bias=False), nn.BatchNorm3d(out), nn.ReLU(inplace=True)]
 
 
 def _block2d(inside: int, out: int, kernel: int, stride: tuple[int, int]) -> list[nn.Module]:

@@ -166,6 +166,9 @@ def check(settings: Settings, *, corruptions: Sequence[str] = (), severities: Se
     needed = sum(checked.bytes_to_write + checked.weights_to_write for checked in modalities.values())
     free = free_bytes(settings.cache.dir)
     stops = needed > free or any(checked.lacks_weights for checked in modalities.values())
+    warnings = [*listing.warnings]
+    if settings.dataset.leave_out != "none" and settings.dataset.left_out is None:
+        warnings.append("what dataset.leave_out will leave out is not known before `prepare`, and is counted here too")
     exit_code = 0 if settings.dataset.tolerates(len(lost), len(listing.clips) + len(listing.rejected)) else 3
     return Checked(
         dataset=listing.name,
@@ -176,7 +179,7 @@ def check(settings: Settings, *, corruptions: Sequence[str] = (), severities: Se
         domains=counts,
         classes=len(listing.label_names),
         layout=listing.notes,
-        warnings=listing.warnings,
+        warnings=warnings,
         modalities=modalities,
         clips_to_be_rejected=len(lost),
         views=settings.cache.views,

@@ -149,12 +149,24 @@ def prepare_listing(
         cache=str(settings.cache.dir / listing.name),
         clips=total,
         domains=list(listing.domains),
+        target=_target(settings, listing),
         classes=len(listing.label_names),
         modalities=done,
         rejected=rejected,
         left_out=leaks,
         exit_code=0 if settings.dataset.tolerates(len(bad), total) else 3,
     )
+
+
+def _target(settings: Settings, listing: Listing) -> str:
+    """The last domain that can be tested, one that only can be tested before others."""
+    splits = listing.clips.splits_of
+
+    def fitness(domain: str) -> tuple[bool, bool]:
+        there = splits.get(domain, set())
+        return "test" in there or settings.dataset.target_split == "all", "train" not in there
+
+    return max(reversed(listing.domains), key=fitness)
 
 
 def check_beforehand(

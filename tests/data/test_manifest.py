@@ -272,6 +272,10 @@ def test_all_bad_lines_in_one_error(tmp_path):
 def test_headers(tmp_path):
     assert "lacks split, label" in problems(tmp_path, text=b"id,domain,video\nc0,a,v.mp4\n")
     assert "separated by commas" in problems(tmp_path, text=b"id;domain;split;label;video\n")
+    text = b"id,domain,split,label,video\nc0,a,train,0,v\n"
+    assert "modality 'vidoe'. Did you mean video?" in problems(
+        tmp_path, text=text, modalities={"vidoe": default_modality("video")}
+    )
     assert "there twice" in problems(tmp_path, text=b"id,domain,split,label,video,video\nc0,a,train,0,v,w\n")
     assert "has no name" in problems(tmp_path, text=b"id,domain,split,label,video,\nc0,a,train,0,v,\n")
     assert "no column of a modality" in problems(tmp_path, text=b"id,domain,split,label\nc0,a,train,0\n")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import os
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from conformance import numbers_of
-from helpers import numbered_frames, write_frames, write_video
+from helpers import numbered_frames, tone, write_frames, write_video, write_wav
 from test_whole import video
 
 from mbcd_cli.data.media import timeline
 from mbcd_cli.data.media.checks import allowed_seconds
 from mbcd_cli.data.media.condition import condition
-from mbcd_cli.data.media.sound import read_audio
+from mbcd_cli.data.media.sound import read_audio, stored_rate
 from mbcd_cli.data.media.timeline import beginning
 from mbcd_cli.data.media.video import _upright, read_frames, timeline_of
 from mbcd_cli.data.readers.csv_table import path_fault
@@ -113,6 +114,31 @@ def test_loops_of_links_are_said(tmp_path):
             with pytest.raises(MediaError, match="symbolic links"):
                 read(Media(path), dataset=DATASET)
         assert condition(Media(path))
+
+
+@pytest.mark.parametrize("name", ["-", "http:/127.0.0.1:9/a.mp4", "concat:a|b.mp4", "%03d.mp4", "pipe:0"])
+def test_a_name_is_a_file_whatever_else_it_would_be_to_a_decoder(tmp_path, monkeypatch, name):
+    """Standard input, an address, several files, a pattern, a pipe."""
+    monkeypatch.chdir(tmp_path)
+    sound, picture = write_wav(Path("a.wav"), tone()), write_video(Path("a.mp4"), numbered_frames(4))
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sound.rename(path)
+    assert len(read_audio(Media(path), dataset=DATASET)[0]) == 4000
+    assert stored_rate(path) == 8000
+    picture.rename(path)
+    assert len(read_frames(Media(path), every, dataset=DATASET)) == 4
+
+
+@pytest.mark.parametrize(
+    "head", ["#EXTM3U\n", "ffconcat version 1.0\n", "\ufeff\n<?xml version='1.0'?><MPD>", "[playlist]\n"]
+)
+def test_lists_of_other_files_are_none_of_media(tmp_path, head):
+    (tmp_path / "secret.wav").write_bytes(write_wav(tmp_path / "a.wav", tone()).read_bytes())
+    (tmp_path / "list.avi").write_text(f"{head}file:secret.wav\n", encoding="utf-8")
+    for read in (partial(read_frames, choose=every), read_audio):
+        with pytest.raises(MediaError, match="a list of other files"):
+            read(Media(tmp_path / "list.avi"), dataset=DATASET)
 
 
 def test_endless_names_are_bad_lines():

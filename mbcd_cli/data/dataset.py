@@ -290,11 +290,12 @@ def as_prepared(cache: ModalityCache) -> CacheSettings:
 
 
 def _resolved(wanted: Modality, prepared: Modality) -> Modality:
-    """`wanted`, with what only `prepare` could know (sizes read from the files) filled in."""
+    """`wanted`, with what only `prepare` could know (sizes read from the files, what an encoder wants) filled in."""
+    unsaid = {*wanted.encoder_settings} - wanted.model_fields_set if prepared.encoder_config is not None else set()
     gaps = {
         field: getattr(prepared, field)
         for field in type(wanted).model_fields
-        if getattr(wanted, field) is None and getattr(prepared, field) is not None
+        if (getattr(wanted, field) is None or field in unsaid) and getattr(prepared, field) is not None
     }
     return wanted.model_copy(update=gaps)
 

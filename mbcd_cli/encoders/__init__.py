@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pydantic import ValidationError
 from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import array_mlp, audio_resnet, efficientnet, resnet3d, small
+from mbcd_cli.encoders.formats import EncoderFormat
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import entry_of
+from mbcd_cli.settings import Settings
 
 GROUP = "mbcd.encoders"
 
@@ -41,14 +46,119 @@ ENCODERS: dict[str, EncoderEntry] = {
 }
 
 
-def build_encoder(name: str, settings: Modality) -> StagedEncoder:
-    """The encoder of modality `name`, randomly initialised (`pretrained` loads weights).
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Encoders from a user's files: what stands behind the colon, the kinds they read, the module, and what they are.
 
-    An `adapter` stage is appended when the cut asks for it.
+    Attributes:
+        module: an `EncoderFormat`, imported when such an encoder is asked for.
+    """
+
+    what: str
+    kinds: tuple[str, ...]
+    module: str
+    summary: str
+
+
+SCHEMES: dict[str, Scheme] = {
+    "hf": Scheme(
+        "FOLDER",
+        ("video", "audio"),
+        "mbcd_cli.encoders.transformers_models",
+        "a folder of transformers' (config.json, safetensors): VideoMAE, V-JEPA 2, CLIP, AST, wav2vec 2, ...",
+    ),
+    "timm": Scheme(
+        "NAME", ("video",), "mbcd_cli.encoders.timm_models", "a ViT or EfficientNet of timm, with a weights file"
+    ),
+}
+"""`encoder = "hf:FOLDER"`: scheme -> what it is. Folders and files are relative to `--weights-dir`."""
+
+
+def format_of(modality: Modality) -> EncoderFormat | None:
+    """How the modality's encoder comes from files; None for one of a registry.
 
     Raises:
-        SettingsError: no such encoder, an encoder of another kind, or no such stage to cut at.
+        SettingsError: there is no such scheme.
     """
+    if not modality.from_files:
+        return None
+    name = modality.encoder.partition(":")[0]
+    if name not in SCHEMES:
+        raise SettingsError(
+            f"encoder {modality.encoder}: there is no kind of files {name!r}.",
+            f"{did_you_mean(name, SCHEMES)}`mbcd list encoders` shows the choices.",
+        )
+    return importlib.import_module(SCHEMES[name].module)
+
+
+def described_encoders(settings: Settings) -> Settings:
+    """Settings in which every encoder from files is described, and its modality gives it what it wants.
+
+    What the user did not set is set as the encoder wants it; what was described already stays.
+
+    Raises:
+        CheckpointError: its files are not there, or not such an encoder's. SettingsError: settings that contradict it.
+    """
+    modalities = dict(settings.modalities)
+    for name, modality in settings.modalities.items():
+        form = format_of(modality)
+        if form is None or modality.encoder_config is not None:
+            continue
+        config = form.describe(modality, settings.cache.weights_dir)
+        modalities[name] = _as_wanted(name, modality.model_copy(update={"encoder_config": config}), form)
+        for sound, other in settings.modalities.items():
+            if other.guide == name and modalities[name].frames != modality.frames:
+                raise SettingsError(
+                    f"modalities.{sound} follows the frames of {name}, of which {modality.encoder} wants "
+                    f"{modalities[name].frames}.",
+                    f"Say so: --set modalities.{name}.frames={modalities[name].frames}.",
+                )
+    return settings.model_copy(update={"modalities": modalities})
+
+
+def _as_wanted(name: str, modality: Modality, form: EncoderFormat) -> Modality:
+    """`modality` with what the encoder wants in the settings that the user left alone."""
+    _check_kind(name, modality)
+    wants = form.wants(modality)
+    if wants.kind != modality.kind:
+        raise SettingsError(
+            f"modalities.{name}.encoder: {modality.encoder} reads {wants.kind}, and {name} is {modality.kind}.",
+            f"Name an encoder of {modality.kind}; `mbcd passport ENCODER` says what one reads.",
+        )
+    wanted = wants.settings()
+    given = {field: getattr(modality, field) for field in wanted if field in modality.model_fields_set}
+    # The short side is a choice: the crop is what has to fit.
+    wrong = [f for f, value in given.items() if f != "short_side" and value is not None and not _same(value, wanted[f])]
+    if wrong:
+        raise SettingsError(
+            "\n".join(f"modalities.{name}.{f} is {given[f]}, and {modality.encoder} wants {wanted[f]}." for f in wrong),
+            "Leave it out: what the encoder wants is taken.",
+        )
+    filled = modality.model_copy(update={f: v for f, v in wanted.items() if given.get(f) is None})
+    try:
+        return type(modality).model_validate(filled.model_dump())
+    except ValidationError as error:
+        text = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+        raise SettingsError(f"modalities.{name} with {modality.encoder}: {text}.", "Leave it out.") from error
+
+
+def _same(given: object, wanted: object) -> bool:
+    if isinstance(wanted, tuple):
+        return all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(given, wanted, strict=True))
+    return given == wanted
+
+
+def _check_kind(name: str, modality: Modality) -> None:
+    kinds = SCHEMES[modality.encoder.partition(":")[0]].kinds
+    if modality.kind not in kinds:
+        raise SettingsError(
+            f"modalities.{name}.encoder: {modality.encoder} reads {' or '.join(kinds)}, and {name} is {modality.kind}.",
+            "`mbcd list encoders` shows the choices.",
+        )
+
+
+def _registered(name: str, settings: Modality) -> StagedEncoder:
+    """The encoder of a registry, ours or another package's."""
     entry = entry_of(settings.encoder, GROUP, ENCODERS, EncoderEntry)
     if entry is None:
         raise SettingsError(
@@ -60,11 +170,29 @@ def build_encoder(name: str, settings: Modality) -> StagedEncoder:
             f"modalities.{name}.encoder: {settings.encoder} reads {entry.kind}, and {name} is {settings.kind}.",
             "`mbcd list encoders` shows the choices.",
         )
-    encoder = entry.build(settings)
+    return entry.build(settings)
+
+
+def build_encoder(name: str, settings: Modality) -> StagedEncoder:
+    """The encoder of modality `name`, randomly initialised (`pretrained` or its `EncoderFormat` loads weights).
+
+    An `adapter` stage is appended when the cut asks for it.
+
+    Raises:
+        SettingsError: no such encoder, an encoder of another kind, no such stage to cut at, or an encoder from files
+            that `described_encoders` has not seen.
+    """
+    form = format_of(settings)
+    if form is not None and settings.encoder_config is None:
+        raise SettingsError(
+            f"modalities.{name}.encoder: nothing says what {settings.encoder} is like.",
+            "Run `mbcd prepare`, which reads its files.",
+        )
+    encoder = _registered(name, settings) if form is None else form.build(settings)
     if settings.cut == "adapter":
         stages: dict[str, nn.Module] = dict(encoder.stages.items())
         stages["adapter"] = Adapter(encoder.dim)
-        encoder = StagedEncoder(stages, dim=encoder.dim, recomputed=encoder.recomputed)
+        encoder = StagedEncoder(stages, dim=encoder.dim, recomputed=encoder.recomputed, wants=encoder.wants)
     if settings.cut not in encoder.names:
         raise SettingsError(
             f"modalities.{name}.cut: {settings.encoder} has no stage {settings.cut!r}.",

@@ -173,13 +173,9 @@ def _exported(file: Path) -> tuple[nn.Module, Axes]:
         ) from error
     inputs = [value.meta["val"] for value in program.graph.nodes if value.name in program.graph_signature.user_inputs]
     if len(inputs) != 1 or not isinstance(inputs[0], torch.Tensor):
-        held = ", ".join(
-            shape_text(value.shape) if isinstance(value, torch.Tensor) else "no tensor" for value in inputs
-        )
-        raise CheckpointError(
-            f"{file}: the program takes {', '.join(shapes) or 'nothing'}, not one tensor.",
-            "Export a model of one input.",
-        )
+        shapes = [shape_text(value.shape) if isinstance(value, torch.Tensor) else "no tensor" for value in inputs]
+        taken = ", ".join(shapes) or "nothing"
+        raise CheckpointError(f"{file}: the program takes {taken}, not one tensor.", "Export a model of one input.")
     return program.module(), tuple(axis if isinstance(axis, int) else None for axis in inputs[0].shape)
 
 

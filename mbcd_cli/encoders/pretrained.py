@@ -104,12 +104,21 @@ def checked_sha256(file: Path, expected: str | None) -> str:
     """
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    same_sha256(file, digest, expected)
+    return digest
+
+
+def same_sha256(file: Path, digest: str, expected: str | None) -> None:
+    """Compare the SHA-256 of a file or folder with what it has to begin with, where something is expected.
+
+    Raises:
+        CheckpointError: it does not.
+    """
     if expected and not digest.startswith(expected.lower()):
         raise CheckpointError(
             f"{file}: its SHA-256 begins with {digest[: max(len(expected), 8)]}, not {expected}.",
             "The download is damaged or another file; get it again, or set modalities.NAME.weights_sha256.",
         )
-    return digest
 
 
 def find_weights(encoder_name: str, weights: Path | None, weights_dir: Path) -> Path:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbcd_cli.data.records import Parts
+from mbcd_cli.encoders.wants import Wants
 from mbcd_cli.errors import FOREIGN, CacheError, SettingsError
 
 Noise = Callable[[Parts], Parts]
@@ -142,13 +143,17 @@ class StagedEncoder(nn.Module):
         dim: D, features after pooling.
         recomputed: cheap stages whose outputs are not worth caching; a cut right after one moves it, frozen, to
             the tail (SlowFast's lateral connections).
+        wants: what it wants of a decoded view, where that is known.
     """
 
-    def __init__(self, stages: Mapping[str, nn.Module], *, dim: int, recomputed: Iterable[str] = ()) -> None:
+    def __init__(
+        self, stages: Mapping[str, nn.Module], *, dim: int, recomputed: Iterable[str] = (), wants: Wants | None = None
+    ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
         self.dim = dim
         self.recomputed = frozenset(recomputed)
+        self.wants = wants
 
     @property
     def names(self) -> tuple[str, ...]:

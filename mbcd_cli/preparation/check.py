@@ -22,6 +22,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media
 from mbcd_cli.data.records import SPLITS, Rejected
+from mbcd_cli.encoders import described_encoders
 from mbcd_cli.errors import CheckpointError
 from mbcd_cli.files import free_bytes
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing, stored_views
@@ -134,6 +135,7 @@ def check(settings: Settings) -> Checked:
         ManifestError, SettingsError: as `read_listing`.
     """
     device = configure(settings.runtime)
+    settings = described_encoders(settings)
     listing = read_listing(settings)
     present = check_media(listing)
     speed = _flops_per_second(device) if any(m.cut != "input" for m in listing.modalities.values()) else None

@@ -23,6 +23,7 @@ from mbcd_cli.data.online import MediaSource
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.records import Mended, Rejected
+from mbcd_cli.encoders import described_encoders
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, CheckpointError
 from mbcd_cli.files import free_bytes, size_text, write_rows, write_text
@@ -100,6 +101,7 @@ def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared | None:
         CacheError: no room for the cache, or no clip can be used.
     """
     configure(settings.runtime)
+    settings = described_encoders(settings)
     with say.progress("reading what clips there are"):
         listing = read_listing(settings)
     return prepare_listing(settings, listing, say=say)

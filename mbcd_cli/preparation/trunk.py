@@ -10,7 +10,8 @@ import torch
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.quantise import scale_shape
-from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders import build_encoder, format_of
+from mbcd_cli.encoders.formats import files_sha256
 from mbcd_cli.encoders.pretrained import checked_sha256, find_weights, load_pretrained
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.files import written_file
@@ -22,12 +23,12 @@ Shapes = list[tuple[tuple[int, ...], np.dtype]]
 
 def needs_weights(settings: Settings, modality: Modality) -> bool:
     """Whether a weights file has to be there: nothing is frozen at the cut `input`, and random weights may be said."""
-    return not (settings.cache.random_weights or (modality.cut == "input" and modality.weights is None))
+    return modality.prepared_encoder and not settings.cache.random_weights
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsFile:
-    """The file of the weights that an encoder needs, and its SHA-256."""
+    """The file of the weights that an encoder needs, or their folder, and its SHA-256 (`formats.files_sha256`)."""
 
     file: Path
     sha256: str
@@ -41,6 +42,11 @@ def weights_file(settings: Settings, modality: Modality) -> WeightsFile | None:
     """
     if not needs_weights(settings, modality):
         return None
+    if (form := format_of(modality)) is not None:
+        files = form.files(modality, settings.cache.weights_dir)
+        return WeightsFile(
+            files[0] if len(files) == 1 else files[0].parent, files_sha256(files, modality.weights_sha256)
+        )
     file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
     return WeightsFile(file, checked_sha256(file, modality.weights_sha256))
 
@@ -69,11 +75,14 @@ def build_trunk(settings: Settings, name: str, modality: Modality, *, say: Say =
     torch.manual_seed(settings.cache.seed)
     encoder = build_encoder(name, modality)
     cut = encoder.cut(modality.cut)
-    if modality.cut == "input" and modality.weights is None:
+    if not modality.prepared_encoder:
         return Frozen(cut[0], {}, None)
     source = weights_file(settings, modality)
     if source is not None:
-        load_pretrained(encoder, modality.encoder, source.file, sha256=source.sha256)
+        if (form := format_of(modality)) is not None:
+            form.load(encoder, modality, settings.cache.weights_dir)
+        else:
+            load_pretrained(encoder, modality.encoder, source.file, sha256=source.sha256)
         say(f"{name}: {modality.encoder} with the weights of {source.file} (SHA-256 {source.sha256[:8]}...)")
     if settings.cache.live_trunks:
         cut = encoder.cut(modality.cut, live=True)
@@ -130,7 +139,7 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
 
 def weights_bytes(settings: Settings, name: str, modality: Modality) -> int:
     """About what `save_weights` will write of a modality's encoder."""
-    if modality.cut == "input" and modality.weights is None:
+    if not modality.prepared_encoder:
         return 0
     with torch.device("meta"):
         trunk, tail = build_encoder(name, modality).cut(modality.cut, live=settings.cache.live_trunks)

@@ -135,6 +135,18 @@ class ModalitySettings(Slice):
     """Expected SHA-256 of the weights file, or its beginning; a file that differs is refused."""
     width: ForWeights[Count] = 16
     """Channels of the first layer of a small encoder; the others grow from it."""
+    encoder_config: ForWeights[str | None] = None
+    """Filled in by `prepare`: what an encoder's own files say of its layers and preprocessing."""
+
+    @property
+    def from_files(self) -> bool:
+        """Whether the encoder is a user's file (`SCHEME:WHAT`), and not one of a registry."""
+        return ":" in self.encoder
+
+    @property
+    def prepared_encoder(self) -> bool:
+        """Whether `prepare` needs the encoder: to freeze part of it, or to keep weights that training begins with."""
+        return self.cut != "input" or self.weights is not None or self.from_files
 
 
 class CacheSettings(Slice):

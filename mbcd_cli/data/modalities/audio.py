@@ -1,4 +1,4 @@
-"""Sound as a log-spectrogram. Letters: n samples, F frequency bins, S spectrogram columns."""
+"""Sound as a log-spectrogram or as its samples. Letters: n samples, F frequency bins, S spectrogram columns."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RATES_OF = 1000  # files, spread over the dataset, whose sample rates are looke
 
 
 class AudioModality(Modality):
-    """Sound as a log-spectrogram (scipy; docs/data.md)."""
+    """Sound as a log-spectrogram (scipy; docs/data.md), or as its samples."""
 
     words: ClassVar[tuple[str, ...]] = ("audio", "sound", "speech", "wav")
     suffixes: ClassVar[tuple[str, ...]] = (
@@ -44,12 +44,15 @@ class AudioModality(Modality):
     )
     also_in: ClassVar[tuple[str, ...]] = VideoModality.suffixes
     clocked: ClassVar[bool] = True
+    encoder_settings: ClassVar[tuple[str, ...]] = ("front_end", "sample_rate", "samples")
     corruptions: ClassVar[tuple[str, ...]] = ("spectrogram noise", "step drop", "band drop")
 
     kind: Literal["audio"] = "audio"
     """Kind of the modality."""
     encoder: ForWeights[str] = "small-audio"
     """Encoder that reads this modality; `mbcd list encoders` shows them."""
+    front_end: Literal["spectrogram", "waveform"] = "spectrogram"
+    """A view: log-spectrogram, or the samples, for encoders with a front end of their own (without noise and mask)."""
     sample_rate: Count | None = None
     """Samples per second after resampling; default: as stored."""
     samples: Count = 160000
@@ -86,7 +89,7 @@ class AudioModality(Modality):
     def _window_fits(self):
         if self.noverlap >= self.nperseg:
             raise ValueError(f"noverlap ({self.noverlap}) must be smaller than nperseg ({self.nperseg})")
-        if self.samples < self.nperseg:
+        if self.samples < self.nperseg and self.front_end == "spectrogram":
             raise ValueError(f"samples ({self.samples}) must be at least nperseg ({self.nperseg})")
         return self
 
@@ -95,15 +98,23 @@ class AudioModality(Modality):
         """Modality whose views' frames these views follow, if any."""
         return self.follow
 
+    @property
+    def random(self) -> bool:
+        """Whether training views of the same sound may differ."""
+        shifted = self.shift > 0 and self.short == "pad"
+        return self.front_end == "spectrogram" or shifted or self.follow is not None
+
     def part_shapes(self, *, test: bool = False) -> list[tuple[tuple[int, ...], np.dtype]]:
-        """One part: [1, F, S] float32."""
+        """One part: [1, F, S], or samples [1, n], float32."""
+        if self.front_end == "waveform":
+            return [((1, self.samples), np.dtype(np.float32))]
         columns = (self.samples - self.noverlap) // (self.nperseg - self.noverlap)
         return [((1, self.nperseg // 2 + 1, columns), np.dtype(np.float32))]
 
     def views(
         self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
     ) -> list[ViewParts]:
-        """One part per view: [1, F, S] float32."""
+        """One part per view: [1, F, S], or samples [1, n], float32."""
         generators = draws(name)
         guides = draws(self.follow) if self.follow is not None else generators
         spans, sounds = self.sounds(media, guides, dataset=dataset, notes=notes)
@@ -218,7 +229,7 @@ def audio_view(
     rng: np.random.Generator | None,
     shared: dict[int, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Log-spectrogram of a clip, standardised: [n] samples at `rate` per second -> [1, F, S] float32.
+    """Standardised log-spectrogram of a clip, or its samples: [n] at `rate` per second -> [1, F, S] or [1, n] float32.
 
     F = nperseg / 2 + 1, S = (samples - noverlap) // (nperseg - noverlap). A training view (`rng` given) then has
     uniform noise added, and one band of `mask_bins` frequency bins set to zero, the mean.
@@ -227,7 +238,11 @@ def audio_view(
     shared = {} if shared is None else shared
     before = silence_before(len(samples), settings, rng)
     if before not in shared:
-        shared[before] = _spectrogram(fit_samples(samples, settings, before), rate, settings)
+        fitted = fit_samples(samples, settings, before)
+        spectral = settings.front_end == "spectrogram"
+        shared[before] = _spectrogram(fitted, rate, settings) if spectral else fitted
+    if settings.front_end == "waveform":
+        return shared[before][None].astype(np.float32)
     return _noisy_spectrogram(shared[before], settings, rng)[None].astype(np.float32)
 
 

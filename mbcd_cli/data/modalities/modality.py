@@ -42,6 +42,7 @@ class Modality(ModalitySettings, ABC):
         clocked: a span in frames is one of the video's frames.
         computed_from: kind of the modality that it can be computed from.
         raw: values are what the files hold, in the shape they have there: it matters what rounding takes from them.
+        encoder_settings: those that an encoder from files decides where the user did not (`Wants.settings`).
         corruptions: names of those corruptions of an evaluation that its decoded views can suffer.
         stated_seconds: of one worker for one clip, where no clip is there to be timed.
     """
@@ -54,6 +55,7 @@ class Modality(ModalitySettings, ABC):
     clocked: ClassVar[bool] = False
     computed_from: ClassVar[str | None] = None
     raw: ClassVar[bool] = False
+    encoder_settings: ClassVar[tuple[str, ...]] = ()
     corruptions: ClassVar[tuple[str, ...]] = ()
     stated_seconds: ClassVar[float] = 0.1
 

@@ -32,6 +32,7 @@ class VideoModality(FrameModality):
         ".mts",
         ".vob",
     )
+    encoder_settings: ClassVar[tuple[str, ...]] = ("frames", "short_side", "crop", "test_crop", "mean", "std")
     corruptions: ClassVar[tuple[str, ...]] = ("noise", "blur", "frame drop", "brightness", "contrast")
     stated_seconds: ClassVar[float] = 0.4
 

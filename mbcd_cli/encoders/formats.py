@@ -1,0 +1,92 @@
+"""What a scheme's module has: how encoders are made from a user's files."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+from mbcd_cli.data.modalities.modality import Modality
+from mbcd_cli.encoders.pretrained import checked_sha256, same_sha256
+from mbcd_cli.encoders.staged import StagedEncoder
+from mbcd_cli.encoders.wants import Wants
+from mbcd_cli.errors import CheckpointError, SettingsError
+
+
+class EncoderFormat(Protocol):
+    """One kind of files that encoders come from; every module that a `Scheme` names is one.
+
+    `describe`, `wants` and `files` run nothing and import no optional package. What `describe` returns is kept as
+    `encoder_config` with the cache and every run, so that `wants` and `build` need the files no more.
+    """
+
+    def describe(self, modality: Modality, weights_dir: Path) -> str:
+        """All that shape and preprocessing depend on, as JSON.
+
+        Args:
+            modality: its `encoder` is `SCHEME:WHAT`.
+            weights_dir: where relative paths begin.
+
+        Raises:
+            CheckpointError: files that are not there, or that no encoder of ours can be made from.
+        """
+
+    def wants(self, modality: Modality) -> Wants:
+        """What the encoder that `modality.encoder_config` describes wants and gives."""
+
+    def files(self, modality: Modality, weights_dir: Path) -> list[Path]:
+        """The files that its outputs depend on: one, or several of one folder.
+
+        Raises:
+            CheckpointError: they are not there.
+        """
+
+    def build(self, modality: Modality) -> StagedEncoder:
+        """The encoder that `modality.encoder_config` describes, with random weights, or none yet; also on `meta`."""
+
+    def load(self, encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
+        """Put the weights of `files` into an encoder of `build`; all of them or none.
+
+        Raises:
+            CheckpointError: damaged files, or another encoder's; every key that differs is named.
+        """
+
+
+def behind_scheme(modality: Modality) -> str:
+    """WHAT of the modality's encoder `SCHEME:WHAT`."""
+    return modality.encoder.partition(":")[2]
+
+
+def import_optional(package: str, group: str) -> ModuleType:
+    """An optional package.
+
+    Raises:
+        SettingsError: it is not installed, or cannot be imported.
+    """
+    try:
+        return importlib.import_module(package)
+    except Exception as error:  # a compiled half of the package may be of another torch
+        raise SettingsError(
+            f"{package} cannot be imported: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"`uv sync --group {group}` (or `pip install {package.partition('.')[0]}`) installs it.",
+        ) from error
+
+
+def files_sha256(files: Sequence[Path], expected: str | None) -> str:
+    """SHA-256 of one file; of several, that of the lines that `sha256sum` prints of them, sorted by name.
+
+    Raises:
+        CheckpointError: it does not begin as `expected`, where something is; a file cannot be read.
+    """
+    try:
+        if len(files) == 1:
+            return checked_sha256(files[0], expected)
+        lines = [f"{checked_sha256(file, None)}  {file.name}\n" for file in sorted(files, key=lambda file: file.name)]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror}).", "Mend its rights.") from error
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
+    same_sha256(files[0].parent, digest, expected)
+    return digest

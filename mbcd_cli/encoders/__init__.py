@@ -70,6 +70,13 @@ SCHEMES: dict[str, Scheme] = {
     "timm": Scheme(
         "NAME", ("video",), "mbcd_cli.encoders.timm_models", "a ViT or EfficientNet of timm, with a weights file"
     ),
+} | {
+    name: Scheme("FILE", ("video", "audio", "array"), "mbcd_cli.encoders.whole_models", f"{what}, with FILE.toml")
+    for name, what in (
+        ("onnx", "a model of onnxruntime's"),
+        ("torchscript", "what torch.jit.save stored"),
+        ("export", "what torch.export.save stored"),
+    )
 }
 """`encoder = "hf:FOLDER"`: scheme -> what it is. Folders and files are relative to `--weights-dir`."""
 

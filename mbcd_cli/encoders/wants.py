@@ -24,7 +24,8 @@ class Wants:
         short_side: pixels of a frame's short side before the centre crop.
         colour: order of the channels.
         values: smallest and largest value after scaling, before `mean` and `std`.
-        mean, std: of every channel in the order of `colour` (of the front end where sound has one), in units of `values`.
+        mean, std: of every channel in the order of `colour` (of the front end where sound has one), in units of
+            `values`.
         sample_rate: samples per second.
         samples: S of a clip.
         front_end: what becomes of the samples before the first layer ("log-mel", "fbank", "waveform", ...).
@@ -48,7 +49,7 @@ class Wants:
     sample_rate: int | None = None
     samples: int | None = None
     front_end: str | None = None
-    front_end_settings: tuple[tuple[str, str | float | bool | None], ...] = ()
+    front_end_settings: tuple[tuple[str, str | int | float | bool | None], ...] = ()
     gives: str = "BD"
     pooling: str
     dim: int

@@ -30,6 +30,7 @@ from mbcd_cli.files import free_bytes, size_text, write_rows, write_text
 from mbcd_cli.place import this_process
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
+from mbcd_cli.preparation.identity import check_records
 from mbcd_cli.preparation.trunk import Frozen, WeightsFile, build_trunk, row_bytes, save_weights, weights_file
 from mbcd_cli.processes import wait_for
 from mbcd_cli.runtime import configure, pick_device
@@ -242,6 +243,8 @@ def _prepare_modality(
     plan = plan_cache(settings, listing, name, modality, weights=frozen.source, made=made, say=say)
     clips, folder = listing.clips, plan.folder
     with locked(folder, place):
+        if place.main:
+            check_records(frozen, modality, folder)
         writer = writer_of(settings, listing, name, modality, frozen, plan, folder=folder)
         missing = writer.pending()
         pending = [number for number in missing if place.owns(number)]
@@ -321,6 +324,7 @@ def writer_of(
         },
         compression=settings.cache.compression,
         place=this_process(),
+        passport=None if frozen.passport is None else frozen.passport.to_json(),
         online=MediaSource.of(settings, listing.clips, name).to_json() if settings.cache.views == 0 else None,
     )
 

@@ -19,8 +19,8 @@ from mbcd_cli.errors import CheckpointError, SettingsError
 class EncoderFormat(Protocol):
     """One kind of files that encoders come from; every module that a `Scheme` names is one.
 
-    `describe`, `wants` and `files` run nothing and import no optional package. What `describe` returns is kept as
-    `encoder_config` with the cache and every run, so that `wants` and `build` need the files no more.
+    What `describe` returns is kept as `encoder_config` with the cache and every run, so that `wants` and `build` need
+    the files no more.
     """
 
     def describe(self, modality: Modality, weights_dir: Path) -> str:

@@ -40,6 +40,8 @@ class VideoModality(FrameModality):
     """Kind of the modality."""
     encoder: ForWeights[str] = "small-video"
     """Encoder that reads this modality; `mbcd list encoders` shows them."""
+    frame_pooling: Literal["mean", "max"] = "mean"
+    """How the features of single frames become a clip's, of an encoder that reads frames alone (CLIP, timm)."""
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of each channel (R, G, B; 0 to 255) that is subtracted."""
     std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)

@@ -39,6 +39,10 @@ class ModelFile(nn.Module):
     def __deepcopy__(self, memo: object) -> ModelFile:
         return self  # it is frozen, and sessions cannot be copied
 
+    def train(self, mode: bool = True) -> ModelFile:
+        """As it is: what is exported has one mode."""
+        return self
+
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """[N, ...] -> [N, ...], N as the file has it."""
         raise NotImplementedError

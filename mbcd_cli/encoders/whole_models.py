@@ -79,7 +79,10 @@ def describe(modality: Modality, weights_dir: Path) -> str:
         )
     names = {field.name for field in fields(Wants)} - {"front_end_settings"}
     if unknown := next((key for key in told if key not in names), None):
-        raise CheckpointError(f"{beside}: there is no {unknown!r}. {did_you_mean(unknown, names)}".rstrip(), "")
+        known = ", ".join(sorted(names))
+        raise CheckpointError(
+            f"{beside}: there is no {unknown!r}.", f"{did_you_mean(unknown, names)}There are {known}."
+        )
     front = told.pop("front_end", None)
     try:
         if front is not None:
@@ -192,6 +195,8 @@ class WholeModel(nn.Module):
             x = x.flatten(1)
         elif wanted.kind == "array" and x.dim() == 2:
             axes = "BD"
+        if wanted.colour == "BGR":
+            x = x.flip(1)
         if wanted.per_frame:
             x, axes = x.transpose(1, 2).flatten(0, 1), "BCHW"
         if self.front is not None:

@@ -59,9 +59,7 @@ def _frames(view: torch.Tensor) -> list[list]:
 
 def _each_frame(encode: Callable[..., torch.Tensor], processor: Callable[..., dict]) -> Owner:
     """Frames one by one, averaged."""
-    return lambda view: torch.stack(
-        [encode(**processor(images=clip, **_AS_IT_IS)).mean(0) for clip in _frames(view)]
-    )
+    return lambda view: torch.stack([encode(**processor(images=clip, **_AS_IT_IS)).mean(0) for clip in _frames(view)])
 
 
 def videomae(folder: Path, *, task: bool = False) -> Owner:
@@ -200,9 +198,9 @@ def clap(folder: Path, *, fused: bool = False) -> Owner:
     model = saved(t.ClapModel(t.ClapConfig(audio_config=sound, text_config=_TEXT)), extractor, folder)
     # Of a batch without long clips the owner draws one that is to count as long.
     return _sound(
-        lambda input_features, **_: model.audio_model(
-            input_features, is_longer=torch.zeros(len(input_features), 1)
-        ).pooler_output,
+        lambda input_features, **_: (
+            model.audio_model(input_features, is_longer=torch.zeros(len(input_features), 1)).pooler_output
+        ),
         extractor,
     )
 

@@ -311,7 +311,8 @@ def _differences(settings: Settings, name: str, wanted: Modality, cache: Modalit
     have = {**later, **flatten(cache.recipe)}
     if have.get("target_split") == "all":  # holds more than a test of the test split needs
         expected["target_split"] = "all"
-    if "weights" in expected and (wanted.weights is not None) == (have.get("weights") != "random"):
+    random = have.get("weights") == "random"
+    if "weights" in expected and (wanted.weights is None if random else not settings.cache.random_weights):
         expected["weights"] = have.get("weights")
     return [
         f"{key.removeprefix('view.')}: cache has {have.get(key)}, settings say {expected.get(key)}"

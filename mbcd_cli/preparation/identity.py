@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -63,27 +64,24 @@ def _short(sha256: str | None) -> str:
     return "random" if sha256 is None else f"{sha256[:12]}..."
 
 
-_MIX_UPS = {
-    "red and blue swapped (BGR)": lambda view: view.flip(1) if view.dim() == 5 else view,
-    "its axes H and W swapped": lambda view: view.transpose(-1, -2) if view.dim() >= 4 else view,
+_MIX_UPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "red and blue swapped (BGR)": lambda view: view.flip(1),
+    "its axes H and W swapped": lambda view: view.transpose(-1, -2),
     "its frames in the opposite order": lambda view: view.flip(2) if view.dim() == 5 else view,
-    "every second frame twice": lambda view: view[:, :, ::2].repeat_interleave(2, 2) if view.dim() == 5 else view,
-    "values 255 times too small": lambda view: view / FULL_SCALE,
-    "values 255 times too large": lambda view: view * float(FULL_SCALE),
-    "samples at half the rate": lambda view: view.repeat_interleave(2, -1)[..., : view.shape[-1]],
-    "samples at twice the rate": lambda view: torch.cat([view[..., ::2], view[..., ::2]], -1)[..., : view.shape[-1]],
+    "values 255 times as large": lambda view: view * FULL_SCALE,
+    "values 255 times as small": lambda view: view / FULL_SCALE,
 }
 
 
 @torch.no_grad()
 def mix_up(before: Passport, modality: Modality, encoder: StagedEncoder) -> str | None:
-    """Which way of mixing the probe up gives the output that was recorded; None where no one does."""
+    """How the probe must be mixed up, in words, for the recorded output to come out; None where no way is found."""
     (view, *others) = probe_tensors(modality)
+    view = view.float()
     for words, change in _MIX_UPS.items():
-        mixed = change(view.float())
-        if mixed.shape != view.shape or torch.equal(mixed, view.float()):
-            continue
-        if _distance(encoder((mixed, *others))[0].numpy(), before) <= TOLERANCE:
+        mixed = change(view)
+        changed = mixed.shape == view.shape and not torch.equal(mixed, view)
+        if changed and _distance(encoder((mixed, *others))[0].numpy(), before) <= TOLERANCE:
             return words
     return None
 
@@ -102,7 +100,7 @@ def refuse_other(
     if not (lines := differences(before, now)):
         return
     if lines[0].startswith("its output") and (words := mix_up(before, modality, encoder)):
-        lines = [f"{lines[0]}: what it was with {words}"]
+        lines = [f"{lines[0]}; with {words} it is the recorded one"]
     raise CheckpointError(
         f"{now.encoder} is not as in its passport {recorded}:\n  " + "\n  ".join(lines),
         "Bring back what differs; if it is meant, delete what holds that passport, or name the weights with "

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders import cut_encoder
 from mbcd_cli.encoders.staged import Noise, Parts, Tail, Trunk
 from mbcd_cli.settings import ModelSettings
 
@@ -169,7 +169,7 @@ def build_model(
     """
     tails, trunks = {}, {}
     for name, modality in modalities.items():
-        trunk, tail = build_encoder(name, modality).cut(modality.cut, live=live_trunks)
+        trunk, tail = cut_encoder(name, modality, live=live_trunks)
         if tail_weights and name in tail_weights:
             tail.load_prepared(tail_weights[name], name)
         tails[name] = tail

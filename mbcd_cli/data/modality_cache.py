@@ -21,7 +21,7 @@ from mbcd_cli.data.cache import FORMAT, group_of, read_rejected, shard_path
 from mbcd_cli.data.clips import AT_ONCE, Texts
 from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.data.quantise import restore
+from mbcd_cli.data.quantise import restore, scale_shape
 from mbcd_cli.data.records import SPLITS, TEST_VIEW
 from mbcd_cli.errors import FOREIGN, CacheError
 from mbcd_cli.files import open_hdf5
@@ -250,7 +250,7 @@ class ModalityCache:
                     sums = file[f"{group}/part{index}_sum"][()]
                     if data.dtype.kind not in "fiu" or not len(data.shape) or np.shape(sums) != data.shape[:1]:
                         raise checksums.DamagedError("it holds other arrays than rows of numbers and their checksums")
-                    if scales is not None and (np.ndim(scales) != 2 or len(scales) != len(data)):
+                    if scales is not None and np.shape(scales) != (len(data), *scale_shape(data.shape[1:])):
                         raise checksums.DamagedError("its scales are not those of its rows")
                     offset = data.id.get_offset()
                     if offset is None or data.chunks is not None:

@@ -13,7 +13,7 @@ from torch import nn
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import array_mlp, audio_resnet, efficientnet, resnet3d, small
 from mbcd_cli.encoders.formats import EncoderFormat
-from mbcd_cli.encoders.staged import Adapter, StagedEncoder
+from mbcd_cli.encoders.staged import Adapter, StagedEncoder, Tail, Trunk
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import entry_of
@@ -206,3 +206,16 @@ def build_encoder(name: str, settings: Modality) -> StagedEncoder:
             f"Cut at one of: {', '.join(dict.fromkeys([*encoder.names, 'adapter']))}.",
         )
     return encoder
+
+
+def cut_encoder(name: str, settings: Modality, *, live: bool = False) -> tuple[Trunk, Tail]:
+    """The encoder of modality `name`, cut as its settings say; an adapter's own encoder is built for a live trunk only.
+
+    Raises:
+        SettingsError: as `build_encoder`.
+    """
+    form = format_of(settings)
+    if form is not None and settings.cut == "adapter" and settings.encoder_config is not None and not live:
+        dim = form.wants(settings).dim
+        return StagedEncoder({"adapter": Adapter(dim)}, dim=dim).cut("adapter")
+    return build_encoder(name, settings).cut(settings.cut, live=live)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.pretrained import checked_sha256, same_sha256
@@ -90,3 +91,18 @@ def files_sha256(files: Sequence[Path], expected: str | None) -> str:
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     same_sha256(files[0].parent, digest, expected)
     return digest
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A configuration that comes with a model.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: is no readable JSON ({error}).", "Download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds no settings by name.", "Download it again.")
+    return content

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,6 +189,14 @@ def _numbers_allowed() -> Iterator[None]:
 
 
 def _read(file: Path) -> object:
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: is no readable safetensors file ({error}).", "Get it again.") from error
     try:
         with _numbers_allowed():
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -251,6 +259,41 @@ def translate(keys: Mapping[str, torch.Tensor], encoder_name: str) -> tuple[dict
     return ours, unexpected
 
 
+def differing_keys(found: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> list[str]:
+    """What a file's state dict has too much, lacks, or has in another shape than the encoder's, in words."""
+    return [
+        *(f"unexpected {key}" for key in found if key not in target),
+        *(f"missing {key}" for key in target if key not in found),
+        *(
+            f"shape of {key}: {tuple(found[key].shape)} in the file, {tuple(tensor.shape)} in the encoder"
+            for key, tensor in target.items()
+            if key in found and found[key].shape != tensor.shape
+        ),
+    ]
+
+
+def refuse_keys(problems: Sequence[str], file: Path, encoder: str, remedy: str) -> None:
+    """Tell what is wrong with a file's keys, if anything is.
+
+    Raises:
+        CheckpointError: there are `problems`; all of them are named.
+    """
+    if problems:
+        raise CheckpointError(
+            f"{file}: does not fit encoder {encoder}; {len(problems)} of its keys differ:\n  " + "\n  ".join(problems),
+            remedy,
+        )
+
+
+def read_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a checkpoint, or of a safetensors file.
+
+    Raises:
+        CheckpointError: it is damaged, hostile, or holds none.
+    """
+    return _state_dict(_read(file), None, file)
+
+
 def load_pretrained(encoder: StagedEncoder, encoder_name: str, file: Path, *, sha256: str | None = None) -> None:
     """Load a public checkpoint, or a bare state dict, into `encoder`; all of its tensors or none.
 
@@ -275,20 +318,9 @@ def load_pretrained(encoder: StagedEncoder, encoder_name: str, file: Path, *, sh
         for key, tensor in encoder.stages.state_dict().items()
         if encoder_name not in PUBLIC or not key.startswith("adapter.")
     }
-    problems = [f"unexpected {key}" for key in unexpected]
-    problems += [f"unexpected {key}" for key in ours if key not in target]
-    problems += [f"missing {key}" for key in target if key not in ours]
-    problems += [
-        f"shape of {key}: {tuple(ours[key].shape)} in the file, {tuple(tensor.shape)} in the encoder"
-        for key, tensor in target.items()
-        if key in ours and ours[key].shape != tensor.shape
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{file}: does not fit encoder {encoder_name}; {len(problems)} of its keys differ:\n  "
-            + "\n  ".join(problems),
-            f"Published weights: {PUBLIC[encoder_name].file}." if encoder_name in PUBLIC else "",
-        )
+    problems = [f"unexpected {key}" for key in unexpected] + differing_keys(ours, target)
+    remedy = f"Published weights: {PUBLIC[encoder_name].file}." if encoder_name in PUBLIC else ""
+    refuse_keys(problems, file, encoder_name, remedy)
     try:
         encoder.stages.load_state_dict(ours, strict=False)
     except RuntimeError as error:  # of another layout or type

@@ -23,8 +23,9 @@ import torch
 from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders.formats import behind_scheme, import_optional
+from mbcd_cli.encoders.formats import behind_scheme, import_optional, read_json
 from mbcd_cli.encoders.front_ends import FBANK_FFT, KaldiFbank, LogMel, Standardise
+from mbcd_cli.encoders.pretrained import refuse_keys
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.tokens import Block, Pooling, TokenPool, channels_first, pixels, single_frames
 from mbcd_cli.encoders.wants import FULL_SCALE, Wants
@@ -191,7 +192,7 @@ _OF_LABELS = ("id2label", "label2id", "text_config", "_name_or_path", "transform
 def describe(modality: Modality, weights_dir: Path) -> str:
     """`EncoderFormat.describe`: the folder's configurations, without what no layer depends on."""
     folder = _folder(modality, weights_dir)
-    config = _read_json(folder / _CONFIG)
+    config = read_json(folder / _CONFIG)
     model_type = config.get("model_type")
     code = sorted(path.name for path in folder.glob("*.py"))
     if "auto_map" in config or code:
@@ -213,7 +214,7 @@ def describe(modality: Modality, weights_dir: Path) -> str:
             f"{folder}: has no {_PROCESSORS[1]}, so that nothing says how its input is scaled.",
             "Put the one that was published with the weights beside them.",
         )
-    processor = _read_json(file)
+    processor = read_json(file)
     processor = next((processor[part] for part in _PARTS if isinstance(processor.get(part), dict)), processor)
     described = {
         "model_type": model_type,
@@ -284,13 +285,7 @@ def load(encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
         for key, there, here in sorted(told["mismatched_keys"])
         if key in needed
     ]
-    if problems:
-        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise CheckpointError(
-            f"{folder}: its weights are not those of its {_CONFIG} ({described['model_type']}); {len(problems)} keys "
-            "differ:\n  " + "\n  ".join(shown),
-            "Put the weights and the config.json of one model there.",
-        )
+    refuse_keys(problems, folder, described["model_type"], "Put the weights and the config.json of one model there.")
     encoder.stages.load_state_dict(filled.state_dict(), strict=False, assign=True)
 
 
@@ -317,16 +312,6 @@ def _folder(modality: Modality, weights_dir: Path) -> Path:
             "Give the folder that holds a model's config.json and safetensors; --weights-dir is where it begins.",
         )
     return folder
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: is no readable JSON ({error}).", "Download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds no settings by name.", "Download it again.")
-    return content
 
 
 def _families() -> str:

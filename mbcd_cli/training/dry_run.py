@@ -141,10 +141,11 @@ def _parameters(step: TrainStep, settings: Settings) -> ParameterCounts:
     def count(module: torch.nn.Module, *, trained: bool = False) -> int:
         return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
-    frozen = {
-        name: count(build_encoder(name, modality).cut(modality.cut)[0])
-        for name, modality in settings.modalities.items()
-    }
+    with torch.device("meta"):
+        frozen = {
+            name: count(build_encoder(name, modality).cut(modality.cut)[0])
+            for name, modality in settings.modalities.items()
+        }
     tails = {name: count(model.tails[name]) for name in model.modalities}
     return ParameterCounts(
         trained=count(model, trained=True) + count(own, trained=True),

@@ -1,4 +1,4 @@
-"""Tiny models of the families that `hf:` and `timm:` read, saved as their owners save them; torchvision made to import."""
+"""Tiny models of what `hf:` and `timm:` read, saved as their owners save them; torchvision made to import."""
 
 from __future__ import annotations
 
@@ -40,16 +40,21 @@ Owner = Callable[[torch.Tensor], torch.Tensor]
 """Decoded views [B, 3, T, H, W] uint8, or [B, 1, n] float32 -> the owner's features [B, D]."""
 
 
-def saved(model: torch.nn.Module, processor: object, folder: Path) -> torch.nn.Module:
-    """The model with random values everywhere (zeros and ones would hide a part that is not read), as a folder."""
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with random values everywhere: zeros and ones would hide a part that is not read."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        for value in [*model.parameters(), *model.buffers()]:
             if value.is_floating_point():
-                value += 0.1 * torch.rand(value.shape, generator=generator)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+                value += 0.05 * torch.randn(value.shape, generator=generator)
     return model.eval()
+
+
+def saved(model: torch.nn.Module, processor: object, folder: Path) -> torch.nn.Module:
+    """The model, as a folder with its processor's configuration."""
+    shaken(model).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model
 
 
 def _frames(view: torch.Tensor) -> list[list]:
@@ -219,6 +224,25 @@ OWNERS: dict[str, Callable[[Path], Owner]] = {
     "clap": clap,
     "clap, fused": partial(clap, fused=True),
 }
+
+
+def timm_model(name: str, file: Path) -> Owner:
+    """A model of timm as published, with its classifier, and what its owner makes of frames before that."""
+    import timm
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    model = shaken(timm.create_model(name))
+    save_file(model.state_dict(), file)
+    *_, as_tensor, normalise = timm.data.create_transform(**timm.data.resolve_model_data_config(model)).transforms
+
+    def features(view: torch.Tensor) -> torch.Tensor:
+        clips = [
+            torch.stack([normalise(as_tensor(Image.fromarray(frame))) for frame in clip]) for clip in _frames(view)
+        ]
+        return torch.stack([model.forward_head(model.forward_features(c), pre_logits=True).amax(0) for c in clips])
+
+    return features
 
 
 def views(kind: str, modality: object, clips: int = 2) -> torch.Tensor:

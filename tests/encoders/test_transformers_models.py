@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import helpers
 import owners
 import pytest
 import torch
+from typer.testing import CliRunner
 
-pytest.importorskip("transformers")
-
+from mbcd_cli.cli import app
 from mbcd_cli.data.modalities import KINDS
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import build_encoder, described_encoders, format_of
 from mbcd_cli.encoders.staged import StagedEncoder
+from mbcd_cli.errors import CheckpointError, SettingsError
+from mbcd_cli.preparation.trunk import weights_file
 from mbcd_cli.settings import Settings
+
+pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file
 
 SOUND = ("ast", "wav2vec2", "hubert", "clap", "clap, fused")
 
@@ -58,3 +68,155 @@ def test_equals_its_owner_and_every_cut_is_the_whole(folders, name):
             (part,) = trunk((view,))
             assert part.shape[:2] == view.shape[:2] if cut in ("input", "patch") else part.is_contiguous()
             assert torch.equal(tail.eval()((part,)), ours), cut
+
+
+def rewrite(file: Path, **changes: object) -> None:
+    """Some keys of a JSON file; None takes one out."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """The folder's weights, changed."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def drop(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+
+SPOILT = {
+    "no config": (lambda f: drop(f, "config.json"), "there is no config.json"),
+    "config of no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: is no readable JSON"),
+    "unknown": (lambda f: rewrite(f / "config.json", model_type="llama"), "its model_type is 'llama'"),
+    "remote code": (lambda f: rewrite(f / "config.json", auto_map={"AutoModel": "x.M"}), "never run"),
+    "code beside it": (
+        lambda f: (f / "modeling_x.py").write_text("raise SystemExit"),
+        r"modeling_x.py\), which is never",
+    ),
+    "no processor": (lambda f: drop(f, "preprocessor_config.json"), "nothing says how its input is scaled"),
+    "another size": (
+        lambda f: rewrite(f / "preprocessor_config.json", crop_size={"height": 48, "width": 48}),
+        "frames of 48 pixels, and its config.json wants 32",
+    ),
+    "no mean": (lambda f: rewrite(f / "preprocessor_config.json", image_mean=None), "has no image_mean"),
+    "no weights": (lambda f: drop(f, "model.safetensors"), r"has no \*.safetensors"),
+    "cut short": (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 99), "weights cannot be read"),
+    "missing key": (
+        lambda f: weights(f, lambda state: state.pop("vision_model.post_layernorm.bias")),
+        "1 of its keys differ:\n  missing post_layernorm.bias",
+    ),
+    "leftover key": (
+        lambda f: weights(f, lambda state: state.update({"vision_model.extra.weight": torch.zeros(2)})),
+        "1 of its keys differ:\n  unexpected extra.weight",
+    ),
+    "other shape": (
+        lambda f: weights(f, lambda state: state.update({"vision_model.pre_layrnorm.bias": torch.zeros(3)})),
+        r"shape of pre_layrnorm.bias: \(3,\) in the file, \(24,\) in the encoder",
+    ),
+}
+
+
+def prepared(folder: Path) -> None:
+    """What `prepare` does with a folder, before it decodes."""
+    modality = described(folder, "video")
+    weights_file(Settings(), modality)
+    loaded(modality)
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_spoilt_folder_is_one_clear_message(folders, tmp_path, what):
+    spoil, words = SPOILT[what]
+    folder = tmp_path / "clip"
+    shutil.copytree(folders["clip"][0], folder)
+    spoil(folder)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        prepared(folder)
+    assert str(folder) in str(caught.value)
+    assert caught.value.remedy
+
+
+def test_weights_of_another_family_are_refused(folders, tmp_path):
+    shutil.copytree(folders["siglip"][0], tmp_path / "m")
+    shutil.copy(folders["videomae"][0] / "model.safetensors", tmp_path / "m")
+    with pytest.raises(CheckpointError, match="does not fit encoder siglip"):
+        loaded(described(tmp_path / "m", "video"))
+
+
+def test_a_pickle_runs_nothing(folders, tmp_path):
+    shutil.copytree(folders["ast"][0], tmp_path / "m")
+    drop(tmp_path / "m", "model.safetensors")
+
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"x": Hostile()}, tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="weights cannot be read"):
+        loaded(described(tmp_path / "m", "audio"))
+    assert not (tmp_path / "ran").exists()
+    shutil.copytree(folders["ast"][0], tmp_path / "n")
+    state = load_file(tmp_path / "n" / "model.safetensors")
+    torch.save(state, tmp_path / "n" / "pytorch_model.bin")
+    drop(tmp_path / "n", "model.safetensors")
+    loaded(described(tmp_path / "n", "audio"))
+
+
+def test_settings_come_from_the_folder_unless_they_contradict_it(folders):
+    video = described(folders["videomae"][0], "video", flip=0.0, short_side=64)
+    assert (video.frames, video.crop, video.test_crop, video.short_side, video.flip) == (4, 32, 32, 64, 0.0)
+    assert video.mean == pytest.approx((127.5, 127.5, 127.5))
+    dino = described(folders["dinov2"][0], "video", frames=3)
+    assert (dino.frames, dino.short_side, dino.crop) == (3, 36, 32)
+    sound = described(folders["clap"][0], "audio")
+    assert (sound.front_end, sound.sample_rate, sound.samples) == ("waveform", 16000, 32000)
+    for kind, name, wrong in (
+        ("video", "videomae", {"frames": 8}),
+        ("video", "videomae", {"crop": 24}),
+        ("video", "clip", {"mean": (104.0, 117.0, 123.0)}),
+        ("audio", "ast", {"sample_rate": 44100}),
+        ("audio", "ast", {"front_end": "spectrogram"}),
+        ("video", "ast", {}),
+    ):
+        (field,) = wrong or ("encoder",)
+        with pytest.raises(SettingsError, match=rf"modalities\.m\.{field}"):
+            described(folders[name][0], kind, **wrong)
+
+
+def test_a_missing_package_is_named(folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SettingsError, match=r"transformers cannot be imported") as caught:
+        described(folders["clip"][0], "video")
+    assert "uv sync --group hf" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("cut", "dtype"), [("block1", "float16"), ("adapter", "int8")])
+def test_from_media_to_results(folders, tmp_path, cut, dtype):
+    """Prepared, trained from the cache alone, evaluated: with the folders gone."""
+    root = helpers.write_dataset(tmp_path / "tiny")
+    for name in ("videomae", "ast"):
+        shutil.copytree(folders[name][0], tmp_path / "weights" / name)
+    common = ["--cache-dir", tmp_path / "cache", "--json", "--set", f"cache.dtype={dtype}"]
+    common += ["--set", "cache.workers=0", "--set", "cache.views=2"]
+    for name, encoder in (("video", "videomae"), ("audio", "ast")):
+        common += ["--set", f"modalities.{name}.encoder=hf:{encoder}", "--set", f"modalities.{name}.cut={cut}"]
+    common += ["--set", "modalities.audio.samples=8000"]
+
+    def call(*words: object) -> dict:
+        result = CliRunner().invoke(app, list(map(str, words)))
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)
+
+    prepare = ["prepare", "manifest", "--root", root, "--name", "tiny", "--modalities", "video,audio", *common]
+    prepare += ["--weights-dir", tmp_path / "weights"]
+    first = call(*prepare)
+    assert call(*prepare)["modalities"]["video"]["fingerprint"] == first["modalities"]["video"]["fingerprint"]
+    shutil.rmtree(tmp_path / "weights")
+    train = ["train", "--dataset", "tiny", "--modalities", "video,audio", "--run", tmp_path / "run", "--epochs", 1]
+    train += ["--target-domain", "beta", "--batch-size", 2, "--set", "model.hidden=8"]
+    call(*train, *common)
+    evaluate = ["evaluate", "--run", tmp_path / "run", "--cache-dir", tmp_path / "cache", "--json"]
+    found = call(*evaluate, "--set", "evaluation.analyses=[]")
+    assert found

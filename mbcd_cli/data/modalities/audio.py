@@ -45,7 +45,6 @@ class AudioModality(Modality):
     also_in: ClassVar[tuple[str, ...]] = VideoModality.suffixes
     clocked: ClassVar[bool] = True
     encoder_settings: ClassVar[tuple[str, ...]] = ("front_end", "sample_rate", "samples")
-    corruptions: ClassVar[tuple[str, ...]] = ("spectrogram noise", "step drop", "band drop")
 
     kind: Literal["audio"] = "audio"
     """Kind of the modality."""
@@ -97,6 +96,11 @@ class AudioModality(Modality):
     def guide(self) -> str | None:
         """Modality whose views' frames these views follow, if any."""
         return self.follow
+
+    @property
+    def corruptions(self) -> tuple[str, ...]:
+        """Those of a spectrogram; samples suffer those of the sound itself alone."""
+        return ("spectrogram noise", "step drop", "band drop") if self.front_end == "spectrogram" else ()
 
     @property
     def random(self) -> bool:

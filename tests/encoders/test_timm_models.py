@@ -1,0 +1,49 @@
+"""`timm:NAME`: tiny models of timm, ours against their owner's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import owners
+import pytest
+import torch
+
+from mbcd_cli.data.modalities.video import VideoModality
+from mbcd_cli.encoders import build_encoder, described_encoders, format_of
+from mbcd_cli.settings import CacheSettings, Settings
+
+
+@pytest.fixture(autouse=True, scope="module")
+def there():
+    owners.import_torchvision()
+    pytest.importorskip("timm")
+
+
+def described(folder: Path, name: str, **more: object) -> VideoModality:
+    modality = VideoModality(encoder=f"timm:{name}", cut="pool", frames=2, **{"weights": "model.safetensors", **more})
+    settings = Settings(modalities={"video": modality}, cache=CacheSettings(weights_dir=folder))
+    return described_encoders(settings).modalities["video"]
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("test_vit", ["patch", "block0", "block5", "pool"]),
+        ("test_vit3", ["patch", "block0", "pool"]),  # pools with attention
+        ("test_efficientnet", ["patch", "block0", "pool"]),
+        ("test_resnet", ["body", "pool"]),
+    ],
+)
+def test_equals_its_owner_and_every_cut_is_the_whole(tmp_path, name, stages):
+    owner = owners.timm_model(name, tmp_path / "model.safetensors")
+    modality = described(tmp_path, name, frame_pooling="max")
+    encoder = build_encoder("video", modality)
+    format_of(modality).load(encoder, modality, tmp_path)
+    assert {"input", *stages} <= set(encoder.names)
+    view = owners.views("video", modality)
+    with torch.no_grad():
+        ours, theirs = encoder.eval()((view,)), owner(view)
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+        for cut in encoder.names:
+            trunk, tail = encoder.cut(cut)
+            assert torch.equal(tail.eval()(trunk((view,))), ours), cut

@@ -22,7 +22,7 @@ from mbcd_cli.files import open_hdf5, read_json, write_json
 from mbcd_cli.json_values import json_values
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import entry_of
-from mbcd_cli.preparation.passport import Passport, probe_tensors
+from mbcd_cli.preparation.passport import Passport, counted, probe_tensors
 from mbcd_cli.preparation.trunk import Frozen, build_trunk
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
@@ -196,9 +196,9 @@ def passports(
         if frozen.passport is None:
             continue
         check_records(frozen, modality)
-        found[name] = frozen.passport
+        found[name] = counted(frozen.passport, modality, frozen.encoder)
         if record and frozen.source is not None:
-            say(f"{name}: recorded in {write_passport(frozen.source.file, frozen.passport)}")
+            say(f"{name}: recorded in {write_passport(frozen.source.file, found[name])}")
     if not found:
         raise SettingsError(
             "No encoder of these settings is frozen, so none has a passport.",

@@ -7,13 +7,12 @@ output. Outputs are compared with a tolerance (`identity.same_output`): processo
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mbcd_cli import checksums
 from mbcd_cli.data.modalities.audio import AudioModality, audio_view
@@ -37,7 +36,7 @@ class Passport:
         wants: of a view, and what it gives.
         file: name of the weights' file or folder; None for random weights, as `sha256` then is.
         parameters: how many; None where the file does not tell (ONNX).
-        gflop: 1e9 floating-point operations on the probe, where torch runs it.
+        gflop: 1e9 floating-point operations on the probe; None where torch does not run it, or nobody asked.
         output: on the probe, [D], four digits each.
         digest: of `output`, to name it.
         doubts: what looks wrong, in words.
@@ -131,25 +130,36 @@ def passport_of(modality: Modality, encoder: StagedEncoder, *, file: Path | None
         file, sha256: of its weights; None for random ones.
     """
     view = probe_tensors(modality)
-    before_adapter = Tail({n: stage for n, stage in encoder.stages.items() if n != "adapter"}, dim=encoder.dim).eval()
-    with FlopCounterMode(display=False) as counter:
-        output = before_adapter(view)[0]
+    network = _without_adapter(encoder)
+    output = network(view)[0]
     kept = tuple(float(f"{value:.4g}") for value in output.tolist())
-    values = sum(value.numel() for value in before_adapter.parameters())
-    flops = counter.get_total_flops()
+    values = sum(value.numel() for value in network.parameters())
     return Passport(
         encoder=modality.encoder,
         wants=_wants(modality, encoder),
         file=file and file.name,
         sha256=sha256,
         parameters=values or None,
-        gflop=float(f"{flops / 1e9:.4g}") if flops else None,
+        gflop=None,
         output=kept,
         digest=checksums.of_text(repr(kept))[:16],
         doubts=("every norm has its first values: these weights look untrained",)
         if file is not None and _untrained(encoder)
         else (),
     )
+
+
+def _without_adapter(encoder: StagedEncoder) -> Tail:
+    return Tail({name: stage for name, stage in encoder.stages.items() if name != "adapter"}, dim=encoder.dim).eval()
+
+
+def counted(passport: Passport, modality: Modality, encoder: StagedEncoder) -> Passport:
+    """The passport with its `gflop`; apart, since counting makes torch import as much again as all of it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        _without_adapter(encoder)(probe_tensors(modality))
+    return replace(passport, gflop=float(f"{counter.get_total_flops() / 1e9:.4g}") or None)
 
 
 def probe_tensors(modality: Modality) -> tuple[torch.Tensor, ...]:

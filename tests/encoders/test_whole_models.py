@@ -84,7 +84,6 @@ def test_frames_one_by_one_through_onnx(tmp_path):
     (out,) = made.trunk((pixels(),))
     np.testing.assert_allclose(out.numpy(), expected(pixels()).mean(1), rtol=1e-4, atol=1e-4)
     assert made.passport.wants.dim == 4
-    assert made.passport.gflop is None
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,6 @@ def test_torch_files_run_as_the_module(tmp_path, form):
         wanted = model((pixels(2) / 255 - mean) / std)
     torch.testing.assert_close(made.trunk((pixels(2),))[0], wanted, rtol=1e-4, atol=1e-5)
     assert made.passport.parameters == 3 * 8 * 5 + 5
-    assert made.passport.gflop > 0
 
 
 def refused(file: Path, *words: str, scheme: str = "onnx", error: type[MbcdError] = CheckpointError, **given) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 
@@ -14,7 +15,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import array_mlp, audio_resnet, efficientnet, resnet3d, small
 from mbcd_cli.encoders.formats import EncoderFormat
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder, Tail, Trunk
-from mbcd_cli.errors import SettingsError
+from mbcd_cli.errors import FOREIGN, SettingsError
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import entry_of
 from mbcd_cli.settings import Settings
@@ -48,15 +49,15 @@ ENCODERS: dict[str, EncoderEntry] = {
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Encoders from a user's files: what stands behind the colon, the kinds they read, the module, and what they are.
+    """Encoders from a user's files: what stands behind the colon, the kinds they read, how, and what they are.
 
     Attributes:
-        module: an `EncoderFormat`, imported when such an encoder is asked for.
+        form: an `EncoderFormat` by its full name, imported when such an encoder is asked for.
     """
 
     what: str
     kinds: tuple[str, ...]
-    module: str
+    form: str
     summary: str
 
 
@@ -64,11 +65,14 @@ SCHEMES: dict[str, Scheme] = {
     "hf": Scheme(
         "FOLDER",
         ("video", "audio"),
-        "mbcd_cli.encoders.transformers_models",
+        "mbcd_cli.encoders.transformers_models.TransformersFormat",
         "a folder of transformers' (config.json, safetensors): VideoMAE, V-JEPA 2, CLIP, AST, wav2vec 2, ...",
     ),
     "timm": Scheme(
-        "NAME", ("video",), "mbcd_cli.encoders.timm_models", "a ViT or EfficientNet of timm, with a weights file"
+        "NAME",
+        ("video",),
+        "mbcd_cli.encoders.timm_models.TimmFormat",
+        "a ViT or EfficientNet of timm, with a weights file",
     ),
 } | {
     name: Scheme("FILE", ("video", "audio", "array"), "mbcd_cli.encoders.whole_models", f"{what}, with FILE.toml")
@@ -95,7 +99,8 @@ def format_of(modality: Modality) -> EncoderFormat | None:
             f"encoder {modality.encoder}: there is no kind of files {name!r}.",
             f"{did_you_mean(name, SCHEMES)}`mbcd list encoders` shows the choices.",
         )
-    return importlib.import_module(SCHEMES[name].module)
+    module, _, form = SCHEMES[name].form.rpartition(".")
+    return getattr(importlib.import_module(module), form)()
 
 
 def described_encoders(settings: Settings) -> Settings:
@@ -143,10 +148,27 @@ def _as_wanted(name: str, modality: Modality, form: EncoderFormat) -> Modality:
         )
     filled = modality.model_copy(update={f: v for f, v in wanted.items() if given.get(f) is None})
     try:
-        return type(modality).model_validate(filled.model_dump())
+        filled = type(modality).model_validate(filled.model_dump())
     except ValidationError as error:
         text = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
         raise SettingsError(f"modalities.{name} with {modality.encoder}: {text}.", "Leave it out.") from error
+    _check_reads(name, filled)
+    return filled
+
+
+def _check_reads(name: str, modality: Modality) -> None:
+    """Let the encoder read a view in shape only: its owner's own checks come before anything is decoded."""
+    (shape, dtype), *_ = modality.part_shapes()
+    try:
+        with torch.device("meta"):
+            view = torch.empty((1, *shape), dtype=getattr(torch, dtype.name))
+            build_encoder(name, modality).eval()((view,))
+    except (RuntimeError, *FOREIGN) as error:
+        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise SettingsError(
+            f"modalities.{name}: {modality.encoder} cannot read views of shape {list(shape)}: {text}",
+            "Set the modality's frames, crop or samples as it wants them, or mend its files.",
+        ) from error
 
 
 def _same(given: object, wanted: object) -> bool:

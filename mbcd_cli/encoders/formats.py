@@ -1,14 +1,15 @@
-"""What a scheme's module has: how encoders are made from a user's files."""
+"""How encoders are made from a user's files."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.pretrained import checked_sha256, same_sha256
@@ -17,13 +18,14 @@ from mbcd_cli.encoders.wants import Wants
 from mbcd_cli.errors import CheckpointError, SettingsError
 
 
-class EncoderFormat(Protocol):
-    """One kind of files that encoders come from; every module that a `Scheme` names is one.
+class EncoderFormat(ABC):
+    """One kind of files that encoders come from, named by a `Scheme`.
 
     What `describe` returns is kept as `encoder_config` with the cache and every run, so that `wants` and `build` need
     the files no more.
     """
 
+    @abstractmethod
     def describe(self, modality: Modality, weights_dir: Path) -> str:
         """All that shape and preprocessing depend on, as JSON.
 
@@ -35,9 +37,11 @@ class EncoderFormat(Protocol):
             CheckpointError: files that are not there, or that no encoder of ours can be made from.
         """
 
+    @abstractmethod
     def wants(self, modality: Modality) -> Wants:
         """What the encoder that `modality.encoder_config` describes wants and gives."""
 
+    @abstractmethod
     def files(self, modality: Modality, weights_dir: Path) -> list[Path]:
         """The files that its outputs depend on: one, or several of one folder.
 
@@ -45,9 +49,11 @@ class EncoderFormat(Protocol):
             CheckpointError: they are not there.
         """
 
+    @abstractmethod
     def build(self, modality: Modality) -> StagedEncoder:
         """The encoder that `modality.encoder_config` describes, with random weights, or none yet; also on `meta`."""
 
+    @abstractmethod
     def load(self, encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
         """Put the weights of `files` into an encoder of `build`; all of them or none.
 
@@ -93,7 +99,7 @@ def files_sha256(files: Sequence[Path], expected: str | None) -> str:
     return digest
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
     """A configuration that comes with a model.
 
     Raises:

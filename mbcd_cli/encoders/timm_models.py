@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders.formats import behind_scheme, import_optional, read_json
+from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme, import_optional, read_config
 from mbcd_cli.encoders.pretrained import differing_keys, find_weights, read_weights, refuse_keys
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.tokens import Block, channels_first, over_time, pixels, single_frames, tokens_first
@@ -27,74 +27,72 @@ from mbcd_cli.naming import did_you_mean
 _OF_PREPROCESSING = ("mean", "std", "input_size", "crop_pct", "classifier", "license")
 
 
-def describe(modality: Modality, weights_dir: Path) -> str:
-    """`EncoderFormat.describe`: what timm, or a config.json beside the weights, says of the model's preprocessing."""
-    name, timm = behind_scheme(modality), _timm()
-    if not timm.is_model(name):
-        near = did_you_mean(name, timm.list_models())
-        raise CheckpointError(f"timm has no model {name!r}.", f"{near}timm.list_models() names them.")
-    told = timm.get_pretrained_cfg(name).to_dict()
-    beside = _beside(modality, weights_dir)
-    if beside is not None:
-        config = read_json(beside)
-        there = config.get("architecture", name)
-        if there.partition(".")[0] != name.partition(".")[0]:
-            raise CheckpointError(f"{beside}: is of {there}, not of {name}.", f"Say encoder=timm:{there}.")
-        told |= config.get("pretrained_cfg", {})
-    side = told["input_size"][1]
-    if side != told["input_size"][2]:
-        raise CheckpointError(f"timm's {name} takes no square frames ({told['input_size']}).", "Take another.")
-    with torch.device("meta"):
-        model = _model(name)
-    pooling = model.global_pool if isinstance(getattr(model, "global_pool", None), str) else "avg"
-    described = {"name": name, "dim": model.num_features, "pooling": pooling}
-    return json.dumps({key: told.get(key) for key in _OF_PREPROCESSING} | described, sort_keys=True)
+class TimmFormat(EncoderFormat):
+    """A model by its name in timm, with a state dict in a file."""
 
+    def describe(self, modality: Modality, weights_dir: Path) -> str:
+        """what timm, or a config.json beside the weights, says of the model's preprocessing."""
+        name, timm = behind_scheme(modality), _timm()
+        if not timm.is_model(name):
+            near = did_you_mean(name, timm.list_models())
+            raise CheckpointError(f"timm has no model {name!r}.", f"{near}timm.list_models() names them.")
+        told = timm.get_pretrained_cfg(name).to_dict()
+        beside = _beside(modality, weights_dir)
+        if beside is not None:
+            config = read_config(beside)
+            there = config.get("architecture", name)
+            if there.partition(".")[0] != name.partition(".")[0]:
+                raise CheckpointError(f"{beside}: is of {there}, not of {name}.", f"Say encoder=timm:{there}.")
+            told |= config.get("pretrained_cfg", {})
+        side = told["input_size"][1]
+        if side != told["input_size"][2]:
+            raise CheckpointError(f"timm's {name} takes no square frames ({told['input_size']}).", "Take another.")
+        with torch.device("meta"):
+            model = _model(name)
+        pooling = model.global_pool if isinstance(getattr(model, "global_pool", None), str) else "avg"
+        described = {"name": name, "dim": model.num_features, "pooling": pooling}
+        return json.dumps({key: told.get(key) for key in _OF_PREPROCESSING} | described, sort_keys=True)
 
-def wants(modality: Modality) -> Wants:
-    """`EncoderFormat.wants`."""
-    told = json.loads(modality.encoder_config)
-    side = told["input_size"][1]
-    return Wants(
-        kind="video",
-        axes="BCHW",
-        per_frame=True,
-        size=(side, side),
-        short_side=int(side / (told["crop_pct"] or 1)),
-        colour="RGB",
-        values=(0.0, 1.0),
-        mean=tuple(told["mean"]),
-        std=tuple(told["std"]),
-        pooling={"token": "first token", "map": "attention"}.get(told["pooling"], "mean"),
-        dim=told["dim"],
-        licence=told["license"],
-    )
+    def wants(self, modality: Modality) -> Wants:
+        """`EncoderFormat.wants`."""
+        told = json.loads(modality.encoder_config)
+        side = told["input_size"][1]
+        return Wants(
+            kind="video",
+            axes="BCHW",
+            per_frame=True,
+            size=(side, side),
+            short_side=int(side / (told["crop_pct"] or 1)),
+            colour="RGB",
+            values=(0.0, 1.0),
+            mean=tuple(told["mean"]),
+            std=tuple(told["std"]),
+            pooling={"token": "first token", "map": "attention"}.get(told["pooling"], "mean"),
+            dim=told["dim"],
+            licence=told["license"],
+        )
 
+    def files(self, modality: Modality, weights_dir: Path) -> list[Path]:
+        """`EncoderFormat.files`."""
+        beside = _beside(modality, weights_dir)
+        return [find_weights(modality.encoder, modality.weights, weights_dir), *([] if beside is None else [beside])]
 
-def files(modality: Modality, weights_dir: Path) -> list[Path]:
-    """`EncoderFormat.files`."""
-    beside = _beside(modality, weights_dir)
-    return [find_weights(modality.encoder, modality.weights, weights_dir), *([] if beside is None else [beside])]
+    def build(self, modality: Modality) -> StagedEncoder:
+        """`EncoderFormat.build`."""
+        return _staged(_model(behind_scheme(modality)), modality)
 
-
-def build(modality: Modality) -> StagedEncoder:
-    """`EncoderFormat.build`."""
-    return _staged(_model(behind_scheme(modality)), modality)
-
-
-def load(encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
-    """`EncoderFormat.load`."""
-    file = find_weights(modality.encoder, modality.weights, weights_dir)
-    model = _model(behind_scheme(modality))
-    told, target = json.loads(modality.encoder_config), model.state_dict()
-    classifier = told["classifier"] or ()
-    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    state = {key: value for key, value in read_weights(file).items() if key in target or not key.startswith(heads)}
-    refuse_keys(
-        differing_keys(state, target), file, modality.encoder, f"Give the file that was published as {told['name']}."
-    )
-    model.load_state_dict(state)
-    encoder.stages.load_state_dict(_staged(model, modality).stages.state_dict(), strict=False, assign=True)
+    def load(self, encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
+        """`EncoderFormat.load`."""
+        file = find_weights(modality.encoder, modality.weights, weights_dir)
+        model = _model(behind_scheme(modality))
+        told, target = json.loads(modality.encoder_config), model.state_dict()
+        classifier = told["classifier"] or ()
+        heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+        state = {key: value for key, value in read_weights(file).items() if key in target or not key.startswith(heads)}
+        remedy = f"Give the file that was published as {told['name']}."
+        refuse_keys(differing_keys(state, target), file, modality.encoder, remedy)
+        model.load_state_dict(state)
+        encoder.stages.load_state_dict(_staged(model, modality).stages.state_dict(), strict=False, assign=True)
 
 
 def _timm() -> ModuleType:
@@ -153,7 +151,7 @@ _LAST = {"norm", "attn_pool", "fc_norm", "head_drop", "head", "conv_head", "bn2"
 
 def _staged(model: nn.Module, modality: Modality) -> StagedEncoder:
     """The stages of a timm model; its parameters are theirs."""
-    wanted = wants(modality)
+    wanted = TimmFormat().wants(modality)
     vit = isinstance(model, _timm().models.VisionTransformer)
     stages: dict[str, nn.Module] = {"input": pixels(wanted)}
     if vit or isinstance(model, _timm().models.EfficientNet):

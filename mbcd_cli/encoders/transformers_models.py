@@ -1,302 +1,135 @@
 """`hf:FOLDER`: models of the package transformers from a local folder, with its configuration and safetensors.
 
-Nothing is fetched, and no code of a folder's is run. Letters: B clips, C channels, T frames, H W pixels, n samples,
-N tokens, D features.
+Nothing is fetched, and no code of a folder's is run.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from operator import attrgetter
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
 
-import numpy as np
 import torch
-from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders.formats import behind_scheme, import_optional, read_json
-from mbcd_cli.encoders.front_ends import FBANK_FFT, KaldiFbank, LogMel, Standardise
+from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme, read_config
 from mbcd_cli.encoders.pretrained import refuse_keys
 from mbcd_cli.encoders.staged import StagedEncoder
-from mbcd_cli.encoders.tokens import Block, Pooling, TokenPool, channels_first, pixels, single_frames
-from mbcd_cli.encoders.wants import FULL_SCALE, Wants
-from mbcd_cli.errors import CheckpointError
+from mbcd_cli.encoders.transformers_families import FAMILIES, DescribedModel, import_transformers
+from mbcd_cli.encoders.wants import Wants
+from mbcd_cli.errors import FOREIGN, CheckpointError
 
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A class of models with a head that pools: where that and the base model are, and how it pools."""
-
-    model: str
-    base: str
-    head: str
-    pooling: Pooling
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Where the parts of a family's models are.
-
-    Attributes:
-        kind: of modality.
-        config: class of its configuration. model: class of the model.
-        axes: of its input; `BCHW` encodes frames one by one.
-        patch: what turns the input into tokens, in order, inside the model. patch_args: what the first takes besides.
-        layers, norm: inside the model. layer_args: what layers take besides tokens.
-        pooling: how its owner pools tokens.
-        heads: pattern of keys in files that belong to what stands after the encoder, or beside it.
-        nested: part of a file's configuration with that of this model.
-        frames, side: fields of the configuration with the frames of a clip, and the pixels of a frame's side.
-        any_size: positions are interpolated, so that frames may have another size.
-        task: a published variant with a pooling of its own.
-    """
-
-    kind: str
-    config: str
-    model: str
-    axes: str
-    patch: tuple[str, ...]
-    layers: str
-    norm: str
-    pooling: Pooling
-    heads: str
-    patch_args: tuple[object, ...] = ()
-    layer_args: tuple[object, ...] = ()
-    nested: str = ""
-    frames: str = ""
-    side: str = "image_size"
-    any_size: bool = False
-    task: Task | None = None
-
-
-_SPEECH = Family(
-    kind="audio",
-    config="Wav2Vec2Config",
-    model="Wav2Vec2Model",
-    axes="BS",
-    patch=("feature_extractor", "feature_projection", "encoder.pos_conv_embed"),
-    layers="encoder.layers",
-    norm="encoder.layer_norm",
-    pooling="mean",
-    heads="quantizer|project_hid|project_q|lm_head|projector|classifier|layer_weights|masked_spec_embed",
-)
-_CLIP = Family(
-    kind="video",
-    config="CLIPVisionConfig",
-    model="CLIPVisionModel",
-    axes="BCHW",
-    patch=("embeddings", "pre_layrnorm"),
-    layers="encoder.layers",
-    layer_args=(None,),
-    norm="post_layernorm",
-    pooling="first",
-    heads="text_model|text_projection|visual_projection|logit_scale|classifier",
-    nested="vision_config",
-)
-_SIGLIP = replace(
-    _CLIP,
-    config="SiglipVisionConfig",
-    model="SiglipVisionModel",
-    patch=("embeddings",),
-    pooling="head",
-    heads="text_model|logit_scale|logit_bias|classifier",
-)
-_CLAP = Family(
-    kind="audio",
-    config="ClapAudioConfig",
-    model="ClapAudioModelWithProjection",
-    axes="BCTF",
-    patch=("audio_model.audio_encoder",),
-    layers="audio_model.audio_encoder.layers",
-    norm="audio_model.audio_encoder.norm",
-    pooling="mean",
-    heads="text_model|text_projection|audio_projection|logit_scale_[at]",
-    nested="audio_config",
-)
-FAMILIES: dict[str, Family] = {
-    "videomae": Family(
-        kind="video",
-        config="VideoMAEConfig",
-        model="VideoMAEModel",
-        axes="BTCHW",
-        patch=("embeddings",),
-        patch_args=(None,),
-        layers="encoder.layer",
-        norm="layernorm",
-        pooling="mean",
-        heads="decoder|encoder_to_decoder|mask_token|classifier|position_embeddings",
-        frames="num_frames",
-        task=Task("VideoMAEForVideoClassification", "videomae", "fc_norm", "mean"),
-    ),
-    "vjepa2": Family(
-        kind="video",
-        config="VJEPA2Config",
-        model="VJEPA2Model",
-        axes="BTCHW",
-        patch=("encoder.embeddings",),
-        layers="encoder.layer",
-        norm="encoder.layernorm",
-        pooling="mean",
-        heads="predictor|classifier",
-        frames="frames_per_clip",
-        side="crop_size",
-        task=Task("VJEPA2ForVideoClassification", "vjepa2", "pooler", "head"),
-    ),
-    "audio-spectrogram-transformer": Family(
-        kind="audio",
-        config="ASTConfig",
-        model="ASTModel",
-        axes="BTF",
-        patch=("embeddings",),
-        layers="layers",
-        norm="layernorm",
-        pooling="first two",
-        heads="classifier",
-    ),
-    "wav2vec2": _SPEECH,
-    "hubert": replace(_SPEECH, config="HubertConfig", model="HubertModel"),
-    "clap": _CLAP,
-    "clap_audio_model": replace(_CLAP, nested=""),
-    "clip": _CLIP,
-    "clip_vision_model": replace(_CLIP, nested=""),
-    "siglip": _SIGLIP,
-    "siglip_vision_model": replace(_SIGLIP, nested=""),
-    "dinov2": replace(
-        _CLIP,
-        config="Dinov2Config",
-        model="Dinov2Model",
-        patch=("embeddings",),
-        layers="encoder.layer",
-        norm="layernorm",
-        heads="classifier",
-        nested="",
-        any_size=True,
-    ),
-}
-"""`model_type` of a config.json -> the family."""
 _CONFIG = "config.json"
 _PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
 _PARTS = ("video_processor", "image_processor", "feature_extractor")  # of a processor_config.json
 _OF_LABELS = ("id2label", "label2id", "text_config", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
-def describe(modality: Modality, weights_dir: Path) -> str:
-    """`EncoderFormat.describe`: the folder's configurations, without what no layer depends on."""
-    folder = _folder(modality, weights_dir)
-    config = read_json(folder / _CONFIG)
-    model_type = config.get("model_type")
-    code = sorted(path.name for path in folder.glob("*.py"))
-    if "auto_map" in config or code:
-        raise CheckpointError(
-            f"{folder / _CONFIG}: asks for code of its own ({', '.join(code) or 'auto_map'}), which is never run.",
-            f"Take a model of {_families()}, or export this one: an onnx or torchscript file brings no code.",
-        )
-    if model_type not in FAMILIES:
-        raise CheckpointError(
-            f"{folder / _CONFIG}: its model_type is {model_type!r}.", f"Known are {_families()}; export others."
-        )
-    family = FAMILIES[model_type]
-    inner = config.get(family.nested) if family.nested else config
-    if not isinstance(inner, dict):
-        raise CheckpointError(f"{folder / _CONFIG}: has no {family.nested}.", "Download the folder again.")
-    file = next((folder / name for name in _PROCESSORS if (folder / name).is_file()), None)
-    if file is None:
-        raise CheckpointError(
-            f"{folder}: has no {_PROCESSORS[1]}, so that nothing says how its input is scaled.",
-            "Put the one that was published with the weights beside them.",
-        )
-    processor = read_json(file)
-    processor = next((processor[part] for part in _PARTS if isinstance(processor.get(part), dict)), processor)
-    described = {
-        "model_type": model_type,
-        "architecture": next(iter(config.get("architectures") or ()), None),
-        "config": {key: value for key, value in inner.items() if key not in _OF_LABELS},
-        "processor": processor,
-        "licence": _licence(folder),
-    }
-    _wants(described, folder=folder)
-    return json.dumps(described, sort_keys=True)
+class TransformersFormat(EncoderFormat):
+    """A folder with config.json, the processor's configuration and safetensors."""
 
-
-def wants(modality: Modality) -> Wants:
-    """`EncoderFormat.wants`."""
-    return _wants(json.loads(modality.encoder_config))
-
-
-def files(modality: Modality, weights_dir: Path) -> list[Path]:
-    """`EncoderFormat.files`: weights, and the configurations that they are read with."""
-    folder = _folder(modality, weights_dir)
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model.bin"))
-    if not weights:
-        raise CheckpointError(
-            f"{folder}: has no *.safetensors.", "Put the weights there; --random-weights does without."
-        )
-    described = [folder / name for name in (_CONFIG, *_PROCESSORS, "model.safetensors.index.json")]
-    return [*weights, *(file for file in described if file.is_file())]
-
-
-def build(modality: Modality) -> StagedEncoder:
-    """`EncoderFormat.build`: stages input, patch, block0 to the last, pool."""
-    described = json.loads(modality.encoder_config)
-    model_class, config, _ = _classes(described)
-    return _staged(model_class(config), described, modality)
-
-
-def load(encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
-    """`EncoderFormat.load`, as transformers reads files: older names of keys are known to it."""
-    folder = _folder(modality, weights_dir)
-    described = json.loads(modality.encoder_config)
-    model_class, config, _ = _classes(described)
-    library = import_transformers()
-    try:
-        with _quiet(library):
-            model, told = model_class.from_pretrained(
-                folder,
-                config=config,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
+    def describe(self, modality: Modality, weights_dir: Path) -> str:
+        """The folder's configurations, without what no layer depends on."""
+        folder = _folder(modality, weights_dir)
+        config = read_config(folder / _CONFIG)
+        model_type = config.get("model_type")
+        code = sorted(path.name for path in folder.glob("*.py"))
+        if "auto_map" in config or code:
+            raise CheckpointError(
+                f"{folder / _CONFIG}: asks for code of its own ({', '.join(code) or 'auto_map'}), which is never run.",
+                f"Take a model of {_families()}, or export this one: an onnx or torchscript file brings no code.",
             )
-    except Exception as error:  # safetensors, pickle and transformers have their own for damaged files
-        text = str(error).splitlines()[0][:200] if str(error) else ""
-        raise CheckpointError(
-            f"{folder}: its weights cannot be read ({type(error).__name__}: {text}).",
-            "Download the folder again.",
-        ) from error
-    filled = _staged(model, described, modality).stages
-    ours = {id(value) for value in filled.state_dict(keep_vars=True).values()}
-    needed = {key for key, value in model.state_dict(keep_vars=True).items() if id(value) in ours}
-    beside = re.compile(rf"(\w+\.)?({FAMILIES[described['model_type']].heads})\b")
-    problems = [f"missing {key}" for key in sorted(told["missing_keys"]) if key in needed]
-    problems += [f"unexpected {key}" for key in sorted(told["unexpected_keys"]) if not beside.match(key)]
-    problems += [
-        f"shape of {key}: {tuple(there)} in the file, {tuple(here)} in the encoder"
-        for key, there, here in sorted(told["mismatched_keys"])
-        if key in needed
-    ]
-    refuse_keys(problems, folder, described["model_type"], "Put the weights and the config.json of one model there.")
-    encoder.stages.load_state_dict(filled.state_dict(), strict=False, assign=True)
+        if model_type not in FAMILIES:
+            raise CheckpointError(
+                f"{folder / _CONFIG}: its model_type is {model_type!r}.", f"Known are {_families()}; export others."
+            )
+        family = FAMILIES[model_type]
+        inner = config.get(family.nested) if family.nested else config
+        if not isinstance(inner, dict):
+            raise CheckpointError(f"{folder / _CONFIG}: has no {family.nested}.", "Download the folder again.")
+        file = next((folder / name for name in _PROCESSORS if (folder / name).is_file()), None)
+        if file is None:
+            raise CheckpointError(
+                f"{folder}: has no {_PROCESSORS[1]}, so that nothing says how its input is scaled.",
+                "Put the one that was published with the weights beside them.",
+            )
+        processor = read_config(file)
+        processor = next((processor[part] for part in _PARTS if isinstance(processor.get(part), dict)), processor)
+        described = DescribedModel(
+            model_type=model_type,
+            architecture=next(iter(config.get("architectures") or ()), None),
+            config={key: value for key, value in inner.items() if key not in _OF_LABELS},
+            processor=processor,
+            licence=_licence(folder),
+        )
+        try:
+            described.wants(folder=folder)
+        except FOREIGN as error:
+            text = f"its configurations are not those of a {model_type} ({type(error).__name__}: {error})"
+            raise CheckpointError(f"{folder}: {text}.", "Download the folder again.") from error
+        return described.to_json()
+
+    def wants(self, modality: Modality) -> Wants:
+        """`EncoderFormat.wants`."""
+        return DescribedModel.from_json(modality.encoder_config).wants()
+
+    def files(self, modality: Modality, weights_dir: Path) -> list[Path]:
+        """Weights, and the configurations that they are read with."""
+        folder = _folder(modality, weights_dir)
+        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model.bin"))
+        if not weights:
+            raise CheckpointError(
+                f"{folder}: has no *.safetensors.", "Put the weights there; --random-weights does without."
+            )
+        described = [folder / name for name in (_CONFIG, *_PROCESSORS, "model.safetensors.index.json")]
+        return [*weights, *(file for file in described if file.is_file())]
+
+    def build(self, modality: Modality) -> StagedEncoder:
+        """Stages input, patch, block0 to the last, pool."""
+        described = DescribedModel.from_json(modality.encoder_config)
+        return _stages(described, described.owner_class(described.owner_config), modality)
+
+    def load(self, encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
+        """`EncoderFormat.load`, as transformers reads files: older names of keys are known to it."""
+        folder = _folder(modality, weights_dir)
+        described = DescribedModel.from_json(modality.encoder_config)
+        try:
+            with _quiet(import_transformers()):
+                model, told = described.owner_class.from_pretrained(
+                    folder,
+                    config=described.owner_config,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                )
+        except Exception as error:  # safetensors, pickle and transformers have their own for damaged files
+            text = str(error).splitlines()[0][:200] if str(error) else ""
+            raise CheckpointError(
+                f"{folder}: its weights cannot be read ({type(error).__name__}: {text}).",
+                "Download the folder again.",
+            ) from error
+        filled = _stages(described, model, modality).stages
+        ours = {id(value) for value in filled.state_dict(keep_vars=True).values()}
+        needed = {key for key, value in model.state_dict(keep_vars=True).items() if id(value) in ours}
+        beside = re.compile(rf"(\w+\.)?({described.family.heads})\b")
+        problems = [f"missing {key}" for key in sorted(told["missing_keys"]) if key in needed]
+        problems += [f"unexpected {key}" for key in sorted(told["unexpected_keys"]) if not beside.match(key)]
+        problems += [
+            f"shape of {key}: {tuple(there)} in the file, {tuple(here)} in the encoder"
+            for key, there, here in sorted(told["mismatched_keys"])
+            if key in needed
+        ]
+        remedy = "Put the weights and the config.json of one model there."
+        refuse_keys(problems, folder, described.model_type, remedy)
+        encoder.stages.load_state_dict(filled.state_dict(), strict=False, assign=True)
 
 
-def import_transformers() -> ModuleType:
-    """The package, told to fetch nothing.
-
-    Raises:
-        SettingsError: it is not installed.
-    """
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    return import_optional("transformers", "hf")
+def _stages(described: DescribedModel, model: torch.nn.Module, modality: Modality) -> StagedEncoder:
+    return described.staged(model, over_time=getattr(modality, "frame_pooling", "mean"))
 
 
 def _folder(modality: Modality, weights_dir: Path) -> Path:
@@ -338,208 +171,3 @@ def _quiet(library: ModuleType) -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-
-
-def _classes(described: Mapping[str, Any]) -> tuple[type[nn.Module], Any, Task | None]:
-    """The model's class, its configuration without dropout, and the family's task where the class is that one's."""
-    library, family = import_transformers(), FAMILIES[described["model_type"]]
-    try:
-        config = getattr(library, family.config).from_dict(dict(described["config"]))
-    except Exception as error:  # whatever the owner's checks raise
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{_CONFIG}: is no {family.config}: {text}", "Download the folder again.") from error
-    for field, value in config.to_dict().items():
-        if "drop" in field and isinstance(value, float):
-            setattr(config, field, 0.0)
-    task = family.task
-    # Without mean pooling VideoMAE's classifier reads the first token, and has no norm of its own.
-    if task is None or described["architecture"] != task.model or not getattr(config, "use_mean_pooling", True):
-        return getattr(library, family.model), config, None
-    return getattr(library, task.model), config, task
-
-
-def _wants(described: Mapping[str, Any], *, folder: Path | None = None) -> Wants:
-    """What a described model wants.
-
-    Raises:
-        CheckpointError: its configurations contradict each other, or one lacks something.
-    """
-    family = FAMILIES[described["model_type"]]
-    _, config, task = _classes(described)
-    where = folder or Path(described["model_type"])
-    processor = described["processor"]
-
-    def told(key: str) -> Any:
-        if processor.get(key) is None:
-            raise CheckpointError(f"{where}: its processor's configuration has no {key}.", "Download it again.")
-        return processor[key]
-
-    def same(key: str, field: str) -> Any:
-        if told(key) != getattr(config, field):
-            text = f"its processor's {key} is {told(key)}, and {field} of its config.json {getattr(config, field)}"
-            raise CheckpointError(f"{where}: {text}.", "Put the files of one model there.")
-        return told(key)
-
-    common = {
-        "kind": family.kind,
-        "axes": family.axes,
-        "pooling": {"first": "first token", "first two": "mean of the first two tokens", "mean": "mean of tokens"}.get(
-            task.pooling if task else family.pooling, "attention"
-        ),
-        "dim": config.hidden_size,
-        "licence": described["licence"],
-    }
-    if family.kind == "video":
-        side, short = _sides(processor, where)
-        fits, patch = getattr(config, family.side), config.patch_size
-        fits = fits[0] if isinstance(fits, list | tuple) else fits
-        if side % patch if family.any_size else side != fits:
-            text = f"its processor makes frames of {side} pixels, and its config.json wants {fits} (patches of {patch})"
-            raise CheckpointError(f"{where}: {text}.", "Put the files of one model there.")
-        scale = processor.get("rescale_factor") or 1 / FULL_SCALE
-        normal = processor.get("do_normalize", True)
-        return Wants(
-            **common,
-            frames=getattr(config, family.frames) if family.frames else None,
-            per_frame=not family.frames,
-            size=(side, side),
-            short_side=short,
-            colour="RGB",
-            values=(0.0, FULL_SCALE * scale if processor.get("do_rescale", True) else float(FULL_SCALE)),
-            mean=tuple(told("image_mean")) if normal else (0.0, 0.0, 0.0),
-            std=tuple(told("image_std")) if normal else (1.0, 1.0, 1.0),
-        )
-    rate, samples, keys = told("sampling_rate"), None, ("do_normalize",)
-    front_end = "waveform"
-    if family.axes == "BTF":
-        front_end, keys = "fbank", ("num_mel_bins", "max_length", "do_normalize")
-        same("num_mel_bins", "num_mel_bins"), same("max_length", "max_length")
-        keys += ("mean", "std") if told("do_normalize") else ()
-    elif family.axes == "BCTF":
-        front_end, samples = "log-mel", told("max_length_s") * rate
-        keys = ("feature_size", "fft_window_size", "hop_length", "frequency_min", "frequency_max", "truncation")
-        same("feature_size", "num_mel_bins")
-        common["dim"] = config.patch_embeds_hidden_size * 2 ** (len(config.depths) - 1)
-    return Wants(
-        **common,
-        sample_rate=rate,
-        samples=samples,
-        front_end=front_end,
-        front_end_settings=tuple((key, told(key)) for key in keys),
-    )
-
-
-def _sides(processor: Mapping[str, Any], where: Path) -> tuple[int, int]:
-    """Pixels of the square crop and, before it, of a frame's short side, as an image processor is configured."""
-
-    def square(value: object) -> int | None:
-        sides = set(value.values()) if isinstance(value, dict) else {value}
-        return sides.pop() if len(sides) == 1 and all(isinstance(side, int) for side in sides) else None
-
-    short = square(processor.get("size"))
-    side = square(processor.get("crop_size")) if processor.get("do_center_crop", "crop_size" in processor) else short
-    if side is None:
-        raise CheckpointError(
-            f"{where}: its processor's configuration has no square size of frames.", "Only square frames can be had."
-        )
-    return side, max(short or side, side)
-
-
-def _mel(wanted: Wants) -> np.ndarray:
-    """The owner's mel filters, [bins, bands]."""
-    from transformers.audio_utils import mel_filter_bank
-
-    told, rate = dict(wanted.front_end_settings), wanted.sample_rate
-    if wanted.front_end == "fbank":
-        kaldi = {"norm": None, "mel_scale": "kaldi", "triangularize_in_mel_space": True}
-        return mel_filter_bank(FBANK_FFT // 2 + 1, told["num_mel_bins"], 20, rate // 2, rate, **kaldi)
-    fused = told["truncation"] == "fusion"
-    scale = {"norm": None, "mel_scale": "htk"} if fused else {"norm": "slaney", "mel_scale": "slaney"}
-    ends = told["frequency_min"], told["frequency_max"]
-    return mel_filter_bank(told["fft_window_size"] // 2 + 1, told["feature_size"], *ends, rate, **scale)
-
-
-class TransformerPatch(nn.Module):
-    """Input to tokens: [B, C, T, H, W] or a filter bank [B, 1, T, F] -> [B, D, N], of single frames [B, D, T, N]."""
-
-    def __init__(self, modules: Sequence[nn.Module], axes: str, *args: object) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(modules)
-        self.axes, self.args = axes, args
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As the class says."""
-        clips = len(x) if self.axes == "BCHW" else None
-        x = {"BTCHW": lambda: x.transpose(1, 2), "BCHW": lambda: single_frames(x), "BTF": lambda: x[:, 0]}[self.axes]()
-        first, *others = self.parts
-        x = first(x, *self.args)
-        for module in others:
-            x = module(x)
-        return channels_first(x, clips)
-
-
-class SpeechPatch(nn.Module):
-    """wav2vec 2 and HuBERT before their layers: samples [B, 1, n] -> [B, D, N]."""
-
-    def __init__(self, features: nn.Module, projection: nn.Module, positions: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
-        self.features, self.projection, self.positions, self.norm = features, projection, positions, norm
-        features._requires_grad = False  # it would mark its input, which only their checkpointing needs
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, 1, n] -> [B, D, N]."""
-        tokens = self.projection(self.features(x[:, 0]).transpose(1, 2))
-        tokens = tokens[0] if isinstance(tokens, tuple) else tokens
-        return channels_first(self.norm(tokens + self.positions(tokens)))
-
-
-class SpectrogramPatch(nn.Module):
-    """CLAP before its layers: a log-mel spectrogram [B, 1, T, F] -> [B, D, N]. A clip is never longer than a window."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.norm, self.patch = encoder.batch_norm, encoder.patch_embed
-        shape = SimpleNamespace(spec_size=encoder.spec_size, freq_ratio=encoder.freq_ratio)
-        self.as_image = partial(type(encoder).reshape_mel2img, shape)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, 1, T, F] -> [B, D, N]."""
-        return channels_first(self.patch(self.as_image(self.norm(x.transpose(1, 3)).transpose(1, 3)), []))
-
-
-def _staged(model: nn.Module, described: Mapping[str, Any], modality: Modality) -> StagedEncoder:
-    """The stages of an owner's model; its parameters are theirs."""
-    family, (_, config, task) = FAMILIES[described["model_type"]], _classes(described)
-    base = attrgetter(task.base)(model) if task else model
-    parts = [attrgetter(path)(base) for path in family.patch]
-    layers, norm = attrgetter(family.layers)(base), attrgetter(family.norm)(base)
-    head = attrgetter(task.head)(model) if task else getattr(base, "head", None)  # SigLIP's, where it has one
-    wanted = _wants(described)
-    told = dict(wanted.front_end_settings)
-    args = [family.layer_args] * len(layers)
-    if wanted.front_end == "log-mel":
-        entry: nn.Module = LogMel(_mel(wanted), hop=told["hop_length"])
-        patch: nn.Module = SpectrogramPatch(parts[0])
-        args = [(size,) for size in parts[0].input_resolutions]
-    elif wanted.front_end == "waveform":
-        entry = Standardise() if told["do_normalize"] else nn.Identity()
-        last = getattr(config, "do_stable_layer_norm", False)  # else the norm comes before the layers
-        patch = SpeechPatch(*parts, nn.Identity() if last else norm)
-        norm = norm if last else None
-    else:
-        if wanted.front_end == "fbank":
-            entry = KaldiFbank(_mel(wanted), frames=told["max_length"], mean=told.get("mean"), std=told.get("std"))
-        else:
-            entry = pixels(wanted)
-        patch = TransformerPatch(parts, family.axes, *family.patch_args)
-    pooling = task.pooling if task else family.pooling
-    return StagedEncoder(
-        {
-            "input": entry,
-            "patch": patch,
-            **{f"block{i}": Block(layer, *args[i]) for i, layer in enumerate(layers)},
-            "pool": TokenPool(norm, pooling, head, getattr(modality, "frame_pooling", "mean")),
-        },
-        dim=wanted.dim,
-        wants=wanted,
-    )

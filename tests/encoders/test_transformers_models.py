@@ -183,6 +183,8 @@ def test_settings_come_from_the_folder_unless_they_contradict_it(folders):
         (field,) = wrong or ("encoder",)
         with pytest.raises(SettingsError, match=rf"modalities\.m\.{field}"):
             described(folders[name][0], kind, **wrong)
+    with pytest.raises(SettingsError, match=r"cannot read views of shape \[1, 9\]"):
+        described(folders["wav2vec2"][0], "audio", front_end="waveform", samples=9)
 
 
 def test_a_missing_package_is_named(folders, monkeypatch):

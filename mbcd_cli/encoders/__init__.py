@@ -75,7 +75,12 @@ SCHEMES: dict[str, Scheme] = {
         "a ViT or EfficientNet of timm, with a weights file",
     ),
 } | {
-    name: Scheme("FILE", ("video", "audio", "array"), "mbcd_cli.encoders.whole_models", f"{what}, with FILE.toml")
+    name: Scheme(
+        "FILE",
+        ("video", "audio", "array"),
+        "mbcd_cli.encoders.whole_models.WholeModelFormat",
+        f"{what}, with FILE.toml",
+    )
     for name, what in (
         ("onnx", "a model of onnxruntime's"),
         ("torchscript", "what torch.jit.save stored"),

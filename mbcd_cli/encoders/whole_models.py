@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders.formats import behind_scheme
+from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme
 from mbcd_cli.encoders.model_files import ModelFile, OnnxModel, TorchModel, shape_text
 from mbcd_cli.encoders.staged import Normalise, StagedEncoder
 from mbcd_cli.encoders.wants import Wants
@@ -58,86 +58,89 @@ class FrontEnd:
 _FRONT_END = TypeAdapter(FrontEnd)
 
 
-def describe(modality: Modality, weights_dir: Path) -> str:
-    """As `EncoderFormat.describe`: the wants that the TOML file beside the model tells."""
-    file = _model_file(modality, weights_dir)
-    beside = file.with_name(f"{file.name}.toml")
-    try:
-        told = tomllib.loads(beside.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        told = {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{beside}: cannot be read: {error}.", "Mend it; docs/encoders.md shows one.") from error
-    kind = told.get("kind", modality.kind)
-    needed = ["kind", "axes", *_NEEDED.get(kind, ()), "pooling", "dim"]
-    if kind == "video" and not told.get("per_frame"):
-        needed.append("frames")  # or per_frame = true
-    if missing := [key for key in needed if key not in told]:
-        raise CheckpointError(
-            f"{beside}: says nothing of {', '.join(missing)}, and {file.name} does not tell what its input means.",
-            f"Write {', '.join(f'{key} = ...' for key in missing)} there; docs/encoders.md shows such a file.",
-        )
-    names = {field.name for field in fields(Wants)} - {"front_end_settings"}
-    if unknown := next((key for key in told if key not in names), None):
-        known = ", ".join(sorted(names))
-        raise CheckpointError(
-            f"{beside}: there is no {unknown!r}.", f"{did_you_mean(unknown, names)}There are {known}."
-        )
-    front = told.pop("front_end", None)
-    try:
-        if front is not None:
-            known = asdict(_FRONT_END.validate_python(front))
-            told |= {"front_end": known.pop("file"), "front_end_settings": tuple(known.items())}
-        wants = _WANTS.validate_python(told)
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
-        raise CheckpointError(f"{beside}: {'; '.join(problems)}.", "docs/encoders.md shows such a file.") from error
-    if wants.pooling not in POOLINGS:
-        raise CheckpointError(f"{beside}: there is no pooling {wants.pooling!r}.", f"Use one of {', '.join(POOLINGS)}.")
-    return json.dumps(asdict(wants))
+class WholeModelFormat(EncoderFormat):
+    """A model in one file, and the TOML file beside it."""
 
+    def describe(self, modality: Modality, weights_dir: Path) -> str:
+        """`EncoderFormat.describe`: the wants that the TOML file beside the model tells."""
+        file = _model_file(modality, weights_dir)
+        beside = file.with_name(f"{file.name}.toml")
+        try:
+            told = tomllib.loads(beside.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            told = {}
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{beside}: cannot be read: {error}.", "Mend it; docs/encoders.md shows one."
+            ) from error
+        kind = told.get("kind", modality.kind)
+        needed = ["kind", "axes", *_NEEDED.get(kind, ()), "pooling", "dim"]
+        if kind == "video" and not told.get("per_frame"):
+            needed.append("frames")  # or per_frame = true
+        if missing := [key for key in needed if key not in told]:
+            raise CheckpointError(
+                f"{beside}: says nothing of {', '.join(missing)}, and {file.name} does not tell what its input means.",
+                f"Write {', '.join(f'{key} = ...' for key in missing)} there; docs/encoders.md shows such a file.",
+            )
+        names = {field.name for field in fields(Wants)} - {"front_end_settings"}
+        if unknown := next((key for key in told if key not in names), None):
+            known = ", ".join(sorted(names))
+            raise CheckpointError(
+                f"{beside}: there is no {unknown!r}.", f"{did_you_mean(unknown, names)}There are {known}."
+            )
+        front = told.pop("front_end", None)
+        try:
+            if front is not None:
+                known = asdict(_FRONT_END.validate_python(front))
+                told |= {"front_end": known.pop("file"), "front_end_settings": tuple(known.items())}
+            wants = _WANTS.validate_python(told)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
+            raise CheckpointError(f"{beside}: {'; '.join(problems)}.", "docs/encoders.md shows such a file.") from error
+        if wants.pooling not in POOLINGS:
+            raise CheckpointError(
+                f"{beside}: there is no pooling {wants.pooling!r}.", f"Use one of {', '.join(POOLINGS)}."
+            )
+        return json.dumps(asdict(wants))
 
-def wants(modality: Modality) -> Wants:
-    """As `EncoderFormat.wants`."""
-    return _WANTS.validate_json(modality.encoder_config)
+    def wants(self, modality: Modality) -> Wants:
+        """`EncoderFormat.wants`."""
+        return _WANTS.validate_json(modality.encoder_config)
 
+    def files(self, modality: Modality, weights_dir: Path) -> list[Path]:
+        """`EncoderFormat.files`: the model, its front end, and data that ONNX keeps beside either."""
+        file, front = _model_file(modality, weights_dir), self.wants(modality).front_end
+        named = [file] if front is None else [file, _there(file.with_name(front), modality)]
+        return named + [data for one in named for data in sorted(one.parent.glob(f"{one.name}[._]data"))]
 
-def files(modality: Modality, weights_dir: Path) -> list[Path]:
-    """As `EncoderFormat.files`: the model, its front end, and data that ONNX keeps beside either."""
-    file, front = _model_file(modality, weights_dir), wants(modality).front_end
-    named = [file] if front is None else [file, _there(file.with_name(front), modality)]
-    return named + [data for one in named for data in sorted(one.parent.glob(f"{one.name}[._]data"))]
+    def build(self, modality: Modality) -> StagedEncoder:
+        """`EncoderFormat.build`."""
+        wanted = self.wants(modality)
+        if modality.cut not in ("pool", "adapter"):
+            raise SettingsError(
+                f"{modality.encoder}: nothing of a whole model trains, and the cut is {modality.cut}.",
+                "Set modalities.NAME.cut = adapter.",
+            )
+        normalise = Normalise(modality.mean, modality.std, dims=5) if wanted.kind == "video" else Scaled(wanted)
+        stages = {"input": normalise, "model": WholeModel(wanted), "pool": nn.Identity()}
+        return StagedEncoder(stages, dim=wanted.dim, wants=wanted)
 
-
-def build(modality: Modality) -> StagedEncoder:
-    """As `EncoderFormat.build`."""
-    wanted = wants(modality)
-    if modality.cut not in ("pool", "adapter"):
-        raise SettingsError(
-            f"{modality.encoder}: nothing of a whole model trains, and the cut is {modality.cut}.",
-            "Set modalities.NAME.cut = adapter.",
-        )
-    normalise = Normalise(modality.mean, modality.std, dims=5) if wanted.kind == "video" else Scaled(wanted)
-    stages = {"input": normalise, "model": WholeModel(wanted), "pool": nn.Identity()}
-    return StagedEncoder(stages, dim=wanted.dim, wants=wanted)
-
-
-def load(encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
-    """As `EncoderFormat.load`; the model is tried with one input of zeros."""
-    stage: WholeModel = encoder.stages["model"]
-    file, wanted = _model_file(modality, weights_dir), stage.wants
-    stage.model = _opened(modality, file)
-    if wanted.front_end is not None:
-        stage.front = _opened(modality, file.with_name(wanted.front_end))
-    shape, _ = modality.part_shapes(test=True)[0]
-    with torch.no_grad():
-        given = stage.eval()(torch.zeros(1, *shape)).shape[1]
-    if given != wanted.dim:
-        raise CheckpointError(
-            f"{file}: makes {given} features a clip, pooled by {wanted.pooling}, and {file.name}.toml promises "
-            f"{wanted.dim}.",
-            f"Set dim = {given} there, or another pooling.",
-        )
+    def load(self, encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
+        """`EncoderFormat.load`; the model is tried with one input of zeros."""
+        stage: WholeModel = encoder.stages["model"]
+        file, wanted = _model_file(modality, weights_dir), stage.wants
+        stage.model = _opened(modality, file)
+        if wanted.front_end is not None:
+            stage.front = _opened(modality, file.with_name(wanted.front_end))
+        shape, _ = modality.part_shapes(test=True)[0]
+        with torch.no_grad():
+            given = stage.eval()(torch.zeros(1, *shape)).shape[1]
+        if given != wanted.dim:
+            raise CheckpointError(
+                f"{file}: makes {given} features a clip, pooled by {wanted.pooling}, and {file.name}.toml promises "
+                f"{wanted.dim}.",
+                f"Set dim = {given} there, or another pooling.",
+            )
 
 
 def _model_file(modality: Modality, weights_dir: Path) -> Path:

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from mbcd_cli.methods import DEFAULT
-from mbcd_cli.settings.ranges import range_of
+from mbcd_cli.settings.described import described
 
 HERE = Path(__file__).resolve().parent
 NOTE = "<!-- Written by docs/generate.py; change the code, then run it again. -->"
@@ -38,46 +35,13 @@ def cli_page() -> str:
     return "\n".join(pages)
 
 
-def _type_name(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _type_name(get_args(annotation)[0])
-    if origin is Literal:
-        return " \\| ".join(f"`{value}`" for value in get_args(annotation))
-    if origin in (Union, UnionType):
-        return " or ".join(_type_name(part) for part in get_args(annotation) if part is not type(None))
-    if origin is dict:
-        return f"{_type_name(get_args(annotation)[1])} by name"
-    if origin is tuple:
-        parts = [part for part in get_args(annotation) if part is not Ellipsis]
-        return "list of " + (_type_name(parts[0]) if len(parts) == 1 else f"{len(parts)} {_type_name(parts[0])}s")
-    return {"str": "text", "int": "whole number", "float": "number", "bool": "true or false", "Path": "path"}.get(
-        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
-    )
-
-
-def _default(value: Any) -> str:
-    if value is None or value is PydanticUndefined:
-        return ""
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    if isinstance(value, tuple):
-        return f"`[{', '.join(map(str, value))}]`"
-    return f"`{value}`"
-
-
 def _rows(model: type[BaseModel], prefix: str) -> list[str]:
-    rows, nested = [], []
-    for name, field in model.model_fields.items():
-        annotation = getattr(field.annotation, "__bound__", field.annotation)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            nested += _rows(annotation, f"{prefix}{name}.")
-            continue
-        default = DEFAULT if f"{prefix}{name}" == "method.name" else field.default
-        meaning, drawn_from = field.description, range_of(field)
-        meaning += f" Searched {drawn_from}." if drawn_from else ""
-        rows.append(f"| `{prefix}{name}` | {_type_name(annotation)} | {_default(default)} | {meaning} |")
-    return rows + nested
+    rows = []
+    for one in described(model, prefix):
+        default = DEFAULT if one.path == "method.name" else one.default
+        shown = f"`{default}`" if default else ""
+        rows.append(f"| `{one.path}` | {one.type.replace('|', chr(92) + '|')} | {shown} | {one.meaning} |")
+    return rows
 
 
 def settings_page() -> str:

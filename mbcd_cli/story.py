@@ -17,7 +17,7 @@ from mbcd_cli.landscape import measure
 from mbcd_cli.landscape.measure import Landscape
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.preparation import prepare
-from mbcd_cli.preparation.prepare import PreparedModality
+from mbcd_cli.preparation.answer import PreparedModality
 from mbcd_cli.resolved import changed, load_settings, resolve
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints, run_name

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "mbcd_cli"
 FLOORS = (
     "__init__ errors say allocator randomness checksums naming json_values",
     "files place settings plugins",
-    "processes ledger",
+    "processes ledger promises",
     "runtime plotting data integrity",
     "encoders",
     "model",

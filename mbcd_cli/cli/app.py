@@ -34,6 +34,7 @@ class _Commands(Mapping):
         "reveal",
         "verify",
         "repair",
+        "check",
         "list",
     )
 

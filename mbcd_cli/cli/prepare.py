@@ -14,8 +14,8 @@ from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Reply, command, emit_settings, preset_for_reader
 
 if TYPE_CHECKING:
+    from mbcd_cli.preparation.answer import Prepared
     from mbcd_cli.preparation.check import Checked
-    from mbcd_cli.preparation.prepare import Prepared
 
 _PREPARES = [
     "dataset.reader",

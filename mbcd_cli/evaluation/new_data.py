@@ -18,7 +18,8 @@ from mbcd_cli.evaluation.report.export import ClipRow, vote_rows
 from mbcd_cli.evaluation.report.results import provenance
 from mbcd_cli.files import write_json, write_rows
 from mbcd_cli.json_values import json_values
-from mbcd_cli.preparation.prepare import Prepared, prepare_listing
+from mbcd_cli.preparation.answer import Prepared
+from mbcd_cli.preparation.prepare import prepare_listing
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.deployed import build_models, deployed

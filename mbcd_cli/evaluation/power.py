@@ -27,7 +27,8 @@ from mbcd_cli.evaluation.claims import (
     recordings_variance,
     smallest_difference,
 )
-from mbcd_cli.evaluation.report.compare import Tested, by_method, find_runs, load_run, outcomes_of, told_apart
+from mbcd_cli.evaluation.report.claim_tables import Tested, outcomes_of
+from mbcd_cli.evaluation.report.evaluated import by_method, find_runs, load_run, told_apart
 from mbcd_cli.settings import Settings
 
 COUNTS = (1, 3, 5, 10, 100)

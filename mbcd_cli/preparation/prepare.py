@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,13 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.online import MediaSource
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.readers import Listing
-from mbcd_cli.data.records import Mended, Rejected
+from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders import described_encoders
 from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, CheckpointError
 from mbcd_cli.files import free_bytes, size_text, write_rows, write_text
 from mbcd_cli.place import this_process
+from mbcd_cli.preparation.answer import Prepared, PreparedModality, keep_answer, kept_answer
 from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.identity import check_records
@@ -43,52 +44,6 @@ LEFT_OUT = "left-out.csv"
 _SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedModality:
-    """What `prepare` says of one modality.
-
-    Attributes:
-        clips: that can be used.
-        bytes: of the shards, without the index; bytes_per_view: of a training view.
-        int8_error: root of the mean squared error relative to the values; None where nothing is int8.
-        float16_loss: what float16 took from the values, in words; empty where that is next to nothing.
-        seconds: of this run.
-    """
-
-    folder: str
-    fingerprint: str
-    clips: int
-    bytes: int
-    bytes_per_view: int
-    int8_error: float | None
-    float16_loss: str
-    mended: list[Mended]
-    shards: int
-    shards_reused: int
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What `prepare` returns.
-
-    Attributes:
-        clips: those that can be used and those that cannot.
-        left_out: training clips that are not among them, since they tell of test clips.
-        exit_code: 3 where more clips were rejected than `dataset.max_bad`.
-    """
-
-    dataset: str
-    cache: str
-    clips: int
-    domains: list[str]
-    classes: int
-    modalities: dict[str, PreparedModality]
-    rejected: list[Rejected]
-    left_out: list[Leak]
-    exit_code: int
-
-
 def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared | None:
     """Fill the caches of every modality of a dataset; what is already there is reused.
 
@@ -102,10 +57,21 @@ def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared | None:
         CacheError: no room for the cache, or no clip can be used.
     """
     configure(settings.runtime)
-    settings = described_encoders(settings)
+    started = time.time_ns()
+    alone = this_process().world == 1
+    if alone and (kept := kept_answer(settings)) is not None:
+        prepared, warnings = kept
+        for line in warnings:
+            say.warn(line)
+        say("Nothing has changed since all of it was prepared.")
+        return prepared
+    described = described_encoders(settings)
     with say.progress("reading what clips there are"):
-        listing = read_listing(settings)
-    return prepare_listing(settings, listing, say=say)
+        listing = read_listing(described)
+    prepared = prepare_listing(described, listing, say=say)
+    if alone and prepared is not None:
+        keep_answer(settings, listing, prepared, started=started)
+    return prepared
 
 
 def leave_out_leaks(settings: Settings, listing: Listing, *, say: Say = SILENT) -> tuple[Settings, list[Leak]]:
@@ -271,8 +237,6 @@ def _prepare_modality(
     if mended:
         first = mended[0]
         say.warn(f"{name}: {len(mended)} clips were mended while decoding, the first {first.clip}: {first.note}")
-    if finished.lost:
-        say.warn(f"{name}: {finished.lost}. --set cache.dtype=float32 keeps them as they are.")
     gone = {bad.clip for bad in unusable}
     there = np.fromiter((identity not in gone for identity in clips.ids), bool, len(clips))
     kept = int(np.array([len(wanted) for wanted in plan.views])[clips.splits[there]].sum())
@@ -284,7 +248,7 @@ def _prepare_modality(
         f"{name}: {state} {len(clips) - len(unusable)} clips, {kept} views, {nbytes / 1e6:.1f} MB{error} "
         f"in {seconds:.1f} s -> {folder}"
     )
-    return PreparedModality(
+    done = PreparedModality(
         folder=str(folder),
         fingerprint=plan.fingerprint,
         clips=len(clips) - len(unusable),
@@ -297,6 +261,9 @@ def _prepare_modality(
         shards_reused=len(writer.shards) - len(missing),
         seconds=round(seconds, 3),
     )
+    if done.loss:
+        say.warn(f"{name}: {done.loss}")
+    return done
 
 
 def writer_of(

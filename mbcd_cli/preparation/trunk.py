@@ -35,6 +35,18 @@ class WeightsFile:
     sha256: str
 
 
+def weight_files(settings: Settings, modality: Modality) -> list[Path]:
+    """The files that hold the weights of `modality`'s encoder.
+
+    Raises:
+        CheckpointError: they are not there.
+    """
+    form, folder = format_of(modality), settings.cache.weights_dir
+    if form is None:
+        return [find_weights(modality.encoder, modality.weights, folder)]
+    return form.files(modality, folder)
+
+
 def weights_file(settings: Settings, modality: Modality) -> WeightsFile | None:
     """The weights file of `modality`'s encoder; None where it needs none. Nothing of it is loaded.
 
@@ -43,11 +55,11 @@ def weights_file(settings: Settings, modality: Modality) -> WeightsFile | None:
     """
     if not needs_weights(settings, modality):
         return None
-    if (form := format_of(modality)) is not None:
-        files = form.files(modality, settings.cache.weights_dir)
+    files = weight_files(settings, modality)
+    if modality.from_files:
         named = settings.cache.weights_dir / behind_scheme(modality)
         return WeightsFile(named if named.exists() else files[0], files_sha256(files, modality.weights_sha256))
-    file = find_weights(modality.encoder, modality.weights, settings.cache.weights_dir)
+    (file,) = files
     source = WeightsFile(file, checked_sha256(file, modality.weights_sha256))
     check_settings(modality.encoder, modality, file, source.sha256)
     return source

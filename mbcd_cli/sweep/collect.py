@@ -14,7 +14,9 @@ import numpy as np
 from mbcd_cli.data.records import modality_order
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report import plots
-from mbcd_cli.evaluation.report.compare import Run, averages, compare, load_run, marked, order_methods
+from mbcd_cli.evaluation.report.comparison import compare
+from mbcd_cli.evaluation.report.evaluated import Run, load_run, order_methods
+from mbcd_cli.evaluation.report.score_tables import averages, marked
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.files import read_records
 from mbcd_cli.methods import method_class

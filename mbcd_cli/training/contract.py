@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -490,7 +492,30 @@ def method_checks(
     """(name, check) of every check of a method, to parametrise a test with."""
     subject = Subject.of(method, settings)
     for name, check in CHECKS.items():
-        yield name, lambda check=check: check(subject)
+        yield name, partial(check, subject)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of a method beside ERM, on the tiny models: its step's time over ERM's, and parameters of its own."""
+
+    step: float
+    parameters: int
+
+
+def method_cost(method: str | type[Method], settings: Mapping[str, object] | None = None) -> Cost:
+    """What a method's step costs; the medians of steps taken in turns with ERM's."""
+    steps = [Subject.of(kind, told).training().step for kind, told in ((method, settings), (Method, None))]
+    spent: list[list[float]] = [[], []]
+    subjects = [Subject.of(method, settings), Subject(Method)]
+    for seed in range(30):
+        for step, subject, seconds in zip(steps, subjects, spent, strict=True):
+            batch = subject.batch(seed)
+            started = time.perf_counter()
+            step(batch)
+            seconds.append(time.perf_counter() - started)
+    ratio = sorted(spent[0])[len(spent[0]) // 2] / sorted(spent[1])[len(spent[1]) // 2]
+    return Cost(round(ratio, 2), sum(p.numel() for p in steps[0].method.parameters()))
 
 
 def check_method(method: str | type[Method], settings: Mapping[str, object] | None = None) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from mbcd_cli.evaluation import claims as c
-from mbcd_cli.evaluation.report import compare, plots
+from mbcd_cli.evaluation.report import claim_tables, evaluated, plots
 from mbcd_cli.evaluation.report.comparison import compare_runs
 from mbcd_cli.evaluation.report.export import OUTCOMES
 from mbcd_cli.files import written_hdf5
@@ -182,7 +182,7 @@ def write_tested(root, method, target, seed, *, right, recordings=range(SIZE), d
 
 
 def claims_of(root):
-    (table,) = compare.claim_tables([compare.load_run(run) for run in compare.find_runs([f"{root}/*"])[0]])
+    (table,) = claim_tables.claim_tables([evaluated.load_run(run) for run in evaluated.find_runs([f"{root}/*"])[0]])
     return {row[0]: dict(zip(table.columns[1:], row[1:], strict=True)) for row in table.rows}, table.note
 
 
@@ -241,13 +241,13 @@ def test_runs_that_cannot_be_paired(tmp_path):
 
 def test_methods_ranked_over_blocks(tmp_path):
     three_methods(tmp_path)
-    runs = [compare.load_run(run) for run in compare.find_runs([f"{tmp_path}/*"])[0]]
-    (found,) = compare.rankings(runs)
+    runs = [evaluated.load_run(run) for run in evaluated.find_runs([f"{tmp_path}/*"])[0]]
+    (found,) = claim_tables.rankings(runs)
     table = np.array([[r.heads["fused"] for r in runs if r.method == m] for m in ("erm", "ema", "mbcd")])
     assert found.p == pytest.approx(stats.friedmanchisquare(*table).pvalue)
     assert found.ranks["mbcd"] == 1
     assert found.blocks == 12
-    assert not compare.rankings([run for run in runs if run.seed == 0])
+    assert not claim_tables.rankings([run for run in runs if run.seed == 0])
     done = compare_runs([f"{tmp_path}/*"], output=tmp_path / "out")
     assert (tmp_path / "out" / "d-video-multi-source-ranks.png").is_file()
     assert "mean rank over 12 targets x seeds" in done.files["report"].read_text()

@@ -13,7 +13,7 @@ import torch
 from mbcd_cli import checksums, console
 from mbcd_cli.cli.evaluate import show_comparison
 from mbcd_cli.errors import RunError
-from mbcd_cli.evaluation.report import compare as c
+from mbcd_cli.evaluation.report import comparison, evaluated, score_tables
 from mbcd_cli.evaluation.report import tables as t
 from mbcd_cli.evaluation.report.comparison import compare_runs
 from mbcd_cli.files import write_json
@@ -70,11 +70,11 @@ def rows_of(table):
 
 def test_means_spreads_and_averages_by_hand(tmp_path):
     figures = grid(tmp_path)
-    done, waiting = c.find_runs([str(tmp_path / "**")])
+    done, waiting = evaluated.find_runs([str(tmp_path / "**")])
     assert (len(done), waiting) == (18, [])
-    runs, warnings = c.distinct([c.load_run(f) for f in done])
+    runs, warnings = evaluated.distinct([evaluated.load_run(f) for f in done])
     assert warnings == []
-    main, by_head, claims = c.compare(runs)
+    main, by_head, claims = comparison.compare(runs)
     assert list(main.columns) == ["method", "D1", "D2", "D3", "average"]
     assert [row[0] for row in main.rows[:2]] == ["erm", "mbcd"]
     for method, cells in rows_of(main).items():
@@ -101,8 +101,8 @@ def test_the_papers_figures_stand_beside_matching_settings_only(tmp_path):
     grid(tmp_path / "c", dataset="hac", domains=("human", "animal", "cartoon"), modalities=("audio", "flow", "video"))
     found = {}
     for folder in "abc":
-        done, _ = c.find_runs([str(tmp_path / folder / "**")])
-        found[folder] = rows_of(c.main_tables([c.load_run(f) for f in done])[0])
+        done, _ = evaluated.find_runs([str(tmp_path / folder / "**")])
+        found[folder] = rows_of(score_tables.main_tables([evaluated.load_run(f) for f in done])[0])
     assert [x.value for x in found["a"]["MBCD (paper)"]] == [59.25, 68.05, 61.95, 63.08]
     assert found["a"]["ablation: EMA+GCC (paper)"][-1].value == 62.28
     assert not any("paper" in name for name in found["b"])
@@ -115,8 +115,8 @@ def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):
     one = grid(tmp_path / "a")
     two = grid(tmp_path / "b", dataset="hac", domains=("animal", "human", "cartoon"), modalities=("audio", "flow"))
     all_three = grid(tmp_path / "c", modalities=("video", "audio", "flow"), seeds=(0,))
-    done, _ = c.find_runs([str(tmp_path / "**")])
-    (table,) = c.joint_tables([c.load_run(f) for f in done])
+    done, _ = evaluated.find_runs([str(tmp_path / "**")])
+    (table,) = score_tables.joint_tables([evaluated.load_run(f) for f in done])
     names = ["D1", "D2", "D3", "average"]
     hac = ["human", "animal", "cartoon", "average"]
     assert list(table.columns) == [
@@ -143,7 +143,7 @@ def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):
     assert [cell.value for cell in table.rows[15][2:]] == [63.63, 73.18, 65.92, 67.58, 81.28, 78.11, 55.48, 71.62]
     assert table.note == "Mean and standard deviation over 1 to 3 seeds."
     # One dataset with one set of modalities needs no joint table.
-    assert c.joint_tables([c.load_run(f) for f in done if "hac" in str(f)]) == []
+    assert score_tables.joint_tables([evaluated.load_run(f) for f in done if "hac" in str(f)]) == []
 
 
 def test_the_papers_averages_are_those_of_its_figures():
@@ -162,9 +162,10 @@ def test_single_source_and_in_domain_runs_have_their_own_tables(tmp_path):
     write_run(tmp_path, **common, target="animal", sources=["human"], top1=50)
     write_run(tmp_path, **common, target="human", sources=["animal"], top1=60)
     write_run(tmp_path, **common, target=None, sources=["human", "animal", "cartoon"], top1=90)
-    done, _ = c.find_runs([str(tmp_path / "*")])
+    done, _ = evaluated.find_runs([str(tmp_path / "*")])
     tables = {
-        table.name.rsplit("video-audio-flow-")[1]: table for table in c.main_tables([c.load_run(f) for f in done])
+        table.name.rsplit("video-audio-flow-")[1]: table
+        for table in score_tables.main_tables([evaluated.load_run(f) for f in done])
     }
     assert set(tables) == {"single-source", "in-domain"}
     single = tables["single-source"]
@@ -174,15 +175,15 @@ def test_single_source_and_in_domain_runs_have_their_own_tables(tmp_path):
     assert "MBCD (paper)" not in rows_of(single), "the paper's average is over six pairs"
     for source, target in permutations(("human", "animal", "cartoon"), 2):
         write_run(tmp_path / "six", **common, target=target, sources=[source], top1=50)
-    done, _ = c.find_runs([str(tmp_path / "six" / "*")])
-    (six,) = c.main_tables([c.load_run(f) for f in done])
+    done, _ = evaluated.find_runs([str(tmp_path / "six" / "*")])
+    (six,) = score_tables.main_tables([evaluated.load_run(f) for f in done])
     assert [cell.value for cell in rows_of(six)["MBCD (paper)"]] == [None] * 6 + [64.48]
 
 
 def test_the_papers_average_stands_beside_ours_over_the_same_targets_only(tmp_path):
     grid(tmp_path)
-    done, _ = c.find_runs([str(tmp_path / "**")])
-    rows = rows_of(c.main_tables([run for run in map(c.load_run, done) if run.target != "D3"])[0])
+    done, _ = evaluated.find_runs([str(tmp_path / "**")])
+    rows = rows_of(score_tables.main_tables([run for run in map(evaluated.load_run, done) if run.target != "D3"])[0])
     assert [cell.value for cell in rows["MBCD (paper)"]] == [59.25, 68.05, None]
     assert not any("ablation" in name for name in rows)
 
@@ -191,8 +192,8 @@ def test_more_than_two_datasets_are_not_put_side_by_side(tmp_path):
     for dataset in "xyz":
         grid(tmp_path / dataset, dataset=dataset, seeds=(0,))
     grid(tmp_path / "again", dataset="z", modalities=("video",), seeds=(0,))
-    done, _ = c.find_runs([str(tmp_path / "**")])
-    (table,) = c.joint_tables([c.load_run(f) for f in done])
+    done, _ = evaluated.find_runs([str(tmp_path / "**")])
+    (table,) = score_tables.joint_tables([evaluated.load_run(f) for f in done])
     assert table.name == "z-all-multi-source"
     assert list(table.columns) == ["modalities", "method", "D1", "D2", "D3", "average"]
 
@@ -203,11 +204,11 @@ def test_a_missing_target_leaves_the_average_empty_and_repeats_are_left_out(tmp_
     write_run(tmp_path, **base, target="b", sources=["a", "c"], seed=0, top1=50)
     write_run(tmp_path, **{**base, "method": "mbcd"}, target="a", sources=["b", "c"], seed=0, top1=45)
     write_run(tmp_path / "again", **base, target="a", sources=["c", "b"], seed=0, top1=99)
-    done, _ = c.find_runs([str(tmp_path / "**")])
-    runs, warnings = c.distinct([c.load_run(f) for f in done])
+    done, _ = evaluated.find_runs([str(tmp_path / "**")])
+    runs, warnings = evaluated.distinct([evaluated.load_run(f) for f in done])
     assert len(runs) == 3
     assert "repeats" in warnings[0]
-    rows = rows_of(c.main_tables(runs)[0])
+    rows = rows_of(score_tables.main_tables(runs)[0])
     assert rows["mbcd"][1].value is None
     assert rows["mbcd"][2].value is None
     assert rows["erm"][2].value is not None
@@ -215,15 +216,15 @@ def test_a_missing_target_leaves_the_average_empty_and_repeats_are_left_out(tmp_
 
 def test_what_cannot_be_read_is_one_clear_error(tmp_path):
     with pytest.raises(RunError, match="no run"):
-        c.find_runs([str(tmp_path / "*")])
+        evaluated.find_runs([str(tmp_path / "*")])
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "settings.toml").write_text("")
-    assert c.find_runs([str(tmp_path / "*")]) == ([], [tmp_path / "a"])
+    assert evaluated.find_runs([str(tmp_path / "*")]) == ([], [tmp_path / "a"])
     results = tmp_path / "a" / "results.json"
     for content in ("{", "[]", {"format": 1}, {"format": 99}):
         results.write_text(content) if isinstance(content, str) else write_json(results, content)
         with pytest.raises(RunError, match=re.escape("results.json")):
-            c.load_run(tmp_path / "a")
+            evaluated.load_run(tmp_path / "a")
 
 
 TABLE = t.Table(
@@ -321,7 +322,7 @@ def test_runs_with_other_settings_are_no_seeds_of_one_another(tmp_path):
     folders = [write_run(tmp_path / str(n), **about, seed=n % 2, top1=50 + n) for n in range(3)]
     change(folders[1], settings={"optimizer.lr": "0.1", "training.seed": "1"})
     change(folders[2], fingerprints={"audio": "other"})
-    runs, warnings = c.distinct(c.told_apart([c.load_run(f) for f in folders]))
+    runs, warnings = evaluated.distinct(evaluated.told_apart([evaluated.load_run(f) for f in folders]))
     assert not warnings
     names = {run.path: run.method for run in runs}
     assert names[folders[1]] == "erm (lr 0.1, audio cache feedc0ffee12)"
@@ -338,10 +339,10 @@ def test_results_of_other_weights_than_the_deployed_ones_are_refused(tmp_path):
         torch.save({"name": name}, path)
         checksums.stamp(path)
     change(folder, checkpoints={"best": checksums.checksum(files["best"])})
-    assert c.load_run(folder).heads["fused"] == 50
+    assert evaluated.load_run(folder).heads["fused"] == 50
     change(folder, checkpoints={"best": checksums.checksum(files["last"])})
     with pytest.raises(RunError, match="other weights than the run's best ones"):
-        c.load_run(folder)
+        evaluated.load_run(folder)
     (inside := folder / "checkpoints" / "epoch-001-evaluation").mkdir()
     (folder / "results.json").rename(inside / "results.json")
-    assert c.find_runs([str(tmp_path / "**")])[0] == []
+    assert evaluated.find_runs([str(tmp_path / "**")])[0] == []

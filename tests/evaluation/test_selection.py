@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mbcd_cli.evaluation.report.compare import Run
+from mbcd_cli.evaluation.report.evaluated import Run
 from mbcd_cli.evaluation.report.selection import selected, selection_tables, write_selection
 from mbcd_cli.scoring.predictions import Predictions
 from mbcd_cli.scoring.unlabelled import agreement, thresholded_confidence

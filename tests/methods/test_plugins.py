@@ -99,7 +99,19 @@ def test_lists_show_them_and_what_is_wrong_with_others(installed):
     assert ("hello", "prepared") in datasets
 
 
-def test_the_page_s_method_passes_the_checks(installed, monkeypatch):
-    monkeypatch.syspath_prepend(str(installed / "site"))
-    namespace: dict = {"Hello": __import__("hello").Hello}
-    exec(code("check_method(Hello)"), namespace)
+def test_the_page_s_three_pass_the_checks(installed):
+    for line in re.findall(r"^mbcd (check .*)$", PAGE, flags=re.MULTILINE):
+        words = line.replace("hello.py", str(installed / "site/hello.py")).replace("DIR", "data")
+        assert all(promise["holds"] for promise in mbcd(installed, *words.split())["promises"])
+
+
+def test_what_does_not_hold_is_told_with_its_line(installed):
+    wrong = code("class Hello(Method)").replace("super().losses(batch, out)", '{"own": Term(out.fused.sum(), 1)}')
+    (installed / "wrong.py").write_text(wrong)
+    told = mbcd(installed, "check", "method", "wrong.py:Hello", code=1)
+    broken = {one["name"]: one for one in told["promises"] if not one["holds"]}
+    assert "learning" in broken
+    for one in broken.values():
+        assert one["why"]
+        assert re.fullmatch(r"\S*wrong\.py:\d+", one["where"]), one
+    assert told["cost"]["parameters"] == 0

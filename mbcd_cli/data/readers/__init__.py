@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.modalities.modality import Modality
@@ -30,6 +31,8 @@ class Listing:
         warnings: what a user should know and might want to mend, one sentence each.
         notes: plain facts worth printing (the layout found, files ignored).
         rejected: clips whose media the reader already knows to be missing or unusable; they are not in `clips`.
+        gone: clips that were left out (`leave_out`).
+        tables: files that, with the media themselves, say all of this; empty where more than files does, or folders do.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Listing:
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
+    gone: Clips = field(default_factory=Clips)
 
     def __post_init__(self) -> None:
         if not isinstance(self.clips, Clips):
@@ -47,8 +52,9 @@ class Listing:
 
     def leave_out(self, ids: Collection[str]) -> None:
         """Goes on without some clips."""
-        gone = {*ids}
-        self.clips = Clips(clip for clip in self.clips if clip.id not in gone)
+        gone, clips = {*ids}, self.clips
+        self.clips = Clips(clip for clip in clips if clip.id not in gone)
+        self.gone = Clips(clip for clip in clips if clip.id in gone)
 
     def survey(self) -> None:
         """Fills in what only the files tell of the modalities, and warns of what they have in different ways.
@@ -139,7 +145,7 @@ def read_dataset(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -
 
     Raises:
         SettingsError: there is no such reader.
-        ManifestError: the dataset's tables are wrong.
+        ManifestError: the dataset's tables are wrong, or name no clips.
     """
     entry = entry_of(dataset.reader.name, GROUP, READERS, ReaderEntry)
     if entry is None:
@@ -151,4 +157,8 @@ def read_dataset(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -
     own = type(entry.settings())
     if not isinstance(dataset.reader, own):  # settings that were not merged by `resolved`
         dataset = dataset.model_copy(update={"reader": own.model_validate(dataset.reader.model_dump())})
-    return entry.read(dataset, modalities)
+    listing = entry.read(dataset, modalities)
+    if not (len(listing.clips) or listing.rejected):
+        where = f" below {dataset.root}" if dataset.root else ""
+        raise ManifestError(f"Reader {dataset.reader.name} finds no clips{where}.", "Check --root.")
+    return listing

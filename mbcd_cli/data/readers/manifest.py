@@ -71,6 +71,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
         modalities=parsed.modalities,
         warnings=warnings + without,
         notes=parsed.notes,
+        tables=[path],
     )
 
 

@@ -10,22 +10,22 @@ from mbcd_cli.checksums import of_file
 from mbcd_cli.errors import FileError, RunError
 from mbcd_cli.evaluation.claims import ALPHA
 from mbcd_cli.evaluation.report import plots
-from mbcd_cli.evaluation.report.compare import (
-    Run,
-    compare,
-    distinct,
-    find_runs,
-    load_run,
-    main_tables,
-    rankings,
-    told_apart,
-)
+from mbcd_cli.evaluation.report.claim_tables import claim_tables, rankings
+from mbcd_cli.evaluation.report.evaluated import Run, distinct, find_runs, load_run, told_apart
 from mbcd_cli.evaluation.report.html import runs_html, table_html, write_comparison
+from mbcd_cli.evaluation.report.score_tables import joint_tables, main_tables, modality_tables, sealed_tables
 from mbcd_cli.evaluation.report.selection import selected, selection_tables, write_selection
 from mbcd_cli.evaluation.report.tables import Table, comma_separated, latex, markdown
 from mbcd_cli.files import write_json, write_text
 from mbcd_cli.json_values import json_values
 from mbcd_cli.ledger import REVEALED, looks, told
+
+
+def compare(runs: Sequence[Run]) -> list[Table]:
+    """Every table that `runs` give."""
+    runs, sealed = [run for run in runs if not run.sealed], [run for run in runs if run.sealed]
+    tables = [*joint_tables(runs), *main_tables(runs), *modality_tables(runs), *claim_tables(runs)]
+    return [*tables, *sealed_tables(sealed)]
 
 
 @dataclass(frozen=True, slots=True)

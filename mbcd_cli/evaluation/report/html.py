@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 from mbcd_cli.evaluation.report import sections
-from mbcd_cli.evaluation.report.compare import Run
+from mbcd_cli.evaluation.report.evaluated import Run
 from mbcd_cli.evaluation.report.results import Results
 from mbcd_cli.evaluation.report.tables import Score, Table, plain
 from mbcd_cli.files import write_text

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbcd_cli.evaluation.report.compare import Run, by_method, per_setting
+from mbcd_cli.evaluation.report.evaluated import Run, by_method
+from mbcd_cli.evaluation.report.score_tables import per_setting
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.files import write_rows
 from mbcd_cli.runs.folder import epoch_records

@@ -1,0 +1,213 @@
+"""Evaluated runs: found, read, told apart by what their weights depend on, and grouped."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from glob import glob
+from pathlib import Path
+from typing import TypeVar
+
+from mbcd_cli import checksums
+from mbcd_cli.errors import FOREIGN, RunError
+from mbcd_cli.evaluation.report.results import RESULTS_FORMAT, read_results
+from mbcd_cli.resolved import PUBLISHED
+from mbcd_cli.runs.names import run_checkpoints
+from mbcd_cli.scoring.clip_sets import TARGET
+from mbcd_cli.scoring.deployed import deployed_checkpoint
+
+_VARIED = ("training.seed", "training.target_domain", "training.source_domains", "dataset.target_split")
+"""Settings in which the runs of one method and table may differ."""
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One evaluated run.
+
+    Attributes:
+        target: unseen domain, or None (trained and tested in-domain).
+        sources: domains seen in training.
+        domains: all domains of the run, sources and target.
+        heads: head -> top-1 (%) on the target, or in-domain without one; empty while the target is sealed.
+        in_domain: fused top-1 (%) on the sources' test split, None when not measured.
+        provenance: versions, weights and caches behind the figures: what -> value.
+        settings: what the weights depend on, dotted name -> value, and the cache of every modality.
+    """
+
+    path: Path
+    dataset: str
+    modalities: tuple[str, ...]
+    method: str
+    target: str | None
+    sources: tuple[str, ...]
+    seed: int
+    heads: Mapping[str, float]
+    in_domain: float | None
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether its target was not looked at yet."""
+        return not self.heads
+
+    @property
+    def setting(self) -> str:
+        """multi-source, single-source or in-domain."""
+        if self.target is None:
+            return "in-domain"
+        return "single-source" if len(self.sources) == 1 else "multi-source"
+
+    @property
+    def column(self) -> str:
+        """Where it belongs in a table: the target, or `source -> target`."""
+        if self.target is None:
+            return "+".join(self.sources)
+        return f"{self.sources[0]} to {self.target}" if self.setting == "single-source" else self.target
+
+
+def find_runs(patterns: Iterable[str]) -> tuple[list[Path], list[Path]]:
+    """Run folders under the patterns (`runs/**` and the like): those with results.json, and those without.
+
+    Raises:
+        RunError: no run at all.
+    """
+    patterns = list(patterns)
+    folders = sorted({Path(name) for pattern in patterns for name in glob(pattern, recursive=True)})  # noqa: PTH207
+    folders = [f.parent if f.name in ("results.json", "settings.toml") else f for f in folders]
+    # What was made of another checkpoint lies inside a run, and is none.
+    folders = sorted(f for f in set(folders) if not any((above / "settings.toml").is_file() for above in f.parents))
+    done = [f for f in folders if (f / "results.json").is_file()]
+    waiting = [f for f in folders if f not in done and (f / "settings.toml").is_file()]
+    if not done and not waiting:
+        raise RunError(
+            f"There is no run at {', '.join(patterns)}.", "Name run folders, or quote a pattern: --runs 'runs/**'."
+        )
+    return done, waiting
+
+
+def load_run(folder: Path) -> Run:
+    """The run whose results.json lies in `folder`.
+
+    Raises:
+        RunError: it cannot be read, or comes from another version.
+    """
+    results = read_results(folder / "results.json")
+    try:
+        if results["format"] != RESULTS_FORMAT:
+            raise RunError(
+                f"{folder / 'results.json'} has format {results['format']}, this mbcd reads {RESULTS_FORMAT}.",
+                "Evaluate that run again.",
+            )
+        headline = results["headline"]
+        _check_current(folder, headline["checkpoint"], results.get("checkpoints", {}))
+        sealed = results["target_domain"] is not None and headline["clips"] != TARGET
+        in_domain = results["models"][headline["checkpoint"]][headline["model"]].get("source")
+        return Run(
+            path=folder,
+            dataset=str(results["dataset"]),
+            modalities=_texts(results["modalities"]),
+            method=str(results["method"]),
+            target=None if results["target_domain"] is None else str(results["target_domain"]),
+            sources=_texts(results["source_domains"]),
+            seed=int(results["seed"]),
+            heads={} if sealed else {head: 100 * float(value) for head, value in headline["top1"].items()},
+            in_domain=None if in_domain is None else 100 * float(in_domain["fused"]["top1"]),
+            provenance=_named_texts(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
+            settings=_named_texts(
+                {**results["settings"], **{f"{m} cache": f for m, f in results["fingerprints"].items()}}
+            ),
+        )
+    except FOREIGN as error:
+        raise RunError(
+            f"{folder / 'results.json'} is no evaluation of ours ({type(error).__name__}: {error}).",
+            "Evaluate that run again.",
+        ) from error
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("a list of names is none")
+    return tuple(values)
+
+
+def _named_texts(values: Mapping[str, object]) -> dict[str, str]:
+    _texts(list(values.values()))
+    return dict(values)
+
+
+def _check_current(folder: Path, told: str, sums: Mapping[str, str]) -> None:
+    """Refuse results of other weights than those that the run deploys now.
+
+    Args:
+        told: the checkpoint that they call deployed. sums: checksum of every checkpoint then.
+
+    Raises:
+        RunError: they are such; or the run's checkpoint is damaged.
+    """
+    try:
+        files = run_checkpoints(folder)
+    except RunError:
+        return  # results that were copied, or written elsewhere, without the run
+    wanted = deployed_checkpoint(files)
+    try:
+        now = checksums.checksum(files[wanted])
+    except (OSError, checksums.DamagedError) as error:
+        raise RunError(f"{files[wanted]} cannot be read: {error}.", "`mbcd verify` says what is damaged.") from error
+    if told != wanted or sums.get(wanted) != now:
+        raise RunError(
+            f"{folder / 'results.json'} is of other weights than the run's {wanted} ones now.",
+            f"Run `mbcd evaluate --run {shlex.quote(str(folder))}` again.",
+        )
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """`runs`; where those of one method have other settings or caches, what differs stands in the method's name."""
+    out: list[Run] = []
+    for _, group in grouped(runs, lambda r: (r.dataset, r.modalities, r.setting, r.method)):
+        keys = dict.fromkeys(key for run in group for key in run.settings if key not in _VARIED)
+        differ = [key for key in keys if len({run.settings.get(key) for run in group}) > 1]
+        for run in group:
+            words = ", ".join(f"{key.rpartition('.')[2]} {run.settings.get(key, 'unset')}" for key in differ)
+            out.append(replace(run, method=f"{run.method} ({words})") if words else run)
+    return sorted(out, key=lambda run: run.path)
+
+
+def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """`runs` without those that repeat another's dataset, modalities, method, domains and seed; and warnings."""
+    seen: dict[tuple, Run] = {}
+    warnings = []
+    for run in runs:
+        key = (run.dataset, run.modalities, run.method, run.target, tuple(sorted(run.sources)), run.seed)
+        if key in seen:
+            warnings.append(f"{run.path} repeats {seen[key].path} (same method, domains and seed): left out.")
+        else:
+            seen[key] = run
+    return list(seen.values()), warnings
+
+
+def order_methods(methods: Iterable[str]) -> list[str]:
+    """ERM first, then the weight average, then the others by name, MBCD last, whatever their chassis."""
+    first, last = {"erm": 0, "ema": 1}, {"mbcd": 1}
+
+    def place(method: str) -> tuple[int, int, str]:
+        plain = method.removesuffix(PUBLISHED)
+        return last.get(plain, 0), first.get(plain, 2), method
+
+    return sorted(set(methods), key=place)
+
+
+def by_method(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """The runs of each method, in the order of tables."""
+    return [(method, [r for r in runs if r.method == method]) for method in order_methods(r.method for r in runs)]
+
+
+def grouped(runs: Sequence[Run], key: Callable[[Run], Key]) -> list[tuple[Key, list[Run]]]:
+    """The runs of each key, in its order."""
+    groups: dict[Key, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return sorted(groups.items())

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
+import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.pretrained import checked_sha256, same_sha256
@@ -73,6 +79,7 @@ def import_optional(package: str, group: str) -> ModuleType:
     Raises:
         SettingsError: it is not installed, or cannot be imported.
     """
+    _declare_torchvision()
     try:
         return importlib.import_module(package)
     except Exception as error:  # a compiled half of the package may be of another torch
@@ -80,6 +87,26 @@ def import_optional(package: str, group: str) -> ModuleType:
             f"{package} cannot be imported: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             f"`uv sync --group {group}` (or `pip install {package.partition('.')[0]}`) installs it.",
         ) from error
+
+
+@cache
+def _declare_torchvision() -> None:
+    """Let torchvision be imported beside a torch that it was not compiled for, as PyPI's is beside a CPU build.
+
+    transformers and timm import its Python half, which describes operators of the compiled one; where that cannot be
+    loaded they are declared. None of them is used here.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or "torchvision" in sys.modules:
+        return
+    folder = Path(spec.submodule_search_locations[0])
+    try:
+        for library in folder.glob("_C*.so"):
+            torch.ops.load_library(library)
+    except OSError:
+        text = (folder / "_meta_registrations.py").read_text(encoding="utf-8")
+        for name in sorted(set(re.findall(r"register_fake\(\"torchvision::(\w+)\"\)", text))):
+            torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
 
 
 def files_sha256(files: Sequence[Path], expected: str | None) -> str:

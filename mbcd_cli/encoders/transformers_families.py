@@ -24,7 +24,7 @@ from mbcd_cli.encoders.front_ends import FBANK_FFT, KaldiFbank, LogMel, Standard
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.tokens import Block, Pooling, TokenPool, channels_first, pixels, single_frames
 from mbcd_cli.encoders.wants import FULL_SCALE, Wants
-from mbcd_cli.errors import CheckpointError
+from mbcd_cli.errors import CheckpointError, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +196,18 @@ def import_transformers() -> ModuleType:
     return import_optional("transformers", "hf")
 
 
+def _owners(name: str) -> Any:
+    """A class of transformers', which imports its modules when they are asked for."""
+    library = import_transformers()
+    try:
+        return getattr(library, name)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(
+            f"transformers {library.__version__} has no usable {name}: {str(error).splitlines()[0]}",
+            "`uv sync --group hf` installs a version that has one.",
+        ) from error
+
+
 @dataclass(frozen=True)
 class DescribedModel:
     """What the files of a folder say of a model, without what no layer depends on; `encoder_config` is this as JSON.
@@ -232,9 +244,9 @@ class DescribedModel:
         Raises:
             CheckpointError: it is none. SettingsError: transformers is not installed.
         """
-        library = import_transformers()
+        config_class = _owners(self.family.config)
         try:
-            config = getattr(library, self.family.config).from_dict(dict(self.config))
+            config = config_class.from_dict(dict(self.config))
         except Exception as error:  # whatever the owner's checks raise
             text = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"config.json: is no {self.family.config}: {text}", "Download it again.") from error
@@ -254,7 +266,7 @@ class DescribedModel:
     @property
     def owner_class(self) -> type[nn.Module]:
         """The owner's class."""
-        return getattr(import_transformers(), self.task.model if self.task else self.family.model)
+        return _owners(self.task.model if self.task else self.family.model)
 
     @property
     def pooling(self) -> Pooling:

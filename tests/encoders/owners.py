@@ -1,36 +1,12 @@
-"""Tiny models of what `hf:` and `timm:` read, saved as their owners save them; torchvision made to import."""
+"""Tiny models of what `hf:` and `timm:` read, saved as their owners save them."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import pytest
 import torch
-
-
-def import_torchvision() -> None:
-    """Import torchvision, whose compiled half is of another build of torch than a CPU's, or skip.
-
-    Its Python half wants to describe operators of the compiled one; where that cannot be loaded they are declared. None
-    of them is run here.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None:
-        pytest.skip("torchvision is not installed")
-    folder = Path(spec.submodule_search_locations[0])
-    try:
-        for library in folder.glob("_C*.so"):
-            torch.ops.load_library(library)
-    except OSError:
-        text = (folder / "_meta_registrations.py").read_text(encoding="utf-8")
-        for name in sorted(set(re.findall(r"register_fake\(\"torchvision::(\w+)\"\)", text))):
-            torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
-    import torchvision  # noqa: F401
-
 
 _SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 _TEXT = {**_SMALL, "vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import owners
@@ -10,13 +11,15 @@ import torch
 
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.encoders import build_encoder, described_encoders, format_of
+from mbcd_cli.encoders.formats import import_optional
 from mbcd_cli.settings import CacheSettings, Settings
 
 
 @pytest.fixture(autouse=True, scope="module")
 def there():
-    owners.import_torchvision()
-    pytest.importorskip("timm")
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    import_optional("timm", "timm")
 
 
 def described(folder: Path, name: str, **more: object) -> VideoModality:

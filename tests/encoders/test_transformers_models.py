@@ -18,7 +18,9 @@ from mbcd_cli.cli import app
 from mbcd_cli.data.modalities import KINDS
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import build_encoder, described_encoders, format_of
+from mbcd_cli.encoders.formats import import_optional
 from mbcd_cli.encoders.staged import StagedEncoder
+from mbcd_cli.encoders.transformers_families import import_transformers
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.preparation.trunk import weights_file
 from mbcd_cli.settings import Settings
@@ -31,7 +33,8 @@ SOUND = ("ast", "wav2vec2", "hubert", "clap", "clap, fused")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, tuple[Path, owners.Owner]]:
-    owners.import_torchvision()
+    import_transformers()
+    import_optional("torchvision", "timm")
     made = {}
     for name, make in owners.OWNERS.items():
         folder = tmp_path_factory.mktemp("hf") / name.replace(", ", "-")

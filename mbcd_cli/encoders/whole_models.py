@@ -1,6 +1,6 @@
 """Encoders that come whole in one file: ONNX, TorchScript and torch.export (an `EncoderFormat`; docs/encoders.md).
 
-Such a file does not tell what its input means. A TOML file beside it does (model.onnx.toml): the fields of `Wants`, and
+Such a file does not tell what its input means. A TOML file beside it does (`FILE.toml`): the fields of `Wants`, and
 in a table `front_end` those of `FrontEnd`. Nothing of the model trains: it is cut at `adapter`.
 
 Letters: B clips, N rows (clips, frames or windows) that pass together, D features, P positions; axes as in `Wants`.

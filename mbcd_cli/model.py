@@ -90,9 +90,11 @@ class MultiModalModel(nn.Module):
     def at_cut(self, inputs: Mapping[str, Parts]) -> dict[str, Parts]:
         """Inputs as the dataset gives them -> parts at the cut, each [B, ...]: through the live trunks, where there are
         any."""
-        return {
-            name: self.trunks[name](inputs[name]) if name in self.trunks else inputs[name] for name in self.modalities
-        }
+        return {name: self.through_trunk(name, inputs[name]) for name in self.modalities}
+
+    def through_trunk(self, name: str, parts: Parts) -> Parts:
+        """`at_cut`, of one modality."""
+        return self.trunks[name](parts) if name in self.trunks else parts
 
     def pool(self, name: str, parts: Parts, noise: Noise | None = None) -> torch.Tensor:
         """Parts of modality `name` at the cut -> pooled features before the norm, [B, D_k]."""

@@ -12,6 +12,7 @@ import typer
 
 from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Reply, command, emit_settings, preset_for_reader
+from mbcd_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from mbcd_cli.preparation.answer import Prepared
@@ -42,6 +43,7 @@ _PREPARES = [
         "mbcd prepare demo --modalities video,audio,flow",
         "mbcd prepare manifest --root data/mine --compute-flow --set cache.views=8",
         "mbcd prepare epic-kitchens --root EPIC --check",
+        "mbcd prepare demo --corruptions all --severities 1,3,5",
         "torchrun --nproc-per-node 4 -m mbcd_cli prepare epic-kitchens --root EPIC",
     ),
 )
@@ -51,6 +53,11 @@ def prepare(
     check: Annotated[
         bool, typer.Option("--check", help="Only say what is there, what is missing, how much space and time it takes.")
     ] = False,
+    corruptions: Annotated[
+        str | None,
+        typer.Option("--corruptions", help="Cache corrupted test views besides: all, or names, e.g. fog,white-noise."),
+    ] = None,
+    severities: Annotated[str, typer.Option("--severities", help="Of those corruptions, from 1 to 5.")] = "1,2,3,4,5",
 ) -> Reply | None:
     """Decode a dataset once, run the frozen trunks, fill the cache.
 
@@ -62,6 +69,10 @@ def prepare(
         console.say(f"Using preset {preset} (--preset none for the bare defaults).")
     if not show_settings:
         _look_up(asked.flags["dataset.reader"], root)
+    spoilt = {
+        "corruptions": tuple(name.strip() for name in (corruptions or "").split(",") if name.strip()),
+        "severities": _severities(severities),
+    }
     settings = asked.resolve(preset)
     if show_settings:
         return emit_settings(settings, as_json=asked.as_json)
@@ -69,12 +80,21 @@ def prepare(
     from mbcd_cli.preparation.prepare import prepare
 
     if check:
-        report = checking.check(settings)
+        report = checking.check(settings, **spoilt)
         return report, partial(show_check, report)
-    result = prepare(settings, say=console.terminal)
+    result = prepare(settings, **spoilt, say=console.terminal)
     if result is None:  # rank 0 of several processes tells
         return None
     return result, partial(show_prepared, result, preset=preset, repeat=_repeated(asked, layered=bool(preset)))
+
+
+def _severities(text: str) -> tuple[int, ...]:
+    from mbcd_cli.data.corruptions import SEVERITIES
+
+    told = tuple(part.strip() for part in text.split(","))
+    if not set(told) <= set(map(str, SEVERITIES)):
+        raise UsageError(f"--severities {text}: they are whole numbers from 1 to 5.", "For example --severities 1,3,5.")
+    return tuple(sorted(set(map(int, told))))
 
 
 def _look_up(reader: str, root: Path | None) -> None:

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from mbcd_cli import checksums
 from mbcd_cli.data.cache import FORMAT, group_of, read_rejected, shard_path
 from mbcd_cli.data.clips import AT_ONCE, Texts
+from mbcd_cli.data.corruptions import Corruption
 from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.quantise import restore, scale_shape
@@ -191,6 +192,17 @@ class ModalityCache:
                 raise ValueError(f"its {name}s are no list of whole numbers of the right length")
             if len(values) and not least <= values.min() <= values.max() < end:
                 raise ValueError(f"a {name} is out of range")
+
+    def corrupted(self, corruption: Corruption) -> ModalityCache:
+        """The cache of these clips' test views after a corruption.
+
+        Raises:
+            CacheError: damaged, or of other clips or another recipe.
+        """
+        cache = ModalityCache(self.folder / corruption.folder, verify=self._verify)
+        if (cache.listing, cache.recipe) != (self.listing, {**self.recipe, "corruption": corruption.folder}):
+            raise CacheError(f"{cache.folder} is not what its name says.", "Delete that folder and prepare it again.")
+        return cache
 
     def stored(self, view: int) -> np.ndarray:
         """[N] bool: clips that have `view`."""

@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from mbcd_cli.checksums import PREPARED_WITH, checksum, of_file
-from mbcd_cli.data.clips import Clips
+from mbcd_cli.checksums import checksum, of_file
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import MbcdError
 from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, earlier, give_place
 from mbcd_cli.evaluation.analyses.robustness import subset_variants
 from mbcd_cli.evaluation.evaluator import evaluate_models
@@ -21,15 +19,13 @@ from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import Results, results_of
 from mbcd_cli.files import folder_aside, write_json
 from mbcd_cli.json_values import json_values
-from mbcd_cli.preparation.cache_plan import read_listing
-from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.runs.folder import epoch_records
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed
 from mbcd_cli.scoring.history import accuracy_history
-from mbcd_cli.settings import DatasetSettings, EvaluationSettings, Settings
+from mbcd_cli.settings import EvaluationSettings, Settings
 from mbcd_cli.settings.sources import to_toml
 
 
@@ -91,12 +87,9 @@ def evaluate(
         results = results_of(settings, dataset, checkpoints, evaluated, deployed=chosen, device=device)
         results.checkpoints = checkpoint_checksums(run, checkpoints)
         of_chosen = [on_set for on_set in evaluated if (on_set.checkpoint, on_set.model) == chosen]
-        clips, missing = _media(settings, dataset) if "corruptions" in settings.evaluation.analyses else (None, "")
         analysis = Analysis(
             settings=settings,
             dataset=dataset,
-            clips=clips,
-            clips_missing=missing,
             model=model,
             evaluated=sorted(of_chosen, key=lambda on_set: on_set.clip_set.name != TARGET),
             results=results,
@@ -131,26 +124,6 @@ def checkpoint_checksums(run: Path | None, names: Iterable[str]) -> dict[str, st
     """The checksum of every checkpoint's file, so that readers of the results can tell whether it is still there."""
     files = {} if run is None else {name: run / "checkpoints" / f"{name}.pt" for name in names}
     return {name: checksum(path) for name, path in files.items() if path.is_file()}
-
-
-def _media(settings: Settings, dataset: Dataset) -> tuple[tuple[Clips, DatasetSettings] | None, str]:
-    """The clips of the dataset with their files, in the order of its clip table; or None, and why."""
-    cache = next(iter(dataset.caches.values()), None)
-    if cache is None:
-        return None, "the dataset has no media"
-    root = settings.dataset.root or Path(cache.provenance.get("root", ""))
-    if not root.is_dir():
-        return None, f"the media are not at {root} (--set dataset.root=DIR says where they are)"
-    try:
-        prepared = load_settings(cache.folder / PREPARED_WITH).dataset  # the run's settings name the dataset only
-        same = {"reader": prepared.reader, "leave_out": prepared.leave_out, "left_out": prepared.left_out}
-        source = settings.dataset.model_copy(update={"root": root, **same})
-        listing = read_listing(settings.model_copy(update={"dataset": source}))
-    except MbcdError as error:
-        return None, error.message.splitlines()[0].rstrip(".")
-    if listing.clips.digest != cache.listing:
-        return None, f"{root} holds other clips than the cache (--set dataset.root=DIR says where they are)"
-    return (listing.clips, source), ""
 
 
 def _accuracy_plots(analysis: Analysis) -> None:

@@ -41,6 +41,7 @@ class PreparedModality:
         int8_error: root of the mean squared error relative to the values; None where nothing is int8.
         float16_loss: what float16 took from the values, in words; empty where that is next to nothing.
         seconds: of this run.
+        corrupted, corrupted_bytes: caches of corrupted test views that were asked for, and their bytes.
     """
 
     folder: str
@@ -54,6 +55,8 @@ class PreparedModality:
     shards: int
     shards_reused: int
     seconds: float
+    corrupted: int
+    corrupted_bytes: int
 
     @property
     def loss(self) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,14 @@ from mbcd_cli.data.cache import (
     views_of,
 )
 from mbcd_cli.data.clips import Clips
+from mbcd_cli.data.corruptions import Corruption
+from mbcd_cli.data.corruptions.waveform import BABBLE, POOL
 from mbcd_cli.data.modalities import asked_modalities
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, read_dataset
 from mbcd_cli.data.records import SPLITS
-from mbcd_cli.errors import ManifestError
-from mbcd_cli.naming import modality_faults, name_faults
+from mbcd_cli.errors import ManifestError, SettingsError
+from mbcd_cli.naming import did_you_mean, modality_faults, name_faults
 from mbcd_cli.preparation.trunk import Shapes, WeightsFile, cached_shapes, row_bytes, weights_bytes
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
@@ -71,6 +73,7 @@ class Plan:
         sizes: bytes of every clip's rows, [N] int64.
         weights_bytes: of the weights that are stored beside them.
         shapes: shape and dtype of every part of a row, per group.
+        corruption: what is done to the media first; None where the cache is clean.
     """
 
     folder: Path
@@ -81,6 +84,7 @@ class Plan:
     sizes: np.ndarray
     shapes: dict[str, Shapes]
     weights_bytes: int
+    corruption: Corruption | None = None
 
     def to_do(self, clips: Clips) -> list[int]:
         """Shards that are still to be written."""
@@ -135,6 +139,46 @@ def plan_cache(
         shapes=shapes,
         weights_bytes=weights_bytes(settings, name, modality),
     )
+
+
+def corrupted_plans(
+    plan: Plan, settings: Settings, clips: Clips, modality: Modality, wanted: Iterable[tuple[str, int]]
+) -> list[Plan]:
+    """The plans of a modality's corrupted test views, each in a folder of the clean cache, whose fingerprint it shares.
+
+    Args:
+        wanted: kind and severity of every corruption; those of other modalities are left out.
+    """
+    own = [(kind, severity) for kind, severity in wanted if kind in modality.corruptions]
+    if not own:
+        return []
+    views = [views_of(split, views=0, test_view=settings.dataset.target_split) for split in SPLITS]
+    sizes = np.array([len(stored) * row_bytes(plan.shapes["test"]) for stored in views], np.int64)[clips.splits]
+    shards = shard_ranges(sizes.tolist(), limit=settings.cache.shard_clips)
+    column = clips.media[str(plan.recipe["modality"])]
+    pool = tuple(column[i] for i in np.unique(np.linspace(0, len(clips) - 1, POOL).astype(int)) if column.has(i))
+    plans = []
+    for kind, severity in own:
+        corruption = Corruption(kind, severity, pool if kind == BABBLE else ())
+        recipe, folder = {**plan.recipe, "corruption": corruption.folder}, plan.folder / corruption.folder
+        changed = {"folder": folder, "recipe": recipe, "corruption": corruption, "weights_bytes": 0}
+        plans.append(replace(plan, **changed, views=views, sizes=sizes, shards=shards))
+    return plans
+
+
+def corruptions_named(names: Sequence[str], modalities: Mapping[str, Modality]) -> list[str]:
+    """The corruptions asked for by name, or with `all`.
+
+    Raises:
+        SettingsError: no modality has one.
+    """
+    there = list(dict.fromkeys(name for modality in modalities.values() for name in modality.corruptions))
+    if unknown := [name for name in names if name not in (*there, "all")]:
+        raise SettingsError(
+            f"There is no corruption {unknown[0]!r} of {', '.join(modalities)}.",
+            f"{did_you_mean(unknown[0], there)}There are {', '.join(there) or 'none'}.",
+        )
+    return there if "all" in names else list(names)
 
 
 def stored_views(settings: Settings) -> list[list[int]]:

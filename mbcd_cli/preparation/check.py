@@ -8,14 +8,17 @@ Letters: N clips.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mbcd_cli.data.cache import group_of
+from mbcd_cli.data.corruptions import SEVERITIES
 from mbcd_cli.data.media.decoding import DecodeJob, decode
 from mbcd_cli.data.media.folders import MOST_MISSING
 from mbcd_cli.data.modalities.modality import Modality
@@ -25,7 +28,14 @@ from mbcd_cli.data.records import SPLITS, Rejected
 from mbcd_cli.encoders import described_encoders
 from mbcd_cli.errors import CheckpointError
 from mbcd_cli.files import free_bytes
-from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing, stored_views
+from mbcd_cli.preparation.cache_plan import (
+    Plan,
+    corrupted_plans,
+    corruptions_named,
+    plan_cache,
+    read_listing,
+    stored_views,
+)
 from mbcd_cli.preparation.trunk import meta_inputs, meta_trunk, row_bytes, weights_file
 from mbcd_cli.runtime import configure
 from mbcd_cli.settings import Settings
@@ -56,7 +66,8 @@ class CheckedModality:
         weights: None where the encoder needs none.
         views: per group of rows ("train", "test"); bytes_per_view and trunk_gflop (1e9 floating-point operations of
             the trunk on one view) likewise.
-        bytes: of the whole cache; bytes_to_write, weights_to_write: of what is not there yet.
+        bytes: of the whole cache, with corrupted views where they are asked for; bytes_to_write, weights_to_write: of
+            what is not there yet.
         shards, shards_there: of the cache, and those that are written already.
         decode_seconds_per_clip: of one worker; decode_timed_clips: from how many clips, 0 where it is the usual time.
         seconds: that preparing it takes, about.
@@ -128,8 +139,11 @@ class Checked:
     exit_code: int
 
 
-def check(settings: Settings) -> Checked:
+def check(settings: Settings, *, corruptions: Sequence[str] = (), severities: Sequence[int] = SEVERITIES) -> Checked:
     """What `prepare` would find and do.
+
+    Args:
+        corruptions, severities: as `preparation.prepare.prepare` takes them.
 
     Raises:
         ManifestError, SettingsError: as `read_listing`.
@@ -137,10 +151,11 @@ def check(settings: Settings) -> Checked:
     device = configure(settings.runtime)
     settings = described_encoders(settings)
     listing = read_listing(settings)
+    wanted = list(product(corruptions_named(corruptions, listing.modalities), severities))
     present = check_media(listing)
     speed = _flops_per_second(device) if any(m.cut != "input" for m in listing.modalities.values()) else None
     modalities = {
-        name: _modality(settings, listing, name, modality, present[name], speed)
+        name: _modality(settings, listing, name, modality, present[name], speed, wanted)
         for name, modality in listing.modalities.items()
     }
     lost = {r.clip for r in listing.rejected}
@@ -186,7 +201,13 @@ def _counts(listing: Listing) -> dict[str, dict[str, int]]:
 
 
 def _modality(
-    settings: Settings, listing: Listing, name: str, modality: Modality, presence: Presence, speed: float | None
+    settings: Settings,
+    listing: Listing,
+    name: str,
+    modality: Modality,
+    presence: Presence,
+    speed: float | None,
+    corruptions: Collection[tuple[str, int]],
 ) -> CheckedModality:
     source, weights = None, None
     try:
@@ -202,10 +223,15 @@ def _modality(
     left = np.array([i for n in to_do for i in plan.shards[n]], np.int64)
     views = _views(plan, listing.clips.splits)
     views_left = _views(plan, listing.clips.splits[left])
+    corrupted = corrupted_plans(plan, settings, listing.clips, modality, corruptions)
+    corrupted_left = sum(one.bytes_of(one.to_do(listing.clips)) for one in corrupted)
+    views_left["test"] += corrupted_left // row_bytes(plan.shapes["test"])
     decoding, timed, unusable = _decode_seconds(settings, listing, name, modality, presence)
     gflop = {group: _gflop(settings, name, modality, group) for group in ("train", "test")}
     work = sum(gflop[group] * count for group, count in views_left.items()) * 1e9
-    decode_s = decoding * len(left) / max(settings.cache.workers, 1)
+    decode_s = (
+        decoding * (len(left) + corrupted_left // row_bytes(plan.shapes["test"])) / max(settings.cache.workers, 1)
+    )
     trunk_s = work / speed if speed and work else 0.0
     return CheckedModality(
         clips=presence.clips,
@@ -221,8 +247,8 @@ def _modality(
         weights=weights,
         views=views,
         bytes_per_view={group: row_bytes(plan.shapes[group]) for group in ("train", "test")},
-        bytes=int(plan.sizes.sum()),
-        bytes_to_write=plan.bytes_of(to_do),
+        bytes=int(sum(one.sizes.sum() for one in (plan, *corrupted))),
+        bytes_to_write=plan.bytes_of(to_do) + corrupted_left,
         weights_to_write=plan.weights_to_write,
         shards=len(plan.shards),
         shards_there=len(plan.shards) - len(to_do),

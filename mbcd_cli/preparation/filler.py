@@ -37,9 +37,11 @@ class Filler:
     Attributes:
         writer: of the cache.
         decoder: decodes its clips.
-        clips: all clips of the dataset. views: those stored of a clip, by its split (none: only tried).
+        clips: all clips of the dataset. views: those stored of a clip, by its split.
         trunk: the frozen stages, on `device`.
         shapes: of a row, per group.
+        tries: whether clips of which nothing is stored are decoded all the same: bad files come to light now, not in
+            training.
         roundings: what float16 takes from arrays and trunk outputs, per part.
     """
 
@@ -50,6 +52,7 @@ class Filler:
     trunk: Trunk
     shapes: dict[str, Shapes]
     device: torch.device
+    tries: bool = True
     roundings: dict[int, Rounding] = field(default_factory=dict)
 
     def run(self, numbers: Sequence[int], ticker: Ticker) -> None:
@@ -58,23 +61,26 @@ class Filler:
         Raises:
             CacheError: a full disk, or values that the type cannot hold.
         """
-        # A clip of which nothing is stored is decoded all the same: bad files come to light now, not in training.
-        items = ((i, self.clips[i], self._views(i) or [0]) for n in numbers for i in self.writer.shards[n])
+        items = ((i, self.clips[i], self._views(i) or [0]) for n in numbers for i in self.decoded(n))
         stream = self.decoder.run(items)
         writing: Future[None] | None = None
         with ThreadPoolExecutor(1, thread_name_prefix="mbcd-write") as pool:
             for number in numbers:
-                shard = self._fill(self.writer.shards[number], stream, ticker)
+                shard = self._fill(self.decoded(number), stream, ticker)
                 if writing is not None:
                     writing.result()
                 writing = pool.submit(self.writer.write_shard, number, shard)
             if writing is not None:
                 writing.result()
 
+    def decoded(self, number: int) -> Sequence[int]:
+        """The clips of a shard that are decoded."""
+        return [i for i in self.writer.shards[number] if self.tries or self._views(i)]
+
     def _views(self, index: int) -> list[int]:
         return self.views[self.clips.splits[index]]
 
-    def _fill(self, span: range, stream: Iterator[Decoded], ticker: Ticker) -> Shard:
+    def _fill(self, span: Sequence[int], stream: Iterator[Decoded], ticker: Ticker) -> Shard:
         """Collect the rows of one shard's clips."""
         rows = {}
         for group in GROUPS:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mbcd_cli.audit.findings import Leak
 from mbcd_cli.checksums import PREPARED_WITH
 from mbcd_cli.data import ranks
 from mbcd_cli.data.cache import CacheWriter, Finished
+from mbcd_cli.data.corruptions import SEVERITIES
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.online import MediaSource
@@ -29,7 +31,7 @@ from mbcd_cli.errors import CacheError, CheckpointError
 from mbcd_cli.files import free_bytes, size_text, write_rows, write_text
 from mbcd_cli.place import this_process
 from mbcd_cli.preparation.answer import Prepared, PreparedModality, keep_answer, kept_answer
-from mbcd_cli.preparation.cache_plan import Plan, plan_cache, read_listing
+from mbcd_cli.preparation.cache_plan import Plan, corrupted_plans, corruptions_named, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.identity import check_records
 from mbcd_cli.preparation.trunk import Frozen, WeightsFile, build_trunk, row_bytes, save_weights, weights_file
@@ -44,22 +46,28 @@ LEFT_OUT = "left-out.csv"
 _SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 
 
-def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared | None:
+def prepare(
+    settings: Settings, *, corruptions: Sequence[str] = (), severities: Sequence[int] = SEVERITIES, say: Say = SILENT
+) -> Prepared | None:
     """Fill the caches of every modality of a dataset; what is already there is reused.
 
     Started by torchrun, the processes share the shards; rank 0 alone writes the indices, and prints.
+
+    Args:
+        corruptions: of the test views, each in a cache of its own at every one of `severities`; `all` are those of
+            every modality.
 
     Returns:
         What was prepared, what was reused and every rejected clip; None in ranks other than 0.
 
     Raises:
         ManifestError: the dataset's tables are wrong. CheckpointError: weights are missing, or others than expected.
-        CacheError: no room for the cache, or no clip can be used.
+        CacheError: no room for the cache, or no clip can be used. SettingsError: no such corruption.
     """
     configure(settings.runtime)
     started = time.time_ns()
-    alone = this_process().world == 1
-    if alone and (kept := kept_answer(settings)) is not None:
+    plain = this_process().world == 1 and not corruptions
+    if plain and (kept := kept_answer(settings)) is not None:
         prepared, warnings = kept
         for line in warnings:
             say.warn(line)
@@ -68,8 +76,9 @@ def prepare(settings: Settings, *, say: Say = SILENT) -> Prepared | None:
     described = described_encoders(settings)
     with say.progress("reading what clips there are"):
         listing = read_listing(described)
-    prepared = prepare_listing(described, listing, say=say)
-    if alone and prepared is not None:
+    wanted = list(product(corruptions_named(corruptions, listing.modalities), severities))
+    prepared = prepare_listing(described, listing, corruptions=wanted, say=say)
+    if plain and prepared is not None:
         keep_answer(settings, listing, prepared, started=started)
     return prepared
 
@@ -93,25 +102,31 @@ def leave_out_leaks(settings: Settings, listing: Listing, *, say: Say = SILENT) 
     return settings.model_copy(update={"dataset": named}), leaks
 
 
-def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) -> Prepared | None:
-    """`prepare`, for clips that are listed already: every modality of `listing` in the cache."""
+def prepare_listing(
+    settings: Settings, listing: Listing, *, corruptions: Collection[tuple[str, int]] = (), say: Say = SILENT
+) -> Prepared | None:
+    """`prepare`, for clips that are listed already: every modality of `listing` in the cache.
+
+    Args:
+        corruptions: kind and severity of every one that the test views are cached with besides.
+    """
     place = this_process()
     settings, leaks = leave_out_leaks(settings, listing, say=say)
     if not place.main:
         device = pick_device(settings.runtime)
         for name, modality in listing.modalities.items():
-            _prepare_modality(settings, listing, name, modality, device, [], say, None)
+            _prepare_modality(settings, listing, name, modality, device, [], corruptions, say, None)
         return None
     for line in listing.notes:
         say(line)
     for line in listing.warnings:
         say.warn(line)
     device = pick_device(settings.runtime)
-    plans = check_beforehand(settings, listing, say=say)
+    plans = check_beforehand(settings, listing, corruptions, say=say)
     rejected: list[Rejected] = list(listing.rejected)
     total = len(listing.clips) + len({r.clip for r in listing.rejected}.difference(listing.clips.ids))
     done = {
-        name: _prepare_modality(settings, listing, name, modality, device, rejected, say, plans[name])
+        name: _prepare_modality(settings, listing, name, modality, device, rejected, corruptions, say, plans[name])
         for name, modality in listing.modalities.items()
     }
     bad = sorted({r.clip for r in rejected})
@@ -143,7 +158,9 @@ def prepare_listing(settings: Settings, listing: Listing, *, say: Say = SILENT) 
     )
 
 
-def check_beforehand(settings: Settings, listing: Listing, *, say: Say = SILENT) -> dict[str, Plan]:
+def check_beforehand(
+    settings: Settings, listing: Listing, corruptions: Collection[tuple[str, int]] = (), *, say: Say = SILENT
+) -> dict[str, Plan]:
     """What would otherwise end the work after hours: the weights of all modalities, and room for all of them.
 
     Returns:
@@ -169,8 +186,25 @@ def check_beforehand(settings: Settings, listing: Listing, *, say: Say = SILENT)
         for name, modality in listing.modalities.items()
     }
     needed = sum(plan.bytes_of(plan.to_do(listing.clips)) + plan.weights_to_write for plan in plans.values())
+    if corruptions:
+        count, extra = corrupted_bytes(settings, listing, plans, corruptions)
+        say(f"{count} caches of corrupted test views, of which {size_text(extra)} are to be written")
+        needed += extra
     _check_disk(settings.cache.dir / listing.name, needed)
     return plans
+
+
+def corrupted_bytes(
+    settings: Settings, listing: Listing, plans: Mapping[str, Plan], corruptions: Collection[tuple[str, int]]
+) -> tuple[int, int]:
+    """How many caches of corrupted test views are asked for, and the bytes of what is still to be written of them."""
+    clips = listing.clips
+    corrupted = [
+        plan
+        for name, clean in plans.items()
+        for plan in corrupted_plans(clean, settings, clips, listing.modalities[name], corruptions)
+    ]
+    return len(corrupted), sum(plan.bytes_of(plan.to_do(clips)) for plan in corrupted)
 
 
 def _rejected_rows(rejected: Sequence[Rejected], settings: Settings) -> list[tuple[str, ...]]:
@@ -200,38 +234,26 @@ def _prepare_modality(
     modality: Modality,
     device: torch.device,
     rejected: list[Rejected],
+    corruptions: Collection[tuple[str, int]],
     say: Say,
     made: Plan | None,
 ) -> PreparedModality | None:
     started = time.monotonic()
-    place = this_process()
     frozen = build_trunk(settings, name, modality, say=say)
     plan = plan_cache(settings, listing, name, modality, weights=frozen.source, made=made, say=say)
     clips, folder = listing.clips, plan.folder
-    with locked(folder, place):
-        if place.main:
-            check_records(frozen, modality, folder)
-        writer = writer_of(settings, listing, name, modality, frozen, plan, folder=folder)
-        missing = writer.pending()
-        pending = [number for number in missing if place.owns(number)]
-        if place.main:
-            _check_disk(folder, plan.bytes_of(missing))
-        label = name if place.world == 1 else f"{name} (rank {place.rank})"
-        lost = fill(writer, settings, plan, frozen.trunk.to(device), pending, device=device, label=label, say=say)
-        if not place.main:
-            return None
-        wait_for(
-            writer.pending,
-            named=lambda left: f"{len(left)} shards of process {sorted({shard % place.world for shard in left})}",
-            say=say,
-            patience=ranks.PATIENCE,
-            remedy="Run the same command again; it goes on with what is missing.",
-        )
-        for file, weights in frozen.weights.items():
-            save_weights(folder / file, weights)
-        finished = close_cache(writer, settings, listing.rejected, lost=lost)
-        if len(finished.rejected) == len(clips):  # nothing that anybody could use, and in the way of a right one
-            shutil.rmtree(folder)
+    if this_process().main:
+        check_records(frozen, modality, folder)
+    made_now = _make_cache(settings, listing, name, modality, frozen, plan, device, say)
+    if made_now is not None and len(made_now[0].rejected) == len(clips):
+        corruptions = ()
+    corrupted = corrupted_plans(plan, settings, clips, modality, corruptions)
+    for spoilt in corrupted:
+        if spoilt.to_do(clips) or not (spoilt.folder / "index.h5").exists():
+            _make_cache(settings, listing, name, modality, replace(frozen, weights={}), spoilt, device, say)
+    if made_now is None:
+        return None
+    finished, missing = made_now
     unusable, mended = finished.rejected, finished.mended
     rejected.extend(unusable)
     if mended:
@@ -248,6 +270,9 @@ def _prepare_modality(
         f"{name}: {state} {len(clips) - len(unusable)} clips, {kept} views, {nbytes / 1e6:.1f} MB{error} "
         f"in {seconds:.1f} s -> {folder}"
     )
+    spoilt_bytes = sum(shard.stat().st_size for spoilt in corrupted for shard in spoilt.folder.glob("shard-*.h5"))
+    if corrupted:
+        say(f"{name}: {len(corrupted)} caches of corrupted test views, {size_text(spoilt_bytes)}")
     done = PreparedModality(
         folder=str(folder),
         fingerprint=plan.fingerprint,
@@ -257,13 +282,53 @@ def _prepare_modality(
         int8_error=finished.error,
         float16_loss=finished.lost,
         mended=mended,
-        shards=len(writer.shards),
-        shards_reused=len(writer.shards) - len(missing),
+        shards=len(plan.shards),
+        shards_reused=len(plan.shards) - len(missing),
         seconds=round(seconds, 3),
+        corrupted=len(corrupted),
+        corrupted_bytes=spoilt_bytes,
     )
     if done.loss:
         say.warn(f"{name}: {done.loss}")
     return done
+
+
+def _make_cache(
+    settings: Settings,
+    listing: Listing,
+    name: str,
+    modality: Modality,
+    frozen: Frozen,
+    plan: Plan,
+    device: torch.device,
+    say: Say,
+) -> tuple[Finished, list[int]] | None:
+    """Fill one cache and close it; what it reports, and the shards that were missing. None in ranks other than 0."""
+    place = this_process()
+    with locked(plan.folder, place):
+        writer = writer_of(settings, listing, name, modality, frozen, plan, folder=plan.folder)
+        missing = writer.pending()
+        pending = [number for number in missing if place.owns(number)]
+        if place.main:
+            _check_disk(plan.folder, plan.bytes_of(missing))
+        label = name if plan.corruption is None else f"{name}, {plan.corruption.folder}"
+        label += "" if place.world == 1 else f" (rank {place.rank})"
+        lost = fill(writer, settings, plan, frozen.trunk.to(device), pending, device=device, label=label, say=say)
+        if not place.main:
+            return None
+        wait_for(
+            writer.pending,
+            named=lambda left: f"{len(left)} shards of process {sorted({shard % place.world for shard in left})}",
+            say=say,
+            patience=ranks.PATIENCE,
+            remedy="Run the same command again; it goes on with what is missing.",
+        )
+        for file, weights in frozen.weights.items():
+            save_weights(plan.folder / file, weights)
+        finished = close_cache(writer, settings, listing.rejected, lost=lost)
+        if len(finished.rejected) == len(listing.clips):  # nothing anybody could use, in the way of a right one
+            shutil.rmtree(plan.folder)
+    return finished, missing
 
 
 def writer_of(
@@ -292,7 +357,9 @@ def writer_of(
         compression=settings.cache.compression,
         place=this_process(),
         passport=None if frozen.passport is None else frozen.passport.to_json(),
-        online=MediaSource.of(settings, listing.clips, name).to_json() if settings.cache.views == 0 else None,
+        online=MediaSource.of(settings, listing.clips, name).to_json()
+        if settings.cache.views == 0 and plan.corruption is None
+        else None,
     )
 
 
@@ -313,14 +380,17 @@ def fill(
         trunk: on `device`.
         label: of the progress.
     """
-    job = DecodeJob(str(writer.recipe["modality"]), writer.modality, settings.dataset, settings.cache.seed)
-    total = sum(len(plan.shards[number]) for number in shards)
+    job = DecodeJob(
+        str(writer.recipe["modality"]), writer.modality, settings.dataset, settings.cache.seed, plan.corruption
+    )
     column = writer.clips.media[job.name]
     # A row is read sooner than another process is told of it.
     workers = 0 if column.packed == len(column) else settings.cache.workers
-    with Decoder(workers=workers, job=job) as decoder, say.progress(label, total) as ticker:
-        filler = Filler(writer, decoder, writer.clips, plan.views, trunk, plan.shapes, device)
-        filler.run(shards, ticker)
+    with Decoder(workers=workers, job=job) as decoder:
+        tries = plan.corruption is None
+        filler = Filler(writer, decoder, writer.clips, plan.views, trunk, plan.shapes, device, tries=tries)
+        with say.progress(label, sum(len(filler.decoded(number)) for number in shards)) as ticker:
+            filler.run(shards, ticker)
     return "; ".join(filter(None, map(str, filler.roundings.values())))
 
 

@@ -6,7 +6,7 @@ import shutil
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,12 +14,13 @@ import torch
 from mbcd_cli import checksums
 from mbcd_cli.checksums import PREPARED_WITH
 from mbcd_cli.data.cache import shard_path
+from mbcd_cli.data.corruptions import Corruption
 from mbcd_cli.data.modality_cache import ModalityCache
 from mbcd_cli.data.ranks import locked
 from mbcd_cli.errors import CacheError, MbcdError
 from mbcd_cli.files import open_hdf5, remove_partial, rename
 from mbcd_cli.integrity import examine
-from mbcd_cli.preparation.cache_plan import plan_cache, read_listing
+from mbcd_cli.preparation.cache_plan import corrupted_plans, plan_cache, read_listing
 from mbcd_cli.preparation.prepare import close_cache, fill, writer_of
 from mbcd_cli.preparation.trunk import build_trunk, save_weights
 from mbcd_cli.resolved import load_settings, resolve, validate
@@ -62,7 +63,7 @@ def _is_of_cache(file: Path) -> bool:
 
 
 def _repair(folder: Path, flags: Mapping[str, object], say: Say) -> Repaired:
-    faults = {file.name for file in examine(folder).faults}
+    faults = {file.name for file in _faults(folder)}
     if not faults:
         return Repaired(folder, [], ModalityCache(folder).root_checksum)
     say(f"{folder}: {', '.join(sorted(faults))} damaged or missing")
@@ -71,6 +72,11 @@ def _repair(folder: Path, flags: Mapping[str, object], say: Say) -> Repaired:
         return _compute_anew(folder, faults, settings, say)
     except MbcdError as error:
         raise type(error)(f"{folder} cannot be repaired: {error.message}", error.remedy) from error
+
+
+def _faults(folder: Path) -> list[Path]:
+    """Of a cache's own files: folders in it are caches of corrupted views."""
+    return [file for file in examine(folder).faults if file.parent == folder]
 
 
 def _prepared_with(folder: Path, faults: Collection[str]) -> Layer:
@@ -93,20 +99,25 @@ def _prepared_with(folder: Path, faults: Collection[str]) -> Layer:
 
 
 def _compute_anew(folder: Path, faults: set[str], settings: Settings, say: Say) -> Repaired:
-    cache = settings.cache.model_copy(update={"dir": folder.parent.parent})
+    corruption = Corruption.of_folder(folder.name) if (folder.parent / PREPARED_WITH).exists() else None
+    clean = folder if corruption is None else folder.parent
+    cache = settings.cache.model_copy(update={"dir": clean.parent.parent})
     settings = settings.model_copy(update={"cache": cache})
     device = pick_device(settings.runtime)
     listing = read_listing(settings)
-    name = folder.name.rsplit("-", 1)[0]
+    name = clean.name.rsplit("-", 1)[0]
     modality = listing.modalities.get(name)
     frozen = None if modality is None else build_trunk(settings, name, modality)
     plan = frozen and plan_cache(settings, listing, name, modality, weights=frozen.source)
-    if plan is None or plan.folder.name != folder.name:
+    if plan is None or plan.folder.name != clean.name:
         raise CacheError(
             f"{settings.dataset.root or listing.name} is not what it was prepared from: clips, files or their sizes "
             "differ.",
             "Bring the media back as they were (--root says where they are), or prepare anew.",
         )
+    if corruption is not None:
+        (plan,) = corrupted_plans(plan, settings, listing.clips, modality, [(corruption.name, corruption.severity)])
+        frozen = replace(frozen, weights={})
     with locked(folder), _emptied(folder / _ASIDE) as aside:
         remove_partial(folder)
         writer = writer_of(settings, listing, name, modality, frozen, plan, folder=aside)
@@ -119,7 +130,7 @@ def _compute_anew(folder: Path, faults: set[str], settings: Settings, say: Say) 
         if index_is_wrong or faults & {"index.h5", PREPARED_WITH}:
             whole = writer_of(settings, listing, name, modality, frozen, plan, folder=folder)
             close_cache(whole, settings, listing.rejected)
-    left = examine(folder).faults
+    left = _faults(folder)
     if left:
         raise CacheError(f"{left[0]} is still damaged.", "Another process may have written there; try again.")
     return Repaired(folder, sorted(faults), ModalityCache(folder).root_checksum)

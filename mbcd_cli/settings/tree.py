@@ -349,7 +349,7 @@ class EvaluationSettings(Slice):
     report: bool = True
     """Write one self-contained HTML report."""
     seed: Seed = 0
-    """Seed of the shifts, corruptions and maps."""
+    """Seed of the shifts and maps."""
 
 
 class LandscapeSettings(Slice):

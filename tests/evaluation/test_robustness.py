@@ -1,16 +1,15 @@
 from __future__ import annotations
 
-from itertools import pairwise, permutations
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 from evaluation_cases import make_dataset, make_settings
 
-from mbcd_cli.data.modalities import KINDS, default_modality
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.evaluation.analyses import robustness as r
-from mbcd_cli.evaluation.analyses.corruptions import CORRUPTIONS, corruptions
+from mbcd_cli.evaluation.analyses.corruptions import corruption_means, mean_records
 from mbcd_cli.model import build_model
 from mbcd_cli.scoring.predictions import predict
 
@@ -126,61 +125,12 @@ def test_disturbed_accuracy_equals_predicting_disturbed_inputs(model, dataset):
         r.disturbed_accuracy(model, [], ones, device="cpu")
 
 
-PARTS = {
-    "video": torch.randint(0, 256, (3, 3, 10, 48, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)),
-    "flow": torch.randint(90, 166, (3, 2, 10, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)),
-    "audio": torch.randn(3, 1, 33, 50, generator=torch.Generator().manual_seed(3)).half(),
-    "array": torch.randn(3, 40, generator=torch.Generator().manual_seed(4)),
-}
+def test_means_over_corruptions_are_of_the_severities_that_every_kind_has():
+    def record(kind: str, level: float, fused: float) -> r.DisturbedAccuracy:
+        return r.DisturbedAccuracy("video", kind, level, 10, fused, fused / 2)
 
-
-@pytest.mark.parametrize("kind", list(PARTS))
-def test_corruptions_keep_shape_and_type_grow_with_severity_and_repeat(kind):
-    modality = default_modality("x", kind)
-    part, clips = PARTS[kind], torch.tensor([4, 5, 6])
-    distance: dict[str, list[float]] = {}
-    for one in corruptions("x", modality):
-        before = part.clone()
-        (out,) = one.apply((part,), clips)
-        assert torch.equal(part, before), "the input must not change"
-        assert (out.shape, out.dtype) == (part.shape, part.dtype)
-        assert torch.equal(out, one.apply((part,), clips)[0])
-        assert torch.equal(out[1:2], one.apply((part[1:2],), clips[1:2])[0]), "a clip's corruption is its own"
-        distance.setdefault(one.kind, []).append(float((out.float() - part.float()).square().mean()))
-    assert list(distance) == list(modality.corruptions)
-    for name, values in distance.items():
-        assert len(values) == 5
-        assert values[0] > 0, name
-        assert all(b > a for a, b in pairwise(values)), (name, values)
-
-
-def test_every_kind_names_corruptions_that_there_are():
-    assert {name for kind in KINDS.values() for name in kind.corruptions} == set(CORRUPTIONS)
-    assert set(PARTS) == set(KINDS)
-
-
-def test_corruptions_do_what_they_say():
-    clips = torch.tensor([0])
-    apply = {
-        (o.kind, o.level): o.apply for kind in ("video", "audio") for o in corruptions("x", default_modality("x", kind))
-    }
-    grey = torch.full((1, 3, 4, 64, 64), 100, dtype=torch.uint8)
-    assert set(apply["brightness", 2]((grey,), clips)[0].flatten().tolist()) == {151}  # 100 + 0.2 * 255
-    assert set(apply["brightness", 2]((grey + 120,), clips)[0].flatten().tolist()) == {255}
-    assert torch.equal(apply["blur", 5]((grey,), clips)[0], grey), "blur leaves a flat frame as it is"
-    assert torch.equal(apply["contrast", 5]((grey,), clips)[0], grey)
-    moving = torch.arange(10, dtype=torch.uint8).reshape(1, 1, 10, 1, 1).expand(1, 3, 10, 4, 4).contiguous()
-    shown = apply["frame drop", 3]((moving,), clips)[0][0, 0, :, 0, 0].tolist()
-    assert shown[0] == 0
-    assert all(b in (a, t) for t, (a, b) in enumerate(pairwise(shown), 1))
-    sound = torch.randn(1, 1, 200, 300, generator=torch.Generator().manual_seed(0))
-    noisy = apply["spectrogram noise", 3]((sound,), clips)[0]  # 0 dB: as strong as the signal
-    assert float((noisy - sound).std() / sound.std()) == pytest.approx(1.0, rel=0.02)
-    gone = apply["band drop", 5]((sound,), clips)[0] == 0
-    rows = gone[0, 0].all(dim=1)
-    assert int(rows.sum()) == 120
-    assert int((rows[1:] != rows[:-1]).sum()) <= 2, "one band"
-
-
-def test_trunk_features_have_no_corruptions():
-    assert corruptions("video", default_modality("video").model_copy(update={"cut": "layer4"})) == []
+    records = [record("fog", 1, 0.8), record("fog", 5, 0.4), record("snow", 5, 0.2)]
+    assert [(one.level, one.fused) for one in mean_records(records)] == [(5, pytest.approx(0.3))]
+    (mean,) = corruption_means(records).values()
+    assert (mean.kinds, mean.severities, mean.fused, mean.unimodal) == (2, [5], pytest.approx(0.3), pytest.approx(0.15))
+    assert not corruption_means(records[:1] + records[2:])

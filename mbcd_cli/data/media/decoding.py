@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 import cv2
 
 from mbcd_cli.allocator import keep_freed_memory
+from mbcd_cli.data.corruptions import Corruption
 from mbcd_cli.data.media.checks import allowed_seconds
 from mbcd_cli.data.media.sharing import Blocks, share
 from mbcd_cli.data.modalities.modality import Modality, load_views
@@ -54,7 +55,8 @@ def patience(clip: Clip, name: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class DecodeJob:
-    """What a worker needs besides the clip: the modality, its settings, the dataset's and the seed of the views.
+    """What a worker needs besides the clip: the modality, its settings, the dataset's, the seed of the views, and what
+    is done to the media first.
 
     In place of a modality's settings there may be anything with its `random` and `views`: an audit's `Glance`.
     """
@@ -63,6 +65,7 @@ class DecodeJob:
     modality: Modality
     dataset: DatasetSettings
     seed: int
+    corruption: Corruption | None = None
 
 
 def rejection(clip: Clip, name: str, cause: str) -> Rejected:
@@ -74,7 +77,8 @@ def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
     """Decode one clip, once, into its views; a bad file becomes a rejection, not an exception."""
     notes: list[str] = []
     try:
-        parts = load_views(clip, job.name, job.modality, views=views, seed=job.seed, dataset=job.dataset, notes=notes)
+        told = {"views": views, "seed": job.seed, "dataset": job.dataset, "corruption": job.corruption}
+        parts = load_views(clip, job.name, job.modality, **told, notes=notes)
     except MediaError as error:
         return Decoded(index, views, [], Rejected(clip.id, job.name, error.file, error.cause, error.remedy))
     except MbcdError:

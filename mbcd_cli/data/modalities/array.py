@@ -5,13 +5,14 @@ Letters: N rows, T steps, D values.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import model_validator
 
+from mbcd_cli.data.corruptions import Corrupt, Corruption
 from mbcd_cli.data.modalities.modality import Draws, Modality, ViewParts, each_file, spread_places
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
@@ -29,7 +30,6 @@ class ArrayModality(Modality):
     suffixes: ClassVar[tuple[str, ...]] = (".npy",)
     spanned: ClassVar[bool] = False
     raw: ClassVar[bool] = True
-    corruptions: ClassVar[tuple[str, ...]] = ("noise", "value drop")
     stated_seconds: ClassVar[float] = 0.002
 
     kind: Literal["array"] = "array"
@@ -75,7 +75,14 @@ class ArrayModality(Modality):
         return [((*steps, self.dimension), np.dtype(np.int32 if self.whole else np.float32))]
 
     def views(
-        self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
+        self,
+        media: Media,
+        name: str,
+        draws: Draws,
+        *,
+        dataset: DatasetSettings,
+        notes: list[str] | None,
+        corruption: Corruption | None = None,
     ) -> list[ViewParts]:
         """One part per view: [D] or [T, D], float32 or int32."""
         from mbcd_cli.data.media.arrays import read_array
@@ -83,10 +90,18 @@ class ArrayModality(Modality):
         array = self._shaped(read_array(media, notes, whole=self.whole), media)
         if notes is not None and self.length is not None and self.fit == "pad" and len(array) > self.length:
             notes.append(f"{media.source}: {len(array)} steps, cut to the first {self.length}")
+        array = self.corrupted(array, corruption)
         drawn = draws(name)
         if not self.random:
             return [(self._fit(array, None),)] * len(drawn)
         return [(self._noisy(self._fit(array, rng), rng),) for rng in drawn]
+
+    @property
+    def corruptions(self) -> Mapping[str, Corrupt]:
+        """None of whole numbers, which are names."""
+        from mbcd_cli.data.corruptions.values import VALUES
+
+        return {} if self.whole else VALUES
 
     @property
     def random(self) -> bool:

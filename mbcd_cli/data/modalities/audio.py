@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from mbcd_cli.data.corruptions import Corrupt, Corruption
 from mbcd_cli.data.modalities.frames import FrameSampling, frames_to_sample, sample_indices
 from mbcd_cli.data.modalities.modality import Draws, Modality, ViewParts, each_file
 from mbcd_cli.data.modalities.video import VideoModality
@@ -93,14 +96,16 @@ class AudioModality(Modality):
         return self
 
     @property
+    def corruptions(self) -> Mapping[str, Corrupt]:
+        """Six, of the samples."""
+        from mbcd_cli.data.corruptions.waveform import WAVEFORM
+
+        return WAVEFORM
+
+    @property
     def guide(self) -> str | None:
         """Modality whose views' frames these views follow, if any."""
         return self.follow
-
-    @property
-    def corruptions(self) -> tuple[str, ...]:
-        """Those of a spectrogram; samples suffer those of the sound itself alone."""
-        return ("spectrogram noise", "step drop", "band drop") if self.front_end == "spectrogram" else ()
 
     @property
     def random(self) -> bool:
@@ -116,39 +121,33 @@ class AudioModality(Modality):
         return [((1, self.nperseg // 2 + 1, columns), np.dtype(np.float32))]
 
     def views(
-        self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
+        self,
+        media: Media,
+        name: str,
+        draws: Draws,
+        *,
+        dataset: DatasetSettings,
+        notes: list[str] | None,
+        corruption: Corruption | None = None,
     ) -> list[ViewParts]:
         """One part per view: [1, F, S], or samples [1, n], float32."""
+        from mbcd_cli.data.media.sound import read_audio
+
         generators = draws(name)
         guides = draws(self.follow) if self.follow is not None else generators
-        spans, sounds = self.sounds(media, guides, dataset=dataset, notes=notes)
+        follows = self.followed is not None and media.clock is not None
+        spans = followed_spans(media, self, guides) if follows else [media] * len(guides)
+        wanted = {"sample_rate": self.sample_rate, "limit": self.samples, "silent_end": follows}
+        sounds = {span: read_audio(span, dataset=dataset, notes=notes, **wanted) for span in dict.fromkeys(spans)}
+        if corruption is not None:
+            others = [other for other in corruption.others if other != media]
+            for span, (samples, rate) in sounds.items():
+                voices = partial(_voices, others, rate, self.samples, dataset)
+                sounds[span] = self.corrupted(samples, corruption, rate, voices), rate
         shared: dict[Media, dict[int, np.ndarray]] = {span: {} for span in sounds}
         return [
             (audio_view(*sounds[span], self, rng, shared[span]),) for span, rng in zip(spans, generators, strict=True)
         ]
-
-    def sounds(
-        self,
-        media: Media,
-        guides: Sequence[np.random.Generator | None],
-        *,
-        dataset: DatasetSettings,
-        notes: list[str] | None = None,
-    ) -> tuple[list[Media], dict[Media, tuple[np.ndarray, int]]]:
-        """The span that each view hears, and of every span the samples [n] float32 and their rate.
-
-        Args:
-            guides: the random numbers of the followed modality's views; None for the test view.
-
-        Raises:
-            MediaError: the file cannot be used.
-        """
-        from mbcd_cli.data.media.sound import read_audio
-
-        follows = self.followed is not None and media.clock is not None
-        spans = followed_spans(media, self, guides) if follows else [media] * len(guides)
-        wanted = {"sample_rate": self.sample_rate, "limit": self.samples, "silent_end": follows}
-        return spans, {span: read_audio(span, dataset=dataset, notes=notes, **wanted) for span in dict.fromkeys(spans)}
 
     def warnings(self, media: Sequence[Media], *, name: str) -> list[str]:
         """Of files of different sample rates, where none is set."""
@@ -166,6 +165,20 @@ class AudioModality(Modality):
             f"{name}: files of different sample rates ({counts}), so that one place of a spectrogram means different "
             f"frequencies and times; --set modalities.{name}.sample_rate={rates.most_common(1)[0][0]} makes them equal"
         ]
+
+
+def _voices(clips: Sequence[Media], rate: int, limit: int, dataset: DatasetSettings) -> list[np.ndarray]:
+    """Sounds [n] of other clips; those that cannot be read are silent."""
+    return [voice for media in clips if len(voice := _voice(media, rate, limit, dataset))]
+
+
+@lru_cache(maxsize=64)
+def _voice(media: Media, rate: int, limit: int, dataset: DatasetSettings) -> np.ndarray:
+    from mbcd_cli.data.media.sound import read_audio
+
+    with suppress(MediaError):
+        return read_audio(media, sample_rate=rate, limit=limit, dataset=dataset)[0]
+    return np.empty(0, np.float32)
 
 
 def followed_spans(media: Media, settings: AudioModality, guides: Sequence[np.random.Generator | None]) -> list[Media]:

@@ -6,12 +6,13 @@ Letters: C channels, N frames decoded, T frames of a view, H W pixels.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 
+from mbcd_cli.data.corruptions import Corrupt
 from mbcd_cli.data.media.checks import Choose
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.frames import FrameModality
@@ -36,7 +37,6 @@ class FlowModality(FrameModality):
     words: ClassVar[tuple[str, ...]] = ("flow",)
     also_in: ClassVar[tuple[str, ...]] = (*VideoModality.suffixes, *ArrayModality.suffixes)
     computed_from: ClassVar[str | None] = "video"
-    corruptions: ClassVar[tuple[str, ...]] = ("noise", "blur", "frame drop")
 
     kind: Literal["flow"] = "flow"
     """Kind of the modality."""
@@ -48,6 +48,13 @@ class FlowModality(FrameModality):
     """Value that both channels are divided by."""
     flow_bound: Positive = 20.0
     """Computed flow is clipped to this many pixels per frame and mapped to 0..255 (128 is no motion)."""
+
+    @property
+    def corruptions(self) -> Mapping[str, Corrupt]:
+        """Those of frames that mean something where channels are no colours."""
+        from mbcd_cli.data.corruptions.pixels import FLOW_PIXELS
+
+        return FLOW_PIXELS
 
     def read(self, media: Media, choose: Choose, *, dataset: DatasetSettings, notes: list[str] | None) -> np.ndarray:
         """[N, H, W, 2] uint8."""

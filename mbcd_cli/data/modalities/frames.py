@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from mbcd_cli.data.corruptions import Corruption
 from mbcd_cli.data.media.checks import Choose
 from mbcd_cli.data.modalities.modality import Draws, Modality, ViewParts, spread_places
 from mbcd_cli.data.records import Media
@@ -94,7 +95,14 @@ class FrameModality(FrameSampling, Modality):
         return [((self.channels, self.frames, side, side), np.dtype(np.uint8))]
 
     def views(
-        self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
+        self,
+        media: Media,
+        name: str,
+        draws: Draws,
+        *,
+        dataset: DatasetSettings,
+        notes: list[str] | None,
+        corruption: Corruption | None = None,
     ) -> list[ViewParts]:
         """One part per view: [C, T, side, side] uint8."""
         from mbcd_cli.data.media.video import resize_short_side
@@ -109,6 +117,7 @@ class FrameModality(FrameSampling, Modality):
             return np.unique(np.concatenate(picks[count]))
 
         frames = resize_short_side(self.read(media, choose, dataset=dataset, notes=notes), self.short_side, self.resize)
+        frames = self.corrupted(frames, corruption)
         chosen = list(picks.values())[-1]
         decoded = np.unique(np.concatenate(chosen))
         return [

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
 import numpy as np
 
+from mbcd_cli.data.corruptions import Corrupt, Corruption
 from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.settings import DatasetSettings, ModalitySettings
 
@@ -43,7 +45,6 @@ class Modality(ModalitySettings, ABC):
         computed_from: kind of the modality that it can be computed from.
         raw: values are what the files hold, in the shape they have there: it matters what rounding takes from them.
         encoder_settings: those that an encoder from files decides where the user did not (`Wants.settings`).
-        corruptions: names of those corruptions of an evaluation that its decoded views can suffer.
         stated_seconds: of one worker for one clip, where no clip is there to be timed.
     """
 
@@ -56,7 +57,6 @@ class Modality(ModalitySettings, ABC):
     computed_from: ClassVar[str | None] = None
     raw: ClassVar[bool] = False
     encoder_settings: ClassVar[tuple[str, ...]] = ()
-    corruptions: ClassVar[tuple[str, ...]] = ()
     stated_seconds: ClassVar[float] = 0.1
 
     @property
@@ -69,9 +69,27 @@ class Modality(ModalitySettings, ABC):
         """Modality whose views' frames these views follow, if any."""
         return None
 
+    @property
+    def corruptions(self) -> Mapping[str, Corrupt]:
+        """What the decoded media can suffer, by name."""
+        return {}
+
+    def corrupted(self, values: np.ndarray, corruption: Corruption | None, *more: object) -> np.ndarray:
+        """Decoded values after a corruption, which may need `more`; as they are without one, and at severity 0."""
+        if corruption is None or not corruption.severity:
+            return values
+        return self.corruptions[corruption.name](values, corruption.severity, corruption.rng, *more)
+
     @abstractmethod
     def views(
-        self, media: Media, name: str, draws: Draws, *, dataset: DatasetSettings, notes: list[str] | None
+        self,
+        media: Media,
+        name: str,
+        draws: Draws,
+        *,
+        dataset: DatasetSettings,
+        notes: list[str] | None,
+        corruption: Corruption | None = None,
     ) -> list[ViewParts]:
         """As `load_views`, with the random numbers drawn: per view its parts, [...] each as `part_shapes` says.
 
@@ -132,6 +150,7 @@ def load_views(
     seed: int,
     dataset: DatasetSettings,
     notes: list[str] | None = None,
+    corruption: Corruption | None = None,
 ) -> list[ViewParts]:
     """The views of one modality of a clip, decoded once.
 
@@ -143,6 +162,7 @@ def load_views(
         seed: with the clip's id, fixes every random view.
         dataset: limits on bad media.
         notes: collects what was mended on the way (missing frames), if given.
+        corruption: what is done to the decoded media first.
 
     Returns:
         One tuple of parts per view asked for, as `modality.part_shapes` says.
@@ -156,7 +176,10 @@ def load_views(
             return [None] * len(views)
         return [None if view == TEST_VIEW else view_generator(seed, clip.id, of, view) for view in views]
 
-    return modality.views(clip.media[name], name, draws, dataset=dataset, notes=notes)
+    if corruption is None:
+        return modality.views(clip.media[name], name, draws, dataset=dataset, notes=notes)
+    own = replace(corruption, rng=view_generator(seed, clip.id, f"{name} {corruption.name}", TEST_VIEW))
+    return modality.views(clip.media[name], name, draws, dataset=dataset, notes=notes, corruption=own)
 
 
 def view_generator(seed: int, clip: str, name: str, view: int) -> np.random.Generator:

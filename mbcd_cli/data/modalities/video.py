@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
 
+from mbcd_cli.data.corruptions import Corrupt
 from mbcd_cli.data.media.checks import Choose
 from mbcd_cli.data.modalities.frames import FrameModality
 from mbcd_cli.data.records import Media
@@ -33,7 +35,6 @@ class VideoModality(FrameModality):
         ".vob",
     )
     encoder_settings: ClassVar[tuple[str, ...]] = ("frames", "short_side", "crop", "test_crop", "mean", "std")
-    corruptions: ClassVar[tuple[str, ...]] = ("noise", "blur", "frame drop", "brightness", "contrast")
     stated_seconds: ClassVar[float] = 0.4
 
     kind: Literal["video"] = "video"
@@ -46,6 +47,13 @@ class VideoModality(FrameModality):
     """Mean of each channel (R, G, B; 0 to 255) that is subtracted."""
     std: tuple[Positive, Positive, Positive] = (58.395, 57.12, 57.375)
     """Standard deviation of each channel that is divided by."""
+
+    @property
+    def corruptions(self) -> Mapping[str, Corrupt]:
+        """ImageNet-C's fifteen."""
+        from mbcd_cli.data.corruptions.pixels import PIXELS
+
+        return PIXELS
 
     def read(self, media: Media, choose: Choose, *, dataset: DatasetSettings, notes: list[str] | None) -> np.ndarray:
         """[N, H, W, 3] uint8."""

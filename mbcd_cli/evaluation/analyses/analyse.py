@@ -13,19 +13,25 @@ import numpy as np
 import torch
 
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.data.records import Batch, Clip
-from mbcd_cli.errors import CheckpointError, MbcdError, MediaError
-from mbcd_cli.evaluation.analyses.corruptions import SPECTROGRAM_NOISE, Corrupted, Soundless, corruptions
+from mbcd_cli.data.records import Batch
+from mbcd_cli.errors import CheckpointError, MbcdError
+from mbcd_cli.evaluation.analyses.corruptions import (
+    Corrupted,
+    corruption_means,
+    corruptions,
+    how_to_prepare,
+    mean_records,
+)
 from mbcd_cli.evaluation.analyses.embedding import embeddings, spread
 from mbcd_cli.evaluation.analyses.robustness import (
     Disturbance,
     Disturbed,
+    DisturbedAccuracy,
     disturbed_accuracy,
     gaussian_shift,
     missing_modalities,
 )
 from mbcd_cli.evaluation.analyses.trust import ForeignClips, out_of_distribution, trust_figures
-from mbcd_cli.evaluation.analyses.waveform import sound_corruptions
 from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.export import (
@@ -42,7 +48,7 @@ from mbcd_cli.model import MultiModalModel
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.predictions import Predictions, predict
-from mbcd_cli.settings import DatasetSettings, Settings
+from mbcd_cli.settings import Settings
 
 _OWN = (
     *(f"plots/{kind}-*.png" for kind in ("confusion", "classes", "missing", "reliability", "risk-coverage", "tsne")),
@@ -59,8 +65,6 @@ class Analysis:
     Attributes:
         evaluated: the deployed model on each set of clips, the target first where there is one.
         results: gets the figures of every analysis.
-        clips: the dataset's clip table with its media, and the limits on bad media; None where they are not at hand.
-        clips_missing: why `clips` is None.
         say: told how far it is.
         pictures: whether to draw plots.
         output: folder under which `plots/` and `evaluation/` are written.
@@ -74,8 +78,6 @@ class Analysis:
     results: Results
     device: torch.device
     output: Path
-    clips: tuple[Sequence[Clip], DatasetSettings] | None = None
-    clips_missing: str = "the dataset's media were not looked for"
     say: Say = SILENT
     pictures: bool = True
     files: dict[str, Path] = field(default_factory=dict)
@@ -175,14 +177,23 @@ def _missing(a: Analysis) -> None:
     a.results.missing = by_set or None
 
 
-def _disturbed(a: Analysis, disturbances: list[Disturbance], key: str, *, title: str, xlabel: str) -> Disturbed:
+def _disturbed(
+    a: Analysis,
+    disturbances: list[Disturbance],
+    key: str,
+    *,
+    title: str,
+    xlabel: str,
+    summary: Callable[[list[DisturbedAccuracy]], list[DisturbedAccuracy]] = lambda records: [],
+) -> Disturbed:
+    """Accuracy under some disturbances, and its plot, with the `summary` of the records."""
     name = a.main.clip_set.name
     if not disturbances:
         return Disturbed(name, [])
     batches, precision = a.batches(a.main.clip_set.clips, key), a.settings.runtime.precision
     records = disturbed_accuracy(a.model, batches, disturbances, device=a.device, precision=precision)
     title = f"{title}: {a.name(a.main)}"
-    a.draw(key, plots.plot_disturbed, records, a.plot(f"{key}.png"), title=title, xlabel=xlabel)
+    a.draw(key, plots.plot_disturbed, [*records, *summary(records)], a.plot(f"{key}.png"), title=title, xlabel=xlabel)
     return Disturbed(name, records)
 
 
@@ -195,25 +206,16 @@ def _shift(a: Analysis) -> None:
 
 
 def _corruptions(a: Analysis) -> None:
-    seed, modalities = a.settings.evaluation.seed, a.dataset.modalities
-    of_cached = [c for name in a.model.modalities for c in corruptions(name, modalities[name], seed=seed)]
-    heard = [n for n in a.model.modalities if modalities[n].kind == "audio" and modalities[n].cut == "input"]
+    there = {name: corruptions(name, a.dataset, a.model) for name in a.model.modalities}
+    every = [disturbance for disturbances in there.values() for disturbance in disturbances]
     texts = {"title": "Corruption of one modality", "xlabel": "severity"}
-    measured = without_sound = None
-    if heard and a.clips is not None:
-        source, dataset = a.clips
-        sounds = [c for n in heard for c in sound_corruptions(n, modalities[n], source, dataset=dataset, seed=seed)]
-        # Noise on the sound itself takes the place of noise on its picture.
-        others = [c for c in of_cached if not (c.modality in heard and c.kind == SPECTROGRAM_NOISE)]
-        try:
-            measured = _disturbed(a, [*others, *sounds], "corruptions", **texts)
-        except MediaError as error:
-            a.clips_missing = f"{error.file}: {error.cause}"
-    if measured is None:
-        measured = _disturbed(a, of_cached, "corruptions", **texts)
-        without_sound = Soundless(heard, a.clips_missing) if heard else None
-    left_out = [name for name in a.model.modalities if modalities[name].cut != "input"]
-    a.results.corruptions = Corrupted(measured.clips, measured.records, without_sound, left_out or None)
+    measured = _disturbed(a, every, "corruptions", summary=mean_records, **texts)
+    lacking = [name for name, some in there.items() if not some and a.dataset.modalities[name].corruptions]
+    if lacking:
+        command = how_to_prepare(lacking[0], a.dataset)
+        a.results.warnings.append(f"No corrupted views of {', '.join(lacking)} are prepared: `{command}` makes them.")
+    means = corruption_means(measured.records)
+    a.results.corruptions = Corrupted(measured.clips, measured.records, means, lacking)
 
 
 def _trust(a: Analysis) -> None:

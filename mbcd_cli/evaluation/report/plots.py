@@ -286,7 +286,9 @@ def plot_disturbed(records: Sequence[DisturbedAccuracy], path: Path, *, title: s
     """Accuracy against the level of a disturbance: one panel per kind, one fused and one own line per modality."""
     kinds = list(dict.fromkeys(record.kind for record in records))
     modalities = list(dict.fromkeys(record.modality for record in records))
-    fig, axes = panels(len(kinds), 3, lambda rows, columns: (max(6.2, 3.3 * columns), 0.8 + 2.9 * rows), sharey=True)
+    fig, axes = panels(
+        len(kinds), 3, lambda rows, columns: (max(6.2, 3.3 * columns), 0.8 + 2.9 * rows), sharex=True, sharey=True
+    )
     for ax, kind in zip(axes, kinds, strict=True):
         for index, modality in enumerate(modalities):
             shown = [r for r in records if (r.kind, r.modality) == (kind, modality)]

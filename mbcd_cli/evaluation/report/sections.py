@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mbcd_cli.evaluation.analyses.corruptions import MEAN, mean_records
 from mbcd_cli.evaluation.report.results import Results
 from mbcd_cli.evaluation.report.tables import Table
 
@@ -123,19 +124,18 @@ def corruption_table(results: Results) -> Table | None:
     corrupted = results.corruptions
     if corrupted is None or not corrupted.records:
         return None
-    records = corrupted.records
+    records = [*corrupted.records, *mean_records(corrupted.records)]
     levels = sorted({record.level for record in records})
     rows = []
     for modality, kind in dict.fromkeys((r.modality, r.kind) for r in records):
         fused = {r.level: r.fused for r in records if (r.modality, r.kind) == (modality, kind)}
-        values = [fused[level] for level in levels]
-        rows.append([f"{modality}: {kind}", *map(percent, values), percent(float(np.mean(values)))])
-    notes = []
-    if corrupted.left_out:
-        notes.append(f"Not for {', '.join(corrupted.left_out)}: that cache holds features, not decoded media.")
-    if corrupted.without_sound:
-        names = ", ".join(corrupted.without_sound.modalities)
-        notes.append(f"{names} as spectrograms, not as sound: {corrupted.without_sound.why}.")
+        name = f"mean of {corrupted.means[modality].kinds}" if kind == MEAN else kind
+        mean = float(np.mean(list(fused.values())))
+        rows.append([f"{modality}: {name}", *(percent(fused.get(level)) for level in levels), percent(mean)])
+    clean = percent(results.headline.top1["fused"])
+    notes = [f"Uncorrupted: {clean}. 100 less the last mean is the mean corruption error."]
+    if corrupted.lacking:
+        notes.append(f"Not prepared of {', '.join(corrupted.lacking)}.")
     columns = ["corrupted", *(f"severity {level:g}" for level in levels), "mean"]
     title = f"Corruptions: fused accuracy (%), {results.clips_name(corrupted.clips)}"
     return Table("corruptions", title, columns, rows, " ".join(notes))

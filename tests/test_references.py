@@ -28,7 +28,7 @@ PAGES = {
     for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 PLACEHOLDERS = {"a.b", "part.field", "MBCD_PART__FIELD", "MBCD_A__B", "video_left"}
-MADE_UP = re.compile(r"(X|RUN_FOLDER|NAME|x_flow_[xy])\.\w+")
+MADE_UP = re.compile(r"(X|RUN_FOLDER|NAME|FILE|x_flow_[xy])\.\w+")
 """Files of a name that stands for another."""
 INSTANCES = {"model": "MultiModalModel", "loss": "LossFunction"}
 """What things are called that are of a class of another name."""

@@ -23,6 +23,7 @@ class _Commands(Mapping):
 
     names = (
         "audit",
+        "passport",
         "prepare",
         "train",
         "evaluate",

@@ -283,6 +283,7 @@ class CacheWriter:
         provenance: reader, dataset, root, weights and the like, as readable attributes.
         compression: "none", "gzip" or "lzf".
         place: this process' place among those that fill the cache together.
+        passport: of the encoder, as JSON; none where nothing of it is frozen.
         online: JSON of the `data.online.MediaSource` that `train` decodes training views from; None where they are
             stored.
     """
@@ -301,8 +302,10 @@ class CacheWriter:
         compression: str,
         place: Place = ALONE,
         online: str | None = None,
+        passport: str | None = None,
     ) -> None:
         self.folder = folder
+        self.passport = passport
         self.online = online
         self.recipe = recipe
         self.modality = modality
@@ -402,6 +405,8 @@ class CacheWriter:
                 file.attrs[key] = str(value)
             if self.online is not None:
                 file.create_dataset("online", data=self.online, dtype=_TEXT)
+            if self.passport is not None:
+                file.create_dataset("passport", data=self.passport, dtype=_TEXT)
             file.create_dataset("settings", data=settings, dtype=_TEXT)
             if (beside := self.folder / checksums.PREPARED_WITH).exists():  # paths are in it: no part of the root
                 file.attrs["prepared_with"] = checksums.checksum(beside)

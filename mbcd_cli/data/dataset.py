@@ -291,7 +291,9 @@ def as_prepared(cache: ModalityCache) -> CacheSettings:
 
 def _resolved(wanted: Modality, prepared: Modality) -> Modality:
     """`wanted`, with what only `prepare` could know (sizes read from the files, what an encoder wants) filled in."""
-    unsaid = {*wanted.encoder_settings} - wanted.model_fields_set if prepared.encoder_config is not None else set()
+    defaults = type(wanted)() if prepared.encoder_config is not None else None
+    # A saved tree names its defaults too: only what differs from them was certainly asked for.
+    unsaid = {f for f in wanted.encoder_settings if defaults and getattr(wanted, f) == getattr(defaults, f)}
     gaps = {
         field: getattr(prepared, field)
         for field in type(wanted).model_fields
@@ -311,8 +313,7 @@ def _differences(settings: Settings, name: str, wanted: Modality, cache: Modalit
     have = {**later, **flatten(cache.recipe)}
     if have.get("target_split") == "all":  # holds more than a test of the test split needs
         expected["target_split"] = "all"
-    named = wanted.weights is not None or wanted.from_files
-    if "weights" in expected and named == (have.get("weights") != "random"):
+    if "weights" in expected and not settings.cache.random_weights:  # which file it is, `prepare` was told
         expected["weights"] = have.get("weights")
     return [
         f"{key.removeprefix('view.')}: cache has {have.get(key)}, settings say {expected.get(key)}"

@@ -113,6 +113,7 @@ class ModalityCache:
         folder, fingerprint, recipe, provenance: where it is and how it was made.
         modality: the resolved settings it was prepared with.
         views: V, training views stored per training clip.
+        passport: of its encoder, as JSON; None where nothing of it is frozen.
         online: where V is 0, the JSON of what decodes training views (`data.online.MediaSource`); else None.
         files: name -> checksum of every other file of the cache. root_checksum: over all that it holds.
 
@@ -150,6 +151,7 @@ class ModalityCache:
                 self._shard, self._row = rows["shard"][()], rows["row"][()]
                 clip, view = rows["clip"][()], rows["view"][()]
                 self.rejected = read_rejected(file)
+                self.passport = str(file["passport"].asstr()[()]) if "passport" in file else None
                 self.online = str(file["online"].asstr()[()]) if "online" in file else None
                 self._check_indices(clip, view)
         except (KeyError, ValidationError) as error:

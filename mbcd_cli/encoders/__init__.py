@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders import array_mlp, audio_resnet, resnet3d, small
+from mbcd_cli.encoders import array_mlp, audio_resnet, efficientnet, resnet3d, small
 from mbcd_cli.encoders.formats import EncoderFormat
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder, Tail, Trunk
 from mbcd_cli.errors import FOREIGN, SettingsError
@@ -39,6 +39,9 @@ ENCODERS: dict[str, EncoderEntry] = {
     "slowfast-r101": EncoderEntry("video", resnet3d.slowfast_r101, "SlowFast-R101 8x8 (the paper's; Kinetics-400)"),
     "slowonly-r50": EncoderEntry("flow", resnet3d.slowonly_r50, "SlowOnly-R50 on two flow channels (the paper's)"),
     "audio-resnet18": EncoderEntry("audio", audio_resnet.audio_resnet18, "ResNet-18 (the paper's; VGGSound)"),
+    "efficientnet-lite0": EncoderEntry(
+        "video", efficientnet.efficientnet_lite0, "EfficientNet-Lite0 on every frame (ImageNet)"
+    ),
     "array-mlp": EncoderEntry("array", array_mlp.array_mlp, "two hidden layers, for vectors"),
     "array-conv": EncoderEntry("array", array_mlp.array_conv, "three 1-D convolutions, for sequences"),
 }
@@ -71,6 +74,18 @@ SCHEMES: dict[str, Scheme] = {
         "mbcd_cli.encoders.timm_models.TimmFormat",
         "a ViT or EfficientNet of timm, with a weights file",
     ),
+} | {
+    name: Scheme(
+        "FILE",
+        ("video", "audio", "array"),
+        "mbcd_cli.encoders.whole_models.WholeModelFormat",
+        f"{what}, with FILE.toml",
+    )
+    for name, what in (
+        ("onnx", "a model of onnxruntime's"),
+        ("torchscript", "what torch.jit.save stored"),
+        ("export", "what torch.export.save stored"),
+    )
 }
 """`encoder = "hf:FOLDER"`: scheme -> what it is. Folders and files are relative to `--weights-dir`."""
 

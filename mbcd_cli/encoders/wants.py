@@ -24,11 +24,13 @@ class Wants:
         short_side: pixels of a frame's short side before the centre crop.
         colour: order of the channels.
         values: smallest and largest value after scaling, before `mean` and `std`.
-        mean, std: of every channel (of the front end where sound has one), in units of `values`.
+        mean, std: of every channel in the order of `colour` (of the front end where sound has one), in units of
+            `values`.
         sample_rate: samples per second.
         samples: S of a clip.
         front_end: what becomes of the samples before the first layer ("log-mel", "fbank", "waveform", ...).
         front_end_settings: its parameters by name.
+        gives: axes of a whole model's output, D its features and the others positions (BD, BLD, BDHW).
         pooling: how tokens or positions become one vector.
         dim: D.
         licence: as the owner states it (an SPDX name, mostly).
@@ -47,7 +49,8 @@ class Wants:
     sample_rate: int | None = None
     samples: int | None = None
     front_end: str | None = None
-    front_end_settings: tuple[tuple[str, str | float | bool | None], ...] = ()
+    front_end_settings: tuple[tuple[str, str | int | float | bool | None], ...] = ()
+    gives: str = "BD"
     pooling: str
     dim: int
     licence: str | None = None
@@ -62,8 +65,9 @@ class Wants:
             if self.values is not None and self.mean is not None and self.std is not None:
                 # (p / 255 (high - low) + low - mean) / std, in units of the pixel p
                 scale, low = FULL_SCALE / (self.values[1] - self.values[0]), self.values[0]
-                told["mean"] = tuple((mean - low) * scale for mean in self.mean)
-                told["std"] = tuple(std * scale for std in self.std)
+                order = -1 if self.colour == "BGR" else 1  # settings are of red, green and blue
+                told["mean"] = tuple((mean - low) * scale for mean in self.mean)[::order]
+                told["std"] = tuple(std * scale for std in self.std)[::order]
         else:
             told = {}
         return {field: value for field, value in told.items() if value is not None}

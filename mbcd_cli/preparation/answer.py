@@ -70,7 +70,6 @@ class Prepared:
 
     Attributes:
         clips: those that can be used and those that cannot.
-        target: a domain to begin with: one that cannot be a source, where there is one.
         left_out: training clips that are not among them, since they tell of test clips.
         exit_code: 3 where more clips were rejected than `dataset.max_bad`.
     """
@@ -79,7 +78,6 @@ class Prepared:
     cache: str
     clips: int
     domains: list[str]
-    target: str
     classes: int
     modalities: dict[str, PreparedModality]
     rejected: list[Rejected]
@@ -114,6 +112,8 @@ def keep_answer(settings: Settings, listing: Listing, prepared: Prepared, *, sta
         return
     frozen = [modality for modality in listing.modalities.values() if needs_weights(settings, modality)]
     weights = [file for one in frozen for file in weight_files(settings, one)]
+    beside = (file.with_name(f"{file.name}.{what}") for file in weights for what in ("toml", "passport.json"))
+    weights += [file for file in beside if file.exists()]
     sources = [*listing.tables, *weights]
     for column in (*listing.clips.media.values(), *listing.gone.media.values()):
         sources += map(column.path, dict.fromkeys(file for files, _ in column.described() for file in files))

@@ -33,6 +33,7 @@ from mbcd_cli.place import this_process
 from mbcd_cli.preparation.answer import Prepared, PreparedModality, keep_answer, kept_answer
 from mbcd_cli.preparation.cache_plan import Plan, corrupted_plans, corruptions_named, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
+from mbcd_cli.preparation.identity import check_records
 from mbcd_cli.preparation.trunk import Frozen, WeightsFile, build_trunk, row_bytes, save_weights, weights_file
 from mbcd_cli.processes import wait_for
 from mbcd_cli.runtime import configure, pick_device
@@ -253,6 +254,8 @@ def _prepare_modality(
     frozen = build_trunk(settings, name, modality, say=say)
     plan = plan_cache(settings, listing, name, modality, weights=frozen.source, made=made, say=say)
     clips, folder = listing.clips, plan.folder
+    if this_process().main:
+        check_records(frozen, modality, folder)
     made_now = _make_cache(settings, listing, name, modality, frozen, plan, device, say)
     if made_now is not None and len(made_now[0].rejected) == len(clips):
         corruptions = ()
@@ -365,6 +368,7 @@ def writer_of(
         },
         compression=settings.cache.compression,
         place=this_process(),
+        passport=None if frozen.passport is None else frozen.passport.to_json(),
         online=MediaSource.of(settings, listing.clips, name).to_json()
         if settings.cache.views == 0 and plan.corruption is None
         else None,

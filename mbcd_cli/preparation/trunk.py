@@ -11,10 +11,11 @@ import torch
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.quantise import scale_shape
 from mbcd_cli.encoders import build_encoder, format_of
-from mbcd_cli.encoders.formats import files_sha256
-from mbcd_cli.encoders.pretrained import find_weights, load_pretrained
-from mbcd_cli.encoders.staged import Trunk
+from mbcd_cli.encoders.formats import behind_scheme, files_sha256
+from mbcd_cli.encoders.pretrained import check_settings, checked_sha256, find_weights, load_pretrained
+from mbcd_cli.encoders.staged import StagedEncoder, Trunk
 from mbcd_cli.files import written_file
+from mbcd_cli.preparation.passport import Passport, passport_of
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
@@ -55,7 +56,13 @@ def weights_file(settings: Settings, modality: Modality) -> WeightsFile | None:
     if not needs_weights(settings, modality):
         return None
     files = weight_files(settings, modality)
-    return WeightsFile(files[0] if len(files) == 1 else files[0].parent, files_sha256(files, modality.weights_sha256))
+    if modality.from_files:
+        named = settings.cache.weights_dir / behind_scheme(modality)
+        return WeightsFile(named if named.exists() else files[0], files_sha256(files, modality.weights_sha256))
+    (file,) = files
+    source = WeightsFile(file, checked_sha256(file, modality.weights_sha256))
+    check_settings(modality.encoder, modality, file, source.sha256)
+    return source
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +73,15 @@ class Frozen:
         trunk: the stages whose outputs are cached; none where decoded views are.
         weights: file in the cache folder -> state dict that `train` begins with; none where it draws its own.
         source: of the pretrained weights; None for random ones.
+        encoder: all of it.
+        passport: of the encoder; None where nothing of it is frozen.
     """
 
     trunk: Trunk
     weights: dict[str, dict[str, torch.Tensor]]
     source: WeightsFile | None
+    encoder: StagedEncoder
+    passport: Passport | None
 
 
 def build_trunk(settings: Settings, name: str, modality: Modality, *, say: Say = SILENT) -> Frozen:
@@ -81,9 +92,8 @@ def build_trunk(settings: Settings, name: str, modality: Modality, *, say: Say =
     """
     torch.manual_seed(settings.cache.seed)
     encoder = build_encoder(name, modality)
-    cut = encoder.cut(modality.cut)
     if not modality.prepared_encoder:
-        return Frozen(cut[0], {}, None)
+        return Frozen(encoder.cut(modality.cut)[0], {}, None, encoder, None)
     source = weights_file(settings, modality)
     if source is not None:
         if (form := format_of(modality)) is not None:
@@ -91,12 +101,14 @@ def build_trunk(settings: Settings, name: str, modality: Modality, *, say: Say =
         else:
             load_pretrained(encoder, modality.encoder, source.file, sha256=source.sha256)
         say(f"{name}: {modality.encoder} with the weights of {source.file} (SHA-256 {source.sha256[:8]}...)")
-    if settings.cache.live_trunks:
-        cut = encoder.cut(modality.cut, live=True)
+    passport = passport_of(modality, encoder, file=source and source.file, sha256=source and source.sha256)
+    for doubt in passport.doubts:
+        say.warn(f"{name}: {modality.encoder}: {doubt}")
+    cut = encoder.cut(modality.cut, live=settings.cache.live_trunks)
     weights = {"tail.pt": cut[1].state_dict()}
     if settings.cache.views == 0:
         weights["trunk.pt"] = cut[0].state_dict()
-    return Frozen(Trunk({}) if settings.cache.live_trunks else cut[0], weights, source)
+    return Frozen(Trunk({}) if settings.cache.live_trunks else cut[0], weights, source, encoder, passport)
 
 
 def meta_inputs(modality: Modality, group: str) -> tuple[torch.Tensor, ...]:

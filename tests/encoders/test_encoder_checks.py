@@ -27,6 +27,7 @@ OURS = {
 PAPER = {
     "slowfast-r101": VideoModality(encoder="slowfast-r101", **SMALL | {"frames": 32}),
     "slowonly-r50": FlowModality(encoder="slowonly-r50", **SMALL | {"frames": 8}),
+    "efficientnet-lite0": VideoModality(encoder="efficientnet-lite0", **SMALL),
 }
 CHECKS = [*encoder_checks(OURS["array-mlp"])]
 
@@ -39,7 +40,7 @@ def test_small_encoders(name, check):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_large_ones_in_what_needs_no_computing(name):
-    encoder_checks(PAPER[name])["stages"]()  # tests/encoders/test_paper_encoders.py compares every cut
+    encoder_checks(PAPER[name])["stages"]()  # tests of their own compare cuts
 
 
 def test_none_is_forgotten():

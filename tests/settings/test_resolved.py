@@ -232,7 +232,7 @@ def test_only_these_settings_may_change_without_other_weights():
 
 def test_what_reads_a_view_is_no_part_of_the_view():
     for kind in KINDS.values():
-        assert set(fields_for(kind, "weights")) == {"encoder", "weights", "weights_sha256", "width"}
+        assert set(fields_for(kind, "weights")) == {"encoder", "encoder_config", "weights", "weights_sha256", "width"}
     assert fields_for(CacheSettings, "cache") == ("views", "trunk_batch_norm", "dtype", "seed")
     assert role_of("modalities.video.frames") == "cache"
     assert role_of("method.dropout.rate") == "weights"

@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import av
 import cv2
@@ -390,11 +391,12 @@ def frame_times(media: Media) -> tuple[float | None, float | None]:
     return at(media.start), at(media.stop)
 
 
-def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
-    """[N, H, W, C] -> the same with a short side of `short_side` pixels (OpenCV bilinear), aspect kept."""
+def resize_short_side(frames: np.ndarray, short_side: int, how: Literal["linear", "cubic"] = "linear") -> np.ndarray:
+    """[N, H, W, C] -> the same with a short side of `short_side` pixels (OpenCV), aspect kept."""
     height, width = frames.shape[1:3]
     scale = short_side / min(height, width)
     size = (max(int(width * scale + 0.5), short_side), max(int(height * scale + 0.5), short_side))
     if size == (width, height):
         return frames
-    return np.stack([cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR) for frame in frames])
+    interpolation = {"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}[how]
+    return np.stack([cv2.resize(frame, size, interpolation=interpolation) for frame in frames])

@@ -59,8 +59,8 @@ class AudioModality(Modality):
     """Samples per second after resampling; default: as stored."""
     samples: Count = 160000
     """Samples taken from the clip's beginning."""
-    short: Literal["repeat", "pad"] = "repeat"
-    """A clip with fewer samples is repeated, or padded with silence."""
+    short: Literal["repeat", "pad", "centre"] = "repeat"
+    """A clip with fewer samples is repeated, or padded with silence behind it, or on both sides."""
     level: Literal["keep", "rms", "peak"] = "keep"
     """Loudness: as recorded, or scaled to a root mean square of 0.1, or to a peak of 1."""
     nperseg: Count = 512
@@ -219,6 +219,8 @@ def followed_spans(media: Media, settings: AudioModality, guides: Sequence[np.ra
 def silence_before(count: int, settings: AudioModality, rng: np.random.Generator | None) -> int:
     """Samples of silence that a view puts before a clip of `count` samples."""
     room = settings.samples - count
+    if settings.short == "centre":
+        return max(room, 0) // 2
     if rng is None or room <= 0 or settings.short == "repeat" or settings.shift == 0:
         return 0
     return min(int(rng.random() * settings.shift * (room + 1)), room)

@@ -39,6 +39,8 @@ class FrameModality(FrameSampling, Modality):
     framed: ClassVar[bool] = True
     short_side: Count = 64
     """Pixels of the short side after the first resize."""
+    resize: Literal["linear", "cubic"] = "linear"
+    """How pixels of that resize are made (OpenCV's INTER_LINEAR and INTER_CUBIC)."""
     crop: Count = 56
     """Pixels of the square crop given to the encoder."""
     test_crop: Count | None = None
@@ -114,7 +116,7 @@ class FrameModality(FrameSampling, Modality):
                 picks[count] = [sample_indices(usable, self, rng) for rng in generators]
             return np.unique(np.concatenate(picks[count]))
 
-        frames = resize_short_side(self.read(media, choose, dataset=dataset, notes=notes), self.short_side)
+        frames = resize_short_side(self.read(media, choose, dataset=dataset, notes=notes), self.short_side, self.resize)
         frames = self.corrupted(frames, corruption)
         chosen = list(picks.values())[-1]
         decoded = np.unique(np.concatenate(chosen))

@@ -1,0 +1,209 @@
+"""Models as files that are run: ONNX by onnxruntime, TorchScript and exported programs by torch; one input, frozen.
+
+Letters: N rows (clips, frames or windows) that pass together.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from mbcd_cli.encoders.formats import import_optional
+from mbcd_cli.errors import FOREIGN, CheckpointError
+
+Axes = tuple[int | None, ...]
+"""Length of every axis of an input; None where any will do."""
+
+
+class ModelFile(nn.Module):
+    """A model from a file: one input [N, ...], of which the first output [N, ...] is taken.
+
+    Attributes:
+        file: it came from.
+        axes: of its input, as far as the file tells; None where it tells nothing.
+    """
+
+    def __init__(self, file: Path, axes: Axes | None) -> None:
+        super().__init__()
+        self.file, self.axes = file, axes
+
+    def __deepcopy__(self, memo: object) -> ModelFile:
+        return self  # it is frozen, and sessions cannot be copied
+
+    def train(self, mode: bool = True) -> ModelFile:
+        """As it is: what is exported has one mode."""
+        return self
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ...] -> [N, ...], N as the file has it."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ...] -> [N, ...] float32."""
+        self._check(x)
+        rows = self.axes[0] if self.axes else None
+        pieces = [self._out(x[at : at + rows]) for at in range(0, len(x), rows)] if rows else [self._out(x)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _out(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            out = self.run(x)
+        except (RuntimeError, *FOREIGN) as error:
+            raise CheckpointError(
+                f"{self.file}: the model cannot take {shape_text(x.shape)}: {_last_line(error)}",
+                f"Say in {self.file.name}.toml what it takes.",
+            ) from error
+        while isinstance(out, Sequence) and len(out):
+            out = out[0]
+        if isinstance(out, dict):
+            out = next(iter(out.values()))
+        if not isinstance(out, torch.Tensor) or out.dim() < 1 or len(out) != len(x):
+            held = shape_text(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise CheckpointError(
+                f"{self.file}: of {len(x)} inputs the model makes {held}, not as many rows.",
+                "Export a model whose first output has a row per input.",
+            )
+        return out.float()
+
+    def _check(self, x: torch.Tensor) -> None:
+        fits = self.axes is None or (
+            len(self.axes) == x.dim()
+            and all(axis in (None, size) for axis, size in zip(self.axes[1:], x.shape[1:], strict=True))
+            and (self.axes[0] or 1) == 1
+        )
+        if not fits:
+            raise CheckpointError(
+                f"{self.file}: the model takes {shape_text(self.axes)}, and gets {shape_text((None, *x.shape[1:]))}.",
+                f"Say in {self.file.name}.toml what it takes (size, frames, axes, samples); its first axis must "
+                "be free, or 1.",
+            )
+
+
+def shape_text(axes: Sequence[int | None]) -> str:
+    """A shape as messages give it: [N, 3, 224, 224]."""
+    return "[" + ", ".join("N" if axis is None else str(axis) for axis in axes) + "]"
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+class OnnxModel(ModelFile):
+    """An ONNX file, run by onnxruntime on the processor.
+
+    Raises:
+        SettingsError: onnxruntime is not installed. CheckpointError: it is no such file, or takes other inputs than
+            one of numbers.
+    """
+
+    def __init__(self, file: Path) -> None:
+        onnxruntime = import_optional("onnxruntime", "onnx")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+        options.log_severity_level = 4  # what fails is told as an error
+        try:
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own kinds have no common class
+            raise CheckpointError(
+                f"{file}: onnxruntime cannot read it: {_last_line(error)}", "Export the model to ONNX again."
+            ) from error
+        inputs = session.get_inputs()
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
+        if len(inputs) != 1 or inputs[0].type not in types:
+            held = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+            raise CheckpointError(
+                f"{file}: the model takes {held or 'nothing'}, not one tensor of numbers.",
+                "Export it with one input: frames, or sound.",
+            )
+        super().__init__(file, tuple(axis if isinstance(axis, int) else None for axis in inputs[0].shape) or None)
+        self._session, self._name, self._type = session, inputs[0].name, types[inputs[0].type]
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ...] -> [N, ...]."""
+        out = self._session.run(None, {self._name: x.cpu().numpy().astype(self._type, copy=False)})[0]
+        return torch.from_numpy(np.array(out, np.float32)).to(x.device)
+
+
+class TorchModel(ModelFile):
+    """A TorchScript file (`torch.jit.save`) or an exported program (`torch.export.save`), run by torch.
+
+    Raises:
+        CheckpointError: it is no such file, or an exported program that takes other inputs than one.
+    """
+
+    def __init__(self, file: Path, *, exported: bool) -> None:
+        super().__init__(file, None)
+        self.module, self.axes = _exported(file) if exported else (_script(file), None)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, ...] -> [N, ...]."""
+        return self.module(x)
+
+
+def _script(file: Path) -> nn.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would have it exported instead
+            return torch.jit.load(str(file), map_location="cpu").eval()
+    except (RuntimeError, *FOREIGN, OSError) as error:
+        raise CheckpointError(
+            f"{file}: is no TorchScript file{_made_by_save(file)}; nothing of it was executed.",
+            "Store the model with torch.jit.save(torch.jit.script(model), FILE), or export it.",
+        ) from error
+
+
+def _exported(file: Path) -> tuple[nn.Module, Axes]:
+    remedy = "Store the model with torch.export.save(torch.export.export(model, inputs), FILE)."
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if pickled := [name for name in archive.namelist() if "_obj_" in name]:
+                raise CheckpointError(f"{file}: holds a pickled object ({pickled[0]}); nothing was executed.", remedy)
+        with _tensors_only(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.load(str(file))
+    except (RuntimeError, pickle.UnpicklingError, *FOREIGN, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{file}: is no exported program{_made_by_save(file)}; no pickle in it was executed.", remedy
+        ) from error
+    inputs = [value.meta["val"] for value in program.graph.nodes if value.name in program.graph_signature.user_inputs]
+    if len(inputs) != 1 or not isinstance(inputs[0], torch.Tensor):
+        shapes = [shape_text(value.shape) if isinstance(value, torch.Tensor) else "no tensor" for value in inputs]
+        taken = ", ".join(shapes) or "nothing"
+        raise CheckpointError(f"{file}: the program takes {taken}, not one tensor.", "Export a model of one input.")
+    return program.module(), tuple(axis if isinstance(axis, int) else None for axis in inputs[0].shape)
+
+
+def _made_by_save(file: Path) -> str:
+    """Says so of a file that `torch.save` made, which is a pickle."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return ""
+    pickled = any(name.endswith("/data.pkl") for name in names)
+    return " but what torch.save makes, a pickle" if pickled and not any("/code/" in name for name in names) else ""
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Whatever torch unpickles meanwhile holds tensors and numbers only; `torch.export.load` itself allows anything."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -70,6 +70,7 @@ class Prepared:
 
     Attributes:
         clips: those that can be used and those that cannot.
+        target: a domain to begin with: one that cannot be a source, where there is one.
         left_out: training clips that are not among them, since they tell of test clips.
         exit_code: 3 where more clips were rejected than `dataset.max_bad`.
     """
@@ -78,6 +79,7 @@ class Prepared:
     cache: str
     clips: int
     domains: list[str]
+    target: str
     classes: int
     modalities: dict[str, PreparedModality]
     rejected: list[Rejected]

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/prepare_throughput.py --workers 2
     python tests/benchmarks/prepare_throughput.py --encoder slowfast-r101 --clips 8 --device cuda
+    python tests/benchmarks/prepare_throughput.py --encoder hf:FOLDER --cut block11 --clips 8 --workers 1
 
 Writes clips (456 x 256, as EPIC-Kitchens') as mp4, one training view each.
 
@@ -33,7 +34,7 @@ from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Clip, Media
-from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders import build_encoder, described_encoders
 from mbcd_cli.encoders.staged import TOGETHER
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.trunk import cached_shapes
@@ -91,10 +92,11 @@ def main() -> None:
     configure(RuntimeSettings(device=options.device, threads=options.threads))
     cv2.setNumThreads(1)
     cut = options.cut or ("layer4" if options.encoder == "slowfast-r101" else "input")
-    modality = VideoModality(
-        encoder=options.encoder, cut=cut, frames=32, interval=2, short_side=256, crop=224, crop_area=(0.08, 1.0)
-    )
-    settings = Settings(cache=CacheSettings(views=1, workers=options.workers, random_weights=True))
+    told = {} if ":" in options.encoder else {"frames": 32, "short_side": 256, "crop": 224}  # else as the model wants
+    modality = VideoModality(encoder=options.encoder, cut=cut, interval=2, crop_area=(0.08, 1.0), **told)
+    cache = CacheSettings(views=1, workers=options.workers, random_weights=True, weights_dir=Path())
+    settings = described_encoders(Settings(cache=cache, modalities={"video": modality}))
+    modality = settings.modalities["video"]
     device = torch.device(options.device)
     trunk, _ = build_encoder("video", modality).cut(cut)
     trunk.to(device)
@@ -105,8 +107,9 @@ def main() -> None:
         for seed, path in enumerate(paths):
             write_clip(path, seed)
         clips = [Clip(p.stem, "d", "train", 0, "x", {"video": Media(p)}) for p in paths]
-        starts = np.random.default_rng(0).integers(FRAMES - 63, size=len(paths))
-        picks = [list(range(int(s), int(s) + 64, 2)) for s in starts]
+        span = 2 * modality.frames
+        starts = np.random.default_rng(0).integers(FRAMES - span + 1, size=len(paths))
+        picks = [list(range(int(s), int(s) + span, 2)) for s in starts]
 
         context = multiprocessing.get_context("forkserver")
         job = DecodeJob("video", modality, DatasetSettings(), 0)

@@ -16,7 +16,7 @@ from mbcd_cli.data.media.flow import read_flow
 from mbcd_cli.data.media.folders import counts_from, frames_of, names_digest
 from mbcd_cli.data.media.sound import read_audio
 from mbcd_cli.data.media.video import read_frames
-from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.audio import AudioModality, followed_spans
 from mbcd_cli.data.modalities.frames import FrameSampling
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.records import Media
@@ -267,9 +267,10 @@ def test_sound_follows_the_frames_of_a_folder(tmp_path):
     samples = tone(2.0)
     sound = Media(write_wav(tmp_path / "a.wav", samples), clock=folder, rate=10.0)
     kind = AudioModality(follow="video", followed=FrameSampling(frames=2, interval=0))
-    (span,), sounds = kind.sounds(sound, [None], dataset=DATASET)
+    (span,) = followed_spans(sound, kind, [None])
     assert (span.start, span.stop) == (0.5, 1.5)
-    np.testing.assert_allclose(sounds[span][0], samples[4000:12000], atol=1e-4)
+    heard, _ = read_audio(span, dataset=DATASET, sample_rate=kind.sample_rate, limit=kind.samples, silent_end=True)
+    np.testing.assert_allclose(heard, samples[4000:12000], atol=1e-4)
     with pytest.raises(MediaError, match="nothing tells their times") as caught:
-        kind.sounds(replace(sound, rate=None), [None], dataset=DATASET)
+        followed_spans(replace(sound, rate=None), kind, [None])
     assert "fps" in caught.value.remedy

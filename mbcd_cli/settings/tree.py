@@ -60,7 +60,7 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     """Which clips there are and where their media lies."""
 
     reader: AnyReaderSettings = Field(default_factory=dict)  # validated as the reader's own class
-    """Reader, with the settings that it has; its name alone will do."""
+    """Reader (`mbcd list datasets` shows them), with the settings that it has; its name alone will do."""
     name: str | None = None
     """Name of the dataset in the cache and in run folders; default: the root folder's name."""
     root: ForMachine[Path | None] = None

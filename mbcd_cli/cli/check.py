@@ -45,10 +45,11 @@ class Examined:
 
 
 @command(
-    "dataset.root",
+    *("dataset.root", "cache.weights_dir"),
     examples=(
         "mbcd check method my_method.py:MyMethod --set method.weight=0.2",
         "mbcd check encoder my-encoder --set modalities.video.frames=8",
+        "mbcd check encoder hf:models/clip",
         "mbcd check reader my-reader --root data/mine",
     ),
 )
@@ -94,19 +95,19 @@ def _method(asked: Asked, name: str) -> _Asked:
 
 
 def _encoder(asked: Asked, name: str) -> _Asked:
-    from mbcd_cli.data.modalities import default_modality
-    from mbcd_cli.encoders import ENCODERS, GROUP, EncoderEntry, build_encoder
+    from mbcd_cli.encoders import ENCODERS, GROUP, EncoderEntry, build_encoder, described_encoders
     from mbcd_cli.encoders.encoder_checks import ENCODER_CHECKS, encoder_checks
     from mbcd_cli.plugins import entry_of
+    from mbcd_cli.preparation.identity import with_encoder
 
-    entry = entry_of(name, GROUP, ENCODERS, EncoderEntry)
-    kind = entry.kind if entry is not None else "video"
-    said = [one for one in _resolved(asked, {}).modalities.values() if one.kind == kind]
-    modality = (said[0] if said else default_modality(kind, kind)).model_copy(update={"encoder": name})
-    if kind == "array" and modality.dimension is None:
+    settings = _resolved(asked, {})
+    named = described_encoders(settings.model_copy(update={"modalities": with_encoder(settings, name)}))
+    kind, modality = next(iter(named.modalities.items()))
+    if modality.kind == "array" and modality.dimension is None:
         modality = modality.model_copy(update={"dimension": 7})
-    build_encoder(kind, modality)  # says what is wrong with its name
-    return _Asked(ENCODER_CHECKS, encoder_checks(modality), entry.build)
+    build_encoder(kind, modality)  # says what settings it lacks
+    entry = entry_of(name, GROUP, ENCODERS, EncoderEntry)
+    return _Asked(ENCODER_CHECKS, encoder_checks(modality), entry.build if entry is not None else build_encoder)
 
 
 def _reader(asked: Asked, name: str) -> _Asked:

@@ -73,8 +73,7 @@ def _settings_of(method: str | None) -> list[str]:
         if row.path != "method.name":
             default = over.get(row.path, row.default)
             default = str(default).lower() if isinstance(default, bool) else default
-            lines.append(
-                f"   {row.path}  {row.type.replace('`', '')}" + (f"  [default: {default}]" if default != "" else "")
-            )
+            told = f"{row.path}  {row.type.replace('`', '')}" + (f"  [default: {default}]" if default != "" else "")
+            lines += wrap(told, 78, initial_indent=" " * 3, subsequent_indent=" " * 6)
             lines += wrap(row.meaning.replace("`", ""), 78, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return [*lines, "", ""]

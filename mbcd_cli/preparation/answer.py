@@ -110,24 +110,27 @@ def keep_answer(settings: Settings, listing: Listing, prepared: Prepared, *, sta
     for path in folder.glob(f"{_NAME}*"):
         delete(path)
     mended = any(done.mended for done in prepared.modalities.values())
-    if prepared.rejected or mended or not listing.tables:
+    # Of a model with random weights only its folder says what it is like.
+    unseen = settings.cache.random_weights and any(one.from_files for one in listing.modalities.values())
+    if prepared.rejected or mended or unseen or not listing.tables:
         return
     frozen = [modality for modality in listing.modalities.values() if needs_weights(settings, modality)]
     weights = [file for one in frozen for file in weight_files(settings, one)]
-    beside = (file.with_name(f"{file.name}.{what}") for file in weights for what in ("toml", "passport.json"))
-    weights += [file for file in beside if file.exists()]
     sources = [*listing.tables, *weights]
     for column in (*listing.clips.media.values(), *listing.gone.media.values()):
         sources += map(column.path, dict.fromkeys(file for files, _ in column.described() for file in files))
     seen = each_file(_look, sources)
     if any(one is None or one[1] > started - _RECENT for one in seen) or any("\n" in str(file) for file in sources):
         return
+    # What says what weights are may also come later: its place is watched.
+    beside = [file.with_name(f"{file.name}.{what}") for file in weights for what in ("toml", "passport.json")]
+    beside += [folder / "passport.json" for folder in dict.fromkeys(file.parent for file in weights)]
     stored = [file for done in prepared.modalities.values() for file in sorted(Path(done.folder).glob("[!.]*"))]
     answer = {
         "prepared": json_values(prepared),
         "warnings": listing.warnings + [f"{name}: {one.loss}" for name, one in prepared.modalities.items() if one.loss],
-        "files": "\n".join(map(str, [*sources, *stored])),
-        "seen": _digest([*seen, *each_file(_look, stored)]),
+        "files": "\n".join(map(str, [*sources, *beside, *stored])),
+        "seen": _digest([*seen, *each_file(_look, [*beside, *stored])]),
     }
     write_json(folder / f"{_NAME}{_key(settings)}.json", answer, place="--cache-dir")
 

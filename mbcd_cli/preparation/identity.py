@@ -188,7 +188,7 @@ def passports(
     """
     configure(settings.runtime)
     if encoder is not None:
-        settings = settings.model_copy(update={"modalities": _with_encoder(settings, encoder)})
+        settings = settings.model_copy(update={"modalities": with_encoder(settings, encoder)})
     settings = described_encoders(settings)
     found: dict[str, Passport] = {}
     for name, modality in settings.modalities.items():
@@ -207,8 +207,12 @@ def passports(
     return found
 
 
-def _with_encoder(settings: Settings, encoder: str) -> dict[str, Modality]:
-    """The modalities whose encoder it is; where there are none, one of its kind, called so."""
+def with_encoder(settings: Settings, encoder: str) -> dict[str, Modality]:
+    """The modalities whose encoder it is; where there are none, one of its kind, called so.
+
+    Raises:
+        SettingsError: there is no such encoder.
+    """
     if named := {name: m for name, m in settings.modalities.items() if m.encoder == encoder}:
         return named
     scheme = SCHEMES.get(encoder.partition(":")[0]) if ":" in encoder else None

@@ -225,3 +225,11 @@ def test_from_media_to_results(folders, tmp_path, cut, dtype):
     evaluate = ["evaluate", "--run", tmp_path / "run", "--cache-dir", tmp_path / "cache", "--json"]
     found = call(*evaluate, "--set", "evaluation.analyses=[]")
     assert found
+
+
+@pytest.mark.parametrize("name", ["clip", "ast"])
+def test_keeps_what_every_encoder_promises(folders, name):
+    told = CliRunner().invoke(app, ["check", "encoder", f"hf:{folders[name][0]}", "--json"])
+    promises = json.loads(told.stdout)["promises"]
+    assert len(promises) == 7
+    assert [one for one in promises if not one["holds"]] == []

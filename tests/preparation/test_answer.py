@@ -9,7 +9,11 @@ from pathlib import Path
 import helpers
 import numpy as np
 import pytest
+import torch
 
+from mbcd_cli.data.modalities.array import ArrayModality
+from mbcd_cli.encoders import build_encoder
+from mbcd_cli.errors import MbcdError
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.resolved import resolve
 
@@ -112,3 +116,19 @@ def test_a_rejected_clip_is_tried_again(prepare, root):
     again, listed = prepare("dataset.max_bad=1")
     assert listed
     assert [bad.clip for bad in again.rejected] == ["c3"]
+
+
+def test_a_passport_that_comes_later_is_looked_at(prepare, root, tmp_path):
+    torch.manual_seed(0)
+    sets = ("modalities.x.encoder=array-mlp", "modalities.x.cut=pool", "modalities.x.weights=w.pt")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    encoder = build_encoder("x", ArrayModality(dimension=4))
+    torch.save(encoder.stages.state_dict(), weights / "w.pt")
+    old(weights / "w.pt")
+    sets += (f"cache.weights_dir={weights}",)
+    prepare(*sets)
+    assert not prepare(*sets)[1]
+    (weights / "w.pt.passport.json").write_text("{}")
+    with pytest.raises(MbcdError, match="passport"):
+        prepare(*sets)

@@ -1,17 +1,15 @@
-"""Files that a kill, a full disk or a second process leaves whole: written aside, locked, JSON by the line."""
+"""Files that a kill, a full disk or a second process leaves whole: written aside, JSON by the line."""
 
 from __future__ import annotations
 
 import csv
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from io import BufferedWriter, FileIO
 from itertools import chain
 from pathlib import Path
@@ -31,14 +29,7 @@ _FORBIDDEN = {
     errno.EACCES: "this user may not",
     errno.EPERM: "this user may not",
 }
-# What NFS, Lustre and the like answer where locks are off (or, EBADF, to one on a folder); EWOULDBLOCK alone says that
-# another process holds one.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
 _HOST = re.sub(r"[^\w-]", "-", os.uname().nodename)
-
-
-class NoLocksWarning(UserWarning):
-    """A folder lies on a file system without locks."""
 
 
 def unwritable(
@@ -218,100 +209,6 @@ def delete(path: Path) -> None:
     """Delete a file of `written`, and what killed processes have left half written of it."""
     path.unlink(missing_ok=True)
     remove_partial(path.parent, of=path.name, ours=_of_the_dead)
-
-
-@contextmanager
-def folder_aside(path: Path) -> Iterator[Path]:
-    """An empty folder beside `path`, this process' alone, to be filled and given that name; else it is removed.
-
-    What a killed process left there is removed. The lock is on the folder itself, so that it goes with the process
-    that holds it, however that ends; on a file system without locks it warns (`NoLocksWarning`) and goes on.
-
-    Raises:
-        FileError: it cannot be made.
-    """
-    aside = path.parent / f".{path.name}.partial"
-    while True:
-        with ExitStack() as stack:
-            try:
-                aside.mkdir(parents=True, exist_ok=True)
-                handle = os.open(aside, os.O_RDONLY)
-                stack.callback(os.close, handle)
-                _locked(handle, aside, fcntl.LOCK_EX)
-            except OSError as error:
-                raise unwritable(path.parent, error) from error
-            if not _same(handle, aside):
-                continue  # who held it before has given it its name: this lock would keep nobody out
-            try:
-                for left in aside.iterdir():
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-                yield aside
-            finally:
-                if _same(handle, aside):
-                    shutil.rmtree(aside)
-            return
-
-
-def _same(handle: int, path: Path) -> bool:
-    """Whether what is open as `handle` still goes by the name `path`."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def lock(path: Path, *, shared: bool = False, **where: str) -> FileIO | None:
-    """Hold the file `path`, made where it is missing, until it is closed or this process ends, however it ends.
-
-    On a file system without locks it warns (`NoLocksWarning`) and goes on.
-
-    Args:
-        shared: together with others that ask for a shared lock, but with none that wants it alone.
-        where: `place` and `then` of `unwritable`.
-
-    Returns:
-        The file, open for reading and appending; None where another process holds it.
-
-    Raises:
-        FileError: the file cannot be made.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while True:
-            file = path.open("a+b", buffering=0)
-            if not _locked(file, path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
-                file.close()
-                return None
-            if _same(file.fileno(), path):
-                return file
-            file.close()  # who held it before has removed it: this lock would keep nobody out
-    except OSError as error:
-        raise unwritable(path, error, **where) from error
-
-
-def held(path: Path) -> bool:
-    """Whether another process holds the file `path` now."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            return not _locked(file, path, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-
-
-def _locked(file: FileIO | int, path: Path, kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        warnings.warn(
-            f"{path.parent} is on a file system without locks: see to it that only one process writes there.",
-            NoLocksWarning,
-            stacklevel=3,
-        )
-    return True
 
 
 def open_hdf5(path: Path, mode: str = "r", **options: object) -> h5py.File:

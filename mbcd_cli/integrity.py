@@ -12,6 +12,7 @@ from mbcd_cli import checksums
 from mbcd_cli.errors import FileError
 from mbcd_cli.files import is_partial, open_hdf5, read_json
 from mbcd_cli.ledger import LEDGER, looks
+from mbcd_cli.locks import HOLDER
 
 _OUR_LOCKS = ".lock"
 
@@ -88,7 +89,8 @@ def examine(path: Path, *, seen: Callable[[int], None] = lambda count: None) -> 
 
 def _files(path: Path) -> Iterator[Path]:
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        if file.is_file() and not is_partial(file) and not file.name.startswith(_OUR_LOCKS):
+        ours = file.name.startswith(_OUR_LOCKS) or file.suffix == HOLDER
+        if file.is_file() and not is_partial(file) and not ours:
             yield file
 
 

@@ -18,7 +18,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mbcd_cli.errors import FOREIGN, BusyError, FileError
-from mbcd_cli.files import lock, read_json, unwritable
+from mbcd_cli.files import read_json, unwritable
+from mbcd_cli.locks import lock
 
 LEDGER, REVEALED = "ledger.jsonl", "revealed.json"
 """The ledger, in the folder of the runs; and what a run that was looked at keeps."""

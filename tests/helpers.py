@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
+import shutil
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +32,36 @@ def cause(reading: Callable[[], object]) -> str:
     assert caught.value.remedy
     assert caught.value.file in str(caught.value)
     return caught.value.cause
+
+
+def run(code: str, *arguments: object, **environ: str) -> subprocess.Popen:
+    """A process that runs `code`, its stdin and stdout piped."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environ}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+_WITHOUT_FLOCK = """
+#include <errno.h>
+#include <stdlib.h>
+int flock(int handle, int kind) { errno = atoi(getenv("FLOCK_ERRNO")); return -1; }
+"""
+
+
+def without_flock(folder: Path, number: int) -> dict[str, str]:
+    """An environment in which `flock` answers what NFS or Lustre without locks answer; skips without a C compiler."""
+    return {"LD_PRELOAD": str(shim(folder, _WITHOUT_FLOCK)), "FLOCK_ERRNO": str(number)}
+
+
+def shim(folder: Path, source: str) -> Path:
+    """A library to preload, compiled from C."""
+    if shutil.which("cc") is None:
+        pytest.skip("no C compiler")
+    (folder / "shim.c").write_text(source)
+    library = folder / "shim.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, folder / "shim.c", "-ldl"], check=True)
+    return library
 
 
 def until(there: Callable[[], object], process: subprocess.Popen | None = None) -> None:

@@ -6,28 +6,17 @@ import errno
 import json
 import os
 import resource
-import shutil
 import signal
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from helpers import run
 
 from mbcd_cli import files
 from mbcd_cli.errors import FileError
-
-
-def run(code: str, *arguments: object, **environ: str) -> subprocess.Popen:
-    """A process that runs `code`, its stdin and stdout piped."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **environ}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **pipes)
-
+from mbcd_cli.locks import lock
 
 # ---- written aside
 
@@ -196,7 +185,7 @@ def test_what_is_wrong_and_what_to_do(tmp_path, number, message, remedy):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_rights(tmp_path):
     tmp_path.chmod(0o500)
-    for action in (files.write_text, files.lock):
+    for action in (files.write_text, lock):
         with pytest.raises(FileError, match="this user may not"):
             action(tmp_path / "file", *["x"] * (action is files.write_text))
     tmp_path.chmod(0o700)
@@ -204,122 +193,9 @@ def test_a_folder_without_rights(tmp_path):
 
 def test_a_file_in_the_way_of_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    for action in (lambda path: files.write_text(path, "x"), files.lock):
+    for action in (lambda path: files.write_text(path, "x"), lock):
         with pytest.raises(FileError, match="cannot be written"):
             action(tmp_path / "file" / "inside")
-
-
-# ---- locks
-
-_HOLDS = """
-import sys
-from pathlib import Path
-from mbcd_cli import files
-held = files.lock(Path(sys.argv[1]), shared=sys.argv[2] == "shared")
-print("nothing" if held is None else "held", flush=True)
-sys.stdin.read()
-"""
-
-
-def test_a_lock_goes_with_its_process(tmp_path):
-    path = tmp_path / "folder" / ".lock"
-    assert not files.held(path)
-    process = run(_HOLDS, path, "alone")
-    assert process.stdout.readline() == "held\n"
-    assert files.held(path)
-    assert files.lock(path) is None
-    assert files.lock(path, shared=True) is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not files.held(path)
-    with files.lock(path) as held:
-        other = run(_HOLDS, path, "shared")
-        assert other.communicate("")[0] == "nothing\n"
-    assert held.closed
-
-
-def test_shared_locks(tmp_path):
-    with files.lock(tmp_path / ".lock", shared=True):
-        process = run(_HOLDS, tmp_path / ".lock", "shared")
-        assert process.stdout.readline() == "held\n"
-        assert files.lock(tmp_path / ".lock") is None
-        process.communicate("")
-
-
-def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_on_the_new_one(tmp_path, monkeypatch):
-    """Who held it before removes the file between our opening and our locking it."""
-    path = tmp_path / "journal"
-    path.touch()
-    flock = files.fcntl.flock
-
-    def removed(handle, kind):
-        monkeypatch.setattr(files.fcntl, "flock", flock)
-        path.unlink()
-        flock(handle, kind)
-
-    monkeypatch.setattr(files.fcntl, "flock", removed)
-    with files.lock(path) as held:
-        assert os.path.samestat(os.fstat(held.fileno()), path.stat())
-        assert files.held(path)
-
-
-# A stand-in for NFS or Lustre without locks: flock answers what they answer.
-_SHIM = """
-#include <errno.h>
-#include <stdlib.h>
-int flock(int handle, int kind) { errno = atoi(getenv("FLOCK_ERRNO")); return -1; }
-"""
-_WITHOUT = """
-import sys, warnings
-from pathlib import Path
-from mbcd_cli import files
-folder = Path(sys.argv[1])
-with files.lock(folder / ".lock") as held, files.lock(folder / ".lock"):
-    print(files.held(folder / ".lock"))
-    with files.written(folder / "x.h5") as aside, files.open_hdf5(aside, "w") as file:
-        file["x"] = 3
-    with files.open_hdf5(folder / "x.h5") as file:
-        print(file["x"][()])
-"""
-
-
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, number):
-    (tmp_path / "shim.c").write_text(_SHIM)
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "shim.so", tmp_path / "shim.c"], check=True)
-    shim = {"LD_PRELOAD": str(tmp_path / "shim.so"), "FLOCK_ERRNO": str(number)}
-    said, warned = run(_WITHOUT, tmp_path / "folder", **shim).communicate(timeout=60)
-    assert said.split() == ["False", "3"], warned
-    assert f"{tmp_path / 'folder'} is on a file system without locks" in warned
-    assert "only one process writes there" in warned
-
-
-def test_other_answers_to_flock_are_errors(tmp_path, monkeypatch):
-    def broken(handle, kind):
-        raise OSError(errno.EIO, "Input/output error")
-
-    monkeypatch.setattr(files.fcntl, "flock", broken)
-    with pytest.raises(FileError, match="Input/output error"):
-        files.lock(tmp_path / ".lock")
-    opened = len(list(Path("/proc/self/fd").iterdir()))
-    with pytest.raises(FileError, match="Input/output error"), files.folder_aside(tmp_path / "made"):
-        pass
-    assert len(list(Path("/proc/self/fd").iterdir())) == opened
-
-
-def test_the_warning_of_a_folder_comes_once(tmp_path, monkeypatch):
-    def without(handle, kind):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(files.fcntl, "flock", without)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        for _ in range(3):
-            files.lock(tmp_path / ".lock").close()
-    assert [warning.category for warning in caught] == [files.NoLocksWarning]
-    with pytest.warns(files.NoLocksWarning), files.folder_aside(tmp_path / "made") as aside:
-        assert aside.is_dir()
 
 
 # ---- lines of JSON, nested settings

@@ -35,15 +35,13 @@ from mbcd_cli.data.clips import AT_ONCE, Clips, Digest, chunks
 from mbcd_cli.data.media.condition import condition, holding
 from mbcd_cli.data.media.timeline import DECODER
 from mbcd_cli.data.modalities.modality import Modality, each_file
-from mbcd_cli.data.ranks import partial_is_ours
 from mbcd_cli.data.records import TEST_VIEW, Mended, Rejected
+from mbcd_cli.data.rounding import Rounding
 from mbcd_cli.errors import FOREIGN, CacheError
-from mbcd_cli.files import open_hdf5, remove_partial, written_hdf5
-from mbcd_cli.place import Place
-from mbcd_cli.processes import ALONE
+from mbcd_cli.files import open_hdf5, written_hdf5
 from mbcd_cli.settings import Settings, fields_for
 
-FORMAT = 2
+FORMAT = 3
 SHARD_BYTES = 512 * 2**20
 """A shard holds at most about this much, so that memory stays bounded while one is being filled."""
 SHARD_CLIPS, FEW_CLIPS, LEAST_BYTES = 64, 64 * 64, 2**20
@@ -181,6 +179,20 @@ def read_rejected(file: h5py.File) -> list[Rejected]:
     return _read_records(file, "rejected", Rejected)
 
 
+def _write_roundings(file: h5py.File, roundings: Mapping[int, Rounding]) -> None:
+    group = file.create_group("roundings")
+    for part, rounding in roundings.items():
+        sums = group.create_dataset(str(part), data=rounding.sums)
+        sums.attrs["count"], sums.attrs["whole"] = rounding.count, rounding.whole
+
+
+def _read_roundings(file: h5py.File) -> dict[int, Rounding]:
+    return {
+        int(part): Rounding(sums[()], int(sums.attrs["count"]), bool(sums.attrs["whole"]))
+        for part, sums in file["roundings"].items()
+    }
+
+
 def shard_path(folder: Path, number: int) -> Path:
     """Path of shard `number`."""
     return folder / f"shard-{number:05d}.h5"
@@ -247,12 +259,14 @@ class Shard:
     """What one shard holds: rows per group, the clips that were rejected, and those that were mended.
 
     `errors` has per part the sums of squared int8 errors and of squared values; zeros where nothing is rounded to int8.
+    `roundings` has what float16 takes from arrays and trunk outputs, by part.
     """
 
     rows: dict[str, Rows]
     rejected: list[Rejected]
     mended: list[Mended]
     errors: list[list[float]] = field(default_factory=list)
+    roundings: dict[int, Rounding] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -282,7 +296,6 @@ class CacheWriter:
         shards: runs of clips.
         provenance: reader, dataset, root, weights and the like, as readable attributes.
         compression: "none", "gzip" or "lzf".
-        place: this process' place among those that fill the cache together.
         passport: of the encoder, as JSON; none where nothing of it is frozen.
         online: JSON of the `data.online.MediaSource` that `train` decodes training views from; None where they are
             stored.
@@ -300,7 +313,6 @@ class CacheWriter:
         label_names: Sequence[str],
         provenance: Mapping[str, str],
         compression: str,
-        place: Place = ALONE,
         online: str | None = None,
         passport: str | None = None,
     ) -> None:
@@ -315,7 +327,6 @@ class CacheWriter:
         self.label_names = label_names
         self.provenance = provenance
         self.compression = None if compression == "none" else compression
-        remove_partial(folder, ours=lambda path: partial_is_ours(path, place))
 
     def shard_path(self, number: int) -> Path:
         """Path of shard `number`."""
@@ -323,8 +334,11 @@ class CacheWriter:
 
     def pending(self) -> list[int]:
         """Shards that are not there yet, or not to be used again (`is_done`); the latter are written anew."""
-        name = self.recipe["modality"]
-        return [n for n, span in enumerate(self.shards) if not is_done(self.folder, n, span, self.clips, name)]
+        return [number for number in range(len(self.shards)) if not self.is_done(number)]
+
+    def is_done(self, number: int) -> bool:
+        """Whether a shard is there, and to be used again."""
+        return is_done(self.folder, number, self.shards[number], self.clips, self.recipe["modality"])
 
     def write_shard(self, number: int, shard: Shard) -> None:
         """Store one shard; it exists whole or not at all.
@@ -351,19 +365,19 @@ class CacheWriter:
                 group.create_dataset("clip", data=rows.clips.astype(np.int32))
                 group.create_dataset("view", data=rows.views.astype(np.int16))
             file.attrs["errors"] = np.asarray(shard.errors, np.float64)
+            _write_roundings(file, shard.roundings)
             name = self.recipe["modality"]
             conditions = _conditions(self.clips, self.shards[number], name, shard.rejected, shard.mended)
             file.attrs["conditions"] = np.bytes_(json.dumps(conditions))  # see `_write_strings`
             _write_records(file, "rejected", Rejected, shard.rejected)
             _write_records(file, "mended", Mended, shard.mended)
 
-    def finish(self, unlisted: Sequence[Rejected] = (), *, settings: str = "", lost: str = "") -> Finished:
+    def finish(self, unlisted: Sequence[Rejected] = (), *, settings: str = "") -> Finished:
         """Write the index over all shards; return what they report.
 
         Args:
             unlisted: clips that the reader already rejected; recorded beside the others.
             settings: those it was prepared with, as TOML.
-            lost: what float16 takes from the rows that this process wrote; what an earlier one found is kept.
 
         Raises:
             CacheError: a shard is missing or unreadable.
@@ -374,6 +388,7 @@ class CacheWriter:
         rejected: list[Rejected] = []
         mended: list[Mended] = []
         errors = np.zeros(2)
+        roundings: dict[int, Rounding] = {}
         for number in range(len(self.shards)):
             path = self.shard_path(number)
             try:
@@ -389,9 +404,11 @@ class CacheWriter:
                     mended.extend(read_mended(file))
                     if "errors" in file.attrs:
                         errors += np.asarray(file.attrs["errors"]).reshape(-1, 2).sum(axis=0)
+                    for part, rounding in _read_roundings(file).items():
+                        roundings[part] = roundings.get(part, Rounding()) + rounding
             except (OSError, RuntimeError, *FOREIGN) as error:
                 raise CacheError(f"Shard {path} cannot be read: {error}.", "Delete it and prepare again.") from error
-        lost = lost or self._lost_before()
+        lost = "; ".join(filter(None, map(str, roundings.values())))
         with written_hdf5(self.folder / "index.h5", libver="latest", place="--cache-dir") as file:
             file.attrs["format"] = FORMAT
             file.attrs["recipe"] = json.dumps(self.recipe, sort_keys=True)
@@ -400,6 +417,7 @@ class CacheWriter:
             file.attrs["prepared_at"] = datetime.now(UTC).isoformat()
             file.attrs["mbcd_version"] = __version__
             file.attrs["float16_loss"] = lost
+            file.attrs["errors"] = errors
             file.attrs["root_checksum"] = root_checksum(self.recipe, self.clips, files)
             for key, value in self.provenance.items():
                 file.attrs[key] = str(value)
@@ -432,11 +450,16 @@ class CacheWriter:
         for path in self.folder.glob("shard-*.h5"):  # of a time when shards held fewer clips
             if path.name not in files:
                 path.unlink()
-        return Finished(rejected, mended, float(np.sqrt(errors[0] / errors[1])) if errors[1] else None, lost)
+        return Finished(rejected, mended, _error(errors), lost)
 
-    def _lost_before(self) -> str:
-        index = self.folder / "index.h5"
-        if not checksums.is_whole(index):
-            return ""
-        with open_hdf5(index) as file:
-            return str(file.attrs.get("float16_loss", ""))
+    def finished(self, unlisted: Sequence[Rejected] = ()) -> Finished:
+        """What `finish` returned to another process, which wrote the index."""
+        with open_hdf5(self.folder / "index.h5") as file:
+            already = {(bad.clip, bad.modality) for bad in unlisted}
+            rejected = [bad for bad in read_rejected(file) if (bad.clip, bad.modality) not in already]
+            return Finished(rejected, read_mended(file), _error(file.attrs["errors"]), str(file.attrs["float16_loss"]))
+
+
+def _error(sums: np.ndarray) -> float | None:
+    """Of the sums of squared errors and of squared values."""
+    return float(np.sqrt(sums[0] / sums[1])) if sums[1] else None

@@ -15,7 +15,7 @@ WORTH_A_WORD = 1e-2
 
 @dataclass(slots=True)
 class Rounding:
-    """Errors of the columns of one part, collected over the rows that are written.
+    """Errors of the columns of one part, collected over the rows of a shard.
 
     Attributes:
         sums: [3, C] float64: of the values, of their squares, of their squared errors.
@@ -37,6 +37,10 @@ class Rounding:
         if not self.whole and errors.any():
             whole = (values == np.rint(values)).reshape(views, -1).all(1)
             self.whole = bool((whole & errors.reshape(views, -1).any(1)).any())
+
+    def __add__(self, other: Rounding) -> Rounding:
+        """Of the rows of both."""
+        return Rounding(self.sums + other.sums, self.count + other.count, self.whole or other.whole)
 
     @property
     def shares(self) -> np.ndarray:

@@ -17,8 +17,9 @@ from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.export import write_outcomes
 from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import Results, results_of
-from mbcd_cli.files import folder_aside, write_json
+from mbcd_cli.files import write_json
 from mbcd_cli.json_values import json_values
+from mbcd_cli.locks import folder_aside
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.runs.folder import epoch_records
 from mbcd_cli.say import SILENT, Say

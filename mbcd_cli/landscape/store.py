@@ -25,7 +25,8 @@ import numpy as np
 
 from mbcd_cli import checksums
 from mbcd_cli.errors import FOREIGN, MbcdError
-from mbcd_cli.files import flatten, lock, open_hdf5, remove, remove_partial, written_hdf5
+from mbcd_cli.files import flatten, open_hdf5, remove, remove_partial, written_hdf5
+from mbcd_cli.locks import lock
 
 if TYPE_CHECKING:
     import h5py

@@ -6,10 +6,10 @@ Letters: R rows (clip x view), N clips.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
+from itertools import islice, tee
 
 import numpy as np
 import torch
@@ -42,7 +42,6 @@ class Filler:
         shapes: of a row, per group.
         tries: whether clips of which nothing is stored are decoded all the same: bad files come to light now, not in
             training.
-        roundings: what float16 takes from arrays and trunk outputs, per part.
     """
 
     writer: CacheWriter
@@ -53,23 +52,30 @@ class Filler:
     shapes: dict[str, Shapes]
     device: torch.device
     tries: bool = True
-    roundings: dict[int, Rounding] = field(default_factory=dict)
 
-    def run(self, numbers: Sequence[int], ticker: Ticker) -> None:
-        """Fill the shards `numbers`.
+    def run(self, numbers: Iterable[int], ticker: Ticker, *, done: Callable[[int], None] = lambda number: None) -> None:
+        """Fill the shards `numbers`, each of which is asked for as late as can be.
+
+        Args:
+            done: told of a shard that is written.
 
         Raises:
             CacheError: a full disk, or values that the type cannot hold.
         """
-        items = ((i, self.clips[i], self._views(i) or [0]) for n in numbers for i in self.decoded(n))
-        stream = self.decoder.run(items)
+        ahead, numbers = tee(numbers)
+        stream = self.decoder.run((i, self.clips[i], self._views(i) or [0]) for n in ahead for i in self.decoded(n))
         writing: Future[None] | None = None
+
+        def write(number: int, shard: Shard) -> None:
+            self.writer.write_shard(number, shard)
+            done(number)
+
         with ThreadPoolExecutor(1, thread_name_prefix="mbcd-write") as pool:
             for number in numbers:
                 shard = self._fill(self.decoded(number), stream, ticker)
                 if writing is not None:
                     writing.result()
-                writing = pool.submit(self.writer.write_shard, number, shard)
+                writing = pool.submit(write, number, shard)
             if writing is not None:
                 writing.result()
 
@@ -155,7 +161,7 @@ class Filler:
                     target[at] = source
                 finite = np.isfinite(target[at]) if target.dtype.kind == "f" else np.ones(len(views), bool)
                 if finite.all() and target.dtype == np.float16:
-                    self._note_rounding(number, source, target[at])
+                    self._note_rounding(shard, number, source, target[at])
             if not finite.all():
                 bad = np.flatnonzero(~finite.reshape(len(views), -1).all(axis=1))
                 names = ", ".join(dict.fromkeys(self.clips.ids[views[row][0]] for row in bad))
@@ -165,11 +171,11 @@ class Filler:
         rows.clips[at] = [index for index, _, _ in views]
         rows.views[at] = [view for _, view, _ in views]
 
-    def _note_rounding(self, number: int, source: np.ndarray, stored: np.ndarray) -> None:
+    def _note_rounding(self, shard: Shard, number: int, source: np.ndarray, stored: np.ndarray) -> None:
         """Collects what float16 takes from part `number`; spectrograms are standardised, and have nothing to lose."""
         if self.trunk.names:  # the columns are channels; one row of those that went through together tells enough
             source, stored = (np.moveaxis(rows[:1], 1, -1) for rows in (source, stored))
         elif not self.writer.modality.raw:
             return
         shape = (len(source), -1, source.shape[-1])
-        self.roundings.setdefault(number, Rounding()).add(source.reshape(shape), stored.reshape(shape))
+        shard.roundings.setdefault(number, Rounding()).add(source.reshape(shape), stored.reshape(shape))

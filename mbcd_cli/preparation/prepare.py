@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -13,16 +14,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mbcd_cli import checksums
 from mbcd_cli.audit.audit import audit_listing
 from mbcd_cli.audit.findings import Leak
 from mbcd_cli.checksums import PREPARED_WITH
-from mbcd_cli.data import ranks
 from mbcd_cli.data.cache import CacheWriter, Finished
 from mbcd_cli.data.corruptions import SEVERITIES
 from mbcd_cli.data.media.decoding import DecodeJob, Decoder
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.online import MediaSource
-from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.records import Rejected
 from mbcd_cli.encoders import described_encoders
@@ -34,6 +34,7 @@ from mbcd_cli.preparation.answer import Prepared, PreparedModality, keep_answer,
 from mbcd_cli.preparation.cache_plan import Plan, corrupted_plans, corruptions_named, plan_cache, read_listing
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.identity import check_records
+from mbcd_cli.preparation.sharing import Sharing
 from mbcd_cli.preparation.trunk import Frozen, WeightsFile, build_trunk, row_bytes, save_weights, weights_file
 from mbcd_cli.processes import wait_for
 from mbcd_cli.runtime import configure, pick_device
@@ -43,6 +44,9 @@ from mbcd_cli.settings.sources import to_toml
 
 LEFT_OUT = "left-out.csv"
 """Beside a dataset's caches: the clips that were left out, and why."""
+PATIENCE = 3600.0
+"""Seconds without a new shard after which other processes are no longer waited for."""
+_AGAIN = "Run the same command again; it goes on with what is missing."
 _SHOWN = 10  # rejected clips of one kind; a dataset that was half downloaded has thousands
 
 
@@ -51,7 +55,7 @@ def prepare(
 ) -> Prepared | None:
     """Fill the caches of every modality of a dataset; what is already there is reused.
 
-    Started by torchrun, the processes share the shards; rank 0 alone writes the indices, and prints.
+    Several processes share the shards (`sharing`); of those that torchrun started rank 0 alone prints.
 
     Args:
         corruptions: of the test views, each in a cache of its own at every one of `severities`; `all` are those of
@@ -256,16 +260,15 @@ def _prepare_modality(
     clips, folder = listing.clips, plan.folder
     if this_process().main:
         check_records(frozen, modality, folder)
-    made_now = _make_cache(settings, listing, name, modality, frozen, plan, device, say)
-    if made_now is not None and len(made_now[0].rejected) == len(clips):
+    finished, missing = _make_cache(settings, listing, name, modality, frozen, plan, device, say)
+    if len(finished.rejected) == len(clips):
         corruptions = ()
     corrupted = corrupted_plans(plan, settings, clips, modality, corruptions)
     for spoilt in corrupted:
         if spoilt.to_do(clips) or not (spoilt.folder / "index.h5").exists():
             _make_cache(settings, listing, name, modality, replace(frozen, weights={}), spoilt, device, say)
-    if made_now is None:
+    if not this_process().main:
         return None
-    finished, missing = made_now
     unusable, mended = finished.rejected, finished.mended
     rejected.extend(unusable)
     if mended:
@@ -314,33 +317,49 @@ def _make_cache(
     plan: Plan,
     device: torch.device,
     say: Say,
-) -> tuple[Finished, list[int]] | None:
-    """Fill one cache and close it; what it reports, and the shards that were missing. None in ranks other than 0."""
+) -> tuple[Finished, list[int]]:
+    """Fill one cache and close it; what it reports, and the shards that were missing."""
     place = this_process()
-    with locked(plan.folder, place):
+    agreed = json.dumps([[(span.start, span.stop) for span in plan.shards], settings.cache.compression])
+    index = plan.folder / "index.h5"
+    with Sharing(plan.folder, checksums.of_text(agreed), place) as sharing:
+        if not sharing.lead() and place.world == 1:
+            say(f"{name}: another process is filling {plan.folder}; this one takes what is free.")
         writer = writer_of(settings, listing, name, modality, frozen, plan, folder=plan.folder)
-        missing = writer.pending()
-        pending = [number for number in missing if place.owns(number)]
-        if place.main:
-            _check_disk(plan.folder, plan.bytes_of(missing))
+        found, missing = _state(index), writer.pending()
+        _check_disk(plan.folder, plan.bytes_of(missing))
         label = name if plan.corruption is None else f"{name}, {plan.corruption.folder}"
         label += "" if place.world == 1 else f" (rank {place.rank})"
-        lost = fill(writer, settings, plan, frozen.trunk.to(device), pending, device=device, label=label, say=say)
-        if not place.main:
-            return None
-        wait_for(
-            writer.pending,
-            named=lambda left: f"{len(left)} shards of process {sorted({shard % place.world for shard in left})}",
-            say=say,
-            patience=ranks.PATIENCE,
-            remedy="Run the same command again; it goes on with what is missing.",
-        )
+        left: Sequence[int] = missing
+        while left or not sharing.lead():
+            trunk = frozen.trunk.to(device)
+            fill(writer, settings, plan, trunk, left, device=device, label=label, say=say, sharing=sharing)
+            wait_for(
+                lambda: [] if sharing.lead() else [index],
+                named=lambda _: f"the index of {plan.folder}, which another process writes",
+                say=say,
+                patience=PATIENCE,
+                remedy=_AGAIN,
+            )
+            left = writer.pending()
+        sharing.clean()
+        if _state(index) not in (None, found):  # another process has written it since
+            return writer.finished(listing.rejected), missing
         for file, weights in frozen.weights.items():
             save_weights(plan.folder / file, weights)
-        finished = close_cache(writer, settings, listing.rejected, lost=lost)
+        finished = close_cache(writer, settings, listing.rejected)
         if len(finished.rejected) == len(listing.clips):  # nothing anybody could use, in the way of a right one
             shutil.rmtree(plan.folder)
     return finished, missing
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """What tells a file from the one that had its name before; None where there is none."""
+    try:
+        told = path.stat()
+    except FileNotFoundError:
+        return None
+    return told.st_ino, told.st_mtime_ns
 
 
 def writer_of(
@@ -367,7 +386,6 @@ def writer_of(
             "torch_version": str(torch.__version__),
         },
         compression=settings.cache.compression,
-        place=this_process(),
         passport=None if frozen.passport is None else frozen.passport.to_json(),
         online=MediaSource.of(settings, listing.clips, name).to_json()
         if settings.cache.views == 0 and plan.corruption is None
@@ -385,12 +403,14 @@ def fill(
     device: torch.device,
     label: str,
     say: Say,
-) -> str:
-    """Decode, compute and write some shards of a cache; what float16 took from their rows, in words.
+    sharing: Sharing | None = None,
+) -> None:
+    """Decode, compute and write some shards of a cache.
 
     Args:
         trunk: on `device`.
         label: of the progress.
+        sharing: with other processes; shards that these write are waited for. None where this process is alone.
     """
     job = DecodeJob(
         str(writer.recipe["modality"]), writer.modality, settings.dataset, settings.cache.seed, plan.corruption
@@ -402,19 +422,33 @@ def fill(
         tries = plan.corruption is None
         filler = Filler(writer, decoder, writer.clips, plan.views, trunk, plan.shapes, device, tries=tries)
         with say.progress(label, sum(len(filler.decoded(number)) for number in shards)) as ticker:
-            filler.run(shards, ticker)
-    return "; ".join(filter(None, map(str, filler.roundings.values())))
+            if sharing is None:
+                filler.run(shards, ticker)
+                return
+            left = list(shards)
+            while left:
+                filler.run(sharing.free(left, writer.is_done), ticker, done=sharing.give)
+                gone = [number for number in left if writer.is_done(number)]
+                ticker.advance(sum(len(filler.decoded(number)) for number in gone if number not in sharing.done))
+                left = sorted({*left}.difference(gone))
+                wait_for(
+                    lambda left=left: [] if sharing.any_free(left) else left,
+                    named=lambda left: f"{len(left)} shards that other processes have taken",
+                    say=say,
+                    patience=PATIENCE,
+                    remedy=_AGAIN,
+                )
 
 
-def close_cache(writer: CacheWriter, settings: Settings, unlisted: Sequence[Rejected], *, lost: str = "") -> Finished:
+def close_cache(writer: CacheWriter, settings: Settings, unlisted: Sequence[Rejected]) -> Finished:
     """The index over all shards, and the settings that they were made with.
 
     Args:
-        unlisted, lost: as `CacheWriter.finish` takes them.
+        unlisted: as `CacheWriter.finish` takes them.
     """
     kept = _anywhere(settings)
     write_text(writer.folder / PREPARED_WITH, to_toml(kept, stamped=True), place="--cache-dir")
-    return writer.finish(unlisted, settings=to_toml(kept), lost=lost)
+    return writer.finish(unlisted, settings=to_toml(kept))
 
 
 def _anywhere(settings: Settings) -> Settings:

@@ -16,12 +16,12 @@ from mbcd_cli.checksums import PREPARED_WITH
 from mbcd_cli.data.cache import shard_path
 from mbcd_cli.data.corruptions import Corruption
 from mbcd_cli.data.modality_cache import ModalityCache
-from mbcd_cli.data.ranks import locked
 from mbcd_cli.errors import CacheError, MbcdError
 from mbcd_cli.files import open_hdf5, remove_partial, rename
 from mbcd_cli.integrity import examine
 from mbcd_cli.preparation.cache_plan import corrupted_plans, plan_cache, read_listing
 from mbcd_cli.preparation.prepare import close_cache, fill, writer_of
+from mbcd_cli.preparation.sharing import REPAIR, Sharing
 from mbcd_cli.preparation.trunk import build_trunk, save_weights
 from mbcd_cli.resolved import load_settings, resolve, validate
 from mbcd_cli.runtime import pick_device
@@ -118,7 +118,8 @@ def _compute_anew(folder: Path, faults: set[str], settings: Settings, say: Say) 
     if corruption is not None:
         (plan,) = corrupted_plans(plan, settings, listing.clips, modality, [(corruption.name, corruption.severity)])
         frozen = replace(frozen, weights={})
-    with locked(folder), _emptied(folder / _ASIDE) as aside:
+    with Sharing(folder, REPAIR) as alone, _emptied(folder / _ASIDE) as aside:
+        alone.lead()
         remove_partial(folder)
         writer = writer_of(settings, listing, name, modality, frozen, plan, folder=aside)
         shards = [n for n in range(len(plan.shards)) if _lacks(folder, shard_path(folder, n).name, faults)]

@@ -19,7 +19,6 @@ from mbcd_cli.errors import BusyError, RunError, SettingsError
 from mbcd_cli.files import (
     append_record,
     is_partial,
-    lock,
     read_json,
     read_records,
     remove_partial,
@@ -28,6 +27,7 @@ from mbcd_cli.files import (
     write_text,
 )
 from mbcd_cli.ledger import revealed
+from mbcd_cli.locks import lock
 from mbcd_cli.resolved import changed, load_settings
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from mbcd_cli.errors import BusyError, MbcdError, StoppedError
 from mbcd_cli.evaluation import evaluate
-from mbcd_cli.files import delete, lock
+from mbcd_cli.files import delete
+from mbcd_cli.locks import lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints

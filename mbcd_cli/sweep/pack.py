@@ -17,7 +17,8 @@ from pathlib import Path
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import MbcdError, StoppedError
 from mbcd_cli.evaluation.evaluate import evaluate, for_tables
-from mbcd_cli.files import delete, lock
+from mbcd_cli.files import delete
+from mbcd_cli.locks import lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE
 from mbcd_cli.runs.names import run_checkpoints

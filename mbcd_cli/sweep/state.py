@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from mbcd_cli.errors import FOREIGN, FileError
-from mbcd_cli.files import held, read_json, read_records, write_json
+from mbcd_cli.files import read_json, read_records, write_json
+from mbcd_cli.locks import held
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.scoring.history import CLIPS, fused_accuracy

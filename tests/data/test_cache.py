@@ -23,7 +23,6 @@ from mbcd_cli.data.clips import Clips
 from mbcd_cli.data.dataset import ModalityCache, open_dataset
 from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.prepared import prepared_datasets
-from mbcd_cli.data.ranks import locked
 from mbcd_cli.data.records import TEST_VIEW, Clip
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError, CheckpointError, FileError
@@ -327,11 +326,6 @@ def test_weights_and_room_for_all_modalities_are_checked_before_anything_is_writ
     with pytest.raises(CacheError, match="The cache needs"):
         prepare(both)
     assert not (tmp_path / "cache").exists()
-
-
-def test_two_writers_do_not_share_a_folder(tmp_path):
-    with locked(tmp_path / "x"), pytest.raises(CacheError, match="Another mbcd process"), locked(tmp_path / "x"):
-        pass
 
 
 def test_shards_follow_count_and_bytes(monkeypatch):

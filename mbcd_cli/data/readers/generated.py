@@ -18,7 +18,8 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, manifest
 from mbcd_cli.data.records import SPLITS
 from mbcd_cli.errors import ManifestError
-from mbcd_cli.files import folder_aside, rename, sync_all
+from mbcd_cli.files import rename, sync_all
+from mbcd_cli.locks import folder_aside
 from mbcd_cli.settings import DatasetSettings
 
 _MARKER = "generated.json"

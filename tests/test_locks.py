@@ -1,0 +1,124 @@
+"""One lock for all rooms: it goes with its process, also where the file system has none."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+from pathlib import Path
+
+import filelock
+import pytest
+from helpers import run, until, without_flock
+
+from mbcd_cli import locks
+from mbcd_cli.errors import FileError
+from mbcd_cli.files import open_hdf5, written
+from mbcd_cli.locks import folder_aside, held, lock
+
+_HOLDS = """
+import sys
+from pathlib import Path
+from mbcd_cli.locks import lock
+held = lock(Path(sys.argv[1]))
+print("nothing" if held is None else "held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("number", [None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_lock_goes_with_its_process(tmp_path, monkeypatch, number):
+    path = tmp_path / "folder" / ".lock"
+    environ = {}
+    if number is not None:
+        environ = without_flock(tmp_path, number)
+
+        def none(handle, kind):
+            raise OSError(number, "no locks here")
+
+        monkeypatch.setattr(fcntl, "flock", none)
+    assert not held(path)
+    process = run(_HOLDS, path, **environ)
+    assert process.stdout.readline() == "held\n"
+    assert held(path)
+    assert lock(path) is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not held(path)
+    with lock(path) as mine:
+        other = run(_HOLDS, path, **environ)
+        assert other.communicate("")[0] == "nothing\n"
+    assert mine.closed
+    assert [file.name for file in path.parent.iterdir()] == [".lock"]
+    with folder_aside(tmp_path / "made") as aside:
+        assert aside.is_dir()
+        with written(aside / "x.h5") as partial, open_hdf5(partial, "w") as file:
+            file["x"] = 3
+    assert not list(tmp_path.glob(".made*"))
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_on_the_new_one(tmp_path, monkeypatch):
+    """Who held it before removes the file between our opening and our locking it."""
+    path = tmp_path / "journal"
+    path.touch()
+    flock = fcntl.flock
+
+    def removed(handle, kind):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        flock(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", removed)
+    with lock(path) as mine:
+        assert os.path.samestat(os.fstat(mine.fileno()), path.stat())
+        assert held(path)
+
+
+def test_other_answers_to_flock_are_errors(tmp_path, monkeypatch):
+    def broken(handle, kind):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    with pytest.raises(FileError, match="Input/output error"):
+        lock(tmp_path / ".lock")
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(FileError, match="Input/output error"), folder_aside(tmp_path / "made"):
+        pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+
+
+_STANDS_STILL = """
+import sys, time
+from pathlib import Path
+from mbcd_cli import locks
+locks._LEASE = float(sys.argv[2])
+held = locks.lock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_without_locks_who_stands_still_loses_it_and_ends(tmp_path, monkeypatch):
+    """As seen from another host, where nobody can look whether the process lives."""
+    path, environ = tmp_path / ".lock", without_flock(tmp_path, errno.ENOLCK)
+    process = run(_STANDS_STILL, path, "0.6", **environ)
+    assert process.stdout.readline() == "held\n"
+    holder = tmp_path / ".lock.holder"
+    holder.write_text(holder.read_text().replace(f"host={os.uname().nodename}", "host=another"))
+    (lease,) = [filelock.SoftFileLease(holder, timeout=0, lease_duration=0.6)]
+    with pytest.raises(filelock.Timeout):
+        lease.acquire()
+    process.send_signal(signal.SIGSTOP)
+
+    def taken():
+        try:
+            return lease.acquire()
+        except filelock.Timeout:
+            return None
+
+    until(taken)
+    process.send_signal(signal.SIGCONT)
+    assert "another one has taken its lock" in process.communicate(timeout=20)[1]
+    assert process.returncode == 1
+    assert holder.suffix == locks.HOLDER

@@ -29,8 +29,9 @@ TELLERS = ("index.h5", "done", "results.json", "comparison.json", "landscape.jso
 """Files that hold the checksums of others in their folder."""
 PREPARED_WITH, TRAINED_WITH = "prepare.toml", "settings.toml"
 """Files of settings, of a cache and of a run."""
-NAMED = (*TELLERS, PREPARED_WITH, TRAINED_WITH)
-"""Files that are found by their names are stamped with them: none can stand for another."""
+ANSWER = "unchanged-"
+"""How the name of a kept answer begins: what `prepare` says where nothing has changed."""
+_NAMED = (*TELLERS, PREPARED_WITH, TRAINED_WITH)
 _NEAR_END = 1 << 12
 _ZIP_END = b"PK\5\6"
 _ZIP_END_BYTES = 22
@@ -92,6 +93,11 @@ def verified(path: Path) -> str:
     return told
 
 
+def found_by_name(name: str) -> bool:
+    """Whether files of that name are stamped with it, since they are found by it: none can stand for another."""
+    return name in _NAMED or name.startswith(ANSWER)
+
+
 def is_whole(path: Path) -> bool:
     """Whether a file carries a checksum and is what was written."""
     try:
@@ -151,7 +157,7 @@ def _place(path: Path) -> int:
 
 def _computed(path: Path, place: int, name: str) -> bytes:
     """XXH3 of a file whose checksum is at `place` (0: it has none), as hexadecimal digits."""
-    digest = xxhash.xxh3_128(name.encode() if name in NAMED else b"")
+    digest = xxhash.xxh3_128(name.encode() if found_by_name(name) else b"")
     with path.open("rb") as file:
         if not file.seek(0, 2):
             return digest.hexdigest().encode()

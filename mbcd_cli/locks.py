@@ -33,7 +33,7 @@ _LEASE = 30.0  # seconds; all processes must have the same
 _LOOK = 0.05  # seconds between two looks at a lock that another process holds
 
 
-class Held(FileIO):
+class LockFile(FileIO):
     """A file, open for reading and appending, that this process holds until it is closed."""
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +48,7 @@ class Held(FileIO):
         super().close()
 
 
-def lock(path: Path, **where: str) -> Held | None:
+def lock(path: Path, **where: str) -> LockFile | None:
     """Hold the file `path`, made where it is missing, until it is closed or this process ends, however it ends.
 
     Args:
@@ -63,7 +63,7 @@ def lock(path: Path, **where: str) -> Held | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            file = Held(path)
+            file = LockFile(path)
             try:
                 file.lease = _take(file, path)
             except BlockingIOError:

@@ -32,10 +32,10 @@ class Snapshot:
                 path.write_bytes(data)
 
     def differs(self) -> list[Path]:
-        """Files that are not as they were."""
+        """Files that are not as they were, but for locks: who held one last stands in it."""
         there = {p for p in self.folder.rglob("*") if p.is_file()}
         changed = [p for p, data in self.files.items() if p not in there or p.read_bytes() != data]
-        return sorted([*changed, *(there - set(self.files))])
+        return sorted(p for p in {*changed, *(there - set(self.files))} if p.name != ".lock")
 
 
 def strike(path: Path, others: list[Path], rng: np.random.Generator, *, stale: bytes | None = None) -> str | None:

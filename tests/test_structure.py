@@ -20,7 +20,8 @@ PACKAGE = ROOT / "mbcd_cli"
 FLOORS = (
     "__init__ errors say allocator randomness checksums naming json_values",
     "files place settings plugins",
-    "processes ledger promises",
+    "locks processes promises",
+    "ledger",
     "runtime plotting data integrity",
     "encoders",
     "model",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from mbcd_cli import __version__
 from mbcd_cli.audit.findings import Leak
+from mbcd_cli.checksums import ANSWER
 from mbcd_cli.data.cache import FORMAT
 from mbcd_cli.data.media.timeline import DECODER
 from mbcd_cli.data.modalities.modality import each_file
@@ -26,7 +27,6 @@ from mbcd_cli.json_values import json_values
 from mbcd_cli.preparation.trunk import needs_weights, weight_files
 from mbcd_cli.settings import Settings
 
-_NAME = "unchanged-"
 _RECENT = 10**8
 """Nanoseconds by which a file must be older than the work: the clock of a file system is coarse."""
 
@@ -89,7 +89,7 @@ class Prepared:
 
 def kept_answer(settings: Settings) -> tuple[Prepared, list[str]] | None:
     """What an earlier `prepare` with the same settings returned, and its warnings; None where something has changed."""
-    for path in settings.cache.dir.glob(f"*/{_NAME}{_key(settings)}.json"):
+    for path in settings.cache.dir.glob(f"*/{ANSWER}{_key(settings)}.json"):
         with suppress(OSError, *FOREIGN):
             kept = read_json(path)
             if kept["seen"] == _digest(each_file(_look, kept["files"].split("\n"))):
@@ -107,7 +107,7 @@ def keep_answer(settings: Settings, listing: Listing, prepared: Prepared, *, sta
         FileError: full disk or missing rights.
     """
     folder = settings.cache.dir / prepared.dataset
-    for path in folder.glob(f"{_NAME}*"):
+    for path in folder.glob(f"{ANSWER}*"):
         delete(path)
     mended = any(done.mended for done in prepared.modalities.values())
     # Of a model with random weights only its folder says what it is like.
@@ -132,7 +132,7 @@ def keep_answer(settings: Settings, listing: Listing, prepared: Prepared, *, sta
         "files": "\n".join(map(str, [*sources, *beside, *stored])),
         "seen": _digest([*seen, *each_file(_look, [*beside, *stored])]),
     }
-    write_json(folder / f"{_NAME}{_key(settings)}.json", answer, place="--cache-dir")
+    write_json(folder / f"{ANSWER}{_key(settings)}.json", answer, place="--cache-dir")
 
 
 def _key(settings: Settings) -> str:

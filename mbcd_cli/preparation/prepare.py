@@ -32,9 +32,9 @@ from mbcd_cli.files import free_bytes, size_text, write_rows, write_text
 from mbcd_cli.place import this_process
 from mbcd_cli.preparation.answer import Prepared, PreparedModality, keep_answer, kept_answer
 from mbcd_cli.preparation.cache_plan import Plan, corrupted_plans, corruptions_named, plan_cache, read_listing
+from mbcd_cli.preparation.crew import Crew
 from mbcd_cli.preparation.filler import Filler
 from mbcd_cli.preparation.identity import check_records
-from mbcd_cli.preparation.sharing import Sharing
 from mbcd_cli.preparation.trunk import Frozen, WeightsFile, build_trunk, row_bytes, save_weights, weights_file
 from mbcd_cli.processes import wait_for
 from mbcd_cli.runtime import configure, pick_device
@@ -55,7 +55,7 @@ def prepare(
 ) -> Prepared | None:
     """Fill the caches of every modality of a dataset; what is already there is reused.
 
-    Several processes share the shards (`sharing`); of those that torchrun started rank 0 alone prints.
+    Several processes share the shards (`crew`); of those that torchrun started rank 0 alone prints.
 
     Args:
         corruptions: of the test views, each in a cache of its own at every one of `severities`; `all` are those of
@@ -322,8 +322,8 @@ def _make_cache(
     place = this_process()
     agreed = json.dumps([[(span.start, span.stop) for span in plan.shards], settings.cache.compression])
     index = plan.folder / "index.h5"
-    with Sharing(plan.folder, checksums.of_text(agreed), place) as sharing:
-        if not sharing.lead() and place.world == 1:
+    with Crew(plan.folder, checksums.of_text(agreed), place) as crew:
+        if not crew.lead() and place.world == 1:
             say(f"{name}: another process is filling {plan.folder}; this one takes what is free.")
         writer = writer_of(settings, listing, name, modality, frozen, plan, folder=plan.folder)
         found, missing = _state(index), writer.pending()
@@ -331,18 +331,18 @@ def _make_cache(
         label = name if plan.corruption is None else f"{name}, {plan.corruption.folder}"
         label += "" if place.world == 1 else f" (rank {place.rank})"
         left: Sequence[int] = missing
-        while left or not sharing.lead():
+        while left or not crew.lead():
             trunk = frozen.trunk.to(device)
-            fill(writer, settings, plan, trunk, left, device=device, label=label, say=say, sharing=sharing)
+            fill(writer, settings, plan, trunk, left, device=device, label=label, say=say, crew=crew)
             wait_for(
-                lambda: [] if sharing.lead() else [index],
+                lambda: [] if crew.lead() else [index],
                 named=lambda _: f"the index of {plan.folder}, which another process writes",
                 say=say,
                 patience=PATIENCE,
                 remedy=_AGAIN,
             )
             left = writer.pending()
-        sharing.clean()
+        crew.clean()
         if _state(index) not in (None, found):  # another process has written it since
             return writer.finished(listing.rejected), missing
         for file, weights in frozen.weights.items():
@@ -403,14 +403,14 @@ def fill(
     device: torch.device,
     label: str,
     say: Say,
-    sharing: Sharing | None = None,
+    crew: Crew | None = None,
 ) -> None:
     """Decode, compute and write some shards of a cache.
 
     Args:
         trunk: on `device`.
         label: of the progress.
-        sharing: with other processes; shards that these write are waited for. None where this process is alone.
+        crew: with other processes; shards that these write are waited for. None where this process is alone.
     """
     job = DecodeJob(
         str(writer.recipe["modality"]), writer.modality, settings.dataset, settings.cache.seed, plan.corruption
@@ -422,17 +422,17 @@ def fill(
         tries = plan.corruption is None
         filler = Filler(writer, decoder, writer.clips, plan.views, trunk, plan.shapes, device, tries=tries)
         with say.progress(label, sum(len(filler.decoded(number)) for number in shards)) as ticker:
-            if sharing is None:
+            if crew is None:
                 filler.run(shards, ticker)
                 return
             left = list(shards)
             while left:
-                filler.run(sharing.free(left, writer.is_done), ticker, done=sharing.give)
+                filler.run(crew.free(left, writer.is_done), ticker, done=crew.give)
                 gone = [number for number in left if writer.is_done(number)]
-                ticker.advance(sum(len(filler.decoded(number)) for number in gone if number not in sharing.done))
+                ticker.advance(sum(len(filler.decoded(number)) for number in gone if number not in crew.done))
                 left = sorted({*left}.difference(gone))
                 wait_for(
-                    lambda left=left: [] if sharing.any_free(left) else left,
+                    lambda left=left: [] if crew.any_free(left) else left,
                     named=lambda left: f"{len(left)} shards that other processes have taken",
                     say=say,
                     patience=PATIENCE,

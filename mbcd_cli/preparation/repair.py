@@ -20,8 +20,8 @@ from mbcd_cli.errors import CacheError, MbcdError
 from mbcd_cli.files import open_hdf5, remove_partial, rename
 from mbcd_cli.integrity import examine
 from mbcd_cli.preparation.cache_plan import corrupted_plans, plan_cache, read_listing
+from mbcd_cli.preparation.crew import REPAIR, Crew
 from mbcd_cli.preparation.prepare import close_cache, fill, writer_of
-from mbcd_cli.preparation.sharing import REPAIR, Sharing
 from mbcd_cli.preparation.trunk import build_trunk, save_weights
 from mbcd_cli.resolved import load_settings, resolve, validate
 from mbcd_cli.runtime import pick_device
@@ -51,6 +51,9 @@ def repair(path: Path, *, flags: Mapping[str, object] | None = None, say: Say = 
         CacheError: no cache is there, its settings are gone, or the media are not those it was prepared from; what it
             held is then left as it is.
     """
+    for answer in path.rglob(f"{checksums.ANSWER}*.json"):
+        if not checksums.is_whole(answer):
+            answer.unlink()  # `prepare` looks for itself then
     folders = sorted({file.parent for file in path.rglob("*") if _is_of_cache(file)} - {path / _ASIDE})
     if not folders:
         raise CacheError(f"There is no cache in {path}.", "Name a cache folder, a dataset's, or the one of all caches.")
@@ -118,7 +121,7 @@ def _compute_anew(folder: Path, faults: set[str], settings: Settings, say: Say) 
     if corruption is not None:
         (plan,) = corrupted_plans(plan, settings, listing.clips, modality, [(corruption.name, corruption.severity)])
         frozen = replace(frozen, weights={})
-    with Sharing(folder, REPAIR) as alone, _emptied(folder / _ASIDE) as aside:
+    with Crew(folder, REPAIR) as alone, _emptied(folder / _ASIDE) as aside:
         alone.lead()
         remove_partial(folder)
         writer = writer_of(settings, listing, name, modality, frozen, plan, folder=aside)

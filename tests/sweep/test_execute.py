@@ -17,7 +17,7 @@ import pytest
 from sweep_cases import finish, plan_of
 
 from mbcd_cli.errors import RunError
-from mbcd_cli.files import held
+from mbcd_cli.locks import held
 from mbcd_cli.sweep import cell as one_cell
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.state import beside, state, write_failure

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
 from mbcd_cli.errors import RunError, SettingsError
-from mbcd_cli.files import lock, read_records
+from mbcd_cli.files import read_records
+from mbcd_cli.locks import lock
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.settings.sources import to_toml

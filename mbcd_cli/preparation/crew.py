@@ -18,7 +18,7 @@ from pathlib import Path
 from mbcd_cli.data.cache import shard_path
 from mbcd_cli.errors import CacheError
 from mbcd_cli.files import remove_partial
-from mbcd_cli.locks import Held, held, lock
+from mbcd_cli.locks import LockFile, held, lock
 from mbcd_cli.place import Place
 from mbcd_cli.processes import ALONE
 
@@ -27,7 +27,7 @@ REPAIR = "repair"
 _SOON = 5.0  # seconds within which who leads has said how
 
 
-class Sharing:
+class Crew:
     """This process' part in filling one cache; a context manager that gives back whatever it holds.
 
     Args:
@@ -42,10 +42,10 @@ class Sharing:
     def __init__(self, folder: Path, plan: str, place: Place = ALONE) -> None:
         self.folder, self.plan, self.place = folder, plan, place
         self.done: set[int] = set()
-        self._leading: Held | None = None
-        self._taken: dict[int, Held] = {}
+        self._leading: LockFile | None = None
+        self._taken: dict[int, LockFile] = {}
 
-    def __enter__(self) -> Sharing:
+    def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -100,14 +100,11 @@ class Sharing:
             if file is None:
                 continue
             self._taken[number] = file
-            if not self._told():  # the folder was deleted meanwhile: nobody could use a clip of it
-                self.lead()
             self._agree()
             if is_done(number):
                 self._give(number)
-                continue
-            remove_partial(self.folder, of=path.name)
-            yield number
+            else:
+                yield number
 
     def give(self, number: int) -> None:
         """Shard `number` is written."""
@@ -151,10 +148,12 @@ class Sharing:
             CacheError: it has another one.
         """
         until = time.monotonic() + _SOON
-        while len(told := self._told()) < 3 and self._leading is None and time.monotonic() < until:
+        while self._leading is None and (told := self._told())[:1] != [self.plan]:
+            if len(told) == 3 or time.monotonic() > until:
+                raise self._busy(told)
+            if not told and not held(self.folder / ".lock"):  # the folder was deleted: nobody could use a clip of it
+                self.lead()
             time.sleep(0.05)
-        if self._leading is None and told[:1] != [self.plan]:
-            raise self._busy(told)
 
     def _refuse_others(self) -> None:
         own = {self._lock_of(number) for number in self._taken}

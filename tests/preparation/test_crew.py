@@ -19,8 +19,8 @@ from test_cache import contents, same, settings_for
 from mbcd_cli.data.modality_cache import ModalityCache
 from mbcd_cli.errors import CacheError
 from mbcd_cli.place import Place
+from mbcd_cli.preparation.crew import REPAIR, Crew
 from mbcd_cli.preparation.prepare import prepare
-from mbcd_cli.preparation.sharing import REPAIR, Sharing
 from mbcd_cli.resolved import resolve
 
 SETS = [part for assignment in [*helpers.SMALL, "cache.shard_clips=1"] for part in ("--set", assignment)]
@@ -76,7 +76,7 @@ def test_what_a_dead_process_held_is_taken_over(tmp_path, number):
 
 def test_a_shard_is_one_process_until_it_is_written_or_the_process_is_gone(tmp_path):
     def shared(plan="a", **place):
-        return Sharing(tmp_path, plan, Place(**place))
+        return Crew(tmp_path, plan, Place(**place))
 
     with shared() as first, shared(rank=1, world=2) as second:
         assert first.lead()
@@ -94,7 +94,7 @@ def test_a_shard_is_one_process_until_it_is_written_or_the_process_is_gone(tmp_p
 
 
 def test_who_disagrees_is_refused(tmp_path):
-    with Sharing(tmp_path, "a") as first, Sharing(tmp_path, "b") as other, Sharing(tmp_path, REPAIR) as repair:
+    with Crew(tmp_path, "a") as first, Crew(tmp_path, "b") as other, Crew(tmp_path, REPAIR) as repair:
         assert first.lead()
         with pytest.raises(CacheError, match=f"Another mbcd process .process {os.getpid()} on .* into other shards"):
             other.lead()
@@ -107,7 +107,7 @@ def test_who_disagrees_is_refused(tmp_path):
                 one.lead()
         first.give(5)
         assert repair.lead()
-        with Sharing(tmp_path, "a") as late, pytest.raises(CacheError, match="is repairing"):
+        with Crew(tmp_path, "a") as late, pytest.raises(CacheError, match="is repairing"):
             late.lead()
         with pytest.raises(CacheError, match="is repairing"):  # it had read its own plan before
             next(other.free([5], lambda number: False))

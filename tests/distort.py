@@ -205,7 +205,7 @@ def _attribute(draw: Draw, attributes: h5py.AttributeManager, key: str) -> None:
 
 def _dataset(draw: Draw, file: h5py.File, name: str) -> None:
     old = file[name][()]
-    text = file[name].dtype.kind == "O"
+    text = file[name].dtype.kind in "OS"
     if text and file[name].shape == () and old[:1] == b"{" and draw(st.booleans()):
         value = json.loads(old)
         del file[name]

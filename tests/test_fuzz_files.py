@@ -16,7 +16,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from commands import CUTS, DRAWS, LONGEST, settings_for, within
+from commands import CUTS, DRAWS, LONGEST, SECONDS, settings_for, within
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_epic_kitchens import needs_tables, write_tables
@@ -27,6 +27,7 @@ from test_sound import noise as samples
 from test_tables import SPLITS
 from test_whole import sound, video
 
+from mbcd_cli import checksums
 from mbcd_cli.cli.list import choices
 from mbcd_cli.cli.train import show_training
 from mbcd_cli.data.media.arrays import read_array, stored_shape
@@ -40,7 +41,7 @@ from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.pretrained import load_pretrained
 from mbcd_cli.errors import MbcdError, MediaError
 from mbcd_cli.evaluation.report.comparison import compare_runs
-from mbcd_cli.files import read_records
+from mbcd_cli.files import open_hdf5, read_json, read_records, write_json
 from mbcd_cli.landscape.measure import redraw
 from mbcd_cli.preparation.cache_plan import read_listing
 from mbcd_cli.preparation.prepare import prepare
@@ -56,8 +57,6 @@ from mbcd_cli.training.curves import plot_run
 from mbcd_cli.training.train import train
 
 CPU = torch.device("cpu")
-SECONDS = 60
-"""After which reading a file of some kilobytes has hung."""
 
 
 # --- what a file is read for ---------------------------------------------------------------------------------------
@@ -180,7 +179,7 @@ def without_surprise(read: Callable[[], object], what: object) -> MbcdError | No
 
 
 FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-MANY = settings(max_examples=min(DRAWS, 300), deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=max(DRAWS // len(CASES), 10), deadline=None, suppress_health_check=list(HealthCheck))
 stress = [pytest.mark.stress, pytest.mark.timeout(0)]
 
 
@@ -203,6 +202,39 @@ def test_our_own_files(home, kept, case, effort, capsys):
             shutil.rmtree(home / "comparison", ignore_errors=True)
 
     tried()
+
+
+@pytest.mark.parametrize("recipe", ["[]", "{}", '{"modality": []}'])
+def test_an_index_without_the_name_of_its_modality(home, kept, recipe):
+    for index in home.glob("cache/tiny/audio-*/index.h5"):
+        with open_hdf5(index, "r+") as file:
+            file.attrs["recipe"] = recipe
+        checksums.stamp(index)
+    for use in CASES["index"].uses:
+        without_surprise(partial(use, home), recipe)
+
+
+def test_texts_in_place_of_views(home, kept):
+    for shard in home.glob("cache/tiny/audio-*/shard-00000.h5"):
+        with open_hdf5(shard, "r+") as file:
+            del file["test/view"]
+            file["test/view"] = ["x"] * len(file["test/clip"])
+        checksums.stamp(shard)
+    assert "cannot be read" in without_surprise(partial(again, home), "shard").message
+
+
+def test_results_without_a_head(home, kept):
+    results = home / "run/results.json"
+    value = read_json(results)
+    del value["headline"]["top1"]["audio"]
+    write_json(results, value)
+    assert "is no evaluation of ours" in without_surprise(partial(compared, home), "results").message
+
+
+def test_logs_nested_too_deep(home, kept):
+    log = home / "run/metrics.jsonl"
+    log.write_bytes(distort.DEEP.encode() + b"\n" + log.read_bytes())
+    assert "line 1: not JSON" in without_surprise(partial(curves, home), "logs").message
 
 
 # --- files of others -----------------------------------------------------------------------------------------------

@@ -396,8 +396,8 @@ class CacheWriter:
                 with open_hdf5(path) as file:
                     for name in GROUPS:
                         count = len(file[f"{name}/clip"])
-                        columns["clip"].append(file[f"{name}/clip"][()])
-                        columns["view"].append(file[f"{name}/view"][()])
+                        for column, dtype in (("clip", np.int32), ("view", np.int16)):
+                            columns[column].append(file[f"{name}/{column}"][()].astype(dtype, casting="safe"))
                         columns["shard"].append(np.full(count, number, np.int32))
                         columns["row"].append(np.arange(count, dtype=np.int32))
                     rejected.extend(read_rejected(file))

@@ -134,6 +134,8 @@ class ModalityCache:
                 if file.attrs["format"] != FORMAT:
                     raise OtherVersionError(folder, version, f"format {file.attrs['format']} instead of {FORMAT}")
                 self.recipe = json.loads(file.attrs["recipe"])
+                if not isinstance(self.recipe["modality"], str):
+                    raise TypeError("its modality has no name")
                 self.modality: Modality = _MODALITY.validate_json(file.attrs["modality_settings"])
                 self.prepared_at = str(file.attrs["prepared_at"])
                 self.listing = str(file.attrs["listing"])

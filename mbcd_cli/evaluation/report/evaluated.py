@@ -104,17 +104,18 @@ def load_run(folder: Path) -> Run:
             )
         headline = results["headline"]
         _check_current(folder, headline["checkpoint"], results.get("checkpoints", {}))
+        names = _texts(results["modalities"])
         sealed = results["target_domain"] is not None and headline["clips"] != TARGET
         in_domain = results["models"][headline["checkpoint"]][headline["model"]].get("source")
         return Run(
             path=folder,
             dataset=str(results["dataset"]),
-            modalities=_texts(results["modalities"]),
+            modalities=names,
             method=str(results["method"]),
             target=None if results["target_domain"] is None else str(results["target_domain"]),
             sources=_texts(results["source_domains"]),
             seed=int(results["seed"]),
-            heads={} if sealed else {head: 100 * float(value) for head, value in headline["top1"].items()},
+            heads={} if sealed else {head: 100 * float(headline["top1"][head]) for head in ("fused", *names)},
             in_domain=None if in_domain is None else 100 * float(in_domain["fused"]["top1"]),
             provenance=_named_texts(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
             settings=_named_texts(

@@ -32,8 +32,9 @@ _FORBIDDEN = {
     errno.EPERM: "this user may not",
 }
 # What NFS, Lustre and the like answer where locks are off (or, EBADF, to one on a folder); EWOULDBLOCK alone says that
-# another process holds one.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
+# another process holds one. Linux's own ENOTSUPP, which Lustre and NFS let out, is in no table of errors.
+_ENOTSUPP = 524
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, _ENOTSUPP, errno.EBADF)
 _HOST = re.sub(r"[^\w-]", "-", os.uname().nodename)
 
 

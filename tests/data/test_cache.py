@@ -461,7 +461,7 @@ def test_values_from_another_file_are_refused(prepared, tmp_path, name, change):
 
     stamped_again(index if name.startswith("clips") else shard, changed)
     stamped_again(index, told)
-    with pytest.raises(CacheError, match="another file|link to something|other arrays|Cannot cast"):
+    with pytest.raises(CacheError, match=r"another file|link to something|other arrays|Cannot cast"):
         ModalityCache(folder).shapes()
 
 

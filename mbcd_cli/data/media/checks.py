@@ -19,7 +19,10 @@ Choose = Callable[[int], np.ndarray]
 Notes = list[str] | None
 
 REPLACE = "Copy or download the file again, or leave its clip out."
+COMPLETE = "Complete the download, or correct the clip's span."
 REENCODE = "Re-encode or replace the file, or leave its clip out."
+MOST_MISSING = 0.5
+"""Share of a clip's frames that may be missing and replaced by others under `dataset.missing_frames=nearest`."""
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<MPD", b"<?xml", b"[playlist]")
 _ALLOWED_SECONDS, _BYTES_PER_SECOND = 30.0, 1e6
 
@@ -115,6 +118,24 @@ def tolerate(
         notes.append(f"{path}: {cause}; mended with {used}")
 
 
+def tolerate_missing(
+    path: Path, missing: int, count: int, cause: str, dataset: DatasetSettings, notes: Notes, **used: str
+) -> None:
+    """`tolerate`, where `missing` of the `count` frames of a clip are not there.
+
+    Raises:
+        MediaError: they are more than others may replace.
+    """
+    if too_few(count - missing, count):
+        raise MediaError(path, cause, COMPLETE)
+    tolerate(path, cause, dataset, notes, **used)
+
+
+def too_few(present: int, count: int) -> bool:
+    """Whether more of a clip's `count` frames are missing than others may replace."""
+    return count - present > MOST_MISSING * count
+
+
 def span_in_frames(media: Media, total: int, *, dataset: DatasetSettings, notes: Notes, slack: int) -> tuple[int, int]:
     """First frame and end (exclusive) of a clip whose span is in frames, in media of `total` frames.
 
@@ -135,7 +156,7 @@ def span_in_frames(media: Media, total: int, *, dataset: DatasetSettings, notes:
         )
     if last > total + slack:
         cause = f"{last - total} of the clip's {last - first} frames lie after the video's end ({total} frames)"
-        tolerate(media.path, cause, dataset, notes)
+        tolerate_missing(media.path, last - total, last - first, cause, dataset, notes)
     last = min(last, total)
     check_enough(media, last - first, dataset)
     return first, last

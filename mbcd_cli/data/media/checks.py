@@ -6,6 +6,7 @@ Letters: N frames chosen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ def file_version(path: Path) -> tuple[Path, int, int, int]:
     return path, stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
-def unreadable(path: Path, error: OSError) -> MediaError:
+def unreadable(path: Path | str, error: OSError) -> MediaError:
     """What the system says against reading a file or folder, with a remedy."""
     cause = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
     remedy = "Give yourself the right to read it." if isinstance(error, PermissionError) else ""
@@ -83,8 +84,8 @@ def allowed_seconds(*paths: Path | None) -> float:
     """Seconds after which decoding has stalled: half a minute, and one second for every megabyte of the files."""
     size = 0
     for path in paths:
-        if path is not None and path.is_file():
-            size += path.stat().st_size
+        with suppress(OSError):  # said when it is decoded
+            size += path.stat().st_size if path is not None and path.is_file() else 0
     return _ALLOWED_SECONDS + size / _BYTES_PER_SECOND
 
 

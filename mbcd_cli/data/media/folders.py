@@ -301,9 +301,9 @@ def read_folder(
 
 def _read_image(path: Path, grey: bool) -> np.ndarray | str:
     """One image, or what is wrong with it; OpenCV itself fills the rest of a jpg that is cut short with grey."""
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-        return "is no file"
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            return "is no file"
         data = path.read_bytes()
     except OSError as error:
         return f"cannot be read ({error.strerror})"

@@ -189,3 +189,9 @@ def test_bytes_behind_the_end_of_a_jpg_are_none_of_it(tmp_path, progressive):
     assert seen(tmp_path / "clip") == [0, 1, 2, 2, 4, 5]
     (tmp_path / "clip/3.jpg").write_bytes(data[:-2])  # the mark of its end alone
     assert seen(tmp_path / "clip") == [0, 1, 2, 2, 4, 5]
+
+
+def test_a_frame_belongs_to_the_span_that_holds_its_middle(tmp_path):
+    path = write_video(tmp_path / "a.mp4", numbered_frames(16))
+    assert seen(path, start=3.4 / 16, stop=8.6 / 16) == [3, 4, 5, 6, 7, 8]
+    assert seen(path, start=3.6 / 16, stop=8.4 / 16) == [4, 5, 6, 7]

@@ -217,13 +217,40 @@ def open_hdf5(path: Path, mode: str = "r", **options: object) -> h5py.File:
     Nobody needs it: a file is written aside, by one process, and what has its name is complete and never changed.
 
     Raises:
-        OSError: it is missing or damaged.
+        OSError: it is missing or damaged, or what it is read for lies in another file.
     """
     import h5py  # what only locks or reads lines starts without it
 
     if mode == "r" and path.exists() and not path.is_file():  # opening a pipe would wait for ever
         raise OSError("it is no plain file")
-    return h5py.File(path, mode, locking=False, **options)
+    file = h5py.File(path, mode, locking=False, **options)
+    if mode == "r":
+        try:
+            _check_inside(file)
+        except BaseException:
+            file.close()
+            raise
+    return file
+
+
+def _check_inside(file: h5py.File) -> None:
+    """Everything that a file names is in it: HDF5 follows links, virtual and external datasets without a word.
+
+    Raises:
+        OSError: something is not.
+    """
+    import h5py
+
+    def fault(name: str, link: h5py.HardLink | h5py.SoftLink | h5py.ExternalLink) -> str | None:
+        if not isinstance(link, h5py.HardLink):
+            return f"{name} is a link to something else"
+        values = file[name]
+        outside = isinstance(values, h5py.Dataset) and (values.is_virtual or values.external)
+        return f"{name} takes its values from another file" if outside else None
+
+    found = file.visititems_links(fault)
+    if found:
+        raise OSError(found)
 
 
 @contextmanager

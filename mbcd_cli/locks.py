@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from filelock import LeaseCompromise, SoftFileLease
 
 # What NFS, Lustre and the like answer where locks are off (or, EBADF, to one on a folder); EWOULDBLOCK alone says that
-# another process holds one.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF)
+# another process holds one. Linux's own ENOTSUPP, which Lustre and NFS let out, is in no table of errors.
+_ENOTSUPP = 524
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, _ENOTSUPP, errno.EBADF)
 HOLDER = ".holder"
 _LEASE = 30.0  # seconds; all processes must have the same
 _LOOK = 0.05  # seconds between two looks at a lock that another process holds

@@ -27,7 +27,7 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("number", [None, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [None, errno.ENOLCK, errno.EOPNOTSUPP, 524])
 def test_a_lock_goes_with_its_process(tmp_path, monkeypatch, number):
     path = tmp_path / "folder" / ".lock"
     environ = {}

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mbcd_cli.data.cache import group_of
 from mbcd_cli.data.corruptions import SEVERITIES
+from mbcd_cli.data.media.checks import MOST_MISSING
 from mbcd_cli.data.media.decoding import DecodeJob, decode
-from mbcd_cli.data.media.folders import MOST_MISSING
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.presence import Gap, Presence, check_media

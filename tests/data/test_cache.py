@@ -419,35 +419,43 @@ def test_an_index_that_leads_out_of_its_tables_is_one_message(prepared, tmp_path
         ModalityCache(folder)
 
 
-def outside(file: h5py.File) -> None:
-    data = file["test/part0"]
-    shape, dtype = data.shape, data.dtype
-    del file["test/part0"]
-    size = int(np.prod(shape)) * dtype.itemsize
-    file.create_dataset("test/part0", shape, dtype, external=[("/etc/passwd", 0, size)])
+def outside(file: h5py.File, name: str, values: np.ndarray) -> None:
+    file.create_dataset(name, values.shape, values.dtype, external=[("/etc/passwd", 0, values.nbytes)])
 
 
-def virtual(file: h5py.File) -> None:
-    data = file["test/part0"]
-    layout = h5py.VirtualLayout(data.shape, data.dtype)
-    layout[:] = h5py.VirtualSource("/etc/passwd", "x", data.shape)
-    del file["test/part0"]
-    file.create_virtual_dataset("test/part0", layout)
+def virtual(file: h5py.File, name: str, values: np.ndarray) -> None:
+    layout = h5py.VirtualLayout(values.shape, values.dtype)
+    layout[:] = h5py.VirtualSource("/etc/passwd", "x", values.shape)
+    file.create_virtual_dataset(name, layout)
 
 
-@pytest.mark.parametrize("change", [outside, virtual])
-def test_values_from_another_file_are_refused(prepared, tmp_path, change):
+def link(file: h5py.File, name: str, _: np.ndarray) -> None:
+    file[name] = h5py.ExternalLink("/etc/passwd", "/x")
+
+
+def records(file: h5py.File, name: str, values: np.ndarray) -> None:
+    file[name] = np.zeros(values.shape, [("a", "f4"), ("b", "i2")])
+
+
+@pytest.mark.parametrize("change", [outside, virtual, link, records])
+@pytest.mark.parametrize("name", ["test/part0", "test/part0_sum", "clips/label"])
+def test_values_from_another_file_are_refused(prepared, tmp_path, name, change):
     folder = copied(prepared, tmp_path)
-    shard = folder / "shard-00000.h5"
-    stamped_again(shard, change)
+    index, shard = folder / "index.h5", folder / "shard-00000.h5"
+
+    def changed(file: h5py.File) -> None:
+        values = file[name][()]
+        del file[name]
+        change(file, name, values)
 
     def told(file: h5py.File) -> None:
         files = json.loads(file["files"].asstr()[()]) | {shard.name: checksums.checksum(shard)}
         del file["files"]
         file["files"] = json.dumps(files)
 
-    stamped_again(folder / "index.h5", told)
-    with pytest.raises(CacheError, match="another file"):
+    stamped_again(index if name.startswith("clips") else shard, changed)
+    stamped_again(index, told)
+    with pytest.raises(CacheError, match=r"another file|link to something|other arrays|Cannot cast"):
         ModalityCache(folder).shapes()
 
 

@@ -357,6 +357,13 @@ def test_whole_videos_of_another_frame_rate_show_the_same_moments(tmp_path, fps,
     assert [round(float(frame[-8:, -8:].mean()) / 10) for frame in view[0][0].astype(float)] == expected
 
 
+def test_flow_is_computed_at_half_the_annotations_rate(tmp_path):
+    root = whole_videos(tmp_path)
+    write_tables(root / "splits")
+    listing = read_dataset(settings(root, compute_flow=True), {"video": VIDEO, "flow": FLOW})
+    assert {clip.media["flow"].computed for clip in listing.clips} == {2}
+
+
 def test_incomplete_download_is_counted_per_clip(tmp_path):
     root = frame_folders(tmp_path)
     write_tables(root / "splits")

@@ -12,6 +12,8 @@ import pytest
 from helpers import frame_numbers, moving_texture, numbered_frames, tone, write_frames, write_wav
 
 from mbcd_cli.data.media import folders
+from mbcd_cli.data.media.checks import allowed_seconds
+from mbcd_cli.data.media.decoding import DecodeJob, decode
 from mbcd_cli.data.media.flow import read_flow
 from mbcd_cli.data.media.folders import counts_from, frames_of, names_digest
 from mbcd_cli.data.media.sound import read_audio
@@ -19,7 +21,7 @@ from mbcd_cli.data.media.video import read_frames
 from mbcd_cli.data.modalities.audio import AudioModality, followed_spans
 from mbcd_cli.data.modalities.frames import FrameSampling
 from mbcd_cli.data.modalities.video import VideoModality
-from mbcd_cli.data.records import Media
+from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
 
@@ -167,22 +169,31 @@ def test_the_folder_at_fault_is_named(tmp_path):
     assert blamed(media) == (str(media.path_v), "the folder holds no numbered jpg or png frames")
 
 
-@pytest.mark.parametrize("fault", ["the folder", "a folder above it"])
+@pytest.mark.parametrize("fault", ["the folder", "a folder above it", "its frames"])
 def test_a_folder_that_may_not_be_read_is_the_clips_own_fault(tmp_path, monkeypatch, fault):
     folder = write_frames(tmp_path / "clip", numbered_frames(4))
     scandir, stat = os.scandir, os.stat
 
     def denied(real):
         def call(path, *args, **kwargs):
-            if str(path) == str(folder):
+            if str(path if fault != "its frames" else os.path.dirname(path)) == str(folder):  # noqa: PTH120
                 raise PermissionError(13, "Permission denied", str(path))
             return real(path, *args, **kwargs)
 
         return call
 
     monkeypatch.setattr(*((os, "scandir", denied(scandir)) if fault == "the folder" else (os, "stat", denied(stat))))
+    if fault == "its frames":  # a folder that may be listed and not entered
+        assert cause(folder).endswith("cannot be read (Permission denied)")
+        return
     assert cause(folder) == "Permission denied"
     assert (counts_from(folder), names_digest(folder)) == (1, "")
+    assert allowed_seconds(folder) == 30
+    clip = Clip("c", "a", "train", 0, "0", {"video": Media(folder)})
+    job = DecodeJob("video", VideoModality(sampling="reference"), DATASET, 0)
+    found = decode(0, clip, [TEST_VIEW], job).rejected
+    assert (found.file, found.cause) == (str(folder), "Permission denied")
+    assert found.remedy == "Give yourself the right to read it."
 
 
 def test_flow_as_denseflow_writes_it(tmp_path):

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import cv2
 import numpy as np
 import pytest
 from conformance import numbers_of
-from helpers import numbered_frames, tone, write_frames, write_video, write_wav
+from helpers import cause, frame_numbers, numbered_frames, tone, write_frames, write_video, write_wav
 from test_whole import video
 
 from mbcd_cli.data.media import timeline
@@ -154,3 +155,43 @@ def test_where_a_file_begins(starts, zero):
     video, audio = (SimpleNamespace(start_time=round(at * 1000), time_base=Fraction(1, 1000)) for at in starts)
     container = SimpleNamespace(streams=SimpleNamespace(video=(video,), audio=(audio,)))
     assert beginning(container) == pytest.approx(zero)
+
+
+def seen(path: Path, **span) -> list[int]:
+    return frame_numbers(read_frames(Media(path, **span), every, dataset=DATASET))
+
+
+@pytest.mark.parametrize("span", [{"start": 12, "stop": 20, "unit": "frame"}, {"start": 0.75, "stop": 1.25}])
+def test_more_than_half_past_the_end_is_rejected(tmp_path, span):
+    path = write_video(tmp_path / "a.mp4", numbered_frames(16))
+    frame = 1 if "unit" in span else 1 / 16
+    assert seen(path, **span) == [12, 13, 14, 15]
+    beyond = span | {"stop": span["stop"] + frame}
+    assert "5 of the clip's 9 frames lie after the video's end" in cause(lambda: seen(path, **beyond))
+
+
+def test_a_clip_s_own_file_with_less_than_half_of_its_frames_is_rejected(tmp_path):
+    path = write_video(tmp_path / "a.mp4", numbered_frames(16))
+    assert seen(path, frames=32) == list(range(16))
+    assert cause(lambda: seen(path, frames=33)) == "16 frames where the annotation gives 33"
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_bytes_behind_the_end_of_a_jpg_are_none_of_it(tmp_path, progressive):
+    (tmp_path / "clip").mkdir()
+    for number, frame in enumerate(numbered_frames(6)):
+        flags = [cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive), cv2.IMWRITE_JPEG_RST_INTERVAL, 2]
+        data = cv2.imencode(".jpg", frame[..., ::-1], flags)[1].tobytes()
+        behind = (b"", data, data[:-40], b"\xff\xda", b"\xff\xd9\xff\xda\0", b"\0" * 9)[number]
+        (tmp_path / f"clip/{number}.jpg").write_bytes(data + behind)
+    assert seen(tmp_path / "clip") == list(range(6))
+    (tmp_path / "clip/3.jpg").write_bytes(data[:-40])
+    assert seen(tmp_path / "clip") == [0, 1, 2, 2, 4, 5]
+    (tmp_path / "clip/3.jpg").write_bytes(data[:-2])  # the mark of its end alone
+    assert seen(tmp_path / "clip") == [0, 1, 2, 2, 4, 5]
+
+
+def test_a_frame_belongs_to_the_span_that_holds_its_middle(tmp_path):
+    path = write_video(tmp_path / "a.mp4", numbered_frames(16))
+    assert seen(path, start=3.4 / 16, stop=8.6 / 16) == [3, 4, 5, 6, 7, 8]
+    assert seen(path, start=3.6 / 16, stop=8.4 / 16) == [4, 5, 6, 7]

@@ -198,6 +198,19 @@ def test_mirrored_flow_moves_the_other_way(tmp_path):
     np.testing.assert_array_equal(mirror[1], plain[1][..., ::-1])
 
 
+@pytest.mark.parametrize("shorter", ["u", "v"])
+@pytest.mark.parametrize("interval", [0, 2])
+def test_both_directions_show_the_frames_that_both_have(tmp_path, shorter, interval):
+    made = np.stack([np.full((32, 48), 20 + 10 * t, np.uint8) for t in range(12)])
+    u, v = (write_video(tmp_path / f"{d}.mp4", made[: 11 if d == shorter else 12]) for d in "uv")
+    settings = FlowModality(frames=4, interval=interval, short_side=24, crop=24, flip=0)
+    views = load(clip_of("flow", u, path_v=v), settings, [TEST_VIEW, 0])
+    expected = 20 + 10 * sample_indices(11, settings, None)
+    for direction in range(2):
+        assert np.abs(views[0][direction, :, 0, 0] - expected).max() <= 4
+    assert np.abs(views[1][0].astype(int) - views[1][1]).max() <= 4
+
+
 def test_computed_flow_becomes_a_view(tmp_path):
     path = write_video(tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), dtype=np.uint8))
     settings = FlowModality(frames=8, short_side=32, crop=32)

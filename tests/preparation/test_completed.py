@@ -291,12 +291,15 @@ def test_flow_shorter_than_its_video_is_said(tmp_path):
     root = hac.write_media(tmp_path / "HAC")
     hac.write_splits(root / "HAC_Splits")
     for direction in "xy":
-        helpers.write_video(root / f"animal/flow/test_2_flow_{direction}.mp4", helpers.numbered_frames(8))
+        helpers.write_video(root / f"animal/flow/test_2_flow_{direction}.mp4", helpers.numbered_frames(12))
+        helpers.write_video(root / f"human/flow/test_2_flow_{direction}.mp4", helpers.numbered_frames(8))
     sets = ("modalities.video.frames=4", "modalities.video.interval=1", "dataset.max_bad=9")
-    result, _, _ = prepared("hac", root, tmp_path / "cache", *sets)
+    result, rejected, _ = prepared("hac", root, tmp_path / "cache", *sets)
     notes = result.modalities["flow"].mended
     assert {note.clip for note in notes} == {"animal-test-test_2"}
-    assert "8 frames where the annotation gives 19" in notes[0].note
+    assert "12 frames where the annotation gives 19" in notes[0].note
+    (lost,) = rejected.values()
+    assert lost.cause == "8 frames where the annotation gives 19"
 
 
 # --- caches ----------------------------------------------------------------------------------------------------------

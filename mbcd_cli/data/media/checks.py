@@ -6,6 +6,7 @@ Letters: N frames chosen.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ Choose = Callable[[int], np.ndarray]
 Notes = list[str] | None
 
 REPLACE = "Copy or download the file again, or leave its clip out."
+COMPLETE = "Complete the download, or correct the clip's span."
 REENCODE = "Re-encode or replace the file, or leave its clip out."
+MOST_MISSING = 0.5
+"""Share of a clip's frames that may be missing and replaced by others under `dataset.missing_frames=nearest`."""
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<MPD", b"<?xml", b"[playlist]")
 _ALLOWED_SECONDS, _BYTES_PER_SECOND = 30.0, 1e6
 
@@ -57,7 +61,7 @@ def file_version(path: Path) -> tuple[Path, int, int, int]:
     return path, stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
-def unreadable(path: Path, error: OSError) -> MediaError:
+def unreadable(path: Path | str, error: OSError) -> MediaError:
     """What the system says against reading a file or folder, with a remedy."""
     cause = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
     remedy = "Give yourself the right to read it." if isinstance(error, PermissionError) else ""
@@ -80,8 +84,8 @@ def allowed_seconds(*paths: Path | None) -> float:
     """Seconds after which decoding has stalled: half a minute, and one second for every megabyte of the files."""
     size = 0
     for path in paths:
-        if path is not None and path.is_file():
-            size += path.stat().st_size
+        with suppress(OSError):  # said when it is decoded
+            size += path.stat().st_size if path is not None and path.is_file() else 0
     return _ALLOWED_SECONDS + size / _BYTES_PER_SECOND
 
 
@@ -115,6 +119,24 @@ def tolerate(
         notes.append(f"{path}: {cause}; mended with {used}")
 
 
+def tolerate_missing(
+    path: Path, missing: int, count: int, cause: str, dataset: DatasetSettings, notes: Notes, **used: str
+) -> None:
+    """`tolerate`, where `missing` of the `count` frames of a clip are not there.
+
+    Raises:
+        MediaError: they are more than others may replace.
+    """
+    if too_few(count - missing, count):
+        raise MediaError(path, cause, COMPLETE)
+    tolerate(path, cause, dataset, notes, **used)
+
+
+def too_few(present: int, count: int) -> bool:
+    """Whether more of a clip's `count` frames are missing than others may replace."""
+    return count - present > MOST_MISSING * count
+
+
 def span_in_frames(media: Media, total: int, *, dataset: DatasetSettings, notes: Notes, slack: int) -> tuple[int, int]:
     """First frame and end (exclusive) of a clip whose span is in frames, in media of `total` frames.
 
@@ -135,7 +157,7 @@ def span_in_frames(media: Media, total: int, *, dataset: DatasetSettings, notes:
         )
     if last > total + slack:
         cause = f"{last - total} of the clip's {last - first} frames lie after the video's end ({total} frames)"
-        tolerate(media.path, cause, dataset, notes)
+        tolerate_missing(media.path, last - total, last - first, cause, dataset, notes)
     last = min(last, total)
     check_enough(media, last - first, dataset)
     return first, last

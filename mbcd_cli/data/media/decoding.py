@@ -24,7 +24,7 @@ import cv2
 
 from mbcd_cli.allocator import keep_freed_memory
 from mbcd_cli.data.corruptions import Corruption
-from mbcd_cli.data.media.checks import allowed_seconds
+from mbcd_cli.data.media.checks import allowed_seconds, unreadable
 from mbcd_cli.data.media.sharing import Blocks, share
 from mbcd_cli.data.modalities.modality import Modality, load_views
 from mbcd_cli.data.records import Clip, Decoded, Rejected
@@ -78,7 +78,10 @@ def decode(index: int, clip: Clip, views: list[int], job: DecodeJob) -> Decoded:
     notes: list[str] = []
     try:
         told = {"views": views, "seed": job.seed, "dataset": job.dataset, "corruption": job.corruption}
-        parts = load_views(clip, job.name, job.modality, **told, notes=notes)
+        try:
+            parts = load_views(clip, job.name, job.modality, **told, notes=notes)
+        except PermissionError as error:  # whoever looked first
+            raise unreadable(error.filename or clip.media[job.name].path, error) from None
     except MediaError as error:
         return Decoded(index, views, [], Rejected(clip.id, job.name, error.file, error.cause, error.remedy))
     except MbcdError:

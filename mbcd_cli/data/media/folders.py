@@ -23,16 +23,26 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mbcd_cli.data.media.checks import REPLACE, Choose, Notes, check_enough, chosen_indices, tolerate, unreadable
+from mbcd_cli.data.media.checks import (
+    COMPLETE,
+    REPLACE,
+    Choose,
+    Notes,
+    check_enough,
+    chosen_indices,
+    tolerate,
+    tolerate_missing,
+    too_few,
+    unreadable,
+)
 from mbcd_cli.data.media.timeline import HALF_MILLISECOND
 from mbcd_cli.data.records import Media
 from mbcd_cli.errors import MediaError
 from mbcd_cli.settings import DatasetSettings
 
-MOST_MISSING = 0.5
-"""Share of a clip's frames that may be missing and replaced by others under `dataset.missing_frames=nearest`."""
-_COMPLETE = "Complete the download, or correct the clip's span."
 _SUFFIXES = ("jpg", "jpeg", "png")
+_MARK = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # of a part of a jpg: no stuffed byte, no restart
+_END = 0xD9
 _TIME = re.compile(r"(?:.*[^A-Za-z0-9.])?\d+\.")  # before the last digits of a name that is a decimal number
 
 
@@ -258,14 +268,12 @@ def read_folder(
         lacking = frames if len(own) < count else twin
     if not len(present):
         cause = f"all {count} frames are missing, the first is {lacking.name(first)}"
-        raise MediaError(lacking.folder, cause, _COMPLETE)
+        raise MediaError(lacking.folder, cause, COMPLETE)
     check_enough(media, min(count, len(present)), dataset)
     if len(present) < count:
         gap = int(np.setdiff1d(np.arange(first, last), present)[0])
         cause = f"{count - len(present)} of {count} frames are missing, the first is {lacking.name(gap)}"
-        if too_few(len(present), count):
-            raise MediaError(lacking.folder, cause, _COMPLETE)
-        tolerate(lacking.folder, cause, dataset, notes)
+        tolerate_missing(lacking.folder, count - len(present), count, cause, dataset, notes)
     names = dict(zip(own.tolist(), frames.within(first, last), strict=True))
     read: dict[int, np.ndarray] = {}
     chosen: list[np.ndarray] = []
@@ -291,22 +299,29 @@ def read_folder(
     return np.stack(chosen).reshape(*indices.shape, *chosen[0].shape)
 
 
-def too_few(present: int, count: int) -> bool:
-    """Whether more of a clip's `count` frames are missing than others may replace."""
-    return count - present > MOST_MISSING * count
-
-
 def _read_image(path: Path, grey: bool) -> np.ndarray | str:
     """One image, or what is wrong with it; OpenCV itself fills the rest of a jpg that is cut short with grey."""
-    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-        return "is no file"
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            return "is no file"
         data = path.read_bytes()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     image = None
-    if data and not (data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")):
+    if data and not (data[:2] == b"\xff\xd8" and _is_cut(data)):
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
     if image is None:
         return "is damaged or cut short"
     return image if grey else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _is_cut(jpg: bytes) -> bool:
+    """Whether a jpg ends before the mark of its end (ITU-T T.81, B.1); what lies behind that, cameras' trailers and
+    further images, is none of it."""
+    at = 2
+    while mark := _MARK.search(jpg, at):
+        at = mark.start()
+        if jpg[at + 1] == _END:
+            return False
+        at += 2 + int.from_bytes(jpg[at + 2 : at + 4], "big")
+    return True

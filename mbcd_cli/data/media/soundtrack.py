@@ -20,6 +20,7 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 
 from mbcd_cli.data.media.checks import REENCODE, REPLACE
+from mbcd_cli.data.media.damage import check_undamaged
 from mbcd_cli.data.media.timeline import Deadline, beginning, only_stream, open_container, packet_end
 from mbcd_cli.data.media.whole import check_seconds, mp3_frames
 from mbcd_cli.errors import MediaError
@@ -57,6 +58,7 @@ class Soundtrack:
         self._kept = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 (as long as `self`)
         self._there, self._packets, self._end = 0, 0, 0.0
         try:
+            check_undamaged(path, self._container.format.name)
             self._stream = _pick(path, self._container)
             self._deadline = Deadline(path)
             self._blocks = self._decode()

@@ -23,6 +23,7 @@ from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
 from mbcd_cli.data.media.checks import REENCODE, REPLACE, allowed_seconds, check_present
+from mbcd_cli.data.media.damage import check_undamaged
 from mbcd_cli.data.media.whole import check_seconds, check_whole, stated_bytes, why_not_opened
 from mbcd_cli.errors import MediaError
 
@@ -297,7 +298,8 @@ class Packets:
         return only_stream(self.path, candidates, what="pictures", about=about, maps="-map 0:{} -map 0:a?")
 
     def _check_whole(self) -> None:
-        """Nothing is lacking of what the file claims to hold: frames of an index, or seconds."""
+        """Nothing is damaged, or lacking of what the file claims to hold: frames of an index, or seconds."""
+        check_undamaged(self.path, self._format)
         there, torn = len(self._rows), self._torn
         # The index of an mp4, cut to what is shown, has a packet for each of its entries.
         claimed = len(self.stream.index_entries) if self._format.startswith("mov") else 0

@@ -29,6 +29,7 @@ from mbcd_cli.data.media.checks import (
     is_folder,
     span_in_frames,
     tolerate,
+    tolerate_missing,
 )
 from mbcd_cli.data.media.folders import read_folder
 from mbcd_cli.data.media.kept import Kept
@@ -319,7 +320,9 @@ def _span(media: Media, timeline: Timeline, *, dataset: DatasetSettings, notes: 
     total, start, stop = len(timeline), media.start, media.stop
     if media.frames is not None and total < media.frames - _FEWER and not _has_own_rate(media, timeline):
         cause = f"{total} frames where the annotation gives {media.frames}"
-        tolerate(media.path, cause, dataset, notes, used="the frames that are there")
+        missing = media.frames - total
+        used = "the frames that are there"
+        tolerate_missing(media.path, missing, media.frames, cause, dataset, notes, used=used)
     if media.unit == "frame" or (start is None and stop is None):
         return span_in_frames(media, total, dataset=dataset, notes=notes, slack=slack)
     if timeline.rateless:
@@ -345,10 +348,10 @@ def _span(media: Media, timeline: Timeline, *, dataset: DatasetSettings, notes: 
     length = last - first + early + late
     if early:
         cause = f"{early} of the clip's {length} frames lie before the video's first frame ({begins:.2f} s)"
-        tolerate(media.path, cause, dataset, notes)
+        tolerate_missing(media.path, early + late, length, cause, dataset, notes)
     if late:
         cause = f"{late} of the clip's {length} frames lie after the video's end ({total} frames)"
-        tolerate(media.path, cause, dataset, notes)
+        tolerate_missing(media.path, early + late, length, cause, dataset, notes)
     check_enough(media, last - first, dataset)
     return first, last
 

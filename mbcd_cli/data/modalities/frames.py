@@ -108,9 +108,13 @@ class FrameModality(FrameSampling, Modality):
         from mbcd_cli.data.media.video import resize_short_side
 
         generators = draws(name)
-        picks: dict[int, list[np.ndarray]] = {}  # by the count of frames: a flow pair asks for each of its two files
+        # By the count of frames: a flow pair asks for each of its two files, and last for what both have.
+        picks: dict[int, list[np.ndarray]] = {}
+        asked = 0
 
         def choose(count: int) -> np.ndarray:
+            nonlocal asked
+            asked = count
             if count not in picks:
                 usable = frames_to_sample(count, self, media)
                 picks[count] = [sample_indices(usable, self, rng) for rng in generators]
@@ -118,7 +122,7 @@ class FrameModality(FrameSampling, Modality):
 
         frames = resize_short_side(self.read(media, choose, dataset=dataset, notes=notes), self.short_side, self.resize)
         frames = self.corrupted(frames, corruption)
-        chosen = list(picks.values())[-1]
+        chosen = picks[asked]
         decoded = np.unique(np.concatenate(chosen))
         return [
             (self._geometry(frames, np.searchsorted(decoded, pick), rng),)

@@ -119,6 +119,14 @@ def test_the_target_to_begin_with_and_what_check_cannot_know(tmp_path):
     assert any("leave_out" in line for line in report["warnings"])
     two = ["--set", "dataset.domains=['both', 'only trained on']"]
     assert run(*words).data["target"] == "only tested"
+    train = ["train", "--dataset", tmp_path.name, "--cache-dir", tmp_path / "cache", "--run", tmp_path / "run"]
+    train += ["--batch-size", 1, "--max-steps", 1, "--target-domain"]
+    said = run(*train, "both", code=1).stderr
+    assert "Its table has none: choose other domains with --source-domains." in said
+    whole = ["--source-domains", "both", "--set", "dataset.target_split=all"]
+    said = run(*train, "only trained on", *whole, code=1).stderr
+    assert "no test views of the training clips of 'only trained on'" in said
+    assert not (tmp_path / "run" / "settings.toml").exists()
     assert run(*words, *two).data["target"] == "both"
     assert run(*words, *two, "--set", "dataset.target_split=all").data["target"] == "only trained on"
 

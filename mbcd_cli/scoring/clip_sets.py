@@ -65,8 +65,8 @@ def clip_sets(settings: Settings, dataset: Dataset) -> list[ClipSet]:
             )
         if not dataset.has_test_views(sets[-1].clips):
             raise CacheError(
-                f"The cache of {dataset.name} has no test views of the training clips of {target!r}, the target domain.",
-                "Prepare it with --set dataset.target_split=all, or test its test clips: --set dataset.target_split=test.",
+                f"The cache of {dataset.name} has no test views of the target {target!r} in its training clips.",
+                "Prepare it with --set dataset.target_split=all, or test the others: --set dataset.target_split=test.",
             )
     sets = [s for s in sets if len(s.clips)]
     if not sets:

@@ -28,7 +28,7 @@ from mbcd_cli.settings.sources import Layer, environment_layer, load_preset, mer
 
 _SHOWN = 80
 _PLAINLY = {  # what pydantic says in Python's words
-    "tuple_type": "Input should be a list, such as '[\"a\", \"b\"]' (in single quotes, or the shell takes the others)",
+    "tuple_type": 'Input should be a list, such as \'["a", "b"]\' (in single quotes, or the shell takes the others)',
     "too_short": "Input should be a list of at least {min_length}",
     "model_type": "Input should be a group of settings, one by one: {path}.name=... and the like",
     "model_attributes_type": "Input should be a group of settings, one by one: {path}.name=... and the like",

@@ -286,7 +286,7 @@ def test_files_and_assignments_as_people_write_them(tmp_path):
         ("cache.dtype=float", "Did you mean float"),
         ("landscape.radii=[1e39]", "have 1 problem:\n  landscape.radii.0: "),
         ("landscape.radii=[]", "landscape.radii: Input should be a list of at least 1 "),
-        ("landscape.analyses=[curve]", "Input should be a list, such as '[\"a\", \"b\"]' (in single quotes"),
+        ("landscape.analyses=[curve]", 'Input should be a list, such as \'["a", "b"]\' (in single quotes'),
         ("method=[]", "method: Input should be a group of settings"),
     ],
 )

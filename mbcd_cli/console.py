@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,8 +140,7 @@ def table(
     """Print a table, its first `most` rows; columns of figures are right-aligned, those with text left-aligned."""
     cells = [[str(cell) for cell in row] for row in rows]
     if tables_folder is not None:
-        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80]
-        write_table(tables_folder / f"{name or 'table'}.csv", columns, cells, place="--csv")
+        write_table(tables_folder / f"{_file_name(title)}.csv", columns, cells, place="--csv")
     hidden = 0 if most is None else max(len(cells) - most, 0)
     cells = cells[: len(cells) - hidden]
     grid = Table(title=_as_it_is(title), title_justify="left", title_style="bold")
@@ -153,6 +153,12 @@ def table(
     to.print(grid)
     if hidden:
         to.print(f"... and {hidden} more rows (--json has all of them, and so have the files of --csv)", markup=False)
+
+
+def _file_name(title: str) -> str:
+    """Letters and digits of a title, of any script; a long one, which others may begin like, with its checksum."""
+    name = re.sub(r"\W+", "-", title.lower()).strip("-")
+    return name if 0 < len(name.encode()) <= 200 else f"{name[:50]}-{zlib.crc32(title.encode()):08x}"
 
 
 def emit_json(result: object) -> None:

@@ -119,7 +119,7 @@ def test_a_changed_row_is_named_when_it_is_read(home, kept, verify):
         everything(dataset)
 
 
-def test_a_shard_that_is_gone_is_called_missing(home):
+def test_a_shard_that_is_gone_is_called_missing(home, kept):
     shard_path(dataset_of(home).caches["audio"].folder, 0).unlink()
     with pytest.raises(CacheError, match=r"shard-00000\.h5 is missing\.\n.*mbcd repair"):
         everything(dataset_of(home))

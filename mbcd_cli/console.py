@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mbcd_cli.files import write_table
-from mbcd_cli.say import Say, Ticker
+from mbcd_cli.say import Say, Ticker, are_figures
 
 _PLAIN_WIDTH = 140
 
@@ -46,7 +46,6 @@ tables_folder: Path | None = None
 """Where every table that is printed is written as CSV too; None: nowhere."""
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
-_FIGURE = re.compile(r"[-+]?[0-9.,]*( ?(±|\+-) ?[0-9.]+)?%?")
 
 
 class _Rate(ProgressColumn):
@@ -145,8 +144,8 @@ def table(
     cells = cells[: len(cells) - hidden]
     grid = Table(title=_as_it_is(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        figures = bool(cells) and all(_FIGURE.fullmatch(row[index]) for row in cells)
-        grid.add_column(_as_it_is(column), justify="right" if figures else "left", overflow="fold")
+        justify = "right" if are_figures([row[index] for row in cells]) else "left"
+        grid.add_column(_as_it_is(column), justify=justify, overflow="fold")
     for row in cells:
         grid.add_row(*map(_as_it_is, row))
     to = err if to_stderr else out

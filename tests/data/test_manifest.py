@@ -126,8 +126,8 @@ def test_label_names_domains_and_their_order(tmp_path):
 
 def test_unknown_domain_names_the_known_ones(tmp_path):
     write_manifest(tmp_path / "manifest.csv", FOUR)
-    with pytest.raises(ManifestError, match="It has: a, b"):
-        read(DatasetSettings(root=tmp_path, domains=("z",)), {})
+    with pytest.raises(ManifestError, match=r"Did you mean b\? It has: a, b"):
+        read(DatasetSettings(root=tmp_path, domains=("bb",)), {})
 
 
 def test_names_of_datasets(tmp_path):

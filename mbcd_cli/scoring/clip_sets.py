@@ -65,7 +65,7 @@ def clip_sets(settings: Settings, dataset: Dataset) -> list[ClipSet]:
             )
         if not dataset.has_test_views(sets[-1].clips):
             raise CacheError(
-                f"The cache of {dataset.name} has no test views of the target {target!r} in its training clips.",
+                f"The cache of {dataset.name} has no test views of the training clips of the target {target!r}.",
                 "Prepare it with --set dataset.target_split=all, or test the others: --set dataset.target_split=test.",
             )
     sets = [s for s in sets if len(s.clips)]

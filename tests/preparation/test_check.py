@@ -125,7 +125,7 @@ def test_the_target_to_begin_with_and_what_check_cannot_know(tmp_path):
     assert "Its table has none: choose other domains with --source-domains." in said
     whole = ["--source-domains", "both", "--set", "dataset.target_split=all"]
     said = run(*train, "only trained on", *whole, code=1).stderr
-    assert "no test views of the training clips of 'only trained on'" in said
+    assert "no test views of the training clips of the target 'only trained on'" in said
     assert not (tmp_path / "run" / "settings.toml").exists()
     assert run(*words, *two).data["target"] == "both"
     assert run(*words, *two, "--set", "dataset.target_split=all").data["target"] == "only trained on"

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mbcd_cli.files import write_table
-from mbcd_cli.say import Say, Ticker
+from mbcd_cli.say import Say, Ticker, are_figures
 
 _PLAIN_WIDTH = 140
 
@@ -45,7 +46,6 @@ tables_folder: Path | None = None
 """Where every table that is printed is written as CSV too; None: nowhere."""
 
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
-_FIGURE = re.compile(r"[-+]?[0-9.,]*( ?(±|\+-) ?[0-9.]+)?%?")
 
 
 class _Rate(ProgressColumn):
@@ -139,20 +139,25 @@ def table(
     """Print a table, its first `most` rows; columns of figures are right-aligned, those with text left-aligned."""
     cells = [[str(cell) for cell in row] for row in rows]
     if tables_folder is not None:
-        name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:80]
-        write_table(tables_folder / f"{name or 'table'}.csv", columns, cells, place="--csv")
+        write_table(tables_folder / f"{_file_name(title)}.csv", columns, cells, place="--csv")
     hidden = 0 if most is None else max(len(cells) - most, 0)
     cells = cells[: len(cells) - hidden]
     grid = Table(title=_as_it_is(title), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        figures = bool(cells) and all(_FIGURE.fullmatch(row[index]) for row in cells)
-        grid.add_column(_as_it_is(column), justify="right" if figures else "left", overflow="fold")
+        justify = "right" if are_figures([row[index] for row in cells]) else "left"
+        grid.add_column(_as_it_is(column), justify=justify, overflow="fold")
     for row in cells:
         grid.add_row(*map(_as_it_is, row))
     to = err if to_stderr else out
     to.print(grid)
     if hidden:
         to.print(f"... and {hidden} more rows (--json has all of them, and so have the files of --csv)", markup=False)
+
+
+def _file_name(title: str) -> str:
+    """Letters and digits of a title, of any script; a long one, which others may begin like, with its checksum."""
+    name = re.sub(r"\W+", "-", title.lower()).strip("-")
+    return name if 0 < len(name.encode()) <= 200 else f"{name[:50]}-{zlib.crc32(title.encode()):08x}"
 
 
 def emit_json(result: object) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from io import BufferedWriter, FileIO
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from mbcd_cli.checksums import PLACE, USER_BLOCK, stamp, verified
@@ -47,6 +48,19 @@ def unwritable(
         )
     why = _FORBIDDEN.get(error.errno or 0) or (os.strerror(error.errno) if error.errno else error)
     return FileError(f"{path} cannot be written: {why}.", f"Name another folder with {place}, or mend this one.")
+
+
+def make_folder(path: Path, *, place: str = "--output") -> None:
+    """Make the folder of what long work will write at its end, and see before it that files can be written there.
+
+    Raises:
+        FileError: they cannot; `place` is the flag that names it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise unwritable(path, error, place=place) from error
 
 
 @contextmanager

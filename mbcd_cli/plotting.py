@@ -20,6 +20,24 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 SEQUENTIAL = "cividis"
 """Colour map for ordered values; readable with every kind of colour vision and in grey."""
 
+_SCRIPTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Microsoft YaHei",
+    "SimHei",
+    "Malgun Gothic",
+    "Arial Unicode MS",
+    "Unifont",
+)
+"""Fonts with letters that matplotlib's own lacks, where one is installed: names of classes and domains are users'."""
+
 DPI = 130
 """Pixels an inch."""
 
@@ -28,10 +46,13 @@ DPI = 130
 def _style() -> None:
     """Once, when something is drawn: matplotlib takes half a second to import."""
     import matplotlib
+    from matplotlib.font_manager import fontManager
 
+    installed = set(fontManager.get_font_names())
     matplotlib.rcdefaults()  # not what a file of the user's says: TeX, other fonts and sizes
     matplotlib.rcParams.update(
         {
+            "font.family": ["DejaVu Sans", *(name for name in _SCRIPTS if name in installed)],
             "font.size": 10,
             "axes.titlesize": 11,
             "axes.spines.top": False,

@@ -27,6 +27,12 @@ from mbcd_cli.settings import ReaderSettings, Settings, flag_of, role_of
 from mbcd_cli.settings.sources import Layer, environment_layer, load_preset, merge, nest, read_toml, set_layers
 
 _SHOWN = 80
+_PLAINLY = {  # what pydantic says in Python's words
+    "tuple_type": 'Input should be a list, such as \'["a", "b"]\' (in single quotes, or the shell takes the others)',
+    "too_short": "Input should be a list of at least {min_length}",
+    "model_type": "Input should be a group of settings, one by one: {path}.name=... and the like",
+    "model_attributes_type": "Input should be a group of settings, one by one: {path}.name=... and the like",
+}
 """Characters of a wrong value that a message repeats."""
 DEFAULT_READER = ReaderSettings().name
 PUBLISHED = "-published"
@@ -242,7 +248,7 @@ def validate(values: Mapping[str, object], layers: Sequence[Layer] = ()) -> Sett
             break
         except ValidationError as error:
             first = first or error
-            problems += error.errors()
+            problems += _outermost(error.errors())
             dropped = [_drop(left, _path(problem)) for problem in error.errors()]
             if not all(dropped):
                 break
@@ -254,6 +260,12 @@ def validate(values: Mapping[str, object], layers: Sequence[Layer] = ()) -> Sett
         "\n".join([f"The settings have {len(lines)} {noun}:", *(f"  {line}" for line in lines)]),
         "`mbcd train --show-settings` prints a valid tree; docs/settings.md explains every field.",
     ) from first
+
+
+def _outermost(problems: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without what is said of a list only because some of its values are refused: that it is too short."""
+    around = {problem["loc"][:-1] for problem in problems}
+    return [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in around]
 
 
 def _with_kinds(values: Mapping[str, object]) -> Mapping[str, object]:
@@ -294,6 +306,8 @@ def _describe(problem: Mapping[str, object], layers: Sequence[Layer], tree: type
     loc = _path(problem)
     path = ".".join(loc)
     message = problem["msg"].removeprefix("Value error, ")
+    if plain := _PLAINLY.get(problem["type"]):
+        message = plain.format_map({"path": path, **problem.get("ctx", {})})
     if problem["type"] == "extra_forbidden":
         message = "no such setting" + (_nearest(loc, tree) or _of_method(loc, tree))
         given = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,14 @@ T = TypeVar("T")
 
 PLAIN_SECONDS = 60.0
 """Between two lines about one piece of long work, where there is no terminal to draw a bar on."""
+
+
+_FIGURE = re.compile(r"[-+]?[0-9.,]*( ?(±|\+-) ?[0-9.]+)?%?")
+
+
+def are_figures(cells: Sequence[str]) -> bool:
+    """Whether a table's column holds figures alone, which stand to the right; text stands to the left."""
+    return bool(cells) and all(_FIGURE.fullmatch(cell) for cell in cells)
 
 
 class Ticker:

@@ -49,3 +49,14 @@ def test_a_name_neither_steers_the_terminal_nor_stops_it(capsys):
     shown = "".join(capsys.readouterr())
     assert not set("\x1b\x07\x9b") & set(shown)
     assert shown.count(r"clip\x1b]0;title\x07\x9b31m\udcff") == 6
+
+
+def test_tables_whose_titles_begin_alike_have_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "tables_folder", tmp_path)
+    begin = "digits, " + "+".join(f"modality-{n}" for n in range(40))
+    titles = [f"{begin}: accuracy", f"{begin}: regret", "\u6771\u4eac", "\u5927\u962a", "\u2605", "\u2606"]
+    for title in titles:
+        console.table(title, ("what",), [(title,)])
+    assert sorted(file.read_text(encoding="utf-8").split()[-1].strip('"') for file in tmp_path.iterdir()) == sorted(
+        title.split()[-1] for title in titles
+    )

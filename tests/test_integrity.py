@@ -119,6 +119,12 @@ def test_a_changed_row_is_named_when_it_is_read(home, kept, verify):
         everything(dataset)
 
 
+def test_a_shard_that_is_gone_is_called_missing(home, kept):
+    shard_path(dataset_of(home).caches["audio"].folder, 0).unlink()
+    with pytest.raises(CacheError, match=r"shard-00000\.h5 is missing\.\n.*mbcd repair"):
+        everything(dataset_of(home))
+
+
 def test_rows_are_bound_to_their_clip(home, kept):
     """Two rows that change places, with their checksums, are still told."""
     dataset = dataset_of(home)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -26,6 +27,18 @@ def test_names_of_the_users_are_no_formulas(tmp_path):
         ):
             assert path.stat().st_size
     assert plotting.legend_label("_lab") == " _lab"
+
+
+def test_letters_that_matplotlibs_own_font_lacks_come_from_an_installed_one(monkeypatch):
+    plotting._style.cache_clear()
+    monkeypatch.setattr(plotting, "_SCRIPTS", ("No Such Font", "STIXGeneral"))
+    figure, axes = plotting.figure()
+    assert matplotlib.rcParams["font.family"] == ["DejaVu Sans", "STIXGeneral"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        axes.set_title("\u20dd, which STIX alone has")
+        figure.canvas.draw()
+    plotting._style.cache_clear()
 
 
 def test_powers_and_panels_are_formulas(tmp_path):

@@ -20,7 +20,7 @@ from typer.models import CommandInfo
 from mbcd_cli import console
 from mbcd_cli.cli.help import command_with
 from mbcd_cli.cli.outcome import finish, outcome
-from mbcd_cli.files import unwritable
+from mbcd_cli.files import make_folder
 from mbcd_cli.naming import name_faults
 from mbcd_cli.settings import FLAGS, CacheSettings, ManifestSettings, MethodSettings, Settings
 
@@ -177,7 +177,8 @@ def command(
             )
             console.tables_folder = given.pop("csv_")
             with outcome(as_json=asked.as_json, debug=debug):
-                _make(console.tables_folder)
+                if console.tables_folder is not None:
+                    make_folder(console.tables_folder, place="--csv")
                 shown = function(asked, **given)
                 if shown is not None:
                     finish(*shown, as_json=asked.as_json)
@@ -204,15 +205,6 @@ def command(
         return CommandInfo(function.__name__, cls=command_with(examples), callback=run, context_settings=help_names)
 
     return make
-
-
-def _make(folder: Path | None) -> None:
-    """The folder of --csv, made before the work whose tables it is for."""
-    try:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error, place="--csv") from error
 
 
 def _at_home(value: object) -> object:

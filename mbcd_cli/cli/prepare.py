@@ -85,7 +85,10 @@ def prepare(
     result = prepare(settings, **spoilt, say=console.terminal)
     if result is None:  # rank 0 of several processes tells
         return None
-    return result, partial(show_prepared, result, preset=preset, repeat=_repeated(asked, layered=bool(preset)))
+    repeat = _repeated(asked, layered=bool(preset))
+    if "dataset.name" in asked.flags or result.dataset != (preset and Path(preset).stem):
+        repeat = ["--dataset", result.dataset, *repeat]
+    return result, partial(show_prepared, result, preset=preset, repeat=repeat)
 
 
 def _severities(text: str) -> tuple[int, ...]:
@@ -108,7 +111,7 @@ def _look_up(reader: str, root: Path | None) -> None:
         root_of(DatasetSettings(root=root))
 
 
-_MEANT = ("dataset.name", "cache.views", "dataset.missing_frames")
+_MEANT = ("cache.views", "dataset.missing_frames")
 """Flags of `prepare` that `train` has to be told as settings."""
 
 
@@ -155,8 +158,8 @@ def show_prepared(result: Prepared, *, preset: str | None, repeat: Sequence[str]
             f"Mend the files in the table above, or run again with --max-bad {bad}."
         )
         return
-    named = ["--preset", preset] if preset else ["--dataset", result.dataset]
-    console.say(f"Next: mbcd train {shlex.join([*named, '--target-domain', result.target, *repeat])}")
+    named = ["--preset", preset] if preset else []
+    console.say(f"Next: mbcd train {shlex.join([*named, *repeat, '--target-domain', result.target])}")
 
 
 _SHOWN = 5

@@ -117,13 +117,14 @@ class CachedDataset:
             )
         domain_ids = [self.domains.index(domain) for domain in domains]
         split_ids = [SPLITS.index(split) for split in splits]
-        chosen = np.flatnonzero(
-            self._usable & np.isin(self.clips.domains, domain_ids) & np.isin(self.clips.splits, split_ids)
-        )
+        wanted = np.isin(self.clips.domains, domain_ids) & np.isin(self.clips.splits, split_ids)
+        chosen = np.flatnonzero(self._usable & wanted)
         if not len(chosen):
             raise CacheError(
                 f"Dataset {self.name} has no usable clips of domains {', '.join(domains)}, split {'/'.join(splits)}.",
-                "`mbcd prepare` lists the rejected clips and why.",
+                "`mbcd prepare` lists the rejected clips and why."
+                if wanted.any()
+                else "Its table has none: choose other domains with --source-domains.",
             )
         if limit is not None and limit < len(chosen):
             chosen = chosen[np.linspace(0, len(chosen) - 1, limit).round().astype(np.int64)]

@@ -213,7 +213,8 @@ class ModalityCache:
         return self._where[:, view + 1] >= 0
 
     def _damaged(self, path: Path, why: object) -> CacheError:
-        return CacheError(f"{path} is damaged: {why}.", f"`mbcd repair {self.folder}` computes it anew from the media.")
+        what = "is missing" if isinstance(why, FileNotFoundError) else f"is damaged: {why}"
+        return CacheError(f"{path} {what}.", f"`mbcd repair {self.folder}` computes it anew from the media.")
 
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         """The state dict in the file `name` (tail.pt, trunk.pt).

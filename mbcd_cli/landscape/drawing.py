@@ -286,9 +286,9 @@ def plot_spectra(files: Mapping[str, Path], path: Path) -> Path:
         axes.plot([], [], color=colour, label=f"{label}: {plain}")
     if len(values):
         axes.set_yscale("log")
-        axes.set_ylim(1e-7 / width, 300 / width)
+        axes.set_ylim(1e-7 / width, 2 / width)  # all of it in one place is 0.4 / width
     axes.set_xlabel("eigenvalue")
-    axes.set_ylabel("density")
+    axes.set_ylabel(f"density, by Gaussians of width {width:.2g}")
     axes.legend(loc="upper right", fontsize=9)
     subjects = dict.fromkeys(about.get("subject", "") for _, about in loaded.values())
     title = "Spectral density of the Hessian"

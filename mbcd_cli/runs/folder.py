@@ -142,7 +142,8 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
         path: the folder.
         settings: the resolved tree; saved in a new folder, compared with the saved one on resume.
         resume: go on with the run that is there.
-        overwrite: delete the run that is there first; only a folder with settings.toml is ever deleted.
+        overwrite: delete the run that is there first; only a folder with settings.toml is ever deleted, without
+            being asked only where it has neither a checkpoint nor an epoch.
 
     Raises:
         RunError: the folder is in the way, not a run, or its run has other settings (they are named).
@@ -158,7 +159,7 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
         raise RunError(f"There is no run to resume in {path}.", "Start it without --resume, or check --run.")
     if exists and not is_run:
         raise RunError(f"{path} exists and is no run folder (no {SETTINGS}).", "Name another one with --run.")
-    if exists and not (resume or overwrite):
+    if _begun(path) and not (resume or overwrite):
         raise RunError(f"{path} already holds a run.", "Go on with --resume, or replace it with --overwrite.")
     held = lock(path / _LOCK, place="--run")
     if held is None:
@@ -178,6 +179,11 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
         held.close()
         raise
     return RunFolder(path, lock=held, resumed=resume)
+
+
+def _begun(path: Path) -> bool:
+    """Whether a run folder holds what a new run would lose; one that was refused, or killed, at its start does not."""
+    return any((path / name).exists() for name in (DONE, LOGS[0])) or any(path.glob("checkpoints/*.pt"))
 
 
 def _compare(path: Path, settings: Settings) -> None:

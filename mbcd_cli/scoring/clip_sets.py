@@ -63,6 +63,11 @@ def clip_sets(settings: Settings, dataset: Dataset) -> list[ClipSet]:
                 "Choose another --target-domain, or test all of its clips: --set dataset.target_split=all, given to "
                 "`mbcd prepare` and here.",
             )
+        if not dataset.has_test_views(sets[-1].clips):
+            raise CacheError(
+                f"The cache of {dataset.name} has no test views of the training clips of the target {target!r}.",
+                "Prepare it with --set dataset.target_split=all, or test the others: --set dataset.target_split=test.",
+            )
     sets = [s for s in sets if len(s.clips)]
     if not sets:
         raise MbcdError(

@@ -134,7 +134,8 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
     try:
         values = _parse_leaves(_Environment().model_dump(exclude_defaults=True))
     except (ValueError, RecursionError) as error:  # of a whole part: no JSON, or no object
-        bad = [name for name in environ if name.upper().startswith(ENV_PREFIX) and "__" not in name]
+        ours = [name for name in environ if name.upper().startswith(ENV_PREFIX)]
+        bad = [name for name in ours if "__" not in name] or ours  # a field's may be nested too deep
         raise SettingsError(
             f"The environment variable {', '.join(sorted(bad))} does not hold a part's settings.",
             f"Write {ENV_PREFIX}PART__FIELD=value, a field each.",

@@ -14,6 +14,7 @@ from typing import Any
 from mbcd_cli.data.records import MODALITY_ORDER, modality_order
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import short_name
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.resolved import PUBLISHED
 from mbcd_cli.runs.names import run_name, settings_key
 from mbcd_cli.settings import Settings, role_of
@@ -146,7 +147,8 @@ def splits(protocol: str, domains: Sequence[str], targets: Sequence[str]) -> lis
     unknown = [target for target in targets if target not in domains]
     if unknown:
         raise SettingsError(
-            f"--targets: there is no domain {', '.join(map(repr, unknown))}.", f"The domains are {', '.join(domains)}."
+            f"--targets: there is no domain {', '.join(map(repr, unknown))}.",
+            f"{did_you_mean(unknown[0], domains)}The domains are {', '.join(domains)}.",
         )
     if protocol == "in-domain":
         return [((domain,), None) for domain in domains if domain in targets]

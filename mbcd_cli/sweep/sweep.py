@@ -16,6 +16,7 @@ from mbcd_cli.errors import CacheError, MbcdError, RunError, SettingsError
 from mbcd_cli.evaluation.report.comparison import Comparison, write_comparison_files
 from mbcd_cli.evaluation.report.plots import plot_methods
 from mbcd_cli.evaluation.report.tables import Table
+from mbcd_cli.files import make_folder
 from mbcd_cli.json_values import OPTIONAL
 from mbcd_cli.methods import method_class
 from mbcd_cli.preparation import prepare as preparing
@@ -161,6 +162,8 @@ def sweep(
         planned = estimate_sweep(*phases, jobs=jobs, width=width_of(pack))
         return planned if search is None else replace(planned, searched=search.settings())
     where, title = output or output_of(request, cells), title_of(request, cells)
+    if not collect:
+        make_folder(where)
     outcome = SweepOutcome()
 
     def run_too(more: Sequence[Cell]) -> SweepOutcome:

@@ -126,8 +126,8 @@ def test_label_names_domains_and_their_order(tmp_path):
 
 def test_unknown_domain_names_the_known_ones(tmp_path):
     write_manifest(tmp_path / "manifest.csv", FOUR)
-    with pytest.raises(ManifestError, match="It has: a, b"):
-        read(DatasetSettings(root=tmp_path, domains=("z",)), {})
+    with pytest.raises(ManifestError, match=r"Did you mean b\? It has: a, b"):
+        read(DatasetSettings(root=tmp_path, domains=("bb",)), {})
 
 
 def test_names_of_datasets(tmp_path):
@@ -288,13 +288,12 @@ def test_headers(tmp_path):
 
 def test_splits_that_are_missing(tmp_path):
     # A domain that is only ever tested is the most natural one of domain generalization.
-    assert listing(tmp_path, [row(0), row(1), row(3)]).warnings == [
-        "domain b has no clips of the train split: it cannot be a source",
-    ]
-    got = listing(tmp_path, [row(0), row(1), row(2)])
-    assert got.warnings == [
-        "domain b has no clips of the test split: it can be neither validated on nor a target",
-    ]
+    got = listing(tmp_path, [row(0), row(1), row(3)])
+    assert got.warnings == ["domain b has no clips of the train split: it can only be a target"]
+    said = "domain b has no clips of the test split: it can only be a target"
+    hint = ", by all its clips (--set dataset.target_split=all)"
+    assert listing(tmp_path, [row(0), row(1), row(2)]).warnings == [said + hint]
+    assert listing(tmp_path, [row(0), row(1), row(2)], target_split="all").warnings == [said]
     assert listing(tmp_path, [row(0), row(1), row(3)], domains=("a",)).domains == ("a",)
 
 

@@ -106,3 +106,10 @@ def test_the_demos_shortcut_is_a_setting(tmp_path, monkeypatch):
     demo.read(settings.model_copy(update={"reader": demo.DemoSettings()}), {})
     with pytest.raises(ManifestError, match=r"shortcut 0\.25, not 0\.5"):
         demo.read(settings.model_copy(update={"reader": demo.DemoSettings(shortcut=0.5)}), {})
+
+
+@pytest.mark.parametrize(("reader", "wrong", "near"), [(digits, "northwst", "northwest"), (synthetic, "m11", "m1")])
+def test_a_modality_that_is_not_there_names_the_nearest(tmp_path, reader, wrong, near):
+    settings = resolve(sets=(f"dataset.reader.name={reader.__name__.split('.')[-1]}", f"modalities.{wrong}.kind=array"))
+    with pytest.raises(ManifestError, match=rf"and no {wrong}\.\nDid you mean {near}\?"):
+        reader.read(settings.dataset, settings.modalities)

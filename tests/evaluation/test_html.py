@@ -144,6 +144,12 @@ def test_comparison_page_and_table_escape_what_they_show(tmp_path):
     assert "<strong>1.00 ± 0.50</strong>" in table_html(table)
 
 
+def test_columns_of_text_stand_to_the_left():
+    rows = [("best", "target (street)", "75.0", "+1.2 ± 0.3"), ("last", "source (a, b)", "-", "-0.5 ± 0.1")]
+    page = table_html(Table("t", "a title", ("model", "tested on", "fused", "more"), rows))
+    assert re.findall(r'<t[hd][^>]*"text-align: left">([^<]*)', page) == ["tested on", rows[0][1], rows[1][1]]
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
 def test_report_in_a_real_browser(report, tmp_path):
     """The page loads, shows its pictures, and is no wider than a phone."""

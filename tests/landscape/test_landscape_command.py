@@ -8,6 +8,7 @@ import pytest
 import torch
 from landscape_cases import make_checkpoint, make_dataset, make_settings
 
+from mbcd_cli import plotting
 from mbcd_cli.cli.landscape import show_landscape
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
 from mbcd_cli.files import read_json
@@ -233,7 +234,13 @@ def test_curvature(tmp_path):
         run(tmp_path / "a", **{**chosen, "eigenvalues": 2})
 
 
-def test_spectra_are_drawn(tmp_path):
+def test_spectra_are_drawn(tmp_path, monkeypatch):
+    figures, save = [], plotting.save
+    monkeypatch.setattr(plotting, "save", lambda figure, path: (figures.append(figure), save(figure, path))[1])
     result = run(tmp_path, analyses=("curvature",), density_steps=10, trace_probes=3)
     assert (tmp_path / "land" / "spectrum.png").stat().st_size > 1000
     assert result.files["spectrum plot"].name == "spectrum.png"
+    (axes,) = (figure.axes[0] for figure in figures if "Spectral" in figure.axes[0].get_title())
+    peak = max(float(max(line.get_ydata(), default=0)) for line in axes.lines if len(line.get_ydata()) > 9)
+    assert peak < axes.get_ylim()[1] < 30 * peak
+    assert "width" in axes.get_ylabel()

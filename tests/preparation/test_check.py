@@ -82,9 +82,26 @@ def test_what_to_run_next_finds_what_was_prepared(root, tmp_path, monkeypatch):
     shown = " ".join(run(*words, "--set", "cache.shard_clips=2").stderr.split())
     (line,) = re.findall(r"Next: mbcd (train .*)", shown)
     assert "shard_clips" not in line
-    assert "dataset.name=tiny" in line
+    assert "--dataset tiny" in line
     trained = run(*shlex.split(line), "--epochs", 1, "--batch-size", 2, "--json")
     assert trained.data["epochs"] == 1
+
+
+def test_what_to_run_next_names_a_dataset_that_its_preset_does_not(tmp_path, monkeypatch):
+    """`prepare` calls it after its folder, `train` after its preset."""
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "mine"
+    for number in range(12):
+        helpers.write_array(root / f"{number}.npy", np.full(4, number % 2, np.float32))
+    rows = [
+        {"id": n, "domain": "ab"[n // 6], "split": "train" if n % 6 < 4 else "test", "label": n % 2, "x": f"{n}.npy"}
+        for n in range(12)
+    ]
+    helpers.write_manifest(root / "manifest.csv", rows)
+    (tmp_path / "recipe.toml").write_text("[dataset]\nclasses = 2\n")
+    shown = " ".join(run("prepare", "manifest", "--root", "mine", "--preset", "recipe.toml").stderr.split())
+    (line,) = re.findall(r"Next: mbcd (train .*)", shown)
+    assert run(*shlex.split(line), "--max-steps", 1, "--batch-size", 2, "--json").data["steps"] == 1
 
 
 def test_the_target_to_begin_with_and_what_check_cannot_know(tmp_path):
@@ -102,6 +119,14 @@ def test_the_target_to_begin_with_and_what_check_cannot_know(tmp_path):
     assert any("leave_out" in line for line in report["warnings"])
     two = ["--set", "dataset.domains=['both', 'only trained on']"]
     assert run(*words).data["target"] == "only tested"
+    train = ["train", "--dataset", tmp_path.name, "--cache-dir", tmp_path / "cache", "--run", tmp_path / "run"]
+    train += ["--batch-size", 1, "--max-steps", 1, "--target-domain"]
+    said = run(*train, "both", code=1).stderr
+    assert "Its table has none: choose other domains with --source-domains." in said
+    whole = ["--source-domains", "both", "--set", "dataset.target_split=all"]
+    said = run(*train, "only trained on", *whole, code=1).stderr
+    assert "no test views of the training clips of the target 'only trained on'" in said
+    assert not (tmp_path / "run" / "settings.toml").exists()
     assert run(*words, *two).data["target"] == "both"
     assert run(*words, *two, "--set", "dataset.target_split=all").data["target"] == "only trained on"
 

@@ -149,6 +149,20 @@ def test_an_existing_run_is_never_overwritten_unasked(trained):
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_that_ended_before_its_first_epoch_is_in_nobodys_way(tmp_path):
+    """A setting that is refused, or a kill, at the start: the command with the mended setting needs no --overwrite."""
+    open_run(tmp_path, settings=memory_settings(), resume=False, overwrite=False).close()
+    (tmp_path / "steps.jsonl").write_text('{"step": 1}\n')
+    open_run(tmp_path, settings=memory_settings(training={"seed": 1}), resume=False, overwrite=False).close()
+    assert not (tmp_path / "steps.jsonl").exists()
+    for name in ("metrics.jsonl", "done", "checkpoints/last.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(RunError, match="already holds a run"):
+            open_run(tmp_path, settings=memory_settings(), resume=False, overwrite=False)
+        (tmp_path / name).unlink()
+
+
 def test_overwrite_deletes_runs_only(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RunError, match="no run folder"):

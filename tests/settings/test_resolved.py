@@ -256,7 +256,7 @@ def test_a_setting_that_a_method_lacks_is_told_with_those_it_has():
     for sets, words in (
         (["method.dropout.rate=0.5"], r"method\.dropout: no such setting; the method has unimodal \[from --set"),
         (["method.weigth=1"], r"did you mean method\.weight\?"),
-        (["method=erm", "training.chassis=published"], "method: Input should be a valid dictionary"),
+        (["method=erm", "training.chassis=published"], r"group of settings, one by one: method\.name="),
     ):
         with pytest.raises(SettingsError, match=words):
             resolve(method="rna-net" if "weigth" in sets[0] else "erm", sets=sets)
@@ -284,6 +284,10 @@ def test_files_and_assignments_as_people_write_them(tmp_path):
         ("landscape.radii=[]", "landscape.radii"),
         ("modalities.video.kind=vidoe", "Did you mean video?"),
         ("cache.dtype=float", "Did you mean float"),
+        ("landscape.radii=[1e39]", "have 1 problem:\n  landscape.radii.0: "),
+        ("landscape.radii=[]", "landscape.radii: Input should be a list of at least 1 "),
+        ("landscape.analyses=[curve]", 'Input should be a list, such as \'["a", "b"]\' (in single quotes'),
+        ("method=[]", "method: Input should be a group of settings"),
     ],
 )
 def test_values_that_cannot_be_are_one_short_message(text, told):
@@ -293,11 +297,14 @@ def test_values_that_cannot_be_are_one_short_message(text, told):
     assert len(caught.value.message) < 600
 
 
-@pytest.mark.parametrize("value", ["5", "{bad", "[]", "x"])
-def test_a_variable_for_a_whole_part_is_named(monkeypatch, value):
-    monkeypatch.setenv("MBCD_TRAINING", value)
-    with pytest.raises(SettingsError, match="MBCD_TRAINING"):
-        resolve(environ={"MBCD_TRAINING": value})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*(("MBCD_TRAINING", value) for value in ("5", "{bad", "[]", "x")), ("MBCD_TRAINING__EPOCHS", "[" * 10_000)],
+)
+def test_a_variable_that_cannot_be_read_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=f"variable {name} does"):
+        resolve(environ={name: value})
 
 
 def test_a_variable_reaches_a_modality_with_capitals(monkeypatch):

@@ -158,6 +158,7 @@ def test_a_grid_over_modalities_replaces_their_sets():
     [
         ({"table": 6}, "no such table"),
         ({"targets": "D9"}, "no domain 'D9'"),
+        ({"targets": "D11"}, "Did you mean D1?"),
         ({"methods": "mbcd,mcbd"}, "no method 'mcbd'"),
         ({"modality_sets": "vx"}, "not a set of this dataset's modalities"),
         ({"seeds": "0"}, "no seeds"),

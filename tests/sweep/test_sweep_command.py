@@ -286,3 +286,15 @@ def test_a_cell_that_fails_says_why_and_one_that_is_held_is_left_alone(cache, tm
     files = json.loads((cell.folder / "results.json").read_text())["files"]
     assert [name for name in files if name.endswith(".png")] == ["plots/accuracy.png"], "training's own alone"
     assert run_cell(cell.folder, threads=1) == DONE_CODE
+
+
+def test_a_place_where_no_table_can_be_written_is_told_before_the_trainings(cache, tmp_path):
+    (tmp_path / "file").write_text("")
+    sets = [word for text in SETS for word in ("--set", text)]
+    words = ["sweep", "--preset", "synthetic-4", "--cache-dir", cache, "--targets", "south", "--methods", "erm", *sets]
+    words += ["--runs-dir", tmp_path / "runs"]
+    done = invoke(*words, "--output", tmp_path / "file" / "tables")
+    assert done.exit_code == 1
+    assert "cannot be written" in done.stderr
+    assert "--output" in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -18,6 +18,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.generated import Vectors, generate, read_vectors, write_vectors
 from mbcd_cli.errors import ManifestError
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.settings import DatasetSettings
 
 VERSION = 1
@@ -66,7 +67,8 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     unknown = [name for name in modalities if name not in MODALITIES]
     if unknown:
         raise ManifestError(
-            f"The digits have modalities {', '.join(MODALITIES)}, and no {unknown[0]}.", "Correct --modalities."
+            f"The digits have modalities {', '.join(MODALITIES)}, and no {unknown[0]}.",
+            f"{did_you_mean(unknown[0], MODALITIES)}Correct --modalities.",
         )
     root = dataset.root or Path("mbcd-digits")
     marker = {"generator": "mbcd digits", "version": VERSION}

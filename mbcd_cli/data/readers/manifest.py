@@ -61,7 +61,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     clips = parsed.clips
     if set(domains) < set(clips.domain_names):
         clips = Clips(clip for clip in clips if clip.domain in domains)
-    warnings = _lacking_splits(clips, domains)
+    warnings = _lacking_splits(clips, domains, dataset)
     labels, without = _label_names(clips, parsed.names, dataset)
     return Listing(
         name=dataset.name or default_name(root, path),
@@ -435,15 +435,17 @@ def _domains(clips: Clips, dataset: DatasetSettings, path: Path) -> tuple[str, .
     unknown = [name for name in asked if name not in present]
     if unknown:
         raise ManifestError(
-            f"{path}: there is no domain {', '.join(map(repr, unknown))}.", f"It has: {', '.join(present)}."
+            f"{path}: there is no domain {', '.join(map(repr, unknown))}.",
+            f"{did_you_mean(unknown[0], present)}It has: {', '.join(present)}.",
         )
     return asked or present
 
 
-def _lacking_splits(clips: Clips, domains: tuple[str, ...]) -> list[str]:
+def _lacking_splits(clips: Clips, domains: tuple[str, ...], dataset: DatasetSettings) -> list[str]:
     """Domains with clips of one split only: what they can still be used for is said."""
     present = clips.splits_of
-    lacking = {"train": "it cannot be a source", "test": "it can be neither validated on nor a target"}
+    whole = "" if dataset.target_split == "all" else ", by all its clips (--set dataset.target_split=all)"
+    lacking = {"train": "it can only be a target", "test": f"it can only be a target{whole}"}
     return [
         f"domain {domain} has no clips of the {split} split: {consequence}"
         for split, consequence in lacking.items()

@@ -14,6 +14,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing, NoMediaError
 from mbcd_cli.data.records import Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError, SettingsError
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.settings import DatasetSettings, ReaderSettings
 
 _ARCHIVES = (".tar", ".tar.gz", ".zip")
@@ -313,7 +314,8 @@ def pick_domains(dataset: DatasetSettings, domains: Sequence[str]) -> tuple[str,
     unknown = [name for name in dataset.domains if name not in domains]
     if unknown:
         raise ManifestError(
-            f"dataset.domains: there is no domain {', '.join(map(repr, unknown))}.", f"It has: {', '.join(domains)}."
+            f"dataset.domains: there is no domain {', '.join(map(repr, unknown))}.",
+            f"{did_you_mean(unknown[0], domains)}It has: {', '.join(domains)}.",
         )
     return tuple(dict.fromkeys(dataset.domains)) or tuple(domains)
 

@@ -20,6 +20,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.readers.generated import Vectors, generate, read_vectors, write_vectors
 from mbcd_cli.errors import ManifestError
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.settings import DatasetSettings, NonNegative, ReaderSettings
 
 
@@ -84,7 +85,7 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
     if unknown:
         raise ManifestError(
             f"The synthetic dataset has modalities {', '.join(has)}, and no {unknown[0]}.",
-            "dataset.reader.informativeness has one value per modality.",
+            f"{did_you_mean(unknown[0], has)}dataset.reader.informativeness has one value per modality.",
         )
     root = dataset.root or Path(f"mbcd-synthetic-{len(has)}")
     marker = {

@@ -17,6 +17,7 @@ from mbcd_cli.evaluation.report.results import Results
 from mbcd_cli.evaluation.report.tables import Score, Table, plain
 from mbcd_cli.files import write_text
 from mbcd_cli.plotting import DPI
+from mbcd_cli.say import are_figures
 
 _TYPES = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 LONG = 48
@@ -26,8 +27,12 @@ LONG = 48
 def table_html(table: Table) -> str:
     """A table with its title and note."""
 
+    left = {
+        column for column in range(1, len(table.columns)) if not are_figures([plain(row[column]) for row in table.rows])
+    }
+
     def style(column: int, text: str) -> str:
-        rules = ["text-align: left"] if table.blocks and column == 1 else []
+        rules = ["text-align: left"] if column in left else []
         rules += ["white-space: normal; min-width: 20rem"] if len(text) > LONG else []
         joined = "; ".join(rules)
         return f' style="{joined}"' if rules else ""

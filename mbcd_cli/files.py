@@ -225,10 +225,13 @@ def delete(path: Path) -> None:
     remove_partial(path.parent, of=path.name, ours=_of_the_dead)
 
 
-def open_hdf5(path: Path, mode: str = "r", **options: object) -> h5py.File:
+def open_hdf5(path: Path, mode: str = "r", *, walk: bool = True, **options: object) -> h5py.File:
     """An HDF5 file, opened without HDF5's own lock, which fails where there are no locks.
 
     Nobody needs it: a file is written aside, by one process, and what has its name is complete and never changed.
+
+    Args:
+        walk: look whether everything that it names is in it, which takes ten times as long as opening it.
 
     Raises:
         OSError: it is missing or damaged, or what it is read for lies in another file.
@@ -238,7 +241,7 @@ def open_hdf5(path: Path, mode: str = "r", **options: object) -> h5py.File:
     if mode == "r" and path.exists() and not path.is_file():  # opening a pipe would wait for ever
         raise OSError("it is no plain file")
     file = h5py.File(path, mode, locking=False, **options)
-    if mode == "r":
+    if mode == "r" and walk:
         try:
             _check_inside(file)
         except BaseException:

@@ -411,11 +411,11 @@ def furnish(server: Server, home: Path) -> Path:
 def contents(folder: Path) -> dict[str, object]:
     """Every file below a folder: its bytes, or what of it does not tell the time.
 
-    Of events and locks nothing.
+    Of events, locks and kept answers (they are kept where files are old enough) nothing.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "events" not in path.parts and not path.name.startswith(".lock"):
+        if path.is_file() and "events" not in path.parts and not path.name.startswith((".lock", "unchanged-")):
             found[path.relative_to(folder).as_posix()] = _timeless(path)
     return found
 

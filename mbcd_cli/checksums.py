@@ -25,7 +25,7 @@ PLACE = MARK.decode() + "0" * _DIGITS
 """What a text holds until `stamp` has filled it in."""
 USER_BLOCK = 512
 """Bytes before an HDF5 file's first, for its checksum."""
-TELLERS = ("index.h5", "done", "results.json", "comparison.json", "landscape.json")
+TELLERS = ("index.h5", "done", "results.json", "comparison.json", "adaptation.json", "landscape.json")
 """Files that hold the checksums of others in their folder."""
 PREPARED_WITH, TRAINED_WITH = "prepare.toml", "settings.toml"
 """Files of settings, of a cache and of a run."""

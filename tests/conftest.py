@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path += [str(Path(__file__).parent / room) for room in ("data", "encoders", "training")]
+sys.path += [str(Path(__file__).parent / room) for room in ("data", "encoders", "methods", "training")]
 # Two processes of tests share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's background jobs ignore Ctrl-C, and so would every process that the tests start and interrupt.

@@ -171,6 +171,7 @@ def rest(name: str, home: Path) -> list[str]:
         "prepare": ["--root", str(home / "tiny"), *small],
         "train": ["--dataset", "tiny", "--target-domain", "gamma", *cache, *small],
         "sweep": ["--dataset", "tiny", "--targets", "gamma", *cache, *small],
+        "adapt": [str(home / "run"), *cache, "--set", "adapt.batch_size=2"],
         "evaluate": ["--run", str(home / "run"), *cache, "--set", "evaluation.analyses=[]"],
         "landscape": ["--checkpoint", str(home / "run/checkpoints/best.pt"), *cache, *quick],
     }.get(name, [])
@@ -229,6 +230,7 @@ def test_what_may_not_be_read_is_said(home, nobody):
         ["train", "--dataset", "tiny", "--cache-dir", cache],
         ["train", "--config", str(home / "run/settings.toml")],
         ["evaluate", "--run", str(home / "run")],
+        ["adapt", str(home / "run")],
         ["evaluate", "--checkpoint", best],
         ["evaluate", "--runs", str(home / "run")],
         ["landscape", "--checkpoint", best],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mbcd_cli.cli.app import _Commands
 from mbcd_cli.settings import FLAGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,8 +121,7 @@ def test_help_is_quick():
         "for words in (['--version'], ['--help'], *([name, '--help'] for name in sys.argv[1:])):\n"
         f"    assert CliRunner().invoke(app, words).exit_code == 0, words\n    assert not {heavy}, (words, {heavy})"
     )
-    names = ["audit", "prepare", "train", "evaluate", "landscape", "sweep", "power", "demo", "verify", "repair", "list"]
-    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *_Commands.names], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

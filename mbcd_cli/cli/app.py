@@ -27,6 +27,7 @@ class _Commands(Mapping):
         "prepare",
         "train",
         "evaluate",
+        "adapt",
         "landscape",
         "demo",
         "sweep",

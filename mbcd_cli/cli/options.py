@@ -58,6 +58,9 @@ ShowSettings = Annotated[
 ]
 RunPath = Annotated[Path | None, typer.Option("--run", "--run-dir", help="Run folder.")]
 RunPatterns = Annotated[list[str] | None, typer.Option("--runs", help="Evaluated run folders (a pattern; repeatable).")]
+RunsOrFolders = Annotated[
+    list[Path], typer.Argument(metavar="PATH", help="Runs, folders of runs, or a sweep's folder of tables.")
+]
 Targets = Annotated[str | None, typer.Option("--targets", help="Unseen domains: all, or names.")]
 MethodNames = Annotated[str | None, typer.Option("--methods", help="Methods, e.g. erm,ema,mbcd (mbcd list methods).")]
 Seeds = Annotated[str, typer.Option("--seeds", help="How many seeds, or the seeds: 3 or 0,4,7.")]

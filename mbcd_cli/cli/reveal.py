@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import COMMON, Asked, Reply, command
+from mbcd_cli.cli.options import COMMON, Asked, Reply, RunsOrFolders, command
 
 if TYPE_CHECKING:
     from mbcd_cli.evaluation.reveal import Revealed
 
 
 @command(*COMMON, layered=False, examples=("mbcd reveal sweeps/av-digits", "mbcd reveal runs/av-digits/RUN"))
-def reveal(
-    asked: Asked,
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH", help="Runs, folders of runs, or a sweep's folder of tables.")
-    ],
-) -> Reply:
+def reveal(asked: Asked, paths: RunsOrFolders) -> Reply:
     """Open the targets of runs that were trained with dataset.seal_target.
 
     The look is written into ledger.jsonl beside the runs; then each is evaluated.

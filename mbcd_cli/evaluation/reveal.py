@@ -13,13 +13,13 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import FOREIGN, RunError
 from mbcd_cli.evaluation.evaluate import checkpoint_checksums, evaluate, for_tables
 from mbcd_cli.evaluation.report.results import read_results
-from mbcd_cli.files import read_json, read_records, write_json
+from mbcd_cli.files import read_records, write_json
 from mbcd_cli.ledger import REVEALED, LookedAt, looks, revealed_by, told, write_look
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs import opening
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.runs.folder import DONE, SEALED, SETTINGS
-from mbcd_cli.runs.names import run_checkpoints, settings_key
+from mbcd_cli.runs.names import run_checkpoints, runs_at, settings_key
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET, clip_sets
@@ -56,7 +56,7 @@ def reveal(paths: Sequence[Path], *, flags: Mapping[str, object], say: Say = SIL
         RunError: a run that is not complete, no run, or none that is sealed.
         FileError: a ledger that was changed: nothing is opened then.
     """
-    folders = sorted({run for path in paths for run in _runs(path)})
+    folders = sorted({run for path in paths for run in runs_at(path)})
     sealed = [run for run in folders if load_settings(run / SETTINGS).dataset.seal_target]
     waiting = [run for run in sealed if not _is_open(run)]
     if not waiting:
@@ -81,21 +81,6 @@ def _is_open(run: Path) -> bool:
         return read_results(run / "results.json")["headline"]["clips"] == TARGET
     except (RunError, *FOREIGN):  # it is evaluated again
         return False
-
-
-def _runs(path: Path) -> list[Path]:
-    if (path / SETTINGS).is_file():
-        return [path]
-    if (path / "comparison.json").is_file():
-        try:
-            return [Path(run) for run in read_json(path / "comparison.json")["runs"]]
-        except (OSError, *FOREIGN) as error:
-            raise RunError(
-                f"{path / 'comparison.json'} cannot be read: {error}.", "Name the runs, or collect the sweep again."
-            ) from error
-    if runs := [file.parent for file in sorted(path.glob(f"*/{SETTINGS}"))]:
-        return runs
-    raise RunError(f"There is no run at {path}.", "Name a run folder, a folder of runs, or one of a sweep's tables.")
 
 
 def _opened(run: Path, flags: Mapping[str, object]) -> tuple[Settings, Dataset, Mapping[str, Checkpoint]]:

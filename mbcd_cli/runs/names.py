@@ -7,8 +7,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mbcd_cli.errors import RunError
-from mbcd_cli.files import flatten
+from mbcd_cli.checksums import TRAINED_WITH
+from mbcd_cli.errors import FOREIGN, RunError
+from mbcd_cli.files import flatten, read_json
 from mbcd_cli.resolved import method_label
 from mbcd_cli.settings import Settings, role_of
 
@@ -58,6 +59,26 @@ def run_checkpoints(run: Path) -> dict[str, Path]:
     if not files:
         raise RunError(f"Run {run} has no checkpoint yet.", "Go on with `mbcd train ... --resume`.")
     return files
+
+
+def runs_at(path: Path) -> list[Path]:
+    """A run folder itself, the runs of a folder of runs, or those that a sweep's tables (comparison.json) are of.
+
+    Raises:
+        RunError: there is none.
+    """
+    if (path / TRAINED_WITH).is_file():
+        return [path]
+    if (path / "comparison.json").is_file():
+        try:
+            return [Path(run) for run in read_json(path / "comparison.json")["runs"]]
+        except (OSError, *FOREIGN) as error:
+            raise RunError(
+                f"{path / 'comparison.json'} cannot be read: {error}.", "Name the runs, or collect the sweep again."
+            ) from error
+    if runs := [file.parent for file in sorted(path.glob(f"*/{TRAINED_WITH}"))]:
+        return runs
+    raise RunError(f"There is no run at {path}.", "Name a run folder, a folder of runs, or one of a sweep's tables.")
 
 
 def label_checkpoints(paths: Sequence[Path]) -> dict[str, Path]:

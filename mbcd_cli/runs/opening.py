@@ -91,8 +91,8 @@ def check_unchanged(saved: Settings, now: Settings) -> None:
     if names:
         raise SettingsError(
             f"These settings belong to the training and cannot be changed here: {', '.join(names)}.",
-            f"Only those of evaluation, landscape and runtime, {_FREE[0]}, and where things lie can; train again to "
-            "change the others.",
+            f"Only those of evaluation, landscape, adapt and runtime, {_FREE[0]}, and where things lie can; train "
+            "again to change the others.",
         )
 
 
@@ -148,7 +148,7 @@ def load_checkpoints(
     sets: Sequence[str],
     flags: Mapping[str, object],
 ) -> tuple[Settings, dict[str, Checkpoint]]:
-    """Checkpoints, and the settings they were trained with, but evaluation, landscape and runtime as asked now.
+    """Checkpoints, and the settings they were trained with, but evaluation, landscape, adapt and runtime as asked now.
 
     The target of a run that was revealed is not sealed any more.
 

@@ -13,6 +13,7 @@ from mbcd_cli.settings.roles import (
     fields_for,
 )
 from mbcd_cli.settings.tree import (
+    AdaptSettings,
     AnyMethodSettings,
     AnyModality,
     AnyReaderSettings,

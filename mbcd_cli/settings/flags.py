@@ -25,6 +25,7 @@ FLAGS = {
     "training.max_steps": "--max-steps",
     "evaluation.analyses": "--analyses",
     "evaluation.export": "--export",
+    "adapt.rule": "--rule",
     "cache.dir": "--cache-dir",
     "cache.views": "--views",
     "cache.workers": "--workers",

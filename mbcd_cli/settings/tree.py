@@ -420,6 +420,42 @@ class LandscapeSettings(Slice):
     """The whole Hessian is computed when at most this many parameters move; 0 never."""
 
 
+class AdaptSettings(Slice):
+    """Adaptation to the inputs of the tested clips, without their labels."""
+
+    role: ClassVar[Role] = "report"
+
+    rule: Literal["tent", "read", "aeo"] = "tent"
+    """What adapts: TENT (normalisation layers), READ (fused head's first layer) or AEO (tails and heads)."""
+    reset: Literal["target", "batch", "never"] = "target"
+    """When the checkpoint's weights come back: before each domain, before each batch, or never (sources first)."""
+    batch_size: Count = 64
+    """Clips per step, 2 at least: the rules look at a batch as a whole. A last clip alone joins the batch before it."""
+    steps: Count = 1
+    """Steps on each batch."""
+    lr: Positive | None = None
+    """Learning rate of Adam; default: the rule's own (tent, read: 1e-4, aeo: 2e-5)."""
+    weight_decay: NonNegative | None = None
+    """Weight decay of Adam; default: the rule's own (tent, read: 0, aeo: 1e-4)."""
+    alpha: Fraction = 0.8
+    """aeo: entropy, as a share of log C, above which a clip's entropy is raised instead of lowered."""
+    unimodal_weight: NonNegative = 0.1
+    """aeo: weight (a) of the distance between the modalities' predictions, and of the entropies of their heads."""
+    balance_weight: NonNegative = 0.1
+    """aeo: weight (b) of the entropy of the softmax of a batch's summed probabilities."""
+    dropout: bool = True
+    """aeo: dropout stays on in every pass, as in its published code."""
+    seed: Seed = 0
+    """Seed of the batches' order, and of dropout."""
+
+    @field_validator("batch_size")
+    @classmethod
+    def _more_than_one(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError("a batch of one clip has no statistics and no spread of classes: take 2 or more")
+        return value
+
+
 class RuntimeSettings(Slice):
     """Where and how the computations run."""
 
@@ -474,6 +510,8 @@ class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]
     """Evaluation."""
     landscape: LandscapeSettings = LandscapeSettings()
     """Landscape."""
+    adapt: AdaptSettings = AdaptSettings()
+    """Adaptation at test time."""
     runtime: RuntimeSettings = RuntimeSettings()
     """Runtime."""
 

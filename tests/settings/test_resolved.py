@@ -213,7 +213,7 @@ def test_every_field_says_what_it_is_for():
 
 def test_only_these_settings_may_change_without_other_weights():
     """Written out, since a run that is resumed, and a cell of a sweep that is reused, rest on it."""
-    whole = {"evaluation", "landscape"}
+    whole = {"evaluation", "landscape", "adapt"}
     free = {
         f"{path}.{field}"
         for path, group in groups()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mbcd_cli import checksums
 from mbcd_cli.errors import FOREIGN, RunError
@@ -102,31 +102,37 @@ def load_run(folder: Path) -> Run:
                 f"{folder / 'results.json'} has format {results['format']}, this mbcd reads {RESULTS_FORMAT}.",
                 "Evaluate that run again.",
             )
-        headline = results["headline"]
-        _check_current(folder, headline["checkpoint"], results.get("checkpoints", {}))
-        names = _texts(results["modalities"])
-        sealed = results["target_domain"] is not None and headline["clips"] != TARGET
-        in_domain = results["models"][headline["checkpoint"]][headline["model"]].get("source")
-        return Run(
-            path=folder,
-            dataset=str(results["dataset"]),
-            modalities=names,
-            method=str(results["method"]),
-            target=None if results["target_domain"] is None else str(results["target_domain"]),
-            sources=_texts(results["source_domains"]),
-            seed=int(results["seed"]),
-            heads={} if sealed else {head: 100 * float(headline["top1"][head]) for head in ("fused", *names)},
-            in_domain=None if in_domain is None else 100 * float(in_domain["fused"]["top1"]),
-            provenance=_named_texts(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
-            settings=_named_texts(
-                {**results["settings"], **{f"{m} cache": f for m, f in results["fingerprints"].items()}}
-            ),
-        )
+        _check_current(folder, results["headline"]["checkpoint"], results.get("checkpoints", {}))
+        return run_of_results(folder, results)
     except FOREIGN as error:
         raise RunError(
             f"{folder / 'results.json'} is no evaluation of ours ({type(error).__name__}: {error}).",
             "Evaluate that run again.",
         ) from error
+
+
+def run_of_results(folder: Path, results: Mapping[str, Any]) -> Run:
+    """The run in `folder`, by what its results.json holds.
+
+    Raises:
+        one of FOREIGN: it is no evaluation of ours.
+    """
+    headline, names = results["headline"], _texts(results["modalities"])
+    sealed = results["target_domain"] is not None and headline["clips"] != TARGET
+    in_domain = results["models"][headline["checkpoint"]][headline["model"]].get("source")
+    return Run(
+        path=folder,
+        dataset=str(results["dataset"]),
+        modalities=names,
+        method=str(results["method"]),
+        target=None if results["target_domain"] is None else str(results["target_domain"]),
+        sources=_texts(results["source_domains"]),
+        seed=int(results["seed"]),
+        heads={} if sealed else {head: 100 * float(headline["top1"][head]) for head in ("fused", *names)},
+        in_domain=None if in_domain is None else 100 * float(in_domain["fused"]["top1"]),
+        provenance=_named_texts(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
+        settings=_named_texts({**results["settings"], **{f"{m} cache": f for m, f in results["fingerprints"].items()}}),
+    )
 
 
 def _texts(values: object) -> tuple[str, ...]:

@@ -6,8 +6,9 @@ All figures in tables are top-1 in percent, of each run's deployed model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -180,3 +181,31 @@ def sealed_tables(runs: Sequence[Run]) -> list[Table]:
         return marked(rows), ["method", *(f"without {c}" for c in columns), "average"], f"{_seeds(group)} {note}"
 
     return per_setting(runs, "-sealed", "top-1 accuracy (%) on held-out clips of the sources", fill)
+
+
+def adapted_tables(
+    runs: Sequence[Run], found: Mapping[Path, Mapping[str, Mapping[str, float]]], *, rule: str, mark: str
+) -> list[Table]:
+    """Runs adapted at test time: per method the unadapted row and those of `rule`, over targets.
+
+    Args:
+        found: run folder -> row -> head -> top-1 (0 to 1); the unadapted row first.
+        mark: what the rows marked * use.
+    """
+
+    def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
+        columns = _columns(group, group[0].dataset)
+        rows: TableRows = []
+        for method, of_method in by_method(group):
+            plain, *others = found[of_method[0].path]
+            for row in (plain, *others):
+                heads = {r.path: {head: 100 * value for head, value in found[r.path][row].items()} for r in of_method}
+                given = [replace(r, heads=heads[r.path]) for r in of_method]
+                gained = [replace(r, heads={"fused": heads[r.path]["fused"] - r.heads["fused"]}) for r in of_method]
+                cells = [Score.over([r.heads["fused"] for r in given if r.column == column]) for column in columns]
+                last = "" if row == plain else averages(gained, columns)
+                rows.append([method, row, *cells, averages(given, columns), last])
+        return rows, ["method", "prediction", *columns, "average", "against unadapted"], f"{_seeds(group)} {mark}"
+
+    title = f"adapted by {rule.upper()}, top-1 accuracy (%)"
+    return [replace(table, blocks=True) for table in per_setting(runs, f"-{rule}", title, fill)]

@@ -275,6 +275,16 @@ def test_landscape_and_dry_run_of_a_live_trunk(live, tmp_path):
     )
 
 
+@pytest.mark.parametrize("rule", ["tent", "aeo"])
+def test_a_live_trunk_stays_as_it_is_while_the_tails_adapt(live, tmp_path, rule):
+    words = ["adapt", live[1], "--rule", rule, "--output", tmp_path]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, result.stderr
+    moved = json.loads((tmp_path / rule / "adaptation.json").read_text())["moved"]
+    assert any(name.startswith("tails.video.") for name in moved)
+    assert not any(name.startswith("trunks.") for name in moved)
+
+
 @pytest.mark.parametrize("trunk", ["live", "prepared"])
 def test_landscape_on_training_clips_that_have_no_test_view(trunk, request, tmp_path):
     """EPIC-Kitchens' preset stores test views of test clips only: calibration then takes training views."""

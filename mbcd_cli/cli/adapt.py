@@ -20,8 +20,9 @@ from mbcd_cli.cli.options import Asked, Output, Reply, RunsOrFolders, command
 def adapt(asked: Asked, paths: RunsOrFolders, output: Output = None) -> Reply:
     """Adapt finished runs to the inputs of the clips that they are tested on.
 
-    Beside the unadapted accuracy, what is predicted before and after each step; the run and its
-    checkpoint stay as they are. Of several runs, mean and spread over seeds.
+    Accuracy unadapted, before and after each step; the run stays as it is.
+
+    Of several runs there are mean and spread over seeds too.
 
     Without --output it is written to RUN/adaptation, and of several runs to adaptation too.
     """

@@ -44,7 +44,7 @@ ADAPTATION_FORMAT = 1
 """Version of the layout of adaptation.json."""
 _RESULTS = "adaptation.json"
 _USES = "target inputs at test time"
-_MARK = f"* uses {_USES}: not to be compared with what does not."
+_MARK = f"What uses {_USES} is not to be compared with what does not."
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,7 +79,9 @@ class Adapted:
     @property
     def adapted(self) -> dict[str, SetFigures]:
         """Row of a table -> figures, of what uses target inputs."""
-        return {f"{self.rule}, {when} the step *": getattr(self, when) for when in ("before", "after")}
+        return {
+            f"{self.rule}, {when} the step (uses target inputs)": getattr(self, when) for when in ("before", "after")
+        }
 
 
 class _Copy:
@@ -256,7 +258,7 @@ def run_table(adapted: Adapted) -> Table:
         for row, figures in {"unadapted": plain.deployed_sets, **adapted.adapted}.items():
             fused = figures[clip_set]["fused"]
             cells = [100 * fused.top1, 100 * fused.mean_class_accuracy, fused.loss]
-            rows.append([plain.clips_name(clip_set), f"{plain.method}, {row}", *map(Score, cells)])
+            rows.append([plain.clips_name(clip_set), row, *map(Score, cells)])
     note = f"{_MARK} {adapted.rule.upper()}'s authors report what is predicted {adapted.moment} the step."
     columns = ["clips", "prediction", "top-1 (%)", "mean class (%)", "cross-entropy"]
     return Table("adaptation", f"{plain.title}: adapted by {adapted.rule.upper()}", columns, rows, note, blocks=True)

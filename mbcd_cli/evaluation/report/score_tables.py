@@ -190,7 +190,7 @@ def adapted_tables(
 
     Args:
         found: run folder -> row -> head -> top-1 (0 to 1); the unadapted row first.
-        mark: what the rows marked * use.
+        mark: a sentence on what they use, for the note.
     """
 
     def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:

@@ -221,8 +221,8 @@ def test_dropout_of_a_batch_depends_on_nothing_before_it(settings, dataset):
     copy = _Copy(model, RULES["aeo"], settings.adapt, precision="float32")
     first, second = np.split(np.arange(20), 2)
     both = adapted_predictions(copy, dataset, [("street", [first, second])], device=CPU)
-    other = adapted_predictions(copy, dataset, [("street", [first[::-1], second])], device=CPU)
-    assert both["after"].fused[10:].equal(other["after"].fused[10:])
+    other = adapted_predictions(copy, dataset, [("street", [first[:4], second])], device=CPU)
+    assert both["after"].fused[10:].equal(other["after"].fused[4:])
     assert not both["before"].fused[10:].equal(both["after"].fused[10:])
     without = settings.adapt.model_copy(update={"dropout": False})
     plain = adapted_predictions(

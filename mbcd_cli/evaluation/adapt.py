@@ -24,8 +24,9 @@ from mbcd_cli.evaluation.report.evaluated import Run, distinct, run_of_results, 
 from mbcd_cli.evaluation.report.results import Results, SetFigures, results_of
 from mbcd_cli.evaluation.report.score_tables import adapted_tables
 from mbcd_cli.evaluation.report.tables import Score, Table, comma_separated, markdown
-from mbcd_cli.files import folder_aside, remove, rename, write_json, write_text
+from mbcd_cli.files import remove, rename, write_json, write_text
 from mbcd_cli.json_values import json_values
+from mbcd_cli.locks import folder_aside
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.randomness import global_states, load_global_states
 from mbcd_cli.runs import opening

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,11 +16,19 @@ from torch.nn import functional as F
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.processes import Group
+from mbcd_cli.settings import MethodSettings
 
 TEACHER_FLOOR = 1e-12
 """Teacher probabilities are clamped from below here, as in the reference."""
 BASE_TEMPERATURE = 0.07
 """What the supervised contrast's loss is scaled to."""
+
+
+class ModulatedSettings(MethodSettings):
+    """Of a method that multiplies what an encoder takes of a step."""
+
+    modulate: Literal["gradient", "update"] = "gradient"
+    """What the factors multiply: the encoder's gradient (the paper; Adam all but undoes that), or its update."""
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.base import Method
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.figures import Layout
+from mbcd_cli.training.optimizer import multiplied_changes
 
 _LONE = "Expected more than 1 value per channel"
 """What torch says where a batch norm has a single value of a channel: of one clip without positions."""
@@ -98,6 +99,7 @@ class TrainStep:
         self.method.train()
         for module in (*self._frozen, *(self.average.followed if self.average is not None else ())):
             module.eval()
+        self.context.factors = None
         try:
             figures = self.method.gradients(self._prepared(batch))
         except ValueError as error:
@@ -113,7 +115,10 @@ class TrainStep:
 
     def update(self) -> None:
         """The second half: what the gradients change."""
-        self.optimizer.step()
+        factors = self.context.factors
+        chosen = [] if factors is None else factors.parameters(self.model)
+        with multiplied_changes([(parameter, factors.value[k]) for parameter, k in chosen]):
+            self.optimizer.step()
         self.follow()
 
     def follow(self, *, averaged: bool = False) -> None:

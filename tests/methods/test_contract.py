@@ -45,6 +45,15 @@ def test_methods_of_the_registry(method, check):
     CHECKS[check](replace(subject, average={**subject.average, "start": min(subject.kind.average_start, 2)}))
 
 
+MODULATED = [name for name in METHODS if "modulate" in method_class(name).Settings.model_fields]
+
+
+@pytest.mark.parametrize("check", ["neutral", "resume", "order", "precision", "static", "population", "processes"])
+@pytest.mark.parametrize("method", MODULATED)
+def test_methods_that_multiply_the_update(method, check):
+    CHECKS[check](Subject.of(method, {**TOLD.get(method, {}), "modulate": "update"}))
+
+
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("average", ["none", "ema", "sma", "swad"])
 def test_every_method_may_be_averaged(average, check):

@@ -149,6 +149,7 @@ METHODS: dict[str, MethodEntry] = {
         2026,
         published=_BENCHMARK | {"method.on": "feature", "training.epochs": 25, "training.batch_size": 48},
     ),
+    "arl": MethodEntry("arl:ARL", "encoders paced by use and reliability", "ICCV", 2025, published=_OGM),
     "agm": MethodEntry("agm:AGM", "gradients of Shapley parts paced", "ICCV", 2023),
     "mmpareto": MethodEntry(
         "mmpareto:MMPareto",

@@ -14,7 +14,7 @@ import torch
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
-from mbcd_cli.methods.parts import ModulatedSettings, full_precision
+from mbcd_cli.methods.parts import ModulatedSettings, full_precision, logits_of_some
 from mbcd_cli.settings import AROUND, NonNegative, Positive
 
 Subset = frozenset[int]
@@ -76,17 +76,11 @@ class AGM(Method):
 
     def logits(self, out: Outputs) -> dict[Subset, torch.Tensor]:
         """f(S) of every set S but the empty one, each [B, C]; in eval mode (no dropout) but for f(all)."""
-        model, features = self.context.model, list(out.features.items())
-        count = len(features)
-        logits = {frozenset(range(count)): full_precision(out.fused)}
-        model.fused_head.eval()
+        count = len(out.features)
+        sets = [frozenset(some) for size in range(1, count) for some in combinations(range(count), size)]
         with self.context.autocast():
-            for size in range(1, count):
-                for some in combinations(range(count), size):
-                    present = {n: h if k in some else torch.zeros_like(h) for k, (n, h) in enumerate(features)}
-                    logits[frozenset(some)] = full_precision(model.fuse(present))
-        model.fused_head.train()
-        return logits
+            logits = logits_of_some(self.context.model, out.features, sets)
+        return {frozenset(range(count)): full_precision(out.fused), **dict(zip(sets, logits, strict=True))}
 
 
 def logit_shares(logits: Mapping[Subset, torch.Tensor], count: int) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from mbcd_cli.methods.parts import (
     DomainAdversary,
     FusedDomainAdversary,
     cross_entropy,
-    full_precision,
+    mean_entropies,
 )
 from mbcd_cli.model import TailWeights
 from mbcd_cli.settings import Count, Fraction, MethodSettings, NonNegative, Positive, Range
@@ -173,12 +173,6 @@ class JAT(Method):
     ) -> Figures:
         """Those of every method and `w`, [M]: what the uni-modal cross-entropies are multiplied with."""
         return super().figures(batch, out, loss, terms, **more, w=terms["ce"].weight.detach())
-
-
-def mean_entropies(logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """E[-sum_c p_c log p_c] of M times logits [B, C] -> M times []."""
-    logs = [full_precision(of_modality).log_softmax(dim=1) for of_modality in logits]
-    return [-(log.exp() * log).sum(dim=1).mean() for log in logs]
 
 
 def keep_at_least_one(uniform: torch.Tensor, rate: float) -> torch.Tensor:

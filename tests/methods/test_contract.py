@@ -18,6 +18,7 @@ from mbcd_cli.training.contract import CHECKS, Subject, check_method
 TOLD = {
     "dann": {"hidden": 16, "ramp": 2},
     "opm": {"start": 0},
+    "arl": {"start": 0},
     "simmmdg": {"hidden": 16},
     "moosa": {"hidden": 16, "permutations": 12},
     "cmrf": {"hidden": 16, "beta": 1.0},

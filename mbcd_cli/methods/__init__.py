@@ -150,6 +150,7 @@ METHODS: dict[str, MethodEntry] = {
         published=_BENCHMARK | {"method.on": "feature", "training.epochs": 25, "training.batch_size": 48},
     ),
     "arl": MethodEntry("arl:ARL", "encoders paced by use and reliability", "ICCV", 2025, published=_OGM),
+    "pmr": MethodEntry("pmr:PMR", "slower modalities pulled to class prototypes", "CVPR", 2023),
     "agm": MethodEntry("agm:AGM", "gradients of Shapley parts paced", "ICCV", 2023),
     "mmpareto": MethodEntry(
         "mmpareto:MMPareto",

@@ -6,7 +6,7 @@ S source domains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol, TypeVar
@@ -77,6 +77,24 @@ class WeightAverage(Protocol):
 
     def follow(self, module: AnyModule) -> AnyModule:
         """A copy of one of the method's own modules, to be kept by the method, that is averaged like the model."""
+
+
+class EpochClips(Protocol):
+    """What a method may read before an epoch (`Method.before_epoch`); batches are as `Method.gradients` gets them."""
+
+    seed: int
+    """The training's."""
+    batches: int
+    """How many an epoch has."""
+
+    def training(self) -> Iterator[Batch]:
+        """The epoch's batches, in its order: of several processes each one's own rows."""
+
+    def validation(self) -> Iterator[Batch]:
+        """The test split of the source domains, in test views; all of it in every process."""
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """A new one, of the training's kind and settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,6 +367,13 @@ class Method(nn.Module):
 
     def after_update(self) -> None:
         """Called after the optimizer and the weight average."""
+
+    def before_epoch(self, clips: EpochClips) -> None:
+        """Called before the first step of every epoch, outside all graphs; it may wait for the device.
+
+        What it changes (buffers, weights, in place) it changes at its end: a signal may end it while it reads, and a
+        training that goes on from there calls it anew.
+        """
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Own parameters with other optimizer settings; all others are trained like the model's."""

@@ -101,7 +101,7 @@ class TrainStep:
             module.eval()
         self.context.factors = None
         try:
-            figures = self.method.gradients(self._prepared(batch))
+            figures = self.method.gradients(self.prepared(batch))
         except ValueError as error:
             if _LONE not in str(error):
                 raise
@@ -128,7 +128,7 @@ class TrainStep:
             self.average.update(self.context.step)
         self.method.after_update()
 
-    def _prepared(self, batch: Batch) -> Batch:
+    def prepared(self, batch: Batch) -> Batch:
         """Inputs in the weights' type and layout: converted once, not in every pass."""
 
         def prepared(part: torch.Tensor) -> torch.Tensor:

@@ -234,11 +234,17 @@ def small_batch(seed, modalities=2, sources=2, size=6, views=1):
     )
 
 
-def compare(reference, method, told=None, *, modalities=2, sources=2, steps=5, epoch=0, **more):
-    """The method's step against its reference: figures, every gradient, and after all steps weights and average."""
+def compare(reference, method, told=None, *, modalities=2, sources=2, steps=5, epoch=0, begin=None, **more):
+    """The method's step against its reference: figures, every gradient, and after all steps weights and average.
+
+    `begin` is called with the step before the reference copies what it holds.
+    """
     torch.set_num_threads(1)
     training, settings = make(method, told, modalities=modalities, sources=sources, **more)
-    step, plain, recorder = training.step, reference(training, settings), training.randomness
+    step, recorder = training.step, training.randomness
+    if begin is not None:
+        begin(step)
+    plain = reference(training, settings)
     recorder.__class__, recorder.draws = Recorder, []  # in its place: parts of a method may hold it too
     step.context.epoch.fill_(epoch)
     plain.epoch = epoch

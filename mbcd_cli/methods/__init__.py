@@ -151,6 +151,13 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "arl": MethodEntry("arl:ARL", "encoders paced by use and reliability", "ICCV", 2025, published=_OGM),
     "pmr": MethodEntry("pmr:PMR", "slower modalities pulled to class prototypes", "CVPR", 2023),
+    "d-and-r": MethodEntry(
+        "relearning:DiagnosingRelearning",
+        "encoders pulled back by their purity gap",
+        "ECCV",
+        2024,
+        published=_PLAIN | _SGD | {"optimizer.lr": 2e-3, "training.epochs": 90, "method.after": (20, 40, 60)},
+    ),
     "agm": MethodEntry("agm:AGM", "gradients of Shapley parts paced", "ICCV", 2023),
     "mmpareto": MethodEntry(
         "mmpareto:MMPareto",

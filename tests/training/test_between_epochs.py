@@ -11,14 +11,14 @@ from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.training.together import Wanted, train_together
 from mbcd_cli.training.train import train
 
-METHODS = {"pmr": {"alpha": 2.0}}
+METHODS = {"pmr": {"alpha": 2.0}, "d-and-r": {"after": [1, 2]}}
 
 
 def settings_of(method, **training):
     return memory_settings(
         method={"name": method, **METHODS[method]},
         average={"kind": "ema"},
-        training={"epochs": 3, **training},
+        training={"epochs": 2, **training},
         model={"dropout": 0.3},
     )
 
@@ -46,8 +46,8 @@ def test_stopped_between_epochs_and_within_them_it_ends_in_the_same_bits(tmp_pat
     whole, counting = trained(tmp_path / "whole", settings), Signalling(10**6)
     trained(tmp_path / "counted", settings, counting)
     batches = 10**6 - counting.left  # of trainings and of what is read between their epochs
-    assert batches > 12
-    for at in sorted({1, 2, batches // 3, batches // 2, batches - 2}):
+    assert batches > 8
+    for at in (1, batches // 2, batches - 2):
         run = tmp_path / str(at)
         with pytest.raises(StoppedError):
             trained(run, settings, Signalling(at))

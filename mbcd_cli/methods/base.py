@@ -87,14 +87,17 @@ class EpochClips(Protocol):
     batches: int
     """How many an epoch has."""
 
-    def training(self) -> Iterator[Batch]:
-        """The epoch's batches, in its order: of several processes each one's own rows."""
+    def training(self, ahead: int = 0) -> Iterator[Batch]:
+        """The epoch's batches (or those `ahead` epochs later), in its order: of several processes each one's rows."""
 
     def validation(self) -> Iterator[Batch]:
         """The test split of the source domains, in test views; all of it in every process."""
 
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """A new one, of the training's kind and settings."""
+
+    def train_mode(self, model: MultiModalModel) -> None:
+        """Put a copy of the student in train mode, batch norms as the training has them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,9 +139,9 @@ class _ClipsOfNone:
     seed: int = 0
     batches: int = 3
 
-    def training(self) -> Iterator[Batch]:
+    def training(self, ahead: int = 0) -> Iterator[Batch]:
         group = self.step.context.group
-        for seed in range(100, 103):
+        for seed in range(100 + 3 * ahead, 103 + 3 * ahead):
             yield _own_rows(self._prepared(seed), group)
 
     def validation(self) -> Iterator[Batch]:
@@ -149,6 +149,9 @@ class _ClipsOfNone:
 
     def optimizer(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return build_optimizer(parameters, self.settings.optimizer)
+
+    def train_mode(self, model: MultiModalModel) -> None:
+        self.step.train_mode(model)
 
     def _prepared(self, seed: int) -> Batch:
         return self.step.prepared(self.subject.batch(seed, modalities=self.modalities, sources=self.sources))

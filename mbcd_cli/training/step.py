@@ -14,6 +14,7 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders.layout import channels_last, match_layout
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.base import Method
+from mbcd_cli.model import MultiModalModel
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.figures import Layout
 from mbcd_cli.training.optimizer import multiplied_changes
@@ -127,6 +128,13 @@ class TrainStep:
         if self.average is not None and not averaged:
             self.average.update(self.context.step)
         self.method.after_update()
+
+    def train_mode(self, model: MultiModalModel) -> None:
+        """Put a copy of the student in train mode, its tails' batch norms as the student's."""
+        model.train()
+        for module in model.tails.modules() if self._is_frozen else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def prepared(self, batch: Batch) -> Batch:
         """Inputs in the weights' type and layout: converted once, not in every pass."""

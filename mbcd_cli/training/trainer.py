@@ -32,7 +32,7 @@ from mbcd_cli.scoring.predictions import Predictions, predict
 from mbcd_cli.scoring.unlabelled import said_classes, unlabelled_record
 from mbcd_cli.settings import Settings
 from mbcd_cli.training import watch
-from mbcd_cli.training.between_epochs import TrainingClips
+from mbcd_cli.training.between_epochs import InterruptedReading, TrainingClips
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.figures import Layout, Record
 from mbcd_cli.training.interrupts import Interrupts
@@ -169,7 +169,10 @@ class Trainer:
         rates = self.settings.optimizer
         set_rates(self.step.optimizer, rate_factor(rates, epoch=progress.epoch, epochs=training.epochs))
         if progress.epoch_step == 0:
-            self.step.method.before_epoch(self._clips_of_epoch())
+            try:
+                self.step.method.before_epoch(self._clips_of_epoch())
+            except InterruptedReading:
+                self._leave_alone()
         if progress.step < self.total_steps:
             batches = self.feed.training(
                 self.clips,
@@ -207,12 +210,15 @@ class Trainer:
             clips=self.clips,
             held_out=self.held_out[SOURCE].clips,
             epoch=self.progress.epoch,
-            interrupted=self._leave_alone,
+            interrupted=self._leaves_alone,
         )
 
+    def _leaves_alone(self) -> bool:
+        """Whether a signal came; several processes leave together only: after the next step."""
+        return self.group.world == 1 and self._interrupts.signal is not None
+
     def _leave_alone(self) -> None:
-        """Stop where a signal came; several processes leave together only: after the next step."""
-        if self.group.world == 1 and self._interrupts.signal is not None:
+        if self._leaves_alone():
             self._stop(self._interrupts.signal)
 
     def _take(self, clips: torch.Tensor, vector: torch.Tensor) -> None:

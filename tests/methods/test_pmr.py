@@ -23,7 +23,7 @@ class Clips:
     seed: int = 0
     read: int = 0
 
-    def training(self):
+    def training(self, ahead=0):
         for number in range(self.batches):
             self.read += 1
             yield small_batch(10 + number, self.modalities)
@@ -85,7 +85,7 @@ def test_a_class_that_has_no_clip_is_far_and_keeps_no_prototype():
     batch.labels.clamp_(max=1)
 
     class One(Clips):
-        def training(self):
+        def training(self, ahead=0):
             yield batch
 
     method.before_epoch(One(2))

@@ -38,7 +38,7 @@ class Clips:
     def __init__(self, modalities):
         self.modalities = modalities
 
-    def training(self):
+    def training(self, ahead=0):
         yield clustered(1, self.modalities)
         yield clustered(2, self.modalities, mislabelled=6)
 

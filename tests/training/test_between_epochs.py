@@ -11,7 +11,7 @@ from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.training.together import Wanted, train_together
 from mbcd_cli.training.train import train
 
-METHODS = {"pmr": {"alpha": 2.0}, "d-and-r": {"after": [1, 2]}}
+METHODS = {"pmr": {"alpha": 2.0}, "d-and-r": {"after": [1, 2]}, "g-blending": {"epochs": 2}}
 
 
 def settings_of(method, **training):

@@ -159,6 +159,7 @@ METHODS: dict[str, MethodEntry] = {
         published=_PLAIN | _SGD | {"optimizer.lr": 2e-3, "training.epochs": 90, "method.after": (20, 40, 60)},
     ),
     "g-blending": MethodEntry("blending:GradientBlending", "losses weighted by how branches generalise", "CVPR", 2020),
+    "cggm": MethodEntry("cggm:CGGM", "encoders paced by their heads' improvement", "NeurIPS", 2024),
     "agm": MethodEntry("agm:AGM", "gradients of Shapley parts paced", "ICCV", 2023),
     "mmpareto": MethodEntry(
         "mmpareto:MMPareto",

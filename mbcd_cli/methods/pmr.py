@@ -1,4 +1,4 @@
-"""PMR: prototypical modal rebalance (Fan, Xu, Wang, Wang, Guo, CVPR 2023, arXiv 2211.07089), any M.
+"""PMR: prototypical modal rebalance (Fan et al., CVPR 2023), any M.
 
 Letters: B clips (of this process), M modalities, C classes, D_k features of modality k.
 """

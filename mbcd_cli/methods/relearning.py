@@ -1,4 +1,4 @@
-"""D&R: diagnosing and re-learning (Wei, Li, Feng, Hu, ECCV 2024, arXiv 2407.09705).
+"""D&R: diagnosing and re-learning (Wei et al., ECCV 2024).
 
 Letters: N clips, M modalities, C classes, D_k features of modality k.
 """

@@ -160,6 +160,7 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "g-blending": MethodEntry("blending:GradientBlending", "losses weighted by how branches generalise", "CVPR", 2020),
     "cggm": MethodEntry("cggm:CGGM", "encoders paced by their heads' improvement", "NeurIPS", 2024),
+    "admmdg": MethodEntry("admmdg:ADMMDG", "contrasts with adversarial pairs, PCGrad", published=_MBCD),
     "agm": MethodEntry("agm:AGM", "gradients of Shapley parts paced", "ICCV", 2023),
     "mmpareto": MethodEntry(
         "mmpareto:MMPareto",

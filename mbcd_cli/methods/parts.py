@@ -78,6 +78,17 @@ def logits_of_some(
     return logits
 
 
+def keep_at_least_one(uniform: torch.Tensor, rate: float) -> torch.Tensor:
+    """Each modality of a clip kept with probability 1 - rate, and one of them at random where none is, [B, M].
+
+    Args:
+        uniform: draws from [0, 1), [B, M].
+    """
+    keep = uniform >= rate
+    # The largest of M alike draws is any of them with equal probability, whatever the rate.
+    return (keep | (~keep.any(dim=1, keepdim=True) & (uniform == uniform.amax(dim=1, keepdim=True)))).to(uniform.dtype)
+
+
 def need_domains(method: str, sources: int) -> None:
     """Refuse a method that compares source domains where there is one.
 

@@ -19,6 +19,7 @@ TOLD = {
     "dann": {"hidden": 16, "ramp": 2},
     "opm": {"start": 0},
     "arl": {"start": 0},
+    "admmdg": {"hidden": 16},
     "g-blending": {"epochs": 2},
     "simmmdg": {"hidden": 16},
     "moosa": {"hidden": 16, "permutations": 12},

@@ -67,7 +67,7 @@ class ARL(Method):
         with torch.no_grad():
             sizes = torch.stack([full_precision(logits).abs().sum(dim=1).mean() for logits in alone])
             sizes, entropies = context.group.average([sizes, torch.stack(mean_entropies(alone))])
-            d, q = sizes / sizes.sum(), reliability(entropies)
+            d, q = sizes / sizes.sum(), reliance(entropies)
             factor = torch.where(active, 1 + pushes(d, q, temperature=settings.temperature), 1.0)
         context.modulate(factor, of=settings.modulate)
         return self.figures(batch, out, loss, terms, dependence=d, reliability=q, factor=factor)
@@ -79,7 +79,7 @@ class ARL(Method):
         return Term(ce, torch.where(active, self.settings.gamma * one, self.settings.first_gamma * one))
 
 
-def reliability(entropies: torch.Tensor) -> torch.Tensor:
+def reliance(entropies: torch.Tensor) -> torch.Tensor:
     """q [M] from mean entropies, [M]."""
     inverse = 1 / (entropies / entropies.sum()).clamp(min=LEAST_SHARE / len(entropies))
     return inverse / inverse.sum()

@@ -90,14 +90,14 @@ class GradientBlending(Method):
         return [cross_entropy(logits, batch.labels) for logits in (fused, *own.values())]
 
     @torch.no_grad()
-    def measured(self, branches: Branches, clips: EpochClips) -> Measured:
+    def measured(self, branches: Branches, clips: EpochClips) -> BranchLosses:
         """Mean losses on the first epoch's batches and on the test split, in eval mode."""
         branches.fused.eval()
         branches.own.eval()
         with closing(clips.training()) as training, closing(clips.validation()) as validation:
             means = self.mean(branches, training)
             (means,) = self.context.group.average([means])
-            return Measured(means.tolist(), self.mean(branches, validation).tolist())
+            return BranchLosses(means.tolist(), self.mean(branches, validation).tolist())
 
     def mean(self, branches: Branches, batches: Iterator[Batch]) -> torch.Tensor:
         """Mean losses of the clips of all batches, [M + 1] in float64."""
@@ -140,14 +140,14 @@ class Branches:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class BranchLosses:
     """Mean losses of the fused branch and of each modality's, M + 1 each, on training clips and on the test split."""
 
     training: Sequence[float]
     validation: Sequence[float]
 
 
-def blend(before: Measured, after: Measured) -> list[float]:
+def blend(before: BranchLosses, after: BranchLosses) -> list[float]:
     """w, M + 1 numbers with sum 1, from the losses before and after the branches trained alone."""
     weights = []
     for first, held, last, held_last in zip(

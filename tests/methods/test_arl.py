@@ -7,7 +7,7 @@ import torch
 from plain import LABELS, compare, pinned_logits
 from reference_arl import ARLReference
 
-from mbcd_cli.methods.arl import pushes, reliability
+from mbcd_cli.methods.arl import pushes, reliance
 from mbcd_cli.methods.parts import cross_entropy, mean_entropies
 
 TOLD = {"gamma": 1.7, "temperature": 5.0, "start": 2}
@@ -31,7 +31,7 @@ def test_before_and_after_its_start_on_another_chassis(epoch, modulate):
 def of(*logits):
     """d, q of M times logits."""
     sizes = torch.stack([one.abs().sum(dim=1).mean() for one in logits])
-    return sizes / sizes.sum(), reliability(torch.stack(mean_entropies(logits)))
+    return sizes / sizes.sum(), reliance(torch.stack(mean_entropies(logits)))
 
 
 def close(found, *expected):

@@ -7,7 +7,7 @@ import torch
 from plain import LABELS, compare, make, pinned_logits, small_batch
 from reference_blending import BlendingReference, weights_of
 
-from mbcd_cli.methods.blending import Measured, blend
+from mbcd_cli.methods.blending import BranchLosses, blend
 from mbcd_cli.methods.parts import cross_entropy
 from mbcd_cli.training.optimizer import build_optimizer
 
@@ -64,7 +64,7 @@ def test_weights_are_those_of_branches_that_train_alone(modalities):
 
 
 def test_branches_that_do_not_move_weigh_alike():
-    nothing = Measured([1.0, 2.0], [1.5, 2.5])
+    nothing = BranchLosses([1.0, 2.0], [1.5, 2.5])
     assert blend(nothing, nothing) == [0.5, 0.5]
 
 
@@ -72,5 +72,5 @@ def test_pinned_numbers():
     def losses(factor):
         return [float(cross_entropy(factor * pinned_logits(k), LABELS)) for k in (0, 1, 3)]
 
-    found = blend(Measured(losses(1.0), losses(0.8)), Measured(losses(1.6), losses(1.0)))
+    found = blend(BranchLosses(losses(1.0), losses(0.8)), BranchLosses(losses(1.6), losses(1.0)))
     assert found == pytest.approx([0.368956032829, 0.318917699434, 0.312126267738], abs=1e-11)

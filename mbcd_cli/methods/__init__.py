@@ -149,6 +149,18 @@ METHODS: dict[str, MethodEntry] = {
         2026,
         published=_BENCHMARK | {"method.on": "feature", "training.epochs": 25, "training.batch_size": 48},
     ),
+    "arl": MethodEntry("arl:ARL", "encoders paced by use and reliability", "ICCV", 2025, published=_OGM),
+    "pmr": MethodEntry("pmr:PMR", "slower modalities pulled to class prototypes", "CVPR", 2023),
+    "d-and-r": MethodEntry(
+        "relearning:DiagnosingRelearning",
+        "encoders pulled back by their purity gap",
+        "ECCV",
+        2024,
+        published=_PLAIN | _SGD | {"optimizer.lr": 2e-3, "training.epochs": 90, "method.after": (20, 40, 60)},
+    ),
+    "g-blending": MethodEntry("blending:GradientBlending", "losses weighted by how branches generalise", "CVPR", 2020),
+    "cggm": MethodEntry("cggm:CGGM", "encoders paced by their heads' improvement", "NeurIPS", 2024),
+    "admmdg": MethodEntry("admmdg:ADMMDG", "contrasts with adversarial pairs, PCGrad", published=_MBCD),
     "agm": MethodEntry("agm:AGM", "gradients of Shapley parts paced", "ICCV", 2023),
     "mmpareto": MethodEntry(
         "mmpareto:MMPareto",

@@ -14,13 +14,13 @@ import torch
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
-from mbcd_cli.methods.parts import full_precision
-from mbcd_cli.settings import AROUND, MethodSettings, NonNegative, Positive
+from mbcd_cli.methods.parts import ModulatedSettings, full_precision, logits_of_some
+from mbcd_cli.settings import AROUND, NonNegative, Positive
 
 Subset = frozenset[int]
 
 
-class AGMSettings(MethodSettings):
+class AGMSettings(ModulatedSettings):
     """AGM."""
 
     alpha: Annotated[NonNegative, AROUND] = 2.5
@@ -35,6 +35,7 @@ class AGM(Method):
     phi_k is the Shapley value of k in f, with f(none) = 0: sum_k phi_k = f(all). With l_k the mean negative
     log-likelihood of phi_k, r_k = exp(M / (M - 1) (mean_j l_j - l_k)), and r*_k the same of the mean of l_k over all
     steps before (0 at first), kappa_k = exp(alpha min(r*_k - r_k, cap)). M = 1: kappa = 1.
+    modulate = "update": the gradient is ERM's, and what the optimizer makes of encoder k's is multiplied with kappa_k.
     """
 
     Settings = AGMSettings
@@ -56,9 +57,13 @@ class AGM(Method):
             (alone,) = self.context.group.average([alone])
             kappa = coefficients(alone, self.history, alpha=self.settings.alpha, cap=self.settings.cap)
             self.history += (alone - self.history) / self.context.step
-        terms = self.losses(batch, out) | {"ce_fused": self.modulated(batch, out, parts, kappa)}
+        terms = self.losses(batch, out)
+        if self.settings.modulate == "gradient":
+            terms["ce_fused"] = self.modulated(batch, out, parts, kappa)
         loss = total(terms)
         self.context.backward(loss)
+        if self.settings.modulate == "update":
+            self.context.modulate(kappa, of="update")
         return self.figures(batch, out, loss, terms, alone=alone, kappa=kappa)
 
     def modulated(self, batch: Batch, out: Outputs, parts: list[torch.Tensor], kappa: torch.Tensor) -> Term:
@@ -71,17 +76,11 @@ class AGM(Method):
 
     def logits(self, out: Outputs) -> dict[Subset, torch.Tensor]:
         """f(S) of every set S but the empty one, each [B, C]; in eval mode (no dropout) but for f(all)."""
-        model, features = self.context.model, list(out.features.items())
-        count = len(features)
-        logits = {frozenset(range(count)): full_precision(out.fused)}
-        model.fused_head.eval()
+        count = len(out.features)
+        sets = [frozenset(some) for size in range(1, count) for some in combinations(range(count), size)]
         with self.context.autocast():
-            for size in range(1, count):
-                for some in combinations(range(count), size):
-                    present = {n: h if k in some else torch.zeros_like(h) for k, (n, h) in enumerate(features)}
-                    logits[frozenset(some)] = full_precision(model.fuse(present))
-        model.fused_head.train()
-        return logits
+            logits = logits_of_some(self.context.model, out.features, sets)
+        return {frozenset(range(count)): full_precision(out.fused), **dict(zip(sets, logits, strict=True))}
 
 
 def logit_shares(logits: Mapping[Subset, torch.Tensor], count: int) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ S source domains.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol, TypeVar
@@ -79,6 +79,49 @@ class WeightAverage(Protocol):
         """A copy of one of the method's own modules, to be kept by the method, that is averaged like the model."""
 
 
+class EpochClips(Protocol):
+    """What a method may read before an epoch (`Method.before_epoch`); batches are as `Method.gradients` gets them."""
+
+    seed: int
+    """The training's."""
+    batches: int
+    """How many an epoch has."""
+
+    def training(self, ahead: int = 0) -> Iterator[Batch]:
+        """The epoch's batches (or those `ahead` epochs later), in its order: of several processes each one's rows."""
+
+    def validation(self) -> Iterator[Batch]:
+        """The test split of the source domains, in test views; all of it in every process."""
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """A new one, of the training's kind and settings."""
+
+    def train_mode(self, model: MultiModalModel) -> None:
+        """Put a copy of the student in train mode, batch norms as the training has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderFactors:
+    """What every encoder's part of an optimizer's step is multiplied with.
+
+    Attributes:
+        value: of each modality, [M]; of all members of a population [K, M].
+        only: modality -> names of the parameters of its tail that are meant; None: all that train.
+    """
+
+    value: torch.Tensor
+    only: Mapping[str, Sequence[str]] | None = None
+
+    def parameters(self, model: MultiModalModel) -> list[tuple[torch.Tensor, int]]:
+        """(parameter, number of its modality) of all that are multiplied."""
+        return [
+            (value, k)
+            for k, (name, weights) in enumerate(model.theta().items())
+            for key, value in weights.items()
+            if self.only is None or key in self.only[name]
+        ]
+
+
 @dataclass(slots=True)
 class Context:
     """What a method works on. It is lent: nothing in it belongs to the method's own modules.
@@ -92,6 +135,7 @@ class Context:
         sources: index of each source domain in the dataset's list, [S].
         epoch: epochs finished, [] on the device, so that a captured step reads it anew.
         step: the step that is being done, the first being 1, [] on the device.
+        factors: what the optimizer's changes of the encoders are multiplied with in this step (`modulate`).
     """
 
     model: MultiModalModel
@@ -102,6 +146,7 @@ class Context:
     sources: torch.Tensor
     epoch: torch.Tensor
     step: torch.Tensor
+    factors: EncoderFactors | None = None
 
     @staticmethod
     def of(
@@ -155,6 +200,28 @@ class Context:
     def set_gradient(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         """Have the optimizer take `gradient` for that of `parameter`, both [*]."""
         parameter.grad = gradient
+
+    def modulate(
+        self,
+        factors: torch.Tensor,
+        *,
+        of: Literal["gradient", "update"],
+        only: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Multiply what each encoder takes of this step; after `backward`.
+
+        Args:
+            factors: of each modality in fusion order, [M], the same in all processes.
+            of: the gradient as it is now (Adam, which divides by the gradient's size, undoes most of that), or the
+                optimizer's change of the weights, its decay included: a learning rate of each modality.
+            only: as `EncoderFactors.only`.
+        """
+        chosen = EncoderFactors(factors.detach(), only)
+        if of == "update":
+            self.factors = chosen
+            return
+        for parameter, k in chosen.parameters(self.model):
+            self.set_gradient(parameter, self.gradient(parameter) * chosen.value[k])
 
     def autocast(self) -> AbstractContextManager:
         """The context of forward passes: bfloat16 where `precision` says so."""
@@ -303,6 +370,13 @@ class Method(nn.Module):
 
     def after_update(self) -> None:
         """Called after the optimizer and the weight average."""
+
+    def before_epoch(self, clips: EpochClips) -> None:
+        """Called before the first step of every epoch, outside all graphs; it may wait for the device.
+
+        What it changes (buffers, weights, in place) it changes at its end: a signal may end it while it reads, and a
+        training that goes on from there calls it anew.
+        """
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Own parameters with other optimizer settings; all others are trained like the model's."""

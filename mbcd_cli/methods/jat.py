@@ -20,7 +20,8 @@ from mbcd_cli.methods.parts import (
     DomainAdversary,
     FusedDomainAdversary,
     cross_entropy,
-    full_precision,
+    keep_at_least_one,
+    mean_entropies,
 )
 from mbcd_cli.model import TailWeights
 from mbcd_cli.settings import Count, Fraction, MethodSettings, NonNegative, Positive, Range
@@ -173,20 +174,3 @@ class JAT(Method):
     ) -> Figures:
         """Those of every method and `w`, [M]: what the uni-modal cross-entropies are multiplied with."""
         return super().figures(batch, out, loss, terms, **more, w=terms["ce"].weight.detach())
-
-
-def mean_entropies(logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """E[-sum_c p_c log p_c] of M times logits [B, C] -> M times []."""
-    logs = [full_precision(of_modality).log_softmax(dim=1) for of_modality in logits]
-    return [-(log.exp() * log).sum(dim=1).mean() for log in logs]
-
-
-def keep_at_least_one(uniform: torch.Tensor, rate: float) -> torch.Tensor:
-    """Each modality of a clip kept with probability 1 - rate, and one of them at random where none is, [B, M].
-
-    Args:
-        uniform: draws from [0, 1), [B, M].
-    """
-    keep = uniform >= rate
-    # The largest of M alike draws is any of them with equal probability, whatever the rate.
-    return (keep | (~keep.any(dim=1, keepdim=True) & (uniform == uniform.amax(dim=1, keepdim=True)))).to(uniform.dtype)

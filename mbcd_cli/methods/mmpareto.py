@@ -13,19 +13,20 @@ import torch
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import gradient_consistency as gcc
 from mbcd_cli.methods.base import Figures, Method, total
-from mbcd_cli.settings import MethodSettings, Positive, Range
+from mbcd_cli.methods.parts import ModulatedSettings
+from mbcd_cli.settings import Positive, Range
 
 FLOOR = 1e-12
 """Least squared norm, and norm, that is divided by."""
 
 
-class MMParetoSettings(MethodSettings):
+class MMParetoSettings(ModulatedSettings):
     """MMPareto."""
 
     unimodal: Literal["joint", "probe"] = "joint"
     """Uni-modal heads train with their encoders, or only probe detached features, to be reported."""
     gamma: Annotated[Positive, Range(1, 3)] = 1.5
-    """What every encoder's gradient is multiplied with at last."""
+    """What every encoder's gradient (or update) is multiplied with at last."""
 
 
 class MMPareto(Method):
@@ -62,9 +63,11 @@ class MMPareto(Method):
             # An encoder that is cut after its last weight has none to share.
             share = pareto_share(multi, single) if tensors else torch.full_like(fused.detach(), 0.5)
             shares.append(share)
-            for parameter, change in zip(tensors, pareto_step(multi, single, share, self.settings.gamma), strict=True):
+            for parameter, change in zip(tensors, pareto_step(multi, single, share), strict=True):
                 context.set_gradient(parameter, change)
-        return self.figures(batch, out, total(terms).detach(), terms, share=torch.stack(shares))
+        share = torch.stack(shares)
+        context.modulate(torch.ones_like(share) * self.settings.gamma, of=self.settings.modulate)
+        return self.figures(batch, out, total(terms).detach(), terms, share=share)
 
 
 def pareto_share(m: Sequence[torch.Tensor], u: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -75,13 +78,11 @@ def pareto_share(m: Sequence[torch.Tensor], u: Sequence[torch.Tensor]) -> torch.
     return torch.where(dot < 0, to_m / apart.clamp(min=FLOOR), 0.5)
 
 
-def pareto_step(
-    m: Sequence[torch.Tensor], u: Sequence[torch.Tensor], share: torch.Tensor, gamma: float
-) -> list[torch.Tensor]:
-    """gamma h max(1, ||m + u|| / ||h||) of every tensor, in the shapes of m and u; `share` is a, []."""
+def pareto_step(m: Sequence[torch.Tensor], u: Sequence[torch.Tensor], share: torch.Tensor) -> list[torch.Tensor]:
+    """h max(1, ||m + u|| / ||h||) of every tensor, in the shapes of m and u; `share` is a, []."""
     changes = []
     for x, y in zip(m, u, strict=True):
         h = 2 * share * x + 2 * (1 - share) * y
         longer = ((x + y).norm() / h.norm().clamp(min=FLOOR)).clamp(min=1)
-        changes.append(gamma * (longer * h))
+        changes.append(longer * h)
     return changes

@@ -15,13 +15,13 @@ from torch import nn
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, total
-from mbcd_cli.methods.parts import modulation
-from mbcd_cli.settings import MethodSettings, NonNegative, Range
+from mbcd_cli.methods.parts import ModulatedSettings, modulation
+from mbcd_cli.settings import NonNegative, Range
 
 Epochs = Annotated[int, Field(ge=0)]
 
 
-class OGMGESettings(MethodSettings):
+class OGMGESettings(ModulatedSettings):
     """OGM-GE."""
 
     alpha: Annotated[NonNegative, Range(0.1, 1)] = 0.8
@@ -36,6 +36,8 @@ class OGMGESettings(MethodSettings):
 
 class OGMGE(Method):
     """ERM whose encoders' gradients become kappa_k g + N(0, std(g) + 1e-8), kappa_k < 1 for the dominant modalities.
+
+    modulate = "update": the gradients are g + N(0, std(g) + 1e-8), and what the optimizer makes of them times kappa_k.
 
     rho_k = mean_{j != k} s_k / s_j with s_k the summed probability of the true class; kappa_k = 1 - tanh(alpha rho_k)
     where rho_k > 1, else 1. Two modalities with one linear fused layer give the authors' s_k from W_k h_k + b / 2; here
@@ -70,26 +72,23 @@ class OGMGE(Method):
 
     @torch.no_grad()
     def modulate(self, rho: torch.Tensor) -> torch.Tensor:
-        """Change the encoders' gradients in place, after they are those of the global batch; kappa [M]."""
-        settings, epoch = self.settings, self.context.epoch
-        active = (epoch >= settings.start) & (epoch < settings.stop)
+        """Change what the encoders take, after their gradients are those of the global batch; kappa [M]."""
+        settings, context = self.settings, self.context
+        active = (context.epoch >= settings.start) & (context.epoch < settings.stop)
         kappa = torch.where(active, modulation(rho, settings.alpha), 1.0)
-        context, weights = self.context, self._weights()
-        gradients = [[context.gradient(p) for p in of_one] for of_one in weights]
-        context.group.average_([gradient for of_one in gradients for gradient in of_one])
-        for factor, parameters, theirs in zip(kappa, weights, gradients, strict=True):
-            for parameter, gradient in zip(parameters, theirs, strict=True):
-                changed = gradient * factor
-                if settings.noise:
-                    noise = context.randomness.normal(*gradient.shape, dtype=gradient.dtype)
-                    changed = changed + noise * (active * (gradient.std() + 1e-8))
-                context.set_gradient(parameter, changed)
+        weights = self._weights() if settings.noise else []
+        gradients = [context.gradient(parameter) for parameter in weights]
+        context.group.average_(gradients)
+        deviations = [active * (gradient.std() + 1e-8) for gradient in gradients]
+        context.modulate(kappa, of=settings.modulate, only=self._modulated)
+        for parameter, deviation in zip(weights, deviations, strict=True):
+            noise = context.randomness.normal(*parameter.shape, dtype=parameter.dtype)
+            context.set_gradient(parameter, context.gradient(parameter) + noise * deviation)
         return kappa
 
-    def _weights(self) -> list[list[torch.Tensor]]:
-        tails = self.context.model.tails
-        named = [(dict(tails[modality].named_parameters()), names) for modality, names in self._modulated.items()]
-        return [[parameters[name] for name in names] for parameters, names in named]
+    def _weights(self) -> list[torch.Tensor]:
+        theta = self.context.model.theta()
+        return [theta[modality][name] for modality, names in self._modulated.items() for name in names]
 
 
 def modulated(tail: nn.Module) -> list[str]:

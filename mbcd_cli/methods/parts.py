@@ -6,20 +6,30 @@ S source domains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import permutations
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import Group
+from mbcd_cli.settings import MethodSettings
 
 TEACHER_FLOOR = 1e-12
 """Teacher probabilities are clamped from below here, as in the reference."""
 BASE_TEMPERATURE = 0.07
 """What the supervised contrast's loss is scaled to."""
+
+
+class ModulatedSettings(MethodSettings):
+    """Of a method that multiplies what an encoder takes of a step."""
+
+    modulate: Literal["gradient", "update"] = "gradient"
+    """What the factors multiply: the encoder's gradient (the paper; Adam all but undoes that), or its update."""
 
 
 def full_precision(x: torch.Tensor) -> torch.Tensor:
@@ -47,6 +57,36 @@ def distillation(teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     # F.kl_div's own formula: that one has no rule for vmap.
     log_probabilities = full_precision(logits).log_softmax(dim=1)
     return (torch.xlogy(teacher, teacher) - teacher * log_probabilities).sum() / len(teacher)
+
+
+def mean_entropies(logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """E[-sum_c p_c log p_c] of M times logits [B, C] -> M times []."""
+    logs = [full_precision(of_modality).log_softmax(dim=1) for of_modality in logits]
+    return [-(log.exp() * log).sum(dim=1).mean() for log in logs]
+
+
+def logits_of_some(
+    model: MultiModalModel, features: Mapping[str, torch.Tensor], sets: Sequence[Collection[int]]
+) -> list[torch.Tensor]:
+    """For each set of modalities: fused logits [B, C] where the features [B, D_k] of all others are 0; no dropout."""
+    logits = []
+    model.fused_head.eval()
+    for some in sets:
+        present = {n: h if k in some else torch.zeros_like(h) for k, (n, h) in enumerate(features.items())}
+        logits.append(full_precision(model.fuse(present)))
+    model.fused_head.train()
+    return logits
+
+
+def keep_at_least_one(uniform: torch.Tensor, rate: float) -> torch.Tensor:
+    """Each modality of a clip kept with probability 1 - rate, and one of them at random where none is, [B, M].
+
+    Args:
+        uniform: draws from [0, 1), [B, M].
+    """
+    keep = uniform >= rate
+    # The largest of M alike draws is any of them with equal probability, whatever the rate.
+    return (keep | (~keep.any(dim=1, keepdim=True) & (uniform == uniform.amax(dim=1, keepdim=True)))).to(uniform.dtype)
 
 
 def need_domains(method: str, sources: int) -> None:

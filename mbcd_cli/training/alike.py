@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from mbcd_cli.data.records import Batch
+from mbcd_cli.methods.base import EncoderFactors
 from mbcd_cli.training.average import Average
+from mbcd_cli.training.optimizer import multiplied_changes
 from mbcd_cli.training.step import TrainStep
 
 _VECTOR = 64
@@ -79,15 +81,26 @@ class Alike:
                 runs.append([row])
         return [cls([steps[row] for row in run], run[0], stacked) for run in runs]
 
-    def update(self) -> None:
-        """What the stacked gradients change."""
+    def update(self, factors: EncoderFactors | None = None) -> None:
+        """What the stacked gradients change, the encoders' times `factors` of all members [K, M]."""
         for piece, _ in self._pieces:
             piece.rows.grad = None if piece.leaf.grad is None else piece.leaf.grad[piece.among]
-        self._optimizer.step()
+        with multiplied_changes([] if factors is None else self._multiplied(factors)):
+            self._optimizer.step()
         if self._average is not None:
             self._average.update(self._steps[0].context.step)
         for step in self._steps:
             step.follow(averaged=self._average is not None)
+
+    def _multiplied(self, factors: EncoderFactors) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        chosen = factors.parameters(self._steps[0].model)
+        modality = {id(self._stacked[self._names[parameter.data_ptr()]]): k for parameter, k in chosen}
+        parts = []
+        for piece, _ in self._pieces:
+            if (k := modality.get(id(piece.leaf))) is not None:
+                its = factors.value[piece.among, k]
+                parts.append((piece.rows, its.reshape(-1, *([1] * (piece.rows.dim() - 1)))))
+        return parts
 
     def release(self) -> None:
         """Leave it to the members' own optimizers."""

@@ -31,7 +31,7 @@ from mbcd_cli.randomness import global_states, load_global_states, seed_everythi
 from mbcd_cli.settings import ReaderSettings, Settings, Slice
 from mbcd_cli.settings.sources import merge
 from mbcd_cli.training.assemble import Training, train_with
-from mbcd_cli.training.optimizer import load_optimizer, optimizer_state
+from mbcd_cli.training.optimizer import build_optimizer, load_optimizer, optimizer_state
 from mbcd_cli.training.population import Member, StackedStep
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
@@ -100,7 +100,10 @@ class Subject:
         arrays = {name: ArrayModality.model_validate(shape) for name, shape in shapes.items()}
         model = build_model(arrays, settings=settings.model, classes=CLASSES, live_trunks=trunks)
         model = model.double() if double else model
-        return train_with(kind or self.kind, model, settings, sources=range(sources), group=group)
+        made = train_with(kind or self.kind, model, settings, sources=range(sources), group=group)
+        if cut == "input":  # else batches are the caller's
+            made.step.method.before_epoch(_ClipsOfNone(self, made.step, settings, len(names), sources))
+        return made
 
     def batch(self, seed: int, *, modalities: int = 2, labels: torch.Tensor | None = None, sources: int = 2) -> Batch:
         """B clips, labels [B], whose class shows in every modality; with two views both of B / 2 clips."""
@@ -122,6 +125,46 @@ class Subject:
             domains=repeated % sources,
             clips=repeated,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _ClipsOfNone:
+    """What a method reads before the first epoch: `methods.base.EpochClips` of batches that are drawn here."""
+
+    subject: Subject
+    step: TrainStep
+    settings: Settings
+    modalities: int
+    sources: int
+    seed: int = 0
+    batches: int = 3
+
+    def training(self, ahead: int = 0) -> Iterator[Batch]:
+        group = self.step.context.group
+        for seed in range(100 + 3 * ahead, 103 + 3 * ahead):
+            yield _own_rows(self._prepared(seed), group)
+
+    def validation(self) -> Iterator[Batch]:
+        yield from map(self._prepared, range(200, 202))
+
+    def optimizer(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return build_optimizer(parameters, self.settings.optimizer)
+
+    def train_mode(self, model: MultiModalModel) -> None:
+        self.step.train_mode(model)
+
+    def _prepared(self, seed: int) -> Batch:
+        return self.step.prepared(self.subject.batch(seed, modalities=self.modalities, sources=self.sources))
+
+
+def _own_rows(batch: Batch, group: Group) -> Batch:
+    rows = group.own(torch.arange(len(batch)))
+    return Batch(
+        inputs={name: tuple(part[rows] for part in parts) for name, parts in batch.inputs.items()},
+        labels=batch.labels[rows],
+        domains=batch.domains[rows],
+        clips=batch.clips[rows],
+    )
 
 
 def _shrunk(settings: Slice, by: float) -> dict[str, object]:
@@ -453,16 +496,7 @@ def check_processes(subject: Subject) -> None:
 def _share(subject: Subject, group: Group) -> dict[str, torch.Tensor]:
     step = subject.training(group=group, batch_norm="frozen").step
     for seed in range(3):
-        batch = subject.batch(seed)
-        rows = group.own(torch.arange(len(batch)))
-        step(
-            Batch(
-                inputs={name: tuple(part[rows] for part in parts) for name, parts in batch.inputs.items()},
-                labels=batch.labels[rows],
-                domains=batch.domains[rows],
-                clips=batch.clips[rows],
-            )
-        )
+        step(_own_rows(subject.batch(seed), group))
     return weights(step)
 
 

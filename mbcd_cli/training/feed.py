@@ -6,7 +6,7 @@ Letters: N clips.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from mbcd_cli.data.loading import read_ahead
 from mbcd_cli.data.protocol import Dataset, Read
-from mbcd_cli.data.records import Batch
+from mbcd_cli.data.records import Batch, Parts
 from mbcd_cli.processes import ALONE, Group
 
 
@@ -24,6 +24,7 @@ class Feed:
 
     Attributes:
         device: where batches go.
+        inputs: (modality, parts of a training batch) -> its inputs, where parts stand for them; None: parts are inputs.
         waited: seconds the loop has waited for batches since `reset`.
 
     Args:
@@ -31,14 +32,23 @@ class Feed:
         device: where batches go; they are copied without waiting, from page-locked memory, on CUDA.
         ahead: training batches read ahead by a thread.
         read: rows that lie on the device already (`data.loading.ResidentRows.read`), or None.
+        inputs: see the attribute.
         group: the processes that share every batch.
     """
 
     def __init__(
-        self, dataset: Dataset, *, device: torch.device, ahead: int = 0, read: Read | None = None, group: Group = ALONE
+        self,
+        dataset: Dataset,
+        *,
+        device: torch.device,
+        ahead: int = 0,
+        read: Read | None = None,
+        inputs: Callable[[str, Parts], Parts] | None = None,
+        group: Group = ALONE,
     ) -> None:
         self._dataset = dataset
         self.device = device
+        self.inputs = inputs
         self._ahead = 0 if read is not None else ahead
         self._pin = device.type == "cuda" and read is None
         self._options: dict[str, Any] = {} if read is None else {"read": read}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,6 +118,22 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
+
+
+@contextmanager
+def multiplied_changes(parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """What the block changes of a tensor, times its factor; a factor of 1 changes no bit.
+
+    Operation by operation, so that a row rounds alike whatever lies beside it in a stacked tensor.
+
+    Args:
+        parts: (tensor [*], factor that spreads over it).
+    """
+    before = [tensor.detach().clone() for tensor, _ in parts]
+    yield
+    with torch.no_grad():
+        for (tensor, factor), first in zip(parts, before, strict=True):
+            tensor += (factor - 1) * (tensor - first)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class StackedStep:
             self.release()
             self._rates, self._alike = rates, Alike.runs(self._everyone, self._rows, self._stacked)
         for run in self._alike:
-            run.update()
+            run.update(self._context.factors)
         for step in steps:
             step.layout = self._step.layout
         return list(vectors.unbind())

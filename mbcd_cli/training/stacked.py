@@ -6,6 +6,8 @@ Letters: K members, B clips, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -150,6 +152,21 @@ class StackedContext(Context):
         """See `Context.set_gradient`."""
         _SetGradient.apply(parameter, gradient)
 
+    def modulate(
+        self,
+        factors: torch.Tensor,
+        *,
+        of: Literal["gradient", "update"],
+        only: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """See `Context.modulate`."""
+        Context.modulate(self, factors, of=of, only=only)
+        if of == "update":  # below vmap: of all members
+            _Below.apply(self._keep_factors, factors.detach() + 0 * self.step)
+
+    def _keep_factors(self, factors: torch.Tensor) -> None:
+        self.factors = replace(self.factors, value=factors)
+
 
 class _BelowVmap(torch.autograd.Function):
     """Base of what is done on the stacked tensors themselves: only `vmap` of these is ever called."""
@@ -167,6 +184,13 @@ class _Stacked(_BelowVmap):
     @staticmethod
     def vmap(info, in_dims, draw, member):
         return draw(), 0
+
+
+class _Below(_BelowVmap):
+    @staticmethod
+    def vmap(info, in_dims, take, tensor):
+        take(tensor.movedim(in_dims[1], 0))
+        return tensor.new_zeros(info.batch_size), 0
 
 
 class _Backward(_BelowVmap):

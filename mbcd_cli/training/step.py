@@ -14,8 +14,10 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders.layout import channels_last, match_layout
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.base import Method
+from mbcd_cli.model import MultiModalModel
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.figures import Layout
+from mbcd_cli.training.optimizer import multiplied_changes
 
 _LONE = "Expected more than 1 value per channel"
 """What torch says where a batch norm has a single value of a channel: of one clip without positions."""
@@ -98,8 +100,9 @@ class TrainStep:
         self.method.train()
         for module in (*self._frozen, *(self.average.followed if self.average is not None else ())):
             module.eval()
+        self.context.factors = None
         try:
-            figures = self.method.gradients(self._prepared(batch))
+            figures = self.method.gradients(self.prepared(batch))
         except ValueError as error:
             if _LONE not in str(error):
                 raise
@@ -113,7 +116,10 @@ class TrainStep:
 
     def update(self) -> None:
         """The second half: what the gradients change."""
-        self.optimizer.step()
+        factors = self.context.factors
+        chosen = [] if factors is None else factors.parameters(self.model)
+        with multiplied_changes([(parameter, factors.value[k]) for parameter, k in chosen]):
+            self.optimizer.step()
         self.follow()
 
     def follow(self, *, averaged: bool = False) -> None:
@@ -123,7 +129,14 @@ class TrainStep:
             self.average.update(self.context.step)
         self.method.after_update()
 
-    def _prepared(self, batch: Batch) -> Batch:
+    def train_mode(self, model: MultiModalModel) -> None:
+        """Put a copy of the student in train mode, its tails' batch norms as the student's."""
+        model.train()
+        for module in model.tails.modules() if self._is_frozen else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+    def prepared(self, batch: Batch) -> Batch:
         """Inputs in the weights' type and layout: converted once, not in every pass."""
 
         def prepared(part: torch.Tensor) -> torch.Tensor:

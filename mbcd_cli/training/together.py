@@ -105,7 +105,8 @@ def train_together(
 
         clips = _clips(left, dataset, end)
         resident = _resident(dataset, list(clips.values()), device=device)
-        feed = Feed(dataset, device=device, read=None if resident is None else partial(_read, resident))
+        lying = {} if resident is None else {"read": partial(_read, resident), "inputs": partial(_inputs, resident)}
+        feed = Feed(dataset, device=device, **lying)
         width = min(width or fitting_width(left[0].settings, dataset, device=device), len(wanted))
         with suppress(MbcdError):  # each is going to be told
             memory = size_text(width * member_bytes(left[0].settings, dataset, device=device))
@@ -129,8 +130,7 @@ def train_together(
             if _validated(live, feed, end):
                 continue
             if stacked is None:
-                inputs = None if resident is None else lambda name, rows: resident.at(name, *rows)
-                stacked = StackedStep([place.row for place in places], inputs=inputs)
+                stacked = StackedStep([place.row for place in places], inputs=feed.inputs)
             try:
                 vectors = stacked([place.member.asked if place.live else live[0].member.asked for place in places])
             except (RuntimeError, TypeError, StackingError) as error:
@@ -369,3 +369,8 @@ def _read(resident: ResidentRows, name: str, clips: np.ndarray, views: np.ndarra
     if int(views[0]) == TEST_VIEW:
         return resident.read(name, clips, views)
     return (resident.rows(name, clips, views),)
+
+
+def _inputs(resident: ResidentRows, name: str, rows: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """What `_read` said lies there."""
+    return resident.at(name, *rows)

@@ -32,6 +32,7 @@ from mbcd_cli.scoring.predictions import Predictions, predict
 from mbcd_cli.scoring.unlabelled import said_classes, unlabelled_record
 from mbcd_cli.settings import Settings
 from mbcd_cli.training import watch
+from mbcd_cli.training.between_epochs import InterruptedReading, TrainingClips
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.figures import Layout, Record
 from mbcd_cli.training.interrupts import Interrupts
@@ -167,6 +168,11 @@ class Trainer:
         self.step.context.epoch.fill_(progress.epoch)
         rates = self.settings.optimizer
         set_rates(self.step.optimizer, rate_factor(rates, epoch=progress.epoch, epochs=training.epochs))
+        if progress.epoch_step == 0:
+            try:
+                self.step.method.before_epoch(self._clips_of_epoch())
+            except InterruptedReading:
+                self._leave_alone()
         if progress.step < self.total_steps:
             batches = self.feed.training(
                 self.clips,
@@ -195,6 +201,25 @@ class Trainer:
             },
         )
         self._finish_epoch(record, sealed)
+
+    def _clips_of_epoch(self) -> TrainingClips:
+        return TrainingClips(
+            step=self.step,
+            feed=self.feed,
+            settings=self.settings,
+            clips=self.clips,
+            held_out=self.held_out[SOURCE].clips,
+            epoch=self.progress.epoch,
+            interrupted=self._leaves_alone,
+        )
+
+    def _leaves_alone(self) -> bool:
+        """Whether a signal came; several processes leave together only: after the next step."""
+        return self.group.world == 1 and self._interrupts.signal is not None
+
+    def _leave_alone(self) -> None:
+        if self._leaves_alone():
+            self._stop(self._interrupts.signal)
 
     def _take(self, clips: torch.Tensor, vector: torch.Tensor) -> None:
         progress, training = self.progress, self.settings.training
@@ -331,9 +356,7 @@ class Trainer:
 
     def _watched(self, clips: np.ndarray) -> Iterator[Batch]:
         for batch in self.feed.testing(clips, batch_size=self.settings.evaluation.batch_size):
-            # Several processes leave together only: after the next step.
-            if self.group.world == 1 and self._interrupts.signal is not None:
-                self._stop(self._interrupts.signal)
+            self._leave_alone()
             yield batch
 
     # ---- the end of an epoch

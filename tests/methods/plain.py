@@ -79,6 +79,7 @@ class Plain:
         self.teacher_buffers = {n: v.clone() for n, v in self.buffers.items()}
         self.moments = {n: (torch.zeros_like(v), torch.zeros_like(v)) for n, v in self.values.items()}
         self.time, self.epoch, self.gradients = 0, 0, {}
+        self.factors = {}
 
     # ---- networks
 
@@ -146,6 +147,15 @@ class Plain:
         """Gradients by name, as the optimizer takes them."""
         return gradients
 
+    def modulated(self, gradients, factors):
+        """Gradients by name; of every encoder times its factor, unless that is for the update."""
+        factors = dict(zip(self.names, map(float, factors), strict=True))
+        if self.settings.modulate == "update":
+            self.factors = factors
+            return gradients
+        of = {name: factors[name.split(".")[2]] for name in gradients if name.startswith("student.tails.")}
+        return {name: of.get(name, 1.0) * g for name, g in gradients.items()}
+
     def decay(self, name):
         """Weight decay of one tensor."""
         return 1e-2
@@ -175,7 +185,8 @@ class Plain:
                 m.copy_(0.9 * m + 0.1 * g)
                 v.copy_(0.999 * v + 0.001 * g * g)
                 step = (m / (1 - 0.9**self.time)) / (torch.sqrt(v / (1 - 0.999**self.time)) + 1e-8)
-                self.values[key] -= 1e-2 * step
+                tail = key.split(".")[2] if key.startswith("student.tails.") else None
+                self.values[key] -= self.factors.get(key, self.factors.get(tail, 1.0)) * 1e-2 * step
             self.follow()
         assert not draws, "draws of the step that the reference did not use"
         return {"total": total, **{name: value for name, (value, _) in terms.items()}}
@@ -223,11 +234,17 @@ def small_batch(seed, modalities=2, sources=2, size=6, views=1):
     )
 
 
-def compare(reference, method, told=None, *, modalities=2, sources=2, steps=5, epoch=0, **more):
-    """The method's step against its reference: figures, every gradient, and after all steps weights and average."""
+def compare(reference, method, told=None, *, modalities=2, sources=2, steps=5, epoch=0, begin=None, **more):
+    """The method's step against its reference: figures, every gradient, and after all steps weights and average.
+
+    `begin` is called with the step before the reference copies what it holds.
+    """
     torch.set_num_threads(1)
     training, settings = make(method, told, modalities=modalities, sources=sources, **more)
-    step, plain, recorder = training.step, reference(training, settings), training.randomness
+    step, recorder = training.step, training.randomness
+    if begin is not None:
+        begin(step)
+    plain = reference(training, settings)
     recorder.__class__, recorder.draws = Recorder, []  # in its place: parts of a method may hold it too
     step.context.epoch.fill_(epoch)
     plain.epoch = epoch

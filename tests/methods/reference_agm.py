@@ -39,5 +39,8 @@ class AGMReference(Plain):
             kappa = [math.exp(o.alpha * min(b - a, o.cap)) for a, b in zip(ratio, past, strict=True)]
         n = self.time
         self.buffers["method.history"] = history * (n - 1) / n + torch.tensor(alone, dtype=torch.float64) / n
+        if o.modulate == "update":
+            self.modulated({}, kappa)
+            kappa = [1.0] * count
         logits = sum(Scaled.apply(phi, factor) for phi, factor in zip(parts, kappa, strict=True))
         return {"ce_fused": (self.ce(logits, s.labels), 1.0), "ce": terms["ce"]}

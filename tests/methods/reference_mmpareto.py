@@ -34,5 +34,5 @@ class MMParetoReference(Plain):
                 a = -slope / (2 * curve)
             for n, g, h in zip(tail, m, u, strict=True):
                 mixed = 2 * a * g + 2 * (1 - a) * h
-                result[n] = self.settings.gamma * mixed * max(1.0, float((g + h).norm() / mixed.norm()))
-        return result
+                result[n] = mixed * max(1.0, float((g + h).norm() / mixed.norm()))
+        return self.modulated(result, [self.settings.gamma] * len(self.names))

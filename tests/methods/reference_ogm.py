@@ -17,11 +17,15 @@ class OGMReference(Plain):
         ]
         rho = [sum(score[k] / score[j] for j in range(count) if j != k) / max(count - 1, 1) for k in range(count)]
         active = o.start <= self.epoch < o.stop
-        changed = dict(gradients)
+        changed, update = dict(gradients), o.modulate == "update"
+        self.factors = {}
         for k, name in enumerate(self.names):
             kappa = 1 - math.tanh(o.alpha * rho[k]) if active and count > 1 and rho[k] > 1 else 1.0
             key = f"student.tails.{name}.layer.0.weight"
             g = gradients[key]
+            if update:  # of the weight alone; the bias is changed like ERM's
+                self.factors[key] = kappa
+                kappa = 1.0
             changed[key] = kappa * g
             if o.noise:
                 mean = g.sum() / g.numel()

@@ -20,6 +20,12 @@ def test_a_cap_and_another_chassis():
     compare(AGMReference, "agm", {"cap": 0.01, "alpha": 9.0, "unimodal": "joint"}, modalities=3, norm="none")
 
 
+@pytest.mark.parametrize("modalities", [1, 3])
+def test_on_the_update(modalities):
+    _, plain = compare(AGMReference, "agm", {"modulate": "update"}, modalities=modalities)
+    assert (set(plain.factors.values()) == {1.0}) == (modalities == 1)
+
+
 def of(*sets):
     """f(S) from pinned logits: (index of L, modalities of S) pairs."""
     return {frozenset(some): pinned_logits(k) for k, *some in sets}

@@ -18,6 +18,9 @@ from mbcd_cli.training.contract import CHECKS, Subject, check_method
 TOLD = {
     "dann": {"hidden": 16, "ramp": 2},
     "opm": {"start": 0},
+    "arl": {"start": 0},
+    "admmdg": {"hidden": 16},
+    "g-blending": {"epochs": 2},
     "simmmdg": {"hidden": 16},
     "moosa": {"hidden": 16, "permutations": 12},
     "cmrf": {"hidden": 16, "beta": 1.0},
@@ -43,6 +46,15 @@ def one_thread():
 def test_methods_of_the_registry(method, check):
     subject = Subject.of(method, TOLD.get(method))
     CHECKS[check](replace(subject, average={**subject.average, "start": min(subject.kind.average_start, 2)}))
+
+
+MODULATED = [name for name in METHODS if "modulate" in method_class(name).Settings.model_fields]
+
+
+@pytest.mark.parametrize("check", ["neutral", "resume", "order", "precision", "static", "population", "processes"])
+@pytest.mark.parametrize("method", MODULATED)
+def test_methods_that_multiply_the_update(method, check):
+    CHECKS[check](Subject.of(method, {**TOLD.get(method, {}), "modulate": "update"}))
 
 
 @pytest.mark.parametrize("check", CHECKS)

@@ -8,8 +8,7 @@ from plain import compare, make, pinned_logits, small_batch
 from reference_jat import JATReference
 from small import named
 
-from mbcd_cli.methods.jat import keep_at_least_one, mean_entropies
-from mbcd_cli.methods.parts import reversed_gradient
+from mbcd_cli.methods.parts import keep_at_least_one, mean_entropies, reversed_gradient
 
 SMALL = {"hidden": 6, "fused_hidden": 7}
 

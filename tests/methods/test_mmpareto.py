@@ -22,6 +22,11 @@ def test_conflicts_on_another_chassis():
     assert plain.conflicts
 
 
+def test_gamma_on_the_update():
+    _, plain = compare(MMParetoReference, "mmpareto", {"modulate": "update"}, modalities=3)
+    assert plain.factors == {"video": 1.5, "audio": 1.5, "flow": 1.5}
+
+
 def tensors(t):
     """G_t[c] = cos(1 + 2t + 5c + t c), as tensors of 2 and 4 entries."""
     c = torch.arange(6.0, dtype=torch.float64)
@@ -36,12 +41,12 @@ def test_pinned_numbers():
     share = pareto_share(tensors(0), tensors(1))
     close(torch.stack([share, 1 - share]), 0.494603179609, 0.505396820391)
     close(
-        torch.cat(pareto_step(tensors(0), tensors(1), share, 1.5)),
+        1.5 * torch.cat(pareto_step(tensors(0), tensors(1), share)),
         *(-0.699311464680, 0.043262818276, -1.147358804645, -2.255562948586, -1.257959973234, 0.941493373985),
     )
     share = pareto_share(tensors(2), tensors(3))
     assert share == 0.5
     close(
-        torch.cat(pareto_step(tensors(2), tensors(3), share, 1.5)),
+        1.5 * torch.cat(pareto_step(tensors(2), tensors(3), share)),
         *(1.556346659710, 0.126249068811, 0.683807396780, 2.342492520200, 0.380049277705, -2.488910296205),
     )

@@ -23,6 +23,12 @@ def test_it_is_modulated_in_a_window_of_epochs(epoch):
     compare(OGMReference, "ogm-ge", {"start": 2, "stop": 4, "alpha": 0.3}, epoch=epoch, steps=2, norm="none")
 
 
+@pytest.mark.parametrize("method", ["ogm-ge", "ogm"])
+def test_on_the_update(method):
+    _, plain = compare(OGMReference, method, {"modulate": "update"}, modalities=3)
+    assert min(plain.factors.values()) < 1
+
+
 def test_pinned_numbers():
     rho = ratios(scores([pinned_logits(0), pinned_logits(1)], LABELS, score="true_class"))
     expected = torch.tensor([1.047108100351, 0.315418275490, 1.0], dtype=torch.float64)

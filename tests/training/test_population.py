@@ -31,7 +31,8 @@ def settings_of(seed, *, target="c", method="mbcd", optimizer="adam", hidden=Non
     chosen = {"seed": seed, "target_domain": target, "source_domains": sources, **training}
     model = {"dropout": 0.3, **({} if hidden is None else {"hidden": hidden})}
     groups = {"optimizer": {"name": optimizer}, "model": model}
-    return memory_settings(training=chosen, method={"name": method}, **groups)
+    told = method if isinstance(method, dict) else {"name": method}
+    return memory_settings(training=chosen, method=told, **groups)
 
 
 def together(folder, settings, *, dataset=None, width=8, say=SILENT, told=SILENT):
@@ -142,6 +143,30 @@ def test_what_models_say_together_is_what_each_says_and_to_the_bit_whatever_is_b
                 assert all(torch.equal(said.heads[name], logits) for name, logits in together[k].heads.items())
 
 
+def test_an_encoder_moves_its_factor_times_as_far():
+    class Paced(Method):
+        """The first modality's encoder moves three times as far."""
+
+        def gradients(self, batch):
+            figures = super().gradients(batch)
+            factors = torch.ones_like(figures["accuracy"])
+            factors[0] = 3.0
+            self.context.modulate(factors, of="update")
+            return figures
+
+    for optimizer in ("adam", "adamw", "sgd"):
+        moved = []
+        for kind in (Method, Paced):
+            training = Subject(kind).training(dropout=0.0, optimizer=optimizer)
+            before = weights(training.step)
+            training.step(Subject(kind).batch(0))
+            moved.append({name: value - before[name] for name, value in weights(training.step).items()})
+        for name, change in moved[0].items():
+            faster = name.startswith("student.tails.m0.") and name.endswith(("weight", "bias"))
+            expected, tolerance = (3 * change, 1e-15) if faster else (change, 0.0)
+            torch.testing.assert_close(moved[1][name], expected, rtol=0, atol=tolerance, msg=name)
+
+
 def test_a_member_that_diverges_stops_alone(tmp_path):
     dataset = MemoryDataset()
     for name in dataset.training:
@@ -154,9 +179,15 @@ def test_a_member_that_diverges_stops_alone(tmp_path):
     assert [(tmp_path / str(number) / "done").is_file() for number in range(3)] == [True, False, True]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-def test_stopped_and_gone_on_with_a_population_ends_in_the_same_bits(tmp_path, optimizer):
-    members = [settings_of(seed, optimizer=optimizer, epochs=3) for seed in range(3)]
+UPDATED = {"name": "ogm", "modulate": "update", "alpha": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("mbcd", "adam"), ("mbcd", "adamw"), ("mbcd", "sgd"), (UPDATED, "adam")],
+)
+def test_stopped_and_gone_on_with_a_population_ends_in_the_same_bits(tmp_path, method, optimizer):
+    members = [settings_of(seed, method=method, optimizer=optimizer, epochs=3) for seed in range(3)]
     together(tmp_path / "whole", members)
 
     lines = []
@@ -175,7 +206,7 @@ def test_stopped_and_gone_on_with_a_population_ends_in_the_same_bits(tmp_path, o
             assert (whole / log).read_bytes() == (cut / log).read_bytes()
         one, other = (load_checkpoint(run / "checkpoints/last.pt") for run in (whole, cut))
         assert all(torch.equal(value, other.student[name]) for name, value in one.student.items())
-        assert all(torch.equal(value, other.teacher[name]) for name, value in one.teacher.items())
+        assert all(torch.equal(value, other.teacher[name]) for name, value in (one.teacher or {}).items())
 
 
 @pytest.mark.parametrize("why", ["it convolves", "vmap has no rule"])
@@ -264,14 +295,15 @@ def test_a_step_that_fails_in_the_midst_goes_on_from_the_checkpoints(tmp_path, m
     assert [record["epoch"] for record in read_records(tmp_path / "0/metrics.jsonl")] == [1, 2]
 
 
-def test_what_a_member_rounds_to_depends_on_nothing_beside_it():
+@pytest.mark.parametrize("subject", [Subject.of("ema"), Subject.of("ogm", {"modulate": "update", "alpha": 2.0})])
+def test_what_a_member_rounds_to_depends_on_nothing_beside_it(subject):
     def weights_of_the_first(shrunk):
-        subject = Subject.of("ema")
         members = [subject.training(seed=seed, shrunk=factor) for seed, factor in enumerate(shrunk)]
         for member in members:
             member.randomness.own_globals()
-            for module in (member.step.model, member.step.average.model):
-                module.float()
+            member.step.model.float()
+            if member.step.average is not None:
+                member.step.average.model.float()
         stacked = StackedStep([Member(member.step, member.randomness) for member in members])
         for number in range(6):
             batches = [subject.batch(10 * seed + number) for seed in range(3)]

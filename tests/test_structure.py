@@ -23,7 +23,7 @@ FLOORS = (
     "files place settings plugins",
     "locks processes promises",
     "ledger",
-    "runtime plotting data integrity",
+    "runtime plotting data integrity launch",
     "encoders",
     "model",
     "methods",

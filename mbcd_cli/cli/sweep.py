@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -29,7 +30,8 @@ from mbcd_cli.json_values import json_values
 
 if TYPE_CHECKING:
     from mbcd_cli.evaluation.report.comparison import Comparison
-    from mbcd_cli.sweep.sweep import SweepPlan
+    from mbcd_cli.sweep.estimate import SweepPlan
+    from mbcd_cli.sweep.status import SweepStatus
 
 
 @command(
@@ -72,15 +74,24 @@ def sweep(
         typer.Option("--leave-one-source-out", help="Train each run without each source too, to study selection."),
     ] = False,
     dry_run: DryRun = False,
+    status: Annotated[
+        bool, typer.Option("--status", help="Only show how far the runs are, on whatever machines they run.")
+    ] = False,
     collect: Annotated[bool, typer.Option("--collect", help="Only collect the runs that are done.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, one GPU each where there are GPUs.")] = 1,
     pack: Annotated[
         str, typer.Option("--pack", help="Runs that a process trains together: auto, off, or how many.")
     ] = "auto",
-    launcher: Annotated[str, typer.Option("--launcher", help="local processes, or slurm (by submitit).")] = "local",
+    launcher: Annotated[str, typer.Option("--launcher", help="local processes, slurm (by submitit) or ray.")] = "local",
     slurm: Annotated[
         list[str] | None, typer.Option("--slurm", help="submitit parameter, e.g. timeout_min=240; repeatable.")
+    ] = None,
+    slurm_tasks: Annotated[
+        int | None, typer.Option("--slurm-tasks", help="Jobs that the runs are grouped into; default: one each.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option("--ray-address", help="auto, or host:port; default: a cluster of this machine.")
     ] = None,
     runs_dir: RunsDir = Path("runs"),
     output: Output = None,
@@ -96,6 +107,8 @@ def sweep(
     from mbcd_cli.cli.board import Watch
     from mbcd_cli.sweep import sweep as sweeping
     from mbcd_cli.sweep.request import Request
+    from mbcd_cli.sweep.run import Launching
+    from mbcd_cli.sweep.status import SweepStatus as Status
 
     request = Request(
         table=table,
@@ -117,18 +130,17 @@ def sweep(
         flags=asked.flags,
         runs_dir=runs_dir,
         output=output,
-        jobs=jobs,
-        launcher=launcher,
-        slurm=slurm or (),
+        how=Launching(jobs, launcher, slurm or (), slurm_tasks, ray_address),
         pack=pack,
         retry_failed=retry_failed,
         dry_run=dry_run,
+        status=status,
         collect=collect,
         watch=Watch,
         say=console.terminal,
     )
-    if isinstance(swept, sweeping.SweepPlan):
-        return swept, partial(show_plan, swept)
+    if not isinstance(swept, sweeping.Swept):
+        return swept, partial(show_status if isinstance(swept, Status) else show_plan, swept)
     show = partial(show_sweep, swept.comparison)
     failure = sweeping.report_failures(swept.outcome)
     if failure is not None:
@@ -174,6 +186,28 @@ def show_plan(plan: SweepPlan) -> None:
         f"Left: {plan.left} runs, {plan.jobs} at a time: {time_text} ({plan.basis}); {disk}.",
     ):
         console.show(line)
+
+
+def show_status(status: SweepStatus) -> None:
+    """Print how far a sweep is."""
+    if status.running:
+        rows = [
+            (run.name, run.host, f"{run.epochs}/{run.of}", "" if run.seconds is None else console.duration(run.seconds))
+            for run in status.running
+        ]
+        console.table("running", ("run", "where", "epoch", "for"), rows)
+    for run in status.failed:
+        console.show(f"failed: {run.name}: {run.error.splitlines()[0]} ({run.run}.log)")
+        for line in run.log:
+            console.show(f"  | {line}")
+    queued = f" ({status.queued} with a job of the cluster)" if status.queued else ""
+    console.show(
+        f"{status.done} of {status.total} runs done, {len(status.running)} running, {status.waiting} waiting{queued}, "
+        f"{len(status.failed)} failed."
+    )
+    if status.per_hour and status.seconds_left:
+        end = time.strftime("%a %H:%M", time.localtime(time.time() + status.seconds_left))
+        console.show(f"{status.per_hour:.3g} runs an hour: {console.duration(status.seconds_left)} left, until {end}.")
 
 
 def show_sweep(done: Comparison) -> None:

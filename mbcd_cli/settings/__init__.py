@@ -32,6 +32,7 @@ from mbcd_cli.settings.tree import (
     NonNegative,
     OptimizerSettings,
     Positive,
+    RaySettings,
     ReaderSettings,
     RuntimeSettings,
     Settings,

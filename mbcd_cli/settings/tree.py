@@ -483,6 +483,19 @@ class RuntimeSettings(Slice):
     """When a cached row is compared with its checksum: when a process first reads it, at every reading, or never."""
 
 
+class RaySettings(Slice):
+    """What a run asks of a Ray cluster (`--launcher ray`)."""
+
+    role: ClassVar[Role] = "machine"
+
+    processors: Count = 1
+    """Processors that a run takes; its CPU threads, unless runtime.threads says so."""
+    memory_gb: NonNegative = 0.0
+    """Memory that a run takes, in GB; 0 asks for none in particular."""
+    gpus: NonNegative | None = None
+    """GPUs that a run takes, or a fraction of one; default: one, where the cluster has any and the device is no cpu."""
+
+
 AnyMethodSettings = TypeVar("AnyMethodSettings", bound=MethodSettings)
 AnyModality = TypeVar("AnyModality", bound=ModalitySettings)
 
@@ -514,6 +527,8 @@ class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]
     """Adaptation at test time."""
     runtime: RuntimeSettings = RuntimeSettings()
     """Runtime."""
+    ray: RaySettings = RaySettings()
+    """Ray."""
 
     @field_validator("average")
     @classmethod

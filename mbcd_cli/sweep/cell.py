@@ -1,18 +1,12 @@
-"""One cell of a sweep in a process of its own: `python -m mbcd_cli.sweep.cell RUN_FOLDER THREADS`.
+"""One cell of a sweep in a process of its own.
 
-It reads `RUN_FOLDER.toml`, trains (or goes on) and evaluates into RUN_FOLDER. Exit codes are those of `sweep.state`;
-what it says goes to the log that stands for its stderr. Where standard input is a pipe, a sweep holds its other end:
-when that is killed, the cell ends too.
+It reads `RUN_FOLDER.toml`, trains (or goes on) and evaluates into RUN_FOLDER. Exit codes are those of `launch.unit`;
+what it says goes to the log that stands for its stderr.
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import stat
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +14,8 @@ from pathlib import Path
 from mbcd_cli.errors import BusyError, MbcdError, StoppedError
 from mbcd_cli.evaluation import evaluate
 from mbcd_cli.files import delete
+from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, known
+from mbcd_cli.launch.warm import end_with_owner
 from mbcd_cli.locks import lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE, SETTINGS
@@ -27,11 +23,8 @@ from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
+from mbcd_cli.sweep.state import state, write_failure
 from mbcd_cli.training import train
-
-_LAST_SECONDS = 8.0
-"""What a cell whose sweep was killed has for its last checkpoint."""
 
 
 def run_cell(folder: Path, *, threads: int, say: Say = SILENT) -> int:
@@ -39,7 +32,7 @@ def run_cell(folder: Path, *, threads: int, say: Say = SILENT) -> int:
     held = lock(beside(folder, "lock"), place="--runs-dir")
     if held is None:
         return BUSY_CODE
-    with held:
+    with held, known(held):
         if state(folder) == "done":
             return DONE_CODE
         try:
@@ -96,26 +89,7 @@ def log(line: str) -> None:
     sys.stderr.flush()
 
 
-def end_with_sweep() -> None:
-    """End when the process that holds the other end of standard input does."""
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        threading.Thread(target=_end_with_sweep, daemon=True).start()
-
-
-def _end_with_sweep() -> None:
-    """Once nobody holds the other end of the pipe: to a checkpoint and out, or, where that takes long, out."""
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_LAST_SECONDS)
-    os._exit(STOPPED_CODE)
-
-
 def serve_cell(arguments: Sequence[str]) -> int:
     """The process of a cell: RUN_FOLDER, THREADS; the exit code."""
-    end_with_sweep()
+    end_with_owner()
     return run_cell(Path(arguments[0]), threads=int(arguments[1]), say=Say(log))
-
-
-if __name__ == "__main__":
-    sys.exit(serve_cell(sys.argv[1:]))

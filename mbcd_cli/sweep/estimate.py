@@ -4,24 +4,90 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mbcd_cli.data.dataset import open_dataset
-from mbcd_cli.errors import MbcdError
+from mbcd_cli.errors import CacheError, MbcdError
 from mbcd_cli.files import read_json
+from mbcd_cli.launch.local import threads_per_job
 from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Context
 from mbcd_cli.model import build_model
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.folder import DONE
+from mbcd_cli.runs.opening import open_for_training
+from mbcd_cli.runtime import configure
+from mbcd_cli.sweep.packing import kind, units
 from mbcd_cli.sweep.plan import Cell
+from mbcd_cli.sweep.run import Launching, check_prepared
+from mbcd_cli.sweep.search import SearchedSetting
 from mbcd_cli.sweep.state import state
 from mbcd_cli.training.assemble import build_average, build_method
+from mbcd_cli.training.dry_run import dry_run as trial
+from mbcd_cli.training.population import StackingError
+from mbcd_cli.training.together import fitting_width, member_bytes, step_seconds
 
 _FLOAT = 4  # bytes of a float32
+SHORT_STEP = 0.1
+"""Seconds; the time of a step shorter than that is measured three times."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCell:
+    """A cell as a dry run lists it: what is trained, its run folder, the key of its settings.
+
+    Where a search has not chosen its configuration yet, folder and key say `chosen` instead.
+    """
+
+    name: str
+    run: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPopulation:
+    """Cells that are trained together.
+
+    Attributes:
+        methods: rows of the table that they belong to. modalities: that they read. runs: how many cells.
+        processes: that share them. width: trainings that each has under way at a time.
+        memory_bytes: what the weights, gradients, moments and averages of those take in each process.
+    """
+
+    methods: list[str]
+    modalities: list[str]
+    runs: int
+    processes: int
+    width: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepPlan:
+    """What a sweep would do.
+
+    Attributes:
+        searched: settings that a search draws, and between what; empty without one.
+        populations: of the cells that are trained together; empty where nothing is prepared.
+        states: state -> how many cells are in it. left: how many are not done.
+        seconds_one_after_another, seconds: of those, alone and `jobs` at a time; None where nothing was measured.
+        basis: where the seconds come from, in words. disk_bytes: that their run folders take, None when unknown.
+    """
+
+    cells: list[PlannedCell]
+    searched: list[SearchedSetting]
+    populations: list[PlannedPopulation]
+    states: Mapping[str, int]
+    left: int
+    seconds_one_after_another: float | None
+    seconds: float | None
+    jobs: int
+    basis: str
+    disk_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,3 +210,89 @@ def checkpoint_bytes(cell: Cell) -> int | None:
 def counts(cells: Sequence[Cell]) -> Mapping[str, int]:
     """How many cells are in each state."""
     return Counter(state(cell.folder) for cell in cells)
+
+
+def measure(cells: Sequence[Cell], *, jobs: int = 1) -> float | None:
+    """Seconds that the training of one of these cells, which are trained together, takes, from the time of three steps;
+    None where its dataset is not prepared.
+
+    With the threads that one of `jobs` processes gets.
+    """
+    try:
+        settings, data = open_for_training(cells[0].settings)
+    except CacheError:
+        return None
+    threads = threads_per_job(jobs, settings.runtime.threads)
+    runtime = settings.runtime.model_copy(update={"threads": threads})
+    settings = settings.model_copy(update={"runtime": runtime})
+    tried = [trial(settings, data)]
+    if len(cells) > 1:
+        with suppress(RuntimeError, TypeError, StackingError):  # as the sweep would find out: they go on alone
+            members = [settings, *(open_for_training(cell.settings, data)[0] for cell in cells[1:])]
+            return tried[0].steps * step_seconds(members, data) / len(members)
+    # Whatever else the machine does shows in short steps many times over: the best of three tells.
+    tried += [trial(settings, data) for _ in range(2)] if tried[0].step_seconds < SHORT_STEP else []
+    return min(plan.estimated_training_seconds for plan in tried)
+
+
+def estimate_sweep(*phases: Sequence[Cell], jobs: int, width: int | None = None) -> SweepPlan:
+    """The plan with an estimate of its cost; nothing is written.
+
+    Args:
+        phases: cells that run when all those before are done.
+        width: of populations, as `packing.units` has it.
+
+    Raises:
+        RunError: less than one job. SettingsError: as `check_prepared`.
+    """
+    Launching(jobs=jobs).check()
+    together: dict[str, Sequence[Cell]] = {}
+    populations: dict[str, PlannedPopulation] = {}
+    cells = [cell for phase in phases for cell in phase]
+    with suppress(CacheError):  # `estimate` says what is missing
+        prepared = check_prepared(cells, width=width, jobs=jobs)
+        for phase in phases:
+            shares = units(phase, width=width, jobs=jobs, prepared=prepared)
+            together |= shares
+            populations |= planned_populations(shares, width=width)
+
+    def seconds(cell: Cell) -> float | None:
+        population = populations.get(cell.key)
+        return measure(together[cell.key][: population.width] if population else [cell], jobs=jobs)
+
+    cost = estimate(cells, measure=seconds)
+    return SweepPlan(
+        cells=[PlannedCell(cell.name, str(cell.folder), cell.key) for cell in cells],
+        searched=[],
+        populations=list({id(one): one for one in populations.values()}.values()),
+        states=counts(cells),
+        left=cost.cells,
+        seconds_one_after_another=cost.seconds,
+        seconds=None if cost.seconds is None else cost.seconds / jobs,
+        jobs=jobs,
+        basis=cost.basis,
+        disk_bytes=cost.nbytes,
+    )
+
+
+def planned_populations(together: Mapping[str, Sequence[Cell]], *, width: int | None) -> dict[str, PlannedPopulation]:
+    """Cell's key -> the population that it is part of, where there is one (`packing.units`)."""
+    alike: dict[str, list[Sequence[Cell]]] = {}
+    for share in {share[0].key: share for share in together.values() if len(share) > 1}.values():
+        alike.setdefault(kind(share[0].settings), []).append(share)
+    found = {}
+    for shares in alike.values():
+        settings, dataset = open_for_training(shares[0][0].settings)
+        device = configure(settings.runtime)
+        most = min(width or fitting_width(settings, dataset, device=device), max(map(len, shares)))
+        cells = [cell for share in shares for cell in share]
+        population = PlannedPopulation(
+            methods=list(dict.fromkeys(cell.label() for cell in cells)),
+            modalities=list(settings.modalities),
+            runs=len(cells),
+            processes=len(shares),
+            width=most,
+            memory_bytes=most * member_bytes(settings, dataset, device=device),
+        )
+        found |= dict.fromkeys((cell.key for cell in cells), population)
+    return found

@@ -1,23 +1,18 @@
-"""Cells of a sweep that are trained together, as one population in one process.
-
-    python -m mbcd_cli.sweep.pack THREADS WIDTH < run folders, one a line, and an empty line
-
-`sweep.packing` says which cells those are.
-"""
+"""Cells of a sweep that are trained together, as one population in one process; `sweep.packing` says which."""
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import takewhile
 from pathlib import Path
 
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import MbcdError, StoppedError
 from mbcd_cli.evaluation.evaluate import evaluate, for_tables
 from mbcd_cli.files import delete
+from mbcd_cli.launch.unit import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, known
+from mbcd_cli.launch.warm import end_with_owner
 from mbcd_cli.locks import lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE
@@ -25,8 +20,8 @@ from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import load_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.sweep.cell import end_with_sweep, log
-from mbcd_cli.sweep.state import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, state, write_failure
+from mbcd_cli.sweep.cell import log
+from mbcd_cli.sweep.state import state, write_failure
 from mbcd_cli.training.together import Outcome, Wanted, train_together
 
 
@@ -75,6 +70,7 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int | None, say: S
             except Exception as error:
                 _failed(folder, error, say)
                 continue
+            opened.enter_context(known(mine))
             wanted[-1] = Wanted(settings, folder)
             held[folder] = opened.pop_all()
     if dataset is not None:
@@ -107,15 +103,7 @@ def _evaluate(one: Wanted, dataset: Dataset, say: Say) -> None:
 
 
 def serve_pack(arguments: Sequence[str]) -> int:
-    """The process of a population: THREADS, WIDTH (0: as many as are quick), run folders on standard input.
-
-    Returns:
-        The exit code.
-    """
-    folders = [Path(line.removesuffix("\n")) for line in takewhile("\n".__ne__, sys.stdin)]
-    end_with_sweep()
-    return run_pack(folders, threads=int(arguments[0]), width=int(arguments[1]) or None, say=Say(log))
-
-
-if __name__ == "__main__":
-    sys.exit(serve_pack(sys.argv[1:]))
+    """The process of a population: THREADS, WIDTH (0: as many as are quick), RUN_FOLDER, ...; the exit code."""
+    threads, width, *folders = arguments
+    end_with_owner()
+    return run_pack([Path(folder) for folder in folders], threads=int(threads), width=int(width) or None, say=Say(log))

@@ -1,265 +1,235 @@
-"""Running a sweep's cells in processes of this machine: a few at a time, killed ones again, failed ones listed."""
+"""Running a sweep's cells: which units they are, and what is there before they begin."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mbcd_cli.files import delete, write_text
+from mbcd_cli.data.dataset import CachedDataset
+from mbcd_cli.errors import CacheError, RunError
+from mbcd_cli.files import write_text
+from mbcd_cli.json_values import OPTIONAL
+from mbcd_cli.launch.launch import LAUNCHERS, Board, Engine, begin, last_line, launch
+from mbcd_cli.launch.local import Local
+from mbcd_cli.launch.nodes import Demands, demand, release
+from mbcd_cli.launch.unit import Order, State, beside
+from mbcd_cli.methods import method_class
+from mbcd_cli.preparation import prepare as preparing
+from mbcd_cli.runs.opening import open_for_training
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml
-from mbcd_cli.sweep.packing import units
+from mbcd_cli.sweep.packing import kind, units, width_of
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure, state
-from mbcd_cli.sweep.task import Command
+from mbcd_cli.sweep.state import read_failure, state
+from mbcd_cli.training.together import check_width
 
-KILLS = 2
-"""Times that a cell whose process was killed is begun again by one sweep."""
-PATIENCE = 60.0
-"""Seconds that the processes of a sweep that is stopped have for their last checkpoints."""
-WORKER = "mbcd_cli.sweep.cell"
-"""Module that trains and evaluates one cell: `python -m WORKER RUN_FOLDER THREADS`."""
-PACKER = "mbcd_cli.sweep.pack"
-"""Module that does so with several, as one population: `python -m PACKER THREADS WIDTH`, run folders on stdin."""
+CELL = "mbcd_cli.sweep.cell:serve_cell"
+"""Trains and evaluates one cell: (RUN_FOLDER, THREADS)."""
+PACK = "mbcd_cli.sweep.pack:serve_pack"
+"""Does so with several, as one population: (THREADS, WIDTH, RUN_FOLDER, ...)."""
 
 
-@dataclass(slots=True)
-class Job:
-    """A process and the cells that it trains: one, or a population."""
+@dataclass(frozen=True, slots=True)
+class SweepOutcome:
+    """How many cells are done, run folder -> error of failed ones, seconds that it took; empty where none was run."""
 
-    cells: Sequence[Cell]
-    packed: bool
-    process: subprocess.Popen
-    slot: int
-    started: float
+    failed: dict[str, str] = field(default_factory=dict)
+    done: int | None = field(default=None, metadata=OPTIONAL)
+    seconds: float | None = field(default=None, metadata=OPTIONAL)
 
 
-@dataclass(slots=True)
-class Board:
-    """What a sweep's state is, for the live table.
+@dataclass(frozen=True, slots=True)
+class Launching:
+    """How units are run.
 
     Attributes:
-        cells: all of the plan.
-        done, failed: finished cells; `failed` with the error.
-        running: jobs by slot.
-        waiting: cells not begun.
-        elsewhere: cells that another process works on.
-        seconds: of every cell finished here.
+        jobs: processes at a time. launcher: one of `LAUNCHERS`.
+        slurm: `key=value` parameters of submitit. slurm_tasks: into how many jobs units are grouped; None: one each.
+        ray_address: of a cluster that is there; None: begin one of this machine.
     """
 
-    cells: Sequence[Cell]
-    done: list[Cell] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    running: dict[int, Job] = field(default_factory=dict)
-    waiting: deque[Cell] = field(default_factory=deque)
-    elsewhere: deque[Cell] = field(default_factory=deque)
-    seconds: list[float] = field(default_factory=list)
-    stopping: bool = False
+    jobs: int = 1
+    launcher: str = "local"
+    slurm: Sequence[str] = ()
+    slurm_tasks: int | None = None
+    ray_address: str | None = None
 
-    @property
-    def seconds_left(self) -> float | None:
-        """Expected time to the end, from the mean of the cells finished here."""
-        if not self.seconds:
-            return None
-        mean = sum(self.seconds) / len(self.seconds)
-        now = time.monotonic()
-        under_way = sum(max(mean * len(job.cells) - (now - job.started), 0.0) for job in self.running.values())
-        return (under_way + mean * len(self.waiting)) / max(len(self.running), 1)
+    def check(self) -> None:
+        """Refuse what cannot be run.
 
-
-def threads_per_job(jobs: int, asked: int) -> int:
-    """CPU threads of one of `jobs` processes: what was asked for, else an even share of the usable cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return asked or max(cores // jobs, 1)
+        Raises:
+            RunError: fewer than one job, or no such launcher.
+        """
+        if self.jobs < 1:
+            raise RunError(f"--jobs {self.jobs}: at least one process is needed.", "Use --jobs 1.")
+        if self.slurm_tasks is not None and self.slurm_tasks < 1:
+            raise RunError(f"--slurm-tasks {self.slurm_tasks}: at least one job is needed.", "Use --slurm-tasks 1.")
+        if self.launcher not in LAUNCHERS:
+            raise RunError(f"There is no launcher {self.launcher!r}.", f"Use one of {', '.join(LAUNCHERS)}.")
 
 
-def begin(cells: Sequence[Cell], *, retry_failed: bool) -> Board:
-    """What is done, failed and waiting at the start; marks of failure are removed from those to be tried again."""
-    board = Board(cells)
-    for cell in cells:
-        now = state(cell.folder)
-        if now == "failed" and not retry_failed:
-            board.failed[cell.key] = read_failure(cell.folder) or "unknown"
-            continue
-        # A cell may have failed after all that it writes was there.
-        delete(beside(cell.folder, "failed"))
-        (board.done if now == "done" else board.waiting).append(cell)
-    return board
+@dataclass(frozen=True, slots=True)
+class CellUnit:
+    """A cell, or several that one process trains together, as a unit of work.
 
-
-def write_settings(cell: Cell) -> Path:
-    """Write the settings that the cell's process reads, whole or not at all.
-
-    Raises:
-        FileError: the folder cannot be written to.
-    """
-    path = beside(cell.folder, "toml")
-    return write_text(path, to_toml(cell.settings, stamped=True), place="--runs-dir")
-
-
-def command_of(cells: Sequence[Cell], *, threads: int, width: int | None = None) -> Command:
-    """What begins the process of a cell, or of a population; its log is the first's `X.log`.
-
-    Args:
-        threads: CPU threads that it may use.
+    Attributes:
         width: trainings of a population under way at a time; None: as many as are quick.
     """
-    folders = tuple(str(cell.folder.absolute()) for cell in cells)
-    words = (WORKER, folders[0], str(threads)) if len(cells) == 1 else (PACKER, str(threads), str(width or 0))
-    line = (sys.executable, "-m", *words)
-    return Command(line, folders if len(cells) > 1 else (), threads, str(beside(cells[0].folder, "log").absolute()))
+
+    pieces: Sequence[Cell]
+    width: int | None = 0
+
+    def order(self, threads: int) -> Order:
+        """What its process is told; its log is the first's `X.log`."""
+        folders = tuple(str(cell.folder.absolute()) for cell in self.pieces)
+        log = str(beside(self.pieces[0].folder, "log").absolute())
+        if len(folders) == 1:
+            return Order(CELL, (folders[0], str(threads)), log)
+        return Order(PACK, (str(threads), str(self.width or 0), *folders), log, large=True)
+
+    def write(self, piece: Cell) -> None:
+        """Write the settings that the cell's process reads, whole or not at all.
+
+        Raises:
+            FileError: the folder cannot be written to.
+        """
+        write_text(beside(piece.folder, "toml"), to_toml(piece.settings, stamped=True), place="--runs-dir")
+
+    def state(self, piece: Cell) -> State:
+        """Where the cell stands."""
+        return state(piece.folder)
+
+    def error(self, piece: Cell) -> str:
+        """Why the cell failed."""
+        return read_failure(piece.folder) or last_line(piece)
 
 
-def execute(
-    cells: Sequence[Cell],
-    *,
-    jobs: int,
-    threads: int,
-    width: int | None = 0,
-    prepared: Mapping[str, Settings] | None = None,
-    gpus: Sequence[str] = (),
-    retry_failed: bool = False,
-    watch: Callable[[Board], None] = lambda board: None,
-    poll: float = 0.5,
-) -> Board:
-    """Run all cells that are not done, `jobs` at a time, and return how they ended.
+def check_prepared(
+    cells: Sequence[Cell], *, root: Path | None = None, width: int | None = None, jobs: int = 1, say: Say = SILENT
+) -> dict[str, Settings]:
+    """Open every dataset and set of modalities once.
 
-    A cell whose process is killed is begun again (it resumes from its checkpoint), `KILLS` times at most. One that
-    another sweep works on is waited for. SIGTERM and Ctrl-C stop the processes at a checkpoint.
+    Returns:
+        Cell's key -> settings of one that reads the same data, with all that is known of it when it is prepared.
 
     Args:
-        jobs: processes at a time.
-        threads: CPU threads of each.
-        width, prepared: trainings that a process has under way at a time, as `packing.units` reads them.
-        gpus: visible GPUs, dealt out by slot; empty leaves the choice to the cell's settings.
-        retry_failed: run failed cells again.
-        watch: called at every change and every `poll` seconds.
+        root: where the media lie: what some cells read otherwise than `prepare_named` found it is prepared too (sound
+            that follows the frames of another modality, an axis of the grid over what is cached).
+        width: trainings that each of `jobs` processes is to have under way at a time; 0, None: as many as are quick.
 
     Raises:
-        KeyboardInterrupt: after the processes have stopped.
+        CacheError, SettingsError: not prepared, or not as the settings say; or not so many fit into memory.
     """
-    board = begin(cells, retry_failed=retry_failed)
-    together = units(cells, width=width, jobs=jobs, prepared=prepared or {})
-    kills: dict[str, int] = {}
-    before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        while board.waiting or board.running or board.elsewhere:
-            _fill(board, together, jobs=jobs, threads=threads, width=width, gpus=gpus)
-            watch(board)
-            time.sleep(poll)
-            for job in list(board.running.values()):
-                if (code := job.process.poll()) is not None:
-                    del board.running[job.slot]
-                    _settle(board, job, code, kills)
-            for _ in range(len(board.elsewhere)):
-                cell = board.elsewhere.popleft()
-                look_again(board, cell)
-    finally:
-        board.stopping = True
-        _stop(board, watch)
-        signal.signal(signal.SIGTERM, before)
-    watch(board)
-    return board
+    opened: dict[tuple, tuple[Settings, CachedDataset]] = {}
+    fitting, prepared = set(), {}
+    for cell in cells:
+        settings = cell.settings
+        read = (settings.dataset, settings.cache, *settings.modalities.values())
+        key = (*(one.model_dump_json() for one in read), settings.model.modalities, settings.training.source_domains)
+        if key not in opened:
+            try:
+                opened[key] = open_for_training(settings)
+            except CacheError:
+                if root is None:
+                    raise
+                dataset = settings.dataset.model_copy(update={"root": root})
+                prepare_named(settings.model_copy(update={"dataset": dataset}), say)
+                opened[key] = open_for_training(settings)
+        prepared[cell.key], dataset = opened[key]
+        if width and method_class(settings.method.name).stackable and kind(settings) not in fitting:
+            fitting.add(kind(settings))
+            resolved, _ = open_for_training(settings, dataset)
+            check_width(resolved, dataset, width=width, processes=jobs)
+    return prepared
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def prepare_named(settings: Settings, say: Say) -> None:
+    """`mbcd prepare` of the dataset that the settings name.
+
+    Raises:
+        CacheError: more clips were rejected than `dataset.max_bad`.
+    """
+    prepared = preparing.prepare(settings, say=say)
+    if prepared is not None and prepared.exit_code:
+        raise CacheError(
+            f"More clips were rejected than dataset.max_bad = {settings.dataset.max_bad} allows.",
+            "Mend the files in the table above, or raise it with --set dataset.max_bad=N.",
+        )
 
 
-def _fill(
-    board: Board,
-    together: Mapping[str, Sequence[Cell]],
+def run(
+    cells: Sequence[Cell],
     *,
-    jobs: int,
-    threads: int,
-    width: int | None,
-    gpus: Sequence[str],
-) -> None:
-    for slot in range(jobs):
-        if slot not in board.running and board.waiting:
-            cells = together[board.waiting[0].key]
-            left = [cell for cell in cells if cell in board.waiting]
-            for cell in left:
-                board.waiting.remove(cell)
-            gpu = gpus[slot % len(gpus)] if gpus else None
-            for cell in left:
-                write_settings(cell)
-            process = command_of(cells, threads=threads, width=width).begin(gpu=gpu)
-            board.running[slot] = Job(left, len(cells) > 1, process, slot, time.monotonic())
+    how: Launching,
+    pack: str = "auto",
+    retry_failed: bool = False,
+    root: Path | None = None,
+    poll: float = 0.5,
+    watch: Callable[[Board], None] = lambda board: None,
+    say: Say = SILENT,
+) -> SweepOutcome:
+    """Run what is not done; `sweep.write_tables` tells the results.
 
+    Args:
+        cells: of the plan.
+        pack: auto, off, or how many trainings a process has under way.
+        retry_failed: run failed cells again.
+        root: the dataset's folder, where what is not prepared is to be prepared.
+        poll: seconds between looks at the children.
+        watch: called with the board at every look.
+        say: told what is prepared, and what a cluster says.
 
-def _settle(board: Board, job: Job, code: int, kills: dict[str, int]) -> None:
-    """Where the cells go whose process has ended with `code` (negative: the signal that killed it)."""
-    seconds = (time.monotonic() - job.started) / len(job.cells)
-    for cell in job.cells:
-        own = code_of(cell, code) if job.packed else code
-        settle_cell(board, cell, own, kills)
-        if own == DONE_CODE:
-            board.seconds.append(seconds)
-
-
-def code_of(cell: Cell, code: int) -> int:
-    """That of a cell in a population whose process ended with `code`: its folder tells; a stop or a kill is of all."""
-    return {"done": DONE_CODE, "failed": FAILED_CODE, "running": BUSY_CODE}.get(state(cell.folder), code or -1)
-
-
-def settle_cell(board: Board, cell: Cell, code: int, kills: dict[str, int]) -> None:
-    """Where a cell goes whose process has ended with `code`: one that was killed waits again, `KILLS` times."""
-    if code == DONE_CODE:
-        board.done.append(cell)
-    elif code == BUSY_CODE:
-        board.elsewhere.append(cell)
-    elif code == FAILED_CODE:
-        board.failed[cell.key] = read_failure(cell.folder) or last_line(cell.folder)
-    else:
-        kills[cell.key] = kills.get(cell.key, 0) + 1
-        if kills[cell.key] <= KILLS:
-            board.waiting.appendleft(cell)
-            return
-        how = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        board.failed[cell.key] = f"{how}, {kills[cell.key]} times (out of memory?); {beside(cell.folder, 'log')}"
-
-
-def last_line(folder: Path) -> str:
-    """The end of the log, for a process that failed before it could say why."""
-    try:
-        lines = beside(folder, "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return lines[-1] if lines else "no output"
-
-
-def look_again(board: Board, cell: Cell) -> None:
-    """A cell that another process worked on: done, failed, still at work, or left for us."""
-    now = state(cell.folder)
-    if now == "done":
-        board.done.append(cell)
-    elif now == "failed":
-        board.failed[cell.key] = read_failure(cell.folder) or "unknown"
-    elif now == "running":
-        board.elsewhere.append(cell)
-    else:
-        board.waiting.append(cell)
-
-
-def _stop(board: Board, watch: Callable[[Board], None]) -> None:
-    """Ask the running processes to write their checkpoints and end; those that do not within `PATIENCE` are killed."""
-    for job in board.running.values():
-        job.process.terminate()
-    deadline = time.monotonic() + PATIENCE
-    for slot, job in list(board.running.items()):
-        try:
-            job.process.wait(timeout=max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            job.process.kill()
-            job.process.wait()
-        del board.running[slot]
+    Raises:
+        CacheError: a dataset is not prepared.
+        RunError: an unknown launcher, or a library of a launcher is missing.
+    """
+    how.check()
+    width = width_of(pack)
+    prepared = check_prepared(cells, root=root, width=width, jobs=how.jobs, say=say)
+    started = time.monotonic()
+    shares = units(cells, width=width, jobs=how.jobs, prepared=prepared)
+    wanted = [CellUnit(share, width) for share in {share[0].key: share for share in shares.values()}.values()]
+    board = begin(wanted, retry_failed=retry_failed)
+    if not board.waiting:
         watch(board)
+    elif how.launcher == "local":
+        engine = Local(jobs=how.jobs, threads=cells[0].settings.runtime.threads, gpus=_gpus(cells))
+        launch(board, engine, watch=watch, poll=poll)
+    else:
+        folder = cells[0].folder.parent
+        caches = {cell.settings.cache.dir / str(cell.settings.dataset.name) for cell in cells}
+        demands = demand(folder, sorted(caches))
+        try:
+            launch(board, _cluster(how, cells[0].settings, folder, demands, say), watch=watch, poll=poll)
+        finally:
+            release(demands)
+    folders = {cell.key: str(cell.folder) for cell in cells}
+    failed = {folders[key]: error for key, error in board.failed.items()}
+    return SweepOutcome(failed, len(board.done), round(time.monotonic() - started, 1))
+
+
+def _cluster(how: Launching, settings: Settings, folder: Path, demands: Demands, say: Say) -> Engine:
+    if how.launcher == "slurm":
+        from mbcd_cli.launch.slurm import Slurm
+
+        threads, logs = settings.runtime.threads, folder / "submitit"
+        return Slurm(logs, options=how.slurm, tasks=how.slurm_tasks, threads=threads, demands=demands, say=say)
+    from mbcd_cli.launch.ray import Ray
+
+    gpu = settings.runtime.device in ("auto", "cuda")
+    threads = settings.runtime.threads
+    return Ray(how.ray_address, asked=settings.ray, demands=demands, threads=threads, gpu=gpu, say=say)
+
+
+def _gpus(cells: Sequence[Cell]) -> list[str]:
+    """GPUs to deal out to the processes: all that are visible where the settings say `auto` or `cuda`."""
+    import torch
+
+    if cells[0].settings.runtime.device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return []
+    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    return visible or [str(index) for index in range(torch.cuda.device_count())]

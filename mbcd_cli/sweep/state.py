@@ -1,31 +1,20 @@
 """Where a cell stands, told from its run folder and the small files beside it.
 
-Beside the run folder `X` lie, while needed, `X.toml` (the settings its process reads), `X.log` (that process's output),
-`X.lock` (held by the process that works on the cell) and `X.failed` (why it failed).
+`launch.unit` tells of most of them; `X.toml` are the settings that a cell's process reads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from mbcd_cli.errors import FOREIGN, FileError
 from mbcd_cli.files import read_json, read_records, write_json
+from mbcd_cli.launch.unit import State, beside
 from mbcd_cli.locks import held
 from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.scoring.history import CLIPS, fused_accuracy
-
-State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
-
-DONE_CODE, FAILED_CODE, BUSY_CODE, STOPPED_CODE = 0, 1, 75, 130
-"""Exit codes of a cell's process: done, failed (see `X.failed`), held by another process, stopped by a signal."""
-
-
-def beside(folder: Path, suffix: str) -> Path:
-    """`X.<suffix>` of the run folder `X`."""
-    return folder.with_name(f"{folder.name}.{suffix}")
 
 
 def state(folder: Path) -> State:

@@ -6,6 +6,7 @@ Needs root and Debian's `slurm-wlm` and `munge`; a fake worker stands for a cell
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,11 +18,15 @@ import helpers
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
-from sweep_cases import plan_of
+from sweep_cases import plan_of, units_of
 
+from mbcd_cli.launch import slurm
+from mbcd_cli.launch.launch import begin, launch
+from mbcd_cli.launch.nodes import demand
+from mbcd_cli.launch.unit import beside
+from mbcd_cli.say import Say
 from mbcd_cli.sweep import run as running
-from mbcd_cli.sweep import slurm
-from mbcd_cli.sweep.state import beside, state
+from mbcd_cli.sweep.state import state
 
 SWEEP = Path(__file__).resolve().parents[1] / "sweep"
 CONFIGURATION = """
@@ -48,7 +53,10 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
+PreemptMode=REQUEUE
+PreemptType=preempt/partition_prio
+PartitionName=low Nodes=ALL Default=YES MaxTime=60 State=UP PriorityTier=1
+PartitionName=high Nodes=ALL MaxTime=60 State=UP PriorityTier=10
 """
 ARRAY = 4
 """MaxArraySize of the cluster."""
@@ -89,7 +97,7 @@ def cluster(tmp_path_factory) -> Iterator[None]:
         for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"])
     ]
     try:
-        idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%n"]
+        idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--partition=low", "--format=%n"]
         helpers.until(
             lambda: len(subprocess.run(idle, capture_output=True, check=False).stdout.split()) == 2, daemons[0]
         )
@@ -106,7 +114,7 @@ def cluster(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture
 def cells(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "WORKER", "fake_worker")
+    monkeypatch.setattr(running, "CELL", "fake_worker:serve")
     monkeypatch.setattr(slurm, "_LOOK", 0.2)
     monkeypatch.setenv("PYTHONPATH", f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}")
     found = plan_of("hac", runs=tmp_path / "runs", targets="human", methods="erm", seeds="6")
@@ -114,17 +122,31 @@ def cells(cluster, tmp_path, monkeypatch):
     return found
 
 
-def submit(cells, **more):
-    return slurm.submit(cells, options=["timeout_min=5", "cpus_per_task=1"], poll=0.2, **more)
+def submit(cells, *options, watch=lambda board: None, **more):
+    folder = cells[0].folder.parent
+    board = begin(units_of(cells), retry_failed=False)
+    more.setdefault("demands", demand(folder, []))
+    options = ["timeout_min=5", "cpus_per_task=1", *options]
+    return launch(board, slurm.Slurm(folder / "submitit", options=options, **more), watch=watch, poll=0.2)
 
 
 def job_of(cell) -> str:
     return beside(cell.folder, "job").read_text().strip()
 
 
+def hurry(cell, *first: str) -> None:
+    """Slurm begins a job anew after two minutes: now."""
+    if beside(cell.folder, "job").is_file() and (slurm.queue() or {})[job_of(cell)].state == "PENDING":
+        for word in first:
+            control(word, job_of(cell))
+        control("update", f"jobid={job_of(cell)}", "starttime=now")
+
+
 def test_more_cells_than_an_array_may_have(cells):
-    assert slurm.array_limit("slurm") == ARRAY
-    board = submit(cells)
+    assert slurm.job_limit("slurm") == ARRAY
+    said = []
+    board = submit(cells, say=Say(said.append))
+    assert said == [f"The cluster takes {ARRAY} jobs of one array: {len(cells)} units go into {ARRAY}."]
     assert {cell.key for cell in board.done} == {cell.key for cell in cells}
     assert not board.failed
     assert not list(cells[0].folder.parent.glob("*.job"))
@@ -142,7 +164,7 @@ def test_a_cancelled_job_is_called_so_and_one_whose_node_goes_down_is_waited_for
             node = next(w for w in control("show", "job", job_of(moved)).split() if w.startswith("NodeList="))
             said.append(node.partition("=")[2])
             control("update", f"nodename={said[0]}", "state=down", "reason=test")
-        elif len(said) == 1 and (slurm.queue() or {}).get(job_of(moved)) == "PENDING":
+        elif len(said) == 1 and (slurm.queue() or {})[job_of(moved)].state == "PENDING":
             control("update", f"jobid={job_of(moved)}", "starttime=now")  # Slurm waits two minutes; on the other node
             beside(moved.folder, "go").touch()
             said.append("again")
@@ -167,9 +189,73 @@ def test_jobs_of_a_command_that_is_gone_are_found_again(cells):
             raise Gone
 
     with pytest.raises(Gone):
-        submit(cells[:1], watch=leave)
+        print(submit(cells[:1], watch=leave))
     job = job_of(cells[0])
     beside(cells[0].folder, "go").touch()
     assert len(submit(cells[:1]).done) == 1
     assert {*(slurm.queue() or {})} >= {job}
     assert len(beside(cells[0].folder, "calls").read_text().splitlines()) == 1, "it was submitted once"
+
+
+def test_one_task_runs_its_units_one_after_the_other_and_a_time_limit_only_begins_it_anew(cells):
+    """Slurm's own signal, as it comes before a time limit: the running unit stops, and the job goes on from there."""
+    beside(cells[1].folder, "say").write_text("slow ok")
+    jobs, said = set(), []
+
+    def watch(board):
+        if state(cells[1].folder) == "running" and not said:
+            jobs.update(job_of(cell) for cell in cells[1:3])
+            assert len(board.done) == 1, "the first is told before the job ends"
+            assert list(board.running) == [cells[1].key]
+            said.append(next(iter(board.running.values())))
+            subprocess.run(["scancel", "--signal=USR2", job_of(cells[1])], check=True, timeout=30)
+        elif said:
+            hurry(cells[1])
+
+    board = submit(cells[:3], tasks=1, watch=watch)
+    assert len(board.done) == 3
+    assert len(jobs) == 1
+    assert said[0] in ("n1", "n2")
+    assert [len(beside(cell.folder, "calls").read_text().splitlines()) for cell in cells[:3]] == [1, 2, 1]
+
+
+def test_a_job_that_slurm_holds_is_told_in_one_line(cells):
+    said, done = [], []
+    beside(cells[0].folder, "say").write_text("slow ok")
+
+    def watch(board):
+        if not done and state(cells[0].folder) == "running":
+            control("requeuehold", job_of(cells[0]))
+            done.append("held")
+        elif said:
+            hurry(cells[0], "release")
+
+    board = submit(cells[:1], watch=watch, say=Say(said.append))
+    assert len(board.done) == 1
+    assert len(said) == 1
+    assert "Slurm holds job" in said[0]
+    assert "scontrol release" in said[0]
+
+
+def test_a_job_that_is_preempted_is_waited_for(cells):
+    beside(cells[0].folder, "say").write_text("slow ok")
+    others = []
+
+    def watch(board):
+        if not others and state(cells[0].folder) == "running":
+            wide = ["sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap=sleep 1", "--output=/dev/null"]
+            others.append(subprocess.run(wide, check=True, timeout=30, capture_output=True, text=True).stdout)
+        elif others:
+            hurry(cells[0])
+
+    board = submit(cells[:1], watch=watch)
+    assert len(board.done) == 1
+    assert len(beside(cells[0].folder, "calls").read_text().splitlines()) == 2
+
+
+def test_a_node_without_the_folder_or_of_another_version_is_told_in_one_line(cells):
+    said, folder = [], cells[0].folder.parent
+    board = submit(cells[:1], demands=demand(folder, [folder / "elsewhere"]), say=Say(said.append))
+    assert list(board.failed) == [cells[0].key]
+    assert len(said) == 1
+    assert re.search(r"node n[12] does not see the folder .*elsewhere", said[0])

@@ -327,11 +327,7 @@ def test_a_sweep_prepares_the_sound_of_every_set_of_modalities(tmp_path, monkeyp
     (tmp_path / "small.toml").write_text(SMALL_SWEEP)
     seen = []
 
-    def execute(cells, **options):
-        seen.extend(cells)
-        return running.Board(cells, done=list(cells))
-
-    monkeypatch.setattr(running, "execute", execute)
+    monkeypatch.setattr(running, "launch", lambda board, *_, **__: seen.extend(board.waiting.values()))
     words = ["sweep", "--config", tmp_path / "small.toml", "--modality-sets", "va,af", "--methods", "erm"]
     words += ["--seeds", 1, "--targets", "cartoon", "--runs-dir", tmp_path / "runs", "--cache-dir", tmp_path / "cache"]
     done = CliRunner().invoke(app, list(map(str, words)))

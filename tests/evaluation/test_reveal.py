@@ -21,7 +21,7 @@ from mbcd_cli.runs.folder import epoch_records
 from mbcd_cli.sweep.pack import run_pack
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.request import Request, plan_cells
-from mbcd_cli.sweep.run import write_settings
+from mbcd_cli.sweep.run import CellUnit
 
 SETS = ("training.epochs=2", "training.limit_clips=64", "model.hidden=4", "dataset.seal_target=true")
 TARGET = "south"
@@ -70,7 +70,7 @@ def everything(cache: Path, out: Path) -> dict[str, str]:
     run("landscape", "--checkpoint", out / "run/checkpoints/best.pt", "--output", out / "landscape", *sets)
     cells = cells_of(cache, out / "runs")
     for cell in cells:
-        write_settings(cell)
+        CellUnit([cell]).write(cell)
     assert run_pack([cell.folder for cell in cells[:2]], threads=1, width=None) == 0
     assert run_pack([cell.folder for cell in cells[2:]], threads=1, width=None) == 0
     grid = ("--targets", TARGET, "--methods", "erm,ema", "--seeds", "2", "--collect")
@@ -105,7 +105,7 @@ def packed(cache, tmp_path) -> list[Cell]:
     """Four sealed runs, trained and evaluated."""
     cells = cells_of(cache, tmp_path / "runs")
     for cell in cells:
-        write_settings(cell)
+        CellUnit([cell]).write(cell)
     for share in (cells[:2], cells[2:]):
         assert run_pack([cell.folder for cell in share], threads=1, width=None) == 0
     return cells
@@ -113,9 +113,9 @@ def packed(cache, tmp_path) -> list[Cell]:
 
 def test_what_is_revealed_is_what_an_open_run_records(cache, packed, tmp_path):
     (opened, *_) = cells_of(cache, tmp_path / "open", "dataset.seal_target=false")
-    write_settings(opened)
+    CellUnit([opened]).write(opened)
     others = cells_of(cache, tmp_path / "open", "dataset.seal_target=false")[1]
-    write_settings(others)
+    CellUnit([others]).write(others)
     assert run_pack([opened.folder, others.folder], threads=1, width=None) == 0
     sealed = packed[0].folder
     assert "target" not in epoch_records(sealed)[0]

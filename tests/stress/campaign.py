@@ -119,8 +119,8 @@ def serve() -> None:
     from typer.testing import CliRunner
 
     from mbcd_cli.cli import app
-    from mbcd_cli.sweep import run
-    from mbcd_cli.sweep.task import Command
+    from mbcd_cli.launch.launch import launch
+    from mbcd_cli.launch.worker import Worker
 
     torch.set_num_threads(1)
     # To draw would take most of the time. The file is written where and as it would be.
@@ -129,8 +129,8 @@ def serve() -> None:
     shim.calls.restype = ctypes.c_long
     shim.struck.restype = ctypes.c_char_p
     shim.prctl(_SUBREAPER, 1, 0, 0, 0)
-    Command.begin = _forked
-    run.execute.__kwdefaults__["poll"] = 0.02
+    Worker._start = _forked
+    launch.__kwdefaults__["poll"] = 0.02
     shared_memory._SHM_NAME_PREFIX = f"/c{os.getpid()}-"
     gc.freeze()  # or every child copies what it only looks at
     for line in sys.stdin:
@@ -227,10 +227,11 @@ def _left_over() -> list[str]:
 
 
 class _Fork:
-    """What `sweep.run` asks of the process of a cell or of a population: here one that is forked."""
+    """What `launch.worker` asks of its process: here one that is forked."""
 
-    def __init__(self, pid: int, held: int) -> None:
-        self.pid, self.held, self.code = pid, held, None
+    def __init__(self, pid: int, held: int, told: int) -> None:
+        self.pid, self.code = pid, None
+        self.stdin, self.stdout = os.fdopen(held, "wb"), os.fdopen(told, "rb")
 
     def poll(self):
         return self.code if self.code is not None else self._reap(os.WNOHANG)
@@ -247,7 +248,6 @@ class _Fork:
         pid, status = os.waitpid(self.pid, how)
         if pid:
             self.code = os.waitstatus_to_exitcode(status)
-            os.close(self.held)
         return self.code
 
     def terminate(self):
@@ -257,31 +257,29 @@ class _Fork:
         os.kill(self.pid, signal.SIGKILL)
 
 
-def _forked(command, *, gpu=None):
-    """`Command.begin`, whose process is forked, in a session of its own, and does what its module does."""
-    from mbcd_cli.sweep import cell, pack, run
+def _forked(worker, order):
+    """`Worker._start`, whose process is forked, in a session of its own, and does what its module does."""
+    from mbcd_cli.launch import warm
 
-    theirs, ours = os.pipe()
-    log = os.open(command.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    (theirs, ours), (told, tells) = os.pipe(), os.pipe()
+    log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     pid = os.fork()
     if pid == 0:
         os.setsid()
         os.close(ours)
-        os.dup2(theirs, 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        os.close(told)
+        for number, to in ((theirs, 0), (tells, 1), (log, 2)):
+            os.dup2(number, to)
+            os.close(number)
         sys.stdin = os.fdopen(0)
-        module, *arguments = command.line[2:]
         code = 1
         try:
-            code = {run.WORKER: cell.serve_cell, run.PACKER: pack.serve_pack}[module](arguments)
+            code = warm.serve()
         finally:
             os._exit(code)
-    os.close(theirs)
-    os.close(log)
-    with suppress(BrokenPipeError):
-        os.write(ours, "".join(f"{folder}\n" for folder in (*command.folders, "")).encode())
-    return _Fork(pid, ours)
+    for one in (theirs, tells, log):
+        os.close(one)
+    return _Fork(pid, ours, told)
 
 
 # ---- the tests' side

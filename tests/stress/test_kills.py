@@ -32,7 +32,8 @@ def victims(pid: int, kind: str) -> list[int]:
     below = campaign.children(pid)
     helpers = {one: campaign.command_line(one) for one in below}
     if kind == "cell":
-        return [one for one, line in helpers.items() if "multiprocessing" not in line]
+        owners = [one for one, line in helpers.items() if "multiprocessing" not in line]
+        return [one for owner in owners for one in (owner, *campaign.children(owner))]
     if kind == "tracker":
         return [one for one, line in helpers.items() if "resource_tracker" in line]
     servers = [one for one, line in helpers.items() if "forkserver" in line]

@@ -1,39 +1,67 @@
-"""Stands for a cell's process: notes that it was called, then does what the file `<folder>.say` asks for, line by line.
+"""Stands for what trains a cell: notes that it was called, then does what the file `<folder>.say` asks for, by word.
 
-ok: finish. fail: an error of the user's. kill: die as by the kernel. slow: wait until `<folder>.go` is there. Every
-call takes the next line; without a line left it finishes. It holds the cell's lock as the real one does.
+ok: finish. fail: an error of the user's. kill: die as by the kernel. slow: wait until `<folder>.go` is there. wait-S: S
+seconds of it. alone: as slow, and whatever becomes of its owner. Every call takes the next word; without a word left it
+finishes. It holds the cell's lock as the real one does, and ends with its owner.
 """
 
 import fcntl
 import os
 import signal
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from mbcd_cli.files import write_json
+from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, known
+from mbcd_cli.launch.warm import end_with_owner
 
-folder = Path(sys.argv[1])
-calls = Path(f"{folder}.calls")
-lock = Path(f"{folder}.lock").open("a")  # noqa: SIM115 (held to the end)
-try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except OSError:
-    sys.exit(75)
-number = len(calls.read_text().splitlines()) if calls.exists() else 0
-with calls.open("a") as file:
-    file.write(f"{sys.argv[2]} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('MBCD_TRAINING__EPOCHS')}\n")
-say = Path(f"{folder}.say")
-words = say.read_text().split() if say.exists() else []
-word = words[number] if number < len(words) else "ok"
-if word == "kill":
-    os.kill(os.getpid(), signal.SIGKILL)
-if word == "fail":
-    write_json(Path(f"{folder}.failed"), {"error": "no such clip", "remedy": "add it"})
-    sys.exit(1)
-while word == "slow" and not Path(f"{folder}.go").exists():
-    time.sleep(0.01)
-folder.mkdir(parents=True, exist_ok=True)
-(folder / "settings.toml").write_text("")
-(folder / "results.json").write_text("{}")
-(folder / "done").write_text("{}")
+
+def serve(arguments: list[str]) -> int:
+    """RUN_FOLDER, THREADS; the exit code."""
+    say = Path(f"{arguments[0]}.say")
+    if not say.exists() or "alone" not in say.read_text():
+        end_with_owner()
+    return work(Path(arguments[0]), arguments[1])
+
+
+def serve_pack(arguments: list[str]) -> int:
+    """Stands for what trains a population: THREADS, WIDTH, RUN_FOLDER, ...; one after another."""
+    threads, _, *folders = arguments
+    return max(work(Path(folder), threads) for folder in folders)
+
+
+def work(folder: Path, threads: str) -> int:
+    """Do what is asked for."""
+    calls = Path(f"{folder}.calls")
+    with ExitStack() as held:
+        lock = held.enter_context(Path(f"{folder}.lock").open("a+b", buffering=0))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return BUSY_CODE
+        if (folder / "results.json").exists():
+            return DONE_CODE
+        held.enter_context(known(lock))
+        number = len(calls.read_text().splitlines()) if calls.exists() else 0
+        with calls.open("a") as file:
+            file.write(
+                f"{threads} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('MBCD_TRAINING__EPOCHS')}\n"
+            )
+        say = Path(f"{folder}.say")
+        words = say.read_text().split() if say.exists() else []
+        word = words[number] if number < len(words) else "ok"
+        if word == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "fail":
+            write_json(Path(f"{folder}.failed"), {"error": "no such clip", "remedy": "add it"})
+            return FAILED_CODE
+        while word in ("slow", "alone") and not Path(f"{folder}.go").exists():
+            time.sleep(0.01)
+        if word.startswith("wait-"):
+            time.sleep(float(word.removeprefix("wait-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.toml").write_text("")
+        (folder / "results.json").write_text("{}")
+        (folder / "done").write_text("{}")
+    return DONE_CODE

@@ -7,11 +7,17 @@ from pathlib import Path
 
 from mbcd_cli.files import write_json
 from mbcd_cli.sweep.request import Request, plan_cells
+from mbcd_cli.sweep.run import CellUnit
 
 
 def plan_of(preset: str, runs: Path = Path("runs"), sets=(), flags=None, **request):
     """The cells of a request on a shipped preset."""
     return plan_cells(Request(**request), preset=preset, config=None, sets=list(sets), flags=flags or {}, runs_dir=runs)
+
+
+def units_of(cells, width=0):
+    """Each cell a unit, or all of them one population."""
+    return [CellUnit(cells, width)] if width else [CellUnit([cell]) for cell in cells]
 
 
 def finish(cell, *, top1: float, heads: dict[str, float] | None = None, records=(), steps=()) -> None:

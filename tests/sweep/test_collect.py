@@ -9,9 +9,10 @@ from sweep_cases import finish, plan_of
 from mbcd_cli.cli.sweep import show_sweep
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import read_json, write_json
+from mbcd_cli.launch.unit import beside
 from mbcd_cli.sweep.collect import axis_tables, links, load, panel_tables, training_means
-from mbcd_cli.sweep.state import beside
-from mbcd_cli.sweep.sweep import SweepOutcome, left_out_of, report_failures, write_tables
+from mbcd_cli.sweep.run import SweepOutcome
+from mbcd_cli.sweep.sweep import left_out_of, report_failures, write_tables
 
 BETAS = ("0.9", "0.99", "0.999")
 

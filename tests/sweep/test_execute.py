@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import subprocess
 import sys
 import textwrap
 import threading
-from collections import deque
 from pathlib import Path
 
 import helpers
 import pytest
-from sweep_cases import finish, plan_of
+from sweep_cases import finish, plan_of, units_of
 
 from mbcd_cli.errors import RunError
+from mbcd_cli.launch.launch import KILLS, Ended, _settle, begin, launch
+from mbcd_cli.launch.local import Local, threads_per_job
+from mbcd_cli.launch.unit import beside, last_lines
+from mbcd_cli.launch.worker import Worker
 from mbcd_cli.locks import held
-from mbcd_cli.sweep import cell as one_cell
 from mbcd_cli.sweep import run as running
-from mbcd_cli.sweep.state import beside, state, write_failure
+from mbcd_cli.sweep.state import state, write_failure
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "WORKER", "fake_worker")
+    monkeypatch.setattr(running, "CELL", "fake_worker:serve")
     monkeypatch.setenv("PYTHONPATH", str(HERE))
     found = plan_of("hac", runs=tmp_path / "runs", targets="human", methods="erm", seeds="4")
     found[0].folder.parent.mkdir(parents=True)
@@ -38,13 +39,20 @@ def say(cell, *words):
     beside(cell.folder, "say").write_text(" ".join(words))
 
 
+def begun(cell):
+    worker = Worker(threads=1)
+    worker.begin(running.CellUnit([cell]).order(1))
+    return worker
+
+
 def calls(cell):
     path = beside(cell.folder, "calls")
     return path.read_text().splitlines() if path.exists() else []
 
 
-def execute(cells, **options):
-    return running.execute(cells, **{"jobs": 2, "threads": 1, "poll": 0.01, **options})
+def execute(cells, *, retry_failed=False, watch=lambda board: None, **options):
+    board = begin(units_of(cells), retry_failed=retry_failed)
+    return launch(board, Local(**{"jobs": 2, "threads": 1, **options}), watch=watch, poll=0.01)
 
 
 def test_done_cells_never_run_again(cells, monkeypatch):
@@ -86,7 +94,7 @@ def test_killed_processes_begin_again_but_not_for_ever(cells):
     board = execute(cells)
     assert len(calls(cells[0])) == 2
     assert state(cells[0].folder) == "done"
-    assert len(calls(cells[1])) == 1 + running.KILLS
+    assert len(calls(cells[1])) == 1 + KILLS
     assert "killed by signal 9" in board.failed[cells[1].key]
     assert state(cells[1].folder) != "failed", "the next sweep tries it again without being asked"
 
@@ -106,9 +114,9 @@ def test_gpus_are_dealt_out_by_slot(cells):
 
 def test_threads_are_divided():
     cores = len(os.sched_getaffinity(0))
-    assert running.threads_per_job(1, 0) == cores
-    assert running.threads_per_job(10 * cores, 0) == 1
-    assert running.threads_per_job(4, 3) == 3
+    assert threads_per_job(1, 0) == cores
+    assert threads_per_job(10 * cores, 0) == 1
+    assert threads_per_job(4, 3) == 3
 
 
 def test_two_sweeps_share_cells(cells):
@@ -121,9 +129,9 @@ def test_two_sweeps_share_cells(cells):
             looks.release()
 
     def second():
-        boards.append(running_quietly(cells[:2], watch=look))
+        boards.append(execute(cells[:2], watch=look))
 
-    started = running.command_of(cells[:1], threads=1).begin()  # the first sweep's process
+    started = begun(cells[0])  # the first sweep's process
     helpers.until(lambda: held(beside(cells[0].folder, "lock")))
     thread = threading.Thread(target=second)
     thread.start()
@@ -132,24 +140,14 @@ def test_two_sweeps_share_cells(cells):
     assert thread.is_alive()
     beside(cells[0].folder, "go").touch()
     thread.join(timeout=60)
-    assert started.wait(timeout=60) == 0
+    assert started.poll(60) == 0
     assert len(boards[0].done) == 2
     assert len(calls(cells[0])) == 1
 
 
-def running_quietly(cells, **options):
-    """`execute` outside the main thread, where no signal handler may be set."""
-    original = signal.signal
-    signal.signal = lambda *args: None
-    try:
-        return execute(cells, **options)
-    finally:
-        signal.signal = original
-
-
 def test_a_killed_sweep_leaves_its_processes_to_the_next_one(cells, tmp_path):
     """kill -9 of the parent: its process goes on; the next sweep waits for it and runs only the rest."""
-    say(cells[0], "slow")
+    say(cells[0], "alone")
     script = tmp_path / "parent.py"
     script.write_text(
         textwrap.dedent(
@@ -159,9 +157,12 @@ def test_a_killed_sweep_leaves_its_processes_to_the_next_one(cells, tmp_path):
             sys.path.insert(0, {str(HERE)!r})
             from sweep_cases import plan_of
             from mbcd_cli.sweep import run as running
-            running.WORKER = "fake_worker"
+            from mbcd_cli.launch.launch import begin, launch
+            from mbcd_cli.launch.local import Local
+            running.CELL = "fake_worker:serve"
             cells = plan_of("hac", runs=Path({str(tmp_path / "runs")!r}), targets="human", methods="erm", seeds="4")
-            running.execute(cells, jobs=1, threads=1, poll=0.01)
+            board = begin([running.CellUnit([cell]) for cell in cells], retry_failed=False)
+            launch(board, Local(jobs=1, threads=1), poll=0.01)
             """
         )
     )
@@ -184,30 +185,46 @@ def test_a_killed_sweep_leaves_its_processes_to_the_next_one(cells, tmp_path):
 
 def test_a_cell_ends_when_its_sweep_is_killed(cells, monkeypatch):
     say(cells[0], "slow")
-    process = running.command_of(cells[:1], threads=1).begin()
-    assert stat.S_ISFIFO(os.fstat(process.stdin.fileno()).st_mode)  # whose other end goes with the sweep
-    beside(cells[0].folder, "go").touch()
-    assert process.wait(60) == 0
-    theirs, ours = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(ours)
-        os.dup2(theirs, 0)
-        monkeypatch.setattr(one_cell, "run_cell", lambda *args, **kwargs: signal.pause())
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        one_cell.serve_cell([str(cells[0].folder), "1"])
-        os._exit(0)
-    os.close(ours)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    worker = begun(cells[0])
+    helpers.until(lambda: state(cells[0].folder) == "running", worker.process)
+    os.close(worker.process.stdin.fileno())  # as the kernel does when the sweep is killed
+    assert worker.process.wait(60) == 0
+    assert state(cells[0].folder) == "waiting"
+    assert last_lines(cells[0].folder) == []
+
+
+def test_a_process_that_is_stopped_tells_its_child(cells):
+    say(cells[0], "slow")
+    worker = begun(cells[0])
+    helpers.until(lambda: state(cells[0].folder) == "running", worker.process)
+    worker.terminate()
+    assert worker.poll(60) == -signal.SIGTERM
+    worker.close()
+    assert worker.process is None
+
+
+def test_a_child_has_what_its_parent_imported_and_nothing_of_the_one_before(cells):
+    """The parent is the same, since it imported everything once; a killed child leaves it alone."""
+    say(cells[0], "kill")
+    worker = begun(cells[0])
+    parent = worker.process.pid
+    assert worker.poll(60) == -signal.SIGKILL
+    assert worker.run(running.CellUnit(cells[1:2]).order(1)) == 0
+    assert worker.process.pid == parent
+    worker.process.kill()
+    worker.process.wait()
+    assert worker.run(running.CellUnit(cells[2:3]).order(1)) == 0, "a parent that is gone is begun anew"
+    worker.close()
 
 
 def test_cells_of_a_population_are_told_by_their_folders(cells):
     """The process ends as the worst of its cells; what was done in it, or before, is done all the same."""
-    board = running.Board(cells, waiting=deque())
+    unit = running.CellUnit(cells)
+    board = begin([unit], retry_failed=False)
     finish(cells[0], top1=0.9)
     write_failure(cells[1].folder, RunError("no such clip", "add it"))
-    for left in ([cells[0]], [cells[1]], [cells[2]]):
-        running._settle(board, running.Job(left, True, None, 0, 0.0), 1, {})
+    for cell in cells[:3]:
+        _settle(board, Ended(unit, 1), cell, {})
     assert board.done == [cells[0]]
     assert board.failed[cells[1].key] == "no such clip"
     assert cells[2].key in board.failed

@@ -7,6 +7,7 @@ from sweep_cases import finish, plan_of
 
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import write_json
+from mbcd_cli.launch.unit import beside
 from mbcd_cli.methods import METHODS
 from mbcd_cli.resolved import resolve
 from mbcd_cli.settings import AROUND, Range
@@ -15,7 +16,6 @@ from mbcd_cli.sweep import sweep as sweeping
 from mbcd_cli.sweep.packing import kind
 from mbcd_cli.sweep.request import Request, output_of, search_of, title_of
 from mbcd_cli.sweep.search import TRIAL_SEEDS, Search
-from mbcd_cli.sweep.state import beside
 
 
 def search_for(preset="hac", runs=None, sets=(), **request):

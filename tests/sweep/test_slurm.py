@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import helpers
 import pytest
-from sweep_cases import plan_of
+from sweep_cases import plan_of, units_of
 
 from mbcd_cli.errors import RunError
+from mbcd_cli.launch import slurm
+from mbcd_cli.launch.launch import begin, launch
+from mbcd_cli.launch.nodes import demand
+from mbcd_cli.launch.task import Task
+from mbcd_cli.launch.unit import beside
+from mbcd_cli.launch.worker import Worker
+from mbcd_cli.say import Say
 from mbcd_cli.sweep import run as running
-from mbcd_cli.sweep import slurm
-from mbcd_cli.sweep.state import beside, state
-from mbcd_cli.sweep.task import Task
+from mbcd_cli.sweep.state import state
 
 HERE = Path(__file__).parent
 
@@ -24,15 +31,20 @@ HERE = Path(__file__).parent
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
     pytest.importorskip("submitit")
-    monkeypatch.setattr(running, "WORKER", "fake_worker")
+    monkeypatch.setattr(running, "CELL", "fake_worker:serve")
     monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{HERE.parents[1]}")
     found = plan_of("hac", runs=tmp_path / "runs", targets="human", methods="erm", seeds="2")
     found[0].folder.parent.mkdir(parents=True)
     return found
 
 
-def submit(cells, *options, **more):
-    return slurm.submit(cells, options=["cluster=local", "timeout_min=2", *options], poll=0.1, **more)
+def submit(cells, *options, width=0, retry_failed=False, watch=lambda board: None, **more):
+    board = begin(units_of(cells, width), retry_failed=retry_failed)
+    demands = more.pop("demands", None) or demand(cells[0].folder.parent, [])
+    folder = cells[0].folder.parent / "submitit"
+    options = ["cluster=local", "timeout_min=2", *options]
+    engine = slurm.Slurm(folder, options=options, demands=demands, **more)
+    return launch(board, engine, watch=watch, poll=0.1)
 
 
 def test_cells_run_as_jobs_and_failures_are_told(cells):
@@ -58,15 +70,17 @@ def test_a_killed_job_is_submitted_again_and_a_node_that_goes_down_three_times_i
 
 def test_a_cell_that_slurm_itself_has_begun_anew_is_waited_for(cells):
     beside(cells[0].folder, "say").write_text("slow")
-    other = running.command_of(cells[:1], threads=1).begin()
-    helpers.until(lambda: state(cells[0].folder) == "running", other)
+    other = Worker(threads=1)
+    other.begin(running.CellUnit(cells[:1]).order(1))
+    helpers.until(lambda: state(cells[0].folder) == "running", other.process)
 
     def watch(board):
         if board.elsewhere:
             beside(cells[0].folder, "go").touch()
 
     board = submit(cells, watch=watch)
-    assert other.wait() == 0
+    assert other.poll(60) == 0
+    other.close()
     assert {cell.key for cell in board.done} == {cell.key for cell in cells}
     assert not board.failed
     assert len(beside(cells[0].folder, "calls").read_text().splitlines()) == 1
@@ -74,22 +88,49 @@ def test_a_cell_that_slurm_itself_has_begun_anew_is_waited_for(cells):
 
 def test_what_a_job_imports_is_little():
     """On every node, for every cell."""
-    code = "import sys, mbcd_cli.sweep.task; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, mbcd_cli.launch.task; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_before_the_time_limit_the_process_is_stopped_and_the_job_submitted_again(cells):
-    beside(cells[0].folder, "say").write_text("slow")
-    task = Task(running.command_of(cells[:1], threads=1))
-    task.process = task.command.begin()
-    following = task.checkpoint()
-    assert task.process.returncode is not None
-    job = pickle.loads(pickle.dumps(following.function))
-    assert (job.command, job.process) == (task.command, None)
+def test_before_the_time_limit_the_process_is_stopped_and_the_job_goes_on_from_there(cells):
+    beside(cells[1].folder, "say").write_text("slow")
+    task = Task(tuple(unit.order(1) for unit in units_of(cells)), 1, demand(cells[0].folder.parent, []))
+    task.worker, task.at = Worker(threads=1), 1
+    assert task.worker.run(task.orders[0]) == 0
+    task.worker.begin(task.orders[1])
+    helpers.until(lambda: state(cells[1].folder) == "running", task.worker.process)
+    following = pickle.loads(pickle.dumps(task.checkpoint().function))
+    assert following.orders == task.orders[1:], "the first is done"
+    beside(cells[1].folder, "go").touch()
+    assert list(following().values()) == [0]
+
+
+def test_units_are_grouped_into_as_many_jobs_as_asked(cells):
+    jobs = set()
+
+    def watch(board):
+        jobs.update(path.read_text() for path in cells[0].folder.parent.glob("*.job"))
+
+    board = submit(cells, tasks=1, watch=watch)
+    assert len(board.done) == 2
+    assert len(jobs) == 1
+
+
+def test_a_node_that_lacks_something_is_told_by_name(cells):
+    wrong = replace(demand(cells[0].folder.parent, []), programs=(("torch", "0.1"),))
+    said = []
+    board = submit(cells, demands=wrong, tasks=1, say=Say(said.append))
+    assert len(board.failed) == 2
+    (line,) = said
+    assert re.search(r"node \S+ has torch .*, and here it is 0\.1", line)
+    gone = replace(demand(cells[0].folder.parent, []), mark=str(cells[0].folder.parent / "gone"))
+    assert "does not see the folder" in gone.fault()
+    assert "/nowhere" in demand(cells[0].folder.parent, [Path("/nowhere")]).fault()
+    assert demand(cells[0].folder.parent, [Path("/tmp")]).fault() == ""
 
 
 def test_a_population_is_a_job_and_its_cells_are_told_by_their_folders(cells, monkeypatch):
-    monkeypatch.setattr(running, "PACKER", "fake_packer")
+    monkeypatch.setattr(running, "PACK", "fake_worker:serve_pack")
     beside(cells[1].folder, "say").write_text("fail")
     board = submit(cells, width=2)
     assert [cell.key for cell in board.done] == [cells[0].key]
@@ -99,16 +140,16 @@ def test_a_population_is_a_job_and_its_cells_are_told_by_their_folders(cells, mo
 
 def test_wrong_parameters_and_no_slurm_are_plain_errors(cells, monkeypatch):
     with pytest.raises(RunError, match="not an assignment"):
-        slurm.submit(cells, options=["timeout_min"])
+        submit(cells, "timeout_min")
     with pytest.raises(RunError, match="refuses"):
         submit(cells, "no_such_parameter=3")
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(RunError, match="no Slurm here"):
-        slurm.submit(cells, options=[])
+        slurm.Slurm(cells[0].folder, options=[], demands=demand(cells[0].folder.parent, []))
 
 
 def test_without_submitit_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "submitit", None)
     with pytest.raises(RunError, match="not installed") as caught:
-        slurm.submit([], options=[])
+        slurm.Slurm(Path(), options=[], demands=None)
     assert "uv sync --group slurm" in caught.value.remedy

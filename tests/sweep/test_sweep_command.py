@@ -16,16 +16,20 @@ from typer.testing import CliRunner
 from mbcd_cli.cli import app
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import read_records
+from mbcd_cli.launch.launch import begin, launch
+from mbcd_cli.launch.local import Local
+from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, beside
 from mbcd_cli.locks import lock
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.cell import run_cell
+from mbcd_cli.sweep.estimate import estimate_sweep
 from mbcd_cli.sweep.packing import small
+from mbcd_cli.sweep.run import CellUnit, Launching, check_prepared, run
 from mbcd_cli.sweep.search import Search
-from mbcd_cli.sweep.state import BUSY_CODE, DONE_CODE, FAILED_CODE, CellProgress, beside, progress, read_failure, state
-from mbcd_cli.sweep.sweep import check_prepared, estimate_sweep, run
+from mbcd_cli.sweep.state import CellProgress, progress, read_failure, state
 from mbcd_cli.training import train
 from mbcd_cli.training.together import member_bytes
 
@@ -70,12 +74,12 @@ def test_a_killed_child_resumes_to_the_numbers_of_an_uninterrupted_run(cache, tm
     killed = []
 
     def kill_once(board):
-        for job in board.running.values():
-            if not killed and len(read_records(job.cell.folder / "metrics.jsonl")) >= 1:
-                os.kill(job.process.pid, signal.SIGKILL)
-                killed.append(job.process.pid)
+        if board.running and not killed and len(read_records(cell.folder / "metrics.jsonl")) >= 1:
+            killed.append(json.loads(beside(cell.folder, "lock").read_text())["process"])
+            os.kill(killed[0], signal.SIGKILL)
 
-    board = running.execute([cell], jobs=1, threads=1, watch=kill_once, poll=0.01)
+    board = begin([CellUnit([cell])], retry_failed=False)
+    launch(board, Local(jobs=1, threads=1), watch=kill_once, poll=0.01)
     assert killed
     assert board.failed == {}
     assert len(board.done) == 1
@@ -155,7 +159,7 @@ def test_more_trainings_at_a_time_than_fit_are_refused_with_the_number_that_do(c
     each = member_bytes(settings, data, device=configure(settings.runtime))
     monkeypatch.setattr("mbcd_cli.training.together.free_memory", lambda device: 5 * each)
     with pytest.raises(SettingsError, match=r"--pack 3: so many trainings in each of 2 processes") as caught:
-        run(cells, jobs=2, pack="3")
+        run(cells, how=Launching(jobs=2), pack="3")
     assert caught.value.remedy == "--pack 2 is the largest that fits."
     assert not (tmp_path / "runs").exists()
     check_prepared(cells, width=5, jobs=1)
@@ -190,11 +194,7 @@ def test_a_launcher_that_is_none_is_refused_in_a_dry_run_too(tmp_path):
 def test_with_a_root_the_dataset_is_prepared_first(tmp_path, monkeypatch):
     started = []
 
-    def execute(cells, **options):
-        started.extend(cells)
-        return running.Board(cells, done=list(cells))
-
-    monkeypatch.setattr(running, "execute", execute)
+    monkeypatch.setattr(running, "launch", lambda board, *_, **__: started.extend(board.waiting.values()))
     arguments = ["sweep", "--preset", "synthetic-4", "--targets", "all", "--seeds", "1", "--methods", "erm"]
     arguments += ["--root", tmp_path / "media", "--cache-dir", tmp_path / "cache", "--runs-dir", tmp_path / "runs"]
     sets = [word for text in SETS for word in ("--set", text)]
@@ -210,11 +210,7 @@ def test_a_dataset_that_only_its_files_know_is_planned_after_it_is_prepared(tmp_
     root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha", "beta", "gamma"))
     started = []
 
-    def execute(cells, **options):
-        started.extend(cells)
-        return running.Board(cells, done=list(cells))
-
-    monkeypatch.setattr(running, "execute", execute)
+    monkeypatch.setattr(running, "launch", lambda board, *_, **__: started.extend(board.waiting.values()))
     sets = [word for text in (*helpers.SMALL, "dataset.reader=manifest") for word in ("--set", text)]
     words = ["sweep", "--preset", "none", "--dataset", "tiny", "--targets", "all", "--methods", "erm", "--seeds", "1"]
     words += ["--cache-dir", tmp_path / "cache", "--runs-dir", tmp_path / "runs", *sets]
@@ -245,13 +241,12 @@ def test_a_search_killed_between_its_phases_goes_on(cache, tmp_path, monkeypatch
     assert plan["searched"][1] == {"setting": "optimizer.lr", "low": 1e-4, "high": 1e-2, "methods": ["erm"]}
     begun = []
 
-    def begin(cells, **how):
-        command = command_of(cells, **how)
-        begun.append((command.line[2], len(cells)))
-        return command
+    def submit(engine, units):
+        begun.extend((unit.order(1).call, len(unit.pieces)) for unit in units)
+        taken(engine, units)
 
-    command_of = running.command_of
-    monkeypatch.setattr(running, "command_of", begin)
+    taken = Local.submit
+    monkeypatch.setattr(Local, "submit", submit)
     monkeypatch.setenv("PYTHONPATH", str(Path(running.__file__).parents[2]))
     with monkeypatch.context() as killed:
         killed.setattr(Search, "choose", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
@@ -259,7 +254,7 @@ def test_a_search_killed_between_its_phases_goes_on(cache, tmp_path, monkeypatch
     assert len(list((tmp_path / "runs" / "synthetic-4").glob("*/results.json"))) == 6
     done = invoke(*words, "--json")
     assert done.exit_code == 0, done.output
-    assert begun == [(running.PACKER, 6), (running.PACKER, 4)]
+    assert begun == [(running.PACK, 6), (running.PACK, 4)]
     found = json.loads(done.stdout)
     assert (found["done"], found["failed"], len(found["runs"])) == (10, {}, 4)
     assert {Path(run).name.rpartition("-")[0][-2:] for run in found["runs"]} == {"s0", "s1"}
@@ -270,7 +265,7 @@ def test_a_search_killed_between_its_phases_goes_on(cache, tmp_path, monkeypatch
 
 def test_a_cell_that_fails_says_why_and_one_that_is_held_is_left_alone(cache, tmp_path):
     (cell,) = cells_of(cache, tmp_path / "runs", methods="erm", grid=("training.batch_size=4096",))
-    running.write_settings(cell)
+    CellUnit([cell]).write(cell)
     with lock(beside(cell.folder, "lock")):
         assert run_cell(cell.folder, threads=1) == BUSY_CODE
     assert state(cell.folder) == "waiting"

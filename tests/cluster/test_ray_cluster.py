@@ -1,0 +1,152 @@
+"""Sweeps on a real Ray cluster of three nodes on loopback: skips where Ray is not installed (`uv sync --group ray`)."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import helpers
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
+from sweep_cases import plan_of, units_of
+
+from mbcd_cli.errors import RunError
+from mbcd_cli.launch.launch import begin, launch
+from mbcd_cli.launch.nodes import demand
+from mbcd_cli.launch.ray import Ray
+from mbcd_cli.launch.unit import beside
+from mbcd_cli.say import Say
+from mbcd_cli.settings import RaySettings
+from mbcd_cli.sweep import run as running
+from mbcd_cli.sweep.state import state
+
+SWEEP = Path(__file__).resolve().parents[1] / "sweep"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator:
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as environ:
+        environ.setenv("PYTHONPATH", f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}")
+        environ.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environ.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
+        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
+        three = Cluster(initialize_head=True, head_node_args=head)
+        for _ in range(2):
+            three.add_node(num_cpus=1)
+        yield three
+        ray.shutdown()
+        three.shutdown()
+
+
+@pytest.fixture
+def cells(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "CELL", "fake_worker:serve")
+    found = plan_of("hac", runs=tmp_path / "runs", targets="human", methods="erm", seeds="6")
+    found[0].folder.parent.mkdir(parents=True)
+    return found
+
+
+def submit(cluster, cells, *, watch=lambda board: None, asked=None, **more):
+    more.setdefault("demands", demand(cells[0].folder.parent, []))
+    engine = Ray(cluster.address, asked=asked or RaySettings(), **more)
+    return launch(begin(units_of(cells), retry_failed=False), engine, watch=watch, poll=0.1)
+
+
+def calls(cell):
+    return beside(cell.folder, "calls").read_text().splitlines()
+
+
+def test_units_are_run_and_failures_are_told(cluster, cells):
+    beside(cells[1].folder, "say").write_text("fail")
+    beside(cells[2].folder, "say").write_text("kill")
+    board = submit(cluster, cells)
+    assert len(board.done) == 5
+    assert board.failed == {cells[1].key: "no such clip"}
+    assert [len(calls(cell)) for cell in cells] == [1, 1, 2, 1, 1, 1]
+
+
+def test_a_node_that_dies_is_no_failure(cluster, cells):
+    """The unit is begun again elsewhere, and what is left of its first process is no second one."""
+    beside(cells[0].folder, "say").write_text("slow slow")
+    node, died, places = cluster.add_node(num_cpus=2), [], {}
+
+    def watch(board):
+        if not died and state(cells[0].folder) == "running":
+            died.append(True)
+            cluster.remove_node(node, allow_graceful=False)
+            died.append(cluster.add_node(num_cpus=2))
+        elif died and len(calls(cells[0])) == 2:
+            places.update(board.running)
+            beside(cells[0].folder, "go").touch()
+
+    board = submit(cluster, cells[:1], watch=watch, asked=RaySettings(processors=2))
+    cluster.remove_node(died[1])
+    assert [cell.key for cell in board.done] == [cells[0].key]
+    assert len(calls(cells[0])) == 2
+    assert places == {cells[0].key: socket.gethostname().partition(".")[0]}
+
+
+def test_a_node_of_another_version_is_told_by_name_and_left_alone(cluster, cells, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "sitecustomize.py").write_text(
+        "from importlib import metadata\nhere = metadata.version\n"
+        "metadata.version = lambda name: '0.1' if name == 'torch' else here(name)\n"
+    )
+    with monkeypatch.context() as environ:
+        environ.setenv("PYTHONPATH", f"{tmp_path / 'other'}{os.pathsep}{os.environ['PYTHONPATH']}")
+        node = cluster.add_node(num_cpus=4)
+    said = []
+    board = submit(cluster, cells, say=Say(said.append))
+    cluster.remove_node(node)
+    assert len(board.done) == 6
+    (line,) = said
+    assert re.search(r"node \S+ \(\w+\) has torch 0\.1, and here it is 2\.", line)
+
+
+def test_what_no_node_can_do_is_one_error(cluster, cells, tmp_path):
+    with pytest.raises(RunError, match=r"does not see the folder .*nowhere"):
+        submit(cluster, cells, demands=demand(cells[0].folder.parent, [tmp_path / "nowhere"]))
+    with pytest.raises(RunError, match="7 processors, 0 GPUs and 0 GB"):
+        submit(cluster, cells, asked=RaySettings(processors=7))
+    with pytest.raises(RunError, match="there is no Ray cluster"):
+        Ray("127.0.0.1:9", asked=RaySettings(), demands=demand(tmp_path, []))
+
+
+def test_leaving_lets_units_write_their_checkpoints(cluster, cells):
+    for cell in cells[:2]:
+        beside(cell.folder, "say").write_text("slow")
+
+    def leave(board):
+        if len(board.running) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        submit(cluster, cells[:2], watch=leave)
+    helpers.until(lambda: all(state(cell.folder) == "waiting" for cell in cells[:2]))
+    assert len(submit(cluster, cells[:2]).done) == 2
+
+
+def test_a_cluster_of_our_own_is_on_loopback(cells, monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    engine = Ray(None, asked=RaySettings(), demands=demand(cells[0].folder.parent, []))
+    assert {node["NodeManagerAddress"] for node in engine._ray.nodes()} == {"127.0.0.2"}
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert len(launch(begin(units_of(cells[:2]), retry_failed=False), engine, poll=0.1).done) == 2
+
+
+def test_without_ray_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RunError, match="not installed") as caught:
+        Ray(None, asked=RaySettings(), demands=None)
+    assert "uv sync --group ray" in caught.value.remedy

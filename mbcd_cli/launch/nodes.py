@@ -12,7 +12,10 @@ from pathlib import Path
 
 import xxhash
 
-from mbcd_cli.files import delete, write_text
+from mbcd_cli.files import write_text
+
+MARK = ".mbcd-runs"
+"""File by which nodes tell a folder of runs from another one of its name."""
 
 
 @cache
@@ -38,17 +41,18 @@ class Demands:
     """What every node has to have.
 
     Attributes:
-        mark: file in the folder of the runs that it has to see, made by `demand`: a folder of that name may be another.
+        mark, key: file in the folder of the runs, and what it says: a folder of that name may be another.
         folders: that it has to see. programs: as here.
     """
 
     mark: str
+    key: str
     folders: tuple[str, ...]
     programs: tuple[tuple[str, str], ...]
 
     def fault(self) -> str:
         """What this machine lacks, in words; empty: nothing."""
-        if not Path(self.mark).is_file():
+        if _said(Path(self.mark)) != self.key:
             return f"does not see the folder {Path(self.mark).parent}"
         for folder in self.folders:
             if not Path(folder).is_dir():
@@ -63,14 +67,20 @@ class Demands:
 def demand(runs: Path, folders: Sequence[Path]) -> Demands:
     """That nodes see these very folders, and have the programs of this machine.
 
+    The mark stays: jobs may begin long after the command has left.
+
     Raises:
         FileError: `runs` cannot be written to.
     """
-    mark = runs.absolute() / f".mbcd-{uuid.uuid4().hex[:12]}"
-    write_text(mark, "A sweep looks whether other machines see this folder.\n", place="--runs-dir")
-    return Demands(str(mark), tuple(str(folder.absolute()) for folder in folders), programs())
+    mark = runs.absolute() / MARK
+    if not (key := _said(mark)):
+        key = uuid.uuid4().hex
+        write_text(mark, f"{key}\n", place="--runs-dir")
+    return Demands(str(mark), key, tuple(str(folder.absolute()) for folder in folders), programs())
 
 
-def release(demands: Demands) -> None:
-    """Remove the file that `demand` made."""
-    delete(Path(demands.mark))
+def _said(mark: Path) -> str:
+    try:
+        return mark.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

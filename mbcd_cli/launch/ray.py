@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray takes 127.0.0.1 as the address by which other machines see this one, and would listen there."""
 _CHECK_SECONDS = 120
 """What a node has to answer in, before the first unit: its processes begin, too."""
+_ANSWER_SECONDS = 10
+"""What a cluster has to take a connection in."""
 _LEAVE_SECONDS = 60
 """What units have for their last checkpoints when the command ends."""
 
@@ -82,15 +85,22 @@ class Ray:
         self._takes = {"num_cpus": asked.processors, "num_gpus": gpus, "memory": int(asked.memory_gb * 2**30) or None}
         self._tasks: dict[ObjectRef, Unit] = {}
         self._barred: dict[str, str] = {}
-        self._check_nodes()
-        self._check_room()
+        try:
+            self._check_nodes()
+            self._check_room()
+        except RunError:
+            self.stop()
+            raise
 
     def _begin(self, address: str | None) -> None:
         options: dict[str, object] = {} if address else {"_node_ip_address": _LOOPBACK, "include_dashboard": False}
         options |= {"address": address or "local", "log_to_driver": False, "logging_level": logging.ERROR}
         try:
+            if address and address != "auto":  # Ray itself tries for minutes
+                host, _, port = address.rpartition(":")
+                socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
             self._ray.init(**options)
-        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             why = str(error).strip().splitlines()[0]
             remedy = "Begin one with `ray start --head`, or name another with --ray-address host:port."
             raise RunError(f"--ray-address {address}: there is no Ray cluster ({why})", remedy) from error

@@ -36,7 +36,11 @@ def run_unit(order: Order, threads: int, demands: Demands) -> int | tuple[str, s
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
     worker = _WORKERS.setdefault((threads, gpus), Worker(threads=threads, gpu=gpus))
     try:
-        return worker.run(order)
+        worker.begin(order)
+        # Ray's interrupt is noticed between two lines of Python only.
+        while (code := worker.poll(1.0)) is None:
+            pass
+        return code
     except KeyboardInterrupt:
         worker.terminate()
         worker.close()

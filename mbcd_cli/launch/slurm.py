@@ -32,6 +32,8 @@ _CANCELLED, _GONE = "CANCELLED", "GONE"
 _ENDED = {_CANCELLED, _GONE, "COMPLETED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"}
 """States of a job that will not go on. One whose node went down, or that was preempted, is PENDING again."""
 _OWN_CODES = (DONE_CODE, FAILED_CODE, BUSY_CODE)
+_NEVER = "TimeLimit|NodeLimit|BadConstraints|Invalid|PartitionDown|PartitionInactive|PartitionConfig|MaxWall|NotAllowed"
+"""Reasons of squeue for which a job does not begin before somebody changes something."""
 _LOOK = 20
 """Seconds between two looks at the queue, at most."""
 _TIMEOUTS = 1000
@@ -231,13 +233,19 @@ class Slurm:
             now = states.get(one.job.job_id)
             if now is not None and now.state == "RUNNING" and one.left:
                 found[one.left[0].pieces[0].key] = now.node
-            if now is not None and "held" in now.reason.lower() and one.job.job_id not in self._told:
-                self._told.add(one.job.job_id)
-                self._say.warn(
-                    f"Slurm holds job {one.job.job_id} ({now.reason}): it does not begin until "
-                    f"`scontrol release {one.job.job_id}`; its node's log says why."
-                )
+            if now is not None and now.state == "PENDING" and one.job.job_id not in self._told:
+                self._tell_of(one.job.job_id, now.reason)
         return found
+
+    def _tell_of(self, job: str, reason: str) -> None:
+        """Why a job waits, where it would wait for ever."""
+        held = "held" in reason.lower()
+        if held or re.search(_NEVER, reason):
+            self._told.add(job)
+            then = f"`scontrol release {job}`; its node's log says why" if held else "--slurm asks for what there is"
+            self._say.warn(
+                f"Slurm {'holds' if held else 'keeps'} job {job} ({reason}): it does not begin until {then}."
+            )
 
     def stop(self) -> None:
         """Leave the jobs where they are."""

@@ -14,7 +14,7 @@ from mbcd_cli.files import write_text
 from mbcd_cli.json_values import OPTIONAL
 from mbcd_cli.launch.launch import LAUNCHERS, Board, Engine, begin, last_line, launch
 from mbcd_cli.launch.local import Local
-from mbcd_cli.launch.nodes import Demands, demand, release
+from mbcd_cli.launch.nodes import Demands, demand
 from mbcd_cli.launch.unit import Order, State, beside
 from mbcd_cli.methods import method_class
 from mbcd_cli.preparation import prepare as preparing
@@ -203,10 +203,7 @@ def run(
         folder = cells[0].folder.parent
         caches = {cell.settings.cache.dir / str(cell.settings.dataset.name) for cell in cells}
         demands = demand(folder, sorted(caches))
-        try:
-            launch(board, _cluster(how, cells[0].settings, folder, demands, say), watch=watch, poll=poll)
-        finally:
-            release(demands)
+        launch(board, _cluster(how, cells[0].settings, folder, demands, say), watch=watch, poll=poll)
     folders = {cell.key: str(cell.folder) for cell in cells}
     failed = {folders[key]: error for key, error in board.failed.items()}
     return SweepOutcome(failed, len(board.done), round(time.monotonic() - started, 1))

@@ -237,6 +237,20 @@ def test_a_job_that_slurm_holds_is_told_in_one_line(cells):
     assert "scontrol release" in said[0]
 
 
+def test_a_job_that_never_begins_is_told_in_one_line(cells):
+    said = []
+
+    def watch(board):
+        if said and board.handed:
+            subprocess.run(["scancel", job_of(cells[0])], check=True, timeout=30)
+
+    board = submit(cells[:1], "timeout_min=90", watch=watch, say=Say(said.append))
+    assert "was cancelled" in board.failed[cells[0].key]
+    assert len(said) == 1
+    assert "keeps job" in said[0]
+    assert re.search(r"\(Partition(TimeLimit|Config)\)", said[0])
+
+
 def test_a_job_that_is_preempted_is_waited_for(cells):
     beside(cells[0].folder, "say").write_text("slow ok")
     others = []

@@ -123,7 +123,8 @@ def test_a_node_that_lacks_something_is_told_by_name(cells):
     assert len(board.failed) == 2
     (line,) = said
     assert re.search(r"node \S+ has torch .*, and here it is 0\.1", line)
-    gone = replace(demand(cells[0].folder.parent, []), mark=str(cells[0].folder.parent / "gone"))
+    assert demand(cells[0].folder.parent, []) == demand(cells[0].folder.parent, []), "the mark stays"
+    gone = replace(demand(cells[0].folder.parent, []), key="that of another folder")
     assert "does not see the folder" in gone.fault()
     assert "/nowhere" in demand(cells[0].folder.parent, [Path("/nowhere")]).fault()
     assert demand(cells[0].folder.parent, [Path("/tmp")]).fault() == ""

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbcd_cli.errors import RunError
@@ -84,6 +85,7 @@ class Ray:
             gpus = 1.0 if gpu and ray.cluster_resources().get("GPU") else 0.0
         self._takes = {"num_cpus": asked.processors, "num_gpus": gpus, "memory": int(asked.memory_gb * 2**30) or None}
         self._tasks: dict[ObjectRef, Unit] = {}
+        self._leave = Path(demands.mark).with_name(f".mbcd-leave-{secrets.token_hex(6)}")
         self._barred: dict[str, str] = {}
         try:
             self._check_nodes()
@@ -159,7 +161,8 @@ class Ray:
         # A process that saw a GPU is kept, too: what holds its memory is a child of the warm one, and has ended.
         remote = self._ray.remote(max_calls=0)(ray_node.run_unit).options(**options)
         for unit in units:
-            self._tasks[remote.remote(unit.order(self._threads), self._threads, self._demands)] = unit
+            order = unit.order(self._threads)
+            self._tasks[remote.remote(order, self._threads, self._demands, str(self._leave))] = unit
 
     def wait(self, seconds: float) -> None:
         if not self._tasks:
@@ -194,10 +197,10 @@ class Ray:
 
     def stop(self) -> None:
         """Ask what runs for its checkpoint; what began with us ends."""
-        for task in self._tasks:
-            self._ray.cancel(task, force=False)
         if self._tasks:
+            self._leave.touch()
             self._ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=_LEAVE_SECONDS)
+            self._leave.unlink()
         self._tasks.clear()
         if self._ours:
             self._ray.shutdown()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 from mbcd_cli.launch.nodes import Demands
-from mbcd_cli.launch.unit import Order
+from mbcd_cli.launch.unit import STOPPED_CODE, Order
 from mbcd_cli.launch.worker import Worker
 
 _WORKERS: dict[tuple[int, str | None], Worker] = {}
@@ -20,8 +21,8 @@ def fault(demands: Demands) -> str:
     return _FAULTS.setdefault(demands, demands.fault())
 
 
-def run_unit(order: Order, threads: int, demands: Demands) -> int | tuple[str, str, str]:
-    """Run a unit to its end.
+def run_unit(order: Order, threads: int, demands: Demands, leave: str) -> int | tuple[str, str, str]:
+    """Run a unit to its end, or, once the file `leave` is there, to its checkpoint.
 
     Returns:
         Exit code of its process, or (the node, its name, what it lacks).
@@ -33,13 +34,16 @@ def run_unit(order: Order, threads: int, demands: Demands) -> int | tuple[str, s
 
     if lacking := fault(demands):
         return ray.get_runtime_context().get_node_id(), socket.gethostname(), lacking
+    if Path(leave).exists():
+        return STOPPED_CODE
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
     worker = _WORKERS.setdefault((threads, gpus), Worker(threads=threads, gpu=gpus))
     try:
         worker.begin(order)
-        # Ray's interrupt is noticed between two lines of Python only.
+        # Ray's interrupt is noticed between two lines of Python only, and where workers ignore it not at all.
         while (code := worker.poll(1.0)) is None:
-            pass
+            if Path(leave).exists():
+                worker.terminate()
         return code
     except KeyboardInterrupt:
         worker.terminate()

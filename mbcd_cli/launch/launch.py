@@ -170,10 +170,12 @@ def launch(
                     _look_again(board, of_piece[piece.key], piece)
     finally:
         board.stopping = bool(board.handed)
-        if board.stopping:
-            watch(board)
-        engine.stop()
-        board.running = {}
+        try:
+            if board.stopping:
+                watch(board)
+        finally:
+            engine.stop()
+            board.running = {}
     watch(board)
     return board
 

@@ -135,16 +135,6 @@ def test_leaving_lets_units_write_their_checkpoints(cluster, cells):
     assert len(submit(cluster, cells[:2]).done) == 2
 
 
-def test_a_cluster_of_our_own_is_on_loopback(cells, monkeypatch):
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    engine = Ray(None, asked=RaySettings(), demands=demand(cells[0].folder.parent, []))
-    assert {node["NodeManagerAddress"] for node in engine._ray.nodes()} == {"127.0.0.2"}
-    assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert len(launch(begin(units_of(cells[:2]), retry_failed=False), engine, poll=0.1).done) == 2
-
-
 def test_without_ray_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RunError, match="not installed") as caught:

@@ -11,12 +11,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, Reply, command, emit_settings, preset_for_reader
+from mbcd_cli.cli.options import (
+    Asked,
+    Jobs,
+    Launcher,
+    RayAddress,
+    Reply,
+    SlurmOptions,
+    command,
+    emit_settings,
+    preset_for_reader,
+)
 from mbcd_cli.errors import UsageError
+from mbcd_cli.launch.unit import beside
 
 if TYPE_CHECKING:
+    from mbcd_cli.launch.launch import Board
     from mbcd_cli.preparation.answer import Prepared
     from mbcd_cli.preparation.check import Checked
+    from mbcd_cli.settings import Settings
 
 _PREPARES = [
     "dataset.reader",
@@ -44,7 +57,8 @@ _PREPARES = [
         "mbcd prepare manifest --root data/mine --compute-flow --set cache.views=8",
         "mbcd prepare epic-kitchens --root EPIC --check",
         "mbcd prepare demo --corruptions all --severities 1,3,5",
-        "torchrun --nproc-per-node 4 -m mbcd_cli prepare epic-kitchens --root EPIC",
+        "mbcd prepare epic-kitchens --root EPIC --jobs 4",
+        "mbcd prepare epic-kitchens --root EPIC --launcher slurm --jobs 16",
     ),
 )
 def prepare(
@@ -58,8 +72,14 @@ def prepare(
         typer.Option("--corruptions", help="Cache corrupted test views besides: all, or names, e.g. fog,white-noise."),
     ] = None,
     severities: Annotated[str, typer.Option("--severities", help="Of those corruptions, from 1 to 5.")] = "1,2,3,4,5",
+    jobs: Jobs = 1,
+    launcher: Launcher = "local",
+    slurm: SlurmOptions = None,
+    ray_address: RayAddress = None,
 ) -> Reply | None:
     """Decode a dataset once, run the frozen trunks, fill the cache.
+
+    With --jobs, several processes share the work; whoever gives the same command elsewhere takes part, too.
 
     Bad clips are reported and left out. What is prepared already is reused; a killed run resumes.
     """
@@ -82,13 +102,39 @@ def prepare(
     if check:
         report = checking.check(settings, **spoilt)
         return report, partial(show_check, report)
-    result = prepare(settings, **spoilt, say=console.terminal)
+    if (jobs, launcher) == (1, "local"):
+        result = prepare(settings, **spoilt, say=console.terminal)
+    else:
+        result = _launched(settings, jobs, launcher, slurm or (), ray_address, spoilt)
     if result is None:  # rank 0 of several processes tells
         return None
     repeat = _repeated(asked, layered=bool(preset))
     if "dataset.name" in asked.flags or result.dataset != (preset and Path(preset).stem):
         repeat = ["--dataset", result.dataset, *repeat]
     return result, partial(show_prepared, result, preset=preset, repeat=repeat)
+
+
+def _launched(
+    settings: Settings, jobs: int, launcher: str, slurm: Sequence[str], ray_address: str | None, spoilt: dict
+) -> Prepared | None:
+    from mbcd_cli.launch.engines import Launching
+    from mbcd_cli.preparation.launched import prepare_launched
+
+    told: dict[str, str] = {}
+
+    def watch(board: Board) -> None:
+        now = dict.fromkeys((key for unit in board.units for key in [unit.pieces[0].key]), "waits")
+        now |= {key: f"runs{f' on {where}' if where else ''}" for key, where in board.running.items()}
+        now |= {piece.key: "has ended" for piece in board.done}
+        now |= {key: f"failed: {why.splitlines()[0]}" for key, why in board.failed.items()}
+        for unit in board.units:
+            part = unit.pieces[0]
+            if now[part.key] != told.get(part.key, "waits"):
+                told[part.key] = now[part.key]
+                console.say(f"{part.name} of {len(board.units)} {now[part.key]}; log: {beside(part.folder, 'log')}")
+
+    how = Launching(jobs, launcher, slurm, None, ray_address)
+    return prepare_launched(settings, how=how, **spoilt, watch=watch, say=console.terminal)
 
 
 def _severities(text: str) -> tuple[int, ...]:

@@ -16,11 +16,15 @@ from mbcd_cli.cli.evaluate import show_comparison
 from mbcd_cli.cli.options import (
     Asked,
     DryRun,
+    Jobs,
+    Launcher,
     MethodNames,
     Output,
+    RayAddress,
     Reply,
     RunsDir,
     Seeds,
+    SlurmOptions,
     Targets,
     command,
     dataset_preset,
@@ -79,20 +83,16 @@ def sweep(
     ] = False,
     collect: Annotated[bool, typer.Option("--collect", help="Only collect the runs that are done.")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed runs again.")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", help="Runs at a time, one GPU each where there are GPUs.")] = 1,
+    jobs: Jobs = 1,
     pack: Annotated[
         str, typer.Option("--pack", help="Runs that a process trains together: auto, off, or how many.")
     ] = "auto",
-    launcher: Annotated[str, typer.Option("--launcher", help="local processes, slurm (by submitit) or ray.")] = "local",
-    slurm: Annotated[
-        list[str] | None, typer.Option("--slurm", help="submitit parameter, e.g. timeout_min=240; repeatable.")
-    ] = None,
+    launcher: Launcher = "local",
+    slurm: SlurmOptions = None,
     slurm_tasks: Annotated[
         int | None, typer.Option("--slurm-tasks", help="Jobs that the runs are grouped into; default: one each.")
     ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option("--ray-address", help="auto, or host:port; default: a cluster of this machine.")
-    ] = None,
+    ray_address: RayAddress = None,
     runs_dir: RunsDir = Path("runs"),
     output: Output = None,
 ) -> Reply:
@@ -105,9 +105,9 @@ def sweep(
     Without --output the tables go to a folder under sweeps.
     """
     from mbcd_cli.cli.board import Watch
+    from mbcd_cli.launch.engines import Launching
     from mbcd_cli.sweep import sweep as sweeping
     from mbcd_cli.sweep.request import Request
-    from mbcd_cli.sweep.run import Launching
     from mbcd_cli.sweep.status import SweepStatus as Status
 
     request = Request(

@@ -64,19 +64,19 @@ class Demands:
         return ""
 
 
-def demand(runs: Path, folders: Sequence[Path]) -> Demands:
-    """That nodes see these very folders, and have the programs of this machine.
+def demand(folder: Path, folders: Sequence[Path], *, place: str = "--runs-dir") -> Demands:
+    """That nodes see `folder`, this very one, and the others, and have the programs of this machine.
 
     The mark stays: jobs may begin long after the command has left.
 
     Raises:
-        FileError: `runs` cannot be written to.
+        FileError: `folder` cannot be written to.
     """
-    mark = runs.absolute() / MARK
+    mark = folder.absolute() / MARK
     if not (key := _said(mark)):
         key = uuid.uuid4().hex
-        write_text(mark, f"{key}\n", place="--runs-dir")
-    return Demands(str(mark), key, tuple(str(folder.absolute()) for folder in folders), programs())
+        write_text(mark, f"{key}\n", place=place)
+    return Demands(str(mark), key, tuple(str(other.absolute()) for other in folders), programs())
 
 
 def _said(mark: Path) -> str:

@@ -19,6 +19,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal, Protocol
 
+from mbcd_cli.files import read_json, write_json
+
 State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
 
 DONE_CODE, FAILED_CODE, BUSY_CODE, STOPPED_CODE = 0, 1, 75, 130
@@ -96,6 +98,23 @@ def known(lock: FileIO) -> Iterator[None]:
     finally:
         with suppress(OSError):
             lock.truncate(0)
+
+
+def write_failure(folder: Path, error: Exception, *, place: str = "--runs-dir") -> None:
+    """Record why a piece failed, as `{"error": ..., "remedy": ...}`."""
+    failure = {
+        "error": getattr(error, "message", f"{type(error).__name__}: {error}"),
+        "remedy": getattr(error, "remedy", "The log beside it says more."),
+    }
+    write_json(beside(folder, "failed"), failure, place=place)
+
+
+def read_failure(folder: Path) -> str:
+    """The error that `write_failure` recorded; empty where there is none that can be read."""
+    try:
+        return str(read_json(beside(folder, "failed"))["error"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

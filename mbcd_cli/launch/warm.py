@@ -130,6 +130,12 @@ def _wait(child: int, holds: int, orders: _Lines, woken: int, stopped: Sequence[
             orders.read()
 
 
+def log(line: str) -> None:
+    """Say it in the log, which stands for stderr."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 def end_with_owner() -> None:
     """End this process when the one that holds the other end of standard input, a pipe, does."""
     if stat.S_ISFIFO(os.fstat(0).st_mode):

@@ -446,12 +446,12 @@ def close_cache(writer: CacheWriter, settings: Settings, unlisted: Sequence[Reje
     Args:
         unlisted: as `CacheWriter.finish` takes them.
     """
-    kept = _anywhere(settings)
+    kept = anywhere(settings)
     write_text(writer.folder / PREPARED_WITH, to_toml(kept, stamped=True), place="--cache-dir")
     return writer.finish(unlisted, settings=to_toml(kept))
 
 
-def _anywhere(settings: Settings) -> Settings:
+def anywhere(settings: Settings) -> Settings:
     """The settings with absolute folders: a cache can be repaired from wherever that is asked for."""
     root, cache = settings.dataset.root, settings.cache
     dataset = settings.dataset.model_copy(update={"root": root and root.expanduser().resolve()})

@@ -6,7 +6,6 @@ what it says goes to the log that stands for its stderr.
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from pathlib import Path
 from mbcd_cli.errors import BusyError, MbcdError, StoppedError
 from mbcd_cli.evaluation import evaluate
 from mbcd_cli.files import delete
-from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, known
-from mbcd_cli.launch.warm import end_with_owner
+from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, known, write_failure
+from mbcd_cli.launch.warm import end_with_owner, log
 from mbcd_cli.locks import lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE, SETTINGS
@@ -23,7 +22,7 @@ from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.sweep.state import state, write_failure
+from mbcd_cli.sweep.state import state
 from mbcd_cli.training import train
 
 
@@ -81,12 +80,6 @@ def _evaluate(folder: Path, *, threads: int, say: Say) -> None:
         pictures=asked.evaluation.report,  # for tables alone nothing is drawn
         say=say,
     )
-
-
-def log(line: str) -> None:
-    """Say it in the log, which stands for stderr."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 def serve_cell(arguments: Sequence[str]) -> int:

@@ -19,6 +19,7 @@ from mbcd_cli.evaluation.report.evaluated import Run, load_run, order_methods
 from mbcd_cli.evaluation.report.score_tables import averages, marked
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.files import read_records
+from mbcd_cli.launch.unit import read_failure
 from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Panel
 from mbcd_cli.resolved import method_label
@@ -26,7 +27,7 @@ from mbcd_cli.runs.folder import epoch_records
 from mbcd_cli.scoring.deployed import deployed_of
 from mbcd_cli.scoring.history import accuracy_history
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.state import read_failure, state
+from mbcd_cli.sweep.state import state
 
 Pair = tuple[Cell, Run]
 

@@ -13,6 +13,7 @@ import torch
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.errors import CacheError, MbcdError
 from mbcd_cli.files import read_json
+from mbcd_cli.launch.engines import Launching
 from mbcd_cli.launch.local import threads_per_job
 from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Context
@@ -23,7 +24,7 @@ from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.sweep.packing import kind, units
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.run import Launching, check_prepared
+from mbcd_cli.sweep.run import check_prepared
 from mbcd_cli.sweep.search import SearchedSetting
 from mbcd_cli.sweep.state import state
 from mbcd_cli.training.assemble import build_average, build_method

@@ -11,8 +11,8 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import MbcdError, StoppedError
 from mbcd_cli.evaluation.evaluate import evaluate, for_tables
 from mbcd_cli.files import delete
-from mbcd_cli.launch.unit import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, known
-from mbcd_cli.launch.warm import end_with_owner
+from mbcd_cli.launch.unit import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, known, write_failure
+from mbcd_cli.launch.warm import end_with_owner, log
 from mbcd_cli.locks import lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE
@@ -20,8 +20,7 @@ from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import load_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.sweep.cell import log
-from mbcd_cli.sweep.state import state, write_failure
+from mbcd_cli.sweep.state import state
 from mbcd_cli.training.together import Outcome, Wanted, train_together
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mbcd_cli.data.dataset import CachedDataset
-from mbcd_cli.errors import CacheError, RunError
+from mbcd_cli.errors import CacheError
 from mbcd_cli.files import write_text
 from mbcd_cli.json_values import OPTIONAL
-from mbcd_cli.launch.launch import LAUNCHERS, Board, Engine, begin, last_line, launch
-from mbcd_cli.launch.local import Local
-from mbcd_cli.launch.nodes import Demands, demand
-from mbcd_cli.launch.unit import Order, State, beside
+from mbcd_cli.launch.engines import Launching
+from mbcd_cli.launch.launch import Board, begin, last_line, launch
+from mbcd_cli.launch.unit import Order, State, beside, read_failure
 from mbcd_cli.methods import method_class
 from mbcd_cli.preparation import prepare as preparing
 from mbcd_cli.runs.opening import open_for_training
@@ -24,7 +22,7 @@ from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.sweep.packing import kind, units, width_of
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.state import read_failure, state
+from mbcd_cli.sweep.state import state
 from mbcd_cli.training.together import check_width
 
 CELL = "mbcd_cli.sweep.cell:serve_cell"
@@ -40,36 +38,6 @@ class SweepOutcome:
     failed: dict[str, str] = field(default_factory=dict)
     done: int | None = field(default=None, metadata=OPTIONAL)
     seconds: float | None = field(default=None, metadata=OPTIONAL)
-
-
-@dataclass(frozen=True, slots=True)
-class Launching:
-    """How units are run.
-
-    Attributes:
-        jobs: processes at a time. launcher: one of `LAUNCHERS`.
-        slurm: `key=value` parameters of submitit. slurm_tasks: into how many jobs units are grouped; None: one each.
-        ray_address: of a cluster that is there; None: begin one of this machine.
-    """
-
-    jobs: int = 1
-    launcher: str = "local"
-    slurm: Sequence[str] = ()
-    slurm_tasks: int | None = None
-    ray_address: str | None = None
-
-    def check(self) -> None:
-        """Refuse what cannot be run.
-
-        Raises:
-            RunError: fewer than one job, or no such launcher.
-        """
-        if self.jobs < 1:
-            raise RunError(f"--jobs {self.jobs}: at least one process is needed.", "Use --jobs 1.")
-        if self.slurm_tasks is not None and self.slurm_tasks < 1:
-            raise RunError(f"--slurm-tasks {self.slurm_tasks}: at least one job is needed.", "Use --slurm-tasks 1.")
-        if self.launcher not in LAUNCHERS:
-            raise RunError(f"There is no launcher {self.launcher!r}.", f"Use one of {', '.join(LAUNCHERS)}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,37 +164,10 @@ def run(
     board = begin(wanted, retry_failed=retry_failed)
     if not board.waiting:
         watch(board)
-    elif how.launcher == "local":
-        engine = Local(jobs=how.jobs, threads=cells[0].settings.runtime.threads, gpus=_gpus(cells))
-        launch(board, engine, watch=watch, poll=poll)
     else:
-        folder = cells[0].folder.parent
         caches = {cell.settings.cache.dir / str(cell.settings.dataset.name) for cell in cells}
-        demands = demand(folder, sorted(caches))
-        launch(board, _cluster(how, cells[0].settings, folder, demands, say), watch=watch, poll=poll)
+        engine = how.engine(cells[0].settings, cells[0].folder.parent, sees=sorted(caches), say=say)
+        launch(board, engine, watch=watch, poll=poll)
     folders = {cell.key: str(cell.folder) for cell in cells}
     failed = {folders[key]: error for key, error in board.failed.items()}
     return SweepOutcome(failed, len(board.done), round(time.monotonic() - started, 1))
-
-
-def _cluster(how: Launching, settings: Settings, folder: Path, demands: Demands, say: Say) -> Engine:
-    if how.launcher == "slurm":
-        from mbcd_cli.launch.slurm import Slurm
-
-        threads, logs = settings.runtime.threads, folder / "submitit"
-        return Slurm(logs, options=how.slurm, tasks=how.slurm_tasks, threads=threads, demands=demands, say=say)
-    from mbcd_cli.launch.ray import Ray
-
-    gpu = settings.runtime.device in ("auto", "cuda")
-    threads = settings.runtime.threads
-    return Ray(how.ray_address, asked=settings.ray, demands=demands, threads=threads, gpu=gpu, say=say)
-
-
-def _gpus(cells: Sequence[Cell]) -> list[str]:
-    """GPUs to deal out to the processes: all that are visible where the settings say `auto` or `cuda`."""
-    import torch
-
-    if cells[0].settings.runtime.device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return []
-    visible = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
-    return visible or [str(index) for index in range(torch.cuda.device_count())]

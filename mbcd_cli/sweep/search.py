@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from mbcd_cli.errors import FOREIGN, FileError, SettingsError
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.files import read_records
+from mbcd_cli.launch.unit import read_failure
 from mbcd_cli.resolved import validate
 from mbcd_cli.runs.names import run_name
 from mbcd_cli.scoring.deployed import deployed_checkpoint, deployed_of
@@ -21,7 +22,7 @@ from mbcd_cli.settings import Range, Settings
 from mbcd_cli.settings.ranges import searched
 from mbcd_cli.settings.sources import Layer, merge, nest
 from mbcd_cli.sweep.plan import Cell, with_settings
-from mbcd_cli.sweep.state import read_failure, state
+from mbcd_cli.sweep.state import state
 from mbcd_cli.training.trainer import better
 from mbcd_cli.training.validation import HeadRecord
 

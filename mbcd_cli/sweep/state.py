@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mbcd_cli.errors import FOREIGN, FileError
-from mbcd_cli.files import read_json, read_records, write_json
+from mbcd_cli.files import read_records
 from mbcd_cli.launch.unit import State, beside
 from mbcd_cli.locks import held
 from mbcd_cli.runs.folder import DONE, SETTINGS
@@ -32,23 +32,6 @@ def state(folder: Path) -> State:
     if (folder / DONE).is_file():
         return "trained"
     return "interrupted" if (folder / SETTINGS).is_file() else "waiting"
-
-
-def write_failure(folder: Path, error: Exception) -> None:
-    """Record why a cell failed, as `{"error": ..., "remedy": ...}`."""
-    failure = {
-        "error": getattr(error, "message", f"{type(error).__name__}: {error}"),
-        "remedy": getattr(error, "remedy", "The log beside it says more."),
-    }
-    write_json(beside(folder, "failed"), failure, place="--runs-dir")
-
-
-def read_failure(folder: Path) -> str:
-    """The error that `write_failure` recorded; empty where there is none that can be read."""
-    try:
-        return str(read_json(beside(folder, "failed"))["error"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return ""
 
 
 @dataclass(frozen=True, slots=True)

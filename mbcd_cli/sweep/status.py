@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mbcd_cli.json_values import OPTIONAL
-from mbcd_cli.launch.unit import beside, holder, last_lines
+from mbcd_cli.launch.unit import beside, holder, last_lines, read_failure
 from mbcd_cli.sweep.plan import Cell
-from mbcd_cli.sweep.state import progress, read_failure, state
+from mbcd_cli.sweep.state import progress, state
 
 WINDOW = 3600.0
 """Seconds back from now in which the rate is measured."""

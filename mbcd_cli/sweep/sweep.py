@@ -15,6 +15,7 @@ from mbcd_cli.evaluation.report.comparison import Comparison, write_comparison_f
 from mbcd_cli.evaluation.report.plots import plot_methods
 from mbcd_cli.evaluation.report.tables import Table
 from mbcd_cli.files import make_folder
+from mbcd_cli.launch.engines import Launching
 from mbcd_cli.launch.launch import Board
 from mbcd_cli.launch.unit import last_lines
 from mbcd_cli.resolved import resolve
@@ -25,7 +26,7 @@ from mbcd_cli.sweep.estimate import SweepPlan, estimate_sweep
 from mbcd_cli.sweep.packing import width_of
 from mbcd_cli.sweep.plan import Cell, without_each_source
 from mbcd_cli.sweep.request import Request, named, output_of, plan_cells, search_of, title_of
-from mbcd_cli.sweep.run import Launching, SweepOutcome, prepare_named
+from mbcd_cli.sweep.run import SweepOutcome, prepare_named
 from mbcd_cli.sweep.status import SweepStatus, status_of
 
 HERE = Launching()

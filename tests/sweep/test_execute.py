@@ -17,11 +17,11 @@ from sweep_cases import finish, plan_of, units_of
 from mbcd_cli.errors import RunError
 from mbcd_cli.launch.launch import KILLS, Ended, _settle, begin, launch
 from mbcd_cli.launch.local import Local, threads_per_job
-from mbcd_cli.launch.unit import beside, last_lines
+from mbcd_cli.launch.unit import beside, last_lines, write_failure
 from mbcd_cli.launch.worker import Worker
 from mbcd_cli.locks import held
 from mbcd_cli.sweep import run as running
-from mbcd_cli.sweep.state import state, write_failure
+from mbcd_cli.sweep.state import state
 
 HERE = Path(__file__).parent
 

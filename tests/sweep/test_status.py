@@ -12,10 +12,9 @@ from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
 from mbcd_cli.errors import RunError
-from mbcd_cli.launch.unit import beside, known
+from mbcd_cli.launch.unit import beside, known, write_failure
 from mbcd_cli.locks import lock
 from mbcd_cli.sweep.run import SweepOutcome
-from mbcd_cli.sweep.state import write_failure
 from mbcd_cli.sweep.status import status_of
 from mbcd_cli.sweep.sweep import LISTED, report_failures
 

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 from mbcd_cli.cli import app
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import read_records
+from mbcd_cli.launch.engines import Launching
 from mbcd_cli.launch.launch import begin, launch
 from mbcd_cli.launch.local import Local
-from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, beside
+from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, beside, read_failure
 from mbcd_cli.locks import lock
 from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.runtime import configure
@@ -27,9 +28,9 @@ from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.cell import run_cell
 from mbcd_cli.sweep.estimate import estimate_sweep
 from mbcd_cli.sweep.packing import small
-from mbcd_cli.sweep.run import CellUnit, Launching, check_prepared, run
+from mbcd_cli.sweep.run import CellUnit, check_prepared, run
 from mbcd_cli.sweep.search import Search
-from mbcd_cli.sweep.state import CellProgress, progress, read_failure, state
+from mbcd_cli.sweep.state import CellProgress, progress, state
 from mbcd_cli.training import train
 from mbcd_cli.training.together import member_bytes
 

@@ -1,0 +1,153 @@
+"""`mbcd prepare` by several processes of this machine, or of a cluster: each is one of the `crew`.
+
+A unit of work is a process that runs the same `prepare`; it takes what is free until nothing is left. What is done is
+told by the cache, so that one unit more or less changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mbcd_cli import checksums
+from mbcd_cli.errors import CacheError, MbcdError, StoppedError
+from mbcd_cli.files import write_text
+from mbcd_cli.launch.engines import Launching
+from mbcd_cli.launch.launch import Board, begin, last_line, launch
+from mbcd_cli.launch.unit import (
+    BUSY_CODE,
+    DONE_CODE,
+    FAILED_CODE,
+    STOPPED_CODE,
+    Order,
+    State,
+    beside,
+    known,
+    read_failure,
+    write_failure,
+)
+from mbcd_cli.launch.warm import end_with_owner, log
+from mbcd_cli.locks import held, lock
+from mbcd_cli.preparation.answer import Prepared
+from mbcd_cli.preparation.prepare import anywhere, prepare
+from mbcd_cli.resolved import load_settings
+from mbcd_cli.say import SILENT, Say
+from mbcd_cli.settings import Settings
+from mbcd_cli.settings.sources import to_toml
+
+PART = "mbcd_cli.preparation.launched:serve_part"
+"""Takes part in a preparation: (FOLDER, THREADS, JSON of the corruptions and severities)."""
+PLACE = "--cache-dir"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A process that takes part; nothing is ever in its folder, beside it lie the small files of `launch.unit`."""
+
+    key: str
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class PartUnit:
+    """A process that takes part, as a unit of work.
+
+    Attributes:
+        settings: with absolute folders. spoilt: JSON of the corruptions asked for, and their severities.
+    """
+
+    pieces: Sequence[Part]
+    settings: Settings
+    spoilt: str
+
+    def order(self, threads: int) -> Order:
+        """What its process is told."""
+        folder = self.pieces[0].folder
+        return Order(PART, (str(folder), str(threads), self.spoilt), str(beside(folder, "log")))
+
+    def write(self, piece: Part) -> None:
+        """Write the settings that its process reads.
+
+        Raises:
+            FileError: the folder cannot be written to.
+        """
+        write_text(beside(piece.folder, "toml"), to_toml(self.settings, stamped=True), place=PLACE)
+
+    def state(self, piece: Part) -> State:
+        """Where it stands."""
+        if beside(piece.folder, "done").is_file():
+            return "done"
+        if held(beside(piece.folder, "lock")):
+            return "running"
+        return "failed" if beside(piece.folder, "failed").is_file() else "waiting"
+
+    def error(self, piece: Part) -> str:
+        """Why it failed."""
+        return read_failure(piece.folder) or last_line(piece)
+
+
+def prepare_launched(
+    settings: Settings,
+    *,
+    how: Launching,
+    corruptions: Sequence[str],
+    severities: Sequence[int],
+    watch: Callable[[Board], None] = lambda board: None,
+    say: Say = SILENT,
+) -> Prepared | None:
+    """`prepare`, shared by `how.jobs` processes; the report is that of one process.
+
+    Given again, the same command finds the jobs of a cluster that are under way, and what they have done.
+
+    Raises:
+        CacheError: all of them failed, and why the first did; and whatever `prepare` raises.
+    """
+    how.check()
+    settings = anywhere(settings)
+    spoilt = json.dumps([list(corruptions), list(severities)])
+    key = checksums.of_text(to_toml(settings) + spoilt)[:12]
+    folder = settings.cache.dir / f".crew-{key}"
+    parts = [Part(f"{key}-{at}", f"part {at + 1}", folder / f"part-{at + 1:03d}") for at in range(how.jobs)]
+    board = begin([PartUnit((part,), settings, spoilt) for part in parts], retry_failed=True)
+    root = settings.dataset.root
+    engine = how.engine(settings, folder, sees=[root] if root else [], place=PLACE, say=say)
+    launch(board, engine, watch=watch)
+    if len(board.failed) == len(parts):
+        why = next(iter(board.failed.values()))
+        raise CacheError(why, f"{folder} holds the logs of all {len(parts)} processes.")
+    shutil.rmtree(folder)
+    return prepare(settings, corruptions=corruptions, severities=severities, say=say)
+
+
+def run_part(folder: Path, *, threads: int, spoilt: str, say: Say = SILENT) -> int:
+    """Take part until nothing is left to do; the exit code."""
+    mine = lock(beside(folder, "lock"), place=PLACE)
+    if mine is None:
+        return BUSY_CODE
+    with mine, known(mine):
+        try:
+            settings = load_settings(beside(folder, "toml"))
+            runtime = settings.runtime.model_copy(update={"threads": threads})
+            corruptions, severities = json.loads(spoilt)
+            settings = settings.model_copy(update={"runtime": runtime})
+            prepare(settings, corruptions=corruptions, severities=severities, say=say)
+            write_text(beside(folder, "done"), "", place=PLACE)
+        except (KeyboardInterrupt, StoppedError):
+            return STOPPED_CODE
+        except Exception as error:
+            say(f"error: {error}" if isinstance(error, MbcdError) else traceback.format_exc())
+            write_failure(folder, error, place=PLACE)
+            return FAILED_CODE
+    return DONE_CODE
+
+
+def serve_part(arguments: Sequence[str]) -> int:
+    """The process of a part: FOLDER, THREADS, JSON of the corruptions; the exit code."""
+    end_with_owner()
+    folder, threads, spoilt = arguments
+    return run_part(Path(folder), threads=int(threads), spoilt=spoilt, say=Say(log))

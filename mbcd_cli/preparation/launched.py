@@ -119,7 +119,7 @@ def prepare_launched(
     launch(board, engine, watch=watch)
     if len(board.failed) == len(parts):
         why = next(iter(board.failed.values()))
-        raise CacheError(why, f"{folder} holds the logs of all {len(parts)} processes.")
+        raise CacheError(why, f"The logs in {folder} say more.")
     shutil.rmtree(folder)
     return prepare(settings, corruptions=corruptions, severities=severities, say=say)
 

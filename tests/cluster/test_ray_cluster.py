@@ -14,12 +14,16 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
 from sweep_cases import plan_of, units_of
+from test_cache import contents, same, settings_for
 
 from mbcd_cli.errors import RunError
+from mbcd_cli.launch.engines import Launching
 from mbcd_cli.launch.launch import begin, launch
 from mbcd_cli.launch.nodes import demand
 from mbcd_cli.launch.ray import Ray
 from mbcd_cli.launch.unit import beside
+from mbcd_cli.preparation.launched import prepare_launched
+from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.say import Say
 from mbcd_cli.settings import RaySettings
 from mbcd_cli.sweep import run as running
@@ -140,3 +144,14 @@ def test_without_ray_the_remedy_is_named(monkeypatch):
     with pytest.raises(RunError, match="not installed") as caught:
         Ray(None, asked=RaySettings(), demands=None)
     assert "uv sync --group ray" in caught.value.remedy
+
+
+def test_a_cache_is_prepared(cluster, tmp_path):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
+    settings, boards = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), []
+    how = Launching(jobs=2, launcher="ray", ray_address=cluster.address)
+    shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), watch=boards.append)
+    for name, entry in alone.modalities.items():
+        assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
+    assert len(boards[-1].done) == 2

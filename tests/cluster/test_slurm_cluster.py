@@ -19,11 +19,15 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
 from sweep_cases import plan_of, units_of
+from test_cache import contents, same, settings_for
 
 from mbcd_cli.launch import slurm
+from mbcd_cli.launch.engines import Launching
 from mbcd_cli.launch.launch import begin, launch
 from mbcd_cli.launch.nodes import demand
 from mbcd_cli.launch.unit import beside
+from mbcd_cli.preparation.launched import prepare_launched
+from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.say import Say
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.state import state
@@ -273,3 +277,14 @@ def test_a_node_without_the_folder_or_of_another_version_is_told_in_one_line(cel
     assert list(board.failed) == [cells[0].key]
     assert len(said) == 1
     assert re.search(r"node n[12] does not see the folder .*elsewhere", said[0])
+
+
+def test_a_cache_is_prepared(cluster, tmp_path):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
+    settings, boards = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), []
+    how = Launching(jobs=2, launcher="slurm")
+    shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), watch=boards.append)
+    for name, entry in alone.modalities.items():
+        assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
+    assert len(boards[-1].done) == 2

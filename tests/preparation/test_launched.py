@@ -1,0 +1,60 @@
+"""A preparation shared by processes that a launcher begins; tests/cluster has it on real clusters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import helpers
+import pytest
+from test_cache import contents, same, settings_for
+
+from mbcd_cli.errors import CacheError
+from mbcd_cli.launch.engines import Launching
+from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, beside
+from mbcd_cli.locks import lock
+from mbcd_cli.preparation import launched
+from mbcd_cli.preparation.launched import prepare_launched, run_part
+from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.say import Say
+
+NOTHING = {"corruptions": (), "severities": (1,)}
+
+
+def test_parts_fill_the_cache_of_one_process(tmp_path):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    (root / "video" / "alpha_0_0.mp4").write_bytes(b"no video")
+    alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
+    settings, boards, said = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), [], []
+    shared = prepare_launched(settings, how=Launching(jobs=2), **NOTHING, watch=boards.append, say=Say(said.append))
+    assert [bad.clip for bad in shared.rejected] == [bad.clip for bad in alone.rejected] == ["alpha_0_0"]
+    for name, entry in alone.modalities.items():
+        assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
+    assert len(boards[-1].done) == 2
+    assert not list((tmp_path / "two").glob(".crew-*"))
+
+
+def test_a_part_is_told_by_the_files_beside_its_folder(tmp_path, monkeypatch):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    folder, said = tmp_path / "crew" / "part-001", []
+    part = launched.Part("key", "part 1", folder)
+    unit = launched.PartUnit((part,), settings_for(root, tmp_path / "cache", "model.modalities=audio"), "[[], [1]]")
+    assert unit.state(part) == "waiting"
+    unit.write(part)
+    with lock(beside(folder, "lock")):
+        assert unit.state(part) == "running"
+        assert run_part(folder, threads=1, spoilt=unit.spoilt) == BUSY_CODE
+    monkeypatch.setattr(launched, "prepare", lambda *_, **__: (_ for _ in ()).throw(CacheError("no room", "make some")))
+    assert run_part(folder, threads=1, spoilt=unit.spoilt, say=Say(said.append)) == FAILED_CODE
+    assert (unit.state(part), unit.error(part)) == ("failed", "no room")
+    assert said == ["error: no room\nmake some"]
+    monkeypatch.undo()
+    assert run_part(folder, threads=1, spoilt=unit.spoilt) == DONE_CODE
+    assert unit.state(part) == "done"
+
+
+def test_where_all_fail_the_first_says_why(tmp_path):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    settings = settings_for(root, tmp_path / "cache", "cache.weights_dir=nowhere", "modalities.video.weights=none.pt")
+    with pytest.raises(CacheError, match=r"none\.pt: the weights of encoder small-video are not there") as caught:
+        prepare_launched(settings, how=Launching(), **NOTHING)
+    assert str(tmp_path / "cache" / ".crew-") in caught.value.remedy

@@ -214,13 +214,23 @@ def test_an_index_without_the_name_of_its_modality(home, kept, recipe):
         without_surprise(partial(use, home), recipe)
 
 
-def test_texts_in_place_of_views(home, kept):
+@pytest.mark.parametrize("made", [lambda views: ["x"] * len(views), lambda views: views[:, None]])
+def test_what_is_no_list_of_views(home, kept, made):
     for shard in home.glob("cache/tiny/audio-*/shard-00000.h5"):
         with open_hdf5(shard, "r+") as file:
+            views = file["test/view"][()]
             del file["test/view"]
-            file["test/view"] = ["x"] * len(file["test/clip"])
+            file["test/view"] = made(views)
         checksums.stamp(shard)
     assert "cannot be read" in without_surprise(partial(again, home), "shard").message
+
+
+def test_a_format_of_a_thousand_letters(home, kept):
+    for index in home.glob("cache/tiny/audio-*/index.h5"):
+        with open_hdf5(index, "r+") as file:
+            file.attrs["format"] = file.attrs["mbcd_version"] = "[" * 60_000
+        checksums.stamp(index)
+    assert "prepared by another version" in without_surprise(partial(rows, home), "index").message
 
 
 def test_results_without_a_head(home, kept):

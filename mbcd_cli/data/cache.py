@@ -397,7 +397,10 @@ class CacheWriter:
                     for name in GROUPS:
                         count = len(file[f"{name}/clip"])
                         for column, dtype in (("clip", np.int32), ("view", np.int16)):
-                            columns[column].append(file[f"{name}/{column}"][()].astype(dtype, casting="safe"))
+                            values = file[f"{name}/{column}"][()].astype(dtype, casting="safe")
+                            if values.shape != (count,):
+                                raise ValueError(f"its {column}s are no list of {count}")
+                            columns[column].append(values)
                         columns["shard"].append(np.full(count, number, np.int32))
                         columns["row"].append(np.arange(count, dtype=np.int32))
                     rejected.extend(read_rejected(file))

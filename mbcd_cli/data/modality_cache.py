@@ -130,9 +130,10 @@ class ModalityCache:
             # First: of a damaged heap of strings HDF5 does not always tell; it can search it for ever.
             checksums.verified(folder / "index.h5")
             with open_hdf5(folder / "index.h5") as file:
-                version = str(file.attrs.get("mbcd_version", "unknown"))
+                version = str(file.attrs.get("mbcd_version", "unknown"))[:40]
                 if file.attrs["format"] != FORMAT:
-                    raise OtherVersionError(folder, version, f"format {file.attrs['format']} instead of {FORMAT}")
+                    told = str(file.attrs["format"])[:40]
+                    raise OtherVersionError(folder, version, f"format {told} instead of {FORMAT}")
                 self.recipe = json.loads(file.attrs["recipe"])
                 if not isinstance(self.recipe["modality"], str):
                     raise TypeError("its modality has no name")

@@ -100,7 +100,7 @@ def prepare_launched(
     watch: Callable[[Board], None] = lambda board: None,
     say: Say = SILENT,
 ) -> Prepared | None:
-    """`prepare`, shared by `how.jobs` processes; the report is that of one process.
+    """`prepare`, shared by as many processes as `how` says; the report is that of one.
 
     Given again, the same command finds the jobs of a cluster that are under way, and what they have done.
 

@@ -70,9 +70,7 @@ CheckpointPath = Annotated[Path | None, _CHECKPOINT]
 CheckpointPaths = Annotated[list[Path], _CHECKPOINT]
 Output = Annotated[Path | None, typer.Option("--output", help="Folder for what is written.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew, in place of what is there.")]
-Jobs = Annotated[
-    int, typer.Option("--jobs", help="Processes at a time, one GPU each where there are GPUs; parts of a `prepare`.")
-]
+Jobs = Annotated[int, typer.Option("--jobs", help="Processes at a time, one GPU each where there are GPUs.")]
 Launcher = Annotated[str, typer.Option("--launcher", help="local processes, slurm (by submitit) or ray.")]
 SlurmOptions = Annotated[
     list[str] | None, typer.Option("--slurm", help="submitit parameter, e.g. timeout_min=240; repeatable.")

@@ -88,13 +88,13 @@ class Crew:
         Args:
             is_done: looks whether a shard is, by now.
         """
-        stale = {number for number in numbers if shard_path(self.folder, number).exists()}
+        before = {path.name for path in self.folder.iterdir()} if numbers else set()
         first = len(numbers) * self.place.rank // self.place.world
         if self.place.world == 1 and self._leading is None:
             first = os.getpid() % (len(numbers) or 1)
         for number in [*numbers[first:], *numbers[:first]]:
             path = shard_path(self.folder, number)
-            if path.exists() and number not in stale:
+            if path.name not in before and path.exists():
                 continue
             file = lock(self._lock_of(number), place="--cache-dir")
             if file is None:

@@ -20,8 +20,10 @@ TailWeights = Mapping[str, Mapping[str, torch.Tensor]]
 """Modality -> name of a tail's parameter -> tensor."""
 
 
-def head(inside: int, *, settings: ModelSettings, classes: int) -> nn.Sequential:
-    """Linear(D, hidden), ReLU, Dropout, Linear(hidden, C)."""
+def head(inside: int, *, settings: ModelSettings, classes: int, linear: bool) -> nn.Module:
+    """Linear(D, C), or Linear(D, hidden), ReLU, Dropout, Linear(hidden, C)."""
+    if linear:
+        return nn.Linear(inside, classes)
     return nn.Sequential(
         nn.Linear(inside, settings.hidden),
         nn.ReLU(),
@@ -69,12 +71,10 @@ class MultiModalModel(nn.Module):
         )
         linear = settings.unimodal_head == "linear"
         self.heads = nn.ModuleDict(
-            {
-                n: nn.Linear(d, classes) if linear else head(d, settings=settings, classes=classes)
-                for n, d in self.dims.items()
-            }
+            {n: head(d, settings=settings, classes=classes, linear=linear) for n, d in self.dims.items()}
         )
-        self.fused_head = head(sum(self.dims.values()), settings=settings, classes=classes)
+        linear = settings.fused_head == "linear"
+        self.fused_head = head(sum(self.dims.values()), settings=settings, classes=classes, linear=linear)
         self._trained = {
             name: tuple(key for key, value in tail.named_parameters() if value.requires_grad)
             for name, tail in self.tails.items()
@@ -161,7 +161,7 @@ def build_model(
 
     Args:
         modalities: modality -> its settings.
-        settings: heads.
+        settings: heads, and whether the tails train; where they do not, live trunks stay in eval mode, too.
         classes: C.
         live_trunks: the frozen stages are part of the model (`cache.trunk_batch_norm = "batch"`).
         tail_weights, trunk_weights: modality -> initial state dict, as `prepare` stored it beside the cache.
@@ -171,7 +171,7 @@ def build_model(
     """
     tails, trunks = {}, {}
     for name, modality in modalities.items():
-        trunk, tail = cut_encoder(name, modality, live=live_trunks)
+        trunk, tail = cut_encoder(name, modality, live=live_trunks, frozen=settings.tails == "frozen")
         if tail_weights and name in tail_weights:
             tail.load_prepared(tail_weights[name], name)
         tails[name] = tail

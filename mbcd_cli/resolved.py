@@ -358,11 +358,13 @@ def _source(loc: Sequence[str], layers: Sequence[Layer]) -> str | None:
 
 
 def method_label(settings: Settings) -> str:
-    """The method's name, marked `-custom` when its switches (settings that are no numbers) were changed one by one, and
-    `-published` on the chassis of its authors."""
+    """The method's name, marked `-custom` when its switches (settings that are no numbers) or what it says of the model
+    were changed one by one, and `-published` on the chassis of its authors."""
     name = settings.method.name
-    plain = validate(over_defaults(name))
+    over = over_defaults(name)
+    plain = validate(over)
     same = _switches(settings.method) == _switches(plain.method) and settings.average.kind == plain.average.kind
+    same = same and all(getattr(settings.model, key) == value for key, value in over["model"].items())
     published = settings.training.chassis == "published"
     return short_name(name) + ("" if same else "-custom") + (PUBLISHED if published else "")
 

@@ -49,6 +49,7 @@ class ArrayDataset:
     passes: int = 0
     rejected: tuple = ()
     tail_weights: dict = field(default_factory=dict)
+    pretrained: frozenset = frozenset()
     trunk_weights: dict = field(default_factory=dict)
     caches: dict = field(default_factory=dict)
     online: None = None

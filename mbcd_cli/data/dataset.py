@@ -87,6 +87,12 @@ class CachedDataset:
         """State dicts of the trunks that `prepare` stored (where no training view is stored)."""
         return self._weights("trunk.pt")
 
+    @property
+    def pretrained(self) -> frozenset[str]:
+        """Modalities whose encoder was prepared with a file of weights."""
+        weights = {name: cache.recipe.get("weights") for name, cache in self.caches.items()}
+        return frozenset(name for name, sha256 in weights.items() if sha256 not in (None, "random"))
+
     def _weights(self, file: str) -> dict[str, dict[str, torch.Tensor]]:
         caches = {name: cache for name, cache in self.caches.items() if cache.recipe.get("weights") is not None}
         return {name: cache.weights(file) for name, cache in caches.items()}

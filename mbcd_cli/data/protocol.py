@@ -5,7 +5,7 @@ Letters: N clips, B clips in a batch, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -31,6 +31,7 @@ class Dataset(Protocol):
         caches: what is on disk, per modality; empty where nothing is.
         online: decodes the training views that are not stored; None where all are.
         tail_weights, trunk_weights: modality -> initial state dict, where the encoder is not drawn by the training.
+        pretrained: modalities whose encoder was prepared with trained weights.
         nbytes: of all caches.
     """
 
@@ -46,6 +47,7 @@ class Dataset(Protocol):
     online: OnlineViews | None
     tail_weights: Mapping[str, Mapping[str, torch.Tensor]]
     trunk_weights: Mapping[str, Mapping[str, torch.Tensor]]
+    pretrained: Collection[str]
     nbytes: int
 
     def has_test_views(self, clips: np.ndarray) -> bool:

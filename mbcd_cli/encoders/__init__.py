@@ -235,8 +235,11 @@ def build_encoder(name: str, settings: Modality) -> StagedEncoder:
     return encoder
 
 
-def cut_encoder(name: str, settings: Modality, *, live: bool = False) -> tuple[Trunk, Tail]:
+def cut_encoder(name: str, settings: Modality, *, live: bool = False, frozen: bool = False) -> tuple[Trunk, Tail]:
     """The encoder of modality `name`, cut as its settings say; an adapter's own encoder is built for a live trunk only.
+
+    Args:
+        live, frozen: as `StagedEncoder.cut`.
 
     Raises:
         SettingsError: as `build_encoder`.
@@ -244,5 +247,5 @@ def cut_encoder(name: str, settings: Modality, *, live: bool = False) -> tuple[T
     form = format_of(settings)
     if form is not None and settings.cut == "adapter" and settings.encoder_config is not None and not live:
         dim = form.wants(settings).dim
-        return StagedEncoder({"adapter": Adapter(dim)}, dim=dim).cut("adapter")
-    return build_encoder(name, settings).cut(settings.cut, live=live)
+        return StagedEncoder({"adapter": Adapter(dim)}, dim=dim).cut("adapter", frozen=frozen)
+    return build_encoder(name, settings).cut(settings.cut, live=live, frozen=frozen)

@@ -41,6 +41,7 @@ def array_mlp(settings: ArrayModality) -> StagedEncoder:
             "pool": nn.Identity(),
         },
         dim=hidden,
+        raw=inside,
     )
 
 
@@ -67,4 +68,5 @@ def array_conv(settings: ArrayModality) -> StagedEncoder:
             "pool": GlobalPool(),
         },
         dim=8 * w,
+        raw=_dimension(settings),
     )

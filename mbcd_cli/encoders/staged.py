@@ -32,10 +32,11 @@ class Stages(nn.Module):
         self.noise_before = frozenset(noise_before)
 
     def cast(self, parts: Parts) -> Parts:
-        """Integer and half-precision parts [B, C, ...] in the type of the parameters (float32 where there are none)."""
+        """Parts [B, C, ...] in the type of the parameters (where there are none, in float32 or their own wider one)."""
         reference = next((p for p in self.parameters()), None)
-        dtype = reference.dtype if reference is not None else torch.float32
-        return tuple(part.to(dtype) for part in parts)
+        if reference is None:
+            return tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
+        return tuple(part.to(reference.dtype) for part in parts)
 
     def run(self, parts: Parts, noise: Noise | None = None) -> Parts:
         """Parts [B, C, ...] before the first stage -> after the last; `noise` is applied where `noise_before` says."""
@@ -104,7 +105,7 @@ class Tail(Stages):
 
     Attributes:
         dim: D, the number of pooled features it returns.
-        frozen: leading stages that belong to the trunk: never trained, always in eval mode.
+        frozen: stages that are never trained and always in eval mode: leading ones that belong to the trunk, or all.
     """
 
     def __init__(
@@ -141,31 +142,44 @@ class StagedEncoder(nn.Module):
         stages: name -> module, in order. `input` turns decoded tensors (uint8 frames, spectrograms) into the
             network's input and has no parameters; `pool` returns [B, dim]; an optional `adapter` follows it.
         dim: D, features after pooling.
+        raw: where the input is features already: how many `pool` makes of what `input` returns.
         recomputed: cheap stages whose outputs are not worth caching; a cut right after one moves it, frozen, to
             the tail (SlowFast's lateral connections).
         wants: what it wants of a decoded view, where that is known.
     """
 
     def __init__(
-        self, stages: Mapping[str, nn.Module], *, dim: int, recomputed: Iterable[str] = (), wants: Wants | None = None
+        self,
+        stages: Mapping[str, nn.Module],
+        *,
+        dim: int,
+        recomputed: Iterable[str] = (),
+        wants: Wants | None = None,
+        raw: int | None = None,
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
         self.dim = dim
         self.recomputed = frozenset(recomputed)
         self.wants = wants
+        self.raw = raw
 
     @property
     def names(self) -> tuple[str, ...]:
         """Stage names in order: the cuts that can be asked for."""
         return tuple(self.stages)
 
-    def cut(self, name: str, *, live: bool = False) -> tuple[Trunk, Tail]:
+    def cut(self, name: str, *, live: bool = False, frozen: bool = False) -> tuple[Trunk, Tail]:
         """Split before stage `name`: (trunk = the stages before it, tail = that stage and all after it).
 
         `recomputed` stages right before `name` go to the tail too, frozen, unless the trunk is live: that one holds
         all frozen stages and is run with the tail.
         The two share the encoder's modules; running trunk then tail equals running the whole encoder.
+
+        Args:
+            live: the trunk runs with the tail.
+            frozen: the whole tail is, and a live trunk is in eval mode. Where the input is features already and nothing
+                of the encoder was prepared, the tail is `input` and `pool` alone: what lies between was never trained.
 
         Raises:
             SettingsError: there is no such stage.
@@ -177,11 +191,15 @@ class StagedEncoder(nn.Module):
             start -= 1
         before = {n: self.stages[n] for n in self.names[:start]}
         after = {n: self.stages[n] for n in self.names[start:]}
-        frozen = self.names[start:at]
+        still = self.names[start:at]
         # Feature noise (DSU) belongs on feature maps: where features first enter the tail, and before pooling.
-        first = next((n for n in after if n != "input" and n not in frozen), None)
+        first = next((n for n in after if n != "input" and n not in still), None)
         noisy = {n for n in (first, "pool") if n in after and n != "adapter"}
-        return Trunk(before, live=live), Tail(after, dim=self.dim, noise_before=noisy, frozen=frozen)
+        dim = self.dim
+        if frozen and self.raw is not None and name == "input":
+            after, dim = {n: after[n] for n in ("input", "pool")}, self.raw
+        still = tuple(after) if frozen else still
+        return Trunk(before, live=live and not frozen), Tail(after, dim=dim, noise_before=noisy, frozen=still)
 
     def forward(self, parts: Parts) -> torch.Tensor:
         """Decoded parts -> pooled features [B, D], all stages at once (for comparisons; training uses the tail)."""

@@ -101,7 +101,9 @@ def _normalisation(model: MultiModalModel, settings: AdaptSettings) -> dict[str,
 def _first_of_fusion(model: MultiModalModel, settings: AdaptSettings) -> dict[str, nn.Parameter]:
     """Weight and bias of the fused head's first layer, in eval mode: the nearest to READ's q, k, v of its fusion."""
     model.eval()
-    return dict(model.fused_head[0].named_parameters(prefix="fused_head.0"))
+    linear = isinstance(model.fused_head, nn.Linear)
+    first, prefix = (model.fused_head, "fused_head") if linear else (model.fused_head[0], "fused_head.0")
+    return dict(first.named_parameters(prefix=prefix))
 
 
 def _tails_and_heads(model: MultiModalModel, settings: AdaptSettings) -> dict[str, nn.Parameter]:

@@ -34,6 +34,7 @@ class MethodEntry:
         summary: what it adds to ERM (a variant: to its method), in a line.
         paper: where it was published, and `year`; "" and None for what is nobody's paper.
         settings: what is laid over the class's defaults, as in the tree's group `method`.
+        model: what is laid over the tree's group `model`.
         average: kind of its weight average, where it is not the class's.
         published: its authors' own chassis, as `Method.published` says; None where none is known.
     """
@@ -43,6 +44,7 @@ class MethodEntry:
     paper: str = ""
     year: int | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    model: Mapping[str, object] = field(default_factory=dict)
     average: str | None = None
     published: Mapping[str, object] | None = None
 
@@ -50,6 +52,7 @@ class MethodEntry:
 _NO_AMD = {"dropout": {"strategy": "none"}}
 _NO_GCC = {"consistency": {"order": "off"}}
 _NO_DL = {"distillation": {"enabled": False}}
+_PROBE = {"tails": "frozen", "unimodal_head": "linear", "fused_head": "linear"}
 _JAT_BENCHMARK = {
     "unimodal_weight": 3.0,
     "weights_sum": "one",
@@ -97,6 +100,7 @@ _OGM = (
 _VARIANT = {"paper": "AAAI", "year": 2026, "published": _MBCD}
 METHODS: dict[str, MethodEntry] = {
     "erm": MethodEntry("base:Method", "fused head alone; uni-modal heads probe", published=_BENCHMARK),
+    "probe": MethodEntry("base:Method", "linear heads on frozen features", model=_PROBE),
     "ema": MethodEntry("base:Method", "exponential weight average", average="ema", published=_MBCD),
     "mbcd": MethodEntry("mbcd:MBCD", "balance, gradient consistency, distillation", **_VARIANT),
     # The paper's ablation: MBCD with only one of its three parts beside the weight average.
@@ -295,13 +299,18 @@ def checked(kind: object, name: str) -> type[Method]:
 
 
 def over_defaults(name: str) -> dict[str, dict[str, object]]:
-    """What choosing the method sets, as groups of the tree: its name, a variant's settings, its average's kind."""
+    """What choosing the method sets, as groups of the tree: its name, a variant's settings, its average's kind, what it
+    says of the model: that encoders train, unless it is a probe."""
     entry = METHODS.get(name)
     kind = method_class(name)
     average: dict[str, object] = {"kind": (entry.average if entry else None) or kind.average}
     if kind.average_start:
         average["start"] = kind.average_start
-    return {"method": {**(entry.settings if entry else {}), "name": name}, "average": average}
+    return {
+        "method": {**(entry.settings if entry else {}), "name": name},
+        "model": {"tails": "trained", **(entry.model if entry else {})},
+        "average": average,
+    }
 
 
 def published_chassis(name: str) -> Mapping[str, object]:

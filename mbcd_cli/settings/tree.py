@@ -197,7 +197,12 @@ class ModelSettings(Slice):
     dropout: Annotated[float, Field(ge=0, lt=1), Range(0.1, 0.8)] = 0.5
     """Dropout inside the heads."""
     unimodal_head: Literal["mlp", "linear"] = "mlp"
-    """Uni-modal heads: one hidden layer as in the fused head, or a single linear layer."""
+    """Uni-modal heads: one hidden layer, or a single linear layer."""
+    fused_head: Literal["mlp", "linear"] = "mlp"
+    """The fused head: one hidden layer, or a single linear layer on the concatenated features."""
+    tails: Literal["trained", "frozen"] = "trained"
+    """Encoders train from the cut on, or stay as they were prepared, in eval mode; arrays cut at `input` are then read
+    as they are, not through layers that nothing has trained."""
     norm: Literal["layer", "none"] = "layer"
     """LayerNorm on the pooled features of every modality, or none."""
     feature_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

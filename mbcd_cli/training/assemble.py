@@ -58,6 +58,8 @@ def assemble(
         tail_weights=dataset.tail_weights,
         trunk_weights=dataset.trunk_weights if settings.cache.live_trunks else None,
     )
+    if settings.model.tails == "frozen":
+        _say_what_is_random(model, settings, dataset, say)
     kind = method_class(settings.method.name)
     if kind.views > settings.cache.views > 0:
         raise SettingsError(
@@ -117,6 +119,18 @@ def train_with(
     if graph:
         run_step = StaticStep(step, randomness=randomness, device=device, required=runtime.cuda_graph == "on", say=say)
     return Training(step=step, randomness=randomness, run_step=run_step)
+
+
+def _say_what_is_random(model: MultiModalModel, settings: Settings, dataset: Dataset, say: Say) -> None:
+    """Warn of frozen encoders that nothing has trained; an array read as it is has none."""
+    random = [
+        name
+        for name, tail in model.tails.items()
+        if name not in dataset.pretrained
+        and (settings.modalities[name].prepared_encoder or any(True for _ in tail.parameters()))
+    ]
+    if random:
+        say.warn(f"{', '.join(random)}: encoders that nothing has trained are frozen; this probes random features.")
 
 
 def build_average(model: MultiModalModel, settings: AverageSettings) -> Average | None:

@@ -42,18 +42,20 @@ ERM_TERMS = ("ce_fused", "ce")
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A method to be checked: its class, and what is laid over the defaults of the tree's `method` and `average`."""
+    """A method to be checked: its class, and what is laid over the tree's defaults, by group."""
 
     kind: type[Method]
     method: Mapping[str, object] = field(default_factory=dict)
     average: Mapping[str, object] = field(default_factory=dict)
+    model: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def of(cls, method: str | type[Method], settings: Mapping[str, object] | None = None) -> Subject:
         """A method by its name in the registry, or a class; with `settings` over its defaults."""
         if isinstance(method, str):
             chosen = over_defaults(method)
-            return cls(method_class(method), merge(chosen["method"], settings or {}), chosen["average"])
+            method_settings = merge(chosen["method"], settings or {})
+            return cls(method_class(method), method_settings, chosen["average"], chosen["model"])
         return cls(method, settings or {}, {"kind": checked(method, method.__name__).average})
 
     def training(
@@ -88,7 +90,7 @@ class Subject:
         shapes = {f"m{k}": {**array, "width": 2 + k if order else 2} for k in numbers}
         tree = {
             "modalities": shapes,
-            "model": {"hidden": 8, "dropout": dropout * shrunk, "norm": norm, "modalities": names},
+            "model": {"hidden": 8, "dropout": dropout * shrunk, "norm": norm, "modalities": names, **self.model},
             "method": _shrunk(self.kind.Settings.model_validate(self.method), shrunk),
             "average": {"beta": 0.9 * shrunk, **self.average},
             "optimizer": {"name": optimizer, "lr": 1e-2 * shrunk, "weight_decay": 1e-3 * shrunk},

@@ -71,6 +71,7 @@ class Plain:
         self.settings, self.norm, self.average = settings.method, settings.model.norm, settings.average
         self.joint = settings.method.unimodal == "joint"
         self.linear = settings.model.unimodal_head == "linear"
+        self.linear_fused = settings.model.fused_head == "linear"
         parts = {"student": training.step.model, "method": training.step.method}
         trained = {f"{p}.{n}": v for p, m in parts.items() for n, v in m.named_parameters() if v.requires_grad}
         self.values = {n: v.detach().clone().requires_grad_() for n, v in trained.items()}
@@ -103,7 +104,7 @@ class Plain:
         return centred / torch.sqrt((centred**2).mean(dim=1, keepdim=True) + 1e-5)
 
     def head(self, h, prefix, values=None):
-        if self.linear and "fused" not in prefix:
+        if self.linear_fused if "fused" in prefix else self.linear:
             return self.affine(h, prefix, values)
         return self.affine(torch.relu(self.affine(h, f"{prefix}.0", values)), f"{prefix}.3", values)
 
@@ -207,7 +208,7 @@ def make(method, told=None, *, modalities=2, sources=2, average=None, **model):
     kind = method_class(method)
     tree = {
         "modalities": {n: {"kind": "array", "dimension": 7} for n in names},
-        "model": {"hidden": 5, "dropout": 0.0, "modalities": names, **model},
+        "model": {"hidden": 5, "dropout": 0.0, "modalities": names, **over["model"], **model},
         "method": {**over["method"], **(told or {})},
         "average": {**over["average"], **(average or {})},
         "optimizer": {"lr": 1e-2, "weight_decay": 1e-2},

@@ -57,7 +57,7 @@ class CGGM(Method):
         if output_weight(model.fused_head).shape != output_weight(model.heads[model.modalities[0]]).shape:
             raise SettingsError(
                 "Method cggm compares the output layers of uni-modal and fused heads, which differ in width.",
-                "Set model.unimodal_head=mlp.",
+                "Set model.unimodal_head=mlp and model.fused_head=mlp.",
             )
         self.register_buffer("score", torch.zeros(len(model.modalities)))
         self.register_buffer("balance", torch.zeros(len(model.modalities)))

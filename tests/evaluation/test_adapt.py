@@ -24,7 +24,7 @@ from mbcd_cli.evaluation.adaptation_rules import RULES, read_loss
 from mbcd_cli.evaluation.report.evaluated import find_runs
 from mbcd_cli.files import read_json
 from mbcd_cli.integrity import examine
-from mbcd_cli.model import MultiModalModel
+from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.scoring.deployed import build_models
 from mbcd_cli.settings import AdaptSettings
 
@@ -212,6 +212,13 @@ def test_what_moves_and_what_comes_back(settings, dataset, rule):
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
     assert copy.optimizer.state == {}
     assert all(value.equal(checkpoint.student[key]) for key, value in kept.items())
+
+
+def test_read_moves_all_of_a_linear_fused_head(settings, dataset):
+    linear = settings.model.model_copy(update={"fused_head": "linear"})
+    model = build_model(dataset.modalities, settings=linear, classes=dataset.classes)
+    moved = RULES["read"].moved(model, settings.adapt)
+    assert moved == {f"fused_head.{key}": value for key, value in model.fused_head.named_parameters()}
 
 
 def test_dropout_of_a_batch_depends_on_nothing_before_it(settings, dataset):

@@ -51,13 +51,13 @@ class Mean(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-def tail(k: int) -> Tail:
+def tail(k: int, *, frozen: bool = False) -> Tail:
     """The second modality's is of images, through a convolution; the others' of vectors, through a linear layer."""
     if k == 1:
         stages = {"layer": nn.Sequential(nn.Conv2d(2, WIDTHS[k], 2), Tanh()), "pool": Mean()}
     else:
         stages = {"layer": nn.Sequential(nn.Linear(7, WIDTHS[k]), Tanh()), "pool": nn.Identity()}
-    return Tail(stages, dim=WIDTHS[k], noise_before=("layer", "pool"))
+    return Tail(stages, dim=WIDTHS[k], noise_before=("layer", "pool"), frozen=stages if frozen else ())
 
 
 class Plain:
@@ -216,7 +216,7 @@ def make(method, told=None, *, modalities=2, sources=2, average=None, **model):
     }
     settings = validate(tree)
     torch.manual_seed(3)
-    tails = {n: tail(k) for k, n in enumerate(names)}
+    tails = {n: tail(k, frozen=settings.model.tails == "frozen") for k, n in enumerate(names)}
     built = MultiModalModel(tails, settings=settings.model, classes=CLASSES).double()
     return train_with(kind, built, settings, sources=[4, 2][:sources]), settings
 

@@ -224,6 +224,7 @@ def test_only_these_settings_may_change_without_other_weights():
         *(f"runtime.{field}" for field in ("device", "threads", "prefetch", "cache_device", "verify")),
         *(f"cache.{field}" for field in ("dir", "workers", "weights_dir", "shard_clips", "compression")),
         *("dataset.root", "dataset.max_bad", "training.checkpoint_minutes", "training.keep_checkpoints"),
+        *(f"ray.{field}" for field in ("processors", "memory_gb", "gpus")),
         "training.log_steps",
         "dataset.left_out",  # which of them there are is in the cache's fingerprint
     }

@@ -45,8 +45,6 @@ class Local:
             self._units[worker] = unit
 
     def wait(self, seconds: float) -> None:
-        if not self._units:
-            time.sleep(seconds)
         select.select([worker.process.stdout for worker in self._units], [], [], seconds)
 
     def ended(self) -> Iterator[Ended]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from mbcd_cli.files import write_text
+from mbcd_cli.locks import lock
 
 MARK = ".mbcd-runs"
 """File by which nodes tell a folder of runs from another one of its name."""
@@ -73,9 +75,14 @@ def demand(folder: Path, folders: Sequence[Path], *, place: str = "--runs-dir") 
         FileError: `folder` cannot be written to.
     """
     mark = folder.absolute() / MARK
-    if not (key := _said(mark)):
-        key = uuid.uuid4().hex
-        write_text(mark, f"{key}\n", place=place)
+    while not (key := _said(mark)):
+        if (file := lock(mark, place=place)) is None:
+            time.sleep(0.05)  # another command says it now
+            continue
+        with file:
+            if not _said(mark):
+                file.write(uuid.uuid4().hex.encode())
+                os.fsync(file.fileno())
     return Demands(str(mark), key, tuple(str(other.absolute()) for other in folders), programs())
 
 

@@ -142,7 +142,8 @@ class Slurm:
         for unit in units:
             with suppress(OSError):
                 job = beside(unit.pieces[0].folder, _JOB).read_text(encoding="utf-8").strip()
-                if job in states and states[job].state not in _ENDED:
+                under_way = any(unit.state(piece) not in ("done", "failed") for piece in unit.pieces)
+                if under_way and job in states and states[job].state not in _ENDED:
                     shares.setdefault(job, []).append(unit)
         self._jobs += [_Job(SlurmJob(self._folder, job), list(share)) for job, share in shares.items()]
         return [unit for share in shares.values() for unit in share]
@@ -248,7 +249,12 @@ class Slurm:
             )
 
     def stop(self) -> None:
-        """Leave the jobs where they are."""
+        """Leave the jobs where they are, but for those that have not begun and that nothing is left for."""
+        idle = [one.job for one in self._jobs if not one.left] if self._clustered else []
+        states = queue() or {} if idle else {}
+        for job in idle:
+            if job.job_id in states and states[job.job_id].state == "PENDING":
+                job.cancel(check=False)
 
 
 def look_at_the_queue(executor: AutoExecutor) -> None:

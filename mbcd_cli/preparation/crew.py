@@ -75,6 +75,7 @@ class Crew:
                     self._refuse_others()
                     file.truncate(0)
                     file.write(f"{self.plan} {os.uname().nodename} {os.getpid()}\n".encode())
+                    os.fsync(file.fileno())  # NFS tells other hosts no sooner
                     self._refuse_others()  # who took one meanwhile, before the plan was another
             except BaseException:
                 file.close()
@@ -149,10 +150,10 @@ class Crew:
         """
         until = time.monotonic() + _SOON
         while self._leading is None and (told := self._told())[:1] != [self.plan]:
-            if len(told) == 3 or time.monotonic() > until:
-                raise self._busy(told)
-            if not told and not held(self.folder / ".lock"):  # the folder was deleted: nobody could use a clip of it
+            if not held(self.folder / ".lock"):  # who led is gone, or deleted the folder: nobody could use a clip of it
                 self.lead()
+            elif time.monotonic() > until:  # sooner, it may be the plan of who led before
+                raise self._busy(told)
             time.sleep(0.05)
 
     def _refuse_others(self) -> None:

@@ -79,11 +79,11 @@ class PartUnit:
         write_text(beside(piece.folder, "toml"), to_toml(self.settings, stamped=True), place=PLACE)
 
     def state(self, piece: Part) -> State:
-        """Where it stands."""
-        if beside(piece.folder, "done").is_file():
-            return "done"
+        """Where it stands; what has not begun is done when another one is: that was through with the whole cache."""
         if held(beside(piece.folder, "lock")):
             return "running"
+        if any(piece.folder.parent.glob("*.done")):
+            return "done"
         return "failed" if beside(piece.folder, "failed").is_file() else "waiting"
 
     def error(self, piece: Part) -> str:
@@ -113,6 +113,8 @@ def prepare_launched(
     key = checksums.of_text(to_toml(settings) + spoilt)[:12]
     folder = settings.cache.dir / f".crew-{key}"
     parts = [Part(f"{key}-{at}", f"part {at + 1}", folder / f"part-{at + 1:03d}") for at in range(how.jobs)]
+    for part in parts:  # of an interrupted command: there may be other clips now
+        beside(part.folder, "done").unlink(missing_ok=True)
     board = begin([PartUnit((part,), settings, spoilt) for part in parts], retry_failed=True)
     root = settings.dataset.root
     engine = how.engine(settings, folder, sees=[root] if root else [], place=PLACE, say=say)
@@ -120,12 +122,14 @@ def prepare_launched(
     if len(board.failed) == len(parts):
         why = next(iter(board.failed.values()))
         raise CacheError(why, f"The logs in {folder} say more.")
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # the same command from another terminal may have been quicker
     return prepare(settings, corruptions=corruptions, severities=severities, say=say)
 
 
 def run_part(folder: Path, *, threads: int, spoilt: str, say: Say = SILENT) -> int:
     """Take part until nothing is left to do; the exit code."""
+    if not beside(folder, "toml").is_file():
+        return DONE_CODE  # a job that began late: the command that asked for it has ended
     mine = lock(beside(folder, "lock"), place=PLACE)
     if mine is None:
         return BUSY_CODE

@@ -349,7 +349,7 @@ def _make_cache(
             save_weights(plan.folder / file, weights)
         finished = close_cache(writer, settings, listing.rejected)
         if len(finished.rejected) == len(listing.clips):  # nothing anybody could use, in the way of a right one
-            shutil.rmtree(plan.folder)
+            shutil.rmtree(plan.folder, ignore_errors=True)  # another process may put its lock there again
     return finished, missing
 
 

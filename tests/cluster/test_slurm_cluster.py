@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import helpers
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
+from show import show
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
 
@@ -283,8 +285,26 @@ def test_a_cache_is_prepared(cluster, tmp_path):
     root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
     alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
     settings, boards = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), []
-    how = Launching(jobs=2, launcher="slurm")
+    one_at_a_time = ["timeout_min=5", "cpus_per_task=1", "slurm_array_parallelism=1"]
+    how = Launching(jobs=2, launcher="slurm", slurm=one_at_a_time)
     shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), watch=boards.append)
     for name, entry in alone.modalities.items():
         assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
     assert len(boards[-1].done) == 2
+    second = max(slurm.queue() or {}, key=lambda job: [*map(int, job.split("_"))])
+    assert slurm.queue()[second].state == "CANCELLED", "nothing was left for it"
+
+
+@pytest.mark.stress
+def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
+    def trouble(rng):
+        time.sleep(rng.uniform(15, 40))  # a job takes some ten seconds to begin
+        node = rng.choice(("n1", "n2"))
+        control("update", f"nodename={node}", "state=down", "reason=test")
+        time.sleep(rng.uniform(0.2, 2))
+        control("update", f"nodename={node}", "state=resume")
+        for job, queued in (slurm.queue() or {}).items():
+            if queued.state == "PENDING":  # Slurm begins it anew after two minutes: now
+                subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=False, timeout=30)
+
+    print(show(tmp_path / "runs", int(os.environ.get("UNITS", "2000")), "slurm", "", trouble=trouble))

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from test_cache import contents, same, settings_for
 
 from mbcd_cli.data.modality_cache import ModalityCache
 from mbcd_cli.errors import CacheError
+from mbcd_cli.locks import lock
 from mbcd_cli.place import Place
+from mbcd_cli.preparation import crew
 from mbcd_cli.preparation.crew import REPAIR, Crew
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.resolved import resolve
@@ -93,7 +96,8 @@ def test_a_shard_is_one_process_until_it_is_written_or_the_process_is_gone(tmp_p
         assert second.lead()  # when who led is gone
 
 
-def test_who_disagrees_is_refused(tmp_path):
+def test_who_disagrees_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "_SOON", 0.1)
     with Crew(tmp_path, "a") as first, Crew(tmp_path, "b") as other, Crew(tmp_path, REPAIR) as repair:
         assert first.lead()
         with pytest.raises(CacheError, match=f"Another mbcd process .process {os.getpid()} on .* into other shards"):
@@ -111,6 +115,22 @@ def test_who_disagrees_is_refused(tmp_path):
             late.lead()
         with pytest.raises(CacheError, match="is repairing"):  # it had read its own plan before
             next(other.free([5], lambda number: False))
+
+
+def test_the_plan_of_who_led_before_is_nobody_s(tmp_path):
+    told = tmp_path / ".lock"
+    told.write_text(f"{REPAIR} host 1\n")  # killed
+    with Crew(tmp_path, "a") as second:
+        first = lock(told)  # has not yet said how it leads
+        later = threading.Timer(0.3, told.write_text, ["a host 2\n"])
+        later.start()
+        assert not second.lead()
+        later.join()
+        assert next(second.free([5], lambda number: False)) == 5
+        told.write_text("b host 3\n")  # found shard 5 held, and gave up
+        first.close()
+        assert next(second.free([6], lambda number: False)) == 6
+        assert told.read_text().startswith("a ")
 
 
 # NFS tells other hosts of a new name late (its attributes are cached): what another process gave a name to is not seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import helpers
@@ -50,6 +51,29 @@ def test_a_part_is_told_by_the_files_beside_its_folder(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert run_part(folder, threads=1, spoilt=unit.spoilt) == DONE_CODE
     assert unit.state(part) == "done"
+    assert unit.state(launched.Part("key", "part 2", folder.with_name("part-002"))) == "done", "before it began"
+
+
+def test_what_an_interrupted_command_was_through_with_is_looked_at_again(tmp_path, monkeypatch):
+    """There may be other clips now; a job of it that begins when all is over leaves nothing."""
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    settings, folders = settings_for(root, tmp_path / "cache", "model.modalities=audio"), []
+
+    def launch(board, *_, **__):
+        (part,) = board.waiting.values()
+        folders.append(part.folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launched, "launch", launch)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare_launched(settings, how=Launching(), **NOTHING)
+        folders[0].parent.mkdir(parents=True, exist_ok=True)
+        beside(folders[0], "done").touch()
+    assert folders == [folders[0]] * 2
+    shutil.rmtree(folders[0].parent)
+    assert run_part(folders[0], threads=1, spoilt="[[], [1]]") == DONE_CODE
+    assert not folders[0].parent.exists()
 
 
 def test_where_all_fail_the_first_says_why(tmp_path):

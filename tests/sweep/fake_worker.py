@@ -62,6 +62,8 @@ def work(folder: Path, threads: str) -> int:
             time.sleep(float(word.removeprefix("wait-")))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.toml").write_text("")
-        (folder / "results.json").write_text("{}")
         (folder / "done").write_text("{}")
+        (folder / "results.json").write_text("{}")
+        with Path(f"{folder}.ends").open("a") as file:
+            file.write("trained to its end\n")
     return DONE_CODE

@@ -59,6 +59,17 @@ def test_cells_run_as_jobs_and_failures_are_told(cells):
     assert len(beside(cells[0].folder, "calls").read_text().splitlines()) == 1
 
 
+def test_what_a_job_under_way_has_failed_at_is_submitted_anew(cells, monkeypatch):
+    folder = cells[0].folder.parent
+    engine = slurm.Slurm(folder / "submitit", options=["cluster=local"], demands=demand(folder, []))
+    engine._clustered = True
+    monkeypatch.setattr(slurm, "queue", lambda: {"7": slurm.Queued("RUNNING", "n1", "")})
+    for cell in cells:
+        beside(cell.folder, "job").write_text("7")
+    beside(cells[0].folder, "failed").write_text("{}")
+    assert [unit.pieces[0] for unit in engine.find(units_of(cells))] == cells[1:]
+
+
 def test_a_killed_job_is_submitted_again_and_a_node_that_goes_down_three_times_is_told(cells):
     beside(cells[0].folder, "say").write_text("kill")
     beside(cells[1].folder, "say").write_text("kill kill kill")

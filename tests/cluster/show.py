@@ -1,0 +1,84 @@
+"""Many small units on a cluster whose nodes die, submitted by a command that is killed: what the shows share."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import helpers
+from sweep_cases import plan_of
+
+from mbcd_cli.launch.unit import beside
+
+SWEEP = Path(__file__).resolve().parents[1] / "sweep"
+_COMMAND = """
+import json, sys
+from pathlib import Path
+from sweep_cases import plan_of, units_of
+from mbcd_cli.launch import slurm
+from mbcd_cli.launch.launch import begin, launch
+from mbcd_cli.launch.nodes import demand
+from mbcd_cli.settings import RaySettings
+from mbcd_cli.sweep import run
+
+run.CELL, slurm._LOOK = "fake_worker:serve", 1.0
+_, runs, count, engine, address = sys.argv
+cells = plan_of("hac", runs=Path(runs), targets="human", methods="erm", seeds=count)
+folder = cells[0].folder.parent
+board, needed = begin(units_of(cells), retry_failed=False), demand(folder, [])
+if engine == "ray":
+    from mbcd_cli.launch.ray import Ray
+    engine = Ray(address, asked=RaySettings(), demands=needed)
+else:
+    options = ["timeout_min=30", "cpus_per_task=1"]
+    engine = slurm.Slurm(folder / "submitit", options=options, tasks=4, demands=needed)
+launch(board, engine)
+print(json.dumps([len(board.done), list(board.failed.values())]))
+"""
+
+
+def show(runs: Path, count: int, engine: str, address: str, *, trouble: Callable[[random.Random], None]) -> str:
+    """Run `count` units of a tenth of a second, the command killed after a third and two thirds; what it took.
+
+    Args:
+        trouble: kills a node, and brings it back; called again and again.
+
+    Raises:
+        AssertionError: a unit is lost, failed, or was trained twice to its end.
+    """
+    rng, began, struck = random.Random(int(os.environ.get("SEED", "0"))), time.monotonic(), 0
+    cells = plan_of("hac", runs=runs, targets="human", methods="erm", seeds=str(count))
+    cells[0].folder.parent.mkdir(parents=True)
+    for cell in cells:
+        beside(cell.folder, "say").write_text("wait-0.1 " * 20)
+    words, variables = (runs, count, engine, address), {"PYTHONPATH": f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}"}
+    kills = [count // 3, 2 * count // 3]
+    command = helpers.run(_COMMAND, *words, **variables)
+    while command.poll() is None:
+        trouble(rng)
+        struck += 1
+        done = sum(1 for _ in runs.glob("*/*/results.json"))
+        print(f"{time.monotonic() - began:.0f} s: {done} units done, {struck} nodes died", file=sys.stderr, flush=True)
+        if kills and done >= kills[0]:
+            kills.pop(0)
+            command.kill()
+            command.communicate()
+            command = helpers.run(_COMMAND, *words, **variables)
+    said, errors = command.communicate()
+    assert command.returncode == 0, errors[-2000:]
+    assert not kills, "it was over too soon"
+    assert json.loads(said.splitlines()[-1]) == [count, []]
+    calls, ends = (
+        [len(beside(cell.folder, suffix).read_text().splitlines()) for cell in cells] for suffix in ("calls", "ends")
+    )
+    assert ends == [1] * count
+    begun = sum(number > 1 for number in calls)
+    return (
+        f"{engine}: {count} units in {time.monotonic() - began:.0f} s, {struck} times a node died, the command was "
+        f"killed twice; {begun} units were begun more than once, each was trained to its end once"
+    )

@@ -29,8 +29,11 @@ _ARRAY_JOBS = 1000
 """Jobs of one array where the cluster does not say (MaxArraySize is 1001 unless a site says otherwise)."""
 _QUEUE = ("squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r")
 _CANCELLED, _GONE = "CANCELLED", "GONE"
-_ENDED = {_CANCELLED, _GONE, "COMPLETED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE"}
-"""States of a job that will not go on. One whose node went down, or that was preempted, is PENDING again."""
+_TAKEN = {"NODE_FAIL", "PREEMPTED"}
+"""States of a job whose node went down, or that was preempted, where a cluster does not put such jobs back (else it is
+PENDING again): no failure of its units."""
+_ENDED = {*_TAKEN, _CANCELLED, _GONE, "COMPLETED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+"""States of a job that will not go on."""
 _OWN_CODES = (DONE_CODE, FAILED_CODE, BUSY_CODE)
 _NEVER = "TimeLimit|NodeLimit|BadConstraints|Invalid|PartitionDown|PartitionInactive|PartitionConfig|MaxWall|NotAllowed"
 """Reasons of squeue for which a job does not begin before somebody changes something."""
@@ -207,9 +210,9 @@ class Slurm:
     def _ends_of(self, one: _Job) -> Iterator[Ended]:
         """How the units of a job ended that is over. Slurm may have begun it anew, when its node went down."""
         job, told = one.job, one.job.paths.result_pickle.exists()
-        cancelled = job.state == _CANCELLED
+        cancelled, taken = job.state == _CANCELLED, job.state in _TAKEN
         # submitit waits long for a result of which nothing is there.
-        error = None if cancelled and not told else job.exception()
+        error = None if (cancelled or taken) and not told else job.exception()
         result: dict[str, int] | str = {} if error is not None or not told else job.result()
         if isinstance(result, str):
             self._say.warn(f"{result}; --slurm slurm_exclude=NODE leaves a node out.")
@@ -220,6 +223,8 @@ class Slurm:
             if cancelled and code not in _OWN_CODES:
                 why = f"job {job.job_id} was cancelled; the same command submits it again"
                 yield Ended(unit, code, why, again=False)
+            elif taken and code not in _OWN_CODES:
+                yield Ended(unit, None)
             elif error is not None or not told:  # the job itself could not begin, or was killed
                 yield Ended(unit, -9, str(error).strip().splitlines()[-1] if error else "")
             else:

@@ -43,7 +43,7 @@ print(json.dumps([len(board.done), list(board.failed.values())]))
 
 
 def show(runs: Path, count: int, engine: str, address: str, *, trouble: Callable[[random.Random], None]) -> str:
-    """Run `count` units of a tenth of a second, the command killed after a third and two thirds; what it took.
+    """Run `count` units of a fifth of a second, the command killed after a third and two thirds; what it took.
 
     Args:
         trouble: kills a node, and brings it back; called again and again.
@@ -55,7 +55,7 @@ def show(runs: Path, count: int, engine: str, address: str, *, trouble: Callable
     cells = plan_of("hac", runs=runs, targets="human", methods="erm", seeds=str(count))
     cells[0].folder.parent.mkdir(parents=True)
     for cell in cells:
-        beside(cell.folder, "say").write_text("wait-0.1 " * 20)
+        beside(cell.folder, "say").write_text("wait-0.2 " * 20)
     words, variables = (runs, count, engine, address), {"PYTHONPATH": f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}"}
     kills = [count // 3, 2 * count // 3]
     command = helpers.run(_COMMAND, *words, **variables)

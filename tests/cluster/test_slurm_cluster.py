@@ -298,7 +298,7 @@ def test_a_cache_is_prepared(cluster, tmp_path):
 @pytest.mark.stress
 def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
     def trouble(rng):
-        time.sleep(rng.uniform(15, 40))  # a job takes some ten seconds to begin
+        time.sleep(rng.uniform(10, 25))  # a job takes some ten seconds to begin
         node = rng.choice(("n1", "n2"))
         control("update", f"nodename={node}", "state=down", "reason=test")
         time.sleep(rng.uniform(0.2, 2))

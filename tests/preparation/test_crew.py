@@ -133,6 +133,23 @@ def test_the_plan_of_who_led_before_is_nobody_s(tmp_path):
         assert told.read_text().startswith("a ")
 
 
+def test_a_cache_of_nothing_is_removed_while_another_process_looks_for_its_lock(tmp_path, monkeypatch):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    for clip in (root / "audio").iterdir():
+        clip.write_bytes(b"no sound")
+    remove = os.rmdir
+
+    def rmdir(path, **more):
+        if "audio-" in str(path):
+            (Path(path) / ".lock").touch()
+        remove(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    with pytest.raises(CacheError, match="All .* were rejected"):
+        prepare(settings_for(root, tmp_path / "cache", "model.modalities=audio"))
+    assert [path.name for path in (tmp_path / "cache").glob("tiny/*/*")] == [".lock"]
+
+
 # NFS tells other hosts of a new name late (its attributes are cached): what another process gave a name to is not seen
 # for twenty seconds.
 _LATE = r"""

@@ -7,8 +7,10 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -17,10 +19,11 @@ from sweep_cases import plan_of, units_of
 from mbcd_cli.errors import RunError
 from mbcd_cli.launch import slurm
 from mbcd_cli.launch.launch import begin, launch
-from mbcd_cli.launch.nodes import demand
+from mbcd_cli.launch.nodes import MARK, demand
 from mbcd_cli.launch.task import Task
 from mbcd_cli.launch.unit import beside
 from mbcd_cli.launch.worker import Worker
+from mbcd_cli.locks import lock
 from mbcd_cli.say import Say
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.state import state
@@ -57,6 +60,28 @@ def test_cells_run_as_jobs_and_failures_are_told(cells):
     assert len(again.done) == 2
     assert [state(cell.folder) for cell in cells] == ["done", "done"]
     assert len(beside(cells[0].folder, "calls").read_text().splitlines()) == 1
+
+
+def test_two_commands_that_begin_in_one_folder_have_one_mark(tmp_path):
+    mark = tmp_path / MARK
+    with lock(mark) as first:
+        told = threading.Timer(0.3, lambda: first.write(b"key"))
+        told.start()
+        assert demand(tmp_path, []).key == "key"
+        told.join()
+    assert not demand(tmp_path, []).fault()
+
+
+@pytest.mark.parametrize("became", ["NODE_FAIL", "PREEMPTED"])
+def test_a_node_that_is_taken_from_a_job_is_no_failure_of_its_units(cells, became):
+    """Where the cluster does not put such jobs back into the queue."""
+    folder = cells[0].folder.parent
+    engine = slurm.Slurm(folder / "submitit", options=["cluster=local"], demands=demand(folder, []))
+    nothing = SimpleNamespace(result_pickle=folder / "none")
+    job = SimpleNamespace(job_id="7", state=became, paths=nothing, exception=lambda: OSError("no output"))
+    assert became in slurm._ENDED
+    ends = list(engine._ends_of(slurm._Job(job, units_of(cells))))
+    assert [(end.code, end.again) for end in ends] == [(None, True)] * len(cells)
 
 
 def test_what_a_job_under_way_has_failed_at_is_submitted_anew(cells, monkeypatch):

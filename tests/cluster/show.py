@@ -23,26 +23,19 @@ from sweep_cases import plan_of, units_of
 from mbcd_cli.launch import slurm
 from mbcd_cli.launch.launch import begin, launch
 from mbcd_cli.launch.nodes import demand
-from mbcd_cli.settings import RaySettings
 from mbcd_cli.sweep import run
 
 run.CELL, slurm._LOOK = "fake_worker:serve", 1.0
-_, runs, count, engine, address = sys.argv
-cells = plan_of("hac", runs=Path(runs), targets="human", methods="erm", seeds=count)
+cells = plan_of("hac", runs=Path(sys.argv[1]), targets="human", methods="erm", seeds=sys.argv[2])
 folder = cells[0].folder.parent
-board, needed = begin(units_of(cells), retry_failed=False), demand(folder, [])
-if engine == "ray":
-    from mbcd_cli.launch.ray import Ray
-    engine = Ray(address, asked=RaySettings(), demands=needed)
-else:
-    options = ["timeout_min=30", "cpus_per_task=1"]
-    engine = slurm.Slurm(folder / "submitit", options=options, tasks=4, demands=needed)
+board, options = begin(units_of(cells), retry_failed=False), ["timeout_min=30", "cpus_per_task=1"]
+engine = slurm.Slurm(folder / "submitit", options=options, tasks=4, demands=demand(folder, []))
 launch(board, engine)
 print(json.dumps([len(board.done), list(board.failed.values())]))
 """
 
 
-def show(runs: Path, count: int, engine: str, address: str, *, trouble: Callable[[random.Random], None]) -> str:
+def show(runs: Path, count: int, *, trouble: Callable[[random.Random], None]) -> str:
     """Run `count` units of a fifth of a second, the command killed after a third and two thirds; what it took.
 
     Args:
@@ -56,7 +49,7 @@ def show(runs: Path, count: int, engine: str, address: str, *, trouble: Callable
     cells[0].folder.parent.mkdir(parents=True)
     for cell in cells:
         beside(cell.folder, "say").write_text("wait-0.2 " * 20)
-    words, variables = (runs, count, engine, address), {"PYTHONPATH": f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}"}
+    words, variables = (runs, count), {"PYTHONPATH": f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}"}
     kills = [count // 3, 2 * count // 3]
     command = helpers.run(_COMMAND, *words, **variables)
     while command.poll() is None:
@@ -79,6 +72,6 @@ def show(runs: Path, count: int, engine: str, address: str, *, trouble: Callable
     assert ends == [1] * count
     begun = sum(number > 1 for number in calls)
     return (
-        f"{engine}: {count} units in {time.monotonic() - began:.0f} s, {struck} times a node died, the command was "
+        f"{count} units in {time.monotonic() - began:.0f} s, {struck} times a node died, the command was "
         f"killed twice; {begun} units were begun more than once, each was trained to its end once"
     )

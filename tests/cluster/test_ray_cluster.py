@@ -6,7 +6,6 @@ import os
 import re
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import helpers
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
-from show import show
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
 
@@ -157,15 +155,3 @@ def test_a_cache_is_prepared(cluster, tmp_path):
     for name, entry in alone.modalities.items():
         assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
     assert len(boards[-1].done) == 2
-
-
-@pytest.mark.stress
-def test_five_hundred_units_while_nodes_and_the_command_die(cluster, tmp_path):
-    nodes = [node for node in cluster.list_all_nodes() if node is not cluster.head_node]
-
-    def trouble(rng):
-        time.sleep(rng.uniform(4, 10))
-        cluster.remove_node(nodes.pop(rng.randrange(len(nodes))), allow_graceful=False)
-        nodes.append(cluster.add_node(num_cpus=1))
-
-    print(show(tmp_path / "runs", int(os.environ.get("UNITS", "500")), "ray", cluster.address, trouble=trouble))

@@ -7,11 +7,13 @@ from sweep_cases import finish, plan_of
 
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.files import write_json
+from mbcd_cli.launch.engines import Launching
 from mbcd_cli.launch.unit import beside
 from mbcd_cli.methods import METHODS
 from mbcd_cli.resolved import resolve
 from mbcd_cli.settings import AROUND, Range
 from mbcd_cli.settings.ranges import searched
+from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep import sweep as sweeping
 from mbcd_cli.sweep.packing import kind
 from mbcd_cli.sweep.request import Request, output_of, search_of, title_of
@@ -273,18 +275,18 @@ def trained(monkeypatch):
     """Runs are finished at once, the better the higher the learning rate; what was begun, phase by phase."""
     phases = []
 
-    def run(cells, **how):
+    def run(cells, *, how, **_):
         phases.append([cell for cell in cells if not (cell.folder / "done").exists()])
         failed = {}
         for cell in phases[-1]:
-            if "diverges" in how["slurm"] or (cell.trial == 2 and "once" in how["slurm"]):
+            if "diverges" in how.slurm or (cell.trial == 2 and "once" in how.slurm):
                 fail(cell)
                 failed[str(cell.folder)] = "the loss of step 3 is not finite"
                 continue
             finish(cell, top1=0.5, records=[held_out(min(1.0, 1000 * cell.settings.optimizer.lr))])
         return sweeping.SweepOutcome(failed, len(cells) - len(failed), 1.0)
 
-    monkeypatch.setattr(sweeping, "run", run)
+    monkeypatch.setattr(running, "run", run)
     return phases
 
 
@@ -292,7 +294,7 @@ def sweep(tmp_path, how=(), collect=False, **request):
     asked = {"targets": "human", "methods": "erm,mbcd", "search": 3, "modality_sets": "va"} | request
     layers = {"preset": "hac", "config": None, "sets": (), "flags": {}}
     places = {"runs_dir": tmp_path / "runs", "output": tmp_path / "out"}
-    return sweeping.sweep(Request(**asked), **layers, **places, slurm=how, collect=collect)
+    return sweeping.sweep(Request(**asked), **layers, **places, how=Launching(slurm=how), collect=collect)
 
 
 def of_choices(swept):

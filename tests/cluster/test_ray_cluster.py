@@ -34,10 +34,11 @@ SWEEP = Path(__file__).resolve().parents[1] / "sweep"
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator:
-    ray = pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
     with pytest.MonkeyPatch.context() as environ:
+        environ.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # looked at when Ray is imported
+        ray = pytest.importorskip("ray")
+        from ray.cluster_utils import Cluster
+
         environ.setenv("PYTHONPATH", f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}")
         environ.setenv("RAY_USAGE_STATS_ENABLED", "0")
         environ.setenv("RAY_DISABLE_IMPORT_WARNING", "1")

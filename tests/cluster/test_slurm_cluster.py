@@ -145,7 +145,12 @@ def hurry(cell, *first: str) -> None:
     if beside(cell.folder, "job").is_file() and (slurm.queue() or {})[job_of(cell)].state == "PENDING":
         for word in first:
             control(word, job_of(cell))
-        control("update", f"jobid={job_of(cell)}", "starttime=now")
+        begin_now(job_of(cell))
+
+
+def begin_now(job: str) -> None:
+    """If it has not just begun: then there is nothing to change."""
+    subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=False, timeout=30)
 
 
 def test_more_cells_than_an_array_may_have(cells):
@@ -171,7 +176,7 @@ def test_a_cancelled_job_is_called_so_and_one_whose_node_goes_down_is_waited_for
             said.append(node.partition("=")[2])
             control("update", f"nodename={said[0]}", "state=down", "reason=test")
         elif len(said) == 1 and (slurm.queue() or {})[job_of(moved)].state == "PENDING":
-            control("update", f"jobid={job_of(moved)}", "starttime=now")  # Slurm waits two minutes; on the other node
+            begin_now(job_of(moved))  # Slurm waits two minutes; on the other node
             beside(moved.folder, "go").touch()
             said.append("again")
 
@@ -306,6 +311,6 @@ def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
         for job, queued in (slurm.queue() or {}).items():
             if queued.state == "PENDING":  # Slurm begins it anew after two minutes, or holds it: now
                 subprocess.run(["scontrol", "release", job], check=False, timeout=30)
-                subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=False, timeout=30)
+                begin_now(job)
 
     print(show(tmp_path / "runs", int(os.environ.get("UNITS", "2000")), trouble=trouble))

@@ -300,7 +300,12 @@ def adapt(
         place = (output if output and len(runs) == 1 else run / "adaptation") / settings.adapt.rule
         with folder_aside(place) as aside:  # before the work: it tells whether there is a place
             device = configure(settings.runtime)
-            done[run] = adapt_run(settings, dataset, checkpoints, device=device, run=run, say=say)
+            try:
+                done[run] = adapt_run(settings, dataset, checkpoints, device=device, run=run, say=say)
+            except MbcdError as error:
+                if len(runs) == 1:
+                    raise
+                raise RunError(f"{run}: {error.message}", error.remedy) from error
             table = run_table(done[run])
             files = _placed(aside, place, [table], json_values(done[run]))
         warnings += [f"{run}: {text}" if len(runs) > 1 else text for text in done[run].unadapted.warnings]

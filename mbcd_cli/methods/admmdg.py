@@ -13,27 +13,24 @@ import torch
 from torch import nn
 
 from mbcd_cli.data.records import Batch
-from mbcd_cli.encoders.staged import Noise
 from mbcd_cli.methods import gradient_consistency as gcc
-from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
-from mbcd_cli.methods.feature_noise import FeatureNoise, FeatureNoiseSettings
+from mbcd_cli.methods.base import Context, Figures, Outputs, Term, total
+from mbcd_cli.methods.dropping import DroppingMethod, DroppingSettings
 from mbcd_cli.methods.parts import (
     BASE_TEMPERATURE,
     halves,
     halves_apart,
-    keep_at_least_one,
     reversed_gradient,
     shared_projections,
     unit_rows,
 )
-from mbcd_cli.model import TailWeights
-from mbcd_cli.settings import AROUND, Count, Fraction, MethodSettings, NonNegative, Positive
+from mbcd_cli.settings import AROUND, Count, NonNegative, Positive
 
 FLOOR = 1e-12
 """Least squared norm that is divided by."""
 
 
-class ADMMDGSettings(MethodSettings):
+class ADMMDGSettings(DroppingSettings):
     """ADMMDG."""
 
     unimodal: Literal["joint", "probe"] = "joint"
@@ -48,15 +45,11 @@ class ADMMDGSettings(MethodSettings):
     """Gradients of the four objectives lose their parts along those that they conflict with, or are summed."""
     temperature: Positive = 0.1
     """Temperature of both contrasts."""
-    dropout: Fraction = 0.5
-    """Rate at which clips lose a modality before fusion, never all of them."""
-    feature_noise: FeatureNoiseSettings = FeatureNoiseSettings()
-    """Feature noise."""
     hidden: Count = 2048
     """Width of the projections."""
 
 
-class ADMMDG(Method):
+class ADMMDG(DroppingMethod):
     """Objectives CE(fused) + sum_k CE_k, 0.1 wsup across, 0.1 wsup within and -0.1 mean_k MSE(halves), by PCGrad.
 
     wsup(z) = -(tau / 0.07) mean over anchors a that have positives of sum_b w_ab [ s_ab - log sum_{c != a} exp s_ac ],
@@ -84,12 +77,6 @@ class ADMMDG(Method):
     def __init__(self, settings: ADMMDGSettings, context: Context) -> None:
         super().__init__(settings, context)
         dims, domains = context.model.dims, len(context.sources)
-        self._drops = settings.dropout > 0
-        self._noise = None
-        if settings.feature_noise.enabled:
-            self._noise = FeatureNoise(
-                settings=settings.feature_noise, randomness=context.randomness, group=context.group
-            )
         self.shared = shared_projections(dims, hidden=settings.hidden, method="admmdg")
         self.specific = shared_projections(dims, hidden=settings.hidden, method="admmdg")
         # A single logit is one that no softmax sees.
@@ -97,19 +84,6 @@ class ADMMDG(Method):
         across, within = torch.zeros(len(dims), domains, len(dims), domains), torch.zeros(len(dims), domains, domains)
         self.pairs_across = nn.Parameter(across, requires_grad=self._trains_across)
         self.pairs_within = nn.Parameter(within, requires_grad=self._trains_within)
-
-    def forward(self, batch: Batch, *, noise: Noise | None = None, theta: TailWeights | None = None) -> Outputs:
-        """One pass of the student, with feature noise in the tails and modality dropout before fusion."""
-        model, group = self.context.model, self.context.group
-        with self.context.autocast():
-            pooled = model.pooled(batch.inputs, noise=noise or self._noise, theta=theta)
-            features = model.normalised(pooled)
-            unimodal = model.unimodal(self.seen_by_heads(features))
-            keep = None
-            if self._drops:
-                uniform = self.context.randomness.uniform(len(batch) * group.world, len(features))
-                keep = group.own(keep_at_least_one(uniform, self.settings.dropout))
-            return Outputs(pooled, features, unimodal, model.fuse(features, keep))
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
         """ERM's terms, `across`, `within` and `separation`."""

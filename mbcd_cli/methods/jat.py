@@ -12,22 +12,19 @@ import torch
 from torch import nn
 
 from mbcd_cli.data.records import Batch
-from mbcd_cli.encoders.staged import Noise
-from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Panel, Shown, Term
-from mbcd_cli.methods.feature_noise import FeatureNoise, FeatureNoiseSettings
+from mbcd_cli.methods.base import Context, Figures, Outputs, Panel, Shown, Term
+from mbcd_cli.methods.dropping import DroppingMethod, DroppingSettings
 from mbcd_cli.methods.parts import (
     Adversary,
     DomainAdversary,
     FusedDomainAdversary,
     cross_entropy,
-    keep_at_least_one,
     mean_entropies,
 )
-from mbcd_cli.model import TailWeights
-from mbcd_cli.settings import Count, Fraction, MethodSettings, NonNegative, Positive, Range
+from mbcd_cli.settings import Count, NonNegative, Positive, Range
 
 
-class JATSettings(MethodSettings):
+class JATSettings(DroppingSettings):
     """JAT, as its published code trains; the public benchmark's recipe is the variant `jat-benchmark`."""
 
     unimodal: Literal["joint", "probe"] = "joint"
@@ -50,17 +47,13 @@ class JATSettings(MethodSettings):
     """a, what the modality adversary's gradient is multiplied with (and reversed) on its way into the encoders."""
     domain_reversal: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.3
     """b, the same of the domain adversaries."""
-    dropout: Fraction = 0.5
-    """Rate at which clips lose a modality before fusion, never all of them; 0 (the public benchmark): none."""
-    feature_noise: FeatureNoiseSettings = FeatureNoiseSettings()
-    """Feature noise; the public benchmark has none."""
     hidden: Count = 512
     """Width of the modality adversary and of the domain adversary on each modality."""
     fused_hidden: Count = 2048
     """Width of the domain adversary on the fused features; 512 in the public benchmark."""
 
 
-class JAT(Method):
+class JAT(DroppingMethod):
     """CE(fused) + c_u sum_k w_k CE_k + c_m mean_k CE(J(Q_k(R_a(h_k))), k) + c_d (local + global), in one pass.
 
     local = mean_k CE(D(Q'_k(R_b(h_k))), d) and global = CE(G(R_b(h_1 (+) ... (+) h_M)), d) tell the source domain d
@@ -88,12 +81,6 @@ class JAT(Method):
     def __init__(self, settings: JATSettings, context: Context) -> None:
         super().__init__(settings, context)
         dims, domains = context.model.dims, len(context.sources)
-        self._drops = settings.dropout > 0
-        self._noise = None
-        if settings.feature_noise.enabled:
-            self._noise = FeatureNoise(
-                settings=settings.feature_noise, randomness=context.randomness, group=context.group
-            )
         self.modality_adversary = Adversary(
             dims,
             nn.Linear(settings.hidden, len(dims)),
@@ -118,23 +105,6 @@ class JAT(Method):
             "What the uni-modal losses are multiplied with: more, the less a modality tells the source domains apart."
         )
         return (Panel("weights", "weight w_k of the uni-modal losses over training", shown, note),)
-
-    def forward(self, batch: Batch, *, noise: Noise | None = None, theta: TailWeights | None = None) -> Outputs:
-        """One pass of the student, with feature noise in the tails and modality dropout before fusion."""
-        model = self.context.model
-        with self.context.autocast():
-            pooled = model.pooled(batch.inputs, noise=noise or self._noise, theta=theta)
-            features = model.normalised(pooled)
-            unimodal = model.unimodal(self.seen_by_heads(features))
-            return Outputs(pooled, features, unimodal, model.fuse(features, self.kept(len(batch))))
-
-    def kept(self, clips: int) -> torch.Tensor | None:
-        """What the fused head sees of this process' clips, [B, M] of 0 and 1; None: all of it."""
-        group = self.context.group
-        if not self._drops:
-            return None
-        uniform = self.context.randomness.uniform(clips * group.world, len(self.context.model.modalities))
-        return group.own(keep_at_least_one(uniform, self.settings.dropout))
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
         """ERM's terms, the uni-modal ones weighted, `modality`, and of several sources `domain` and `domain_fused`."""

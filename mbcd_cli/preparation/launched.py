@@ -32,7 +32,7 @@ from mbcd_cli.launch.unit import (
 )
 from mbcd_cli.launch.warm import end_with_owner, log
 from mbcd_cli.locks import held, lock
-from mbcd_cli.preparation.answer import Prepared
+from mbcd_cli.preparation.answer import Prepared, kept_answer
 from mbcd_cli.preparation.prepare import anywhere, prepare
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.say import SILENT, Say
@@ -102,13 +102,16 @@ def prepare_launched(
 ) -> Prepared | None:
     """`prepare`, shared by as many processes as `how` says; the report is that of one.
 
-    Given again, the same command finds the jobs of a cluster that are under way, and what they have done.
+    Where nothing has changed since all of it was prepared, none is begun. Given again, the same command finds the jobs
+    of a cluster that are under way.
 
     Raises:
         CacheError: all of them failed, and why the first did; and whatever `prepare` raises.
     """
     how.check()
-    settings = anywhere(settings)
+    if not corruptions and kept_answer(settings) is not None:
+        return prepare(settings, say=say)
+    asked, settings = settings, anywhere(settings)
     spoilt = json.dumps([list(corruptions), list(severities)])
     key = checksums.of_text(to_toml(settings) + spoilt)[:12]
     folder = settings.cache.dir / f".crew-{key}"
@@ -123,7 +126,7 @@ def prepare_launched(
         why = next(iter(board.failed.values()))
         raise CacheError(why, f"The logs in {folder} say more.")
     shutil.rmtree(folder, ignore_errors=True)  # the same command from another terminal may have been quicker
-    return prepare(settings, corruptions=corruptions, severities=severities, say=say)
+    return prepare(asked, corruptions=corruptions, severities=severities, say=say)
 
 
 def run_part(folder: Path, *, threads: int, spoilt: str, say: Say = SILENT) -> int:

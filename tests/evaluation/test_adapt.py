@@ -335,6 +335,7 @@ def test_several_runs_are_a_table_over_seeds(home, kept, tmp_path, monkeypatch):
     for seed in (1, 2):
         words = ("--target-domain", "gamma", "--cache-dir", home / "cache", "--epochs", 1, "--seed", seed)
         run("train", "--dataset", "tiny", *words, "--run", tmp_path / f"runs/s{seed}", *sets)
+    assert f"{tmp_path}/runs/s1: " in run("adapt", tmp_path / "runs", "--set", "adapt.batch_size=1", code=1).stderr
     run("adapt", tmp_path / "runs", "--rule", "read", *QUICK)
     place = tmp_path / "adaptation/read"
     found = [read_json(tmp_path / f"runs/s{seed}/adaptation/read/adaptation.json") for seed in (1, 2)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def test_parts_fill_the_cache_of_one_process(tmp_path):
         assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
     assert len(boards[-1].done) == 2
     assert not list((tmp_path / "two").glob(".crew-*"))
+
+
+def test_where_nothing_has_changed_no_part_is_begun(tmp_path, monkeypatch):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    for file in (root, *root.rglob("*")):
+        os.utime(file, (1, 1))  # an answer is kept of what was there before the work
+    settings = settings_for(root, tmp_path / "cache", "model.modalities=audio")
+    first = prepare(settings)
+    monkeypatch.setattr(launched, "launch", None)
+    again = prepare_launched(settings, how=Launching(jobs=2), **NOTHING)
+    assert again.modalities["audio"].shards_reused == first.modalities["audio"].shards
 
 
 def test_a_part_is_told_by_the_files_beside_its_folder(tmp_path, monkeypatch):

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from mbcd_cli.checksums import ANSWER
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import MbcdError
+from mbcd_cli.integrity import examine
 from mbcd_cli.preparation import prepare as preparing
+from mbcd_cli.preparation.repair import repair
 from mbcd_cli.resolved import resolve
 
 
@@ -62,6 +65,19 @@ def test_nothing_is_read_while_nothing_has_changed(prepare):
     assert not listed
     done = first.modalities["x"]
     assert again == replace(first, modalities={"x": replace(done, shards_reused=done.shards, seconds=0.0)})
+
+
+def test_an_answer_is_found_damaged_or_another_ones_and_repair_takes_it_away(prepare, tmp_path):
+    prepare()
+    (answer,) = (tmp_path / "cache").glob(f"*/{ANSWER}*.json")
+    whole = answer.read_bytes()
+    other = answer.with_name(f"{ANSWER}{'0' * 12}.json")
+    for file, content in ((answer, whole[: len(whole) // 2]), (answer, b"{}"), (other, whole)):
+        file.write_bytes(content)
+        assert examine(tmp_path / "cache").faults == [file]
+        repair(tmp_path / "cache")
+        assert not examine(tmp_path / "cache").faults
+        assert not file.exists()
 
 
 def rewrite(root: Path, cache: Path) -> None:

@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from test_cache import contents, same, settings_for
 
+from mbcd_cli.data.cache import CacheWriter, shard_path
 from mbcd_cli.data.modality_cache import ModalityCache
+from mbcd_cli.data.records import Rejected
 from mbcd_cli.errors import CacheError
-from mbcd_cli.locks import lock
+from mbcd_cli.locks import held, lock
 from mbcd_cli.place import Place
 from mbcd_cli.preparation import crew
 from mbcd_cli.preparation.crew import REPAIR, Crew
@@ -94,6 +96,31 @@ def test_a_shard_is_one_process_until_it_is_written_or_the_process_is_gone(tmp_p
         first.__exit__()
         assert list(second.free([1], lambda number: False)) == [1]
         assert second.lead()  # when who led is gone
+
+
+def test_a_shard_is_given_back_when_it_is_written_and_the_index_tells_what_was_reported(tmp_path, monkeypatch):
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    (root / "video" / "alpha_0_0.mp4").write_bytes(b"no video")
+    given, reported = [], []
+    give, finish = Crew.give, CacheWriter.finish
+
+    def noted(crew, number):
+        given.append((shard_path(crew.folder, number).exists(), held(crew.folder / f".lock-{number:05d}")))
+        give(crew, number)
+
+    def read_again(writer, unlisted=(), **more):
+        unlisted = (*unlisted, Rejected("alpha_9_9", str(writer.recipe["modality"]), "x", "of the reader", "mend it"))
+        made = finish(writer, unlisted, **more)
+        reported.append((made, writer.finished(unlisted)))
+        return made
+
+    monkeypatch.setattr(Crew, "give", noted)
+    monkeypatch.setattr(CacheWriter, "finish", read_again)
+    prepare(settings_for(root, tmp_path / "cache", "cache.shard_clips=1"))
+    assert len(given) > 6
+    assert set(given) == {(True, True)}
+    assert all(made == read for made, read in reported)
+    assert [len(made.rejected) for made, _ in reported] == [0, 1]
 
 
 def test_who_disagrees_is_refused(tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_a_shard_is_given_back_when_it_is_written_and_the_index_tells_what_was_r
     assert len(given) > 6
     assert set(given) == {(True, True)}
     assert all(made == read for made, read in reported)
-    assert [len(made.rejected) for made, _ in reported] == [0, 1]
+    assert sorted(len(made.rejected) for made, _ in reported) == [0, 1]
 
 
 def test_who_disagrees_is_refused(tmp_path, monkeypatch):

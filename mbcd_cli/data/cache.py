@@ -213,10 +213,12 @@ def is_done(folder: Path, number: int, span: range, clips: Clips, name: str) -> 
 def _conditions(
     clips: Clips, span: range, name: str, rejected: Sequence[Rejected], mended: Sequence[Mended]
 ) -> dict[str, str]:
+    """What a shard's clips that were not whole were like, and who found that: another version tries them again."""
     doubtful = {record.clip for record in (*rejected, *mended)}
     if not doubtful:
         return {}
-    return {clips.ids[i]: condition(clips.media[name][i]) for i in span if clips.ids[i] in doubtful}
+    media = {clips.ids[i]: condition(clips.media[name][i]) for i in span if clips.ids[i] in doubtful}
+    return {"": f"mbcd {__version__}", **media}
 
 
 def root_checksum(recipe: Mapping[str, object], clips: Clips, files: Mapping[str, str]) -> str:

@@ -177,6 +177,16 @@ def test_sound_spans_the_frames_of_the_test_view(tmp_path):
     assert (span.start, span.stop, span.unit) == (5 / 24, 14 / 24, "s")
 
 
+def test_videos_of_another_rate_than_the_protocols_are_told(tmp_path):
+    videos = [write_video(tmp_path / f"{fps}-{n}.mp4", numbered_frames(9), fps=fps) for fps in (24, 30) for n in (0, 1)]
+    gone = tmp_path / "gone.mp4"
+    media = [Media(tmp_path / "x.wav", clock=video) for video in (*videos, gone, tmp_path)]
+    (told,) = FOLLOWING.warnings(media, name="audio")
+    assert "2 of 4 videos show other than 24 frames per second (most often 30)" in told
+    assert FOLLOWING.warnings(media[:2], name="audio") == []
+    assert AudioModality().warnings(media, name="audio") == []
+
+
 def test_short_clips_are_heard_whole_when_sampling_wraps_around(tmp_path):
     video = write_video(tmp_path / "x.mp4", numbered_frames(9), fps=24)  # frames 0, 3, 6, 0
     (span,) = followed_spans(Media(tmp_path / "x.wav", clock=video), FOLLOWING, [None])

@@ -19,6 +19,7 @@ import test_hac as hac
 from test_awkward_media import prepared
 
 from mbcd_cli import console
+from mbcd_cli.data import cache
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.presence import check_media
@@ -96,6 +97,18 @@ def test_a_restored_folder_changes_what_is_cached(kitchens, tmp_path, gone):
     _, rejected, settings = prepared("epic-kitchens", kitchens, tmp_path / "cache", *SETS)
     assert rejected == {}
     assert len(open_dataset(settings, name="awkward").rejected) == 0
+
+
+def test_another_version_tries_again_what_was_not_whole(kitchens, tmp_path, monkeypatch):
+    sets = (*SETS, "model.modalities=video", "dataset.missing_frames=reject")
+    lost(kitchens / FRAME)
+    prepared("epic-kitchens", kitchens, tmp_path / "cache", *sets)
+    monkeypatch.setattr(cache, "__version__", "999")
+    again, rejected, _ = prepared("epic-kitchens", kitchens, tmp_path / "cache", *sets)
+    assert again.modalities["video"].shards_reused == 5
+    assert (CLIP, "video") in rejected
+    last, _, _ = prepared("epic-kitchens", kitchens, tmp_path / "cache", *sets)
+    assert last.modalities["video"].shards_reused == 6
 
 
 def test_what_no_camera_wrote_changes_nothing(kitchens, tmp_path):

@@ -372,6 +372,15 @@ def timeline_of(path: Path) -> Timeline:
     return _timeline(file_version(path))
 
 
+def stated_rate(path: Path) -> float | None:
+    """Frames per second that a video file's header states; None where it cannot be told."""
+    try:
+        with open_container(path) as container:
+            return next((float(stream.average_rate) for stream in container.streams.video if stream.average_rate), None)
+    except (MediaError, OSError):
+        return None
+
+
 def frame_times(media: Media) -> tuple[float | None, float | None]:
     """A clip's span in seconds, told by the frame times of the video `media.clock`."""
     if media.clock is not None and media.rate is not None and is_folder(media.clock):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -23,7 +24,8 @@ from mbcd_cli.settings import Count, DatasetSettings, ForWeights, Fraction, NonN
 RMS_LEVEL = 0.1
 """Root mean square to which `level = "rms"` scales a clip."""
 _SILENCE = 1e-8
-_RATES_OF = 1000  # files, spread over the dataset, whose sample rates are looked at
+_RATES_OF = 1000  # files, spread over the dataset, whose rates are looked at
+_SAME_RATE = 0.01  # 23.976 frames per second are 24
 
 
 class AudioModality(Modality):
@@ -150,21 +152,43 @@ class AudioModality(Modality):
         ]
 
     def warnings(self, media: Sequence[Media], *, name: str) -> list[str]:
-        """Of files of different sample rates, where none is set."""
+        """Of files of different sample rates, where none is set, and of videos that this follows at another rate."""
+        return [*self._of_different_rates(media, name), *self._of_followed(media, name)]
+
+    def _of_different_rates(self, media: Sequence[Media], name: str) -> Iterator[str]:
         if self.sample_rate is not None:
-            return []
+            return
         from mbcd_cli.data.media.sound import stored_rate
 
-        paths = list(dict.fromkeys(item.path for item in media))
-        paths = paths[:: -(-len(paths) // _RATES_OF) or 1]
-        rates = Counter(rate for rate in each_file(stored_rate, paths) if rate is not None)
+        rates = _rates(stored_rate, [item.path for item in media])
         if len(rates) < 2:
-            return []
+            return
         counts = ", ".join(f"{count} at {rate} Hz" for rate, count in rates.most_common())
-        return [
+        yield (
             f"{name}: files of different sample rates ({counts}), so that one place of a spectrogram means different "
             f"frequencies and times; --set modalities.{name}.sample_rate={rates.most_common(1)[0][0]} makes them equal"
-        ]
+        )
+
+    def _of_followed(self, media: Sequence[Media], name: str) -> Iterator[str]:
+        if self.follow is None:
+            return
+        from mbcd_cli.data.media.video import stated_rate
+
+        rates = _rates(stated_rate, [item.clock for item in media if item.clock is not None])
+        other = Counter({rate: n for rate, n in rates.items() if abs(rate / self.follow_rate - 1) > _SAME_RATE})
+        if other:
+            rate = other.most_common(1)[0][0]
+            yield (
+                f"{name}: {other.total()} of {rates.total()} videos show other than {self.follow_rate:g} frames per "
+                f"second (most often {rate:g}), and the sound of a view is cut as if they did; where all are alike, "
+                f"--set modalities.{name}.follow_rate={rate:g} cuts it at the frames' own times"
+            )
+
+
+def _rates(told: Callable[[Path], float | None], paths: Sequence[Path]) -> Counter[float]:
+    """How many of these files, or of a thousand spread over them, tell which rate; some tell none."""
+    paths = list(dict.fromkeys(paths))
+    return Counter(rate for rate in each_file(told, paths[:: -(-len(paths) // _RATES_OF) or 1]) if rate is not None)
 
 
 def _voices(clips: Sequence[Media], rate: int, limit: int, dataset: DatasetSettings) -> list[np.ndarray]:

@@ -33,7 +33,6 @@ import numpy as np
 from mbcd_cli import __version__, checksums
 from mbcd_cli.data.clips import AT_ONCE, Clips, Digest, chunks
 from mbcd_cli.data.media.condition import condition, holding
-from mbcd_cli.data.media.timeline import DECODER
 from mbcd_cli.data.modalities.modality import Modality, each_file
 from mbcd_cli.data.records import TEST_VIEW, Mended, Rejected
 from mbcd_cli.data.rounding import Rounding
@@ -61,7 +60,7 @@ def recipe_of(settings: Settings, name: str, modality: Modality, *, weights_sha2
     """
     # With nothing frozen the cache holds decoded tensors, whatever encoder reads them later.
     view = modality.model_dump(mode="json", include={*fields_for(type(modality), "cache")})
-    recipe: dict[str, object] = {"format": FORMAT, "decoder": DECODER, "modality": name, "view": view}
+    recipe: dict[str, object] = {"format": FORMAT, "decoder": modality.decoder(), "modality": name, "view": view}
     for group in (settings.dataset, settings.cache):
         recipe |= {key: getattr(group, key) for key in fields_for(type(group), "cache")}
     if settings.cache.views:

@@ -17,7 +17,7 @@ from mbcd_cli import __version__
 from mbcd_cli.audit.findings import Leak
 from mbcd_cli.checksums import ANSWER
 from mbcd_cli.data.cache import FORMAT
-from mbcd_cli.data.media.timeline import DECODER
+from mbcd_cli.data.modalities import KINDS
 from mbcd_cli.data.modalities.modality import each_file
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.records import Mended, Rejected
@@ -139,7 +139,7 @@ def _key(settings: Settings) -> str:
     asked = settings.model_dump(
         mode="json", include={"dataset": True, "cache": True, "modalities": True, "model": {"modalities"}}
     )
-    told = [__version__, FORMAT, DECODER, str(Path.cwd()), asked]
+    told = [__version__, FORMAT, [kind.decoder() for kind in KINDS.values()], str(Path.cwd()), asked]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 

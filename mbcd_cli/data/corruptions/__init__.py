@@ -1,7 +1,7 @@
 """Corruptions of decoded media, severities 1 to 5: `pixels.py` for frames, `waveform.py` sound, `values.py` arrays.
 
 A corruption keeps number, size, rate and length. What is random about it is the clip's own and the same at every
-severity, which scales it.
+severity, which scales it. Whoever changes a formula raises the format of caches (`cache.FORMAT`).
 """
 
 from __future__ import annotations

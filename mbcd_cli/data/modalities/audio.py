@@ -151,6 +151,15 @@ class AudioModality(Modality):
             (audio_view(*sounds[span], self, rng, shared[span]),) for span, rng in zip(spans, generators, strict=True)
         ]
 
+    @classmethod
+    def decoder(cls) -> str:
+        """libsndfile of sounds, PyAV of what it does not read, and of the videos that sound follows."""
+        import soundfile
+
+        from mbcd_cli.data.media.timeline import DECODER
+
+        return f"{DECODER}, libsndfile {soundfile.__libsndfile_version__}"
+
     def warnings(self, media: Sequence[Media], *, name: str) -> list[str]:
         """Of files of different sample rates, where none is set, and of videos that this follows at another rate."""
         return [*self._of_different_rates(media, name), *self._of_followed(media, name)]

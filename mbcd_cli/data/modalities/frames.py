@@ -66,6 +66,15 @@ class FrameModality(FrameSampling, Modality):
                 raise ValueError(f"a crop of {size} pixels does not fit a short side of {self.short_side}")
         return self
 
+    @classmethod
+    def decoder(cls) -> str:
+        """PyAV of videos, OpenCV of folders of pictures, which makes sizes and flow too."""
+        import cv2
+
+        from mbcd_cli.data.media.timeline import DECODER
+
+        return f"{DECODER}, OpenCV {cv2.__version__}"
+
     def warnings(self, media: Sequence[Media], *, name: str) -> list[str]:
         """Of folders that count from different numbers."""
         from mbcd_cli.data.media.folders import counting_differs

@@ -59,6 +59,11 @@ class Modality(ModalitySettings, ABC):
     encoder_settings: ClassVar[tuple[str, ...]] = ()
     stated_seconds: ClassVar[float] = 0.1
 
+    @classmethod
+    def decoder(cls) -> str:
+        """What decodes such files, with versions; enters the fingerprint of a cache."""
+        return ""
+
     @property
     def random(self) -> bool:
         """Whether training views differ; where they do not, nothing is drawn for them."""

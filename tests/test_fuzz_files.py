@@ -241,6 +241,15 @@ def test_results_without_a_head(home, kept):
     assert "is no evaluation of ours" in without_surprise(partial(compared, home), "results").message
 
 
+@pytest.mark.parametrize(("key", "value"), [("step", 2**63), ("step", 10**6), ("epoch", 2**63), ("epoch_step", 2**40)])
+def test_more_steps_than_epochs_have(home, kept, key, value):
+    last = home / "run/checkpoints/last.pt"
+    payload = torch.load(last, weights_only=True)
+    torch.save({**payload, key: value, **({"step": value} if key == "epoch_step" else {})}, last)
+    checksums.stamp(last)
+    assert "do not belong together" in without_surprise(partial(resumed_undone, home), key).message
+
+
 def test_logs_nested_too_deep(home, kept):
     log = home / "run/metrics.jsonl"
     log.write_bytes(distort.DEEP.encode() + b"\n" + log.read_bytes())

@@ -62,7 +62,13 @@ def training_state(progress: Progress, step: TrainStep, randomness: Randomness, 
 
 
 def resume(
-    progress: Progress, step: TrainStep, randomness: Randomness, run: RunFolder, fingerprints: Mapping[str, str]
+    progress: Progress,
+    step: TrainStep,
+    randomness: Randomness,
+    run: RunFolder,
+    fingerprints: Mapping[str, str],
+    *,
+    steps_per_epoch: int,
 ) -> bool:
     """Bring everything to where `last.pt` left it; False when the run was killed before its first checkpoint.
 
@@ -98,7 +104,7 @@ def resume(
         progress.history = _records(saved.history)
         progress.best = progress.history[saved.best["epoch"] - 1] if saved.best is not None else None
         progress.warnings = {str(key): str(text) for key, text in state["warning_keys"].items()}
-        _check(progress, step.layout)
+        _check(progress, step.layout, steps_per_epoch)
         run.cut(state["logs"])
         randomness.load(state["randomness"])
         randomness.load_globals(state["global"])
@@ -120,17 +126,19 @@ def _records(history: list[dict[str, Any]]) -> list[EpochRecord]:
         raise ValueError("the figures of its epochs are others") from error
 
 
-def _check(progress: Progress, layout: Layout | None) -> None:
+def _check(progress: Progress, layout: Layout | None, steps_per_epoch: int) -> None:
     """Refuse counts and figures that no training has left together.
 
     Raises:
         ValueError: they are such.
     """
-    epochs = list(range(1, progress.epoch + 1))
+    epochs = [record.epoch for record in progress.history]
     measured = progress.best is not None and progress.best.validation.deployed.fused.loss is not None
-    if [record.epoch for record in progress.history] != epochs or measured != bool(epochs):
+    if epochs != [*range(1, len(epochs) + 1)] or len(epochs) != progress.epoch or measured != bool(epochs):
         raise ValueError("its epochs, their figures and the best of them do not belong together")
-    if not 0 <= progress.epoch_step <= progress.step or not isinstance(progress.clips, int):
+    most = progress.epoch * steps_per_epoch + progress.epoch_step  # `training.max_steps` may cut an epoch short
+    fitting = 0 <= progress.epoch_step <= min(progress.step, steps_per_epoch) and progress.step <= most
+    if not fitting or not isinstance(progress.clips, int):
         raise ValueError("its counts of steps and clips do not belong together")
     vectors = [vector for _, vector in progress.pending] + ([] if progress.sums is None else [progress.sums])
     size = 0 if layout is None else len(layout.scalars) + len(layout.rows) * len(layout.modalities)

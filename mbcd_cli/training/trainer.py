@@ -122,7 +122,8 @@ class Trainer:
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self._fingerprints = {name: dataset.fingerprints[name] for name in settings.modalities}
         self.progress = Progress()
-        if run.resumed and resume(self.progress, step, randomness, run, self._fingerprints):
+        place = self.progress, step, randomness, run, self._fingerprints
+        if run.resumed and resume(*place, steps_per_epoch=self.steps_per_epoch):
             self._say(f"resumed {run.path} at step {self.progress.step} of {self.total_steps}")
         step.context.step.fill_(self.progress.step)
         self._events = Events(run.path / "events", purge_after=self.progress.step) if group.main else None

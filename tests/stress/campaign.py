@@ -413,7 +413,8 @@ def contents(folder: Path) -> dict[str, object]:
     """
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and "events" not in path.parts and not path.name.startswith((".lock", "unchanged-")):
+        other = path.name.startswith((".lock", "unchanged-")) or path.suffix == ".lock"
+        if path.is_file() and "events" not in path.parts and not other:
             found[path.relative_to(folder).as_posix()] = _timeless(path)
     return found
 

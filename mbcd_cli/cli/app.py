@@ -28,6 +28,7 @@ class _Commands(Mapping):
         "train",
         "evaluate",
         "adapt",
+        "zero-shot",
         "landscape",
         "demo",
         "sweep",
@@ -42,7 +43,8 @@ class _Commands(Mapping):
     def __getitem__(self, name: str) -> TyperCommand:
         if name not in self.names:
             raise KeyError(name)
-        info = getattr(import_module(f"{__package__}.{name}"), name)
+        module = name.replace("-", "_")
+        info = getattr(import_module(f"{__package__}.{module}"), module)
         return get_command_from_info(info, pretty_exceptions_short=False, rich_markup_mode=_MARKUP)
 
     def __iter__(self) -> Iterator[str]:

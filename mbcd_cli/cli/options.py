@@ -213,7 +213,8 @@ def command(
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         help_names = {"help_option_names": ["-h", "--help"]}
-        return CommandInfo(function.__name__, cls=command_with(examples), callback=run, context_settings=help_names)
+        name = function.__name__.replace("_", "-")
+        return CommandInfo(name, cls=command_with(examples), callback=run, context_settings=help_names)
 
     return make
 

@@ -31,6 +31,7 @@ class PublicWeights:
         ignored: pattern of keys (prefix removed) that belong to the classifier or to preprocessing.
         renames: pattern -> replacement; the first that matches a key is applied.
         settings: those of a modality that the weights were trained with, and are worth nothing with others.
+        data: that the weights were trained on.
         licence: SPDX name, where the publisher states one.
     """
 
@@ -42,7 +43,12 @@ class PublicWeights:
     ignored: str
     renames: tuple[tuple[str, str], ...]
     settings: tuple[tuple[str, object], ...]
+    data: str
     licence: str | None = "Apache-2.0"
+
+    def is_file(self, file: Path, sha256: str) -> bool:
+        """Whether a file is the published one: by its SHA-256, else by its name."""
+        return sha256.startswith(self.sha256) if self.sha256 else file.name == self.file
 
 
 # OpenMMLab ends a file's name with the first eight digits of its SHA-256.
@@ -65,6 +71,7 @@ PUBLIC: dict[str, PublicWeights] = {
             (r"(slow|fast)_path\.(layer\d)\.", r"\2.\1."),
         ),
         settings=(("mean", (123.675, 116.28, 103.53)), ("std", (58.395, 57.12, 57.375))),
+        data="Kinetics-400",
     ),
     "slowonly-r50": PublicWeights(
         file="slowonly_r50_8x8x1_256e_kinetics400_flow_20200704-6b384243.pth",
@@ -75,6 +82,7 @@ PUBLIC: dict[str, PublicWeights] = {
         ignored=_HEADS,
         renames=((r"conv1\.", "stem.conv1."), (r"(layer\d)\.", r"\1.")),
         settings=(("mean", 128.0), ("std", 128.0)),
+        data="Kinetics-400",
     ),
     "audio-resnet18": PublicWeights(
         file="vggsound_avgpool.pth.tar",
@@ -85,6 +93,7 @@ PUBLIC: dict[str, PublicWeights] = {
         ignored=r"fc\.",
         renames=((r"(conv1|bn1)\.", r"stem.\1."), (r"(layer\d)\.", r"\1.")),
         settings=(("front_end", "spectrogram"), ("nperseg", 512), ("noverlap", 353)),
+        data="VGGSound",
         licence=None,
     ),
     "efficientnet-lite0": PublicWeights(
@@ -101,6 +110,7 @@ PUBLIC: dict[str, PublicWeights] = {
             (r"_blocks\.(\d+)\._", r"block\1.0."),
         ),
         settings=(("mean", (127.0, 127.0, 127.0)), ("std", (128.0, 128.0, 128.0))),
+        data="ImageNet-1k",
     ),
 }
 """Encoders with published weights."""
@@ -164,7 +174,7 @@ def check_settings(encoder_name: str, modality: ModalitySettings, file: Path, sh
         CheckpointError: naming every setting that differs.
     """
     public = PUBLIC.get(encoder_name)
-    if public is None or not (sha256.startswith(public.sha256) if public.sha256 else file.name == public.file):
+    if public is None or not public.is_file(file, sha256):
         return
     wrong = {key: value for key, value in public.settings if getattr(modality, key) != value}
     if wrong:

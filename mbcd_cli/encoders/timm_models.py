@@ -24,7 +24,7 @@ from mbcd_cli.encoders.wants import Wants
 from mbcd_cli.errors import CheckpointError
 from mbcd_cli.naming import did_you_mean
 
-_OF_PREPROCESSING = ("mean", "std", "input_size", "crop_pct", "classifier", "license")
+_OF_PREPROCESSING = ("mean", "std", "input_size", "crop_pct", "classifier", "license", "tag")
 
 
 class TimmFormat(EncoderFormat):
@@ -70,6 +70,7 @@ class TimmFormat(EncoderFormat):
             pooling={"token": "first token", "map": "attention"}.get(told["pooling"], "mean"),
             dim=told["dim"],
             licence=told["license"],
+            pretraining=_data(told["tag"] or ""),
         )
 
     def files(self, modality: Modality, weights_dir: Path) -> list[Path]:
@@ -93,6 +94,30 @@ class TimmFormat(EncoderFormat):
         refuse_keys(differing_keys(state, target), file, modality.encoder, remedy)
         model.load_state_dict(state)
         encoder.stages.load_state_dict(_staged(model, modality).stages.state_dict(), strict=False, assign=True)
+
+
+_DATA = {
+    **{f"in{k}k": f"ImageNet-{k}k" for k in (1, 12, 21, 22)},
+    "laion2b": "LAION-2B",
+    "laion400m": "LAION-400M",
+    "datacompxl": "DataComp-1B",
+    "dfn2b": "DFN-2B",
+    "dfn5b": "DFN-5B",
+    "metaclip": "MetaCLIP's",
+    "merged2b": "Merged-2B",
+    "webli": "WebLI",
+    "openai": "OpenAI's (unpublished)",
+    "lvd142m": "LVD-142M",
+    "inat21": "iNaturalist-2021",
+    "ig1b": "Instagram-1B",
+    "yfcc100m": "YFCC-100M",
+}
+"""Word of a tag of timm's -> the data that it means."""
+
+
+def _data(tag: str) -> str | None:
+    """What a tag says of the data that the weights were trained on, in order: augreg_in21k_ft_in1k."""
+    return ", ".join(dict.fromkeys(_DATA[word] for word in tag.split("_") if word in _DATA)) or None
 
 
 def _timm() -> ModuleType:

@@ -38,6 +38,23 @@ class PoolingTask:
 
 
 @dataclass(frozen=True, slots=True)
+class TextSide:
+    """A class of models that embed text and views in one space: what stands between pooled features and that space.
+
+    Attributes:
+        model: the class, which has `get_text_features`.
+        projection: inside it, of pooled features [B, D] -> [B, E]; empty where they are there already.
+        scale: inside it, the logarithm of what cosines are multiplied by to be logits.
+        padding: of prompts, as the model was trained with.
+    """
+
+    model: str
+    projection: str = ""
+    scale: str = "logit_scale"
+    padding: str = "longest"
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """Where the parts of a family's models are.
 
@@ -53,6 +70,7 @@ class Family:
         frames, side: fields of the configuration with the frames of a clip, and the pixels of a frame's side.
         any_size: positions are interpolated, so that frames may have another size.
         task: a published variant with a pooling of its own.
+        text: the text tower beside it; None where a folder has none.
     """
 
     kind: str
@@ -71,6 +89,7 @@ class Family:
     side: str = "image_size"
     any_size: bool = False
     task: PoolingTask | None = None
+    text: TextSide | None = None
 
 
 _SPEECH = Family(
@@ -96,6 +115,7 @@ _CLIP = Family(
     pooling="first",
     heads="text_model|text_projection|visual_projection|logit_scale|classifier",
     nested="vision_config",
+    text=TextSide("CLIPModel", "visual_projection"),
 )
 _SIGLIP = replace(
     _CLIP,
@@ -104,6 +124,7 @@ _SIGLIP = replace(
     patch=("embeddings",),
     pooling="head",
     heads="text_model|logit_scale|logit_bias|classifier",
+    text=TextSide("SiglipModel", padding="max_length"),
 )
 _CLAP = Family(
     kind="audio",
@@ -116,6 +137,7 @@ _CLAP = Family(
     pooling="mean",
     heads="text_model|text_projection|audio_projection|logit_scale_[at]",
     nested="audio_config",
+    text=TextSide("ClapModel", "audio_projection", scale="logit_scale_a"),
 )
 FAMILIES: dict[str, Family] = {
     "videomae": Family(
@@ -160,11 +182,11 @@ FAMILIES: dict[str, Family] = {
     "wav2vec2": _SPEECH,
     "hubert": replace(_SPEECH, config="HubertConfig", model="HubertModel"),
     "clap": _CLAP,
-    "clap_audio_model": replace(_CLAP, nested=""),
+    "clap_audio_model": replace(_CLAP, nested="", text=None),
     "clip": _CLIP,
-    "clip_vision_model": replace(_CLIP, nested=""),
+    "clip_vision_model": replace(_CLIP, nested="", text=None),
     "siglip": _SIGLIP,
-    "siglip_vision_model": replace(_SIGLIP, nested=""),
+    "siglip_vision_model": replace(_SIGLIP, nested="", text=None),
     "dinov2": replace(
         _CLIP,
         config="Dinov2Config",
@@ -175,6 +197,7 @@ FAMILIES: dict[str, Family] = {
         heads="classifier",
         nested="",
         any_size=True,
+        text=None,
     ),
 }
 """`model_type` of a config.json -> the family."""
@@ -196,7 +219,7 @@ def import_transformers() -> ModuleType:
     return import_optional("transformers", "hf")
 
 
-def _owners(name: str) -> Any:
+def owner(name: str) -> Any:
     """A class of transformers', which imports its modules when they are asked for."""
     library = import_transformers()
     try:
@@ -214,7 +237,7 @@ class DescribedModel:
 
     Attributes:
         model_type: a key of `FAMILIES`. architecture: the class whose weights the folder has.
-        config: of the model. processor: of its preprocessing. licence: as its card states it.
+        config: of the model. processor: of its preprocessing. licence, pretraining: as its card states them.
     """
 
     model_type: str
@@ -222,6 +245,7 @@ class DescribedModel:
     config: Mapping[str, Any]
     processor: Mapping[str, Any]
     licence: str | None
+    pretraining: str | None
 
     @classmethod
     def from_json(cls, text: str) -> DescribedModel:
@@ -244,7 +268,7 @@ class DescribedModel:
         Raises:
             CheckpointError: it is none. SettingsError: transformers is not installed.
         """
-        config_class = _owners(self.family.config)
+        config_class = owner(self.family.config)
         try:
             config = config_class.from_dict(dict(self.config))
         except Exception as error:  # whatever the owner's checks raise
@@ -266,7 +290,7 @@ class DescribedModel:
     @property
     def owner_class(self) -> type[nn.Module]:
         """The owner's class."""
-        return _owners(self.task.model if self.task else self.family.model)
+        return owner(self.task.model if self.task else self.family.model)
 
     @property
     def pooling(self) -> Pooling:
@@ -303,6 +327,7 @@ class DescribedModel:
             "pooling": _POOLINGS[self.pooling],
             "dim": config.hidden_size,
             "licence": self.licence,
+            "pretraining": self.pretraining,
         }
         if family.kind == "video":
             side, short = _sides(processor, folder)

@@ -6,12 +6,13 @@ Nothing is fetched, and no code of a folder's is run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme, read_config
@@ -32,7 +33,7 @@ class TransformersFormat(EncoderFormat):
 
     def describe(self, modality: Modality, weights_dir: Path) -> str:
         """The folder's configurations, without what no layer depends on."""
-        folder = _folder(modality, weights_dir)
+        folder = model_folder(modality, weights_dir)
         config = read_config(folder / _CONFIG)
         model_type = config.get("model_type")
         code = sorted(path.name for path in folder.glob("*.py"))
@@ -62,7 +63,7 @@ class TransformersFormat(EncoderFormat):
             architecture=next(iter(config.get("architectures") or ()), None),
             config={key: value for key, value in inner.items() if key not in _OF_LABELS},
             processor=processor,
-            licence=_licence(folder),
+            **_card(folder),
         )
         try:
             described.wants(folder=folder)
@@ -77,7 +78,7 @@ class TransformersFormat(EncoderFormat):
 
     def files(self, modality: Modality, weights_dir: Path) -> list[Path]:
         """Weights, and the configurations that they are read with."""
-        folder = _folder(modality, weights_dir)
+        folder = model_folder(modality, weights_dir)
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model.bin"))
         if not weights:
             raise CheckpointError(
@@ -93,25 +94,9 @@ class TransformersFormat(EncoderFormat):
 
     def load(self, encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
         """`EncoderFormat.load`, as transformers reads files: older names of keys are known to it."""
-        folder = _folder(modality, weights_dir)
+        folder = model_folder(modality, weights_dir)
         described = DescribedModel.from_json(modality.encoder_config)
-        try:
-            with _quiet(import_transformers()):
-                model, told = described.owner_class.from_pretrained(
-                    folder,
-                    config=described.owner_config,
-                    local_files_only=True,
-                    trust_remote_code=False,
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )
-        except Exception as error:  # safetensors, pickle and transformers have their own for damaged files
-            text = str(error).splitlines()[0][:200] if str(error) else ""
-            raise CheckpointError(
-                f"{folder}: its weights cannot be read ({type(error).__name__}: {text}).",
-                "Download the folder again.",
-            ) from error
+        model, told = read_model(described.owner_class, folder, config=described.owner_config)
         filled = _stages(described, model, modality).stages
         ours = {id(value) for value in filled.state_dict(keep_vars=True).values()}
         needed = {key for key, value in model.state_dict(keep_vars=True).items() if id(value) in ours}
@@ -128,11 +113,45 @@ class TransformersFormat(EncoderFormat):
         encoder.stages.load_state_dict(filled.state_dict(), strict=False, assign=True)
 
 
-def _stages(described: DescribedModel, model: torch.nn.Module, modality: Modality) -> StagedEncoder:
+def read_model(
+    owner_class: type[nn.Module], folder: Path, *, config: object = None
+) -> tuple[nn.Module, dict[str, Collection]]:
+    """A model with the weights of a folder, float32, and transformers' `loading_info`: the keys that did not fit.
+
+    Args:
+        config: instead of the folder's.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        with quiet(import_transformers()):
+            return owner_class.from_pretrained(
+                folder,
+                **({} if config is None else {"config": config}),
+                local_files_only=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as error:  # safetensors, pickle and transformers have their own for damaged files
+        text = str(error).splitlines()[0][:200] if str(error) else ""
+        raise CheckpointError(
+            f"{folder}: its weights cannot be read ({type(error).__name__}: {text}).", "Download the folder again."
+        ) from error
+
+
+def _stages(described: DescribedModel, model: nn.Module, modality: Modality) -> StagedEncoder:
     return described.staged(model, over_time=getattr(modality, "frame_pooling", "mean"))
 
 
-def _folder(modality: Modality, weights_dir: Path) -> Path:
+def model_folder(modality: Modality, weights_dir: Path) -> Path:
+    """The folder of an encoder `hf:FOLDER`.
+
+    Raises:
+        CheckpointError: it is none of a model's, or weights are named besides.
+    """
     folder = weights_dir / Path(behind_scheme(modality)).expanduser()
     if modality.weights is not None:
         raise CheckpointError(
@@ -151,16 +170,20 @@ def _families() -> str:
     return ", ".join(name for name in FAMILIES if not name.endswith("_model"))
 
 
-def _licence(folder: Path) -> str | None:
-    """As the head of the model's card states it."""
+def _card(folder: Path) -> dict[str, str | None]:
+    """Licence, and the data of the pretraining, as the head of the model's card states them."""
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.match(r"---\n(?:.*\n)*?license: *(\S+)", text)
-    return found[1] if found else None
+    head = re.match(r"---\n(.*?)^---$", text, re.DOTALL | re.MULTILINE)
+    told = head[1] if head else ""
+    licence = re.search(r"^license: *(\S+)", told, re.MULTILINE)
+    data = re.search(r"^datasets:(.*(?:\n *- *.*)*)", told, re.MULTILINE)
+    names = re.findall(r"[^\s,\[\]'\"]+", re.sub(r"^ *- ", " ", data[1], flags=re.MULTILINE)) if data else []
+    return {"licence": licence and licence[1], "pretraining": ", ".join(names) or None}
 
 
 @contextmanager
-def _quiet(library: ModuleType) -> Iterator[None]:
+def quiet(library: ModuleType) -> Iterator[None]:
     """No reports of transformers' own: what is wrong with the keys is told as an error."""
     logging = library.utils.logging
     verbosity = logging.get_verbosity()

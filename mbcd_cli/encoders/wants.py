@@ -34,6 +34,7 @@ class Wants:
         pooling: how tokens or positions become one vector.
         dim: D.
         licence: as the owner states it (an SPDX name, mostly).
+        pretraining: the data that its weights were trained on, as the owner states it.
     """
 
     kind: Literal["video", "flow", "audio", "array"]
@@ -54,6 +55,7 @@ class Wants:
     pooling: str
     dim: int
     licence: str | None = None
+    pretraining: str | None = None
 
     def settings(self) -> dict[str, object]:
         """The modality's settings that say the same, by field; those that may be any are left out."""

@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from mbcd_cli.checksums import of_file
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import FOREIGN, RunError
 from mbcd_cli.evaluation.evaluate import checkpoint_checksums, evaluate, for_tables
-from mbcd_cli.evaluation.report.results import read_results
+from mbcd_cli.evaluation.report.results import Results, read_results
+from mbcd_cli.evaluation.zero_shot import classify_again, reopened
 from mbcd_cli.files import read_records, write_json
 from mbcd_cli.ledger import REVEALED, LookedAt, looks, revealed_by, told, write_look
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs import opening
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.runs.folder import DONE, SEALED, SETTINGS
-from mbcd_cli.runs.names import run_checkpoints, runs_at, settings_key
+from mbcd_cli.runs.names import PROMPTS, run_checkpoints, runs_at, settings_key
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET, clip_sets
@@ -105,19 +107,27 @@ def _written_down(runs: Sequence[Path], what: str, flags: Mapping[str, object]) 
 
 
 def _looked_at(run: Path, flags: Mapping[str, object]) -> LookedAt:
-    settings, dataset, checkpoints = _opened(run, flags)
+    if (run / PROMPTS).is_file():
+        (settings, dataset), sums = reopened(run, flags), {SEALED: of_file(run / SEALED)}
+    else:
+        settings, dataset, checkpoints = _opened(run, flags)
+        sums = checkpoint_checksums(run, checkpoints)
     return LookedAt(
         run=run.name,
         target=str(settings.training.target_domain),
         key=settings_key(settings),
         roots={name: cache.root_checksum for name, cache in dataset.caches.items()},
-        checkpoints=checkpoint_checksums(run, checkpoints),
+        checkpoints=sums,
     )
 
 
 def _revealed(run: Path, look: str, flags: Mapping[str, object]) -> RevealedRun:
-    settings, dataset, _ = _opened(run, flags)
-    write_json(run / REVEALED, {"look": look, "epochs": _accuracies(run, settings, dataset)}, place="--runs-dir")
+    told = reopened(run, flags) if (run / PROMPTS).is_file() else _opened(run, flags)
+    epochs = _accuracies(run, *told[:2])
+    write_json(run / REVEALED, {"look": look, "epochs": epochs}, place="--runs-dir")
+    if (run / PROMPTS).is_file():
+        return _told(run, classify_again(run, flags))
+    dataset = told[1]
     settings, checkpoints = opening.load_checkpoints(run_checkpoints(run), config=None, sets=(), flags=flags)
     report = (run / "report.html").is_file()
     asked = settings.evaluation if report else for_tables(settings.evaluation)
@@ -130,7 +140,11 @@ def _revealed(run: Path, look: str, flags: Mapping[str, object]) -> RevealedRun:
         output=run,
         pictures=report,
     )
-    return RevealedRun(str(run), str(settings.training.target_domain), done.results.headline.top1["fused"])
+    return _told(run, done.results)
+
+
+def _told(run: Path, results: Results) -> RevealedRun:
+    return RevealedRun(str(run), str(results.target_domain), results.headline.top1["fused"])
 
 
 def _accuracies(run: Path, settings: Settings, dataset: Dataset) -> list[dict[str, object]]:

@@ -100,7 +100,7 @@ def _wants(modality: Modality, encoder: StagedEncoder) -> Wants:
     common = {"kind": modality.kind, "axes": _AXES[modality.kind], "dim": encoder.dim}
     common["pooling"] = type(encoder.stages["pool"]).__name__
     public = PUBLIC.get(modality.encoder)
-    common["licence"] = None if public is None else public.licence
+    common |= {} if public is None else {"licence": public.licence, "pretraining": public.data}
     if modality.kind == "audio":
         front = (("nperseg", modality.nperseg), ("noverlap", modality.noverlap), ("log_floor", modality.log_floor))
         told = {"front_end": modality.front_end, "front_end_settings": front, "sample_rate": modality.sample_rate}
@@ -131,12 +131,15 @@ def passport_of(modality: Modality, encoder: StagedEncoder, *, file: Path | None
     """
     view = probe_tensors(modality)
     network = _without_adapter(encoder)
+    wants, public = _wants(modality, encoder), PUBLIC.get(modality.encoder)
+    if file is None or (public is not None and not public.is_file(file, str(sha256))):  # of other weights
+        wants = replace(wants, pretraining=None)
     output = network(view)[0]
     kept = tuple(float(f"{value:.4g}") for value in output.tolist())
     values = sum(value.numel() for value in network.parameters())
     return Passport(
         encoder=modality.encoder,
-        wants=_wants(modality, encoder),
+        wants=wants,
         file=file and file.name,
         sha256=sha256,
         parameters=values or None,

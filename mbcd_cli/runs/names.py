@@ -13,6 +13,8 @@ from mbcd_cli.files import flatten, read_json
 from mbcd_cli.resolved import method_label
 from mbcd_cli.settings import Settings, role_of
 
+PROMPTS = "prompts.toml"
+"""What a zero-shot row's folder has in place of checkpoints."""
 REPEATED = "'"
 """Ends the label of a checkpoint that is named once more."""
 
@@ -56,6 +58,8 @@ def run_checkpoints(run: Path) -> dict[str, Path]:
         )
     places = {name: run / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
     files = {name: path for name, path in places.items() if path.is_file()}
+    if (run / PROMPTS).is_file():
+        raise RunError(f"{run} is a zero-shot row: nothing of it was trained.", "Name a run of `mbcd train`.")
     if not files:
         raise RunError(f"Run {run} has no checkpoint yet.", "Go on with `mbcd train ... --resume`.")
     return files

@@ -27,6 +27,7 @@ class _For:
 ForWeights = Annotated[_Value, _For("weights")]
 ForCache = Annotated[_Value, _For("cache")]
 ForMachine = Annotated[_Value, _For("machine")]
+ForReport = Annotated[_Value, _For("report")]
 
 
 class Slice(BaseModel):

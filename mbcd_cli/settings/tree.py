@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 
 from mbcd_cli.naming import modality_faults, name_faults
 from mbcd_cli.settings.ranges import AROUND, Range
-from mbcd_cli.settings.roles import ForCache, ForMachine, ForWeights, Role, Slice, field_role
+from mbcd_cli.settings.roles import ForCache, ForMachine, ForReport, ForWeights, Role, Slice, field_role
 
 
 def _split_commas(value: object) -> object:
@@ -133,6 +133,8 @@ class ModalitySettings(Slice):
     """Checkpoint file for the encoder, relative to `--weights-dir`; none means random weights."""
     weights_sha256: ForWeights[str | None] = None
     """Expected SHA-256 of the weights file, or its beginning; a file that differs is refused."""
+    pretraining: ForReport[str | None] = None
+    """What the weights were trained on, as results tell it; default: what their publisher states, as far as known."""
     width: ForWeights[Count] = 16
     """Channels of the first layer of a small encoder; the others grow from it."""
     encoder_config: ForWeights[str | None] = None
@@ -552,8 +554,11 @@ class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]
 def role_of(path: str) -> Role:
     """What the setting `path` (dotted) is for.
 
-    A setting of one method or of one modality has the role of its group, and an unknown one that of its nearest group.
+    A setting of one method, or of one kind of modality, has the role of its group, an unknown one that of its nearest.
     """
+    group, *rest = path.split(".")
+    if group == "modalities" and rest[1:] and rest[1] in ModalitySettings.model_fields:
+        return field_role(ModalitySettings, rest[1])
     owner: type[Slice] | None = Settings
     role: Role = "weights"
     for key in path.split("."):

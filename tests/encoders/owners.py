@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 _SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-_TEXT = {**_SMALL, "vocab_size": 50, "max_position_embeddings": 8, "bos_token_id": 0, "eos_token_id": 1}
+_TEXT = {**_SMALL, "vocab_size": 50, "max_position_embeddings": 16}
+_TEXT |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+_WORDS = "a video photo of something bright dark sound low high very and the"
 _AS_IT_IS = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
 
 Owner = Callable[[torch.Tensor], torch.Tensor]
@@ -31,6 +33,24 @@ def saved(model: torch.nn.Module, processor: object, folder: Path) -> torch.nn.M
     shaken(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return model
+
+
+def save_tokenizer(folder: Path) -> object:
+    """A tokenizer of a few words, as the folder's own."""
+    import transformers as t
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    special = ["<s>", "</s>", "<pad>", "<unk>"]
+    words = {word: number for number, word in enumerate([*special, *_WORDS.split()])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    names = dict(zip(("bos_token", "eos_token", "pad_token", "unk_token"), special, strict=True))
+    made = t.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=12, **names)
+    made.save_pretrained(folder)
+    return made
 
 
 def _frames(view: torch.Tensor) -> list[list]:
@@ -89,7 +109,9 @@ def vjepa2(folder: Path, *, task: bool = False) -> Owner:
 def clip(folder: Path) -> Owner:
     import transformers as t
 
-    config = t.CLIPConfig(vision_config={**_SMALL, "image_size": 32, "patch_size": 16}, text_config=_TEXT)
+    config = t.CLIPConfig(
+        vision_config={**_SMALL, "image_size": 32, "patch_size": 16}, text_config={**_TEXT, "pad_token_id": 2}
+    )
     processor = t.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     model = saved(t.CLIPModel(config), processor, folder)
     return _each_frame(lambda **x: model.vision_model(**x).pooler_output, processor)
@@ -98,7 +120,9 @@ def clip(folder: Path) -> Owner:
 def siglip(folder: Path) -> Owner:
     import transformers as t
 
-    config = t.SiglipConfig(vision_config={**_SMALL, "image_size": 32, "patch_size": 16}, text_config=_TEXT)
+    config = t.SiglipConfig(
+        vision_config={**_SMALL, "image_size": 32, "patch_size": 16}, text_config={**_TEXT, "pad_token_id": 2}
+    )
     processor = t.SiglipImageProcessor(size={"height": 32, "width": 32})
     model = saved(t.SiglipModel(config), processor, folder)
     return _each_frame(lambda **x: model.vision_model(**x).pooler_output, processor)

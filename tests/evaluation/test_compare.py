@@ -75,7 +75,7 @@ def test_means_spreads_and_averages_by_hand(tmp_path):
     runs, warnings = evaluated.distinct([evaluated.load_run(f) for f in done])
     assert warnings == []
     main, by_head, claims = comparison.compare(runs)
-    assert list(main.columns) == ["method", "D1", "D2", "D3", "average"]
+    assert list(main.columns) == ["method", "D1", "D2", "D3", "average", "pretraining"]
     assert [row[0] for row in main.rows[:2]] == ["erm", "mbcd"]
     for method, cells in rows_of(main).items():
         if method not in METHODS:
@@ -169,7 +169,7 @@ def test_single_source_and_in_domain_runs_have_their_own_tables(tmp_path):
     }
     assert set(tables) == {"single-source", "in-domain"}
     single = tables["single-source"]
-    assert list(single.columns[1:]) == ["animal to human", "human to animal", "average"]
+    assert list(single.columns[1:-1]) == ["animal to human", "human to animal", "average"]
     assert rows_of(single)["mbcd"][-1].value == pytest.approx(55)
     assert rows_of(single)["mbcd"][-1].std is None
     assert "MBCD (paper)" not in rows_of(single), "the paper's average is over six pairs"

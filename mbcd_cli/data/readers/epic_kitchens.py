@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -145,6 +145,42 @@ def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listin
         remedies=_ABSENT_REMEDIES,
         holds="rgb/ (or video/), flow/ and audio/",
     )
+
+
+def narrations(dataset: DatasetSettings, domains: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Verb -> the distinct narrations of its training clips in these domains; no other domain's table is opened.
+
+    Args:
+        dataset: `root` and `reader.splits`.
+
+    Raises:
+        ManifestError: no root, no table, a wrong one, one without narrations, or a verb that has none.
+    """
+    root = root_of(dataset)
+    names = [f"{domain}_train.{end}" for domain in domains for end in ("csv", "pkl")]
+    splits = split_folder(dataset, root, SPLIT_FOLDERS, names)
+    found: dict[str, dict[str, None]] = {verb: {} for verb in VERBS}
+    for domain in domains:
+        path = next((p for end in ("csv", "pkl") if (p := splits / f"{domain}_train.{end}").is_file()), None)
+        if path is None:
+            raise ManifestError(f"{splits}: there is no {domain}_train.csv or .pkl.", "Complete the split folder.")
+        table = read_table(path)
+        if lacking := [name for name in ("narration", "verb_class") if name not in table]:
+            raise ManifestError(
+                f"{path}: it lacks the columns {', '.join(lacking)}.", "Get it from its publisher, or write prompts."
+            )
+        for line, (text, verb) in enumerate(zip(table["narration"], table["verb_class"], strict=True), start=1):
+            label = check_label(str(verb), len(VERBS))
+            if label is None:
+                raise ManifestError(f"{path}, row {line}: verb_class {verb!r} is none.", "Mend the table.")
+            if words := " ".join(str(text).split()):
+                found[VERBS[label]][words] = None
+    if bare := [verb for verb, texts in found.items() if not texts]:
+        raise ManifestError(
+            f"{splits}: the training clips of {', '.join(domains)} have no narration of {', '.join(bare)}.",
+            "Write prompts of your own, for --prompts FILE.",
+        )
+    return {verb: tuple(texts) for verb, texts in found.items()}
 
 
 def _bases(root: Path, splits: Path) -> list[Path]:

@@ -24,7 +24,8 @@ from mbcd_cli.ledger import REVEALED, looks, told
 def compare(runs: Sequence[Run]) -> list[Table]:
     """Every table that `runs` give."""
     runs, sealed = [run for run in runs if not run.sealed], [run for run in runs if run.sealed]
-    tables = [*joint_tables(runs), *main_tables(runs), *modality_tables(runs), *claim_tables(runs)]
+    trained = [run for run in runs if not run.zero_shot]
+    tables = [*joint_tables(trained), *main_tables(runs), *modality_tables(trained), *claim_tables(trained)]
     return [*tables, *sealed_tables(sealed)]
 
 
@@ -113,13 +114,14 @@ def write_comparison_files(
     """
     opened = [run for run in runs if not run.sealed]
     bars = {table.title: plots.plot_methods(table, output / f"{table.name}.png") for table in main_tables(opened)}
-    for one in rankings(opened):
+    trained = [run for run in opened if not run.zero_shot]
+    for one in rankings(trained):
         chance = "" if one.p < ALPHA else ", not more than chance gives"
         caption = f"{one.title} (Friedman p {one.p:.2g}{chance})"
         bars[caption] = plots.plot_ranks(one.ranks, one.critical, output / f"{one.name}.png", title=one.title)
     bars |= pictures or {}
     files = {}
-    if found := selected(opened, left_out):
+    if found := selected(trained, left_out):
         tables = [*tables, *selection_tables(found)]
         regrets: dict[str, list[float]] = {}
         for one in found:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from mbcd_cli import checksums
 from mbcd_cli.errors import FOREIGN, RunError
-from mbcd_cli.evaluation.report.results import RESULTS_FORMAT, read_results
+from mbcd_cli.evaluation.report.results import RESULTS_FORMAT, pretraining_words, read_results
 from mbcd_cli.resolved import PUBLISHED
 from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.scoring.clip_sets import TARGET
@@ -20,6 +20,8 @@ from mbcd_cli.scoring.deployed import deployed_checkpoint
 _VARIED = ("training.seed", "training.target_domain", "training.source_domains", "dataset.target_split")
 """Settings in which the runs of one method and table may differ."""
 
+ZERO_SHOT = "zero-shot"
+"""Stands for the model in results of what nothing was trained for."""
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -35,6 +37,7 @@ class Run:
         in_domain: fused top-1 (%) on the sources' test split, None when not measured.
         provenance: versions, weights and caches behind the figures: what -> value.
         settings: what the weights depend on, dotted name -> value, and the cache of every modality.
+        zero_shot: nothing was trained on the sources.
     """
 
     path: Path
@@ -48,6 +51,12 @@ class Run:
     in_domain: float | None
     provenance: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
+    zero_shot: bool = False
+
+    @property
+    def pretraining(self) -> str:
+        """The data that its encoders' weights were trained on, as far as known."""
+        return pretraining_words(self.modalities, self.provenance)
 
     @property
     def sealed(self) -> bool:
@@ -132,6 +141,7 @@ def run_of_results(folder: Path, results: Mapping[str, Any]) -> Run:
         in_domain=None if in_domain is None else 100 * float(in_domain["fused"]["top1"]),
         provenance=_named_texts(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
         settings=_named_texts({**results["settings"], **{f"{m} cache": f for m, f in results["fingerprints"].items()}}),
+        zero_shot=headline["model"] == ZERO_SHOT,
     )
 
 

@@ -118,10 +118,11 @@ def plot_methods(table: Table, path: Path) -> Path:
     Papers' rows are hatched; those of which only the average is known are left out.
     """
     rows = [row for row in table.rows if not is_published(str(row[0])) or _whole(row)]
-    groups, columns = len(rows), list(table.columns[1:])
+    figures = [i for i in range(1, len(table.columns)) if any(isinstance(row[i], Score) for row in rows)]
+    groups, columns = len(rows), [table.columns[i] for i in figures]
     fig, ax = figure(size=(float(np.clip(3 + 0.3 * groups * len(columns), 6.4, 18)), 4.0))
     for index, row in enumerate(rows):
-        cells = [cell if isinstance(cell, Score) else Score(None) for cell in row[1:]]
+        cells = [row[i] for i in figures]
         heights = [np.nan if c.value is None else c.value for c in cells]
         spread = [np.nan if c.std is None else c.std for c in cells]  # no bar where there is one seed
         _bars(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from mbcd_cli.settings import Settings, role_of
 
 RESULTS_FORMAT = 2
 """Version of the layout of results.json."""
+_PRETRAINING = " pretraining"
+"""Ends the name of what is told of a modality's pretraining in `provenance`."""
 
 
 SetFigures = dict[str, dict[str, HeadFigures]]
@@ -172,10 +175,30 @@ def provenance(dataset: Dataset, checkpoints: Mapping[str, Checkpoint], device: 
         versions[f"{name} weights, sha256"] = weights_sha256(checkpoint)
     for name, fingerprint in dataset.fingerprints.items():
         versions[f"{name} cache"] = fingerprint
+    versions |= {f"{name}{_PRETRAINING}": data for name, data in pretraining_of(dataset).items()}
     for name, cache in dataset.caches.items():
         for key, value in cache.provenance.items():
             versions[f"{name} cache, {key.replace('_', ' ')}"] = str(value)
     return versions
+
+
+def pretraining_of(dataset: Dataset) -> dict[str, str]:
+    """Modality -> the data that its encoder's weights were trained on; `none`, or `unknown`, where that is so."""
+    told = {}
+    for name, modality in dataset.modalities.items():
+        cache = dataset.caches.get(name)
+        passport = json.loads(cache.passport) if cache is not None and cache.passport else {}
+        known = "none" if passport.get("sha256") is None else passport["wants"].get("pretraining") or "unknown"
+        told[name] = modality.pretraining or known
+    return told
+
+
+def pretraining_words(modalities: Sequence[str], provenance: Mapping[str, str]) -> str:
+    """What `provenance` tells of these modalities' pretraining, said once where it is all the same."""
+    told = {name: provenance.get(f"{name}{_PRETRAINING}", "unknown") for name in modalities}
+    if len(set(told.values())) == 1:
+        return next(iter(told.values()))
+    return "; ".join(f"{name} {data}" for name, data in told.items())
 
 
 def read_results(path: Path) -> dict[str, Any]:

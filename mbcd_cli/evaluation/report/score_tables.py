@@ -137,19 +137,39 @@ def per_setting(
 
 
 def main_tables(runs: Sequence[Run]) -> list[Table]:
-    """One table per dataset, modalities and setting: methods down, targets across, the average last."""
+    """One table per dataset, modalities and setting: methods down, targets across, the average, the pretraining.
+
+    Zero-shot rows stand below the methods of the same setting that read their modality, and are never the best; where
+    there are no such methods they have a table of their own.
+    """
+    trained, zero_shot = [run for run in runs if not run.zero_shot], [run for run in runs if run.zero_shot]
+
+    def beside(one: Run, run: Run) -> bool:
+        return (one.dataset, one.setting) == (run.dataset, run.setting) and {*one.modalities} <= {*run.modalities}
 
     def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
         first = group[0]
         columns = _columns(group, first.dataset)
-        rows: TableRows = []
-        for method, of_method in by_method(group):
-            cells = [Score.over([r.heads["fused"] for r in of_method if r.column == column]) for column in columns]
-            rows.append([method, *cells, averages(of_method, columns)])
-        published = _published(first.setting, first.dataset, first.modalities, columns, ablations=True)
-        return marked(rows) + published, ["method", *columns, "average"], _seeds(group)
 
-    return per_setting(runs, "", "top-1 accuracy (%)", fill)
+        def rows_of(some: Sequence[Run]) -> TableRows:
+            rows: TableRows = []
+            for method, of_method in by_method(some):
+                cells = [Score.over([r.heads["fused"] for r in of_method if r.column == column]) for column in columns]
+                data = " / ".join(dict.fromkeys(run.pretraining for run in of_method))
+                rows.append([method, *cells, averages(of_method, columns), data])
+            return rows
+
+        published = _published(first.setting, first.dataset, first.modalities, columns, ablations=True)
+        unknown = [[*row, ""] for row in published]
+        below = [one for one in zero_shot if beside(one, first) and one.column in columns]
+        plain = [run for run in group if not run.zero_shot]
+        notes = [_seeds(plain)] if plain else []
+        notes += ["Zero-shot rows: nothing was trained on the sources."] if below else []
+        header = ["method", *columns, "average", "pretraining"]
+        return marked(rows_of(plain)) + rows_of(below) + unknown, header, " ".join(notes)
+
+    alone = [one for one in zero_shot if not any(beside(one, run) for run in trained)]
+    return per_setting([*trained, *alone], "", "top-1 accuracy (%)", fill)
 
 
 def modality_tables(runs: Sequence[Run]) -> list[Table]:

@@ -68,6 +68,11 @@ def read_texts(
         raise CheckpointError(
             f"{folder}: a {described.model_type} has no text tower.", f"Take the whole model of {_families()}."
         )
+    if getattr(modality, "frame_pooling", "mean") != "mean":
+        raise SettingsError(
+            f"modalities.{name}.frame_pooling is {modality.frame_pooling}: texts are near means of frames only.",
+            f"Prepare {name} with modalities.{name}.frame_pooling = mean.",
+        )
     model, told = read_model(owner(side.model), folder)
     wrong = [*sorted(told["missing_keys"]), *sorted(key for key, *_ in told["mismatched_keys"])]
     if wrong:

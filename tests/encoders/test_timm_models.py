@@ -29,6 +29,20 @@ def described(folder: Path, name: str, **more: object) -> VideoModality:
 
 
 @pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("resnet18.a1_in1k", "ImageNet-1k"),
+        ("vit_base_patch16_224.augreg2_in21k_ft_in1k", "ImageNet-21k, ImageNet-1k"),
+        ("vit_base_patch16_clip_224.laion2b_ft_in12k_in1k", "LAION-2B, ImageNet-12k, ImageNet-1k"),
+        ("test_vit.r160_in1k", "ImageNet-1k"),
+    ],
+)
+def test_the_pretraining_is_that_of_the_tag(tmp_path, name, data):
+    modality = described(tmp_path, name)
+    assert format_of(modality).wants(modality).pretraining == data
+
+
+@pytest.mark.parametrize(
     ("name", "stages"),
     [
         ("test_vit", ["patch", "block0", "block5", "pool"]),

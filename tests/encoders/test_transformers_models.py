@@ -190,6 +190,24 @@ def test_settings_come_from_the_folder_unless_they_contradict_it(folders):
         described(folders["wav2vec2"][0], "audio", front_end="waveform", samples=9)
 
 
+@pytest.mark.parametrize(
+    ("head", "licence", "data"),
+    [
+        ("license: mit\ndatasets:\n- imagenet-1k\n- owner/sounds\ntags:\n- x", "mit", "imagenet-1k, owner/sounds"),
+        ("datasets: [imagenet-1k, 'kinetics']\nlicense: apache-2.0", "apache-2.0", "imagenet-1k, kinetics"),
+        ("tags:\n- datasets", None, None),
+        (None, None, None),
+    ],
+)
+def test_what_the_card_tells(folders, tmp_path, head, licence, data):
+    shutil.copytree(folders["clip"][0], tmp_path / "clip")
+    text = "" if head is None else f"---\n{head}\n---\n"
+    (tmp_path / "clip/README.md").write_text(f"{text}license: none of the head\ndatasets: none\n")
+    modality = described(tmp_path / "clip", "video")
+    wants = format_of(modality).wants(modality)
+    assert (wants.licence, wants.pretraining) == (licence, data)
+
+
 def test_a_missing_package_is_named(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(SettingsError, match=r"transformers cannot be imported") as caught:

@@ -39,7 +39,8 @@ def write_run(root, *, dataset, modalities, method, target, sources, seed, top1,
         "source_domains": list(sources),
         "seed": seed,
         "headline": {"checkpoint": "best", "model": "teacher", "clips": "target", "top1": heads},
-        "provenance": {"mbcd": "0.1.0", "best weights, sha256": "a1b2c3d4e5f6a7b8", "audio cache": "feedc0ffee12"},
+        "provenance": {"mbcd": "0.1.0", "best weights, sha256": "a1b2c3d4e5f6a7b8", "audio cache": "feedc0ffee12"}
+        | {"audio pretraining": "VGGSound", "flow pretraining": "Kinetics-400"},
         "models": {"best": {"teacher": {"source": {"fused": {"top1": source / 100}}}}},
     }
     write_json(folder / "results.json", results)
@@ -65,7 +66,8 @@ def grid(root, dataset="epic-kitchens", domains=("D1", "D2", "D3"), modalities=(
 
 
 def rows_of(table):
-    return {row[0]: row[1:] for row in table.rows}
+    """First cell -> figures."""
+    return {row[0]: [cell for cell in row[1:] if isinstance(cell, t.Score)] for row in table.rows}
 
 
 def test_means_spreads_and_averages_by_hand(tmp_path):
@@ -77,6 +79,7 @@ def test_means_spreads_and_averages_by_hand(tmp_path):
     main, by_head, claims = comparison.compare(runs)
     assert list(main.columns) == ["method", "D1", "D2", "D3", "average", "pretraining"]
     assert [row[0] for row in main.rows[:2]] == ["erm", "mbcd"]
+    assert [row[-1] for row in main.rows[:3]] == ["audio VGGSound; flow Kinetics-400"] * 2 + [""]
     for method, cells in rows_of(main).items():
         if method not in METHODS:
             continue

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,14 +13,20 @@ from memory import MemoryWeights
 
 from mbcd_cli import console
 from mbcd_cli.cli.evaluate import show_evaluation
+from mbcd_cli.data.modalities.array import ArrayModality
+from mbcd_cli.data.modalities.audio import AudioModality
+from mbcd_cli.data.modalities.modality import Modality
+from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
 from mbcd_cli.evaluation.evaluate import evaluate
+from mbcd_cli.evaluation.report.results import pretraining_words, provenance
 from mbcd_cli.files import read_json, read_records
 from mbcd_cli.json_values import json_values
 from mbcd_cli.model import build_model
 from mbcd_cli.scoring.clip_sets import clip_sets
 from mbcd_cli.scoring.deployed import build_models
 from mbcd_cli.scoring.history import Oracle, accuracy_history
+from mbcd_cli.settings import role_of
 
 CPU = torch.device("cpu")
 
@@ -176,3 +183,27 @@ def test_a_plot_that_fails_costs_no_figures_and_an_interrupt_keeps_the_earlier_r
     assert after.headline == before.headline
     assert any("confusion on target could not be drawn" in w for w in after.warnings)
     assert not list(tmp_path.glob("plots/confusion-*"))
+
+
+def test_results_name_the_pretraining_as_far_as_it_is_known(settings, dataset):
+    sound, video = AudioModality(encoder="audio-resnet18", cut="layer4"), VideoModality(encoder="small-video")
+
+    def told(modality: Modality, **passport: object) -> str:
+        dataset.modalities = {"m": modality}
+        cache = SimpleNamespace(passport=json.dumps(passport) if passport else None, provenance={})
+        dataset.caches = {"m": cache} if passport else {}
+        return provenance(dataset, {}, torch.device("cpu"))["m pretraining"]
+
+    assert told(video) == "none"
+    assert told(sound, sha256=None, wants={"pretraining": None}) == "none"
+    assert told(sound, sha256="0" * 64, wants={"pretraining": None}) == "unknown"
+    assert told(sound, sha256="0" * 64, wants={"pretraining": "VGGSound"}) == "VGGSound"
+    assert told(ArrayModality()) == "unknown", "it may be a model's features"
+    assert told(ArrayModality(pretraining="WebLI")) == "WebLI"
+    # What the user says of it changes neither cache nor run.
+    assert role_of("modalities.m.pretraining") == "report"
+    assert role_of("modalities.m.encoder") == "weights"
+    assert role_of("modalities.m.frames") == role_of("modalities.m.cut") == "cache"
+    words = {"audio pretraining": "VGGSound", "video pretraining": "VGGSound"}
+    assert pretraining_words(["audio", "video"], words) == "VGGSound"
+    assert pretraining_words(["audio", "flow"], words) == "audio VGGSound; flow unknown"

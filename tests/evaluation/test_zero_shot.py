@@ -18,11 +18,11 @@ from mbcd_cli.data.dataset import CachedDataset, open_dataset
 from mbcd_cli.data.readers import epic_kitchens
 from mbcd_cli.encoders.formats import import_optional
 from mbcd_cli.encoders.transformers_families import import_transformers
-from mbcd_cli.evaluation.zero_shot import Prompts, TextHead, narrated, read_prompts, zero_shot_model
+from mbcd_cli.errors import MbcdError
+from mbcd_cli.evaluation.zero_shot import Prompts, TextHead, narrated, read_prompts, text_head, zero_shot_model
 from mbcd_cli.files import read_json, read_records
 from mbcd_cli.integrity import examine
 from mbcd_cli.ledger import looks
-from mbcd_cli.errors import MbcdError
 from mbcd_cli.resolved import resolve
 from mbcd_cli.scoring.predictions import predict
 from mbcd_cli.settings import Settings
@@ -330,6 +330,11 @@ def test_encoders_without_a_text_tower_are_refused(place, tmp_path):
         run("prepare", "manifest", "--root", place / "tiny", "--name", "tiny", *base, *more)
         words_ = ("--dataset", "tiny", "--prompts", place / "prompts.toml", *base, *more)
         assert message in run("zero-shot", *words_, code=1).stderr
+    flags = {"dataset.name": "tiny", "cache.dir": place / "clip-adapter", "cache.weights_dir": place / "weights"}
+    dataset = open_dataset(resolve(flags=flags), name="tiny")
+    dataset.modalities["video"] = dataset.modalities["video"].model_copy(update={"frame_pooling": "max"})
+    with pytest.raises(MbcdError, match="frame_pooling is max"):
+        text_head(resolve(flags=flags), dataset, "video", read_prompts(place / "prompts.toml"), device=CPU)
     assert "no such way" in rows(place, "clip", tmp_path, "--prompts", "x", "--over", "sum", code=2).stderr
     assert "has no narrations" in rows(place, "clip", tmp_path, "--prompts", "narrations", code=1).stderr
     assert "does not exist" in rows(place, "clip", tmp_path, "--prompts", tmp_path / "none.toml", code=1).stderr
@@ -360,7 +365,9 @@ def test_narrations_are_the_sources_alone(tmp_path, monkeypatch):
     assert (list(found.prompts), found.source) == (list(epic_kitchens.VERBS), "narrations")
     with pytest.raises(MbcdError, match=r"there is no D1_train\.csv"):
         prompts("D1", "D2")
-    epic.write_tables(tmp_path, {("D2", "train"): entries["D2", "train"][3:], ("D3", "train"): entries["D3", "test"][3:]})
+    epic.write_tables(
+        tmp_path, {("D2", "train"): entries["D2", "train"][3:], ("D3", "train"): entries["D3", "test"][3:]}
+    )
     with pytest.raises(MbcdError, match="have no narration of take"):
         prompts("D2", "D3")
     bare = "uid,verb_class\n1,0\n"

@@ -240,6 +240,16 @@ def test_published_weights_with_other_means(tmp_path, monkeypatch):
     monkeypatch.setattr(trunk, "checked_sha256", lambda file, expected: "579344248a93e230" * 4)
     video = {"kind": "video", "encoder": "efficientnet-lite0", "cut": "adapter"}
     cache = {"weights_dir": tmp_path}
+
+    def pretraining(**more: object) -> str | None:
+        fitting = {**video, "mean": [127.0] * 3, "std": [128.0] * 3}
+        return passports(validate({"modalities": {"video": fitting}, "cache": cache | more}))["video"].wants.pretraining
+
+    assert pretraining() == "ImageNet-1k"
+    assert pretraining(random_weights=True) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(trunk, "checked_sha256", lambda file, expected: "0" * 64)  # a file of the user's own
+        assert pretraining() is None
     with pytest.raises(CheckpointError) as caught:
         passports(validate({"modalities": {"video": video}, "cache": cache}))
     assert "the weights want mean = (127.0, 127.0, 127.0)" in str(caught.value)

@@ -183,12 +183,16 @@ def provenance(dataset: Dataset, checkpoints: Mapping[str, Checkpoint], device: 
 
 
 def pretraining_of(dataset: Dataset) -> dict[str, str]:
-    """Modality -> the data that its encoder's weights were trained on; `none`, or `unknown`, where that is so."""
+    """Modality -> the data that its encoder's weights were trained on; `none`, or `unknown`, where that is so.
+
+    Of arrays only who made them knows: they may be another model's features.
+    """
     told = {}
     for name, modality in dataset.modalities.items():
         cache = dataset.caches.get(name)
         passport = json.loads(cache.passport) if cache is not None and cache.passport else {}
-        known = "none" if passport.get("sha256") is None else passport["wants"].get("pretraining") or "unknown"
+        prepared = passport.get("sha256") is not None or modality.kind == "array"
+        known = passport.get("wants", {}).get("pretraining") or "unknown" if prepared else "none"
         told[name] = modality.pretraining or known
     return told
 

@@ -116,7 +116,7 @@ class TransformersFormat(EncoderFormat):
 def read_model(
     owner_class: type[nn.Module], folder: Path, *, config: object = None
 ) -> tuple[nn.Module, dict[str, Collection]]:
-    """A model with the weights of a folder, float32, and transformers' `loading_info`: the keys that did not fit.
+    """A model with the weights of a folder, float32, and what transformers tells of keys that did not fit.
 
     Args:
         config: instead of the folder's.

@@ -23,9 +23,9 @@ from mbcd_cli.errors import UsageError
     "cache.weights_dir",
     preset=True,
     examples=(
-        "mbcd zero-shot --preset hac --config clip.toml --prompts prompts.toml",
-        "mbcd zero-shot --dataset hac --modalities video --prompts prompts.toml --over mean",
-        "mbcd zero-shot --preset epic-kitchens --config clip.toml --root EPIC --prompts narrations",
+        "mbcd zero-shot --preset none --config clip.toml --prompts prompts.toml",
+        "mbcd zero-shot --preset none --config clip.toml --prompts prompts.toml --over mean",
+        "mbcd zero-shot --preset none --config clip-of-epic.toml --root EPIC --prompts narrations",
     ),
 )
 def zero_shot(

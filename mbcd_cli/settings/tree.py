@@ -64,7 +64,7 @@ class DatasetSettings(Slice, Generic[AnyReaderSettings]):
     name: str | None = None
     """Name of the dataset in the cache and in run folders; default: the root folder's name."""
     root: ForMachine[Path | None] = None
-    """Folder that holds the dataset; only `prepare` needs it."""
+    """Folder that holds the dataset; only `prepare` and prompts from narrations need it."""
     domains: Names = ()
     """Domains to use, in this order; empty means all that the dataset has."""
     classes: Count | None = None

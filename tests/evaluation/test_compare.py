@@ -24,7 +24,7 @@ from mbcd_cli.paper.rows import is_published
 METHODS = {"erm": 50.0, "mbcd": 60.0}
 
 
-def write_run(root, *, dataset, modalities, method, target, sources, seed, top1, source=80.0):
+def write_run(root, *, dataset, modalities, method, target, sources, seed, top1, source=80.0, model="teacher"):
     folder = root / f"{dataset}-{method}-{target}-{'-'.join(sources)}-{seed}"
     folder.mkdir(parents=True)
     heads = {"fused": top1 / 100, **dict.fromkeys(modalities, (top1 - 5) / 100)}
@@ -38,10 +38,10 @@ def write_run(root, *, dataset, modalities, method, target, sources, seed, top1,
         "target_domain": target,
         "source_domains": list(sources),
         "seed": seed,
-        "headline": {"checkpoint": "best", "model": "teacher", "clips": "target", "top1": heads},
+        "headline": {"checkpoint": "best", "model": model, "clips": "target", "top1": heads},
         "provenance": {"mbcd": "0.1.0", "best weights, sha256": "a1b2c3d4e5f6a7b8", "audio cache": "feedc0ffee12"}
         | {"audio pretraining": "VGGSound", "flow pretraining": "Kinetics-400"},
-        "models": {"best": {"teacher": {"source": {"fused": {"top1": source / 100}}}}},
+        "models": {"best": {model: {"source": {"fused": {"top1": source / 100}}}}},
     }
     write_json(folder / "results.json", results)
     return folder
@@ -112,6 +112,28 @@ def test_the_papers_figures_stand_beside_matching_settings_only(tmp_path):
     # Columns in the paper's order; modalities match whatever their order.
     assert [x.value for x in found["c"]["CMRF (paper)"]] == [78.25, 78.07, 55.61, 70.64]
     assert not any(cell.best for name, cells in found["a"].items() if "paper" in name for cell in cells)
+
+
+def test_zero_shot_rows_stand_below_and_are_never_the_best(tmp_path):
+    grid(tmp_path)
+    for target in ("D1", "D2", "D3", "D4"):
+        common = {"dataset": "epic-kitchens", "method": "zero-shot x", "target": target, "sources": ["a", "b"]}
+        for modalities in (("audio",), ("video",)):
+            write_run(tmp_path / modalities[0], **common, modalities=modalities, seed=0, top1=99, model="zero-shot")
+    done, _ = evaluated.find_runs([str(tmp_path / "**")])
+    runs = [evaluated.load_run(folder) for folder in done]
+    main, alone = score_tables.main_tables(runs)
+    assert list(main.columns[1:-1]) == ["D1", "D2", "D3", "average"]  # not D4, of which no method is told
+    assert [row[0] for row in main.rows][:3] == ["erm", "mbcd", "zero-shot x"]
+    assert [cell.value for cell in rows_of(main)["zero-shot x"]] == [99.0] * 4
+    assert not any(cell.best for cell in rows_of(main)["zero-shot x"])
+    assert all(cell.best for cell in rows_of(main)["mbcd"])
+    assert main.note == (
+        "Mean and standard deviation over 3 seeds. Zero-shot rows: nothing was trained on the sources."
+    )
+    assert (alone.name, len(alone.columns)) == ("epic-kitchens-video-multi-source", 7)
+    assert [row[-1] for row in (main.rows[2], alone.rows[0])] == ["VGGSound", "unknown"]
+    assert not any("zero-shot" in str(row) for table in comparison.compare(runs)[2:] for row in table.rows)
 
 
 def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):

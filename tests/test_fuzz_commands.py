@@ -120,7 +120,8 @@ def odd(tmp_path_factory) -> list[str]:
 def flags_of(name: str) -> list[tuple[bool, object, list[str], bool]]:
     """(whether it is an argument, type, names, whether it is needed) of all that a command takes, but --debug."""
     found = []
-    command = getattr(import_module(f"mbcd_cli.cli.{name}"), name)
+    module = name.replace("-", "_")
+    command = getattr(import_module(f"mbcd_cli.cli.{module}"), module)
     for one in inspect.signature(command.callback).parameters.values():
         kind, declared = typing.get_args(one.annotation)[:2]
         names = [text for text in (declared.default, *(declared.param_decls or ())) if isinstance(text, str)]

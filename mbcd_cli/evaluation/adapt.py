@@ -313,11 +313,12 @@ def adapt(
     if len(runs) == 1:
         return Comparison(runs, warnings, [table], files)
     of_runs: list[Run] = [run_of_results(run, json_values(one.unadapted)) for run, one in done.items()]
-    kept, repeats = distinct(told_apart(of_runs))
+    named, kinds = told_apart(of_runs)
+    kept, repeats = distinct(named)
     rows = {run: one.rows(SOURCE if one.unadapted.target_domain is None else TARGET) for run, one in done.items()}
     first = done[runs[0]]
     tables = adapted_tables(kept, rows, rule=first.rule, mark=table.note)
-    whole = Comparison([run.path for run in kept], [*warnings, *repeats], tables, {})
+    whole = Comparison([run.path for run in kept], [*warnings, *kinds, *repeats], tables, {})
     place = (output or Path("adaptation")) / first.rule
     with folder_aside(place) as aside:
         told = {**json_values(whole), "rule": first.rule, "uses": _USES, "settings": first.settings}

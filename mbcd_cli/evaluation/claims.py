@@ -10,16 +10,16 @@ those of the study. Seeds and recordings are random and crossed; clips are rando
 Clips of one recording, and one seed's runs on several targets, may be correlated in any way; recordings, and different
 seeds, are independent. B estimates the variance that comes of drawing recordings (of the mean over seeds), W that of
 drawing seeds (the variance over seeds of the mean over targets and clips, over S), I the part that is in both: seeds x
-recordings and seeds x clips. The variance of the estimate of d is B + (W - I). W - I is estimated by max(0, W - I S /
-(S - 1)), about right on average where nothing, little or much comes of seeds alone. B is the cluster-robust variance
-of a mean over recordings of unequal size, made unbiased under the correlation within recordings that the data show,
-with the degrees of freedom of Bell and McCaffrey (2002) under that correlation (Imbens and Kolesar 2016).
+recordings and seeds x clips. The variance of the estimate of d is V = max(0, B - I) + W. B is the cluster-robust
+variance of a mean over recordings of unequal size, made unbiased under the correlation within recordings that the data
+show, with the degrees of freedom of Bell and McCaffrey (2002) under that correlation (Imbens and Kolesar 2016);
+Satterthwaite's rule adds those of the targets up.
 
-The interval is one of Student's t. Its degrees of freedom f are Satterthwaite's f' for B + (W - I), with the
-estimates' squares made unbiased (v^2 / (n + 2), and 2 less in the end), drawn towards the S - 1 of the seeds by w, W's
-share of the variance: 1 / f = (1 - w) / f' + w / (S - 1). Without that, two degrees of freedom that make up most of
-the variance cover 92 % where 95 % are meant. A percentile bootstrap over seeds and recordings does none of this and
-covers less still: `tests/benchmarks/power_simulation.py` measures both.
+The interval is one of Student's t. Its degrees of freedom f are those of both parts, n of each, by their shares of V:
+1 / f is the sum of share^k / n with k = 2 - 2 / n, 1 at the least. Satterthwaite has k = 2, which is right of large n;
+with the two degrees of freedom of three seeds it covers 91 % where 95 % are meant, since W is then too small just where
+f comes out large. Cochran and Cox (1950) weigh quantiles by shares instead, which covers up to 98 %. A percentile
+bootstrap over seeds and recordings covers less than either: `tests/benchmarks/power_simulation.py` measures it.
 
 Letters: T targets, S seeds, N clips and G recordings of a target, M methods, K comparisons.
 """
@@ -174,31 +174,30 @@ def correlation_within(values: np.ndarray, recording: np.ndarray, sizes: np.ndar
 def method_difference(targets: Sequence[TargetOutcomes]) -> Difference:
     """The difference of two methods over T targets (of the same S seeds, two at least), as the model has it."""
     measured = [_measured(target) for target in targets]
-    of_seeds, scale = np.mean([one.means for one in measured], axis=0), len(targets) ** -2
-    between = [scale * one.between for one in measured]
-    seeds = float(of_seeds.var(ddof=1)) / len(of_seeds)
-    mixed = scale * sum(one.mixed for one in measured)
-    excess = max(seeds - mixed * len(of_seeds) / (len(of_seeds) - 1), 0.0)
-    total = sum(between) + excess
-    freedom = freedom_of(between, [one.freedom for one in measured], excess, len(of_seeds) - 1, min(seeds, total))
-    return Difference(float(of_seeds.mean()), total, freedom)
+    means, scale = np.mean([one.means for one in measured], axis=0), len(targets) ** -2
+    between, mixed = [scale * one.between for one in measured], scale * sum(one.mixed for one in measured)
+    of_seeds = float(means.var(ddof=1)) / len(means)
+    freedoms = [one.freedom for one in measured]
+    return Difference(float(means.mean()), *variance_of(between, freedoms, mixed, of_seeds, len(means) - 1))
 
 
-def freedom_of(
-    between: Sequence[float], freedoms: Sequence[float], excess: float, seeds: float, shared: float
-) -> float:
-    """Degrees of freedom of the sum of every target's B and of W - I (`excess`), of `seeds` degrees of freedom.
+def variance_of(
+    between: Sequence[float], freedoms: Sequence[float], mixed: float, of_seeds: float, seeds: float
+) -> tuple[float, float]:
+    """V of the model and its degrees of freedom.
 
     Args:
-        shared: W, as far as it is a part of the sum.
+        between: every target's share of B, with its `freedoms`. mixed: I. of_seeds: W, of `seeds` degrees of freedom.
     """
-    parts = [(part, n) for part, n in [*zip(between, freedoms, strict=True), (excess, seeds)] if part > 0]
-    if not parts:
-        return MOST
-    total = sum(part for part, _ in parts)
-    freedom = max(total**2 / sum(part**2 / (n + 2) for part, n in parts) - 2, min(n for _, n in parts))
-    share = shared / total if excess > 0 else 0.0
-    return 1 / ((1 - share) / freedom + share / seeds)
+    recordings = sum(between)
+    total = max(0.0, recordings - mixed) + of_seeds
+    if total <= 0:
+        return 0.0, MOST
+    squares = sum(part**2 / n for part, n in zip(between, freedoms, strict=True) if part > 0)
+    parts = [(of_seeds, seeds), (recordings, min(recordings**2 / squares, MOST) if squares > 0 else MOST)]
+    inverse = sum(min(part / total, 1) ** max(2 - 2 / n, 1) / n for part, n in parts)
+    # Both shares are near 1 where all of the variance is in both.
+    return total, max(1 / inverse, min(n for _, n in parts))
 
 
 def in_new_domains(targets: Sequence[TargetOutcomes]) -> Difference:

@@ -23,9 +23,9 @@ from mbcd_cli.evaluation.claims import (
     RECORDINGS,
     SEEDS,
     correlation_within,
-    freedom_of,
     recordings_variance,
     smallest_difference,
+    variance_of,
 )
 from mbcd_cli.evaluation.report.claim_tables import Tested, outcomes_of
 from mbcd_cli.evaluation.report.evaluated import by_method, find_runs, load_run, told_apart
@@ -204,8 +204,7 @@ def _of_targets(
         between = [scale * (lasting + fleeting / count) * one for one in whole]
         mixed = scale * sum(whole) * fleeting / count
         of_seeds = max(2 * assumed.seed_spread**2 / len(sizes) / count, mixed)
-        excess, total = of_seeds - mixed, sum(between) + of_seeds - mixed
-        freedom = freedom_of(between, freedoms, excess, min(count - 1, MOST), min(of_seeds, total))
+        total, freedom = variance_of(between, freedoms, mixed, of_seeds, min(count - 1, MOST))
         return smallest_difference(total, freedom, ALPHA / comparisons)
 
     found = {f"{count:g}": smallest(count) for count in (*seeds, float("inf"))}
@@ -237,7 +236,7 @@ def measured_assumptions(patterns: Sequence[str]) -> dict[str, float]:
     Raises:
         RunError: no two methods with two seeds each on one target.
     """
-    runs = [run for run in told_apart([load_run(f) for f in find_runs(patterns)[0]]) if not run.sealed]
+    runs = [run for run in told_apart([load_run(f) for f in find_runs(patterns)[0]])[0] if not run.sealed]
     found: dict[str, list[float]] = {field.name: [] for field in fields(Assumptions)}
     groups: dict[tuple, list] = {}
     for run in runs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -53,14 +53,30 @@ def test_variance_is_that_of_the_two_way_analysis(sizes):
     """(MS of recordings + MS of seeds - MS of both) / (S G), where all recordings have as many clips."""
     rng = np.random.default_rng(1)
     target = outcomes(rng, 4, sizes)
-    target.differences[0] += 2  # so that seeds are more than chance
+    target.differences[0] += 2  # so that seeds are more than chance, and recordings too
+    target.differences[:, target.recordings == 0] += 2
     cells = np.stack([target.differences[:, target.recordings == g].mean(axis=1) for g in range(len(sizes))], axis=1)
     seeds, groups = cells.shape
     rows, columns = cells.mean(axis=1, keepdims=True), cells.mean(axis=0, keepdims=True)
     rest = ((cells - rows - columns + cells.mean()) ** 2).sum() / (seeds - 1) / (groups - 1)
     of_seeds, of_groups = groups * rows.var(ddof=1), seeds * columns.var(ddof=1)
-    shrunk = rest * seeds / (seeds - 1)
-    assert c.method_difference([target]).variance == pytest.approx((of_groups + of_seeds - shrunk) / (seeds * groups))
+    assert c.method_difference([target]).variance == pytest.approx((of_groups + of_seeds - rest) / (seeds * groups))
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_intervals_hold_whatever_share_of_the_variance_comes_of_seeds(seeds):
+    """Of normal effects and endlessly many clips: B is known, I is 1, W times (S - 1) is (1 + rho) chi-squared.
+
+    Satterthwaite's rule for B + (W - I) covers 90 % where B is 1 and rho is 2.
+    """
+    drawn = stats.chi2.ppf((np.arange(400) + 0.5) / 400, seeds - 1) / (seeds - 1)
+    for between, rho in product((1.0, 1.5, 3.0, 10.0), (0.0, 0.5, 2.0, 8.0, 32.0)):
+        halves = [
+            c.Difference(0, *c.variance_of([between], [c.MOST], 1.0, (1 + rho) * w, seeds - 1)).interval()[1]
+            for w in drawn
+        ]
+        covered = 2 * stats.norm.cdf(np.array(halves) / np.sqrt(between + rho)) - 1
+        assert 0.94 <= covered.mean() <= 0.965, (between, rho)
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=8), st.floats(0, 1))

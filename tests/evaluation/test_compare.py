@@ -348,11 +348,48 @@ def test_runs_with_other_settings_are_no_seeds_of_one_another(tmp_path):
     folders = [write_run(tmp_path / str(n), **about, seed=n % 2, top1=50 + n) for n in range(3)]
     change(folders[1], settings={"optimizer.lr": "0.1", "training.seed": "1"})
     change(folders[2], fingerprints={"audio": "other"})
-    runs, warnings = evaluated.distinct(evaluated.told_apart([evaluated.load_run(f) for f in folders]))
+    named, kinds = evaluated.told_apart([evaluated.load_run(f) for f in folders])
+    runs, warnings = evaluated.distinct(named)
     assert not warnings
     names = {run.path: run.method for run in runs}
     assert names[folders[1]] == "erm (lr 0.1, audio cache feedc0ffee12)"
     assert len(set(names.values())) == 3
+    assert len(kinds) == 1
+    assert "3 runs of erm are of 3 kinds that are not averaged (lr, audio cache)" in kinds[0]
+
+
+def names_of(folders):
+    return [run.method for run in evaluated.told_apart([evaluated.load_run(f) for f in folders])[0]]
+
+
+def test_runs_without_a_source_of_the_others_are_rows_of_their_own(tmp_path):
+    """Leaving one source out of four domains gives multi-source runs on targets that others have too."""
+    about = {"dataset": "pets", "modalities": ("audio",), "method": "erm", "seed": 0, "top1": 50}
+    folders = [
+        write_run(tmp_path / str(n), **about, target=target, sources=sources)
+        for n, (target, sources) in enumerate([("c", "abd"), ("d", "abc"), ("c", "ab"), ("a", "d")])
+    ]
+    assert names_of(folders) == ["erm", "erm", "erm (without d)", "erm"]
+
+
+def test_runs_tested_on_other_clips_or_by_another_checkpoint_are_rows_of_their_own(tmp_path):
+    about = {"dataset": "pets", "modalities": ("audio",), "target": "c", "sources": ["a", "b"], "top1": 50}
+    folders = [
+        write_run(tmp_path / str(n), **about, method=method, seed=n) for n, method in enumerate(["erm", "erm", "mbcd"])
+    ]
+    assert names_of(folders) == ["erm", "erm", "mbcd"]
+    told = json.loads((folders[1] / "results.json").read_text())
+    change(folders[1], headline={**told["headline"], "checkpoint": "last"}, models={"last": told["models"]["best"]})
+    assert names_of(folders) == ["erm (checkpoint best)", "erm (checkpoint last)", "mbcd"]
+    change(folders[2], settings={"dataset.target_split": "all"})
+    assert names_of(folders[::2]) == ["erm (target_split unset)", "mbcd (target_split all)"]
+
+
+def test_settings_of_one_last_name_keep_the_rest(tmp_path):
+    about = {"dataset": "pets", "modalities": ("audio",), "method": "erm", "target": "c", "sources": ["a", "b"]}
+    folders = [write_run(tmp_path / str(n), **about, seed=n, top1=50) for n in range(2)]
+    change(folders[1], settings={"a.noise": "1", "b.noise": "2", "optimizer.lr": "0.0001"})
+    assert names_of(folders)[1] == "erm (a.noise 1, b.noise 2)"
 
 
 def test_results_of_other_weights_than_the_deployed_ones_are_refused(tmp_path):

@@ -53,8 +53,11 @@ def compare_runs(patterns: Sequence[str], *, output: Path) -> Comparison:
     notes = [f"{folder} is not evaluated: left out. Run `mbcd evaluate --run {folder}`." for folder in waiting]
     if not done:
         raise RunError(notes[0], "Evaluate the runs first.")
-    runs, repeats = distinct(told_apart(_loaded(done, notes)))
-    return write_comparison_files(runs, compare(runs), notes=[*notes, *repeats], output=output, title="Runs compared")
+    named, kinds = told_apart(_loaded(done, notes))
+    runs, repeats = distinct(named)
+    return write_comparison_files(
+        runs, compare(runs), notes=[*notes, *kinds, *repeats], output=output, title="Runs compared"
+    )
 
 
 def _loaded(folders: Sequence[Path], notes: list[str]) -> list[Run]:

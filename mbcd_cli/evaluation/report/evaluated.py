@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
@@ -17,8 +18,10 @@ from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.scoring.clip_sets import TARGET
 from mbcd_cli.scoring.deployed import deployed_checkpoint
 
-_VARIED = ("training.seed", "training.target_domain", "training.source_domains", "dataset.target_split")
+_VARIED = ("training.seed", "training.target_domain", "training.source_domains")
 """Settings in which the runs of one method and table may differ."""
+_TESTED = "dataset.target_split"
+"""The setting in which no two runs of one table may differ: it says which clips they are tested on."""
 
 ZERO_SHOT = "zero-shot"
 """Stands for the model in results of what nothing was trained for."""
@@ -36,7 +39,7 @@ class Run:
         heads: head -> top-1 (%) on the target, or in-domain without one; empty while the target is sealed.
         in_domain: fused top-1 (%) on the sources' test split, None when not measured.
         provenance: versions, weights and caches behind the figures: what -> value.
-        settings: what the weights depend on, dotted name -> value, and the cache of every modality.
+        settings: what the weights depend on, dotted name -> value, the cache of every modality, and the checkpoint.
         zero_shot: nothing was trained on the sources.
     """
 
@@ -140,7 +143,13 @@ def run_of_results(folder: Path, results: Mapping[str, Any]) -> Run:
         heads={} if sealed else {head: 100 * float(headline["top1"][head]) for head in ("fused", *names)},
         in_domain=None if in_domain is None else 100 * float(in_domain["fused"]["top1"]),
         provenance=_named_texts(results.get("provenance", {})) | {"checkpoint": headline["checkpoint"]},
-        settings=_named_texts({**results["settings"], **{f"{m} cache": f for m, f in results["fingerprints"].items()}}),
+        settings=_named_texts(
+            {
+                **results["settings"],
+                **{f"{m} cache": fingerprint for m, fingerprint in results["fingerprints"].items()},
+                "checkpoint": headline["checkpoint"],
+            }
+        ),
         zero_shot=headline["model"] == ZERO_SHOT,
     )
 
@@ -181,16 +190,41 @@ def _check_current(folder: Path, told: str, sums: Mapping[str, str]) -> None:
         )
 
 
-def told_apart(runs: Sequence[Run]) -> list[Run]:
-    """`runs`; where those of one method have other settings or caches, what differs stands in the method's name."""
+def told_apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """`runs`, those that are no seeds of one another under names of their own; and a line per method that has several.
+
+    Runs of one method differ where their settings, caches or checkpoints do, runs of one table where they were trained
+    without a source of others, or tested on another split. What differs stands in the method's name.
+    """
     out: list[Run] = []
-    for _, group in grouped(runs, lambda r: (r.dataset, r.modalities, r.setting, r.method)):
-        keys = dict.fromkeys(key for run in group for key in run.settings if key not in _VARIED)
-        differ = [key for key in keys if len({run.settings.get(key) for run in group}) > 1]
-        for run in group:
-            words = ", ".join(f"{key.rpartition('.')[2]} {run.settings.get(key, 'unset')}" for key in differ)
-            out.append(replace(run, method=f"{run.method} ({words})") if words else run)
-    return sorted(out, key=lambda run: run.path)
+    notes = []
+    for (dataset, modalities, setting), table in grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
+        domains = dict.fromkeys(name for run in table for name in (*run.sources, run.target) if name is not None)
+        splits = {run.settings.get(_TESTED) for run in table}
+        for method, group in grouped(table, lambda r: r.method):
+            keys = dict.fromkeys(key for run in group for key in run.settings if key not in (*_VARIED, _TESTED))
+            differ = [key for key in keys if len({run.settings.get(key) for run in group}) > 1]
+            short = _short(differ + [_TESTED] * (len(splits) > 1))
+            names = {}
+            for run in group:
+                words = [f"{name} {run.settings.get(key, 'unset')}" for key, name in short.items()]
+                if setting == "multi-source":
+                    words += [f"without {name}" for name in domains if name not in (*run.sources, run.target)]
+                names[run.path] = f"{method} ({', '.join(words)})" if words else method
+            out += [replace(run, method=names[run.path]) for run in group]
+            if (count := len(set(names.values()))) > 1:
+                why = ", ".join(short.values()) or "sources"
+                notes.append(
+                    f"{dataset}, {'+'.join(modalities)}, {setting}: {len(group)} runs of {method} are of {count} kinds "
+                    f"that are not averaged ({why}). Those of a search stand together with `mbcd sweep --collect`."
+                )
+    return sorted(out, key=lambda run: run.path), notes
+
+
+def _short(keys: Sequence[str]) -> dict[str, str]:
+    """Dotted names -> their last part; more of them where two would be one."""
+    last = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: name if last[name := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
 def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:

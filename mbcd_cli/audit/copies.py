@@ -54,9 +54,9 @@ def find_copies(clips: Clips, name: str, modality: Modality, prints: Sequence[Pr
         prints: of every clip; None where it could not be decoded, or nobody tried.
     """
     telling = [index for index, held in enumerate(prints) if held is not None and len(held.marks)]
-    exact = _sets(telling, lambda index: prints[index].content)
+    exact, told = _sets(telling, lambda index: prints[index].content), {*telling}
     named = same_files(clips, name)
-    found = [_copies(clips, name, "same file", 1.0, rows) for rows in named if not {*rows} <= {*telling}]
+    found = [_copies(clips, name, "same file", 1.0, rows) for rows in named if not {*rows} <= told]
     one_file = {index: rows for rows in named for index in rows}
     for rows in exact.values():
         if len(rows) > 1:
@@ -140,7 +140,7 @@ def candidates(marks: Sequence[np.ndarray], asked: Sequence[np.ndarray], nearnes
     basis = principal(points)
     tree = cKDTree(points @ basis)
     most = min(NEAREST + max(len(rows) for rows in marks), len(points))
-    pairs = np.empty((0, 2), np.int64)
+    found = []
     for at in range(0, len(queries), _TOGETHER):
         some = queries[at : at + _TOGETHER] @ basis
         distances, hits = tree.query(some, k=[*range(1, most + 1)], distance_upper_bound=nearness.reach, workers=-1)
@@ -151,10 +151,9 @@ def candidates(marks: Sequence[np.ndarray], asked: Sequence[np.ndarray], nearnes
         row, hit, asker = row[worth], hit[worth], asker[worth]
         # Of every query the nearest few: `row` ascends, and so do the distances within it.
         rank = np.arange(len(row)) - np.searchsorted(row, row)
-        both = np.stack([asker, owners[hit]], axis=1)[rank < NEAREST]
-        both.sort(axis=1)
-        pairs = np.unique(np.concatenate([pairs, both]), axis=0)
-    return pairs
+        both = np.stack([asker, owners[hit]])[:, rank < NEAREST]
+        found.append(np.unique(both.min(axis=0) * len(marks) + both.max(axis=0)))
+    return np.stack(np.divmod(np.unique(np.concatenate(found)), len(marks)), axis=1)
 
 
 def principal(points: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ from mbcd_cli.runs.names import PROMPTS, run_checkpoints, runs_at
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet, clip_sets
-from mbcd_cli.scoring.deployed import deployed
+from mbcd_cli.scoring.deployed import deployed, evaluated_checkpoints
 from mbcd_cli.scoring.metrics import figures_of_heads
 from mbcd_cli.scoring.predictions import Predictions, autocast
 from mbcd_cli.settings import AdaptSettings, Settings
@@ -298,6 +298,7 @@ def adapt(
     for run in runs:
         files_of_run = run_checkpoints(run)
         settings, dataset, checkpoints = opening.open_checkpoints(files_of_run, config=config, sets=sets, flags=flags)
+        checkpoints = evaluated_checkpoints(settings.evaluation.checkpoints, checkpoints)
         place = (output if output and len(runs) == 1 else run / "adaptation") / settings.adapt.rule
         with folder_aside(place) as aside:  # before the work: it tells whether there is a place
             device = configure(settings.runtime)

@@ -12,6 +12,7 @@ from mbcd_cli.runs import opening
 from mbcd_cli.runs.names import run_checkpoints, run_of
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
+from mbcd_cli.scoring.deployed import evaluated_checkpoints
 
 
 def evaluate_requested(
@@ -48,6 +49,8 @@ def evaluate_requested(
     layers = {"config": config, "sets": sets, "flags": flags}
     if data_root is not None or manifest is not None:
         settings, checkpoints = opening.load_checkpoints(files, **layers)
+        if run is not None:
+            checkpoints = evaluated_checkpoints(settings.evaluation.checkpoints, checkpoints)
         return predict_new(
             settings,
             checkpoints,
@@ -61,7 +64,7 @@ def evaluate_requested(
         )
     settings, dataset, checkpoints = opening.open_checkpoints(files, **layers)
     if run is not None:
-        checkpoints = {name: checkpoints[name] for name in settings.evaluation.checkpoints if name in checkpoints}
+        checkpoints = evaluated_checkpoints(settings.evaluation.checkpoints, checkpoints)
     return evaluate(
         settings,
         dataset,

@@ -25,6 +25,7 @@ from mbcd_cli.runs.names import PROMPTS, run_checkpoints, runs_at, settings_key
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET, clip_sets
+from mbcd_cli.scoring.deployed import evaluated_checkpoints
 from mbcd_cli.settings import Settings
 
 
@@ -134,7 +135,7 @@ def _revealed(run: Path, look: str, flags: Mapping[str, object]) -> RevealedRun:
     done = evaluate(
         settings.model_copy(update={"evaluation": asked}),
         dataset,
-        {name: checkpoints[name] for name in asked.checkpoints if name in checkpoints},
+        evaluated_checkpoints(asked.checkpoints, checkpoints),
         device=configure(settings.runtime),
         run=run,
         output=run,

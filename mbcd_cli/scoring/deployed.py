@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -13,6 +13,9 @@ from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.settings import Settings
 
 StateDict = Mapping[str, torch.Tensor]
+
+
+AnyWeights = TypeVar("AnyWeights")
 
 
 class Weights(Protocol):
@@ -91,6 +94,21 @@ def deployed_checkpoint(names: Iterable[str]) -> str:
     """Which of a run's checkpoints is deployed: best where there is one, else the first, which is the last epoch's."""
     names = list(names)
     return "best" if "best" in names else next(iter(names), "last")
+
+
+def evaluated_checkpoints(asked: Sequence[str], checkpoints: Mapping[str, AnyWeights]) -> dict[str, AnyWeights]:
+    """Those of a run's checkpoints that are evaluated: what is `asked` for (`evaluation.checkpoints`) and there.
+
+    Raises:
+        SettingsError: none is.
+    """
+    chosen = {name: checkpoints[name] for name in asked if name in checkpoints}
+    if not chosen:
+        raise SettingsError(
+            f"evaluation.checkpoints = {', '.join(asked) or 'nothing'}, and the run has {', '.join(checkpoints)}.",
+            "Ask for one that is there.",
+        )
+    return chosen
 
 
 def deployed(checkpoints: Mapping[str, Weights]) -> tuple[str, str]:

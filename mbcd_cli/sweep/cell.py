@@ -22,6 +22,7 @@ from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import open_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
+from mbcd_cli.scoring.deployed import evaluated_checkpoints
 from mbcd_cli.sweep.state import state
 from mbcd_cli.training import train
 
@@ -69,7 +70,7 @@ def _evaluate(folder: Path, *, threads: int, say: Say) -> None:
         flags={"cache.dir": asked.cache.dir, "runtime.device": asked.runtime.device, "runtime.threads": threads},
     )
     settings = settings.model_copy(update={"evaluation": asked.evaluation})
-    wanted = {name: checkpoints[name] for name in settings.evaluation.checkpoints if name in checkpoints}
+    wanted = evaluated_checkpoints(settings.evaluation.checkpoints, checkpoints)
     evaluate.evaluate(
         settings,
         data,

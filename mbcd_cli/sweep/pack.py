@@ -20,6 +20,7 @@ from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runs.opening import load_checkpoints, open_for_training
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
+from mbcd_cli.scoring.deployed import evaluated_checkpoints
 from mbcd_cli.sweep.state import state
 from mbcd_cli.training.together import Outcome, Wanted, train_together
 
@@ -97,7 +98,7 @@ def _evaluate(one: Wanted, dataset: Dataset, say: Say) -> None:
     settings, checkpoints = load_checkpoints(run_checkpoints(one.run), config=None, sets=(), flags={})
     asked = for_tables(one.settings.evaluation)
     settings = settings.model_copy(update={"evaluation": asked, "runtime": one.settings.runtime})
-    chosen = {name: checkpoints[name] for name in settings.evaluation.checkpoints if name in checkpoints}
+    chosen = evaluated_checkpoints(settings.evaluation.checkpoints, checkpoints)
     evaluate(settings, dataset, chosen, device=configure(settings.runtime), run=one.run, output=one.run, pictures=False)
 
 

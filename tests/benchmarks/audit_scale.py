@@ -1,12 +1,18 @@
-"""How the search for near copies grows: prints of N clips that differ, with one near copy in a hundred, in memory.
+"""How an audit grows: seconds and memory for N clips that differ, with one near copy in a hundred.
 
-python tests/benchmarks/audit_scale.py video 1000 10000 100000
+python tests/benchmarks/audit_scale.py video 1000 10000 100000     # prints in memory: the search alone (or: audio)
+python tests/benchmarks/audit_scale.py array 1000 10000 100000     # files: the whole of `mbcd audit`
 """
 
 from __future__ import annotations
 
+import json
+import resource
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,22 +59,57 @@ def noisy(held: Print, rng: np.random.Generator) -> Print:
     return _print(unit(held.marks + rng.normal(0, 0.005, held.marks.shape)))
 
 
+DOMAINS, CLASSES, VALUES = 3, 20, 64
+
+
+def audit_arrays(count: int, root: Path) -> None:
+    """Audit rows of an array file: class and domain move their means, copies are nearly the same row once more."""
+    rng = np.random.default_rng(0)
+    domain, label = rng.integers(DOMAINS, size=count), rng.integers(CLASSES, size=count)
+    means = rng.normal(size=(DOMAINS, 1, VALUES)) + rng.normal(size=(1, CLASSES, VALUES))
+    values = means[domain, label] + rng.normal(size=(count, VALUES))
+    first = np.arange(0, count, 100)
+    values = np.concatenate([values, values[first] + 0.03 * rng.normal(size=(len(first), VALUES))]).astype(np.float32)
+    domain, label = np.append(domain, domain[first]), np.append(label, label[first])
+    np.save(root / "values.npy", values)
+    split = np.where(rng.random(len(values)) < 0.3, "test", "train")
+    lines = [f"c{i},d{domain[i]},{split[i]},{label[i]},values.npy#{i},r{i // 5}\n" for i in range(len(values))]
+    (root / "manifest.csv").write_text("id,domain,split,label,vector,group\n" + "".join(lines))
+    command = [sys.executable, "-m", "mbcd_cli", "audit", "manifest", "--root", str(root), "--json"]
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, used = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = {tuple(one["clips"]) for one in json.loads(done.stdout)["copies"]}
+    copies = {(f"c{index}", f"c{count + at}") for at, index in enumerate(first)}
+    _told("array", count, seconds, found, copies)
+    print(f"    processor {used.ru_utime + used.ru_stime:.1f} s, peak {used.ru_maxrss / 1e6:.2f} GB", flush=True)
+
+
+def _told(kind: str, count: int, seconds: float, found: set, copies: set) -> None:
+    print(
+        f"{kind} {count} clips: {seconds:.1f} s, {len(found & copies)} of {len(copies)} copies found, "
+        f"{len(found - copies)} others",
+        flush=True,
+    )
+
+
 def main() -> None:
     kind = sys.argv[1]
+    if kind == "array":
+        for count in map(int, sys.argv[2:]):
+            with tempfile.TemporaryDirectory() as root:
+                audit_arrays(count, Path(root))
+        return
     list(near_pairs(video_prints(50, np.random.default_rng(0)), default_modality("video")))  # pays for imports
     for count in map(int, sys.argv[2:]):
         rng = np.random.default_rng(0)
         prints = {"video": video_prints, "audio": sound_prints}[kind](count, rng)
         copies = {(index, count + at) for at, index in enumerate(range(0, count, 100))}
         prints += [noisy(prints[index], rng) for index, _ in sorted(copies)]
-        started = time.perf_counter()
+        started, used = time.perf_counter(), time.process_time()
         found = {(a, b) for a, b, _, _ in near_pairs(prints, default_modality(kind))}
-        seconds = time.perf_counter() - started
-        print(
-            f"{kind} {count} clips: {seconds:.1f} s, {len(found & copies)} of {len(copies)} copies found, "
-            f"{len(found - copies)} others, {peak_memory_mb(CPU) / 1e3:.1f} GB",
-            flush=True,
-        )
+        _told(kind, count, time.perf_counter() - started, found, copies)
+        print(f"    processor {time.process_time() - used:.1f} s, peak {peak_memory_mb(CPU) / 1e3:.2f} GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_variance_is_that_of_the_two_way_analysis(sizes):
 def test_intervals_hold_whatever_share_of_the_variance_comes_of_seeds(seeds):
     """Of normal effects and endlessly many clips: B is known, I is 1, W times (S - 1) is (1 + rho) chi-squared.
 
-    Satterthwaite's rule for B + (W - I) covers 90 % where B is 1 and rho is 2.
+    Satterthwaite's rule for B and W - I, made unbiased, covers 90 % where B is 1 and rho is 2.
     """
     drawn = stats.chi2.ppf((np.arange(400) + 0.5) / 400, seeds - 1) / (seeds - 1)
     for between, rho in product((1.0, 1.5, 3.0, 10.0), (0.0, 0.5, 2.0, 8.0, 32.0)):
@@ -253,6 +253,15 @@ def test_runs_that_cannot_be_paired(tmp_path):
     assert rows["ema - erm"]["verdict"] == "cannot be told: no seed of both"
     assert "cannot be read" in note
     assert "mbcd evaluate --run" in note
+
+
+def test_rows_of_other_targets_and_seeds_are_counted_and_not_paired(tmp_path):
+    """As a search leaves them: a configuration for every target."""
+    for method, target in {"erm": "studio", "ema": "studio", "mbcd": "street"}.items():
+        write_tested(tmp_path, method, target, 0, right=20)
+    rows, note = claims_of(tmp_path)
+    assert [*rows] == ["ema - erm"]
+    assert "2 other pairs of rows have no target and seed in common" in note
 
 
 def test_methods_ranked_over_blocks(tmp_path):

@@ -388,7 +388,8 @@ def test_runs_tested_on_other_clips_or_by_another_checkpoint_are_rows_of_their_o
 def test_settings_of_one_last_name_keep_the_rest(tmp_path):
     about = {"dataset": "pets", "modalities": ("audio",), "method": "erm", "target": "c", "sources": ["a", "b"]}
     folders = [write_run(tmp_path / str(n), **about, seed=n, top1=50) for n in range(2)]
-    change(folders[1], settings={"a.noise": "1", "b.noise": "2", "optimizer.lr": "0.0001"})
+    settings = {"a.noise": "1", "b.noise": "2", "optimizer.lr": "0.0001", "dataset.seal_target": "true"}
+    change(folders[1], settings=settings)
     assert names_of(folders)[1] == "erm (a.noise 1, b.noise 2)"
 
 
@@ -406,6 +407,11 @@ def test_results_of_other_weights_than_the_deployed_ones_are_refused(tmp_path):
     change(folder, checkpoints={"best": checksums.checksum(files["last"])})
     with pytest.raises(RunError, match="other weights than the run's best ones"):
         evaluated.load_run(folder)
+    # Evaluated by evaluation.checkpoints = last, as some methods' chassis has it.
+    told = json.loads((folder / "results.json").read_text())
+    last = {"headline": {**told["headline"], "checkpoint": "last"}, "models": {"last": told["models"]["best"]}}
+    change(folder, checkpoints={"last": checksums.checksum(files["last"])}, **last)
+    assert evaluated.load_run(folder).settings["checkpoint"] == "last"
     (inside := folder / "checkpoints" / "epoch-001-evaluation").mkdir()
     (folder / "results.json").rename(inside / "results.json")
     assert evaluated.find_runs([str(tmp_path / "**")])[0] == []

@@ -73,9 +73,12 @@ def claim_tables(runs: Sequence[Run]) -> list[Table]:
 
     def fill(group: list[Run]) -> tuple[TableRows, Sequence[str], str]:
         outcomes = {method: outcomes_of(of_method) for method, of_method in by_method(group)}
+        trained = {method: {(run.column, run.seed) for run in of_method} for method, of_method in by_method(group)}
+        possible = [*combinations(outcomes, 2)]
         pairs = {
             (first, second): _paired(outcomes[first][0], outcomes[second][0])
-            for first, second in combinations(outcomes, 2)
+            for first, second in possible
+            if trained[first] & trained[second]
         }
         told = {pair: method_difference([*targets.values()]) for pair, (targets, why) in pairs.items() if not why}
         corrected = dict(zip(told, holm([claim.p for claim in told.values()]), strict=True))
@@ -95,7 +98,10 @@ def claim_tables(runs: Sequence[Run]) -> list[Table]:
         if not rows:
             return [], (), ""
         columns = ["methods", "points", "95 %", "P", "p", "Holm", "least seen", "new domains", "verdict"]
-        return rows, columns, _claims_note(pairs.values(), {why: None for _, why in outcomes.values() if why})
+        lacking = {why: None for _, why in outcomes.values() if why}
+        if apart := len(possible) - len(pairs):
+            lacking[f"{apart} other pair{'s' * (apart > 1)} of rows have no target and seed in common."] = None
+        return rows, columns, _claims_note(pairs.values(), lacking)
 
     return per_setting(runs, "-claims", "differences of top-1, and what can be claimed", fill)
 

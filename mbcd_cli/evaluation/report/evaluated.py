@@ -16,10 +16,9 @@ from mbcd_cli.evaluation.report.results import RESULTS_FORMAT, pretraining_words
 from mbcd_cli.resolved import PUBLISHED
 from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.scoring.clip_sets import TARGET
-from mbcd_cli.scoring.deployed import deployed_checkpoint
 
-_VARIED = ("training.seed", "training.target_domain", "training.source_domains")
-"""Settings in which the runs of one method and table may differ."""
+_VARIED = ("training.seed", "training.target_domain", "training.source_domains", "dataset.seal_target")
+"""Settings in which the runs of one method and table may differ; sealed ones have tables of their own."""
 _TESTED = "dataset.target_split"
 """The setting in which no two runs of one table may differ: it says which clips they are tested on."""
 
@@ -166,7 +165,7 @@ def _named_texts(values: Mapping[str, object]) -> dict[str, str]:
 
 
 def _check_current(folder: Path, told: str, sums: Mapping[str, str]) -> None:
-    """Refuse results of other weights than those that the run deploys now.
+    """Refuse results of other weights than the run has now.
 
     Args:
         told: the checkpoint that they call deployed. sums: checksum of every checkpoint then.
@@ -178,14 +177,13 @@ def _check_current(folder: Path, told: str, sums: Mapping[str, str]) -> None:
         files = run_checkpoints(folder)
     except RunError:
         return  # results that were copied, or written elsewhere, without the run
-    wanted = deployed_checkpoint(files)
     try:
-        now = checksums.checksum(files[wanted])
+        now = checksums.checksum(files[told]) if told in files else None
     except (OSError, checksums.DamagedError) as error:
-        raise RunError(f"{files[wanted]} cannot be read: {error}.", "`mbcd verify` says what is damaged.") from error
-    if told != wanted or sums.get(wanted) != now:
+        raise RunError(f"{files[told]} cannot be read: {error}.", "`mbcd verify` says what is damaged.") from error
+    if now is None or sums.get(told) != now:
         raise RunError(
-            f"{folder / 'results.json'} is of other weights than the run's {wanted} ones now.",
+            f"{folder / 'results.json'} is of other weights than the run's {told} ones now.",
             f"Run `mbcd evaluate --run {shlex.quote(str(folder))}` again.",
         )
 

@@ -12,7 +12,7 @@ import torch
 
 from mbcd_cli import checksums, console
 from mbcd_cli.cli.evaluate import show_comparison
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.evaluation.report import comparison, evaluated, score_tables
 from mbcd_cli.evaluation.report import tables as t
 from mbcd_cli.evaluation.report.comparison import compare_runs
@@ -20,6 +20,7 @@ from mbcd_cli.files import write_json
 from mbcd_cli.json_values import json_values
 from mbcd_cli.paper.published import PAPER_DATASETS, paper
 from mbcd_cli.paper.rows import is_published
+from mbcd_cli.scoring.deployed import evaluated_checkpoints
 
 METHODS = {"erm": 50.0, "mbcd": 60.0}
 
@@ -391,6 +392,12 @@ def test_settings_of_one_last_name_keep_the_rest(tmp_path):
     settings = {"a.noise": "1", "b.noise": "2", "optimizer.lr": "0.0001", "dataset.seal_target": "true"}
     change(folders[1], settings=settings)
     assert names_of(folders)[1] == "erm (a.noise 1, b.noise 2)"
+
+
+def test_checkpoints_that_are_evaluated_are_those_asked_for_and_there():
+    assert evaluated_checkpoints(("best", "last"), {"last": 1}) == {"last": 1}
+    with pytest.raises(SettingsError, match=r"evaluation.checkpoints = best, and the run has last"):
+        evaluated_checkpoints(("best",), {"last": 1})
 
 
 def test_results_of_other_weights_than_the_deployed_ones_are_refused(tmp_path):

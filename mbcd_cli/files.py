@@ -31,6 +31,8 @@ _FORBIDDEN = {
     errno.EPERM: "this user may not",
 }
 _HOST = re.sub(r"[^\w-]", "-", os.uname().nodename)
+_tidied: set[Path] = set()
+"""Folders in which this process has deleted what the dead left: a folder of 100,000 runs is looked through once."""
 
 
 def unwritable(
@@ -64,14 +66,15 @@ def make_folder(path: Path, *, place: str = "--output") -> None:
 
 
 @contextmanager
-def written(path: Path, **where: str) -> Iterator[Path]:
+def written(path: Path, *, lasting: bool = True, **where: str) -> Iterator[Path]:
     """Where to write a file that appears under its name only when it is complete and on disk.
 
     Until then `path` is what it was before; when the block raises nothing is left behind. Folders are made. What a
-    kill leaves lies beside it as `.NAME.HOST.PID.partial` (see `remove_partial`). A file with a place for its checksum
-    gets it (`checksums.stamp`).
+    kill leaves lies beside it as `.NAME.HOST.PID.partial`; that of processes of this machine that are gone is deleted
+    when a process first writes into a folder. A file with a place for its checksum gets it (`checksums.stamp`).
 
     Args:
+        lasting: whether it has to survive a power cut; what is written anew before it is read need not wait for that.
         where: `place` and `then` of `unwritable`.
 
     Raises:
@@ -80,12 +83,16 @@ def written(path: Path, **where: str) -> Iterator[Path]:
     aside = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_partial(path.parent, of=path.name, ours=_of_the_dead)
+        if (folder := path.parent.absolute()) not in _tidied:
+            _tidied.add(folder)
+            remove_partial(folder, ours=_of_the_dead)
         yield aside
         stamp(aside, path.name)
-        sync(aside)
+        if lasting:
+            sync(aside)
         aside.replace(path)
-        sync(path.parent)
+        if lasting:
+            sync(path.parent)
     except OSError as error:
         if not error.errno:
             raise
@@ -95,9 +102,9 @@ def written(path: Path, **where: str) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, **where: str) -> Path:
+def write_text(path: Path, text: str, *, lasting: bool = True, **where: str) -> Path:
     """`written`, for a text file; returns `path`."""
-    with written(path, **where) as aside:
+    with written(path, lasting=lasting, **where) as aside:
         aside.write_text(text, encoding="utf-8")
     return path
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +144,28 @@ def resolve(*, base: Layer | None = None, preset: str | None = None, **sources: 
         SettingsError: every problem of the merged tree in one message, each with the source of the value.
     """
     layers = layers_of(base=base, preset=preset, **sources)
-    of_preset = (base is not None) + (preset is not None)
+    return settled(layers, lowest=(base is not None) + (preset is not None), chassis=base is None)
+
+
+def settled(layers: Sequence[Layer], *, lowest: int, chassis: bool = True) -> Settings:
+    """The settings that layers give together, the lowest first.
+
+    Args:
+        lowest: how many of them are a run or a preset: what they name as the method is no wish of the user's.
+        chassis: whether the method's published chassis is laid below them, where they ask for it.
+
+    Raises:
+        SettingsError: as `resolve`.
+    """
+    layers = list(layers)
     merged = _merged([layer.values for layer in layers])
     name = _name_at(merged, "method")
-    if base is None and name is not None and _at(merged, "training", "chassis") == "published":
-        chassis = published_settings(name, merged)
-        if not any(_name_at(layer.values, "method") for layer in layers[of_preset:]):
-            layers.insert(of_preset, Layer(f"method {name}", {"method": {"name": name}}))
-        merged = _merged([layer.values for layer in layers], chassis)
-        layers.insert(0, Layer(f"the published chassis of {name}", chassis))
+    if chassis and name is not None and _at(merged, "training", "chassis") == "published":
+        published = published_settings(name, merged)
+        if not any(_name_at(layer.values, "method") for layer in layers[lowest:]):
+            layers.insert(lowest, Layer(f"method {name}", {"method": {"name": name}}))
+        merged = _merged([layer.values for layer in layers], published)
+        layers.insert(0, Layer(f"the published chassis of {name}", published))
     return _with_followed_frames(validate(merged, layers))
 
 
@@ -362,11 +376,17 @@ def method_label(settings: Settings) -> str:
     were changed one by one, and `-published` on the chassis of its authors."""
     name = settings.method.name
     over = over_defaults(name)
-    plain = validate(over)
+    plain = _untouched(name, method_class(name))
     same = _switches(settings.method) == _switches(plain.method) and settings.average.kind == plain.average.kind
     same = same and all(getattr(settings.model, key) == value for key, value in over["model"].items())
     published = settings.training.chassis == "published"
     return short_name(name) + ("" if same else "-custom") + (PUBLISHED if published else "")
+
+
+@cache
+def _untouched(name: str, _: type) -> Settings:
+    """The settings of a method, of this class, that nothing is said of."""
+    return validate(over_defaults(name))
 
 
 def _switches(group: BaseModel) -> dict[str, str | bool]:

@@ -70,8 +70,7 @@ with files.written(Path(sys.argv[1])) as aside:
 """
 
 
-@pytest.mark.parametrize("do", [lambda path: files.write_text(path, "x"), files.delete])
-def test_who_writes_or_deletes_a_file_clears_what_the_dead_left_of_it(tmp_path, do):
+def test_who_writes_clears_what_the_dead_left_in_the_folder_and_who_deletes_what_is_of_the_file(tmp_path, monkeypatch):
     dead = run("")
     dead.wait()
     here = files._HOST
@@ -79,8 +78,17 @@ def test_who_writes_or_deletes_a_file_clears_what_the_dead_left_of_it(tmp_path, 
     others = [tmp_path / f".another.{here}.{dead.pid}.partial", tmp_path / f".file.elsewhere.{dead.pid}.partial"]
     for path in (*left, *others):
         path.touch()
-    do(tmp_path / "file")
+    files.delete(tmp_path / "file")
     assert [path.exists() for path in (*left, *others)] == [False, True, True, True]
+    files.write_text(tmp_path / "file", "x")
+    assert [path.exists() for path in (*left, *others)] == [False, True, False, True]
+    monkeypatch.setattr(files, "remove_partial", None)  # a folder of many runs is looked through once
+    files.write_text(tmp_path / "other", "x")
+
+
+def test_a_file_that_need_not_last_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "sync", None)
+    assert files.write_text(tmp_path / "file", "x", lasting=False).read_text() == "x"
 
 
 def test_a_table_spells_out_names_that_are_no_text(tmp_path):

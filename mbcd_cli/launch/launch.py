@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from mbcd_cli.files import delete
-from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, Piece, Unit, beside, last_lines
+from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, Piece, Unit, beside, forget_failure, last_lines
 
 LAUNCHERS = ("local", "slurm", "ray")
 KILLS = 2
-"""Times that a piece whose process was killed is begun again by one command."""
+"""Times that a piece whose process was killed, or failed without saying why, is begun again by one command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +118,7 @@ def begin(units: Sequence[Unit], *, retry_failed: bool) -> Board:
             if now == "failed" and not retry_failed:
                 board.failed[piece.key] = unit.error(piece)
             elif now == "done":
-                _forget(piece)  # it may have failed after all that it writes was there
+                forget_failure(piece.folder)  # it may have failed after all that it writes was there
                 board.done.append(piece)
             else:
                 board.waiting[piece.key] = piece
@@ -135,7 +134,8 @@ def launch(
 ) -> Board:
     """Run what waits on the board, and return it when nothing does.
 
-    A piece whose process is killed is begun again (it resumes from its checkpoint), `KILLS` times at most. One that
+    A piece whose process ends without saying how is begun again (it resumes from its checkpoint), `KILLS` times at
+    most. One that
     a process of others works on is waited for. SIGTERM and Ctrl-C stop the engine first.
 
     Args:
@@ -155,7 +155,7 @@ def launch(
                 taken = _wanted(board, of_piece, engine.room) if board.waiting else []
                 for unit, left in taken:
                     for piece in left:
-                        _forget(piece)
+                        forget_failure(piece.folder)
                         unit.write(piece)
                     _hand(board, unit, left)
                 if taken:
@@ -178,12 +178,6 @@ def launch(
             board.running = {}
     watch(board)
     return board
-
-
-def _forget(piece: Piece) -> None:
-    """Remove the mark of a failure."""
-    if (mark := beside(piece.folder, "failed")).is_file():
-        delete(mark)
 
 
 @contextmanager
@@ -226,7 +220,7 @@ def _settle(board: Board, end: Ended, piece: Piece, kills: dict[str, int]) -> No
         board.finished += 1
     elif code == BUSY_CODE:
         board.elsewhere[piece.key] = piece
-    elif code == FAILED_CODE:
+    elif code == FAILED_CODE and end.unit.state(piece) == "failed":
         board.failed[piece.key] = end.unit.error(piece)
         board.finished += 1
     elif not end.again:
@@ -238,19 +232,17 @@ def _settle(board: Board, end: Ended, piece: Piece, kills: dict[str, int]) -> No
             return
         how = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         how = f"{how}, {kills[piece.key]} times (out of memory?); {beside(piece.folder, 'log')}"
-        board.failed[piece.key] = end.why or how
+        board.failed[piece.key] = end.why or (end.unit.error(piece) if code == FAILED_CODE else how)
 
 
 def _code_of(end: Ended, piece: Piece) -> int | None:
-    """That of one piece: its folder tells where the process cannot; a stop or a kill is of all."""
+    """That of one piece: its folder tells where the process cannot (one whose lock another process has taken, since it
+    stood still, ends without a word); a stop or a kill is of all."""
     now = end.unit.state(piece)
     if not end.again and now not in ("done", "failed"):
         return None
-    alone = len(end.unit.pieces) == 1
-    if end.code == DONE_CODE or (alone and end.code in (FAILED_CODE, BUSY_CODE)):
-        return end.code
     told = {"done": DONE_CODE, "failed": FAILED_CODE, "running": BUSY_CODE}
-    return told.get(now, -1 if end.code == BUSY_CODE else end.code)
+    return end.code if end.code == DONE_CODE else told.get(now, end.code)
 
 
 def _look_again(board: Board, unit: Unit, piece: Piece) -> None:

@@ -141,12 +141,12 @@ class Slurm:
             return []
         from submitit.slurm.slurm import SlurmJob
 
-        states, shares = queue() or {}, {}
+        states, shares = jobs_left() or set(), {}
         for unit in units:
             with suppress(OSError):
                 job = beside(unit.pieces[0].folder, _JOB).read_text(encoding="utf-8").strip()
                 under_way = any(unit.state(piece) not in ("done", "failed") for piece in unit.pieces)
-                if under_way and job in states and states[job].state not in _ENDED:
+                if under_way and job in states:
                     shares.setdefault(job, []).append(unit)
         self._jobs += [_Job(SlurmJob(self._folder, job), list(share)) for job, share in shares.items()]
         return [unit for share in shares.values() for unit in share]
@@ -213,6 +213,7 @@ class Slurm:
         cancelled, taken = job.state == _CANCELLED, job.state in _TAKEN
         # submitit waits long for a result of which nothing is there.
         error = None if (cancelled or taken) and not told else job.exception()
+        told = job.paths.result_pickle.exists()
         result: dict[str, int] | str = {} if error is not None or not told else job.result()
         if isinstance(result, str):
             self._say.warn(f"{result}; --slurm slurm_exclude=NODE leaves a node out.")
@@ -226,9 +227,22 @@ class Slurm:
             elif taken and code not in _OWN_CODES:
                 yield Ended(unit, None)
             elif error is not None or not told:  # the job itself could not begin, or was killed
-                yield Ended(unit, -9, str(error).strip().splitlines()[-1] if error else "")
+                yield Ended(unit, -9, self._why(job, error))
             else:
                 yield Ended(unit, code)
+
+    def _why(self, job: SubmittedJob, error: Exception | None) -> str:
+        """Why a job has no result, in one line."""
+        if trace := re.search(r"^-{9,}\n(.+)\n-{9,}$", str(error or ""), flags=re.MULTILINE | re.DOTALL):
+            return trace[1].strip().splitlines()[-1]
+        now = getattr(job.watcher, "queue", {}).get(job.job_id)
+        where = f" on node {now.node} ({now.state})" if now is not None and now.node else ""
+        if said := (job.stderr() or "").strip():
+            return f"job {job.job_id} ended without a result{where}: {said.splitlines()[-1].strip()}"
+        return (
+            f"job {job.job_id} ended{where} without a result or a log: that node may not see {self._folder}; "
+            "--slurm slurm_exclude=NODE leaves a node out"
+        )
 
     def running(self) -> Mapping[str, str]:
         if not self._clustered:
@@ -292,6 +306,12 @@ def queue() -> dict[str, Queued] | None:
         told = subprocess.run(_QUEUE, capture_output=True, text=True, timeout=60, check=True).stdout
         return {job: Queued(*more) for job, *more in (line.split("|", 3) for line in told.splitlines())}
     return None
+
+
+def jobs_left() -> set[str] | None:
+    """Numbers of our jobs that will go on, or begin; None where Slurm does not answer, or there is none."""
+    states = queue()
+    return None if states is None else {job for job, queued in states.items() if queued.state not in _ENDED}
 
 
 def job_limit(cluster: str) -> int:

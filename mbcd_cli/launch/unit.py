@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Literal, Protocol
 
-from mbcd_cli.files import read_json, write_json
+from mbcd_cli.files import delete, read_json, write_json
 
 State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
 
@@ -107,6 +107,12 @@ def write_failure(folder: Path, error: Exception, *, place: str = "--runs-dir") 
         "remedy": getattr(error, "remedy", "The log beside it says more."),
     }
     write_json(beside(folder, "failed"), failure, place=place)
+
+
+def forget_failure(folder: Path) -> None:
+    """Remove what `write_failure` left, if anything."""
+    if (mark := beside(folder, "failed")).is_file():
+        delete(mark)
 
 
 def read_failure(folder: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ from mbcd_cli.settings.sources import to_toml
 PART = "mbcd_cli.preparation.launched:serve_part"
 """Takes part in a preparation: (FOLDER, THREADS, JSON of the corruptions and severities)."""
 PLACE = "--cache-dir"
+OLD = 7 * 24 * 3600.0
+"""Seconds after which the folder of a command that never came back is nobody's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,9 @@ def prepare_launched(
         why = next(iter(board.failed.values()))
         raise CacheError(why, f"The logs in {folder} say more.")
     shutil.rmtree(folder, ignore_errors=True)  # the same command from another terminal may have been quicker
+    for other in settings.cache.dir.glob(".crew-*"):
+        if time.time() - other.stat().st_mtime > OLD and not any(map(held, other.glob("*.lock"))):
+            shutil.rmtree(other, ignore_errors=True)
     return prepare(asked, corruptions=corruptions, severities=severities, say=say)
 
 

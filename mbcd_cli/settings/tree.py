@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
@@ -551,6 +551,7 @@ class Settings(Slice, Generic[AnyMethodSettings, AnyModality, AnyReaderSettings]
         return _fit(value, modality_faults)
 
 
+@lru_cache(4096)
 def role_of(path: str) -> Role:
     """What the setting `path` (dotted) is for.
 

@@ -12,8 +12,16 @@ from pathlib import Path
 
 from mbcd_cli.errors import BusyError, MbcdError, StoppedError
 from mbcd_cli.evaluation import evaluate
-from mbcd_cli.files import delete
-from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, known, write_failure
+from mbcd_cli.launch.unit import (
+    BUSY_CODE,
+    DONE_CODE,
+    FAILED_CODE,
+    STOPPED_CODE,
+    beside,
+    forget_failure,
+    known,
+    write_failure,
+)
 from mbcd_cli.launch.warm import end_with_owner, log
 from mbcd_cli.locks import lock
 from mbcd_cli.resolved import load_settings
@@ -46,7 +54,7 @@ def run_cell(folder: Path, *, threads: int, say: Say = SILENT) -> int:
             say(f"error: {error}" if isinstance(error, MbcdError) else traceback.format_exc())
             write_failure(folder, error)
             return FAILED_CODE
-        delete(beside(folder, "failed"))
+        forget_failure(folder)
     return DONE_CODE
 
 

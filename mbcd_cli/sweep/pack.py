@@ -10,8 +10,7 @@ from pathlib import Path
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import MbcdError, StoppedError
 from mbcd_cli.evaluation.evaluate import evaluate, for_tables
-from mbcd_cli.files import delete
-from mbcd_cli.launch.unit import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, known, write_failure
+from mbcd_cli.launch.unit import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, forget_failure, known, write_failure
 from mbcd_cli.launch.warm import end_with_owner, log
 from mbcd_cli.locks import lock
 from mbcd_cli.resolved import load_settings
@@ -46,7 +45,7 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int | None, say: S
                 return
             try:
                 _evaluate(one, dataset, say)
-                delete(beside(one.run, "failed"))
+                forget_failure(one.run)
             except Exception as error:
                 _failed(one.run, error, say)
 

@@ -12,7 +12,7 @@ from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import method_class
 from mbcd_cli.paper.grids import TABLES
 from mbcd_cli.paper.published import paper_domains
-from mbcd_cli.resolved import layers_of, named_dataset, resolve, stated
+from mbcd_cli.resolved import layers_of, named_dataset, settled, stated
 from mbcd_cli.runs.names import run_name
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
@@ -73,21 +73,15 @@ def plan_cells(
     table = TABLES[request.table] if request.table is not None else None
     grid = parse_grid(request.grid)
 
-    said = layers_of(preset=preset, config=config, environ=os.environ, sets=sets)
-    unsaid = request.search is not None and stated(said, "dataset.seal_target") is None
+    said = layers_of(preset=preset, config=config, environ=os.environ)
+    unsaid = request.search is not None and stated([*said, *layers_of(sets=sets)], "dataset.seal_target") is None
     sealed = ["dataset.seal_target=true"] if unsaid else []
 
     def build(method: str, values: Mapping[str, str], cell: Mapping[str, object]) -> Settings:
-        settings = resolve(
-            preset=preset,
-            config=config,
-            environ=os.environ,
-            # The grid's values come last: they are what the cells differ in.
-            sets=[*sealed, *sets, *(f"{key}={value}" for key, value in values.items())],
-            method=method,
-            flags={**flags, **cell},
-        )
-        return named(settings, preset)
+        # The grid's values come last: they are what the cells differ in.
+        assigned = [*sealed, *sets, *(f"{key}={value}" for key, value in values.items())]
+        layers = [*said, *layers_of(method=method, sets=assigned, flags={**flags, **cell})]
+        return named(settled(layers, lowest=preset is not None), preset)
 
     for flag, text in (
         ("--methods", request.methods),

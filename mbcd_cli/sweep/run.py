@@ -60,12 +60,14 @@ class CellUnit:
         return Order(PACK, (str(threads), str(self.width or 0), *folders), log, large=True)
 
     def write(self, piece: Cell) -> None:
-        """Write the settings that the cell's process reads, whole or not at all.
+        """Write the settings that the cell's process reads, whole or not at all; again before each of them begins.
 
         Raises:
             FileError: the folder cannot be written to.
         """
-        write_text(beside(piece.folder, "toml"), to_toml(piece.settings, stamped=True), place="--runs-dir")
+        write_text(
+            beside(piece.folder, "toml"), to_toml(piece.settings, stamped=True), lasting=False, place="--runs-dir"
+        )
 
     def state(self, piece: Cell) -> State:
         """Where the cell stands."""

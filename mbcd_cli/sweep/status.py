@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from mbcd_cli.json_values import OPTIONAL
+from mbcd_cli.launch.slurm import jobs_left
 from mbcd_cli.launch.unit import beside, holder, last_lines, read_failure
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import progress, state
@@ -43,7 +44,8 @@ class SweepStatus:
     """How far a sweep is.
 
     Attributes:
-        total, done: runs. waiting: not begun, or cut off. queued: of those, with a job of Slurm.
+        total, done: runs. waiting: not begun, or cut off. queued: of those, with a job of Slurm (where Slurm cannot be
+            asked from here: with one that was not seen to end).
         per_hour: runs finished, over the last hour. seconds_left: to the end at that rate; None: not known.
     """
 
@@ -66,7 +68,7 @@ def status_of(cells: Sequence[Cell], *, lines: int = 3) -> SweepStatus:
     now, ends, done = time.time(), [], 0
     running: list[RunningRun] = []
     failed: list[FailedRun] = []
-    waiting = queued = 0
+    waiting, jobs = 0, []
     for cell in cells:
         stands = state(cell.folder)
         if stands == "done":
@@ -90,7 +92,10 @@ def status_of(cells: Sequence[Cell], *, lines: int = 3) -> SweepStatus:
             failed.append(FailedRun(cell.name, str(cell.folder), read_failure(cell.folder) or "unknown", log))
         else:
             waiting += 1
-            queued += beside(cell.folder, "job").is_file()
+            with suppress(OSError):
+                jobs.append(beside(cell.folder, "job").read_text(encoding="utf-8").strip())
+    left = jobs_left() if jobs else None  # one of a command that was killed may be long over
+    queued = len(jobs) if left is None else sum(job in left for job in jobs)
     recent = [end for end in ends if end > now - WINDOW]
     # From the end of the one before the first of them, or from the first: n runs end n - 1 times after it.
     before = max((end for end in ends if end <= now - WINDOW), default=None)
@@ -98,6 +103,5 @@ def status_of(cells: Sequence[Cell], *, lines: int = 3) -> SweepStatus:
     if recent and (before is not None or len(recent) > 1):
         since = now - WINDOW if before is not None else min(recent)
         per_hour = 3600.0 * (len(recent) - (before is None)) / max(now - since, 1e-3)
-    left = len(running) + waiting
-    seconds_left = 3600.0 * left / per_hour if per_hour else None
+    seconds_left = 3600.0 * (len(running) + waiting) / per_hour if per_hour else None
     return SweepStatus(len(cells), done, running, waiting, queued, failed, per_hour, seconds_left)

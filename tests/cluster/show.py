@@ -7,7 +7,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import helpers
@@ -21,47 +21,52 @@ import json, sys
 from pathlib import Path
 from sweep_cases import plan_of, units_of
 from mbcd_cli.launch import slurm
+from mbcd_cli.launch.engines import Launching
 from mbcd_cli.launch.launch import begin, launch
-from mbcd_cli.launch.nodes import demand
 from mbcd_cli.sweep import run
 
 run.CELL, slurm._LOOK = "fake_worker:serve", 1.0
 cells = plan_of("hac", runs=Path(sys.argv[1]), targets="human", methods="erm", seeds=sys.argv[2])
-folder = cells[0].folder.parent
-board, options = begin(units_of(cells), retry_failed=False), ["timeout_min=30", "cpus_per_task=1"]
-engine = slurm.Slurm(folder / "submitit", options=options, tasks=4, demands=demand(folder, []))
+board = begin(units_of(cells), retry_failed=False)
+engine = Launching(**json.loads(sys.argv[3])).engine(cells[0].settings, cells[0].folder.parent, sees=[])
 launch(board, engine)
 print(json.dumps([len(board.done), list(board.failed.values())]))
 """
 
 
-def show(runs: Path, count: int, *, trouble: Callable[[random.Random], None]) -> str:
-    """Run `count` units of a fifth of a second, the command killed after a third and two thirds; what it took.
+def show(folder: Path, how: Mapping[str, object], *, trouble: Callable[[random.Random], None]) -> str:
+    """Run `UNITS` units of a fifth of a second, the command killed after a third and two thirds; what it took.
 
     Args:
-        trouble: kills a node, and brings it back; called again and again.
+        how: of `Launching`. trouble: kills a node, and brings it back; called after a random number of units, again and again.
 
     Raises:
-        AssertionError: a unit is lost, failed, or was trained twice to its end.
+        AssertionError: a unit is lost, failed, was trained twice to its end, or to another end than on this machine.
     """
+    runs, count = folder / "runs", int(os.environ.get("UNITS", "2000"))
     rng, began, struck = random.Random(int(os.environ.get("SEED", "0"))), time.monotonic(), 0
     cells = plan_of("hac", runs=runs, targets="human", methods="erm", seeds=str(count))
     cells[0].folder.parent.mkdir(parents=True)
     for cell in cells:
         beside(cell.folder, "say").write_text("wait-0.2 " * 20)
-    words, variables = (runs, count), {"PYTHONPATH": f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}"}
-    kills = [count // 3, 2 * count // 3]
+    words, variables = (runs, count, json.dumps(how)), {"PYTHONPATH": f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}"}
+    kills, blow = [count // 3, 2 * count // 3], 0
     command = helpers.run(_COMMAND, *words, **variables)
     while command.poll() is None:
-        trouble(rng)
-        struck += 1
         done = sum(1 for _ in runs.glob("*/*/results.json"))
-        print(f"{time.monotonic() - began:.0f} s: {done} units done, {struck} nodes died", file=sys.stderr, flush=True)
+        if done >= blow:
+            blow = done + rng.randrange(count // 30, count // 10)
+            trouble(rng)
+            struck += 1
+            print(
+                f"{time.monotonic() - began:.0f} s: {done} units done, {struck} nodes died", file=sys.stderr, flush=True
+            )
         if kills and done >= kills[0]:
             kills.pop(0)
             command.kill()
             command.communicate()
             command = helpers.run(_COMMAND, *words, **variables)
+        time.sleep(0.5)
     said, errors = command.communicate()
     assert command.returncode == 0, errors[-2000:]
     assert not kills, "it was over too soon"
@@ -70,8 +75,15 @@ def show(runs: Path, count: int, *, trouble: Callable[[random.Random], None]) ->
         [len(beside(cell.folder, suffix).read_text().splitlines()) for cell in cells] for suffix in ("calls", "ends")
     )
     assert ends == [1] * count
+    took = time.monotonic() - began
+    words = (folder / "local", count, json.dumps({"jobs": 2}))
+    said, errors = helpers.run(_COMMAND, *words, **variables).communicate()
+    assert json.loads(said.splitlines()[-1]) == [count, []], errors[-2000:]
+    for cell in cells:
+        there = cell.folder / "results.json"
+        assert there.read_bytes() == (folder / "local" / there.relative_to(runs)).read_bytes()
     begun = sum(number > 1 for number in calls)
     return (
-        f"{count} units in {time.monotonic() - began:.0f} s, {struck} times a node died, the command was "
-        f"killed twice; {begun} units were begun more than once, each was trained to its end once"
+        f"{count} units in {took:.0f} s, {struck} times a node died, the command was killed twice; {begun} units were "
+        "begun more than once, each was trained to its end once; all results are those of the local launcher"
     )

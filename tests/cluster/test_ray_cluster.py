@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import helpers
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
+from show import show
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
 
@@ -32,6 +34,17 @@ from mbcd_cli.sweep.state import state
 SWEEP = Path(__file__).resolve().parents[1] / "sweep"
 
 
+def add(cluster, **more):
+    """A node more; Ray gives it 30 s to begin, which is little on a busy machine."""
+    for _ in range(5):
+        try:
+            return cluster.add_node(**{"num_cpus": 1, **more})
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    raise TimeoutError("no node of Ray begins here")
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator:
     with pytest.MonkeyPatch.context() as environ:
@@ -42,11 +55,15 @@ def cluster() -> Iterator:
         environ.setenv("PYTHONPATH", f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}")
         environ.setenv("RAY_USAGE_STATS_ENABLED", "0")
         environ.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
-        quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-        head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
+        quick = {
+            "health_check_initial_delay_ms": 0,
+            "health_check_period_ms": 500,
+            "health_check_failure_threshold": 10,
+        }
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
         three = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
-            three.add_node(num_cpus=1)
+            add(three)
         yield three
         ray.shutdown()
         three.shutdown()
@@ -82,13 +99,13 @@ def test_units_are_run_and_failures_are_told(cluster, cells):
 def test_a_node_that_dies_is_no_failure(cluster, cells):
     """The unit is begun again elsewhere, and what is left of its first process is no second one."""
     beside(cells[0].folder, "say").write_text("slow slow")
-    node, died, places = cluster.add_node(num_cpus=2), [], {}
+    node, died, places = add(cluster, num_cpus=2), [], {}
 
     def watch(board):
         if not died and state(cells[0].folder) == "running":
             died.append(True)
             cluster.remove_node(node, allow_graceful=False)
-            died.append(cluster.add_node(num_cpus=2))
+            died.append(add(cluster, num_cpus=2))
         elif died and len(calls(cells[0])) == 2:
             places.update(board.running)
             beside(cells[0].folder, "go").touch()
@@ -108,7 +125,7 @@ def test_a_node_of_another_version_is_told_by_name_and_left_alone(cluster, cells
     )
     with monkeypatch.context() as environ:
         environ.setenv("PYTHONPATH", f"{tmp_path / 'other'}{os.pathsep}{os.environ['PYTHONPATH']}")
-        node = cluster.add_node(num_cpus=4)
+        node = add(cluster, num_cpus=4)
     said = []
     board = submit(cluster, cells, say=Say(said.append))
     cluster.remove_node(node)
@@ -156,3 +173,18 @@ def test_a_cache_is_prepared(cluster, tmp_path):
     for name, entry in alone.modalities.items():
         assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
     assert len(boards[-1].done) == 2
+
+
+@pytest.mark.stress
+@pytest.mark.timeout(3000)
+def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
+    """All nodes but the head, without which there is no cluster."""
+    nodes = [*cluster.worker_nodes, add(cluster)]
+
+    def trouble(rng):
+        at = rng.randrange(len(nodes))
+        cluster.remove_node(nodes[at], allow_graceful=False)
+        time.sleep(rng.uniform(0.2, 2))
+        nodes[at] = add(cluster)
+
+    print(show(tmp_path, {"launcher": "ray", "ray_address": cluster.address}, trouble=trouble))

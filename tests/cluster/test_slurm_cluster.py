@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import helpers
@@ -22,7 +23,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
 from show import show
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
+from test_sweep_command import cache, cells_of  # noqa: F401
 
+from mbcd_cli.files import read_records
 from mbcd_cli.launch import slurm
 from mbcd_cli.launch.engines import Launching
 from mbcd_cli.launch.launch import begin, launch
@@ -30,9 +33,12 @@ from mbcd_cli.launch.nodes import demand
 from mbcd_cli.launch.unit import beside
 from mbcd_cli.preparation.launched import prepare_launched
 from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.runs.opening import open_for_training
+from mbcd_cli.runtime import configure
 from mbcd_cli.say import Say
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.state import state
+from mbcd_cli.training import train
 
 SWEEP = Path(__file__).resolve().parents[1] / "sweep"
 CONFIGURATION = """
@@ -83,7 +89,8 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[None]:
+def cluster(tmp_path_factory) -> Iterator[dict[str, int]]:
+    """Node -> process of its slurmd, which has mounts of its own."""
     pytest.importorskip("submitit")
     if os.geteuid() or not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged")):
         pytest.skip("no Slurm can be started here (root, slurm-wlm, munge)")
@@ -100,14 +107,14 @@ def cluster(tmp_path_factory) -> Iterator[None]:
         subprocess.run(["runuser", "-u", "munge", "--", "munged"], check=True, timeout=30)
     daemons = [
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"])
+        for command in (["slurmctld", "-D"], *(["unshare", "-m", "slurmd", "-D", "-N", node] for node in ("n1", "n2")))
     ]
     try:
         idle = ["sinfo", "--noheader", "--Node", "--states=idle", "--partition=low", "--format=%n"]
         helpers.until(
             lambda: len(subprocess.run(idle, capture_output=True, check=False).stdout.split()) == 2, daemons[0]
         )
-        yield
+        yield {"n1": daemons[1].pid, "n2": daemons[2].pid}
     finally:
         subprocess.run(["scancel", "--me"], check=False, timeout=30)
         for daemon in reversed(daemons):
@@ -128,9 +135,9 @@ def cells(cluster, tmp_path, monkeypatch):
     return found
 
 
-def submit(cells, *options, watch=lambda board: None, **more):
+def submit(cells, *options, watch=lambda board: None, retry_failed=False, **more):
     folder = cells[0].folder.parent
-    board = begin(units_of(cells), retry_failed=False)
+    board = begin(units_of(cells), retry_failed=retry_failed)
     more.setdefault("demands", demand(folder, []))
     options = ["timeout_min=5", "cpus_per_task=1", *options]
     return launch(board, slurm.Slurm(folder / "submitit", options=options, **more), watch=watch, poll=0.2)
@@ -138,6 +145,15 @@ def submit(cells, *options, watch=lambda board: None, **more):
 
 def job_of(cell) -> str:
     return beside(cell.folder, "job").read_text().strip()
+
+
+@contextmanager
+def mounted(cluster, node: str, *words: object) -> Iterator[None]:
+    """Inside the block the node sees another file system at the place that comes last."""
+    there = ["nsenter", "--mount", "--target", str(cluster[node])]
+    subprocess.run([*there, "mount", *map(str, words)], check=True, timeout=30)
+    yield
+    subprocess.run([*there, "umount", "--lazy", str(words[-1])], check=True, timeout=30)
 
 
 def hurry(cell, *first: str) -> None:
@@ -286,6 +302,53 @@ def test_a_node_without_the_folder_or_of_another_version_is_told_in_one_line(cel
     assert re.search(r"node n[12] does not see the folder .*elsewhere", said[0])
 
 
+def test_a_node_that_alone_does_not_see_the_runs_is_told_by_name(cluster, cells, tmp_path):
+    said, folder = [], cells[0].folder.parent
+    logs = f"folder={tmp_path / 'logs'}"
+    with mounted(cluster, "n2", "-t", "tmpfs", "tmpfs", folder):
+        alone = submit(cells[:1], "slurm_exclude=n1", logs, say=Say(said.append))
+    assert re.search(r"^Warning: node n2 does not see the folder .*hac; --slurm slurm_exclude=NODE", *said)
+    assert list(alone.failed) == [cells[0].key]
+    assert len(submit(cells[:1], "slurm_exclude=n1", logs, retry_failed=True).done) == 1
+
+
+def test_a_node_that_does_not_even_see_the_job_is_told_by_name(cluster, cells):
+    """Nothing of the job can be read or written there."""
+    with mounted(cluster, "n2", "-t", "tmpfs", "tmpfs", cells[0].folder.parent):
+        (why,) = submit(cells[:1], "slurm_exclude=n1").failed.values()
+    assert re.search(r"^job \d+(_0)? ended on node n2 \(FAILED\) without a result or a log: that node may not see", why)
+
+
+def test_a_full_disk_of_one_node_is_told_by_name(cluster, cells, tmp_path):
+    said, folder = [], cells[0].folder.parent
+    demands = demand(folder, [])
+    upper = tmp_path / "upper"
+    upper.mkdir()
+    logs = f"folder={tmp_path / 'logs'}"
+    with mounted(cluster, "n2", "-t", "tmpfs", "-o", "size=16k", "tmpfs", upper):
+        fill = f"mkdir {upper}/u {upper}/w; head -c 1M /dev/zero > {upper}/full"
+        subprocess.run(["nsenter", "-m", "-t", str(cluster["n2"]), "sh", "-c", fill], check=False, timeout=30)
+        layers = f"lowerdir={folder},upperdir={upper}/u,workdir={upper}/w"
+        with mounted(cluster, "n2", "-t", "overlay", "-o", layers, "overlay", folder):
+            board = submit(cells[:1], "slurm_exclude=n1", logs, demands=demands, say=Say(said.append))
+    assert list(board.failed) == [cells[0].key]
+    assert re.search(r"node n2: The disk is full: .*log cannot be written", *said)
+
+
+def test_a_version_that_one_node_alone_has_is_told_by_name(cluster, cells, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "sitecustomize.py").write_text(
+        "from importlib import metadata\nhere = metadata.version\n"
+        "metadata.version = lambda name: '0.1' if name == 'torch' else here(name)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'here'}{os.pathsep}{os.environ['PYTHONPATH']}")
+    said = []
+    with mounted(cluster, "n2", "--bind", tmp_path / "there", tmp_path / "here"):
+        submit(cells[:1], "slurm_exclude=n1", say=Say(said.append))
+    assert re.search(r"node n2 has torch 0\.1, and here it is 2\.", *said)
+
+
 def test_a_cache_is_prepared(cluster, tmp_path):
     root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
     alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
@@ -300,10 +363,44 @@ def test_a_cache_is_prepared(cluster, tmp_path):
     assert slurm.queue()[second].state == "CANCELLED", "nothing was left for it"
 
 
+@pytest.mark.stress  # two processes that import torch, one after the other
+@pytest.mark.timeout(1800)
+def test_a_real_run_writes_its_checkpoint_before_the_time_limit_and_goes_on_from_it(cluster, request, tmp_path):
+    """Slurm's own signal, as it comes before a time limit; the numbers are those of a run that nobody stopped."""
+    prepared = request.getfixturevalue("cache")
+    (cell,) = cells_of(prepared, tmp_path / "runs", methods="mbcd")
+    records, jobs, reached = cell.folder / "metrics.jsonl", set(), []
+
+    def watch(board):
+        if beside(cell.folder, "job").is_file():
+            jobs.add(job_of(cell))
+        if board.running and not reached and len(read_records(records)) >= 1:
+            subprocess.run(["scancel", "--signal=USR2", job_of(cell)], check=True, timeout=30)
+            reached.append(0)
+        elif reached and state(cell.folder) == "interrupted":
+            reached.append(len(read_records(records)))
+            assert (cell.folder / "checkpoints" / "last.pt").is_file()
+            hurry(cell)
+
+    options = ["timeout_min=30", "cpus_per_task=1"]
+    board = launch(
+        begin(units_of([cell]), retry_failed=False),
+        Launching(launcher="slurm", slurm=options).engine(cell.settings, cell.folder.parent, sees=[prepared]),
+        watch=watch,
+        poll=0.1,
+    )
+    assert (len(board.done), board.failed, len(jobs)) == (1, {}, 1)
+    settings, data = open_for_training(cell.settings)
+    configure(settings.runtime.model_copy(update={"threads": 1}))
+    train.train(settings, data, run=tmp_path / "straight", resume=False, overwrite=False)
+    kept, straight = read_records(records), read_records(tmp_path / "straight" / "metrics.jsonl")
+    assert 1 <= reached[1] < len(straight), "it was stopped on its way"
+    assert [(one["epoch"], one["target"]) for one in kept] == [(one["epoch"], one["target"]) for one in straight]
+
+
 @pytest.mark.stress
 def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
     def trouble(rng):
-        time.sleep(rng.uniform(10, 25))  # a job takes some ten seconds to begin
         node = rng.choice(("n1", "n2"))
         control("update", f"nodename={node}", "state=down", "reason=test")
         time.sleep(rng.uniform(0.2, 2))
@@ -313,4 +410,5 @@ def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
                 subprocess.run(["scontrol", "release", job], check=False, timeout=30)
                 begin_now(job)
 
-    print(show(tmp_path / "runs", int(os.environ.get("UNITS", "2000")), trouble=trouble))
+    options = ["timeout_min=30", "cpus_per_task=1"]
+    print(show(tmp_path, {"launcher": "slurm", "slurm_tasks": ARRAY, "slurm": options}, trouble=trouble))

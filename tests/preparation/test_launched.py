@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import helpers
@@ -27,12 +28,15 @@ def test_parts_fill_the_cache_of_one_process(tmp_path):
     (root / "video" / "alpha_0_0.mp4").write_bytes(b"no video")
     alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
     settings, boards, said = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), [], []
+    for name, age in (("old", 8), ("new", 6)):
+        (tmp_path / "two" / f".crew-{name}").mkdir(parents=True)
+        os.utime(tmp_path / "two" / f".crew-{name}", (time.time() - age * 24 * 3600,) * 2)
     shared = prepare_launched(settings, how=Launching(jobs=2), **NOTHING, watch=boards.append, say=Say(said.append))
     assert [bad.clip for bad in shared.rejected] == [bad.clip for bad in alone.rejected] == ["alpha_0_0"]
     for name, entry in alone.modalities.items():
         assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
     assert len(boards[-1].done) == 2
-    assert not list((tmp_path / "two").glob(".crew-*"))
+    assert [left.name for left in (tmp_path / "two").glob(".crew-*")] == [".crew-new"], "a command that is under way"
 
 
 def test_where_nothing_has_changed_no_part_is_begun(tmp_path, monkeypatch):

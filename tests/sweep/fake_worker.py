@@ -1,17 +1,20 @@
 """Stands for what trains a cell: notes that it was called, then does what the file `<folder>.say` asks for, by word.
 
-ok: finish. fail: an error of the user's. kill: die as by the kernel. slow: wait until `<folder>.go` is there. wait-S: S
+ok: finish. fail: an error of the user's. kill: die as by the kernel. quit: end with
+exit code 1, without a word. slow: wait until `<folder>.go` is there. wait-S: S
 seconds of it. alone: as slow, and whatever becomes of its owner. Every call takes the next word; without a word left it
 finishes. It holds the cell's lock as the real one does, and ends with its owner.
 """
 
 import fcntl
+import json
 import os
 import signal
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from mbcd_cli import checksums
 from mbcd_cli.files import write_json
 from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, known
 from mbcd_cli.launch.warm import end_with_owner
@@ -53,6 +56,8 @@ def work(folder: Path, threads: str) -> int:
         word = words[number] if number < len(words) else "ok"
         if word == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if word == "quit":
+            os._exit(FAILED_CODE)
         if word == "fail":
             write_json(Path(f"{folder}.failed"), {"error": "no such clip", "remedy": "add it"})
             return FAILED_CODE
@@ -63,7 +68,7 @@ def work(folder: Path, threads: str) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.toml").write_text("")
         (folder / "done").write_text("{}")
-        (folder / "results.json").write_text("{}")
+        (folder / "results.json").write_text(json.dumps({"of": checksums.of_text(Path(f"{folder}.toml").read_text())}))
         with Path(f"{folder}.ends").open("a") as file:
             file.write("trained to its end\n")
     return DONE_CODE

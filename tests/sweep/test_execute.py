@@ -19,7 +19,7 @@ from mbcd_cli.launch.launch import KILLS, Ended, _settle, begin, launch
 from mbcd_cli.launch.local import Local, threads_per_job
 from mbcd_cli.launch.unit import beside, last_lines, write_failure
 from mbcd_cli.launch.worker import Worker
-from mbcd_cli.locks import held
+from mbcd_cli.locks import held, lock
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.state import state
 
@@ -97,6 +97,19 @@ def test_killed_processes_begin_again_but_not_for_ever(cells):
     assert len(calls(cells[1])) == 1 + KILLS
     assert "killed by signal 9" in board.failed[cells[1].key]
     assert state(cells[1].folder) != "failed", "the next sweep tries it again without being asked"
+
+
+def test_a_process_that_does_not_say_how_it_ended_begins_again_too(cells):
+    """As one does whose lock another process has taken: it had stood still (`locks`)."""
+    say(cells[0], "quit", "ok")
+    say(cells[1], *["quit"] * 9)
+    beside(cells[1].folder, "log").write_text("Error: what came last\n")
+    board = execute(cells[:2])
+    assert (len(calls(cells[0])), len(calls(cells[1]))) == (2, 1 + KILLS)
+    assert board.failed == {cells[1].key: "Error: what came last"}
+    with lock(beside(cells[2].folder, "lock")):
+        _settle(board, Ended(running.CellUnit(cells[2:3]), 1), cells[2], {})
+    assert [*board.elsewhere] == [cells[2].key], "who has taken it goes on"
 
 
 def test_gpus_are_dealt_out_by_slot(cells):
@@ -227,4 +240,4 @@ def test_cells_of_a_population_are_told_by_their_folders(cells):
         _settle(board, Ended(unit, 1), cell, {})
     assert board.done == [cells[0]]
     assert board.failed[cells[1].key] == "no such clip"
-    assert cells[2].key in board.failed
+    assert cells[2].key in board.waiting, "nothing says that it failed"

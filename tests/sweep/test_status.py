@@ -12,6 +12,8 @@ from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
 from mbcd_cli.errors import RunError
+from mbcd_cli.launch import slurm
+from mbcd_cli.launch.slurm import Queued
 from mbcd_cli.launch.unit import beside, known, write_failure
 from mbcd_cli.locks import lock
 from mbcd_cli.sweep.run import SweepOutcome
@@ -28,7 +30,7 @@ def cells(tmp_path):
     return found
 
 
-def test_every_state_is_told_and_nothing_written(cells, tmp_path):
+def test_every_state_is_told_and_nothing_written(cells, tmp_path, monkeypatch):
     for cell, ago in zip(cells[:2], (1800, 600), strict=True):
         finish(cell, top1=0.5)
         os.utime(cell.folder / "results.json", (time.time() - ago,) * 2)
@@ -42,6 +44,12 @@ def test_every_state_is_told_and_nothing_written(cells, tmp_path):
         said = CliRunner().invoke(app, [*WORDS, "--runs-dir", str(tmp_path / "runs")]).output
         told = CliRunner().invoke(app, [*WORDS, "--runs-dir", str(tmp_path / "runs"), "--json"]).stdout
     assert (found.total, found.done, found.waiting, found.queued) == (6, 2, 2, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(slurm, "queue", lambda: {"7_1": Queued("COMPLETED", "n1", ""), "8": Queued("PENDING", "", "")})
+        assert status_of(cells).queued == 0, "that job is over"
+        beside(cells[3].folder, "job").write_text("8\n")
+        assert status_of(cells).queued == 1
+        beside(cells[3].folder, "job").write_text("7_1\n")
     (running,), (failed,) = found.running, found.failed
     assert running.host == os.uname().nodename.partition(".")[0]
     assert 0 <= running.seconds < 60

@@ -135,8 +135,7 @@ def launch(
     """Run what waits on the board, and return it when nothing does.
 
     A piece whose process ends without saying how is begun again (it resumes from its checkpoint), `KILLS` times at
-    most. One that
-    a process of others works on is waited for. SIGTERM and Ctrl-C stop the engine first.
+    most. One that a process of others works on is waited for. SIGTERM and Ctrl-C stop the engine first.
 
     Args:
         watch: called every `poll` seconds, and at the end.

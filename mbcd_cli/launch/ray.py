@@ -68,7 +68,9 @@ class Ray:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Under `uv run` Ray would copy this folder to the nodes and have uv make another environment there.
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-        if address is None:  # some of its servers listen on every address, whatever they are told
+        if address is None:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # 15 otherwise: units have what `local` gives them
+            # Some of its servers listen on every address, whatever they are told.
             os.environ.setdefault("RAY_AUTH_MODE", "token")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         try:

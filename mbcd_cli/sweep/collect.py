@@ -96,12 +96,11 @@ def tables(pairs: Sequence[Pair]) -> list[Table]:
 
 def _axes(pairs: Iterable[Pair]) -> dict[str, list[str]]:
     """Axes of the grid with more than one finished value, in the plan's order."""
-    values: dict[str, list[str]] = {}
+    values: dict[str, dict[str, None]] = {}
     for cell, _ in pairs:
         for key, value in cell.values:
-            if value not in values.setdefault(key, []):
-                values[key].append(value)
-    return {key: several for key, several in values.items() if len(several) > 1}
+            values.setdefault(key, {})[value] = None
+    return {key: [*several] for key, several in values.items() if len(several) > 1}
 
 
 def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
@@ -116,12 +115,14 @@ def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
         short = axis.rsplit(".", 1)[-1]
         for names, group in sorted(groups.items()):
             rows: list[list[str | Score]] = []
-            for label in order_methods(cell.label([axis]) for cell, _ in group):
-                of_label = [(cell, run) for cell, run in group if cell.label([axis]) == label]
-                figures = []
-                for value in values:
-                    runs = [run for cell, run in of_label if dict(cell.values).get(axis) == value]
-                    figures.append(averages(runs, sorted({r.column for r in runs})) if runs else Score(None))
+            by_label: dict[str, dict[str | None, list[Run]]] = {}
+            for cell, run in group:
+                by_label.setdefault(cell.label([axis]), {}).setdefault(dict(cell.values).get(axis), []).append(run)
+            for label in order_methods(by_label):
+                of_value = [by_label[label].get(value, []) for value in values]
+                figures = [
+                    averages(runs, sorted({r.column for r in runs})) if runs else Score(None) for runs in of_value
+                ]
                 rows.append([label, *figures])
             where = ", ".join(names)
             written.append(

@@ -38,7 +38,8 @@ def show(folder: Path, how: Mapping[str, object], *, trouble: Callable[[random.R
     """Run `UNITS` units of a fifth of a second, the command killed after a third and two thirds; what it took.
 
     Args:
-        how: of `Launching`. trouble: kills a node, and brings it back; called after a random number of units, again and again.
+        how: of `Launching`.
+        trouble: kills a node, and brings it back; called again and again, each time a random number of units later.
 
     Raises:
         AssertionError: a unit is lost, failed, was trained twice to its end, or to another end than on this machine.

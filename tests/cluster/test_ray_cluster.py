@@ -59,6 +59,7 @@ def cluster() -> Iterator:
             "health_check_initial_delay_ms": 0,
             "health_check_period_ms": 500,
             "health_check_failure_threshold": 10,
+            "worker_niceness": 0,  # or units get what other work on this machine leaves
         }
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
         three = Cluster(initialize_head=True, head_node_args=head)

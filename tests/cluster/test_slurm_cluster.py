@@ -307,7 +307,7 @@ def test_a_node_that_alone_does_not_see_the_runs_is_told_by_name(cluster, cells,
     logs = f"folder={tmp_path / 'logs'}"
     with mounted(cluster, "n2", "-t", "tmpfs", "tmpfs", folder):
         alone = submit(cells[:1], "slurm_exclude=n1", logs, say=Say(said.append))
-    assert re.search(r"^Warning: node n2 does not see the folder .*hac; --slurm slurm_exclude=NODE", *said)
+    assert re.search(r"^warning: node n2 does not see the folder .*hac; --slurm slurm_exclude=NODE", *said)
     assert list(alone.failed) == [cells[0].key]
     assert len(submit(cells[:1], "slurm_exclude=n1", logs, retry_failed=True).done) == 1
 

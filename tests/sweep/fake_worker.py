@@ -68,7 +68,8 @@ def work(folder: Path, threads: str) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.toml").write_text("")
         (folder / "done").write_text("{}")
-        (folder / "results.json").write_text(json.dumps({"of": checksums.of_text(Path(f"{folder}.toml").read_text())}))
+        told = Path(f"{folder}.toml").read_text() if Path(f"{folder}.toml").exists() else ""
+        (folder / "results.json").write_text(json.dumps({"of": checksums.of_text(told)}))
         with Path(f"{folder}.ends").open("a") as file:
             file.write("trained to its end\n")
     return DONE_CODE

@@ -251,7 +251,10 @@ def order_methods(methods: Iterable[str]) -> list[str]:
 
 def by_method(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """The runs of each method, in the order of tables."""
-    return [(method, [r for r in runs if r.method == method]) for method in order_methods(r.method for r in runs)]
+    of_method: dict[str, list[Run]] = {}
+    for run in runs:
+        of_method.setdefault(run.method, []).append(run)
+    return [(method, of_method[method]) for method in order_methods(of_method)]
 
 
 def grouped(runs: Sequence[Run], key: Callable[[Run], Key]) -> list[tuple[Key, list[Run]]]:

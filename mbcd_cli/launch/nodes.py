@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import xxhash
 
@@ -56,6 +57,11 @@ class Demands:
         """What this machine lacks, in words; empty: nothing."""
         if _said(Path(self.mark)) != self.key:
             return f"does not see the folder {Path(self.mark).parent}"
+        try:
+            with TemporaryFile(dir=Path(self.mark).parent) as file:
+                file.write(bytes(4096))
+        except OSError as error:
+            return f"cannot write into {Path(self.mark).parent}: {os.strerror(error.errno)}"
         for folder in self.folders:
             if not Path(folder).is_dir():
                 return f"does not see the folder {folder}"

@@ -6,7 +6,6 @@ import os
 import socket
 from pathlib import Path
 
-from mbcd_cli.files import unwritable
 from mbcd_cli.launch.nodes import Demands
 from mbcd_cli.launch.unit import STOPPED_CODE, Order
 from mbcd_cli.launch.worker import Worker
@@ -40,11 +39,7 @@ def run_unit(order: Order, threads: int, demands: Demands, leave: str) -> int | 
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
     worker = _WORKERS.setdefault((threads, gpus), Worker(threads=threads, gpu=gpus))
     try:
-        try:
-            worker.begin(order)
-        except OSError as error:
-            why = unwritable(Path(order.log), error).message
-            return ray.get_runtime_context().get_node_id(), socket.gethostname(), f"cannot work: {why}"
+        worker.begin(order)
         # Ray's interrupt is noticed between two lines of Python only, and where workers ignore it not at all.
         while (code := worker.poll(1.0)) is None:
             if Path(leave).exists():

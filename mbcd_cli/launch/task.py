@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mbcd_cli.files import unwritable
 from mbcd_cli.launch.nodes import Demands
 from mbcd_cli.launch.unit import STOPPED_CODE, Order
 from mbcd_cli.launch.worker import PATIENCE, Worker
@@ -34,17 +32,13 @@ class Task:
 
     def __call__(self) -> dict[str, int] | str:
         """Log -> exit code of the orders that were begun; or what the node lacks."""
-        node = f"node {os.environ.get('SLURMD_NODENAME') or socket.gethostname()}"
         if fault := self.demands.fault():
-            return f"{node} {fault}"
+            return f"node {os.environ.get('SLURMD_NODENAME') or socket.gethostname()} {fault}"
         self.worker = Worker(threads=self.threads)
         codes = {}
         for at, order in enumerate(self.orders):
             self.at = at
-            try:
-                codes[order.log] = self.worker.run(order)
-            except OSError as error:
-                return f"{node}: {unwritable(Path(order.log), error).message}"
+            codes[order.log] = self.worker.run(order)
             if codes[order.log] == STOPPED_CODE:
                 break
         self.worker.close()

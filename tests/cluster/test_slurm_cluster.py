@@ -332,7 +332,7 @@ def test_a_full_disk_of_one_node_is_told_by_name(cluster, cells, tmp_path):
         with mounted(cluster, "n2", "-t", "overlay", "-o", layers, "overlay", folder):
             board = submit(cells[:1], "slurm_exclude=n1", logs, demands=demands, say=Say(said.append))
     assert list(board.failed) == [cells[0].key]
-    assert re.search(r"node n2: The disk is full: .*log cannot be written", *said)
+    assert re.search(r"node n2 cannot write into .*hac: No space left on device", *said)
 
 
 def test_a_version_that_one_node_alone_has_is_told_by_name(cluster, cells, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 from sweep_cases import finish, plan_of
 
+from mbcd_cli import resolved
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS
 from mbcd_cli.resolved import resolve
@@ -255,3 +256,12 @@ def test_how_many_train_together_is_auto_off_or_a_number():
     for text in ("0", "-3", "many", "1.5"):
         with pytest.raises(SettingsError, match="neither auto, off nor a number"):
             width_of(text)
+
+
+def test_a_plan_reads_its_preset_and_the_environment_once(monkeypatch):
+    read = []
+    for name in ("load_preset", "environment_layer"):
+        real = getattr(resolved, name)
+        monkeypatch.setattr(resolved, name, lambda *what, real=real, name=name: read.append(name) or real(*what))
+    assert len(plan_of("hac", targets="human", methods="erm", seeds="6")) == 6
+    assert sorted(read) == ["environment_layer", "load_preset"]

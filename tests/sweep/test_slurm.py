@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import pytest
 from sweep_cases import plan_of, units_of
 
 from mbcd_cli.errors import RunError
-from mbcd_cli.launch import slurm
+from mbcd_cli.launch import nodes, slurm
 from mbcd_cli.launch.launch import begin, launch
 from mbcd_cli.launch.nodes import MARK, demand
 from mbcd_cli.launch.task import Task
@@ -190,3 +191,25 @@ def test_without_submitit_the_remedy_is_named(monkeypatch):
     with pytest.raises(RunError, match="not installed") as caught:
         slurm.Slurm(Path(), options=[], demands=None)
     assert "uv sync --group slurm" in caught.value.remedy
+
+
+def test_a_job_without_a_result_is_told_in_one_line(cells):
+    folder = cells[0].folder.parent
+    engine = slurm.Slurm(folder / "submitit", options=["cluster=local"], demands=demand(folder, []))
+    watcher = SimpleNamespace(queue={"7_1": slurm.Queued("FAILED", "n2", "")})
+    job = SimpleNamespace(job_id="7_1", watcher=watcher, stderr=lambda: None)
+    assert "job 7_1 ended on node n2 (FAILED) without a result or a log" in engine._why(job, None)
+    job.stderr = lambda: "one\nslurmstepd: error: out of memory\n"
+    assert engine._why(job, None).endswith("on node n2 (FAILED): slurmstepd: error: out of memory")
+    dashes = "-" * 22
+    error = RuntimeError(
+        f"Job failed with trace:\n{dashes}\nTraceback\nOSError: no\n\n{dashes}\nlogs at paths:\n  - /a"
+    )
+    assert engine._why(job, error) == "OSError: no"
+
+
+def test_a_node_whose_disk_is_full_says_so(cells, monkeypatch):
+    demands = demand(cells[0].folder.parent, [])
+    assert demands.fault() == ""
+    monkeypatch.setattr(nodes, "TemporaryFile", lambda dir: FileIO("/dev/full", "w"))
+    assert demands.fault() == f"cannot write into {cells[0].folder.parent}: No space left on device"

@@ -34,12 +34,20 @@ print(json.dumps([len(board.done), list(board.failed.values())]))
 """
 
 
-def show(folder: Path, how: Mapping[str, object], *, trouble: Callable[[random.Random], None]) -> str:
+def show(
+    folder: Path,
+    how: Mapping[str, object],
+    *,
+    trouble: Callable[[random.Random], None],
+    tend: Callable[[], None] = lambda: None,
+) -> str:
     """Run `UNITS` units of a fifth of a second, the command killed after a third and two thirds; what it took.
 
     Args:
         how: of `Launching`.
         trouble: kills a node, and brings it back; called again and again, each time a random number of units later.
+
+        tend: called every few seconds: does what whoever keeps a cluster does.
 
     Raises:
         AssertionError: a unit is lost, failed, was trained twice to its end, or to another end than on this machine.
@@ -62,12 +70,13 @@ def show(folder: Path, how: Mapping[str, object], *, trouble: Callable[[random.R
             print(
                 f"{time.monotonic() - began:.0f} s: {done} units done, {struck} nodes died", file=sys.stderr, flush=True
             )
+        tend()
         if kills and done >= kills[0]:
             kills.pop(0)
             command.kill()
             command.communicate()
             command = helpers.run(_COMMAND, *words, **variables)
-        time.sleep(0.5)
+        time.sleep(2)
     said, errors = command.communicate()
     assert command.returncode == 0, errors[-2000:]
     assert not kills, "it was over too soon"

@@ -405,10 +405,15 @@ def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
         control("update", f"nodename={node}", "state=down", "reason=test")
         time.sleep(rng.uniform(0.2, 2))
         control("update", f"nodename={node}", "state=resume")
+
+    def tend():
+        for node in ("n1", "n2"):  # one whose processes take long to be killed is drained
+            words = ["scontrol", "update", f"nodename={node}", "state=resume"]
+            subprocess.run(words, check=False, capture_output=True, timeout=30)
         for job, queued in (slurm.queue() or {}).items():
             if queued.state == "PENDING":  # Slurm begins it anew after two minutes, or holds it: now
                 subprocess.run(["scontrol", "release", job], check=False, timeout=30)
                 begin_now(job)
 
     options = ["timeout_min=30", "cpus_per_task=1"]
-    print(show(tmp_path, {"launcher": "slurm", "slurm_tasks": ARRAY, "slurm": options}, trouble=trouble))
+    print(show(tmp_path, {"launcher": "slurm", "slurm_tasks": ARRAY, "slurm": options}, trouble=trouble, tend=tend))

@@ -118,7 +118,7 @@ def tell(what: str, seconds: float, count: int, made: Mapping[str, int] | None =
     print(f"{count:8d}  {what:32s} {1000 * seconds / count:9.3f} ms a cell  {seconds:9.2f} s{counts}", flush=True)
 
 
-def measure(folder: Path, count: int, workers: int, counted: bool) -> None:
+def measure(folder: Path, count: int, workers: int, *, counted: bool, look_only: bool) -> None:
     rates = ",".join(f"{0.001 + 0.0001 * at:.4f}" for at in range(_RATES))
     asked = {"methods": "erm,mbcd", "targets": "all", "grid": (f"optimizer.lr={rates}",)}
     seeds = max(count // (2 * 3 * _RATES), 1)
@@ -136,14 +136,22 @@ def measure(folder: Path, count: int, workers: int, counted: bool) -> None:
     board, seconds = spent(lambda: begin(wanted, retry_failed=False))
     tell("look at what is there: nothing", seconds, count)
     engine = Simulated(workers)
-    _, seconds = spent(lambda: launch(board, engine, poll=0.0), without=lambda: engine.seconds)
-    tell(f"hand out to {workers} workers", seconds, count)
+    if look_only:
+        for cell in cells:
+            cell.folder.mkdir()
+            for name in ("settings.toml", "done", "results.json"):
+                (cell.folder / name).touch()
+    else:
+        _, seconds = spent(lambda: launch(board, engine, poll=0.0), without=lambda: engine.seconds)
+        tell(f"hand out to {workers} workers", seconds, count)
     look = lambda: begin(wanted, retry_failed=False)  # noqa: E731
     _, seconds = spent(look)
     tell("look at what is there: all", seconds, count, calls(look) if counted else None)
     status = lambda: json_values(status_of(cells))  # noqa: E731
     _, seconds = spent(status)
     tell("--status", seconds, count, calls(status) if counted else None)
+    if look_only:
+        return
     load = lambda: collect.load(cells)  # noqa: E731
     _, seconds = spent(load)
     tell("read the results", seconds, count, calls(load) if counted else None)
@@ -157,10 +165,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=512)
     parser.add_argument("--folder", type=Path, help="where the runs go: of the file system to be measured")
     parser.add_argument("--no-calls", action="store_true", help="do not count calls of the system")
+    parser.add_argument("--look", action="store_true", help="only plan and look: nothing is handed out or collected")
     arguments = parser.parse_args()
     for count in map(int, arguments.cells.split(",")):
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            measure(Path(folder), count, arguments.workers, not arguments.no_calls)
+            measure(Path(folder), count, arguments.workers, counted=not arguments.no_calls, look_only=arguments.look)
 
 
 if __name__ == "__main__":

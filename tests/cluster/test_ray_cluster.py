@@ -8,14 +8,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import helpers
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
-from show import show
+from show import free_ports, show
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
 
@@ -35,17 +34,10 @@ from mbcd_cli.sweep.state import state
 SWEEP = Path(__file__).resolve().parents[1] / "sweep"
 
 
-def patiently(call):
-    """`call`, which raises RuntimeError while a node has not begun: for 30 s, which is little on a busy machine."""
-
-    def inner(*arguments, **options):
-        for _ in range(180):
-            with suppress(RuntimeError):
-                return call(*arguments, **options)
-            time.sleep(1)
-        return call(*arguments, **options)
-
-    return inner
+def add(cluster, **more):
+    """A node more; one whose agents were to choose their ports themselves gives up after 15 s of a busy machine."""
+    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+    return cluster.add_node(**dict(zip(names, free_ports(4), strict=True)), **{"num_cpus": 1, **more})
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +45,8 @@ def cluster() -> Iterator:
     with pytest.MonkeyPatch.context() as environ:
         environ.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # looked at when Ray is imported
         ray = pytest.importorskip("ray")
-        from ray._private import services
         from ray.cluster_utils import Cluster
 
-        environ.setattr(services, "get_node", patiently(services.get_node))
         environ.setenv("PYTHONPATH", f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}")
         environ.setenv("RAY_USAGE_STATS_ENABLED", "0")
         environ.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
@@ -67,9 +57,10 @@ def cluster() -> Iterator:
             "worker_niceness": 0,  # or units get what other work on this machine leaves
         }
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
-        three = Cluster(initialize_head=True, head_node_args=head)
+        three = Cluster()
+        add(three, **head)
         for _ in range(2):
-            three.add_node(num_cpus=1)
+            add(three)
         yield three
         ray.shutdown()
         three.shutdown()
@@ -105,13 +96,13 @@ def test_units_are_run_and_failures_are_told(cluster, cells):
 def test_a_node_that_dies_is_no_failure(cluster, cells):
     """The unit is begun again elsewhere, and what is left of its first process is no second one."""
     beside(cells[0].folder, "say").write_text("slow slow")
-    node, died, places = cluster.add_node(num_cpus=2), [], {}
+    node, died, places = add(cluster, num_cpus=2), [], {}
 
     def watch(board):
         if not died and state(cells[0].folder) == "running":
             died.append(True)
             cluster.remove_node(node, allow_graceful=False)
-            died.append(cluster.add_node(num_cpus=2))
+            died.append(add(cluster, num_cpus=2))
         elif died and len(calls(cells[0])) == 2:
             places.update(board.running)
             beside(cells[0].folder, "go").touch()
@@ -131,7 +122,7 @@ def test_a_node_of_another_version_is_told_by_name_and_left_alone(cluster, cells
     )
     with monkeypatch.context() as environ:
         environ.setenv("PYTHONPATH", f"{tmp_path / 'other'}{os.pathsep}{os.environ['PYTHONPATH']}")
-        node = cluster.add_node(num_cpus=4)
+        node = add(cluster, num_cpus=4)
     said = []
     board = submit(cluster, cells, say=Say(said.append))
     cluster.remove_node(node)
@@ -185,12 +176,12 @@ def test_a_cache_is_prepared(cluster, tmp_path):
 @pytest.mark.timeout(3000)
 def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
     """All nodes but the head, without which there is no cluster."""
-    nodes = [*cluster.worker_nodes, cluster.add_node(num_cpus=1)]
+    nodes = [*cluster.worker_nodes, add(cluster)]
 
     def trouble(rng):
         at = rng.randrange(len(nodes))
         cluster.remove_node(nodes[at], allow_graceful=False)
         time.sleep(rng.uniform(0.2, 2))
-        nodes[at] = cluster.add_node(num_cpus=1)
+        nodes[at] = add(cluster)
 
     print(show(tmp_path, {"launcher": "ray", "ray_address": cluster.address}, trouble=trouble))

@@ -31,7 +31,7 @@ _LOOKED_AT = 500
 _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """Ray takes 127.0.0.1 as the address by which other machines see this one, and would listen there."""
 _CHECK_SECONDS = 300
-"""What a node has to answer in, before the first unit: its processes begin, too, which took 130 s on a busy machine."""
+"""What a node has to answer in, before the first unit: its processes begin, too (120 was little on a busy machine)."""
 _ANSWER_SECONDS = 10
 """What a cluster has to take a connection in."""
 _LEAVE_SECONDS = 60

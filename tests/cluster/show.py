@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -33,17 +32,6 @@ engine = Launching(**json.loads(sys.argv[3])).engine(cells[0].settings, cells[0]
 launch(board, engine)
 print(json.dumps([len(board.done), list(board.failed.values())]))
 """
-
-
-def free_ports(count: int) -> list[int]:
-    """Of this machine, that nobody listens at."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def show(

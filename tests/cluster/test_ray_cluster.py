@@ -14,7 +14,7 @@ import helpers
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
-from show import free_ports, show
+from show import show
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
 
@@ -34,12 +34,6 @@ from mbcd_cli.sweep.state import state
 SWEEP = Path(__file__).resolve().parents[1] / "sweep"
 
 
-def add(cluster, **more):
-    """A node more; one whose agents were to choose their ports themselves gives up after 15 s of a busy machine."""
-    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    return cluster.add_node(**dict(zip(names, free_ports(4), strict=True)), **{"num_cpus": 1, **more})
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator:
     with pytest.MonkeyPatch.context() as environ:
@@ -57,10 +51,9 @@ def cluster() -> Iterator:
             "worker_niceness": 0,  # or units get what other work on this machine leaves
         }
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
-        three = Cluster()
-        add(three, **head)
+        three = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
-            add(three)
+            three.add_node(num_cpus=1)
         yield three
         ray.shutdown()
         three.shutdown()
@@ -96,13 +89,13 @@ def test_units_are_run_and_failures_are_told(cluster, cells):
 def test_a_node_that_dies_is_no_failure(cluster, cells):
     """The unit is begun again elsewhere, and what is left of its first process is no second one."""
     beside(cells[0].folder, "say").write_text("slow slow")
-    node, died, places = add(cluster, num_cpus=2), [], {}
+    node, died, places = cluster.add_node(num_cpus=2), [], {}
 
     def watch(board):
         if not died and state(cells[0].folder) == "running":
             died.append(True)
             cluster.remove_node(node, allow_graceful=False)
-            died.append(add(cluster, num_cpus=2))
+            died.append(cluster.add_node(num_cpus=2))
         elif died and len(calls(cells[0])) == 2:
             places.update(board.running)
             beside(cells[0].folder, "go").touch()
@@ -122,7 +115,7 @@ def test_a_node_of_another_version_is_told_by_name_and_left_alone(cluster, cells
     )
     with monkeypatch.context() as environ:
         environ.setenv("PYTHONPATH", f"{tmp_path / 'other'}{os.pathsep}{os.environ['PYTHONPATH']}")
-        node = add(cluster, num_cpus=4)
+        node = cluster.add_node(num_cpus=4)
     said = []
     board = submit(cluster, cells, say=Say(said.append))
     cluster.remove_node(node)
@@ -176,12 +169,12 @@ def test_a_cache_is_prepared(cluster, tmp_path):
 @pytest.mark.timeout(3000)
 def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
     """All nodes but the head, without which there is no cluster."""
-    nodes = [*cluster.worker_nodes, add(cluster)]
+    nodes = [*cluster.worker_nodes, cluster.add_node(num_cpus=1)]
 
     def trouble(rng):
         at = rng.randrange(len(nodes))
         cluster.remove_node(nodes[at], allow_graceful=False)
         time.sleep(rng.uniform(0.2, 2))
-        nodes[at] = add(cluster)
+        nodes[at] = cluster.add_node(num_cpus=1)
 
     print(show(tmp_path, {"launcher": "ray", "ray_address": cluster.address}, trouble=trouble))

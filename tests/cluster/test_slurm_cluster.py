@@ -20,7 +20,7 @@ import helpers
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
-from show import free_ports, show
+from show import show
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
 from test_sweep_command import cache, cells_of  # noqa: F401
@@ -76,6 +76,17 @@ ARRAY = 4
 
 def control(*words: str) -> str:
     return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True, timeout=30).stdout
+
+
+def free_ports(count: int) -> list[int]:
+    """Of this machine, that nobody listens at."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
 
 
 @pytest.fixture(scope="module")

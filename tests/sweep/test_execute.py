@@ -240,4 +240,4 @@ def test_cells_of_a_population_are_told_by_their_folders(cells):
         _settle(board, Ended(unit, 1), cell, {})
     assert board.done == [cells[0]]
     assert board.failed[cells[1].key] == "no such clip"
-    assert cells[2].key in board.waiting, "nothing says that it failed"
+    assert cells[2].key not in board.failed, "nothing says that it failed"

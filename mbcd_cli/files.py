@@ -83,9 +83,7 @@ def written(path: Path, *, lasting: bool = True, **where: str) -> Iterator[Path]
     aside = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if (folder := path.parent.absolute()) not in _tidied:
-            _tidied.add(folder)
-            remove_partial(folder, ours=_of_the_dead)
+        tidy(path.parent)
         yield aside
         stamp(aside, path.name)
         if lasting:
@@ -224,6 +222,13 @@ def remove_partial(folder: Path, *, of: str = "", ours: Callable[[Path], bool] =
     for path in folder.glob(".*.partial"):
         if is_partial(path, of) and ours(path):
             path.unlink(missing_ok=True)
+
+
+def tidy(folder: Path) -> None:
+    """Delete, once per process, what gone processes of this machine have left half written in `folder`."""
+    if (folder := folder.absolute()) not in _tidied:
+        _tidied.add(folder)
+        remove_partial(folder, ours=_of_the_dead)
 
 
 def delete(path: Path) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from mbcd_cli.files import tidy
 from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, Piece, Unit, beside, forget_failure, last_lines
 
 LAUNCHERS = ("local", "slurm", "ray")
@@ -112,6 +113,8 @@ class Board:
 def begin(units: Sequence[Unit], *, retry_failed: bool) -> Board:
     """What is done, failed and waiting at the start; marks of failure are removed from those to be tried again."""
     board = Board(units)
+    for folder in {piece.folder.parent for unit in units for piece in unit.pieces}:
+        tidy(folder)  # a mark that could not be written whole
     for unit in units:
         for piece in unit.pieces:
             now = unit.state(piece)

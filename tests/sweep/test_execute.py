@@ -14,6 +14,7 @@ import helpers
 import pytest
 from sweep_cases import finish, plan_of, units_of
 
+from mbcd_cli import files
 from mbcd_cli.errors import RunError
 from mbcd_cli.launch.launch import KILLS, Ended, _settle, begin, launch
 from mbcd_cli.launch.local import Local, threads_per_job
@@ -73,6 +74,18 @@ def test_a_done_cell_keeps_no_mark_of_a_failure_after_its_results(cells):
     beside(cells[0].folder, "failed").write_text("{}")
     assert len(execute(cells).done) == len(cells)
     assert not beside(cells[0].folder, "failed").exists()
+
+
+def test_a_done_cell_keeps_no_half_written_mark_of_a_failure(cells, monkeypatch):
+    execute(cells)
+    monkeypatch.setattr(files, "_tidied", set())
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    mark = beside(cells[0].folder, "failed")
+    half = mark.with_name(f".{mark.name}.{files._HOST}.{gone.pid}.partial")
+    half.write_text("{")
+    assert len(execute(cells).done) == len(cells)
+    assert not half.exists()
 
 
 def test_failed_cells_are_listed_and_run_again_on_request_only(cells):

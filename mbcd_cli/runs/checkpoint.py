@@ -26,7 +26,7 @@ from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
 
 _FORMAT = "mbcd-checkpoint"
-_VERSION = 4
+_VERSION = 5
 _MODALITIES = TypeAdapter(dict[str, AnyKind])
 
 Tensors = dict[str, torch.Tensor]
@@ -53,6 +53,7 @@ class Checkpoint:
         warnings: texts of the warnings so far.
         training: the method's own modules, optimizer, random states and log positions, or None in a checkpoint that
             only holds weights (`best.pt`, `epoch-NNN.pt`).
+        averaged: what `mbcd average` has made it of (its average.json), or None; `student` is that average then.
     """
 
     settings: Settings
@@ -70,6 +71,7 @@ class Checkpoint:
     best: dict[str, Any] | None
     warnings: list[str]
     training: dict[str, Any] | None = None
+    averaged: dict[str, Any] | None = None
 
     @property
     def classes(self) -> int:
@@ -90,6 +92,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "settings": checkpoint.settings.model_dump_json(),
         "modalities": _MODALITIES.dump_json(checkpoint.modalities).decode(),
         "history": json.dumps(checkpoint.history),
+        "averaged": json.dumps(checkpoint.averaged),
         "label_names": list(checkpoint.label_names),
         "domains": list(checkpoint.domains),
         "fingerprints": dict(checkpoint.fingerprints),
@@ -99,6 +102,15 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         else {key: by_itself(value) for key, value in checkpoint.teacher.items()},
     }
     payload |= {key: getattr(checkpoint, key) for key in _PLAIN}
+    save_tensors(path, payload)
+
+
+def save_tensors(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write tensors and primitives so that at any moment `path` is the old file or the complete new one.
+
+    Raises:
+        FileError: it cannot be written.
+    """
     kept = "go on with --resume (the previous checkpoint is kept)"
     with written_file(path, place="--run", then=kept) as file:
         torch.save(_alike(payload), file)
@@ -132,36 +144,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: missing, truncated, hostile (nothing in it is executed), foreign, or of another version.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f"There is no checkpoint {path}.", "Name a .pt file under the checkpoints/ folder of a run."
-        )
-    try:
-        with python_warnings.catch_warnings():  # about a strange file's pickle protocol: the error says enough
-            python_warnings.simplefilter("ignore")
-            checksums.verified(path)
-            payload = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever a damaged or hostile file provokes in the reader
-        reason = str(error).strip().splitlines()
-        if "weights_only" in str(error):  # torch would advise to trust the file
-            reason = ["its pickle asks for code"]
-        raise CheckpointError(
-            f"{path} is no readable checkpoint ({type(error).__name__}: {reason[0][:200] if reason else ''}).",
-            "It is truncated, or holds more than tensors and plain values (nothing in it was executed); "
-            "use another checkpoint.",
-        ) from error
-    if not isinstance(payload, Mapping) or payload.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{path} was not written by mbcd train.", "Encoder weights are set with modalities.NAME.weights."
-        )
-    version = payload.get("version")
-    if not isinstance(version, int) or version != _VERSION:
-        raise CheckpointError(
-            f"{path} has format version {str(version)[:20]}, this mbcd reads {_VERSION}.",
-            "Use the mbcd that wrote it, or train again.",
-        )
+    payload = read_tensors(path, format=_FORMAT, version=_VERSION, what="checkpoint")
     try:
         return _parse(payload)
     except (SettingsError, ValidationError) as error:
@@ -176,6 +159,46 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
+def read_tensors(path: Path, *, format: str, version: int, what: str) -> Mapping[str, Any]:
+    """What `save_tensors` wrote, on the CPU.
+
+    Args:
+        format, version: that it has to have. what: a word for such a file.
+
+    Raises:
+        CheckpointError: missing, truncated, hostile (nothing in it is executed), foreign, or of another version.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no {what} {path}.", "Name a .pt file under the checkpoints/ folder of a run.")
+    try:
+        with python_warnings.catch_warnings():  # about a strange file's pickle protocol: the error says enough
+            python_warnings.simplefilter("ignore")
+            checksums.verified(path)
+            payload = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file provokes in the reader
+        reason = str(error).strip().splitlines()
+        if "weights_only" in str(error):  # torch would advise to trust the file
+            reason = ["its pickle asks for code"]
+        raise CheckpointError(
+            f"{path} is no readable {what} ({type(error).__name__}: {reason[0][:200] if reason else ''}).",
+            "It is truncated, or holds more than tensors and plain values (nothing in it was executed); "
+            f"use another {what}.",
+        ) from error
+    if not isinstance(payload, Mapping) or payload.get("format") != format:
+        raise CheckpointError(
+            f"{path} was not written by mbcd train.", "Encoder weights are set with modalities.NAME.weights."
+        )
+    found = payload.get("version")
+    if not isinstance(found, int) or found != version:
+        raise CheckpointError(
+            f"{path} has format version {str(found)[:20]}, this mbcd reads {version}.",
+            "Use the mbcd that wrote it, or train again.",
+        )
+    return payload
+
+
 def _parse(payload: Mapping[str, Any]) -> Checkpoint:
     """Everything a later stage relies on is checked here."""
     for key in ("epoch", "epoch_step", "step"):
@@ -187,20 +210,29 @@ def _parse(payload: Mapping[str, Any]) -> Checkpoint:
             raise TypeError(f"{key} is no {kind.__name__}")
     if not isinstance(history, list):
         raise TypeError("history is no list")
+    averaged = json.loads(payload["averaged"])
+    if not isinstance(averaged, dict | None):
+        raise TypeError("averaged is no object")
     return Checkpoint(
         settings=validate(json.loads(payload["settings"])),
         modalities=_MODALITIES.validate_json(payload["modalities"]),
         label_names=tuple(str(name) for name in payload["label_names"]),
         domains=tuple(str(name) for name in payload["domains"]),
         fingerprints={str(k): str(v) for k, v in payload["fingerprints"].items()},
-        student=_state(payload["student"], "student"),
-        teacher=None if payload["teacher"] is None else _state(payload["teacher"], "teacher"),
+        student=state_of(payload["student"], "student"),
+        teacher=None if payload["teacher"] is None else state_of(payload["teacher"], "teacher"),
         history=history,
+        averaged=averaged,
         **{key: payload[key] for key in _PLAIN},
     )
 
 
-def _state(value: object, what: str) -> Tensors:
+def state_of(value: object, what: str) -> Tensors:
+    """A state dict that was read.
+
+    Raises:
+        TypeError: it is none.
+    """
     if not isinstance(value, Mapping) or not all(isinstance(t, torch.Tensor) for t in value.values()):
         raise TypeError(f"{what} is no state dict")
     return dict(value)

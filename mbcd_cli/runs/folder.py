@@ -1,7 +1,7 @@
 """The run folder: created once, locked while trained in, its logs cut back to the checkpoint on resume.
 
 settings.toml, metrics.jsonl (one record per epoch), steps.jsonl, timing.jsonl, events/ (TensorBoard),
-checkpoints/{last,best}.pt, plots/, done; where the target is sealed, sealed.jsonl: the classes that are said of it, by
+checkpoints/{last,best}.pt, snapshots/ (with `average.snapshots`), plots/, done; where the target is sealed, sealed.jsonl: the classes that are said of it, by
 epoch, model and head.
 """
 
@@ -29,11 +29,14 @@ from mbcd_cli.files import (
 from mbcd_cli.ledger import revealed
 from mbcd_cli.locks import lock
 from mbcd_cli.resolved import changed, load_settings
+from mbcd_cli.runs.snapshots import SNAPSHOTS
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml
 
 SETTINGS = checksums.TRAINED_WITH
 DONE = "done"
+AVERAGED = "average.json"
+"""What `mbcd average` says of the run that it has made."""
 _TIMES = "timing.jsonl"
 SEALED = "sealed.jsonl"
 LOGS = ("metrics.jsonl", "steps.jsonl", _TIMES, SEALED)
@@ -157,6 +160,8 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
         raise RunError(f"{path} is a file.", "Name another run folder with --run.")
     if resume and not is_run:
         raise RunError(f"There is no run to resume in {path}.", "Start it without --resume, or check --run.")
+    if (path / AVERAGED).is_file():
+        raise RunError(f"{path} holds an average of what was trained elsewhere.", "Name another run folder with --run.")
     if exists and not is_run:
         raise RunError(f"{path} exists and is no run folder (no {SETTINGS}).", "Name another one with --run.")
     if _begun(path) and not (resume or overwrite):
@@ -169,6 +174,7 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
             _compare(path, settings)
             remove_partial(path)
             remove_partial(path / "checkpoints")
+            remove_partial(path / SNAPSHOTS)
         else:
             # The old settings.toml stays until it is replaced: a half-deleted run can still be overwritten.
             for entry in path.iterdir():

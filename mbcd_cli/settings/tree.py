@@ -256,6 +256,8 @@ class AverageSettings(Slice):
     """swad: epochs (N_e) that are all above the threshold where the valley has ended."""
     tolerance: Annotated[float, Field(ge=1)] = 1.3
     """swad: the threshold (r), times the mean validation loss of the first N_s epochs of the valley."""
+    snapshots: ForMachine[bool] = False
+    """Keep averages of the student after every epoch (`snapshots/epoch-NNN.pt`), for `mbcd average`; they teach nothing."""
 
     @model_validator(mode="after")
     def _swad_starts_itself(self):
@@ -304,6 +306,8 @@ class TrainingSettings(Slice):
     """Clips per step."""
     seed: Seed = 0
     """Seed of initial weights, order, views, masks and noise."""
+    init_seed: Seed | None = None
+    """Seed of the initial weights alone, one for all seeds whose weights are to be averaged; default: `seed`."""
     batch_norm: Literal["tracked", "frozen"] = "tracked"
     """Batch norm of the tails: train mode with tracked statistics, or frozen statistics."""
     checkpoint_minutes: ForMachine[NonNegative] = 10.0

@@ -30,6 +30,7 @@ from mbcd_cli.sweep.state import state
 from mbcd_cli.training.assemble import build_average, build_method
 from mbcd_cli.training.dry_run import dry_run as trial
 from mbcd_cli.training.population import StackingError
+from mbcd_cli.training.profiles import KEPT
 from mbcd_cli.training.together import fitting_width, member_bytes, step_seconds
 
 _FLOAT = 4  # bytes of a float32
@@ -175,7 +176,8 @@ def _sizes(cells: Sequence[Cell], left: Sequence[Cell]) -> int | None:
 
 
 def checkpoint_bytes(cell: Cell) -> int | None:
-    """Bytes of a run's two checkpoints: weights (and the teacher's) twice, the method's own and the moments once.
+    """Bytes of a run's two checkpoints: weights (and the teacher's) twice, the method's own and the moments once; and of
+    its snapshots, after every epoch and in the last checkpoint.
 
     None where only `prepare` tells the shapes (array modalities, a dataset without fixed classes) and it has not run.
     """
@@ -205,7 +207,10 @@ def checkpoint_bytes(cell: Cell) -> int | None:
     trained = sum(value.numel() for part in (model, method) for value in part.parameters() if value.requires_grad)
     moments = {"adam": 2, "adamw": 2, "sgd": 1}[settings.optimizer.name]
     models = 1 if average is None else 2
-    return _FLOAT * (2 * models * weights + own + moments * trained)
+    snapshots = len(KEPT) + 1 if settings.average.snapshots else 0
+    return _FLOAT * (
+        2 * models * weights + own + moments * trained + snapshots * (settings.training.epochs + 1) * weights
+    )
 
 
 def counts(cells: Sequence[Cell]) -> Mapping[str, int]:

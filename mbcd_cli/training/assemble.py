@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from mbcd_cli.settings import AverageSettings, Settings
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.optimizer import build_optimizer
 from mbcd_cli.training.shared_dropout import share_dropout
+from mbcd_cli.training.snapshots import Snapshots
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
 from mbcd_cli.training.swad import SWAD
@@ -40,7 +42,8 @@ class Training:
 def assemble(
     settings: Settings, dataset: Dataset, *, device: torch.device, group: Group = ALONE, say: Say = SILENT
 ) -> Training:
-    """Student, average, method, optimizer and step, all seeded by training.seed, on `device`.
+    """Student, average, method, optimizer and step, all seeded by training.seed (first weights by training.init_seed,
+    where it is set), on `device`.
 
     The model draws from torch's global generator; trunks of views that are not stored are attached to the dataset.
 
@@ -50,14 +53,15 @@ def assemble(
     """
     seed_everything(settings.training.seed)
     attach_trunks(settings, dataset, device=device, say=say)
-    model = build_model(
-        settings.modalities,
-        settings=settings.model,
-        classes=dataset.classes,
-        live_trunks=settings.cache.live_trunks,
-        tail_weights=dataset.tail_weights,
-        trunk_weights=dataset.trunk_weights if settings.cache.live_trunks else None,
-    )
+    with _drawn_from(settings.training.init_seed):
+        model = build_model(
+            settings.modalities,
+            settings=settings.model,
+            classes=dataset.classes,
+            live_trunks=settings.cache.live_trunks,
+            tail_weights=dataset.tail_weights,
+            trunk_weights=dataset.trunk_weights if settings.cache.live_trunks else None,
+        )
     if settings.model.tails == "frozen":
         _say_what_is_random(model, settings, dataset, say)
     kind = method_class(settings.method.name)
@@ -69,6 +73,17 @@ def assemble(
         )
     sources = [list(dataset.domains).index(domain) for domain in settings.training.source_domains]
     return train_with(kind, model.to(device), settings, sources=sources, group=group, say=say)
+
+
+@contextmanager
+def _drawn_from(seed: int | None) -> Iterator[None]:
+    """First weights come from a seed of their own, where there is one; the training's draws go on as if from none."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def train_with(
@@ -113,7 +128,12 @@ def train_with(
         capturable=graph,
     )
     step = TrainStep(
-        method=method, optimizer=optimizer, average=average, batch_norm=training.batch_norm, channels_last=last
+        method=method,
+        optimizer=optimizer,
+        average=average,
+        snapshots=Snapshots(model) if settings.average.snapshots else None,
+        batch_norm=training.batch_norm,
+        channels_last=last,
     )
     run_step = None
     if graph:

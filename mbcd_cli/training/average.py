@@ -115,6 +115,43 @@ class Average:
         return self.model.eval()
 
 
+class Segment:
+    """The mean of the weights after every step since the last `close`; a segment is what lies between two of these.
+
+    Args:
+        device: where the weights are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._mean: list[torch.Tensor] = []
+        self._begun = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, weights: list[torch.Tensor], step: torch.Tensor) -> None:
+        """Take in the weights after an optimizer step; `step` [] is how many were done."""
+        if not self._mean:
+            self._mean = [value.clone() for value in weights]
+        if weights:
+            difference = torch._foreach_sub(weights, self._mean)
+            torch._foreach_mul_(difference, 1 / (step - self._begun).to(weights[0].dtype))
+            torch._foreach_add_(self._mean, difference)
+
+    def close(self, step: int) -> tuple[int, list[torch.Tensor]]:
+        """The steps of the segment that ends with step `step`, and its mean on the CPU; the next one begins."""
+        steps = step - int(self._begun)
+        self._begun.fill_(step)
+        return steps, [value.to("cpu", copy=True) for value in self._mean]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"begun": int(self._begun), "running": self._mean}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self._begun.fill_(state["begun"])
+        self._mean = [value.to(self._begun.device, copy=True) for value in state["running"]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Tensors:
     """What is averaged: the average's floating tensors and the student's, and pairs of integer ones."""

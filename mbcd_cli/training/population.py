@@ -213,8 +213,9 @@ def _stack(members: Sequence[Whole]) -> dict[str, torch.Tensor]:
         stacked[name] = together.requires_grad_(tensors[0].requires_grad)
     for member in members:
         step = member.steps[0]
-        if step.average is not None:
-            step.average.moved()
+        for average in (step.average, step.snapshots):
+            if average is not None:
+                average.moved()
     return stacked
 
 

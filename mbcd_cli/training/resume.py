@@ -50,6 +50,7 @@ def training_state(progress: Progress, step: TrainStep, randomness: Randomness, 
         "optimizer": optimizer_state(step.optimizer),
         "method": {name: by_itself(value) for name, value in step.method.state_dict().items()},
         "average": {} if step.average is None else step.average.state(),
+        "snapshots": None if step.snapshots is None else step.snapshots.state(),
         "randomness": randomness.state(),
         "global": randomness.globals(),
         "pending": [[clips, vector] for clips, vector in progress.pending],
@@ -88,11 +89,18 @@ def resume(
             "Prepare with the settings of the run again, or start another run.",
         )
     state = saved.training
+    if step.snapshots is not None and not state.get("snapshots"):
+        raise CheckpointError(
+            f"{run.last} was trained without average.snapshots, which begin with the first step.",
+            "Resume without them, or start anew with --overwrite.",
+        )
     try:
         step.model.load_state_dict(saved.student)
         if step.average is not None:
             step.average.model.load_state_dict(saved.teacher or {})
             step.average.load(state["average"])
+        if step.snapshots is not None:
+            step.snapshots.load(state["snapshots"])
         step.method.load_state_dict(state["method"])
         load_optimizer(step.optimizer, state["optimizer"])
         progress.epoch, progress.epoch_step, progress.step = saved.epoch, saved.epoch_step, saved.step

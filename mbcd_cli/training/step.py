@@ -18,6 +18,7 @@ from mbcd_cli.model import MultiModalModel
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.figures import Layout
 from mbcd_cli.training.optimizer import multiplied_changes
+from mbcd_cli.training.snapshots import Snapshots
 
 _LONE = "Expected more than 1 value per channel"
 """What torch says where a batch norm has a single value of a channel: of one clip without positions."""
@@ -37,6 +38,7 @@ class TrainStep:
         method: with its context; the student and the method's own modules are already on the device.
         optimizer: over the trained parameters of both.
         average: the weight average (the method's context holds the same), or None.
+        snapshots: what else is averaged, for afterwards, or None.
         batch_norm: "tracked" (train mode; every student pass updates the running statistics) or "frozen"
             (running statistics are used and kept; affine parameters still train).
         channels_last: hand inputs to the tails in the channels-last layout (their weights have it already).
@@ -48,6 +50,7 @@ class TrainStep:
         method: Method,
         optimizer: torch.optim.Optimizer,
         average: Average | None = None,
+        snapshots: Snapshots | None = None,
         batch_norm: str = "tracked",
         channels_last: bool = False,
     ) -> None:
@@ -56,6 +59,7 @@ class TrainStep:
         self.model = method.context.model
         self.optimizer = optimizer
         self.average = average
+        self.snapshots = snapshots
         self.layout: Layout | None = None
         self._channels_last = channels_last
         self._group = self.context.group
@@ -127,6 +131,8 @@ class TrainStep:
         self._group.average_(self._statistics)
         if self.average is not None and not averaged:
             self.average.update(self.context.step)
+        if self.snapshots is not None:
+            self.snapshots.update(self.context.step)
         self.method.after_update()
 
     def train_mode(self, model: MultiModalModel) -> None:

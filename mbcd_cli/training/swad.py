@@ -12,7 +12,7 @@ import torch
 
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.settings import AverageSettings
-from mbcd_cli.training.average import Average
+from mbcd_cli.training.average import Average, Segment
 
 
 class SWAD(Average):
@@ -31,32 +31,23 @@ class SWAD(Average):
     def __init__(self, student: MultiModalModel, settings: AverageSettings) -> None:
         super().__init__(student, settings)
         self.losses: list[float] = []
-        self._running: list[torch.Tensor] = []
-        self._begun = torch.zeros((), dtype=torch.int64, device=next(student.parameters()).device)
+        self._segment = Segment(next(student.parameters()).device)
         self._sure: list[torch.Tensor] = []  # the mean of the segments that are in for good
         self._sure_steps = 0
         self._undecided: dict[int, tuple[int, list[torch.Tensor]]] = {}  # segment -> its steps and mean
 
-    @torch.no_grad()
     def update(self, step: torch.Tensor) -> None:
         """Take in the weights after an optimizer step; `step` [] is how many were done."""
-        students = self.tensors.students
-        if not self._running:
-            self._running = [value.clone() for value in students]
-        if students:
-            difference = torch._foreach_sub(students, self._running)
-            torch._foreach_mul_(difference, 1 / (step - self._begun).to(students[0].dtype))
-            torch._foreach_add_(self._running, difference)
+        self._segment.update(self.tensors.students, step)
 
     @torch.no_grad()
     def validated(self, loss: float, step: int) -> None:
         """A segment ends with step `step`, where the student's validation loss is `loss`."""
-        count, steps = len(self.losses), step - int(self._begun)
+        count, (steps, mean) = len(self.losses), self._segment.close(step)
         if steps == 0:
             return
         self.losses.append(loss)
-        self._undecided[count] = steps, [value.to("cpu", copy=True) for value in self._running]
-        self._begun.fill_(step)
+        self._undecided[count] = steps, mean
         self._decide()
         first, end = self._valley(closed=True) or (count, count + 1)
         mean, weight = [value.clone() for value in self._sure], self._sure_steps
@@ -91,8 +82,7 @@ class SWAD(Average):
         """What a checkpoint holds beside `model`: tensors and plain values."""
         return {
             "losses": list(self.losses),
-            "begun": int(self._begun),
-            "running": self._running,
+            **self._segment.state(),
             "sure": self._sure,
             "sure_steps": self._sure_steps,
             "undecided": [[t, steps, segment] for t, (steps, segment) in self._undecided.items()],
@@ -101,8 +91,7 @@ class SWAD(Average):
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
         self.losses = list(state["losses"])
-        self._begun.fill_(state["begun"])
-        self._running = [value.to(self._begun.device, copy=True) for value in state["running"]]
+        self._segment.load(state)
         self._sure, self._sure_steps = list(state["sure"]), state["sure_steps"]
         self._undecided = {t: (steps, list(segment)) for t, steps, segment in state["undecided"]}
 

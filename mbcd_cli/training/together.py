@@ -147,14 +147,16 @@ def train_together(
 
 
 def member_bytes(settings: Settings, dataset: Dataset, *, device: torch.device) -> int:
-    """Of one of these trainings in a population: weights, their gradients and two moments; an average's weights.
+    """Of one of these trainings in a population: weights, their gradients and two moments; averages' weights.
 
     Raises:
         MbcdError: what assembling it raises.
     """
     step = assemble(settings, dataset, device=device).step
     modules = [step.model, step.method, *([] if step.average is None else [step.average.model])]
-    return sum(value.nbytes * (4 if value.requires_grad else 1) for module in modules for value in module.parameters())
+    kept = 0 if step.snapshots is None else step.snapshots.nbytes()
+    parameters = (value for module in modules for value in module.parameters())
+    return kept + sum(value.nbytes * (4 if value.requires_grad else 1) for value in parameters)
 
 
 def step_seconds(settings: Sequence[Settings], dataset: Dataset) -> float:

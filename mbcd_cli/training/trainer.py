@@ -25,6 +25,7 @@ from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
 from mbcd_cli.runs.events import Events
 from mbcd_cli.runs.folder import SEALED, RunFolder
+from mbcd_cli.runs.snapshots import save_snapshot
 from mbcd_cli.say import SILENT, Say, Ticker
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet
 from mbcd_cli.scoring.deployed import deployed_of
@@ -391,6 +392,9 @@ class Trainer:
             self._write(self.run.checkpoints / f"epoch-{progress.epoch:03d}.pt", whole=False)
         if improved:
             self._write(self.run.best, whole=False)
+        if self.step.snapshots is not None:
+            snapshot = self.step.snapshots.close(progress.epoch, progress.step)
+            self.group.on_main(lambda: save_snapshot(self.run.path, snapshot))
         self._save()
         target = record.target
         self._say(

@@ -1,0 +1,102 @@
+"""Profiles of weight averages: how much the weights after each step count in them (Karras et al. 2024, section 3).
+
+A power function's profile at step t is proportional to s^gamma over 0 < s <= t: it looks the same at every length of a
+training, and is named by its relative standard deviation sigma (of s, as a share of t). Letters: n snapshots, T steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mbcd_cli.errors import SettingsError
+
+KEPT = (0.05, 0.1)
+"""Sigma of the two averages that `average.snapshots` keeps: from them, at several steps, others are put together."""
+WIDEST = 12**-0.5
+"""Sigma of gamma = 0: all steps alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Power:
+    """The profile at step `t`, 1 or more, of exponent `gamma`."""
+
+    t: int
+    gamma: float
+
+    def of_steps(self, steps: int) -> np.ndarray:
+        """[T]: what the weights after each step, the first included, count: 1 in all.
+
+        The recursion's own, exactly: its factors (1 - 1/s)^(gamma + 1) multiply to ratios of steps.
+        """
+        edges = np.minimum(np.arange(steps + 1) / self.t, 1.0) ** (self.gamma + 1)
+        return np.diff(edges)
+
+
+def gamma_of(sigma: float) -> float:
+    """The exponent of relative standard deviation sigma = sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3))).
+
+    Raises:
+        SettingsError: sigma is not above 0 and at most `WIDEST`.
+    """
+    if not 0 < sigma <= WIDEST * (1 + 1e-12):
+        raise SettingsError(
+            f"A profile of relative width {sigma:g} is none of a power function.",
+            f"Choose a width above 0 and at most {WIDEST:.4f}, where all steps count alike.",
+        )
+    roots = np.roots([1, 7, 16 - sigma**-2, 12 - sigma**-2])
+    return max(float(roots.real[np.abs(roots.imag) < 1e-6].max()), 0.0)
+
+
+def decay(step: int, gamma: float) -> float:
+    """beta_t = (1 - 1/t)^(gamma + 1): what of the average is kept at step t."""
+    return (1 - 1 / step) ** (gamma + 1)
+
+
+def inner(a: Power, b: Power) -> float:
+    """The inner product of two profiles, as functions of the step."""
+    exponent = b.gamma if a.t < b.t else -a.gamma
+    scale = (a.gamma + 1) * (b.gamma + 1) * (a.t / b.t) ** exponent
+    return scale / ((a.gamma + b.gamma + 1) * max(a.t, b.t))
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Weights of snapshots that come nearest to a profile.
+
+    Attributes:
+        weights: [n], 1 in all. distance: L1 distance of their profile from the wanted one, 0 (the same) to 2.
+        free_sum, free_distance: sum and distance without the demand that they sum to 1.
+    """
+
+    weights: list[float]
+    distance: float
+    free_sum: float
+    free_distance: float
+
+
+def fitted(snapshots: Sequence[Power], wanted: Power) -> Fit:
+    """Least squares over the step: the combination of `snapshots` whose profile is nearest to `wanted`.
+
+    Weights that sum to 0.85, say, would shrink the network by 15 %: they are made to sum to 1 (a Lagrange multiplier).
+    """
+    # In shares of the wanted step: of the order of 1 whatever the length of the training.
+    products = np.array([[inner(a, b) for b in snapshots] for a in snapshots]) * wanted.t
+    towards = np.array([inner(a, wanted) for a in snapshots]) * wanted.t
+    free = _solved(products, towards)
+    ones = np.ones((len(snapshots), 1))
+    held = _solved(np.block([[products, ones], [ones.T, np.zeros((1, 1))]]), np.append(towards, 1.0))[:-1]
+    steps = max(wanted.t, *(one.t for one in snapshots))
+    profiles, target = np.stack([one.of_steps(steps) for one in snapshots]), wanted.of_steps(steps)
+
+    def distance(weights: np.ndarray) -> float:
+        return float(np.abs(weights @ profiles - target).sum())
+
+    return Fit(held.tolist(), distance(held), float(free.sum()), distance(free))
+
+
+def _solved(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The least solution [n]: profiles of neighbouring snapshots are nearly the same one."""
+    return np.linalg.lstsq(matrix, right, rcond=1e-14)[0]

@@ -1,8 +1,8 @@
 """The run folder: created once, locked while trained in, its logs cut back to the checkpoint on resume.
 
 settings.toml, metrics.jsonl (one record per epoch), steps.jsonl, timing.jsonl, events/ (TensorBoard),
-checkpoints/{last,best}.pt, snapshots/ (with `average.snapshots`), plots/, done; where the target is sealed, sealed.jsonl: the classes that are said of it, by
-epoch, model and head.
+checkpoints/{last,best}.pt, snapshots/ (with `average.snapshots`), plots/, done; where the target is sealed,
+sealed.jsonl: the classes that are said of it, by epoch, model and head.
 """
 
 from __future__ import annotations

@@ -257,7 +257,7 @@ class AverageSettings(Slice):
     tolerance: Annotated[float, Field(ge=1)] = 1.3
     """swad: the threshold (r), times the mean validation loss of the first N_s epochs of the valley."""
     snapshots: ForMachine[bool] = False
-    """Keep averages of the student after every epoch (`snapshots/epoch-NNN.pt`) for `mbcd average`; they teach nobody."""
+    """Keep averages of the student after every epoch, in `snapshots/`, for `mbcd average`; they teach nobody."""
 
     @model_validator(mode="after")
     def _swad_starts_itself(self):

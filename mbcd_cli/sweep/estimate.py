@@ -176,8 +176,8 @@ def _sizes(cells: Sequence[Cell], left: Sequence[Cell]) -> int | None:
 
 
 def checkpoint_bytes(cell: Cell) -> int | None:
-    """Bytes of a run's two checkpoints: weights (and the teacher's) twice, the method's own and the moments once; and of
-    its snapshots, after every epoch and in the last checkpoint.
+    """Bytes of a run's two checkpoints: weights (and the teacher's) twice, the method's own and the moments once; and
+    of its snapshots, after every epoch and in the last checkpoint.
 
     None where only `prepare` tells the shapes (array modalities, a dataset without fixed classes) and it has not run.
     """
@@ -207,10 +207,8 @@ def checkpoint_bytes(cell: Cell) -> int | None:
     trained = sum(value.numel() for part in (model, method) for value in part.parameters() if value.requires_grad)
     moments = {"adam": 2, "adamw": 2, "sgd": 1}[settings.optimizer.name]
     models = 1 if average is None else 2
-    snapshots = len(KEPT) + 1 if settings.average.snapshots else 0
-    return _FLOAT * (
-        2 * models * weights + own + moments * trained + snapshots * (settings.training.epochs + 1) * weights
-    )
+    snapshots = (len(KEPT) + 1) * (settings.training.epochs + 1) if settings.average.snapshots else 0
+    return _FLOAT * ((2 * models + snapshots) * weights + own + moments * trained)
 
 
 def counts(cells: Sequence[Cell]) -> Mapping[str, int]:

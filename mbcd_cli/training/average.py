@@ -92,9 +92,7 @@ class Average:
             after = (step - start).clamp(min=0).to(averages[0].dtype)
             one_step = torch.full_like(after, 1 - self.settings.beta)
             weight = 1 / (after + 1) if kind == "sma" else torch.where(after > 0, one_step, 1.0)
-            difference = torch._foreach_sub(students, averages)
-            torch._foreach_mul_(difference, weight)
-            torch._foreach_add_(averages, difference)
+            move_towards(averages, students, weight)
         for own, counter in self.tensors.counters:
             own.copy_(counter)
 
@@ -115,6 +113,17 @@ class Average:
         return self.model.eval()
 
 
+@torch.no_grad()
+def move_towards(averages: list[torch.Tensor], weights: list[torch.Tensor], share: torch.Tensor) -> None:
+    """averages <- averages + share (weights - averages), share [] on their device and of their type."""
+    if averages and share.device.type == "cpu":  # in one pass: a sixth of the time
+        torch._foreach_lerp_(averages, weights, float(share))
+    elif averages:
+        difference = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(difference, share)
+        torch._foreach_add_(averages, difference)
+
+
 class Segment:
     """The mean of the weights after every step since the last `close`; a segment is what lies between two of these.
 
@@ -126,15 +135,12 @@ class Segment:
         self._mean: list[torch.Tensor] = []
         self._begun = torch.zeros((), dtype=torch.int64, device=device)
 
-    @torch.no_grad()
     def update(self, weights: list[torch.Tensor], step: torch.Tensor) -> None:
         """Take in the weights after an optimizer step; `step` [] is how many were done."""
         if not self._mean:
             self._mean = [value.clone() for value in weights]
         if weights:
-            difference = torch._foreach_sub(weights, self._mean)
-            torch._foreach_mul_(difference, 1 / (step - self._begun).to(weights[0].dtype))
-            torch._foreach_add_(self._mean, difference)
+            move_towards(self._mean, weights, 1 / (step - self._begun).to(weights[0].dtype))
 
     def close(self, step: int) -> tuple[int, list[torch.Tensor]]:
         """The steps of the segment that ends with step `step`, and its mean on the CPU; the next one begins."""

@@ -12,7 +12,7 @@ import torch
 
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.runs.snapshots import Snapshot
-from mbcd_cli.training.average import Segment
+from mbcd_cli.training.average import Segment, move_towards
 from mbcd_cli.training.profiles import KEPT, gamma_of
 
 
@@ -43,20 +43,13 @@ class Snapshots:
             self._weights = {n: v for n, v in state.items() if v.is_floating_point() and n not in frozen}
         return self._weights
 
-    @torch.no_grad()
     def update(self, step: torch.Tensor) -> None:
         """Take in the weights after an optimizer step; `step` [] is how many were done, on the device."""
         weights = list(self.weights.values())
         for number, gamma in enumerate(self._gammas):
             average = self._averages[number] = self._averages[number] or [value.clone() for value in weights]
             # 1 - beta_t, without the digits that 1 - (1 - 1/t)^(gamma + 1) would lose in float32.
-            share = -torch.expm1((gamma + 1) * torch.log1p(-1 / step.to(weights[0].dtype)))
-            if share.device.type == "cpu":
-                torch._foreach_lerp_(average, weights, float(share))
-            else:
-                difference = torch._foreach_sub(weights, average)
-                torch._foreach_mul_(difference, share)
-                torch._foreach_add_(average, difference)
+            move_towards(average, weights, -torch.expm1((gamma + 1) * torch.log1p(-1 / step.to(weights[0].dtype))))
         self._segment.update(weights, step)
 
     def close(self, epoch: int, step: int) -> Snapshot:

@@ -57,12 +57,8 @@ def build_models(
                 "Run `mbcd prepare` with that modality.",
             )
         modalities = {name: modalities[name] for name in settings.model.modalities}
-    states: dict[str, StateDict] = {"student": weights.student}
-    if weights.teacher is not None:
-        averaged = {k: v for k, v in weights.teacher.items() if not k.startswith("heads.")}
-        states = {"teacher": {**weights.student, **averaged}, **states}
     models = {}
-    for name, state in states.items():
+    for name, state in states_of(weights).items():
         model = build_model(
             modalities,
             settings=settings.model,
@@ -78,6 +74,15 @@ def build_models(
             ) from error
         models[name] = model.to(device).requires_grad_(False).eval()
     return models
+
+
+def states_of(weights: Weights) -> dict[str, StateDict]:
+    """The state dicts of a checkpoint's models: "teacher" (first, where there is one) and "student"."""
+    states: dict[str, StateDict] = {"student": weights.student}
+    if weights.teacher is None:
+        return states
+    averaged = {k: v for k, v in weights.teacher.items() if not k.startswith("heads.")}
+    return {"teacher": {**weights.student, **averaged}, **states}
 
 
 def _first(error: Exception) -> str:

@@ -5,6 +5,7 @@ A segment is what lies between two validations: an epoch. Letters: E_t validatio
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,6 +117,40 @@ def valley(
     threshold = tolerance * sum(losses[first : first + converge]) / converge
     ends = range(first + 1, count if closed else count - leave + 1)
     return first, next((t for t in ends if min(losses[t : t + leave]) > threshold), count)
+
+
+def published_counts(losses: Sequence[float], *, converge: int, leave: int, tolerance: float) -> dict[int, int] | None:
+    """Segment -> how often the authors' code counts it in its mean, or None where no valley begins.
+
+    Its mean begins anew with the first segment that it is given after the one of the minimum, which it is given once in
+    the look-back and once as the oldest of its queue; the first one of the look-back it never gives. Where the valley
+    begins before the queue of N_e is full, the oldest segment stays the same and is given again.
+
+    Args:
+        losses, converge, leave, tolerance: as `valley` takes them.
+    """
+    found = valley(losses, converge=converge, leave=leave, tolerance=tolerance, closed=True)
+    if found is None:
+        return None
+    first, known = found[0], found[0] + converge - 1
+    threshold = tolerance * sum(losses[first : known + 1]) / converge
+    oldest = max(known - leave + 1, 0)
+    looked_back = list(range(oldest, min(oldest + leave - converge, known) + 1)) if leave > converge else []
+    above = [place for place, t in enumerate(looked_back) if losses[t] > threshold]
+    given = looked_back[above[-1] + 2 if above else 1 :] or list(range(first + 1, first + 1 + converge - leave))
+    for t in range(known + 1, len(losses)):
+        oldest = max(t - leave + 1, 0)
+        if oldest < first:
+            continue
+        if min(losses[oldest : t + 1]) > threshold:
+            break
+        given.append(oldest)
+    else:
+        for t in range(max(len(losses) - leave, 0) + 1, len(losses)):
+            if min(losses[t:]) > threshold:
+                break
+            given.append(t)
+    return dict(sorted(Counter(given or [first]).items()))
 
 
 def _merged(

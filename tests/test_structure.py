@@ -31,6 +31,7 @@ FLOORS = (
     "audit",
     "preparation runs scoring paper",
     "training evaluation landscape",
+    "averaging",
     "sweep",
     "story",
     "console",

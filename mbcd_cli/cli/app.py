@@ -29,6 +29,7 @@ class _Commands(Mapping):
         "evaluate",
         "adapt",
         "zero-shot",
+        "average",
         "landscape",
         "demo",
         "sweep",

@@ -64,21 +64,22 @@ def inner(a: Power, b: Power) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Weights of snapshots that come nearest to a profile.
+    """How well a profile is met by weighted snapshots.
 
     Attributes:
-        weights: [n], 1 in all. distance: L1 distance of their profile from the wanted one, 0 (the same) to 2.
-        free_sum, free_distance: sum and distance without the demand that they sum to 1.
+        wanted: the profile.
+        distance: L1 distance of the snapshots' profile from it, 0 (the same) to 2.
+        free_sum, free_distance: sum of the weights, and distance, without the demand that they sum to 1.
     """
 
-    weights: list[float]
+    wanted: Power
     distance: float
     free_sum: float
     free_distance: float
 
 
-def fitted(snapshots: Sequence[Power], wanted: Power) -> Fit:
-    """Least squares over the step: the combination of `snapshots` whose profile is nearest to `wanted`.
+def fitted(snapshots: Sequence[Power], wanted: Power) -> tuple[list[float], Fit]:
+    """Least squares over the step: weights [n] of `snapshots` with which their profile is nearest to `wanted`.
 
     Weights that sum to 0.85, say, would shrink the network by 15 %: they are made to sum to 1 (a Lagrange multiplier).
     """
@@ -94,7 +95,7 @@ def fitted(snapshots: Sequence[Power], wanted: Power) -> Fit:
     def distance(weights: np.ndarray) -> float:
         return float(np.abs(weights @ profiles - target).sum())
 
-    return Fit(held.tolist(), distance(held), float(free.sum()), distance(free))
+    return held.tolist(), Fit(wanted, distance(held), float(free.sum()), distance(free))
 
 
 def _solved(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -123,12 +123,13 @@ def results_of(
     checkpoint, model = deployed
     sets = models[checkpoint][model]
     headline_set = TARGET if TARGET in sets else next(iter(sets))
+    averaged = checkpoints[checkpoint].averaged
     top1 = {head: figures.top1 for head, figures in sets[headline_set].items()}
     results = Results(
         format=RESULTS_FORMAT,
         dataset=dataset.name,
         fingerprints=dict(dataset.fingerprints),
-        method=method_label(settings),
+        method=method_label(settings) + ("" if averaged is None else f" ({averaged['label']})"),
         modalities=list(settings.model.modalities or dataset.modalities),
         target_domain=settings.training.target_domain,
         target_split=settings.dataset.target_split,

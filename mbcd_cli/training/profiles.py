@@ -50,16 +50,12 @@ def gamma_of(sigma: float) -> float:
     return max(float(roots.real[np.abs(roots.imag) < 1e-6].max()), 0.0)
 
 
-def decay(step: int, gamma: float) -> float:
-    """beta_t = (1 - 1/t)^(gamma + 1): what of the average is kept at step t."""
-    return (1 - 1 / step) ** (gamma + 1)
-
-
-def inner(a: Power, b: Power) -> float:
-    """The inner product of two profiles, as functions of the step."""
-    exponent = b.gamma if a.t < b.t else -a.gamma
-    scale = (a.gamma + 1) * (b.gamma + 1) * (a.t / b.t) ** exponent
-    return scale / ((a.gamma + b.gamma + 1) * max(a.t, b.t))
+def inner(rows: Sequence[Power], columns: Sequence[Power]) -> np.ndarray:
+    """Inner products [n, m] of profiles [n] and [m], as functions of the step."""
+    (t, g), (u, h) = (np.array([(one.t, one.gamma) for one in many]).T for many in (rows, columns))
+    t, g = t[:, None], g[:, None]
+    scale = (g + 1) * (h + 1) * (t / u) ** np.where(t < u, h, -g)
+    return scale / ((g + h + 1) * np.maximum(t, u))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +80,8 @@ def fitted(snapshots: Sequence[Power], wanted: Power) -> tuple[list[float], Fit]
     Weights that sum to 0.85, say, would shrink the network by 15 %: they are made to sum to 1 (a Lagrange multiplier).
     """
     # In shares of the wanted step: of the order of 1 whatever the length of the training.
-    products = np.array([[inner(a, b) for b in snapshots] for a in snapshots]) * wanted.t
-    towards = np.array([inner(a, wanted) for a in snapshots]) * wanted.t
-    free = _solved(products, towards)
+    products, towards = (inner(snapshots, many) * wanted.t for many in (snapshots, [wanted]))
+    free = _solved(products, towards[:, 0])
     ones = np.ones((len(snapshots), 1))
     held = _solved(np.block([[products, ones], [ones.T, np.zeros((1, 1))]]), np.append(towards, 1.0))[:-1]
     steps = max(wanted.t, *(one.t for one in snapshots))

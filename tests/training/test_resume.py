@@ -21,8 +21,9 @@ from mbcd_cli.training import train as command
 from mbcd_cli.training import trainer
 
 # Heads with dropout, DSU, masks and distillation: every source of randomness is in use. A checkpoint after every step.
-SETTINGS = memory_settings(training={"epochs": 3, "checkpoint_minutes": 1e-9, "keep_checkpoints": True})
-SILENT = memory_settings(training={"epochs": 3, "keep_checkpoints": True})
+KEEPING = {"average": {"snapshots": True}}
+SETTINGS = memory_settings(training={"epochs": 3, "checkpoint_minutes": 1e-9, "keep_checkpoints": True}, **KEEPING)
+SILENT = memory_settings(training={"epochs": 3, "keep_checkpoints": True}, **KEEPING)
 
 
 def run_training(run: Path, *, settings=SETTINGS, resume=False, dataset=None):
@@ -43,7 +44,9 @@ def assert_same(run: Path, other: Path) -> None:
         assert (run / log).read_bytes() == (other / log).read_bytes(), log
     names = sorted(p.name for p in (run / "checkpoints").glob("*.pt"))
     assert names == sorted(p.name for p in (other / "checkpoints").glob("*.pt"))
-    assert not list((run / "checkpoints").glob(".*"))
+    assert not [*(run / "checkpoints").glob(".*"), *(run / "snapshots").glob(".*")]
+    for path in (other / "snapshots").iterdir():
+        assert (run / "snapshots" / path.name).read_bytes() == path.read_bytes()
     for name in names:
         one, two = (load_checkpoint(r / "checkpoints" / name) for r in (run, other))
         assert (one.epoch, one.step, one.history, one.best) == (two.epoch, two.step, two.history, two.best)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter, deque
 from itertools import pairwise
 
 import pytest
@@ -16,7 +18,7 @@ from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.settings import AverageSettings, ModelSettings
 from mbcd_cli.training import train as command
-from mbcd_cli.training.swad import SWAD, valley
+from mbcd_cli.training.swad import SWAD, published_counts, valley
 
 LONG = [1.5, 1.2, 1, 0.8, 0.7, 0.6, 0.55, 0.57, 0.6, 0.62, 0.7, 0.72, 0.75, 0.8, 0.9, 1, 1.1, 1.2, 1.3]
 FLAT = [1, 0.9, 0.8, 0.7, 0.62, 0.6, 0.61, 0.6, 0.62, 0.61, 0.6, 0.63]
@@ -40,6 +42,59 @@ def test_no_valley_yet_and_windows_that_are_not_whole():
     assert valley([], **PAPER, closed=True) is None
     assert valley(BRIEF, **PAPER, closed=False) == (1, 5)
     assert valley(FALLING, converge=1, leave=1, tolerance=1.0, closed=True) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("losses", "counts"),
+    [
+        (LONG, {5: 1, 6: 2, 7: 1, 8: 1, 9: 1, 10: 1, 11: 1}),
+        (FLAT, {4: 1, 5: 2, 6: 1, 7: 1, 8: 1, 9: 1, 10: 1, 11: 1}),
+        (FALLING, None),
+    ],
+)
+def test_pinned_counts_of_the_published_code(losses, counts):
+    assert published_counts(losses, **PAPER) == counts
+
+
+def queues(losses, converge, leave, tolerance):
+    """The same, with the two queues of the paper's code: of the last N_s segments, and of the last N_e."""
+    recent, queue = deque(maxlen=converge), deque(maxlen=leave)
+    begun, ended, threshold, given = None, False, 0.0, []
+    for segment in enumerate(losses):
+        if ended:
+            break
+        recent.append(segment)
+        queue.append(segment)
+        if begun is None:
+            if len(recent) == converge and recent[0][1] == min(loss for _, loss in recent):
+                begun = recent[0][0]
+                threshold = tolerance * sum(loss for _, loss in recent) / converge
+                if leave < converge:
+                    given = [recent[1 + place][0] for place in range(converge - leave)]
+                elif leave > converge:
+                    back = list(queue)[: leave - converge + 1]
+                    above = [place for place, (_, loss) in enumerate(back) if loss > threshold]
+                    given = [t for t, _ in back[(above[-1] + 1 if above else 0) + 1 :]]
+        elif queue[0][0] >= begun:
+            ended = min(loss for _, loss in queue) > threshold
+            given += [] if ended else [queue[0][0]]
+    if begun is None:
+        return None
+    while not ended and len(queue) > 1:
+        queue.popleft()
+        ended = min(loss for _, loss in queue) > threshold
+        given += [] if ended else [queue[0][0]]
+    return dict(sorted(Counter(given or [begun]).items()))
+
+
+def test_counts_are_those_of_the_published_codes_queues():
+    draws = random.Random(0)
+    for _ in range(3000):
+        count, converge, leave = draws.randint(0, 20), draws.randint(1, 5), draws.randint(1, 7)
+        deep = [draws.uniform(0.3, 1.2) * (0.5 + abs(t - count / 2) / count) for t in range(count)]
+        losses = [round(loss, draws.choice([1, 3])) for loss in deep]
+        expected = queues(losses, converge, leave, 1.2)
+        assert published_counts(losses, converge=converge, leave=leave, tolerance=1.2) == expected, losses
 
 
 def student() -> MultiModalModel:

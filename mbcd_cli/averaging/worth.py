@@ -108,13 +108,11 @@ def study_table(rows: Sequence[Summary]) -> Table:
         "trained: points on the target, with the 95 % interval over seeds (of each, the mean over targets). Increase: "
         "mean loss increase at the largest radius; worst: by ascent at the smallest. L1: distance of the profile."
     )
-    cells: list[list[str | Score]] = [
-        [
-            *(row.method, row.average, row.target, _text(row.gain), row.source, row.increase, row.worst),
-            "" if row.distance is None else f"{row.distance:.3f}",
-        ]
-        for row in rows
-    ]
+    cells: list[list[str | Score]] = []
+    for row in rows:
+        flat = [row.increase.text(digits=3), row.worst.text(digits=1)]
+        met = "" if row.distance is None else f"{row.distance:.3f}"
+        cells.append([row.method, row.average, row.target, _text(row.gain), row.source, *flat, met])
     return Table("study", "Averages after the fact", columns, cells, note, blocks=True)
 
 

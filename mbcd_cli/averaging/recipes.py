@@ -13,8 +13,8 @@ from pathlib import Path
 from mbcd_cli.errors import RunError, SettingsError
 from mbcd_cli.json_values import OPTIONAL
 from mbcd_cli.runs.folder import epoch_records
-from mbcd_cli.runs.snapshots import kept_snapshots
-from mbcd_cli.training.profiles import KEPT, Fit, Power, fitted, gamma_of
+from mbcd_cli.runs.snapshot_files import kept_snapshots
+from mbcd_cli.training.profiles import KEPT, Fit, PowerProfile, fitted, gamma_of
 from mbcd_cli.training.swad import published_counts, valley
 
 MEAN = "mean of its steps"
@@ -35,7 +35,7 @@ class KeptEpoch:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WeighedPart:
     """What counts in an average: `of` an epoch its mean (`MEAN`), or the power function of exponent `gamma`."""
 
     epoch: int
@@ -58,7 +58,7 @@ class Recipe:
 
     name: str
     label: str
-    parts: list[Part]
+    parts: list[WeighedPart]
     fit: Fit | None = field(default=None, metadata=OPTIONAL)
     epochs: tuple[int, int] | None = field(default=None, metadata=OPTIONAL)
     warnings: list[str] = field(default_factory=list)
@@ -92,8 +92,8 @@ def profile(kept: Sequence[KeptEpoch], sigma: float) -> Recipe:
         SettingsError: there is none of that width.
     """
     snapshots = [(width, gamma_of(width), epoch) for width in KEPT for epoch in kept]
-    wanted = Power(kept[-1].step, gamma_of(sigma))
-    weights, fit = fitted([Power(epoch.step, gamma) for _, gamma, epoch in snapshots], wanted)
+    wanted = PowerProfile(kept[-1].step, gamma_of(sigma))
+    weights, fit = fitted([PowerProfile(epoch.step, gamma) for _, gamma, epoch in snapshots], wanted)
     warnings = []
     if fit.distance > _FAR:
         warnings.append(
@@ -101,7 +101,7 @@ def profile(kept: Sequence[KeptEpoch], sigma: float) -> Recipe:
             f"between {min(KEPT)} and {max(KEPT)}, or more epochs, come nearer."
         )
     parts = [
-        Part(epoch.epoch, f"power function of width {width:g}", weight, gamma)
+        WeighedPart(epoch.epoch, f"power function of width {width:g}", weight, gamma)
         for (width, gamma, epoch), weight in zip(snapshots, weights, strict=True)
         if abs(weight) > _NOTHING
     ]
@@ -140,7 +140,7 @@ def swad(kept: Sequence[KeptEpoch], *, converge: int, leave: int, tolerance: flo
         )
         parts = _means(kept[-1:])
     elif counts is not None:
-        parts = [Part(kept[t].epoch, MEAN, count / sum(counts.values())) for t, count in counts.items()]
+        parts = [WeighedPart(kept[t].epoch, MEAN, count / sum(counts.values())) for t, count in counts.items()]
     else:
         parts = _means(kept[slice(*span)])
     epochs = (parts[0].epoch, parts[-1].epoch)
@@ -148,9 +148,9 @@ def swad(kept: Sequence[KeptEpoch], *, converge: int, leave: int, tolerance: flo
     return Recipe(name=name, label=label, parts=parts, epochs=epochs, warnings=warnings)
 
 
-def _means(epochs: Sequence[KeptEpoch]) -> list[Part]:
+def _means(epochs: Sequence[KeptEpoch]) -> list[WeighedPart]:
     total = sum(epoch.steps for epoch in epochs)
-    return [Part(epoch.epoch, MEAN, epoch.steps / total) for epoch in epochs]
+    return [WeighedPart(epoch.epoch, MEAN, epoch.steps / total) for epoch in epochs]
 
 
 def window_of(text: str) -> tuple[int, int]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mbcd_cli.averaging.recipes import Part
+from mbcd_cli.averaging.recipes import WeighedPart
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.runs.checkpoint import Checkpoint, Tensors
-from mbcd_cli.runs.snapshots import Snapshot, load_snapshot
+from mbcd_cli.runs.snapshot_files import Snapshot, load_snapshot
 from mbcd_cli.runs.trunks import attach_trunks
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import SOURCE, clip_sets, source_domains
@@ -38,7 +38,7 @@ class Weighed:
     teacher: None = None
 
 
-def of_snapshots(run: Path, parts: Sequence[Part], base: Tensors) -> Tensors:
+def of_snapshots(run: Path, parts: Sequence[WeighedPart], base: Tensors) -> Tensors:
     """A run's weighted snapshots, summed in float64, one in memory at a time.
 
     Args:
@@ -61,7 +61,7 @@ def of_snapshots(run: Path, parts: Sequence[Part], base: Tensors) -> Tensors:
     return {**base, **{name: value.to(base[name].dtype) for name, value in total.items()}, **counters}
 
 
-def _state(run: Path, snapshot: Snapshot, part: Part) -> Tensors:
+def _state(run: Path, snapshot: Snapshot, part: WeighedPart) -> Tensors:
     if part.gamma is None:
         return snapshot.mean
     for gamma, average in zip(snapshot.gammas, snapshot.averages, strict=True):

@@ -54,7 +54,7 @@ def average(
 ) -> Reply:
     """Average the weights of finished runs: over their epochs, or over runs that began alike.
 
-    Makes a run folder that evaluate, landscape and adapt take as any other; of targets nothing is read.
+    Makes a run folder that evaluate, landscape and adapt take as any other. Only --study reads targets.
 
     Epochs need runs trained with --set average.snapshots=true, soups --set training.init_seed=0.
 

@@ -29,7 +29,7 @@ from mbcd_cli.files import (
 from mbcd_cli.ledger import revealed
 from mbcd_cli.locks import lock
 from mbcd_cli.resolved import changed, load_settings
-from mbcd_cli.runs.snapshots import SNAPSHOTS
+from mbcd_cli.runs.snapshot_files import SNAPSHOTS
 from mbcd_cli.settings import Settings
 from mbcd_cli.settings.sources import to_toml
 

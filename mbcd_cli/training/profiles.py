@@ -20,7 +20,7 @@ WIDEST = 12**-0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Power:
+class PowerProfile:
     """The profile at step `t`, 1 or more, of exponent `gamma`."""
 
     t: int
@@ -50,7 +50,7 @@ def gamma_of(sigma: float) -> float:
     return max(float(roots.real[np.abs(roots.imag) < 1e-6].max()), 0.0)
 
 
-def inner(rows: Sequence[Power], columns: Sequence[Power]) -> np.ndarray:
+def inner(rows: Sequence[PowerProfile], columns: Sequence[PowerProfile]) -> np.ndarray:
     """Inner products [n, m] of profiles [n] and [m], as functions of the step."""
     (t, g), (u, h) = (np.array([(one.t, one.gamma) for one in many]).T for many in (rows, columns))
     t, g = t[:, None], g[:, None]
@@ -68,13 +68,13 @@ class Fit:
         free_sum, free_distance: sum of the weights, and distance, without the demand that they sum to 1.
     """
 
-    wanted: Power
+    wanted: PowerProfile
     distance: float
     free_sum: float
     free_distance: float
 
 
-def fitted(snapshots: Sequence[Power], wanted: Power) -> tuple[list[float], Fit]:
+def fitted(snapshots: Sequence[PowerProfile], wanted: PowerProfile) -> tuple[list[float], Fit]:
     """Least squares over the step: weights [n] of `snapshots` with which their profile is nearest to `wanted`.
 
     Weights that sum to 0.85, say, would shrink the network by 15 %: they are made to sum to 1 (a Lagrange multiplier).

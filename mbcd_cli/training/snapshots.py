@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.runs.snapshots import Snapshot
+from mbcd_cli.runs.snapshot_files import Snapshot
 from mbcd_cli.training.average import Segment, move_towards
 from mbcd_cli.training.profiles import KEPT, gamma_of
 

@@ -25,7 +25,7 @@ from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.checkpoint import Checkpoint, save_checkpoint
 from mbcd_cli.runs.events import Events
 from mbcd_cli.runs.folder import SEALED, RunFolder
-from mbcd_cli.runs.snapshots import save_snapshot
+from mbcd_cli.runs.snapshot_files import save_snapshot
 from mbcd_cli.say import SILENT, Say, Ticker
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet
 from mbcd_cli.scoring.deployed import deployed_of

@@ -24,8 +24,8 @@ from mbcd_cli.integrity import examine
 from mbcd_cli.runs import opening
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.runs.folder import open_run
-from mbcd_cli.runs.snapshots import load_snapshot
-from mbcd_cli.training.profiles import KEPT, Power, gamma_of
+from mbcd_cli.runs.snapshot_files import load_snapshot
+from mbcd_cli.training.profiles import KEPT, PowerProfile, gamma_of
 from mbcd_cli.training.train import train
 from mbcd_cli.training.validation import HeadRecord
 
@@ -124,8 +124,10 @@ def test_a_profile_is_what_it_says(runs):
 
     assert_weights(runs / "mbcd-s0-profile-0.07", explicit(run, weights_of))
     steps = [record["step"] for record in read_records(run / "metrics.jsonl")]
-    found = sum(weight * Power(steps[epoch - 1], gamma).of_steps(steps[-1]) for (epoch, gamma), weight in parts.items())
-    wanted = Power(steps[-1], gamma_of(0.07)).of_steps(steps[-1])
+    found = sum(
+        weight * PowerProfile(steps[epoch - 1], gamma).of_steps(steps[-1]) for (epoch, gamma), weight in parts.items()
+    )
+    wanted = PowerProfile(steps[-1], gamma_of(0.07)).of_steps(steps[-1])
     assert np.abs(found - wanted).sum() == pytest.approx(made.recipe.fit.distance, abs=1e-9)
     assert sum(parts.values()) == pytest.approx(1, abs=1e-9)
     assert made.label == "deployed profile 0.07"
@@ -215,7 +217,7 @@ def test_statistics_recomputed_are_the_means_over_the_batches():
     )
     torch.testing.assert_close(first[1].running_mean, mean, rtol=0, atol=1e-12)
     torch.testing.assert_close(first[1].running_var, variance, rtol=0, atol=1e-12)
-    assert not model.training
+    assert model.training
     assert first[1].momentum == 0.1
 
 

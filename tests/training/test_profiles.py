@@ -7,7 +7,7 @@ import pytest
 
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.training import profiles
-from mbcd_cli.training.profiles import KEPT, WIDEST, Power, fitted, gamma_of, inner
+from mbcd_cli.training.profiles import KEPT, WIDEST, PowerProfile, fitted, gamma_of, inner
 
 
 @pytest.mark.parametrize(("sigma", "gamma"), [(0.05, 16.972198602303), (0.1, 6.937203937602), (0.2, 1.826213779896)])
@@ -19,21 +19,21 @@ def test_pinned_exponents(sigma, gamma):
 
 def test_the_widest_profile_counts_all_steps_alike_and_others_are_refused():
     assert gamma_of(WIDEST) == pytest.approx(0, abs=1e-12)
-    np.testing.assert_allclose(Power(5, 0.0).of_steps(7), [0.2] * 5 + [0, 0], atol=1e-15)
+    np.testing.assert_allclose(PowerProfile(5, 0.0).of_steps(7), [0.2] * 5 + [0, 0], atol=1e-15)
     for sigma in (0.0, -0.1, 0.29, float("nan"), float("inf")):
         with pytest.raises(SettingsError, match="width"):
             gamma_of(sigma)
 
 
 def test_pinned_inner_product():
-    two = Power(500, gamma_of(0.05)), Power(1000, gamma_of(0.1))
+    two = PowerProfile(500, gamma_of(0.05)), PowerProfile(1000, gamma_of(0.1))
     products = inner(two, two)
     assert 1000 * products[0, 1] == pytest.approx(0.046730342711, abs=1e-12)
     np.testing.assert_allclose(products, products.T, rtol=1e-14)
 
 
 def test_the_inner_product_is_the_integral():
-    a, b = Power(30, 3.5), Power(40, 1.25)
+    a, b = PowerProfile(30, 3.5), PowerProfile(40, 1.25)
     s = (np.arange(400_000) + 0.5) * 1e-4
 
     def density(one):
@@ -49,11 +49,11 @@ def test_the_steps_count_what_the_recursion_gives_them(gamma):
         kept = (1 - 1 / step) ** (gamma + 1)
         weights *= kept
         weights[step - 1] += 1 - kept
-    np.testing.assert_allclose(Power(19, gamma).of_steps(23), weights, atol=1e-15)
+    np.testing.assert_allclose(PowerProfile(19, gamma).of_steps(23), weights, atol=1e-15)
 
 
 def pairs(times):
-    return [Power(t, gamma_of(sigma)) for sigma in KEPT for t in times]
+    return [PowerProfile(t, gamma_of(sigma)) for sigma in KEPT for t in times]
 
 
 def free(snapshots, wanted):
@@ -73,7 +73,7 @@ def test_pinned_weights(monkeypatch):
     plain = profiles._solved
     monkeypatch.setattr(profiles, "_solved", lambda *system: solved.append(plain(*system)) or solved[-1])
     for times, expected in pinned.items():
-        wanted = Power(1000, gamma_of(0.075))
+        wanted = PowerProfile(1000, gamma_of(0.075))
         _, fit = fitted(pairs(times), wanted)
         ours, _ = solved[-2:]
         np.testing.assert_allclose(ours, expected, atol=5e-9 if len(times) == 1 else 1e-11)
@@ -93,7 +93,9 @@ MEASURED = {
 @pytest.mark.parametrize("sigma", MEASURED)
 def test_pinned_distances_and_what_a_sum_of_one_costs(sigma):
     for count, (distance, total) in MEASURED[sigma].items():
-        weights, fit = fitted(pairs([4000 * (k + 1) // count for k in range(count)]), Power(4000, gamma_of(sigma)))
+        weights, fit = fitted(
+            pairs([4000 * (k + 1) // count for k in range(count)]), PowerProfile(4000, gamma_of(sigma))
+        )
         assert fit.free_distance == pytest.approx(distance, abs=6e-4)
         assert total is None or fit.free_sum == pytest.approx(total, abs=6e-4)
         assert sum(weights) == pytest.approx(1, abs=1e-12)
@@ -103,12 +105,12 @@ def test_pinned_distances_and_what_a_sum_of_one_costs(sigma):
 
 def test_a_profile_that_was_kept_is_itself():
     for place, sigma in enumerate(KEPT):
-        weights, fit = fitted(pairs([10, 20, 30]), Power(30, gamma_of(sigma)))
+        weights, fit = fitted(pairs([10, 20, 30]), PowerProfile(30, gamma_of(sigma)))
         assert fit.distance < 1e-9
         assert weights[3 * place + 2] == pytest.approx(1, abs=1e-9)
 
 
 def test_hundreds_of_snapshots_are_no_trouble():
-    weights, fit = fitted(pairs(range(50, 10_001, 50)), Power(10_000, gamma_of(0.15)))
+    weights, fit = fitted(pairs(range(50, 10_001, 50)), PowerProfile(10_000, gamma_of(0.15)))
     assert fit.distance < 1e-3
     assert max(map(abs, weights)) < 2

@@ -16,10 +16,10 @@ from mbcd_cli.files import read_json, read_records
 from mbcd_cli.integrity import examine
 from mbcd_cli.methods.base import Method
 from mbcd_cli.runs.checkpoint import load_checkpoint
-from mbcd_cli.runs.snapshots import kept_snapshots, load_snapshot, save_snapshot
+from mbcd_cli.runs.snapshot_files import kept_snapshots, load_snapshot, save_snapshot
 from mbcd_cli.training import train as command
 from mbcd_cli.training.assemble import assemble
-from mbcd_cli.training.profiles import KEPT, Power, gamma_of
+from mbcd_cli.training.profiles import KEPT, PowerProfile, gamma_of
 from mbcd_cli.training.snapshots import Snapshots
 
 EPOCHS = 3
@@ -64,7 +64,7 @@ def test_it_is_the_explicit_average_of_all_steps_in_float64(average, tmp_path):
         assert set(kept.mean) == names
         assert any("running_var" in name for name in names)
         assert any(name.startswith("heads.") for name in names)
-        of_steps = [Power(number, gamma_of(sigma)).of_steps(number) for sigma in KEPT]
+        of_steps = [PowerProfile(number, gamma_of(sigma)).of_steps(number) for sigma in KEPT]
         of_steps.append(np.array([0.0] * begun + [1 / (number - begun)] * (number - begun)))
         for state, weights in zip([*kept.averages, kept.mean], of_steps, strict=True):
             assert weights.sum() == pytest.approx(1, abs=1e-14)

@@ -255,7 +255,7 @@ def test_evaluate_landscape_and_adapt_take_it_as_any_other(runs, tmp_path):
     assert "mbcd (deployed profile 0.1)" in mbcd("evaluate", "--run", place, *quick).stdout
     results = read_json(place / "results.json")
     assert results["headline"]["model"] == "student"
-    cuts = ("--set", "landscape.analyses=flatness", "--set", "landscape.directions=2", "--device", "cpu")
+    cuts = ("--set", 'landscape.analyses=["flatness"]', "--set", "landscape.directions=2", "--device", "cpu")
     mbcd("landscape", "--checkpoint", place / "checkpoints/best.pt", *cuts)
     assert (place / "landscape/landscape.json").is_file()
     told = mbcd("evaluate", "--runs", runs / "mbcd-s0*", "--output", tmp_path / "compared", "--json").data
@@ -288,7 +288,7 @@ def test_a_study_measures_what_evaluate_and_landscape_do(runs, tmp_path, dataset
     figures = read_json(place / "results.json")["models"]["best"]["student"]
     assert one["target"] == pytest.approx(100 * figures["target"]["fused"]["top1"])
     assert one["source"] == pytest.approx(100 * figures["source"]["fused"]["top1"])
-    asked = ("--set", "landscape.analyses=flatness,worst_case", "--device", "cpu")
+    asked = ("--set", 'landscape.analyses=["flatness", "worst_case"]', "--device", "cpu")
     mbcd("landscape", "--checkpoint", place / "checkpoints/best.pt", *asked)
     (flat,) = read_json(place / "landscape/landscape.json")["checkpoints"].values()
     assert one["increase"] == pytest.approx(flat["flatness"]["mean_increase"][-1], rel=1e-5)

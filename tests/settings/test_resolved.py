@@ -225,7 +225,7 @@ def test_only_these_settings_may_change_without_other_weights():
         *(f"cache.{field}" for field in ("dir", "workers", "weights_dir", "shard_clips", "compression")),
         *("dataset.root", "dataset.max_bad", "training.checkpoint_minutes", "training.keep_checkpoints"),
         *(f"ray.{field}" for field in ("processors", "memory_gb", "gpus")),
-        "training.log_steps",
+        *("training.log_steps", "average.snapshots"),
         "dataset.left_out",  # which of them there are is in the cache's fingerprint
     }
     assert {role_of(f"{part}.seed") for part in whole} == {"report"}

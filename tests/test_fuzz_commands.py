@@ -173,6 +173,7 @@ def rest(name: str, home: Path) -> list[str]:
         "train": ["--dataset", "tiny", "--target-domain", "gamma", *cache, *small],
         "sweep": ["--dataset", "tiny", "--targets", "gamma", *cache, *small],
         "adapt": [str(home / "run"), *cache, "--set", "adapt.batch_size=2"],
+        "average": [str(home / "run"), *cache, "--window", "1..1"],
         "evaluate": ["--run", str(home / "run"), *cache, "--set", "evaluation.analyses=[]"],
         "landscape": ["--checkpoint", str(home / "run/checkpoints/best.pt"), *cache, *quick],
     }.get(name, [])
@@ -232,6 +233,7 @@ def test_what_may_not_be_read_is_said(home, nobody):
         ["train", "--config", str(home / "run/settings.toml")],
         ["evaluate", "--run", str(home / "run")],
         ["adapt", str(home / "run")],
+        ["average", str(home / "run"), "--window", "1..1"],
         ["evaluate", "--checkpoint", best],
         ["evaluate", "--runs", str(home / "run")],
         ["landscape", "--checkpoint", best],

@@ -13,7 +13,7 @@ from mbcd_cli.averaging.recipes import KeptEpoch, Recipe, kept_epochs_of, profil
 from mbcd_cli.averaging.soups import SoupRule, check_alike, chosen, common_name
 from mbcd_cli.averaging.weights import Bank, Statistics, of_snapshots, of_states
 from mbcd_cli.data.dataset import CachedDataset
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import FOREIGN, CheckpointError, RunError
 from mbcd_cli.files import sync_all, write_json, write_text
 from mbcd_cli.json_values import OPTIONAL, json_values
 from mbcd_cli.locks import folder_aside
@@ -164,8 +164,10 @@ class Opened:
         """
         if not (path / DONE).is_file():
             raise RunError(f"{path} is not trained to its end.", "Go on with `mbcd train ... --resume` first.")
-        files = {"best": run_checkpoints(path)["best"]}
-        settings, checkpoints = opening.load_checkpoints(files, **self._layers)
+        best = run_checkpoints(path).get("best")
+        if best is None:
+            raise RunError(f"{path} lacks its best checkpoint.", "`mbcd verify` says what is missing.")
+        settings, checkpoints = opening.load_checkpoints({"best": best}, **self._layers)
         checkpoint = checkpoints["best"]
         key = settings.dataset, settings.cache, settings.modalities, settings.model.modalities, settings.runtime
         dataset = next((held for known, held in self._datasets if known == key), None)
@@ -302,8 +304,13 @@ def soup(runs: Sequence[Path], opened: Opened, wanted: WantedAverage) -> Mixed:
 
 def trained_record(checkpoint: Checkpoint) -> HeadRecord:
     """What a run's selected epoch is worth on source validation, by its own record."""
-    best = checkpoint.best or {}
-    return HeadRecord(float(best["accuracy"]), best["loss"])
+    try:
+        best = checkpoint.best or {}
+        return HeadRecord(float(best["accuracy"]), float(best["loss"]))
+    except FOREIGN as error:
+        raise CheckpointError(
+            "A checkpoint does not say what its epoch is worth on source validation.", "Train that run again."
+        ) from error
 
 
 def _written(place: Path, mixed: Mixed) -> AverageMade:
@@ -336,7 +343,7 @@ def _written(place: Path, mixed: Mixed) -> AverageMade:
         student={name: value.cpu() for name, value in model.state_dict().items()},
         teacher=None,
         history=[],
-        best=None,
+        best={"epoch": checkpoint.epoch, **json_values(made.validation)},
         warnings=made.warnings,
         training=None,
         averaged=told,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mbcd_cli.errors import RunError, SettingsError
+from mbcd_cli.errors import FOREIGN, RunError, SettingsError
 from mbcd_cli.json_values import OPTIONAL
 from mbcd_cli.runs.folder import epoch_records
 from mbcd_cli.runs.snapshot_files import kept_snapshots
@@ -71,15 +71,23 @@ def kept_epochs_of(run: Path) -> list[KeptEpoch]:
         RunError: it has kept no snapshots, or other epochs than its records are of.
     """
     numbers = kept_snapshots(run)
-    records = {int(record["epoch"]): record for record in epoch_records(run)}
+    try:
+        records = {
+            int(record["epoch"]): (int(record["step"]), float(record["validation"]["student"]["fused"]["loss"]))
+            for record in epoch_records(run)
+        }
+    except FOREIGN as error:
+        raise RunError(
+            f"{run / 'metrics.jsonl'} holds what no training writes ({type(error).__name__}: {error}).",
+            "`mbcd verify` says what is damaged; train that run again.",
+        ) from error
     if list(records) != numbers:
         raise RunError(
             f"{run} has records of {len(records)} epochs, and snapshots of {len(numbers)}.",
             "`mbcd verify` says what is damaged; train that run again.",
         )
     epochs, before = [], 0
-    for number, record in records.items():
-        step, loss = int(record["step"]), float(record["validation"]["student"]["fused"]["loss"])
+    for number, (step, loss) in records.items():
         epochs.append(KeptEpoch(number, step, step - before, loss))
         before = step
     return epochs

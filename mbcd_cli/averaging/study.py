@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from mbcd_cli import checksums
 from mbcd_cli.averaging.average_runs import (
@@ -52,6 +54,7 @@ PROFILES = (0.05, 0.1, 0.15, 0.2)
 """Relative widths that are compared."""
 LAST = "student, last epoch"
 _SOUPS: tuple[SoupRule, ...] = ("uniform", "greedy", "restricted")
+_WORTH = TypeAdapter(Worth)
 _LOG, _RESULTS = "study.jsonl", "study.json"
 
 
@@ -93,15 +96,15 @@ def study_averages(
     warnings: list[str] = []
     candidates = [one for run in runs for one in _of_run(run, opened, statistics)]
     candidates += _soups(runs, opened, statistics, warnings)
-    known = {record["key"]: record["worth"] for record in read_records(output / _LOG)}
+    known = dict(filter(None, map(_known, read_records(output / _LOG))))
     found = []
     for one in say.over(candidates, "measuring averages"):
         _, bank = opened.run(one.runs[0], statistics=statistics)
         key = _key(one, bank, statistics)
         if key not in known:
-            known[key] = json_values(_measured(one, bank, output, say))
-            append_record(output / _LOG, {"key": key, "worth": known[key]})
-        found.append(Worth(**known[key]))
+            known[key] = _measured(one, bank, output, say)
+            append_record(output / _LOG, {"key": key, "worth": json_values(known[key])})
+        found.append(known[key])
     rows = summarised(found)
     table = study_table(rows)
     files = {
@@ -115,11 +118,19 @@ def study_averages(
     return Comparison(runs, warnings, [table], files)
 
 
+def _known(record: Mapping[str, Any]) -> tuple[str, Worth] | None:
+    """A measurement of before, with its key; None of a line that holds none."""
+    try:
+        return str(record["key"]), _WORTH.validate_python(record["worth"])
+    except (KeyError, ValidationError):
+        return None
+
+
 def _key(one: _Candidate, bank: Bank, statistics: StatisticsSource) -> str:
     """What a measurement depends on: the runs' files, the average, and how it is measured."""
     settings = bank.settings
     parts = [one.average, statistics, settings.landscape.model_dump_json(), settings.dataset.target_split]
-    return checksums.of_text("\n".join([*parts, *(checksums.checksum(run / DONE) for run in one.runs)]))
+    return checksums.of_text("\n".join([*parts, *(checksums.of_file(run / DONE) for run in one.runs)]))
 
 
 def _of_run(run: Path, opened: Opened, statistics: StatisticsSource) -> Iterator[_Candidate]:

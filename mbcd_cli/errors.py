@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 FOREIGN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What reading raises where a file is whole, and its contents are not what is written into such a file."""
+
+
+_LONG = re.compile(r"(\S{200})\S{5000,}(\S{60})")
+"""A word that is longer than any path: a file's contents, and nothing to read."""
 
 
 class MbcdError(Exception):
@@ -20,6 +25,7 @@ class MbcdError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, remedy: str = "", details: Mapping[str, object] | None = None) -> None:
+        message, remedy = (_LONG.sub(r"\1 ... \2", text) for text in (message, remedy))
         super().__init__(message)
         self.message = message
         self.remedy = remedy

@@ -250,6 +250,11 @@ def test_more_steps_than_epochs_have(home, kept, key, value):
     assert "do not belong together" in without_surprise(partial(resumed_undone, home), key).message
 
 
+def test_a_method_of_many_letters():
+    told = without_surprise(lambda: resolve(sets=[f"method.name={'x' * 200_000}"]), "settings")
+    assert told.message.startswith("There is no method 'xxx")
+
+
 def test_logs_nested_too_deep(home, kept):
     log = home / "run/metrics.jsonl"
     log.write_bytes(distort.DEEP.encode() + b"\n" + log.read_bytes())

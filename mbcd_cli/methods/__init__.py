@@ -116,6 +116,17 @@ METHODS: dict[str, MethodEntry] = {
     "mbcd-true-class": MethodEntry(
         "mbcd:MBCD", "MBCD: s_k from the true class", settings={"dropout": {"score": "true_class"}}
     ),
+    # Ours: an unreliable modality is not forced.
+    "mbcd-reliable": MethodEntry(
+        "mbcd:MBCD", "MBCD that forces no broken branch", settings={"reliability": {"by": "left_out"}}
+    ),
+    "mbcd-reliable-validation": MethodEntry(
+        "mbcd:MBCD", "the same by validation's loss", settings={"reliability": {"by": "validation"}}
+    ),
+    "mbcd-arl": MethodEntry("mbcd:MBCD", "the same by ARL's coefficients", settings={"reliability": {"by": "arl"}}),
+    "mbcd-agreement": MethodEntry(
+        "mbcd:MBCD", "MBCD: dropout where the rest is right", settings={"dropout": {"agreement": True}}
+    ),
     # From domain generalization with one modality, on fused and per-modality features (docs/methods.md).
     "mixup": MethodEntry("mixup:Mixup", "mixtures of clips and of labels", "ICLR", 2018),
     "mixup-domains": MethodEntry(

@@ -5,7 +5,7 @@ Letters: B clips (of this process), M modalities, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -15,11 +15,12 @@ from pydantic import model_validator
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import gradient_consistency as gcc
 from mbcd_cli.methods import modality_dropout as amd
-from mbcd_cli.methods.base import Alarm, Context, Figures, Method, Outputs, Panel, Shown, Term
+from mbcd_cli.methods.base import Alarm, Context, EpochClips, Figures, Method, Outputs, Panel, Shown, Term, total
 from mbcd_cli.methods.feature_noise import FeatureNoise, FeatureNoiseSettings
 from mbcd_cli.methods.gradient_consistency import ConsistencySettings
 from mbcd_cli.methods.modality_dropout import DropoutSettings
 from mbcd_cli.methods.parts import cross_entropy, distillation, teacher_probabilities
+from mbcd_cli.methods.reliability import Reliability, ReliabilitySettings, of_the_others
 from mbcd_cli.model import TailWeights
 from mbcd_cli.settings import MethodSettings, NonNegative, Range, Slice
 
@@ -46,6 +47,8 @@ class MBCDSettings(MethodSettings):
     """Distillation."""
     feature_noise: FeatureNoiseSettings = FeatureNoiseSettings()
     """Feature noise."""
+    reliability: ReliabilitySettings = ReliabilitySettings()
+    """Reliability of the modalities."""
 
     @property
     def needs_average(self) -> bool:
@@ -107,6 +110,12 @@ class MBCD(Method):
             if noisy
             else None
         )
+        self.reliability = None if settings.reliability.by == "none" else Reliability(settings.reliability, context)
+
+    def before_epoch(self, clips: EpochClips) -> None:
+        """Losses on the sources' test split, where reliability is read off them."""
+        if self.reliability is not None:
+            self.reliability.measure(clips)
 
     @classmethod
     def panels(cls, settings: MBCDSettings) -> tuple[Panel, ...]:
@@ -129,13 +138,15 @@ class MBCD(Method):
                 pooled = model.pooled(batch.inputs, noise=self._noise)
                 features = model.normalised(pooled)
             unimodal = model.unimodal(self.seen_by_heads(features))
-        balance = self._balance(list(unimodal.values()), batch)
+        balance = self._balance(unimodal, features, batch)
         ce = torch.stack([cross_entropy(logits, batch.labels) for logits in unimodal.values()])
         if target is None:
             kl = torch.zeros_like(ce)
         else:
             kl = torch.stack([distillation(target, logits) for logits in unimodal.values()])
-        theta = self._inner_step(ce, None if target is None else weight * kl.sum())
+        told = kl if balance.heeds is None else balance.heeds * kl
+        own = {} if self.reliability is None else self.reliability.loss(features, batch)
+        theta = self._inner_step(ce, None if target is None else weight * told.sum())
         with self.context.autocast():
             if not one_pass:
                 pooled = model.pooled(batch.inputs, theta=theta)
@@ -145,14 +156,21 @@ class MBCD(Method):
         kl_fused = torch.zeros_like(ce_fused) if target is None else distillation(target, fused)
         if self.settings.consistency.order == "first":
             self.context.backward(ce_fused + weight * kl_fused)  # on top of what the inner step left
-            total = _total(*(term.detach() for term in (ce_fused, ce, kl_fused, kl)), weight)
+            loss = _total(*(term.detach() for term in (ce_fused, ce, kl_fused, told)), weight)
         else:
-            total = _total(ce_fused, ce, kl_fused, kl, weight)
-            self.context.backward(total)
-        terms = {"ce_fused": Term(ce_fused), "kl_fused": Term(kl_fused, weight), "ce": Term(ce), "kl": Term(kl, weight)}
+            loss = _total(ce_fused, ce, kl_fused, told, weight)
+            self.context.backward(loss)
+        if own:  # of other parameters
+            self.context.backward(total(own))
+            loss = loss + total(own).detach()
+        heeded = weight if balance.heeds is None else weight * balance.heeds
+        terms = {"ce_fused": Term(ce_fused), "kl_fused": Term(kl_fused, weight), "ce": Term(ce), "kl": Term(kl, heeded)}
         out = Outputs(pooled, features, unimodal, fused)
         dropped = torch.zeros_like(balance.p) if balance.keep is None else 1 - balance.keep.mean(dim=0)
-        return self.figures(batch, out, total, terms, s=balance.s, r=balance.r, p=balance.p, dropped=dropped)
+        more = {} if balance.q is None else {"q": balance.q}
+        return self.figures(
+            batch, out, loss, terms | own, s=balance.s, r=balance.r, p=balance.p, dropped=dropped, **more
+        )
 
     def _inner_step(self, ce: torch.Tensor, kl: torch.Tensor | None) -> TailWeights | None:
         """theta' (Eq. 5), or None where there is no inner step; `kl` is the distillation of the uni-modal heads, [].
@@ -180,15 +198,23 @@ class MBCD(Method):
         return stepped
 
     @torch.no_grad()
-    def _balance(self, unimodal: Sequence[torch.Tensor], batch: Batch) -> _Balance:
-        dropout, group = self.settings.dropout, self.context.group
-        s = group.sum_(amd.scores(unimodal, batch.labels, score=dropout.score))
+    def _balance(
+        self, unimodal: Mapping[str, torch.Tensor], features: Mapping[str, torch.Tensor], batch: Batch
+    ) -> _Balance:
+        dropout, group, logits = self.settings.dropout, self.context.group, list(unimodal.values())
+        s = group.sum_(amd.scores(logits, batch.labels, score=dropout.score))
         r = amd.ratios(s)
         p = amd.drop_probabilities(r, dropout)
-        keep = None
+        q = heeds = keep = None
+        if self.reliability is not None:
+            q = self.reliability.q(features, batch)
+            rest, power = of_the_others(q), self.reliability.power
+            p, heeds = p * rest.clamp(max=1) ** power, (1 / rest).clamp(max=1) ** power
         if dropout.strategy != "none":
             keep = group.own(amd.keep_mask(p, len(batch) * group.world, self.context.randomness))
-        return _Balance(s=s, r=r, p=p, keep=keep)
+            if dropout.agreement:
+                keep = amd.only_where_others_agree(keep, logits, batch.labels)
+        return _Balance(s=s, r=r, p=p, keep=keep, q=q, heeds=heeds)
 
     def _teacher_probabilities(self, batch: Batch) -> torch.Tensor | None:
         """p_EMA [B, C] of the batch as the dataset gives it (the teacher has its own live trunks); None: no teacher."""
@@ -208,9 +234,16 @@ def _total(
 
 @dataclass(frozen=True, slots=True)
 class _Balance:
-    """Eq. 2-4 of one batch: s, r, p [M], and the mask [B, M] or None."""
+    """Eq. 2-4 of one batch: s, r, p [M], and the mask [B, M] or None.
+
+    Attributes:
+        q: reliability, [M]; None where none is asked for.
+        heeds: what the distillation into each modality is multiplied with, [M].
+    """
 
     s: torch.Tensor
     r: torch.Tensor
     p: torch.Tensor
     keep: torch.Tensor | None
+    q: torch.Tensor | None
+    heeds: torch.Tensor | None

@@ -24,6 +24,8 @@ class DropoutSettings(Slice):
     """Rate of the fixed strategy."""
     score: Literal["confidence", "true_class"] = "confidence"
     """What s_k sums: the largest class probability (the paper), or the true class's (a label-aware variant)."""
+    agreement: bool = False
+    """A clip loses modalities only where the head of one that is left is right (ours)."""
 
 
 @torch.no_grad()
@@ -66,3 +68,14 @@ def drop_probabilities(r: torch.Tensor, settings: DropoutSettings) -> torch.Tens
 def keep_mask(p: torch.Tensor, batch: int, randomness: Randomness) -> torch.Tensor:
     """One Bernoulli per clip and modality: [B, M] of 0 and 1, zero with probability p_k; p = 0 keeps all."""
     return (randomness.uniform(batch, p.shape[0]) >= p).to(p.dtype)
+
+
+@torch.no_grad()
+def only_where_others_agree(keep: torch.Tensor, logits: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """The mask [B, M] for clips of which a kept modality's head is right; ones for the others.
+
+    Args:
+        logits: uni-modal logits, M times [B, C].
+    """
+    right = torch.stack([(full_precision(one).argmax(dim=1) == labels) for one in logits], dim=1)
+    return torch.where((right & (keep > 0)).any(dim=1, keepdim=True), keep, 1.0)

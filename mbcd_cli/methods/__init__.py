@@ -127,6 +127,9 @@ METHODS: dict[str, MethodEntry] = {
     "mbcd-agreement": MethodEntry(
         "mbcd:MBCD", "MBCD: dropout where the rest is right", settings={"dropout": {"agreement": True}}
     ),
+    "mbcd-conflict": MethodEntry(
+        "mbcd:MBCD", "MBCD: the surer head wins conflicts", settings={"conflict": {"weight": 1.0}}
+    ),
     # From domain generalization with one modality, on fused and per-modality features (docs/methods.md).
     "mixup": MethodEntry("mixup:Mixup", "mixtures of clips and of labels", "ICLR", 2018),
     "mixup-domains": MethodEntry(

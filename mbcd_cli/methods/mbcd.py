@@ -16,6 +16,7 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import gradient_consistency as gcc
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Alarm, Context, EpochClips, Figures, Method, Outputs, Panel, Shown, Term, total
+from mbcd_cli.methods.conflict import ConflictSettings, conflict
 from mbcd_cli.methods.feature_noise import FeatureNoise, FeatureNoiseSettings
 from mbcd_cli.methods.gradient_consistency import ConsistencySettings
 from mbcd_cli.methods.modality_dropout import DropoutSettings
@@ -49,6 +50,8 @@ class MBCDSettings(MethodSettings):
     """Feature noise."""
     reliability: ReliabilitySettings = ReliabilitySettings()
     """Reliability of the modalities."""
+    conflict: ConflictSettings = ConflictSettings()
+    """Conflicts."""
 
     @property
     def needs_average(self) -> bool:
@@ -100,6 +103,7 @@ class MBCD(Method):
         "consistency": {"order": "off"},
         "distillation": {"weight": 0.0},
         "feature_noise": {"enabled": False},
+        "conflict": {"weight": 0.0},
     }
 
     def __init__(self, settings: MBCDSettings, context: Context) -> None:
@@ -110,6 +114,7 @@ class MBCD(Method):
             if noisy
             else None
         )
+        self._conflicts = settings.conflict.weight > 0
         self.reliability = None if settings.reliability.by == "none" else Reliability(settings.reliability, context)
 
     def before_epoch(self, clips: EpochClips) -> None:
@@ -146,6 +151,8 @@ class MBCD(Method):
             kl = torch.stack([distillation(target, logits) for logits in unimodal.values()])
         told = kl if balance.heeds is None else balance.heeds * kl
         own = {} if self.reliability is None else self.reliability.loss(features, batch)
+        if self._conflicts:
+            own |= {"conflict": conflict(self.context, features, unimodal, self.settings.conflict.weight)}
         theta = self._inner_step(ce, None if target is None else weight * told.sum())
         with self.context.autocast():
             if not one_pass:
@@ -160,7 +167,7 @@ class MBCD(Method):
         else:
             loss = _total(ce_fused, ce, kl_fused, told, weight)
             self.context.backward(loss)
-        if own:  # of other parameters
+        if own:  # apart from all others': with detached features
             self.context.backward(total(own))
             loss = loss + total(own).detach()
         heeded = weight if balance.heeds is None else weight * balance.heeds

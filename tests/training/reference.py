@@ -120,6 +120,19 @@ class ReferenceStep:
         """KL(teacher || student), averaged over the batch."""
         return (teacher * (torch.log(teacher) - log_softmax(logits))).sum() / len(teacher)
 
+    # ---- what variants change
+
+    def spared(self, p, first, uni, labels):
+        """Drop rates, and what the distillation into each modality is multiplied with."""
+        return p, [1.0] * len(p)
+
+    def kept(self, keep, uni, labels):
+        return keep
+
+    def own(self, first, uni, labels, draws):
+        """Further terms by name: (value, weight)."""
+        return {}
+
     # ---- the step
 
     def step(self, inputs, labels, draws):
@@ -167,12 +180,15 @@ class ReferenceStep:
             p = [o.dropout.rate] * count
         else:
             p = [math.tanh(max(one - 1, 0)) for one in r]
+        p, pull = self.spared(p, first, uni, labels)
         keep = torch.ones(batch, count, dtype=torch.float64)
         if o.dropout.strategy != "none":
             uniform = draws.pop(0)
             for i in range(batch):
                 for k in range(count):
                     keep[i, k] = 0.0 if uniform[i, k] < p[k] else 1.0
+        keep = self.kept(keep, uni, labels)
+        own = self.own(first, uni, labels, draws)
 
         # Inner step, Eq. 5.
         stepped = dict(values)
@@ -200,7 +216,8 @@ class ReferenceStep:
         ce_mm = self.ce(fused, labels)
         kl_mm = self.kl(p_teacher, fused) if p_teacher is not None else torch.zeros(())
         weight = o.distillation.weight
-        total = ce_mm + sum(ce_uni) + weight * (kl_mm + sum(kl_uni))
+        total = ce_mm + sum(ce_uni) + weight * (kl_mm + sum(a * b for a, b in zip(pull, kl_uni, strict=True)))
+        total = total + sum((w * value).sum() for value, w in own.values())
 
         keys = [key for key in values if key not in self.frozen]
         found = torch.autograd.grad(total, [values[k] for k in keys], retain_graph=True, allow_unused=True)
@@ -243,4 +260,5 @@ class ReferenceStep:
             "dropped": 1 - keep.mean(dim=0),
             "accuracy_fused": (fused.argmax(1) == labels).sum() / batch,
             "accuracy": torch.stack([(logits.argmax(1) == labels).sum() / batch for logits in uni]),
+            **{name: value for name, (value, _) in own.items()},
         }

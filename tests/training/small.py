@@ -109,13 +109,16 @@ def make_step(
     precision: str = "float32",
     group: Group = ALONE,
     capturable: bool = False,
+    sources: tuple[int, ...] | list[int] = (0,),
     **options,
 ) -> TrainStep:
     """A step of a method with `settings`, the average being exponential with this beta, or None."""
     device = next(model.parameters()).device
     kept = None if average is None else Average(model, AverageSettings(kind="ema", beta=average))
     randomness = randomness or Randomness(seed=1, device=device)
-    context = Context.of(model, randomness=randomness, average=kept, precision=precision, group=group)
+    context = Context.of(
+        model, randomness=randomness, average=kept, precision=precision, group=group, sources=sources
+    )
     method = kind(kind.Settings.model_validate(settings or {}), context)
     optimizer = build_optimizer(
         [*model.parameters(), *method.parameters()],

@@ -1,0 +1,113 @@
+"""MBCD that forces no broken branch: what its variants change in the plainly written step of MBCD."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import torch
+from reference_arl import pushed
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+from reference import ReferenceStep, log_softmax, softmax
+
+
+def ratios(q):
+    """The best of the others over each."""
+    if len(q) == 1:
+        return [1.0]
+    return [max(q[:k] + q[k + 1 :]) / q[k] for k in range(len(q))]
+
+
+class ReliableReference(ReferenceStep):
+    """`domains` are those of the batch, `sources` the training's; `nll` what the last look at the test split found."""
+
+    nll, domains = None, None
+
+    def begin(self, classes, sources):
+        self.classes, self.sources = classes, sources
+        self.probed = self.settings.reliability.by == "left_out" and len(sources) > 1
+        if self.probed:
+            for k, n in enumerate(self.names):
+                inside = self.values[f"heads.{n}.0.weight"].shape[1]
+                for key, shape in (("weight", (len(sources) * classes, inside)), ("bias", (len(sources) * classes,))):
+                    name = f"method.{n}.{key}"
+                    self.values[name] = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+                    self.teacher[name] = self.values[name].detach().clone()
+                    self.m[name], self.v[name] = torch.zeros(shape).double(), torch.zeros(shape).double()
+
+    def of_probe(self, k, s, h):
+        """Logits of modality k's probe that leaves out source s."""
+        weight, bias = (self.values[f"method.{self.names[k]}.{key}"] for key in ("weight", "bias"))
+        rows = slice(s * self.classes, (s + 1) * self.classes)
+        return h @ weight[rows].T + bias[rows]
+
+    def look(self, clips):
+        """nll from (inputs, labels, domains) of the test split."""
+        found = []
+        for k, n in enumerate(self.names):
+            by_source = []
+            for s, source in enumerate(self.sources):
+                losses = []
+                for inputs, labels, domains in clips:
+                    h = self.feature(k, inputs[n], self.values, self.buffers, training=False)
+                    logits = self.of_probe(k, s, h) if self.probed else self.head(h, f"heads.{n}", self.values, False)
+                    rows = log_softmax(logits.detach())
+                    losses += [-float(rows[i, int(y)]) for i, y in enumerate(labels) if int(domains[i]) == source]
+                by_source.append(sum(losses) / len(losses))
+            found.append(sum(by_source) / len(by_source))
+        self.nll = found
+
+    def spared(self, p, first, uni, labels):
+        o = self.settings.reliability
+        if o.by == "none":
+            return super().spared(p, first, uni, labels)
+        if o.by == "arl":
+            zero = [torch.zeros_like(h) for h in first]
+            alone = [
+                self.head(torch.cat([h if j == k else zero[j] for j, h in enumerate(first)], dim=1), "fused_head",
+                          self.values, False).detach()
+                for k in range(len(first))
+            ]  # fmt: skip
+            self.q = pushed(alone, softmax, 4.0)[2]
+        else:
+            self.q = [1 / max(one, 1e-3) for one in self.nll]
+        rest = ratios(self.q)
+        spared = [one * min(1.0, ratio) ** o.power for one, ratio in zip(p, rest, strict=True)]
+        return spared, [min(1.0, 1 / ratio) ** o.power for ratio in rest]
+
+    def kept(self, keep, uni, labels):
+        if not self.settings.dropout.agreement:
+            return keep
+        keep = keep.clone()
+        for i, y in enumerate(labels):
+            if not any(keep[i, k] and int(uni[k][i].argmax()) == int(y) for k in range(len(uni))):
+                keep[i] = 1.0
+        return keep
+
+    def own(self, first, uni, labels, draws):
+        terms, size = {}, len(labels)
+        if self.settings.reliability.by == "left_out" and self.probed:
+            values = []
+            for k in range(len(self.names)):
+                value = 0
+                for s, source in enumerate(self.sources):
+                    rows = log_softmax(self.of_probe(k, s, first[k].detach()))
+                    value -= sum(rows[i, int(y)] for i, y in enumerate(labels) if int(self.domains[i]) != source)
+                values.append(value / size)
+            terms["left_out"] = (torch.stack(values), 1 / (len(self.sources) - 1))
+        if self.settings.conflict.weight:
+            orders = [list(range(size))]
+            for _ in self.names[1:]:
+                uniform = draws.pop(0).tolist()
+                orders.append(sorted(range(size), key=uniform.__getitem__))
+            value = 0
+            for i in range(size):
+                strange = torch.cat([h[order[i]].detach() for h, order in zip(first, orders, strict=True)])
+                said = sum(log_softmax(z[o[i]][None].detach())[0] for z, o in zip(uni, orders, strict=True))
+                target = softmax(said[None])[0]
+                rows = log_softmax(self.head(strange[None], "fused_head", self.values, True))[0]
+                value = value + sum(t * (math.log(t) - row) for t, row in zip(target, rows, strict=True))
+            terms["conflict"] = (value / size, self.settings.conflict.weight)
+        return terms

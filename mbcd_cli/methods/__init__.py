@@ -120,9 +120,6 @@ METHODS: dict[str, MethodEntry] = {
     "mbcd-reliable": MethodEntry(
         "mbcd:MBCD", "MBCD that forces no broken branch", settings={"reliability": {"by": "left_out"}}
     ),
-    "mbcd-reliable-validation": MethodEntry(
-        "mbcd:MBCD", "the same by validation's loss", settings={"reliability": {"by": "validation"}}
-    ),
     "mbcd-arl": MethodEntry("mbcd:MBCD", "the same by ARL's coefficients", settings={"reliability": {"by": "arl"}}),
     "mbcd-agreement": MethodEntry(
         "mbcd:MBCD", "MBCD: dropout where the rest is right", settings={"dropout": {"agreement": True}}

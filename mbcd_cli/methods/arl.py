@@ -24,6 +24,8 @@ from mbcd_cli.settings import AROUND, NonNegative, Range
 
 LEAST_SHARE = 0.6
 """Least share of a modality in all entropies, times M (the authors' 0.3 of two)."""
+TEMPERATURE = 4.0
+"""T by default."""
 
 
 class ARLSettings(ModulatedSettings):
@@ -33,7 +35,7 @@ class ARLSettings(ModulatedSettings):
     """Weight of the modalities' own cross-entropies (the authors': 3 to 5 by dataset)."""
     first_gamma: NonNegative = 1.0
     """The same in the epochs before `start`."""
-    temperature: Annotated[NonNegative, Range(1, 16, benchmark=4)] = 4.0
+    temperature: Annotated[NonNegative, Range(1, 16, benchmark=4)] = TEMPERATURE
     """T, how far apart the coefficients are (the authors': 8 on CREMA-D, else 4)."""
     start: Annotated[int, Field(ge=0)] = 6
     """Epochs before encoders are scaled."""

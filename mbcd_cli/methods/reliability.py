@@ -1,6 +1,6 @@
 """How far each modality can be relied on, for a dropout and a distillation that force no broken branch (ours).
 
-Letters: B clips (of this process), N clips in all, M modalities, C classes, S source domains, D_k features of modality k.
+Letters: B clips (of this process), M modalities, C classes, S source domains, D_k features of modality k.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from mbcd_cli.data.records import Batch
-from mbcd_cli.methods.arl import pushes, reliance
+from mbcd_cli.methods.arl import TEMPERATURE, pushes, reliance
 from mbcd_cli.methods.base import Context, EpochClips, Term
 from mbcd_cli.methods.parts import full_precision, logits_of_some, mean_entropies
 from mbcd_cli.settings import NonNegative, Range, Slice
 
 LEAST_NLL = 1e-3
 """Least loss that is told from none: q_k is 1000 at most."""
-TEMPERATURE = 4.0
-"""T of ARL's coefficients."""
 
 
 class ReliabilitySettings(Slice):

@@ -29,7 +29,7 @@ class ReliableReference(ReferenceStep):
         self.classes, self.sources = classes, sources
         self.probed = self.settings.reliability.by == "left_out" and len(sources) > 1
         if self.probed:
-            for k, n in enumerate(self.names):
+            for n in self.names:
                 inside = self.values[f"heads.{n}.0.weight"].shape[1]
                 for key, shape in (("weight", (len(sources) * classes, inside)), ("bias", (len(sources) * classes,))):
                     name = f"method.{n}.{key}"

@@ -116,9 +116,7 @@ def make_step(
     device = next(model.parameters()).device
     kept = None if average is None else Average(model, AverageSettings(kind="ema", beta=average))
     randomness = randomness or Randomness(seed=1, device=device)
-    context = Context.of(
-        model, randomness=randomness, average=kept, precision=precision, group=group, sources=sources
-    )
+    context = Context.of(model, randomness=randomness, average=kept, precision=precision, group=group, sources=sources)
     method = kind(kind.Settings.model_validate(settings or {}), context)
     optimizer = build_optimizer(
         [*model.parameters(), *method.parameters()],

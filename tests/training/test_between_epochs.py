@@ -11,7 +11,12 @@ from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.training.together import Wanted, train_together
 from mbcd_cli.training.train import train
 
-METHODS = {"pmr": {"alpha": 2.0}, "d-and-r": {"after": [1, 2]}, "g-blending": {"epochs": 2}}
+METHODS = {
+    "pmr": {"alpha": 2.0},
+    "d-and-r": {"after": [1, 2]},
+    "g-blending": {"epochs": 2},
+    "mbcd": {"reliability": {"by": "left_out"}},
+}
 
 
 def settings_of(method, **training):
@@ -46,7 +51,7 @@ def test_stopped_between_epochs_and_within_them_it_ends_in_the_same_bits(tmp_pat
     whole, counting = trained(tmp_path / "whole", settings), Signalling(10**6)
     trained(tmp_path / "counted", settings, counting)
     batches = 10**6 - counting.left  # of trainings and of what is read between their epochs
-    assert batches > 8
+    assert batches >= 8
     for at in (1, batches // 2, batches - 2):
         run = tmp_path / str(at)
         with pytest.raises(StoppedError):

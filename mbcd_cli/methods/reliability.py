@@ -27,8 +27,7 @@ class ReliabilitySettings(Slice):
     """Modalities that are less reliable than others are not forced (ours)."""
 
     by: Literal["none", "validation", "left_out", "arl"] = "none"
-    """What q_k is: one over head k's loss on the sources' test split; over that of probes that have not seen the clip's
-    source (of one source: as validation); ARL's coefficient of the batch; or no reliability is asked for."""
+    """What q_k is: from heads' loss on the sources' test split, that of probes on a source they lack, or ARL's c_k."""
     power: Annotated[NonNegative, Range(0.25, 4, times=True, only=("by", "validation", "left_out", "arl"))] = 1.0
     """Power of the ratios of q_k."""
 

@@ -23,7 +23,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
 from show import show
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
+from test_sweep_command import cache, cells_of  # noqa: F401
 
+from mbcd_cli.files import read_records
 from mbcd_cli.launch import slurm
 from mbcd_cli.launch.engines import Launching
 from mbcd_cli.launch.launch import begin, launch
@@ -31,9 +33,12 @@ from mbcd_cli.launch.nodes import demand
 from mbcd_cli.launch.unit import beside
 from mbcd_cli.preparation.launched import prepare_launched
 from mbcd_cli.preparation.prepare import prepare
+from mbcd_cli.runs.opening import open_for_training
+from mbcd_cli.runtime import configure
 from mbcd_cli.say import Say
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.state import state
+from mbcd_cli.training import train
 
 SWEEP = Path(__file__).resolve().parents[1] / "sweep"
 CONFIGURATION = """
@@ -357,6 +362,41 @@ def test_a_cache_is_prepared(cluster, tmp_path):
     assert len(boards[-1].done) == 2
     second = max(slurm.queue() or {}, key=lambda job: [*map(int, job.split("_"))])
     assert slurm.queue()[second].state == "CANCELLED", "nothing was left for it"
+
+
+@pytest.mark.stress  # two processes that import torch, one after the other
+@pytest.mark.timeout(1800)
+def test_a_real_run_writes_its_checkpoint_before_the_time_limit_and_goes_on_from_it(cluster, request, tmp_path):
+    """Slurm's own signal, as it comes before a time limit; the numbers are those of a run that nobody stopped."""
+    prepared = request.getfixturevalue("cache")
+    (cell,) = cells_of(prepared, tmp_path / "runs", methods="mbcd")
+    records, jobs, reached = cell.folder / "metrics.jsonl", set(), []
+
+    def watch(board):
+        if beside(cell.folder, "job").is_file():
+            jobs.add(job_of(cell))
+        if board.running and not reached and len(read_records(records)) >= 1:
+            subprocess.run(["scancel", "--signal=USR2", job_of(cell)], check=True, timeout=30)
+            reached.append(0)
+        elif reached and state(cell.folder) == "interrupted":
+            reached.append(len(read_records(records)))
+            assert (cell.folder / "checkpoints" / "last.pt").is_file()
+            hurry(cell)
+
+    options = ["timeout_min=30", "cpus_per_task=1"]
+    board = launch(
+        begin(units_of([cell]), retry_failed=False),
+        Launching(launcher="slurm", slurm=options).engine(cell.settings, cell.folder.parent, sees=[prepared]),
+        watch=watch,
+        poll=0.1,
+    )
+    assert (len(board.done), board.failed, len(jobs)) == (1, {}, 1)
+    settings, data = open_for_training(cell.settings)
+    configure(settings.runtime.model_copy(update={"threads": 1}))
+    train.train(settings, data, run=tmp_path / "straight", resume=False, overwrite=False)
+    kept, straight = read_records(records), read_records(tmp_path / "straight" / "metrics.jsonl")
+    assert 1 <= reached[1] < len(straight), "it was stopped on its way"
+    assert [(one["epoch"], one["target"]) for one in kept] == [(one["epoch"], one["target"]) for one in straight]
 
 
 @pytest.mark.stress

@@ -225,6 +225,8 @@ def test_a_job_is_gone_when_two_looks_miss_it(monkeypatch):
     running = {"1": slurm.Queued("RUNNING", "n1", "")}
     looks = iter([{}, running, {}, running, {}, {}])
     monkeypatch.setattr(slurm, "queue", lambda: next(looks))
-    assert [SlurmJob.watcher.is_done("1", mode="force") for _ in range(6) if not time.sleep(0.002)] == [False] * 5 + [
-        True
-    ]
+    over = []
+    for _ in range(6):
+        time.sleep(0.002)  # submitit does not look twice in a millisecond
+        over.append(SlurmJob.watcher.is_done("1", mode="force"))
+    assert over == [False] * 5 + [True]

@@ -257,7 +257,8 @@ def classify(
     chosen = (_PRETRAINED, ZERO_SHOT)
     results = results_of(settings, dataset, {}, evaluated, deployed=chosen, device=device)
     results.method = f"{ZERO_SHOT} {_encoder(settings, name)} ({name}, {prompts.over})"
-    results.settings = {f"{ZERO_SHOT} prompts": prompts.source}  # nothing else of the tree has a part in it
+    # Nothing else of the tree has a part in it.
+    results.settings = {f"{ZERO_SHOT} prompts": prompts.source, "dataset.target_split": settings.dataset.target_split}
     results.provenance[f"{_PRETRAINED} weights, sha256"] = str(dataset.caches[name].recipe.get("weights"))
     return Classified(results, said)
 

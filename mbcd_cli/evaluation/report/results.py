@@ -123,7 +123,7 @@ def results_of(
     checkpoint, model = deployed
     sets = models[checkpoint][model]
     headline_set = TARGET if TARGET in sets else next(iter(sets))
-    averaged = checkpoints[checkpoint].averaged
+    averaged = checkpoints[checkpoint].averaged if checkpoints else None  # none where nothing was trained
     top1 = {head: figures.top1 for head, figures in sets[headline_set].items()}
     results = Results(
         format=RESULTS_FORMAT,

@@ -127,6 +127,11 @@ METHODS: dict[str, MethodEntry] = {
     "mbcd-conflict": MethodEntry(
         "mbcd:MBCD", "MBCD: the surer head wins conflicts", settings={"conflict": {"weight": 1.0}}
     ),
+    "mbcd-reliable-conflict": MethodEntry(
+        "mbcd:MBCD",
+        "both, by the heads' own loss",
+        settings={"reliability": {"by": "validation"}, "conflict": {"weight": 1.0}},
+    ),
     # From domain generalization with one modality, on fused and per-modality features (docs/methods.md).
     "mixup": MethodEntry("mixup:Mixup", "mixtures of clips and of labels", "ICLR", 2018),
     "mixup-domains": MethodEntry(

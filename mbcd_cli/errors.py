@@ -7,9 +7,7 @@ from collections.abc import Mapping
 
 FOREIGN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What reading raises where a file is whole, and its contents are not what is written into such a file."""
-
-
-_LONG = re.compile(r"(\S{200})\S{5000,}(\S{60})")
+_LONG = re.compile(r"(?<!\S)(\S{200})\S{5000,}(\S{60})")
 """A word that is longer than any path: a file's contents, and nothing to read."""
 
 

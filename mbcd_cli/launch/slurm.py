@@ -284,17 +284,14 @@ def look_at_the_queue(executor: AutoExecutor) -> None:
 
     class QueueWatcher(SlurmInfoWatcher):
         queue: Mapping[str, Queued] = MappingProxyType({})
-        absent: frozenset[str] = frozenset()
 
         def update(self) -> None:
             states = queue()
             self._last_status_check = time.time()
             if states is not None:
-                missing = frozenset(self._registered) - states.keys()
-                gone, self.absent = self.absent & missing, missing  # one look may come between an end and a new begin
                 self.queue = states
-                told = {job: {"State": states[job].state} for job in self._registered if job in states}
-                self._info_dict = self._info_dict | told | {job: {"State": _GONE} for job in gone}
+                gone = Queued(_GONE, "", "")
+                self._info_dict = {job: {"State": states.get(job, gone).state} for job in self._registered}
 
         def is_done(self, job_id: str, mode: str = "standard") -> bool:
             return self.get_state(job_id, mode=mode) in _ENDED

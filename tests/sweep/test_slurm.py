@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
@@ -214,19 +213,3 @@ def test_a_node_whose_disk_is_full_says_so(cells, monkeypatch):
     assert demands.fault() == ""
     monkeypatch.setattr(nodes, "TemporaryFile", lambda dir: FileIO("/dev/full", "w"))
     assert demands.fault() == f"cannot write into {cells[0].folder.parent}: No space left on device"
-
-
-def test_a_job_is_gone_when_two_looks_miss_it(monkeypatch):
-    pytest.importorskip("submitit")
-    from submitit.slurm.slurm import SlurmJob
-
-    monkeypatch.setattr(SlurmJob, "watcher", None)
-    slurm.look_at_the_queue(SimpleNamespace(cluster="slurm"))
-    running = {"1": slurm.Queued("RUNNING", "n1", "")}
-    looks = iter([{}, running, {}, running, {}, {}])
-    monkeypatch.setattr(slurm, "queue", lambda: next(looks))
-    over = []
-    for _ in range(6):
-        time.sleep(0.002)  # submitit does not look twice in a millisecond
-        over.append(SlurmJob.watcher.is_done("1", mode="force"))
-    assert over == [False] * 5 + [True]

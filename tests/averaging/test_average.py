@@ -12,7 +12,7 @@ from commands import run as mbcd
 from fakes import MemoryDataset, memory_settings
 from small import KINDS_ALL, small_batch, small_model
 
-from mbcd_cli.averaging import average_runs
+from mbcd_cli.averaging import average_runs, study
 from mbcd_cli.averaging.average_runs import Valley, WantedAverage
 from mbcd_cli.averaging.recipes import KeptEpoch, profile, swad, window
 from mbcd_cli.averaging.soups import chosen
@@ -317,6 +317,17 @@ def test_a_study_measures_what_evaluate_and_landscape_do(runs, tmp_path, dataset
     again = study_averages(pair, **how)
     assert (tmp_path / "study/study.jsonl").read_bytes() == before
     assert again.tables == done.tables
+
+
+def test_a_measurement_is_of_the_runs_as_they_are(runs, dataset):
+    """Trained again, with the same name: what was measured before is of other weights."""
+    run = runs / "erm-s0"
+    bank = Bank(load_checkpoint(run / "checkpoints/best.pt").settings, dataset, statistics="averaged", device=CPU)
+    candidate = study._Candidate("SWAD", [run], bank, lambda: None)
+    before = study._key(candidate, "averaged")
+    assert study._key(candidate, "averaged") == before != study._key(candidate, "recomputed")
+    shutil.copy(runs / "erm-s1/done", run / "done")
+    assert study._key(candidate, "averaged") != before
 
 
 def test_what_is_refused(runs, tmp_path, dataset):

@@ -203,6 +203,8 @@ def average(
     runs = trained_runs(paths)
     opened = Opened(config=config, sets=sets, flags=flags, say=say)
     groups = soups_of(runs) if wanted.soup else [[run] for run in runs]
+    for group in groups if wanted.soup else ():
+        check_several(group)
     made = []
     for group in say.over(groups, "averaging, runs"):
         mixed = soup(group, opened, wanted) if wanted.soup else of_epochs(group[0], opened, wanted)
@@ -226,26 +228,25 @@ def trained_runs(paths: Sequence[Path]) -> list[Path]:
 
 
 def soups_of(runs: Sequence[Path]) -> list[list[Path]]:
-    """The runs of each soup: of one dataset, method, modalities and target.
-
-    Raises:
-        RunError: a run is alone.
-    """
+    """The runs of each soup: of one dataset, method, modalities and target."""
     groups: dict[object, list[Path]] = {}
     for run in runs:
-        groups.setdefault(_kind(run), []).append(run)
-    for group in groups.values():
-        if len(group) == 1:
-            raise RunError(
-                f"No other run has the dataset, method, modalities and target of {group[0]}: a soup is of several.",
-                "Name more of its runs, of other seeds or hyper-parameters, or leave it out.",
-            )
+        settings = load_settings(run / SETTINGS)
+        groups.setdefault((settings.dataset.name, common_name(settings)), []).append(run)
     return list(groups.values())
 
 
-def _kind(run: Path) -> tuple[str | None, str]:
-    settings = load_settings(run / SETTINGS)
-    return settings.dataset.name, common_name(settings)
+def check_several(group: Sequence[Path]) -> None:
+    """Refuse a soup of one run.
+
+    Raises:
+        RunError: it is one.
+    """
+    if len(group) == 1:
+        raise RunError(
+            f"No other run has the dataset, method, modalities and target of {group[0]}: a soup is of several.",
+            "Name more of its runs, of other seeds or hyper-parameters, or leave it out.",
+        )
 
 
 def of_epochs(run: Path, opened: Opened, wanted: WantedAverage) -> Mixed:

@@ -5,7 +5,6 @@ A recipe weighs what `average.snapshots` kept of every epoch; nothing is compute
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,15 +158,3 @@ def swad(kept: Sequence[KeptEpoch], *, converge: int, leave: int, tolerance: flo
 def _means(epochs: Sequence[KeptEpoch]) -> list[WeighedPart]:
     total = sum(epoch.steps for epoch in epochs)
     return [WeighedPart(epoch.epoch, MEAN, epoch.steps / total) for epoch in epochs]
-
-
-def window_of(text: str) -> tuple[int, int]:
-    """`5..9` -> (5, 9).
-
-    Raises:
-        SettingsError: it is no window.
-    """
-    found = re.fullmatch(r"([0-9]{1,9})\.\.([0-9]{1,9})", text.strip())
-    if found is None:
-        raise SettingsError(f"--window {text}: no window of epochs.", "Write first and last, such as 5..9.")
-    return int(found[1]), int(found[2])

@@ -5,8 +5,10 @@ What is measured is kept line by line in `study.jsonl`: the same command goes on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ from mbcd_cli.averaging.average_runs import (
     StatisticsSource,
     Valley,
     WantedAverage,
+    check_several,
     of_epochs,
     soup,
     soups_of,
     trained_runs,
 )
 from mbcd_cli.averaging.recipes import kept_epochs_of
-from mbcd_cli.averaging.soups import SoupRule
+from mbcd_cli.averaging.soups import SoupRule, check_alike
 from mbcd_cli.averaging.study_plot import plot_study
 from mbcd_cli.averaging.weights import Bank
 from mbcd_cli.averaging.worth import TRAINED, Worth, study_table, summarised
@@ -60,12 +63,13 @@ _LOG, _RESULTS = "study.jsonl", "study.json"
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """An average to measure: its name, the runs it is of, and how its model comes about."""
+    """An average to measure: its name, the runs it is of, the bank of the first, and how its model comes about."""
 
     average: str
     runs: Sequence[Path]
+    bank: Bank
     make: Callable[[], tuple[MultiModalModel, float | None]]
-    seed: int | None = field(default=None)
+    seed: int | None = None
 
 
 def study_averages(
@@ -94,15 +98,16 @@ def study_averages(
     opened = Opened(config=config, sets=sets, flags=flags, say=say)
     runs = trained_runs(paths)
     warnings: list[str] = []
-    candidates = [one for run in runs for one in _of_run(run, opened, statistics)]
+    told: Counter[str] = Counter()
+    candidates = [one for run in runs for one in _of_run(run, opened, statistics, told)]
+    warnings += [f"{text} ({count} of {len(runs)} runs)" for text, count in told.items()]
     candidates += _soups(runs, opened, statistics, warnings)
     known = dict(filter(None, map(_known, read_records(output / _LOG))))
     found = []
     for one in say.over(candidates, "measuring averages"):
-        _, bank = opened.run(one.runs[0], statistics=statistics)
-        key = _key(one, bank, statistics)
+        key = _key(one, statistics)
         if key not in known:
-            known[key] = _measured(one, bank, output, say)
+            known[key] = _measured(one, output, say)
             append_record(output / _LOG, {"key": key, "worth": json_values(known[key])})
         found.append(known[key])
     rows = summarised(found)
@@ -113,8 +118,8 @@ def study_averages(
         "table": write_text(output / "study.md", markdown(table)),
     }
     sums = {path.relative_to(output).as_posix(): checksums.of_file(path) for path in files.values()}
-    told = {"runs": [str(run) for run in runs], "worth": json_values(found), "warnings": warnings, "files": sums}
-    files["results"] = write_json(output / _RESULTS, told)
+    results = {"runs": [str(run) for run in runs], "worth": json_values(found), "warnings": warnings, "files": sums}
+    files["results"] = write_json(output / _RESULTS, results)
     return Comparison(runs, warnings, [table], files)
 
 
@@ -126,15 +131,15 @@ def _known(record: Mapping[str, Any]) -> tuple[str, Worth] | None:
         return None
 
 
-def _key(one: _Candidate, bank: Bank, statistics: StatisticsSource) -> str:
+def _key(one: _Candidate, statistics: StatisticsSource) -> str:
     """What a measurement depends on: the runs' files, the average, and how it is measured."""
-    settings = bank.settings
+    settings = one.bank.settings
     parts = [one.average, statistics, settings.landscape.model_dump_json(), settings.dataset.target_split]
     return checksums.of_text("\n".join([*parts, *(checksums.of_file(run / DONE) for run in one.runs)]))
 
 
-def _of_run(run: Path, opened: Opened, statistics: StatisticsSource) -> Iterator[_Candidate]:
-    """As trained, the last student, and every average of its epochs."""
+def _of_run(run: Path, opened: Opened, statistics: StatisticsSource, told: Counter[str]) -> Iterator[_Candidate]:
+    """As trained, the last student, and every average of its epochs; what recipes warn of is counted in `told`."""
     checkpoint, bank = opened.run(run, statistics=statistics)
     _target(run, bank)
     kept, seed = kept_epochs_of(run), checkpoint.settings.training.seed
@@ -144,39 +149,40 @@ def _of_run(run: Path, opened: Opened, statistics: StatisticsSource) -> Iterator
         models = build_models(bank.settings, bank.dataset, weights, device=bank.device, source=name)
         return models[wanted or deployed_of(models)], None
 
-    yield _Candidate(TRAINED, [run], lambda: plain("best", ""), seed)
-    yield _Candidate(LAST, [run], lambda: plain("last", "student"), seed)
+    yield _Candidate(TRAINED, [run], bank, lambda: plain("best", ""), seed)
+    yield _Candidate(LAST, [run], bank, lambda: plain("last", "student"), seed)
     wanted = [WantedAverage(profile=sigma, statistics=statistics) for sigma in PROFILES]
     last = len(kept)
     firsts = dict.fromkeys(last - size + 1 for size in (-(-last // 4), -(-last // 2)))
     wanted += [WantedAverage(window=(first, last), statistics=statistics) for first in firsts]
     wanted += [WantedAverage(valley=Valley(published=how), statistics=statistics) for how in (False, True)]
     for one in wanted:
-        label = one.recipe(kept, checkpoint.settings).label
-        yield _Candidate(label, [run], lambda one=one: _model(of_epochs(run, opened, one)), seed)
+        recipe = one.recipe(kept, checkpoint.settings)
+        if recipe.fit is None:  # how well profiles are met is a column
+            told.update(f"{recipe.label}: {text}" for text in recipe.warnings)
+        yield _Candidate(recipe.label, [run], bank, partial(_model, partial(of_epochs, run, opened, one)), seed)
 
 
 def _soups(
     runs: Sequence[Path], opened: Opened, statistics: StatisticsSource, warnings: list[str]
 ) -> Iterator[_Candidate]:
     """Those of runs that began alike; others are told of."""
-    try:
-        groups = soups_of(runs)
-    except RunError as error:
-        warnings.append(f"No soups: {error.message}")
-        return
-    for group in groups:
+    for group in soups_of(runs):
+        try:
+            check_several(group)
+            pairs = {run: opened.run(run, statistics=statistics) for run in group}
+            check_alike({run: checkpoint for run, (checkpoint, _) in pairs.items()})
+        except RunError as error:
+            warnings.append(f"No soup: {error.message}")
+            continue
+        bank = pairs[group[0]][1]
         for rule in _SOUPS:
             wanted = WantedAverage(soup=rule, statistics=statistics)
-            try:
-                mixed = soup(group, opened, wanted)
-            except RunError as error:
-                warnings.append(f"No soup: {error.message}")
-                break
-            yield _Candidate(f"{rule} soup", group, lambda mixed=mixed: _model(mixed))
+            yield _Candidate(f"{rule} soup", group, bank, partial(_model, partial(soup, group, opened, wanted)))
 
 
-def _model(mixed: Mixed) -> tuple[MultiModalModel, float | None]:
+def _model(mix: Callable[[], Mixed]) -> tuple[MultiModalModel, float | None]:
+    mixed = mix()
     fit = None if mixed.recipe is None else mixed.recipe.fit
     return mixed.bank.model(mixed.checkpoint, mixed.state)[0], None if fit is None else fit.distance
 
@@ -198,8 +204,9 @@ def _target(run: Path, bank: Bank) -> ClipSet:
     return target
 
 
-def _measured(one: _Candidate, bank: Bank, output: Path, say: Say) -> Worth:
+def _measured(one: _Candidate, output: Path, say: Say) -> Worth:
     """Accuracies and loss increases of a candidate."""
+    bank = one.bank
     settings, dataset = bank.settings, bank.dataset
     model, distance = one.make()
     batches = dataset.batches(

@@ -6,7 +6,7 @@ Of a target nothing is read.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,16 +26,6 @@ from mbcd_cli.scoring.deployed import build_models
 from mbcd_cli.scoring.predictions import autocast, evaluating, predict
 from mbcd_cli.settings import Settings
 from mbcd_cli.training.validation import HeadRecord, model_record
-
-
-@dataclass(frozen=True, slots=True)
-class Weighed:
-    """Weights as a checkpoint's, with nothing but a student."""
-
-    student: Tensors
-    label_names: Sequence[str]
-    epoch: int
-    teacher: None = None
 
 
 def of_snapshots(run: Path, parts: Sequence[WeighedPart], base: Tensors) -> Tensors:
@@ -131,7 +121,7 @@ class Bank:
         Raises:
             MbcdError: a profile with negative weights has left a variance below zero.
         """
-        weighed = Weighed(state, checkpoint.label_names, checkpoint.epoch)
+        weighed = replace(checkpoint, student=state, teacher=None)
         model = build_models(self.settings, self.dataset, weighed, device=self.device, source="averaged")["student"]
         norms = following(model)
         if not norms:

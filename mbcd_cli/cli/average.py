@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -69,7 +70,6 @@ def average(
         if value not in choices:
             raise UsageError(f"{flag} {value}: there is no such rule.", f"Choose one of: {', '.join(choices)}.")
     from mbcd_cli.averaging.average_runs import Valley, WantedAverage, average
-    from mbcd_cli.averaging.recipes import window_of
     from mbcd_cli.averaging.study import study_averages
 
     layers = {"config": asked.config, "sets": asked.sets, "flags": asked.flags, "say": console.terminal}
@@ -78,13 +78,21 @@ def average(
         return compared, partial(show_comparison, compared)
     wanted = WantedAverage(
         profile=profile,
-        window=None if window is None else window_of(window),
+        window=None if window is None else _epochs(window),
         valley=_constants(Valley, valley, published=published) if swad else None,
         soup=soup,
         statistics=statistics,
     )
     made = average(paths, wanted, output=output, **layers)
     return made, partial(show_averages, made)
+
+
+def _epochs(text: str) -> tuple[int, int]:
+    """`5..9` -> (5, 9)."""
+    found = re.fullmatch(r"([0-9]{1,9})\.\.([0-9]{1,9})", text.strip())
+    if found is None:
+        raise UsageError(f"--window {text}: no window of epochs.", "Write first and last, such as 5..9.")
+    return int(found[1]), int(found[2])
 
 
 def _constants(kind: type[Valley], text: str | None, *, published: bool) -> Valley:

@@ -144,7 +144,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: missing, truncated, hostile (nothing in it is executed), foreign, or of another version.
     """
     path = Path(path)
-    payload = read_tensors(path, format=_FORMAT, version=_VERSION, what="checkpoint")
+    then = "Name another .pt file under the checkpoints/ folder of a run."
+    payload = read_tensors(path, format=_FORMAT, version=_VERSION, what="checkpoint", then=then)
     try:
         return _parse(payload)
     except (SettingsError, ValidationError) as error:
@@ -159,17 +160,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
 
 
-def read_tensors(path: Path, *, format: str, version: int, what: str) -> Mapping[str, Any]:
+def read_tensors(path: Path, *, format: str, version: int, what: str, then: str) -> Mapping[str, Any]:
     """What `save_tensors` wrote, on the CPU.
 
     Args:
         format, version: that it has to have. what: a word for such a file.
+        then: what to do where it is missing or damaged.
 
     Raises:
         CheckpointError: missing, truncated, hostile (nothing in it is executed), foreign, or of another version.
     """
     if not path.is_file():
-        raise CheckpointError(f"There is no {what} {path}.", "Name a .pt file under the checkpoints/ folder of a run.")
+        raise CheckpointError(f"There is no {what} {path}.", then)
     try:
         with python_warnings.catch_warnings():  # about a strange file's pickle protocol: the error says enough
             python_warnings.simplefilter("ignore")
@@ -183,8 +185,7 @@ def read_tensors(path: Path, *, format: str, version: int, what: str) -> Mapping
             reason = ["its pickle asks for code"]
         raise CheckpointError(
             f"{path} is no readable {what} ({type(error).__name__}: {reason[0][:200] if reason else ''}).",
-            "It is truncated, or holds more than tensors and plain values (nothing in it was executed); "
-            f"use another {what}.",
+            f"It is truncated, or holds more than tensors and plain values (nothing in it was executed). {then}",
         ) from error
     if not isinstance(payload, Mapping) or payload.get("format") != format:
         raise CheckpointError(

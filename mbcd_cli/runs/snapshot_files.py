@@ -58,13 +58,15 @@ def load_snapshot(run: Path, epoch: int) -> Snapshot:
         CheckpointError: missing, damaged, hostile or foreign.
     """
     path = _file(run, epoch)
-    payload = read_tensors(path, format=_FORMAT, version=_VERSION, what="snapshot")
+    then = "Train that run again, with --set average.snapshots=true."
+    payload = read_tensors(path, format=_FORMAT, version=_VERSION, what="snapshot", then=then)
     try:
-        return _parsed(payload)
+        snapshot = _parsed(payload)
+        if snapshot.epoch != epoch:
+            raise ValueError(f"it is of epoch {snapshot.epoch}")
     except FOREIGN as error:
-        raise CheckpointError(
-            f"{path} is damaged: {str(error).splitlines()[0]}", "Train that run again, with average.snapshots."
-        ) from error
+        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}", then) from error
+    return snapshot
 
 
 def kept_snapshots(run: Path) -> list[int]:
@@ -73,7 +75,8 @@ def kept_snapshots(run: Path) -> list[int]:
     Raises:
         RunError: it has none, or lacks one.
     """
-    epochs = sorted(int(path.stem.removeprefix("epoch-")) for path in (run / SNAPSHOTS).glob("epoch-*.pt"))
+    names = (path.stem.removeprefix("epoch-") for path in (run / SNAPSHOTS).glob("epoch-*.pt"))
+    epochs = sorted(int(name) for name in names if name.isdecimal())
     if not epochs:
         raise RunError(
             f"{run} has kept no averages of its epochs.", "Train it again with --set average.snapshots=true."

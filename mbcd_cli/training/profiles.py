@@ -17,6 +17,8 @@ KEPT = (0.05, 0.1)
 """Sigma of the two averages that `average.snapshots` keeps: from them, at several steps, others are put together."""
 WIDEST = 12**-0.5
 """Sigma of gamma = 0: all steps alike."""
+NARROWEST = 1e-3
+"""Least sigma: far below what `KEPT` can be put together to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +41,12 @@ def gamma_of(sigma: float) -> float:
     """The exponent of relative standard deviation sigma = sqrt((gamma + 1) / ((gamma + 2)^2 (gamma + 3))).
 
     Raises:
-        SettingsError: sigma is not above 0 and at most `WIDEST`.
+        SettingsError: sigma is not from `NARROWEST` to `WIDEST`, rounded as the message says it.
     """
-    if not 0 < sigma <= WIDEST * (1 + 1e-12):
+    if not NARROWEST <= sigma <= round(WIDEST, 4):
         raise SettingsError(
             f"A profile of relative width {sigma:g} is none of a power function.",
-            f"Choose a width above 0 and at most {WIDEST:.4f}, where all steps count alike.",
+            f"Choose a width from {NARROWEST:g} to {WIDEST:.4f}, where all steps count alike.",
         )
     roots = np.roots([1, 7, 16 - sigma**-2, 12 - sigma**-2])
     return max(float(roots.real[np.abs(roots.imag) < 1e-6].max()), 0.0)
@@ -64,7 +66,7 @@ class Fit:
 
     Attributes:
         wanted: the profile.
-        distance: L1 distance of the snapshots' profile from it, 0 (the same) to 2.
+        distance: L1 distance of the snapshots' profile from it: 0 of the same, 2 where both have no step in common.
         free_sum, free_distance: sum of the weights, and distance, without the demand that they sum to 1.
     """
 

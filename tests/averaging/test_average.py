@@ -12,7 +12,7 @@ from commands import run as mbcd
 from fakes import MemoryDataset, memory_settings
 from small import KINDS_ALL, small_batch, small_model
 
-from mbcd_cli.averaging import average_runs
+from mbcd_cli.averaging import average_runs, study
 from mbcd_cli.averaging.average_runs import Valley, WantedAverage
 from mbcd_cli.averaging.recipes import KeptEpoch, profile, swad, window
 from mbcd_cli.averaging.soups import chosen
@@ -102,6 +102,9 @@ def test_a_window_is_the_mean_over_its_steps(runs, method):
     mean = explicit(run, lambda s: [(steps.get(s.epoch, 0) / sum(steps.values()), s.mean)])
     assert_weights(place, mean)
     assert made.label == "epochs 2 to 4"
+    counters, got = load_snapshot(run, 4).counters, student_of(place)
+    assert counters
+    assert {name: int(got[name]) for name in counters} == {name: int(value) for name, value in counters.items()}
     told = read_json(place / "average.json")
     assert [part["epoch"] for part in told["recipe"]["parts"]] == [2, 3, 4]
     assert sum(part["weight"] for part in told["recipe"]["parts"]) == pytest.approx(1)
@@ -174,11 +177,11 @@ def test_a_far_profile_is_told():
 
 @pytest.mark.parametrize(
     ("rule", "expected"),
-    [("uniform", [2, 0, 1, 3]), ("greedy", [2, 1]), ("restricted", [2, 0, 1])],
+    [("uniform", [2, 1, 0, 3]), ("greedy", [2, 1]), ("restricted", [2, 1, 0])],
 )
 def test_soups_keep_what_their_rule_says(rule, expected):
-    """Of runs 2, 0, 1, 3 in order of accuracy and loss: 0 changes nothing, 1 helps, 3 harms."""
-    alone = [HeadRecord(a, loss) for a, loss in [(0.8, 0.5), (0.8, 0.6), (0.9, 0.9), (0.7, 0.1)]]
+    """Of runs 2, 1, 0, 3 in order of accuracy and loss: 1 helps, 0 changes nothing, 3 harms."""
+    alone = [HeadRecord(a, loss) for a, loss in [(0.8, 0.6), (0.8, 0.5), (0.9, 0.9), (0.7, 0.1)]]
 
     def accuracy_of(numbers):
         return 0.9 + 0.05 * (1 in numbers) - 0.2 * (3 in numbers)
@@ -226,11 +229,14 @@ def test_recomputed_statistics_and_a_variance_below_zero(runs, dataset):
         average(runs / "erm-s0", window=(1, 5), statistics=how) for how in ("averaged", "recomputed")
     )
     assert (averaged.statistics.source, recomputed.statistics.source) == ("averaged", "recomputed")
+    assert recomputed.label == "epochs 1 to 5, statistics recomputed"
     assert recomputed.statistics.clips == len(dataset.select(domains=("a", "b"), splits=("train",)))
     one, other = (student_of(runs / f"erm-s0-window-1-5{suffix}") for suffix in ("", "-recomputed"))
     differ = {name for name in one if not torch.equal(one[name], other[name])}
     assert differ
     assert all("running" in name or "num_batches" in name for name in differ)
+    (mixed,) = average(runs / "erm-s0", runs / "erm-s1", soup="uniform", statistics="recomputed")
+    assert mixed.statistics == recomputed.statistics
     best = load_checkpoint(runs / "erm-s0/checkpoints/best.pt")
     state = {name: -value if "running_var" in name else value for name, value in best.student.items()}
     bank = Bank(best.settings, dataset, statistics="averaged", device=CPU)
@@ -273,6 +279,7 @@ def test_a_study_measures_what_evaluate_and_landscape_do(runs, tmp_path, dataset
     pair, sets = [runs / "mbcd-s0", runs / "mbcd-s1"], ("landscape.directions=2", "landscape.ascent_steps=2")
     how = {"output": tmp_path / "study", "sets": sets, "flags": {"runtime.device": "cpu"}}
     done = study_averages(pair, **how)
+    assert [text for text in done.warnings if text.startswith("SWAD: No valley") and "of 2 runs" in text]
     told = read_json(tmp_path / "study/study.json")
     assert {one["method"] for one in told["worth"]} == {"mbcd"}
     names = {one["average"] for one in told["worth"]}
@@ -310,6 +317,17 @@ def test_a_study_measures_what_evaluate_and_landscape_do(runs, tmp_path, dataset
     again = study_averages(pair, **how)
     assert (tmp_path / "study/study.jsonl").read_bytes() == before
     assert again.tables == done.tables
+
+
+def test_a_measurement_is_of_the_runs_as_they_are(runs, dataset):
+    """Trained again, with the same name: what was measured before is of other weights."""
+    run = runs / "erm-s0"
+    bank = Bank(load_checkpoint(run / "checkpoints/best.pt").settings, dataset, statistics="averaged", device=CPU)
+    candidate = study._Candidate("SWAD", [run], bank, lambda: None)
+    before = study._key(candidate, "averaged")
+    assert study._key(candidate, "averaged") == before != study._key(candidate, "recomputed")
+    shutil.copy(runs / "erm-s1/done", run / "done")
+    assert study._key(candidate, "averaged") != before
 
 
 def test_what_is_refused(runs, tmp_path, dataset):
@@ -363,9 +381,9 @@ def test_the_command(runs):
         ["--soup", "thick"],
         ["--swad", "--valley", "3"],
         ["--swad", "--valley", "0,1,1"],
+        ["--window", "1-2"],
     ):
         mbcd("average", runs / "erm-s0", *words, code=2)
-    mbcd("average", runs / "erm-s0", "--window", "1-2", code=1)
 
 
 def test_a_window_weighs_epochs_by_their_steps():

@@ -20,7 +20,8 @@ def test_pinned_exponents(sigma, gamma):
 def test_the_widest_profile_counts_all_steps_alike_and_others_are_refused():
     assert gamma_of(WIDEST) == pytest.approx(0, abs=1e-12)
     np.testing.assert_allclose(PowerProfile(5, 0.0).of_steps(7), [0.2] * 5 + [0, 0], atol=1e-15)
-    for sigma in (0.0, -0.1, 0.29, float("nan"), float("inf")):
+    assert gamma_of(0.2887) == 0  # as the message says it
+    for sigma in (0.0, -0.1, 1e-300, 0.29, float("nan"), float("inf")):
         with pytest.raises(SettingsError, match="width"):
             gamma_of(sigma)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -150,6 +151,11 @@ def test_what_is_missing_or_damaged_is_told(whole, tmp_path):
     path = save_snapshot(tmp_path, replace(snapshot, epoch=1, gammas=[1.0]))
     with pytest.raises(CheckpointError, match="damaged: its exponents are none"):
         load_snapshot(tmp_path, 1)
+    (tmp_path / "snapshots/epoch-002 (copy).pt").write_bytes(path.read_bytes())
+    assert kept_snapshots(tmp_path) == [1, 2]
+    shutil.copy(whole / "snapshots/epoch-003.pt", tmp_path / "snapshots/epoch-002.pt")
+    with pytest.raises(CheckpointError, match=r"damaged: it is of epoch 3\n.*average\.snapshots=true"):
+        load_snapshot(tmp_path, 2)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="no readable snapshot"):
         load_snapshot(tmp_path, 1)

@@ -278,13 +278,17 @@ def zero_shot(
         over: in place of the file's.
 
     Raises:
-        SettingsError: prompts that do not fit; no modality with a text tower. And what `classify` raises.
+        SettingsError: prompts that do not fit; no modality with a text tower; no target. And what `classify` raises.
     """
     device = configure(settings.runtime)
     named = str(settings.dataset.name)
     whole = open_dataset(settings, name=named, modalities=settings.model.modalities)
     asked, sources = settings.training.target_domain, settings.training.source_domains
     targets = [asked] if asked else [d for d in settings.dataset.domains or whole.domains if d not in sources]
+    if not targets:
+        raise SettingsError(
+            f"All domains of {named} are sources: there is no target to classify.", "Leave out training.source_domains."
+        )
     file = None if prompts == NARRATIONS else read_prompts(Path(prompts), over=over)
     done: list[tuple[Path, Classified]] = []
     for name in settings.model.modalities or _with_texts(whole):
@@ -324,15 +328,13 @@ def narrated(settings: Settings, *, over: Over) -> Prompts:
 def _written(
     settings: Settings, dataset: CachedDataset, prompts: Prompts, runs: Path, *, device: torch.device, say: Say
 ) -> tuple[Path, Classified]:
-    """Classify one target, and write its folder: one of a name for a target, weights and prompts."""
+    """Classify one target, and write its folder: one of a name for a target, sources, cache and prompts."""
     (name,) = dataset.modalities
-    weights = str(dataset.caches[name].recipe.get("weights"))
-    digest = hashlib.sha256(json.dumps([prompts.model_dump(mode="json"), weights]).encode()).hexdigest()[:8]
+    told = [prompts.model_dump(mode="json"), dataset.fingerprints[name], sorted(settings.training.source_domains)]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
     words = (_encoder(settings, name), prompts.over, name, settings.training.target_domain, digest)
     folder = runs / "-".join((ZERO_SHOT, *map(str, words)))
-    opened = settings
-    if revealed_by(folder):
-        opened = settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"seal_target": False})})
+    opened = _opened(settings, folder)
     with folder_aside(folder) as aside:  # before the work: it tells whether there is a place
         classified = classify(opened, dataset, prompts, device=device, say=say)
         files = [write_text(aside / SETTINGS, to_toml(settings, stamped=True))]
@@ -349,6 +351,13 @@ def _written(
     return folder, classified
 
 
+def _opened(settings: Settings, folder: Path) -> Settings:
+    """`settings` of a target that is not sealed any more, where it was revealed."""
+    if not revealed_by(folder):
+        return settings
+    return settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"seal_target": False})})
+
+
 def reopened(run: Path, flags: Mapping[str, object]) -> tuple[Settings, CachedDataset]:
     """Settings of a zero-shot folder, and its dataset; its target is not sealed any more once it was revealed.
 
@@ -357,8 +366,7 @@ def reopened(run: Path, flags: Mapping[str, object]) -> tuple[Settings, CachedDa
     """
     saved = Layer(f"{run / SETTINGS}", read_toml(run / SETTINGS, "settings file"))
     settings = resolve(base=saved, environ=os.environ, flags=flags)
-    if revealed_by(run):
-        settings = settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"seal_target": False})})
+    settings = _opened(settings, run)
     return settings, open_dataset(settings, name=str(settings.dataset.name), modalities=settings.model.modalities)
 
 

@@ -26,7 +26,7 @@ from mbcd_cli import checksums
 from mbcd_cli.data.dataset import CachedDataset, open_dataset
 from mbcd_cli.data.readers import epic_kitchens
 from mbcd_cli.encoders.formats import behind_scheme
-from mbcd_cli.encoders.text_towers import read_texts
+from mbcd_cli.encoders.text_towers import read_texts, text_side
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
 from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.evaluation.report.comparison import Comparison
@@ -258,7 +258,7 @@ def classify(
     results = results_of(settings, dataset, {}, evaluated, deployed=chosen, device=device)
     results.method = f"{ZERO_SHOT} {_encoder(settings, name)} ({name}, {prompts.over})"
     # Nothing else of the tree has a part in it.
-    results.settings = {f"{ZERO_SHOT} prompts": prompts.source, "dataset.target_split": settings.dataset.target_split}
+    results.settings = {"prompts": prompts.source, "dataset.target_split": settings.dataset.target_split}
     results.provenance[f"{_PRETRAINED} weights, sha256"] = str(dataset.caches[name].recipe.get("weights"))
     return Classified(results, said)
 
@@ -305,9 +305,8 @@ def zero_shot(
 
 
 def _with_texts(dataset: CachedDataset) -> list[str]:
-    """The modalities of encoders that may have a text tower; the first one where there is none, to be told so."""
-    names = list(dataset.modalities)
-    return [name for name in names if dataset.modalities[name].encoder.startswith("hf:")] or names[:1]
+    """The modalities whose encoders have a text tower; the first one where there is none, to be told so."""
+    return [name for name, modality in dataset.modalities.items() if text_side(modality)] or [*dataset.modalities][:1]
 
 
 def narrated(settings: Settings, *, over: Over) -> Prompts:
@@ -330,9 +329,11 @@ def _written(
 ) -> tuple[Path, Classified]:
     """Classify one target, and write its folder: one of a name for a target, sources, cache and prompts."""
     (name,) = dataset.modalities
-    told = [prompts.model_dump(mode="json"), dataset.fingerprints[name], sorted(settings.training.source_domains)]
+    training = settings.training
+    domains = sorted({*training.source_domains, str(training.target_domain)})  # most often those of every target
+    told = [prompts.model_dump(mode="json"), dataset.fingerprints[name], domains]
     digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
-    words = (_encoder(settings, name), prompts.over, name, settings.training.target_domain, digest)
+    words = (_encoder(settings, name), prompts.over, name, training.target_domain, digest)
     folder = runs / "-".join((ZERO_SHOT, *map(str, words)))
     opened = _opened(settings, folder)
     with folder_aside(folder) as aside:  # before the work: it tells whether there is a place

@@ -216,9 +216,10 @@ def told_apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
             out += [replace(run, method=names[run.path]) for run in group]
             if (count := len(set(names.values()))) > 1:
                 why = ", ".join(short.values()) or "sources"
+                remedy = "" if group[0].zero_shot else " Those of a search stand together with `mbcd sweep --collect`."
                 notes.append(
                     f"{dataset}, {'+'.join(modalities)}, {setting}: {len(group)} runs of {method} are of {count} kinds "
-                    f"that are not averaged ({why}). Those of a search stand together with `mbcd sweep --collect`."
+                    f"that are not averaged ({why}).{remedy}"
                 )
     return sorted(out, key=lambda run: run.path), notes
 

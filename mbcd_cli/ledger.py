@@ -113,7 +113,7 @@ def revealed(run: Path) -> dict[str, Any] | None:
         if not isinstance(found["look"], str) or not all(isinstance(each["epoch"], int) for each in found["epochs"]):
             raise ValueError("it tells of no look")
         return found
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, *FOREIGN) as error:
         raise FileError(f"{path} cannot be read: {error}.", "Delete it; `mbcd reveal` writes it again.") from error

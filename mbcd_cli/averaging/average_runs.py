@@ -21,7 +21,7 @@ from mbcd_cli.resolved import load_settings, method_label
 from mbcd_cli.runs import opening
 from mbcd_cli.runs.checkpoint import Checkpoint, Tensors, save_checkpoint
 from mbcd_cli.runs.folder import AVERAGED, DONE, SETTINGS
-from mbcd_cli.runs.names import run_checkpoints, runs_at
+from mbcd_cli.runs.names import run_checkpoints, trained_at
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.deployed import deployed_of, states_of
@@ -221,10 +221,10 @@ def trained_runs(paths: Sequence[Path]) -> list[Path]:
     Raises:
         RunError: there is none.
     """
-    found = {run for path in paths for run in runs_at(path) if run == path or not (run / AVERAGED).is_file()}
+    found = [run for run in trained_at(paths) if run in paths or not (run / AVERAGED).is_file()]
     if not found:
         raise RunError(f"{', '.join(map(str, paths))}: all runs here are averages.", "Name what they were made of.")
-    return sorted(found)
+    return found
 
 
 def soups_of(runs: Sequence[Path]) -> list[list[Path]]:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders.transformers_families import FAMILIES, DescribedModel, import_transformers, owner
+from mbcd_cli.encoders.transformers_families import FAMILIES, DescribedModel, TextSide, import_transformers, owner
 from mbcd_cli.encoders.transformers_models import model_folder, quiet, read_model
 from mbcd_cli.errors import FOREIGN, CheckpointError, SettingsError
 
@@ -47,6 +47,14 @@ class TextTower:
     scale: float
 
 
+def text_side(modality: Modality) -> TextSide | None:
+    """What a modality's encoder has of a text tower; None where it has none."""
+    if not modality.encoder.startswith("hf:") or modality.encoder_config is None:
+        return None
+    described = DescribedModel.from_json(modality.encoder_config)
+    return described.family.text if described.pooling == described.family.pooling else None
+
+
 def read_texts(
     name: str, modality: Modality, prompts: Sequence[str], *, weights_dir: Path, device: torch.device
 ) -> TextTower:
@@ -56,18 +64,14 @@ def read_texts(
         SettingsError: the encoder is of no such model.
         CheckpointError: its folder lacks a text tower or a tokenizer, or they do not fit; a prompt is too long.
     """
-    if not modality.encoder.startswith("hf:") or modality.encoder_config is None:
+    side = text_side(modality)
+    if side is None:
+        families = ", ".join(name for name, family in FAMILIES.items() if family.text is not None)
         raise SettingsError(
             f"modalities.{name}.encoder: {modality.encoder} has no text tower.",
-            f"Prepare {name} with hf:FOLDER, a model of {_families()}.",
+            f"Prepare {name} with hf:FOLDER, a whole model of {families}.",
         )
     folder = model_folder(modality, weights_dir)
-    described = DescribedModel.from_json(modality.encoder_config)
-    side = described.family.text
-    if side is None or described.pooling != described.family.pooling:
-        raise CheckpointError(
-            f"{folder}: a {described.model_type} has no text tower.", f"Take the whole model of {_families()}."
-        )
     if getattr(modality, "frame_pooling", "mean") != "mean":
         raise SettingsError(
             f"modalities.{name}.frame_pooling is {modality.frame_pooling}: texts are near means of frames only.",
@@ -94,10 +98,6 @@ def read_texts(
     features = torch.cat([getattr(part, "pooler_output", part) for part in parts])
     projection = attrgetter(side.projection)(model) if side.projection else nn.Identity()
     return TextTower(normalize(features.float()).cpu(), projection, float(attrgetter(side.scale)(model).exp()))
-
-
-def _families() -> str:
-    return ", ".join(name for name, family in FAMILIES.items() if family.text is not None)
 
 
 def _tokens(folder: Path, config: object, prompts: Sequence[str], *, padding: str) -> list[dict[str, torch.Tensor]]:

@@ -32,7 +32,7 @@ from mbcd_cli.randomness import global_states, load_global_states
 from mbcd_cli.runs import opening
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.runs.folder import DONE
-from mbcd_cli.runs.names import PROMPTS, run_checkpoints, runs_at
+from mbcd_cli.runs.names import run_checkpoints, trained_at
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import SOURCE, TARGET, ClipSet, clip_sets
@@ -287,8 +287,7 @@ def adapt(
         RunError: no run, or one that is not trained to its end; and what `adapt_run` raises.
         FileError: there is no place to write to.
     """
-    runs = sorted({run for path in paths for run in runs_at(path)})
-    runs = [run for run in runs if not (run / PROMPTS).is_file()] or runs
+    runs = trained_at(paths)
     for run in runs:
         if not (run / DONE).is_file():
             raise RunError(f"{run} is not trained to its end.", "Go on with `mbcd train ... --resume` first.")

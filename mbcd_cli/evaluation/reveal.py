@@ -21,7 +21,7 @@ from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs import opening
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.runs.folder import DONE, SEALED, SETTINGS
-from mbcd_cli.runs.names import PROMPTS, run_checkpoints, runs_at, settings_key
+from mbcd_cli.runs.names import is_zero_shot, run_checkpoints, runs_at, settings_key
 from mbcd_cli.runtime import configure
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET, clip_sets
@@ -108,7 +108,7 @@ def _written_down(runs: Sequence[Path], what: str, flags: Mapping[str, object]) 
 
 
 def _looked_at(run: Path, flags: Mapping[str, object]) -> LookedAt:
-    if (run / PROMPTS).is_file():
+    if is_zero_shot(run):
         (settings, dataset), sums = reopened(run, flags), {SEALED: of_file(run / SEALED)}
     else:
         settings, dataset, checkpoints = _opened(run, flags)
@@ -123,10 +123,10 @@ def _looked_at(run: Path, flags: Mapping[str, object]) -> LookedAt:
 
 
 def _revealed(run: Path, look: str, flags: Mapping[str, object]) -> RevealedRun:
-    told = reopened(run, flags) if (run / PROMPTS).is_file() else _opened(run, flags)
+    told = reopened(run, flags) if is_zero_shot(run) else _opened(run, flags)
     epochs = _accuracies(run, *told[:2])
     write_json(run / REVEALED, {"look": look, "epochs": epochs}, place="--runs-dir")
-    if (run / PROMPTS).is_file():
+    if is_zero_shot(run):
         return _told(run, classify_again(run, flags))
     dataset = told[1]
     settings, checkpoints = opening.load_checkpoints(run_checkpoints(run), config=None, sets=(), flags=flags)

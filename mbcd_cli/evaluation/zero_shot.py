@@ -26,7 +26,7 @@ from mbcd_cli import checksums
 from mbcd_cli.data.dataset import CachedDataset, open_dataset
 from mbcd_cli.data.readers import epic_kitchens
 from mbcd_cli.encoders.formats import behind_scheme
-from mbcd_cli.encoders.text_towers import read_texts
+from mbcd_cli.encoders.text_towers import read_texts, text_side
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
 from mbcd_cli.evaluation.evaluator import Evaluated
 from mbcd_cli.evaluation.report.comparison import Comparison
@@ -258,7 +258,7 @@ def classify(
     results = results_of(settings, dataset, {}, evaluated, deployed=chosen, device=device)
     results.method = f"{ZERO_SHOT} {_encoder(settings, name)} ({name}, {prompts.over})"
     # Nothing else of the tree has a part in it.
-    results.settings = {f"{ZERO_SHOT} prompts": prompts.source, "dataset.target_split": settings.dataset.target_split}
+    results.settings = {"prompts": prompts.source, "dataset.target_split": settings.dataset.target_split}
     results.provenance[f"{_PRETRAINED} weights, sha256"] = str(dataset.caches[name].recipe.get("weights"))
     return Classified(results, said)
 
@@ -278,13 +278,17 @@ def zero_shot(
         over: in place of the file's.
 
     Raises:
-        SettingsError: prompts that do not fit; no modality with a text tower. And what `classify` raises.
+        SettingsError: prompts that do not fit; no modality with a text tower; no target. And what `classify` raises.
     """
     device = configure(settings.runtime)
     named = str(settings.dataset.name)
     whole = open_dataset(settings, name=named, modalities=settings.model.modalities)
     asked, sources = settings.training.target_domain, settings.training.source_domains
     targets = [asked] if asked else [d for d in settings.dataset.domains or whole.domains if d not in sources]
+    if not targets:
+        raise SettingsError(
+            f"All domains of {named} are sources: there is no target to classify.", "Leave out training.source_domains."
+        )
     file = None if prompts == NARRATIONS else read_prompts(Path(prompts), over=over)
     done: list[tuple[Path, Classified]] = []
     for name in settings.model.modalities or _with_texts(whole):
@@ -301,9 +305,8 @@ def zero_shot(
 
 
 def _with_texts(dataset: CachedDataset) -> list[str]:
-    """The modalities of encoders that may have a text tower; the first one where there is none, to be told so."""
-    names = list(dataset.modalities)
-    return [name for name in names if dataset.modalities[name].encoder.startswith("hf:")] or names[:1]
+    """The modalities whose encoders have a text tower; the first one where there is none, to be told so."""
+    return [name for name, modality in dataset.modalities.items() if text_side(modality)] or [*dataset.modalities][:1]
 
 
 def narrated(settings: Settings, *, over: Over) -> Prompts:
@@ -324,15 +327,15 @@ def narrated(settings: Settings, *, over: Over) -> Prompts:
 def _written(
     settings: Settings, dataset: CachedDataset, prompts: Prompts, runs: Path, *, device: torch.device, say: Say
 ) -> tuple[Path, Classified]:
-    """Classify one target, and write its folder: one of a name for a target, weights and prompts."""
+    """Classify one target, and write its folder: one of a name for a target, sources, cache and prompts."""
     (name,) = dataset.modalities
-    weights = str(dataset.caches[name].recipe.get("weights"))
-    digest = hashlib.sha256(json.dumps([prompts.model_dump(mode="json"), weights]).encode()).hexdigest()[:8]
-    words = (_encoder(settings, name), prompts.over, name, settings.training.target_domain, digest)
+    training = settings.training
+    domains = sorted({*training.source_domains, str(training.target_domain)})  # most often those of every target
+    told = [prompts.model_dump(mode="json"), dataset.fingerprints[name], domains]
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
+    words = (_encoder(settings, name), prompts.over, name, training.target_domain, digest)
     folder = runs / "-".join((ZERO_SHOT, *map(str, words)))
-    opened = settings
-    if revealed_by(folder):
-        opened = settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"seal_target": False})})
+    opened = _opened(settings, folder)
     with folder_aside(folder) as aside:  # before the work: it tells whether there is a place
         classified = classify(opened, dataset, prompts, device=device, say=say)
         files = [write_text(aside / SETTINGS, to_toml(settings, stamped=True))]
@@ -349,6 +352,13 @@ def _written(
     return folder, classified
 
 
+def _opened(settings: Settings, folder: Path) -> Settings:
+    """`settings` of a target that is not sealed any more, where it was revealed."""
+    if not revealed_by(folder):
+        return settings
+    return settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"seal_target": False})})
+
+
 def reopened(run: Path, flags: Mapping[str, object]) -> tuple[Settings, CachedDataset]:
     """Settings of a zero-shot folder, and its dataset; its target is not sealed any more once it was revealed.
 
@@ -357,8 +367,7 @@ def reopened(run: Path, flags: Mapping[str, object]) -> tuple[Settings, CachedDa
     """
     saved = Layer(f"{run / SETTINGS}", read_toml(run / SETTINGS, "settings file"))
     settings = resolve(base=saved, environ=os.environ, flags=flags)
-    if revealed_by(run):
-        settings = settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"seal_target": False})})
+    settings = _opened(settings, run)
     return settings, open_dataset(settings, name=str(settings.dataset.name), modalities=settings.model.modalities)
 
 

@@ -58,11 +58,32 @@ def run_checkpoints(run: Path) -> dict[str, Path]:
         )
     places = {name: run / "checkpoints" / f"{name}.pt" for name in ("best", "last")}
     files = {name: path for name, path in places.items() if path.is_file()}
-    if (run / PROMPTS).is_file():
-        raise RunError(f"{run} is a zero-shot row: nothing of it was trained.", "Name a run of `mbcd train`.")
+    if is_zero_shot(run):
+        raise _untrained(run)
     if not files:
         raise RunError(f"Run {run} has no checkpoint yet.", "Go on with `mbcd train ... --resume`.")
     return files
+
+
+def is_zero_shot(run: Path) -> bool:
+    """Whether a folder is a zero-shot row."""
+    return (run / PROMPTS).is_file()
+
+
+def _untrained(row: Path) -> RunError:
+    return RunError(f"{row} is a zero-shot row: nothing of it was trained.", "Name a run of `mbcd train`.")
+
+
+def trained_at(paths: Sequence[Path]) -> list[Path]:
+    """The runs at these paths (`runs_at`), in order, without the zero-shot rows beside them.
+
+    Raises:
+        RunError: there is none.
+    """
+    found = sorted({run for path in paths for run in runs_at(path)})
+    if trained := [run for run in found if not is_zero_shot(run)]:
+        return trained
+    raise _untrained(found[0])
 
 
 def runs_at(path: Path) -> list[Path]:

@@ -63,6 +63,10 @@ def test_variance_is_that_of_the_two_way_analysis(sizes):
     assert c.method_difference([target]).variance == pytest.approx((of_groups + of_seeds - rest) / (seeds * groups))
 
 
+def test_degrees_of_freedom_are_no_fewer_than_those_of_either_part():
+    assert c.variance_of([1.0], [4.0], 1.0, 1.0, 2) == (1.0, 2)  # all of the variance is in both, and counts twice
+
+
 @pytest.mark.parametrize("seeds", [3, 5, 10])
 def test_intervals_hold_whatever_share_of_the_variance_comes_of_seeds(seeds):
     """Of normal effects and endlessly many clips: B is known, I is 1, W times (S - 1) is (1 + rho) chi-squared.

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
@@ -135,6 +136,23 @@ def test_zero_shot_rows_stand_below_and_are_never_the_best(tmp_path):
     assert (alone.name, len(alone.columns)) == ("epic-kitchens-video-multi-source", 7)
     assert [row[-1] for row in (main.rows[2], alone.rows[0])] == ["VGGSound", "unknown"]
     assert not any("zero-shot" in str(row) for table in comparison.compare(runs)[2:] for row in table.rows)
+
+
+def test_zero_shot_rows_beside_runs_of_fewer_sources_and_of_another_split(tmp_path):
+    common = {"dataset": "d", "seed": 0, "top1": 50}
+    trained = write_run(tmp_path / "t", **common, modalities=("audio", "flow"), method="erm", target="b", sources="ac")
+    row = {**common, "modalities": ("audio",), "method": "zero-shot x", "model": "zero-shot", "target": "b"}
+    whole, part = (write_run(tmp_path / "z", **row, sources=sources) for sources in ("acd", "ac"))
+
+    def names(*folders, **splits):
+        runs = [evaluated.load_run(folder) for folder in folders]
+        runs = [replace(r, settings={"dataset.target_split": splits.get(r.method, "test")}) for r in runs]
+        return {run.path: run.method for run in evaluated.told_apart(runs)[0]}
+
+    assert names(trained, whole) == {trained: "erm", whole: "zero-shot x"}
+    assert set(names(whole, part).values()) == {"zero-shot x", "zero-shot x (without d)"}
+    apart = ["erm (target_split all)", "zero-shot x (target_split test)"]
+    assert [*names(trained, whole, erm="all").values()] == apart
 
 
 def test_the_papers_layout_joins_datasets_and_modalities(tmp_path):

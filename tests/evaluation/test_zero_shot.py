@@ -200,6 +200,11 @@ def test_rows_stand_below_the_trained_ones(place, tmp_path):
     for command in ("adapt", "evaluate"):
         word = [folders[0]] if command == "adapt" else ["--run", folders[0]]
         assert "is a zero-shot row" in run(command, *word, code=1).stderr
+    assert "is a zero-shot row" in run("average", folders[0], "--swad", code=1).stderr
+    assert "probe has kept no averages" in run("average", tmp_path / "runs/tiny", "--swad", code=1).stderr
+    single = rows(place, "clip", tmp_path, "--prompts", place / "prompts.toml", "--source-domains", "alpha").data
+    assert not {*single["runs"]} & {*done["runs"]}  # of another setting: other folders
+    assert len({folder.name.rpartition("-")[2] for folder in folders}) == 1
 
 
 def test_a_sealed_target_waits_for_reveal(place, tmp_path, monkeypatch):
@@ -335,9 +340,29 @@ def test_encoders_without_a_text_tower_are_refused(place, tmp_path):
     dataset.modalities["video"] = dataset.modalities["video"].model_copy(update={"frame_pooling": "max"})
     with pytest.raises(MbcdError, match="frame_pooling is max"):
         text_head(resolve(flags=flags), dataset, "video", read_prompts(place / "prompts.toml"), device=CPU)
+    (tmp_path / "file").write_text("")
+    given = ("--prompts", place / "prompts.toml")
+    assert "Not a directory" in rows(place, "clip", tmp_path, *given, "--runs-dir", tmp_path / "file", code=1).stderr
+    every = ("--source-domains", "alpha,beta,gamma")
+    assert "there is no target" in rows(place, "clip", tmp_path, *given, *every, code=1).stderr
     assert "no such way" in rows(place, "clip", tmp_path, "--prompts", "x", "--over", "sum", code=2).stderr
     assert "has no narrations" in rows(place, "clip", tmp_path, "--prompts", "narrations", code=1).stderr
     assert "does not exist" in rows(place, "clip", tmp_path, "--prompts", tmp_path / "none.toml", code=1).stderr
+
+
+def test_modalities_without_a_text_tower_have_no_row(place, tmp_path):
+    shutil.copytree(place / "weights/clip", tmp_path / "weights/clip")
+    owners.OWNERS["wav2vec2"](tmp_path / "weights/speech")
+    (tmp_path / "c.toml").write_text(
+        'dataset = {name = "tiny", min_frames = 1}\ncache = {views = 1, workers = 0}\n'
+        '[modalities]\nvideo = {encoder = "hf:clip", cut = "adapter", frames = 1}\n'
+        'audio = {encoder = "hf:speech", cut = "adapter"}\n'
+    )
+    folders = ("--cache-dir", tmp_path / "cache", "--weights-dir", tmp_path / "weights")
+    common = (*folders, "--preset", "none", "--config", tmp_path / "c.toml")
+    run("prepare", "manifest", "--root", place / "tiny", "--modalities", "video,audio", *common)
+    words_ = (*common, "--prompts", place / "prompts.toml", "--runs-dir", tmp_path / "runs", "--json")
+    assert {row[0] for row in run("zero-shot", *words_).data["tables"][0]["rows"]} == {"zero-shot clip (video, max)"}
 
 
 def test_narrations_are_the_sources_alone(tmp_path, monkeypatch):

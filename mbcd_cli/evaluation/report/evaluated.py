@@ -197,13 +197,17 @@ def told_apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     out: list[Run] = []
     notes = []
     for (dataset, modalities, setting), table in grouped(runs, lambda r: (r.dataset, r.modalities, r.setting)):
-        domains = dict.fromkeys(name for run in table for name in (*run.sources, run.target) if name is not None)
-        splits = {run.settings.get(_TESTED) for run in table}
+        beside = [run for run in runs if (run.dataset, run.setting) == (dataset, setting)]
+        if not any(run.zero_shot for run in beside):  # those stand below methods of more modalities too
+            beside = table
+        splits = {run.settings.get(_TESTED) for run in beside}
         for method, group in grouped(table, lambda r: r.method):
             keys = dict.fromkeys(key for run in group for key in run.settings if key not in (*_VARIED, _TESTED))
             differ = [key for key in keys if len({run.settings.get(key) for run in group}) > 1]
             short = _short(differ + [_TESTED] * (len(splits) > 1))
             names = {}
+            alike = [run for run in table if run.zero_shot == group[0].zero_shot]
+            domains = dict.fromkeys(name for run in alike for name in (*run.sources, run.target) if name is not None)
             for run in group:
                 words = [f"{name} {run.settings.get(key, 'unset')}" for key, name in short.items()]
                 if setting == "multi-source":
@@ -212,9 +216,10 @@ def told_apart(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
             out += [replace(run, method=names[run.path]) for run in group]
             if (count := len(set(names.values()))) > 1:
                 why = ", ".join(short.values()) or "sources"
+                remedy = "" if group[0].zero_shot else " Those of a search stand together with `mbcd sweep --collect`."
                 notes.append(
                     f"{dataset}, {'+'.join(modalities)}, {setting}: {len(group)} runs of {method} are of {count} kinds "
-                    f"that are not averaged ({why}). Those of a search stand together with `mbcd sweep --collect`."
+                    f"that are not averaged ({why}).{remedy}"
                 )
     return sorted(out, key=lambda run: run.path), notes
 

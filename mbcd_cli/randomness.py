@@ -6,9 +6,12 @@ nn.Dropout draws from torch's global generators, which `seed_everything` seeds a
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 
 class Randomness:
@@ -36,24 +39,59 @@ class Randomness:
     def own_globals(self) -> None:
         """From now on the global generators' draws are this object's own (`keep_`), going on from where they are."""
         self._globals = global_states()
-        self.dropout = torch.Generator()
-        self.dropout.set_state(self._globals["torch"])
+        self.dropout = self._global.clone_state()
+
+    @property
+    def _global(self) -> torch.Generator:
+        """What nn.Dropout draws from on the device."""
+        if self.device.type != "cuda":
+            return torch.default_generator
+        return torch.cuda.default_generators[self._index]
+
+    @property
+    def _index(self) -> int:
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
+    @contextmanager
+    def as_globals(self) -> Iterator[None]:
+        """Within, nn.Dropout draws this object's own."""
+        generator = self._global
+        outside = generator.get_state()
+        generator.set_state(self.dropout.get_state())
+        try:
+            yield
+        finally:
+            self.dropout.set_state(generator.get_state())
+            generator.set_state(outside)
 
     def keep_(self, factors: torch.Tensor, *, rate: float) -> None:
-        """Dropout's into `factors`, [*], as nn.Dropout's on a CPU: 0 (probability `rate`), else 1 / (1 - rate)."""
-        factors.bernoulli_(1 - rate, generator=self.dropout).div_(1 - rate)
+        """Dropout's into `factors`, [*] where `dropout` draws, as nn.Dropout's: 0 (probability `rate`), else
+        1 / (1 - rate)."""
+        if self.device.type != "cuda":
+            factors.bernoulli_(1 - rate, generator=self.dropout).div_(1 - rate)
+            return
+        with self.as_globals():  # its kernel spreads the numbers otherwise than bernoulli_'s
+            factors.copy_(F.dropout(torch.ones_like(factors), rate))
 
     def globals(self) -> dict:
         """States of the global generators, or of what stands for them here (see `global_states`)."""
-        return self._globals | {"torch": self.dropout.get_state()} if self._globals else global_states()
+        if not self._globals:
+            return global_states()
+        own = self.dropout.get_state()
+        if self.device.type != "cuda":
+            return self._globals | {"torch": own}
+        return self._globals | {"cuda": [own if k == self._index else s for k, s in enumerate(self._globals["cuda"])]}
 
     def load_globals(self, states: dict) -> None:
         """Go on from what `globals` returned."""
-        if self._globals:
-            self._globals = states
-            self.dropout.set_state(states["torch"].cpu())
-        else:
+        if not self._globals:
             load_global_states(states)
+            return
+        self._globals = states
+        if self.device.type != "cuda":
+            self.dropout.set_state(states["torch"].cpu())
+        elif len(states["cuda"]) == torch.cuda.device_count():
+            self.dropout.set_state(states["cuda"][self._index].cpu())
 
     def state(self) -> torch.Tensor:
         """State to go on from, a CPU uint8 tensor [n]."""

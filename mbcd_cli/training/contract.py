@@ -33,7 +33,7 @@ from mbcd_cli.settings.sources import merge
 from mbcd_cli.training.assemble import Training, train_with
 from mbcd_cli.training.optimizer import build_optimizer, load_optimizer, optimizer_state
 from mbcd_cli.training.population import Member, StackedStep
-from mbcd_cli.training.static_step import StaticStep
+from mbcd_cli.training.static_step import WARM_UP, StaticStep
 from mbcd_cli.training.step import TrainStep
 
 CLASSES, DIMENSION, CLIPS = 3, 6, 12
@@ -74,9 +74,10 @@ class Subject:
         norm: str = "layer",
         double: bool = True,
         precision: str = "float32",
+        device: str = "cpu",
         **training: object,
     ) -> Training:
-        """A training of a tiny model.
+        """A training of a tiny model, captured in a CUDA graph (`run_step`) where the method allows it.
 
         Args:
             order: numbers of modalities, then of unequal widths.
@@ -95,13 +96,18 @@ class Subject:
             "average": {"beta": 0.9 * shrunk, **self.average},
             "optimizer": {"name": optimizer, "lr": 1e-2 * shrunk, "weight_decay": 1e-3 * shrunk},
             "training": training,
-            "runtime": {"device": "cpu", "precision": precision, "channels_last": "off"},
+            "runtime": {
+                "device": device,
+                "precision": precision,
+                "channels_last": "off",
+                "cuda_graph": "on" if device == "cuda" and self.kind.capturable else "off",
+            },
         }
         settings = Settings[self.kind.Settings, ArrayModality, ReaderSettings].model_validate(tree)
         seed_everything(settings.training.seed)
         arrays = {name: ArrayModality.model_validate(shape) for name, shape in shapes.items()}
         model = build_model(arrays, settings=settings.model, classes=CLASSES, live_trunks=trunks)
-        model = model.double() if double else model
+        model = (model.double() if double else model).to(device)
         made = train_with(kind or self.kind, model, settings, sources=range(sources), group=group)
         if cut == "input":  # else batches are the caller's
             made.step.method.before_epoch(_ClipsOfNone(self, made.step, settings, len(names), sources))
@@ -156,7 +162,8 @@ class _ClipsOfNone:
         self.step.train_mode(model)
 
     def _prepared(self, seed: int) -> Batch:
-        return self.step.prepared(self.subject.batch(seed, modalities=self.modalities, sources=self.sources))
+        batch = self.subject.batch(seed, modalities=self.modalities, sources=self.sources)
+        return self.step.prepared(batch.to(self.step.context.step.device))
 
 
 def _own_rows(batch: Batch, group: Group) -> Batch:
@@ -434,7 +441,7 @@ def check_precision(subject: Subject) -> None:
 
 
 def check_static(subject: Subject) -> None:
-    """Run on static buffers, as a CUDA graph runs it, it gives the same bits."""
+    """Run on static buffers it gives the same bits; captured in a CUDA graph, where there is a GPU, the same numbers."""
     if not subject.kind.capturable:
         return
     plain, buffered = subject.training(), subject.training()
@@ -445,41 +452,66 @@ def check_static(subject: Subject) -> None:
         torch.manual_seed(seed)
         assert torch.equal(static(subject.batch(seed)), expected), f"figures of step {seed + 1}"
     _equal(weights(buffered.step), weights(plain.step), "static against plain")
+    if torch.cuda.is_available():
+        _check_captured(subject)
+
+
+def _check_captured(subject: Subject) -> None:
+    plain, captured = (subject.training(device="cuda") for _ in range(2))
+    for seed in range(WARM_UP + 3):
+        batch = subject.batch(seed).to(torch.device("cuda"))
+        torch.manual_seed(seed)
+        expected = plain.step(batch)
+        torch.manual_seed(seed)
+        differ = f"figures of step {seed + 1} differ where it is captured in a CUDA graph"
+        torch.testing.assert_close(captured.run_step(batch), expected, rtol=0, atol=1e-9, msg=differ)
+    _close(weights(captured.step), weights(plain.step), "captured")
 
 
 def check_population(subject: Subject) -> None:
     """Each member of a population does what it does alone, beside one whose weights turn infinite too.
 
-    Once with the same settings, once with others wherever they are numbers.
+    Once with the same settings, once with others wherever they are numbers; and once more where there is a GPU.
     """
     if subject.kind.stackable:
         for factors in ((1.0, 1.0, 1.0), (1.0, 0.9, 0.8)):
-            _check_population(subject, factors)
+            _check_population(subject, factors, "cpu")
+        if torch.cuda.is_available():
+            _check_population(subject, factors, "cuda")
 
 
-def _check_population(subject: Subject, factors: Sequence[float]) -> None:
+def _check_population(subject: Subject, factors: Sequence[float], device: str) -> None:
     seeds, broken = range(3), 1
+    made = partial(subject.training, device=device)
+
+    def batch(seed: int, number: int) -> Batch:
+        return subject.batch(10 * seed + number).to(torch.device(device))
+
     alone: dict[int, tuple[list[torch.Tensor], dict[str, torch.Tensor]]] = {}
     for seed in seeds:
-        training = subject.training(seed=seed, shrunk=factors[seed])
-        figures = [training.step(subject.batch(10 * seed + number)) for number in range(4)]
+        training = made(seed=seed, shrunk=factors[seed])
+        figures = [training.step(batch(seed, number)) for number in range(4)]
         alone[seed] = figures, weights(training.step)
     members = []
     for seed in seeds:
-        members.append(subject.training(seed=seed, shrunk=factors[seed]))
+        members.append(made(seed=seed, shrunk=factors[seed]))
         members[-1].randomness.own_globals()
     stacked = StackedStep([Member(member.step, member.randomness) for member in members])
     with torch.no_grad():
         next(members[broken].step.model.parameters()).fill_(float("inf"))
     for number in range(4):
-        vectors = stacked([subject.batch(10 * seed + number) for seed in seeds])
+        vectors = stacked([batch(seed, number) for seed in seeds])
         for seed in set(seeds) - {broken}:
             differ = f"figures of step {number + 1} differ from those of a training alone"
             torch.testing.assert_close(vectors[seed], alone[seed][0][number], rtol=0, atol=1e-9, msg=differ)
     for seed in set(seeds) - {broken}:
-        for name, value in weights(members[seed].step).items():
-            differ = f"{name} differs from that of a training alone"
-            torch.testing.assert_close(value, alone[seed][1][name], rtol=0, atol=1e-9, msg=differ)
+        _close(weights(members[seed].step), alone[seed][1], "in a population")
+
+
+def _close(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> None:
+    for name, value in tensors.items():
+        differ = f"{name} differs {where} from that of a plain training"
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-9, msg=differ)
 
 
 def check_processes(subject: Subject) -> None:

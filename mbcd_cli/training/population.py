@@ -168,16 +168,16 @@ def _alone(step: TrainStep, draws: Randomness, batch: Batch) -> _Alone:
     """What a step of this member begins with, after which everything is as it was."""
     whole = Whole(step)
     buffers = [(buffer, buffer.clone()) for buffer in whole.buffers()]
-    drawn, dropout, outside = draws.state(), draws.dropout.get_state(), torch.get_rng_state()
+    drawn, dropout = draws.state(), draws.dropout.get_state()
     step.optimizer.zero_grad(set_to_none=True)
     step.context.step += 1
-    torch.set_rng_state(dropout)
     try:
-        vector = step.gradients(batch)
+        with draws.as_globals():
+            vector = step.gradients(batch)
     finally:
-        torch.set_rng_state(outside)
         step.context.step -= 1
         draws.load(drawn)
+        draws.dropout.set_state(dropout)
         for buffer, before in buffers:
             buffer.copy_(before)
     found = _Alone(vector, [parameter.grad for parameter in whole.parameters() if parameter.requires_grad])

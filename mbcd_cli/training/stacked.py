@@ -42,7 +42,7 @@ class StackedRandomness:
         """Dropout's factors: 0 with probability `rate`, else 1 / (1 - rate), of each member's rate."""
 
         def draw() -> torch.Tensor:
-            factors = torch.empty((len(self._draws), *shape), dtype=dtype)
+            factors = torch.empty((len(self._draws), *shape), dtype=dtype, device=self._draws[0].dropout.device)
             for mine, draws, rate in zip(factors, self._draws, rates, strict=True):
                 draws.keep_(mine, rate=rate)
             return factors.to(self.device)

@@ -45,7 +45,7 @@ from mbcd_cli.randomness import Randomness
 from mbcd_cli.resolved import resolve, validate
 from mbcd_cli.runtime import configure, peak_memory_mb
 from mbcd_cli.settings import RuntimeSettings, Settings
-from mbcd_cli.training.assemble import train_with
+from mbcd_cli.training.assemble import compile_tails, train_with
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.optimizer import build_optimizer
 from mbcd_cli.training.static_step import StaticStep
@@ -154,14 +154,26 @@ class NaiveStep:
         return loss.item() + sum(one.item() for one in ce.values())
 
 
-def ours(tree: Settings, device: torch.device, *, precision: str, last: bool, live: bool = False):
+def ours(
+    tree: Settings,
+    device: torch.device,
+    *,
+    precision: str,
+    last: bool,
+    live: bool = False,
+    graph: bool = True,
+    compiled: bool = False,
+):
     """The step as `mbcd train` assembles it, captured in a CUDA graph on a GPU."""
     _, model = build(tree, device, live=live)
     if last:
         weights_channels_last(model)
     randomness = Randomness(seed=0, device=device)
-    graph = device.type == "cuda"
+    graph = graph and device.type == "cuda"
     average = Average(model, tree.average)
+    if compiled:
+        compile_tails(model)
+        compile_tails(average.model)
     context = Context.of(model, randomness=randomness, average=average, precision=precision)
     step = TrainStep(
         method=method_class(tree.method.name)(tree.method, context),
@@ -188,6 +200,31 @@ def floor(tree: Settings, device: torch.device, batch: Batch, *, precision: str,
                 tails[name](parts)
 
     return call
+
+
+def profiled(call) -> dict[str, object]:
+    """Of three calls on a GPU: the share of the time that kernels run, how many a call, and the longest by name."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((e.time_range.start, e.time_range.end) for e in kernels)
+    busy, end, whole = 0.0, spans[0][0], max(stop for _, stop in spans) - spans[0][0]
+    for begin, stop in spans:
+        busy, end = busy + max(stop - max(begin, end), 0.0), max(stop, end)
+    each: dict[str, float] = {}
+    for e in kernels:
+        each[e.name[:90]] = each.get(e.name[:90], 0.0) + e.time_range.elapsed_us()
+    longest = sorted(each.items(), key=lambda item: -item[1])[:24]
+    shares = {name: round(time / sum(each.values()), 3) for name, time in longest}
+    return {
+        "busy": round(busy / whole, 3),
+        "kernels": len(kernels) // 3,
+        "ms": round(whole / 3000, 2),
+        "shares": shares,
+    }
 
 
 class Scale(torch.nn.Module):
@@ -300,9 +337,14 @@ def main() -> None:
     parser.add_argument("--live", action="store_true", help="time the step with live trunks too")
     parser.add_argument("--method", help="methods against ERM: names of the registry, or all")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--plain", action="store_true", help="time the step without a CUDA graph too")
+    parser.add_argument("--compiled", action="store_true", help="time the step with compiled tails too")
+    parser.add_argument("--profile", action="store_true", help="tell which kernels the steps run (CUDA)")
+    parser.add_argument("--deterministic", action="store_true", help="with deterministic kernels, as training asks")
     parser.add_argument("--cpu-time", action="store_true", help="count processor seconds (on a busy machine)")
     options = parser.parse_args()
-    configure(RuntimeSettings(device=options.device, threads=options.threads, deterministic=False))
+    runtime = {"device": options.device, "threads": options.threads, "compile": options.compiled}
+    configure(RuntimeSettings(deterministic=options.deterministic, **runtime))
     if options.child:
         name, _, path = options.child.partition(":")
         print(json.dumps(measured(name, torch.load(path), options)))
@@ -341,6 +383,11 @@ def main() -> None:
         last = device.type == "cuda" or precision == "bfloat16"
         step = ours(tree, device, precision=precision, last=last)
         cases[f"step {precision}"] = lambda step=step: step(batch)
+        others = {"plain": {"graph": False}} if options.plain else {}
+        others |= {"compiled": {"compiled": True}} if options.compiled else {}
+        for name, how in others.items():
+            step = ours(tree, device, precision=precision, last=last, **how)
+            cases[f"{name} {precision}"] = lambda step=step: step(batch)
         if options.live:
             step = ours(tree, device, precision=precision, last=last, live=True)
             cases[f"live {precision}"] = lambda step=step: step(decoded)
@@ -362,9 +409,11 @@ def main() -> None:
         nine = 9 * min(least[f"forward {precision} {layout}"] for layout in ("contiguous", "channels-last"))
         step = least[f"step {precision}"]
         result[precision] = {"step_s": round(step, 4), "floor_s": round(nine, 4), "of_floor": round(step / nine, 3)}
-        for name in ("naive", f"live {precision}"):
+        for name in ("naive", f"live {precision}", f"plain {precision}", f"compiled {precision}"):
             if name in least:
                 result[precision][f"{name.split()[0]}_of_step"] = round(least[name] / step, 2)
+        if options.profile:
+            result[precision]["profile"] = profiled(cases[f"step {precision}"])
     result["peak_memory_mb"] = peak_memory_mb(device)
     print(json.dumps(result, indent=1))
 

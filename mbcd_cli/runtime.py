@@ -29,8 +29,8 @@ def pick_device(settings: RuntimeSettings) -> torch.device:
         if not torch.cuda.is_available():
             return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
         name = "cuda"
-    if name == "cuda" and (local := this_process().local) is not None:
-        name = f"cuda:{local}"
+    if name == "cuda":
+        name = f"cuda:{this_process().local or 0}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

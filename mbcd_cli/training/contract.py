@@ -8,7 +8,7 @@ Letters: B clips, M modalities, S source domains.
 from __future__ import annotations
 
 import io
-import os
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -441,7 +441,7 @@ def check_precision(subject: Subject) -> None:
 
 
 def check_static(subject: Subject) -> None:
-    """Run on static buffers it gives the same bits; captured in a CUDA graph, where there is a GPU, the same numbers."""
+    """On static buffers it gives the same bits; captured in a CUDA graph, where there is a GPU, the same numbers."""
     if not subject.kind.capturable:
         return
     plain, buffered = subject.training(), subject.training()
@@ -517,8 +517,14 @@ def _close(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Ten
 def check_processes(subject: Subject) -> None:
     """Two processes with half of each batch do what one does with all of it (batch norm frozen)."""
     with tempfile.TemporaryDirectory() as folder:
-        children = [_forked(subject, Path(folder), rank) for rank in range(2)]
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        # Autograd's threads of a GPU do not survive a fork.
+        start = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+        children = [start.Process(target=_as_rank, args=(subject, Path(folder), rank)) for rank in range(2)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+        codes = [child.exitcode for child in children]
         assert codes == [0, 0], f"the processes ended with {codes}"
         shared = torch.load(Path(folder) / "0.pt", weights_only=True)
     alone = _share(subject, ALONE)
@@ -534,19 +540,11 @@ def _share(subject: Subject, group: Group) -> dict[str, torch.Tensor]:
     return weights(step)
 
 
-def _forked(subject: Subject, folder: Path, rank: int) -> int:
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
-        torch.save(_share(subject, Group(rank=rank, world=2)), folder / f"{rank}.pt")
-        dist.destroy_process_group()
-        code = 0
-    finally:
-        os._exit(code)
+def _as_rank(subject: Subject, folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    torch.save(_share(subject, Group(rank=rank, world=2)), folder / f"{rank}.pt")
+    dist.destroy_process_group()
 
 
 CHECKS: dict[str, Callable[[Subject], None]] = {

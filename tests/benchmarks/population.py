@@ -74,9 +74,15 @@ def sweep(folder: Path, method: str, seeds: int, *, pack: str, jobs: int) -> tup
     return seconds, sum(one["steps"] for one in done)
 
 
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def floor(members: int, passes: int) -> float:
     """Seconds that the products of a step take, of `passes` passes forward and as many backward."""
     torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     modalities = len(DIMENSIONS)
     widths = [(width, HIDDEN) for width in DIMENSIONS.values()] + [(HIDDEN, HIDDEN)] * modalities
     widths += [(HIDDEN, HIDDEN)] * modalities + [(HIDDEN, CLASSES)] * modalities
@@ -84,7 +90,7 @@ def floor(members: int, passes: int) -> float:
     layers = []
     for inside, out in widths:
         x, weight = torch.randn(members, BATCH, inside), torch.randn(members, out, inside)
-        layers.append((x, weight, torch.randn(members, BATCH, out)))
+        layers.append([part.to(device) for part in (x, weight, torch.randn(members, BATCH, out))])
     best = float("inf")
     for _ in range(9):
         started = time.perf_counter()
@@ -93,6 +99,7 @@ def floor(members: int, passes: int) -> float:
             torch.bmm(gradient.mT, x)
             if number >= modalities:
                 torch.bmm(gradient, weight)
+        _wait()
         best = min(best, time.perf_counter() - started)
     return passes * best
 
@@ -106,6 +113,7 @@ def step_seconds(folder: Path, method: str, members: int) -> float:
         def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
             started = time.perf_counter()
             vectors = super().__call__(batches)
+            _wait()
             seconds.append(time.perf_counter() - started)
             return vectors
 
@@ -142,6 +150,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=64)
     parser.add_argument("--alone", type=int, default=8, help="trainings in processes of their own")
     parser.add_argument("--methods", default="erm,mbcd")
+    parser.add_argument("--pack", default="auto", help="trainings at a time in a process")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, with a thread each")
     told = parser.parse_args()
     result = {
@@ -164,15 +173,15 @@ def main() -> None:
         subprocess.run((*prepare, "--views", "1"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for method in told.methods.split(","):
             rates = {}
-            for pack, seeds in (("auto", told.members), ("off", told.alone)):
+            for pack, seeds in ((told.pack, told.members), ("off", told.alone)):
                 seconds, steps = sweep(folder, method, seeds, pack=pack, jobs=told.jobs)
                 rates[pack] = steps / seconds
-            members = min(told.members, together.WIDTH)
+            members = min(told.members, together.WIDTH if told.pack == "auto" else int(told.pack))
             step, least = step_seconds(folder, method, members), floor(members, 3 if method == "mbcd" else 1)
             result[method] = {
-                "member_steps_per_s": round(rates["auto"], 1),
+                "member_steps_per_s": round(rates[told.pack], 1),
                 "alone_steps_per_s": round(rates["off"], 1),
-                "ratio": round(rates["auto"] / rates["off"], 2),
+                "ratio": round(rates[told.pack] / rates["off"], 2),
                 "step_ms": round(1000 * step, 1),
                 "floor_ms": round(1000 * least, 1),
                 "of_floor": round(step / least, 2),

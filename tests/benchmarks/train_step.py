@@ -116,7 +116,8 @@ class NaiveStep:
             target = self.teacher.fuse(self.teacher.features(cut)).softmax(1).clamp(min=1e-12)
         model.train()
         cut = self.at_cut(self.trunks, inputs)
-        logits = {name: model.heads[name](model.encode(name, cut[name], self.noised)) for name in names}
+        pooled = {name: model.pool(name, cut[name], self.noised) for name in names}
+        logits = model.unimodal(model.normalised(pooled))
         ce = {name: F.cross_entropy(logits[name], labels) for name in names}
         kl = sum(F.kl_div(one.log_softmax(1), target, reduction="batchmean") for one in logits.values())
         s = [one.detach().softmax(1).max(1).values.sum().item() for one in logits.values()]

@@ -110,7 +110,8 @@ def surface_theirs(model: MultiModalModel, batches: list[Batch], *, head: bool, 
     wrapped = GeneralModelWrapper(fused, [fused.fused_head], lambda m, x: m(x)) if head else fused
     inputs = {n: (torch.cat([b.inputs[n][0] for b in batches]),) for n in batches[0].inputs}
     metric = loss_landscapes.metrics.Loss(F.cross_entropy, inputs, torch.cat([b.labels for b in batches]))
-    loss_landscapes.random_plane(wrapped, metric, distance=1, steps=points, normalization="filter")
+    with batches[0].labels.device:  # its random directions are made on torch's default device
+        loss_landscapes.random_plane(wrapped, metric, distance=1, steps=points, normalization="filter")
 
 
 def surface_ours(model: MultiModalModel, batches: list[Batch], *, head: bool, points: int) -> None:

@@ -52,6 +52,13 @@ def write_features(root: Path) -> None:
             file.write(f"c{clip},{DOMAINS[clip * len(DOMAINS) // CLIPS]},{split},{label},{arrays}\n")
 
 
+def run(command: Sequence[str], folder: Path) -> None:
+    """A command, whose words are shown where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    if done.returncode:
+        sys.exit(done.stdout[-2000:] + done.stderr[-3000:])
+
+
 def sweep(folder: Path, method: str, seeds: int, *, pack: str, jobs: int) -> tuple[float, int]:
     """Seconds of the sweep, and the steps that its trainings took."""
     runs = folder / f"{method}-{pack}"
@@ -67,7 +74,7 @@ def sweep(folder: Path, method: str, seeds: int, *, pack: str, jobs: int) -> tup
     for one in ("training.epochs=12", f"training.batch_size={BATCH}", f"model.hidden={HIDDEN}", "runtime.threads=1"):
         command += ["--set", one]
     started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
+    run(command, folder)
     seconds = time.perf_counter() - started
     done = [json.loads(path.read_text(encoding="utf-8")) for path in runs.glob("*/*/done")]
     assert len(done) == seeds, "not all trainings have ended"
@@ -170,7 +177,7 @@ def main() -> None:
             "--cache-dir",
             str(folder / "cache"),
         )
-        subprocess.run((*prepare, "--views", "1"), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run((*prepare, "--views", "1"), folder)
         for method in told.methods.split(","):
             rates = {}
             for pack, seeds in ((told.pack, told.members), ("off", told.alone)):

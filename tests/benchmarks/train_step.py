@@ -4,9 +4,8 @@
     python tests/benchmarks/train_step.py --device cuda --batch 16 --repeats 20
     python tests/benchmarks/train_step.py --method all --batch 2 --repeats 2
 
-With `--method`, methods of the registry (`all`: one of every class) against ERM: each in a process of its own, where
-its step and ERM's are timed in turn; `step` and `memory` are ratios to ERM's step and to the peak memory of ERM's
-process. `own` is what the method adds, timed alone, in units of ERM's step: its step on a model without encoders less
+With `--method`, methods of the registry (`all`: one of every class) against ERM: each in a process of its own (on a GPU
+all in one), where its step and ERM's are timed in turn; `step` and `memory` are ratios to ERM's step and to the peak memory of ERM's. `own` is what the method adds, timed alone, in units of ERM's step: its step on a model without encoders less
 ERM's there, and the teacher's forward pass and the average's update where it has them. `of_sum` is step / (1 + own).
 
 `naive` is written plainly here, as a port of the method would be: it runs the frozen trunk anew for each of its three
@@ -38,6 +37,7 @@ from mbcd_cli.encoders import build_encoder
 from mbcd_cli.encoders.convolution import Conv3d
 from mbcd_cli.encoders.layout import channels_last, weights_channels_last
 from mbcd_cli.encoders.staged import Tail
+from mbcd_cli.errors import MbcdError
 from mbcd_cli.methods import METHODS, method_class
 from mbcd_cli.methods.base import Context
 from mbcd_cli.model import MultiModalModel
@@ -55,13 +55,22 @@ PRESET = Path(__file__).resolve().parents[2] / "presets" / "epic-kitchens.toml"
 CLASSES = 8
 
 
+_ON_GPU: dict[tuple[str, bool], tuple[torch.nn.Module, Tail]] = {}
+"""Encoders made once for all cases of a run on a GPU: drawing their weights takes seconds."""
+
+
 def build(tree: Settings, device: torch.device, *, live: bool = False):
     """Trunks and the model of the paper (which holds them where they are live), random weights from one seed."""
     torch.manual_seed(0)
     trunks, tails = {}, {}
     for name in tree.model.modalities:
         modality = tree.modalities[name]
+        if (name, live) in _ON_GPU:
+            trunks[name], tails[name] = copy.deepcopy(_ON_GPU[name, live])
+            continue
         trunks[name], tails[name] = build_encoder(name, modality).cut(modality.cut, live=live)
+        if device.type == "cuda":
+            _ON_GPU[name, live] = copy.deepcopy((trunks[name].to(device), tails[name].to(device)))
     model = MultiModalModel(tails, settings=tree.model, classes=CLASSES, trunks=trunks if live else None)
     return torch.nn.ModuleDict(trunks).to(device), model.to(device)
 
@@ -254,6 +263,11 @@ def training_of(name: str, device: torch.device, *, encoders: bool = True):
 def measured(name: str, cut: dict[str, tuple[torch.Tensor, ...]], options) -> dict[str, float]:
     """Least seconds of a method's step and ERM's, of what it adds, and the peak memory before ERM's was there."""
     device = torch.device(options.device)
+    if device.type == "cuda":  # one process measures all methods
+        build(resolve(preset="epic-kitchens", environ={}, method="erm"), device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    there = torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
     clock = time.process_time if options.cpu_time else time.perf_counter
     views = method_class(name).views
     clips = torch.arange(options.batch, device=device)
@@ -278,7 +292,7 @@ def measured(name: str, cut: dict[str, tuple[torch.Tensor, ...]], options) -> di
     calls = {"step": run(training, batch(cut, views))}
     for _ in range(5 if device.type == "cuda" else 1):  # a graph is captured after three steps
         calls["step"]()
-    memory = peak_memory_mb(device)
+    memory = peak_memory_mb(device) - there
     calls["erm"] = run(training_of("erm", device)[0], batch(cut, 1))
     features = {n: (torch.randn(options.batch, d, device=device),) for n, d in training.step.model.dims.items()}
     for key, method, repeats in (("own", name, views), ("own_erm", "erm", 1)):
@@ -299,6 +313,17 @@ def measured(name: str, cut: dict[str, tuple[torch.Tensor, ...]], options) -> di
     return {**{key: min(values) for key, values in times.items()}, "memory": memory}
 
 
+def _in_turn(name: str, cut: str, options) -> dict[str, float]:
+    """`measured` of a method: in this process on a GPU, which tells its memory, else in one of its own."""
+    if options.device.startswith("cuda"):
+        return measured(name, torch.load(cut), options)
+    words = [sys.executable, __file__, *sys.argv[1:], "--child", f"{name}:{cut}"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip())
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def methods_against_erm(options) -> None:
     """A table of ratios, a line per method."""
     names = options.method.split(",")
@@ -315,12 +340,11 @@ def methods_against_erm(options) -> None:
         found: dict[str, dict[str, float]] = {}
         print(f"{'method':14} {'step':>6} {'memory':>6} {'own':>6} {'of_sum':>6}", flush=True)
         for name in ["erm", *(name for name in names if name != "erm")]:
-            words = [sys.executable, __file__, *sys.argv[1:], "--child", f"{name}:{folder}/cut.pt"]
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
-            if done.returncode:
-                print(f"{name:14} {done.stderr.strip().splitlines()[-1]}", flush=True)
+            try:
+                found[name] = one = _in_turn(name, f"{folder}/cut.pt", options)
+            except (MbcdError, RuntimeError) as error:
+                print(f"{name:14} {str(error).splitlines()[-1]}", flush=True)
                 continue
-            found[name] = one = json.loads(done.stdout.splitlines()[-1])
             own = one["own"] - one["own_erm"] + one.get("update", 0) + one.get("teacher", 0)
             step, own = one["step"] / one["erm"], own / one["erm"]
             memory = one["memory"] / found.get("erm", one)["memory"]

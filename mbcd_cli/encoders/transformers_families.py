@@ -197,6 +197,7 @@ FAMILIES: dict[str, Family] = {
         heads="classifier",
         nested="",
         any_size=True,
+        layer_args=(),  # an attention mask is taken by later versions only
         text=None,
     ),
 }

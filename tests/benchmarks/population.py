@@ -29,7 +29,9 @@ import torch
 from mbcd_cli.data.records import Batch
 from mbcd_cli.resolved import resolve
 from mbcd_cli.runs.opening import open_for_training
+from mbcd_cli.settings.sources import Layer
 from mbcd_cli.training import together
+from mbcd_cli.training.train import train
 
 DIMENSIONS, DOMAINS, CLASSES, CLIPS, BATCH = {"frames": 1280, "speech": 192}, ("a", "b", "c"), 10, 1500, 16
 HIDDEN = 128
@@ -111,8 +113,11 @@ def floor(members: int, passes: int) -> float:
     return passes * best
 
 
-def step_seconds(folder: Path, method: str, members: int) -> float:
-    """Seconds of a population's step: the median of an epoch's, but for the first, which is compared with one alone."""
+def step_seconds(folder: Path, method: str, members: int) -> tuple[float, float]:
+    """Seconds of a population's step: the median of an epoch's, but for the first, which is compared with one alone.
+
+    And of a training's alone: those of its second epoch over its steps, batches and log included.
+    """
     torch.set_num_threads(1)
     seconds: list[float] = []
 
@@ -149,13 +154,16 @@ def step_seconds(folder: Path, method: str, members: int) -> float:
         together.train_together(wanted, opened, width=members, ended=lambda one, outcome: None)
     finally:
         together.StackedStep = plain
-    return sorted(seconds[1:])[len(seconds) // 2]
+    alone = resolve(base=Layer("wanted", wanted[0].settings.model_dump(mode="json")), flags={"training.epochs": 2})
+    train(alone, opened, run=folder / "steps" / method / "alone", resume=False, overwrite=False)
+    timing = (folder / "steps" / method / "alone" / "timing.jsonl").read_text(encoding="utf-8").splitlines()
+    return sorted(seconds[1:])[len(seconds) // 2], 1 / json.loads(timing[-1])["steps_per_second"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=64)
-    parser.add_argument("--alone", type=int, default=8, help="trainings in processes of their own")
+    parser.add_argument("--alone", type=int, default=8, help="trainings in processes of their own; 0: steps only")
     parser.add_argument("--methods", default="erm,mbcd")
     parser.add_argument("--pack", default="auto", help="trainings at a time in a process")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, with a thread each")
@@ -179,20 +187,26 @@ def main() -> None:
         )
         run((*prepare, "--views", "1"), folder)
         for method in told.methods.split(","):
-            rates = {}
-            for pack, seeds in ((told.pack, told.members), ("off", told.alone)):
+            rates: dict[str, float] = {}
+            for pack, seeds in ((told.pack, told.members), ("off", told.alone)) if told.alone else ():
                 seconds, steps = sweep(folder, method, seeds, pack=pack, jobs=told.jobs)
                 rates[pack] = steps / seconds
             members = min(told.members, together.WIDTH if told.pack == "auto" else int(told.pack))
-            step, least = step_seconds(folder, method, members), floor(members, 3 if method == "mbcd" else 1)
+            step, one = step_seconds(folder, method, members)
+            least = floor(members, 3 if method == "mbcd" else 1)
             result[method] = {
-                "member_steps_per_s": round(rates[told.pack], 1),
-                "alone_steps_per_s": round(rates["off"], 1),
-                "ratio": round(rates[told.pack] / rates["off"], 2),
                 "step_ms": round(1000 * step, 1),
+                "alone_step_ms": round(1000 * one, 2),
+                "steps_ratio": round(members * one / step, 2),
                 "floor_ms": round(1000 * least, 1),
                 "of_floor": round(step / least, 2),
             }
+            if rates:
+                result[method] |= {
+                    "member_steps_per_s": round(rates[told.pack], 1),
+                    "alone_steps_per_s": round(rates["off"], 1),
+                    "ratio": round(rates[told.pack] / rates["off"], 2),
+                }
     print(json.dumps(result, indent=1))
 
 

@@ -5,8 +5,10 @@
     python tests/benchmarks/train_step.py --method all --batch 2 --repeats 2
 
 With `--method`, methods of the registry (`all`: one of every class) against ERM: each in a process of its own (on a GPU
-all in one), where its step and ERM's are timed in turn; `step` and `memory` are ratios to ERM's step and to the peak memory of ERM's. `own` is what the method adds, timed alone, in units of ERM's step: its step on a model without encoders less
-ERM's there, and the teacher's forward pass and the average's update where it has them. `of_sum` is step / (1 + own).
+all in one), where its step and ERM's are timed in turn; `step` and `memory` are ratios to ERM's step and to the peak
+memory of ERM's. `own` is what the method adds, timed alone, in units of ERM's step: its step on a model without
+encoders less ERM's there, and the teacher's forward pass and the average's update where it has them. `of_sum` is
+step / (1 + own).
 
 `naive` is written plainly here, as a port of the method would be: it runs the frozen trunk anew for each of its three
 passes, in float32 and eager mode with torch's own convolutions, takes the gradients in separate backward passes and
@@ -214,8 +216,7 @@ def floor(tree: Settings, device: torch.device, batch: Batch, *, precision: str,
 
 def profiled(call) -> dict[str, object]:
     """Of three calls on a GPU: the share of the time that kernels run, how many a call, and the longest by name."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(3):
             call()
         torch.cuda.synchronize()
@@ -419,10 +420,11 @@ def main() -> None:
     if not options.no_naive:
         naive = NaiveStep(trunks, model, tree)
         cases["naive"] = lambda: naive(inputs, labels)
+    begun = time.perf_counter()
     for name, call in cases.items():
         for _ in range(5 if device.type == "cuda" else 1):  # a graph is captured after three steps
             first = timed(call)
-        print(f"warm-up: {name} {first:.2f} s", flush=True)
+        print(f"warm-up: {name} {first:.2f} s, {time.perf_counter() - begun:.0f} s since the start", flush=True)
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(options.repeats):
         for name, call in cases.items():
@@ -437,10 +439,10 @@ def main() -> None:
         for name in ("naive", f"live {precision}", f"plain {precision}", f"compiled {precision}"):
             if name in least:
                 result[precision][f"{name.split()[0]}_of_step"] = round(least[name] / step, 2)
-        if options.profile:
-            result[precision]["profile"] = profiled(cases[f"step {precision}"])
     result["peak_memory_mb"] = peak_memory_mb(device)
-    print(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1), flush=True)
+    for precision in ("float32", "bfloat16") if options.profile else ():
+        print(json.dumps({precision: profiled(cases[f"step {precision}"])}, indent=1), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ Letters: R rows (clip x view), N clips.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, tee
 
 import numpy as np
@@ -28,6 +30,10 @@ from mbcd_cli.say import Ticker
 _SMALL, _SMALL_TOGETHER = 4096, 256
 """Bytes of a row that costs less to copy than to be spoken of, and how many of those are stored at once: one at a time
 preparing 8,000 clips of two vectors took 1.8 times as long (median of three in turns, on a busy machine)."""
+
+
+_View = tuple[int, int, tuple[np.ndarray, ...]]
+"""Of a clip by its index, a view by its number: its parts."""
 
 
 @dataclass(slots=True)
@@ -99,12 +105,19 @@ class Filler:
             rows[group] = Rows(parts, np.empty(count, np.int32), np.empty(count, np.int16), scales)
         shard = Shard(rows, [], [], errors=[[0.0, 0.0] for _ in self.shapes["train"]])
         filled = dict.fromkeys(GROUPS, 0)
-        waiting: dict[str, list[tuple[int, int, tuple[np.ndarray, ...]]]] = {group: [] for group in GROUPS}
+        waiting: dict[str, list[_View]] = {group: [] for group in GROUPS}
         limits = {group: self._together(group) for group in GROUPS}
+        at_work: list[Callable[[], None]] = []
+
+        def land() -> None:
+            while at_work:
+                at_work.pop()()
 
         def flush(group: str) -> None:
             if waiting[group]:
-                self._store(shard, group, filled[group], waiting[group])
+                made = self._through(waiting[group])
+                land()  # what came before, while a GPU is at work on these
+                at_work.append(partial(self._store, shard, group, filled[group], waiting[group], made))
                 filled[group] += len(waiting[group])
                 waiting[group] = []
 
@@ -123,6 +136,8 @@ class Filler:
                     flush(group)
         for group in GROUPS:
             flush(group)
+        land()
+        for group in GROUPS:
             full, count = rows[group], filled[group]
             rows[group] = Rows(
                 [part[:count] for part in full.parts],
@@ -138,33 +153,55 @@ class Filler:
             return TOGETHER if self.device.type == "cuda" else 1
         return _SMALL_TOGETHER if row_bytes(self.shapes[group]) <= _SMALL else 1
 
+    def _through(self, views: Sequence[_View]) -> list[np.ndarray] | list[torch.Tensor]:
+        """What the trunk makes of some views, on its device (a GPU may be at work on it); without one, the views."""
+        columns = list(zip(*(parts for _, _, parts in views), strict=True))
+        if not self.trunk.names:
+            return [column[0][None] if len(column) == 1 else np.stack(column) for column in columns]
+        inputs = []
+        for column in columns:
+            dtype = torch.from_numpy(column[0][:0]).dtype
+            shape = (len(column), *column[0].shape)
+            staged = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+            np.stack(column, out=staged.numpy())
+            inputs.append(staged.to(self.device, non_blocking=True))
+        return list(self.trunk(tuple(inputs)))
+
     def _store(
-        self, shard: Shard, group: str, first: int, views: list[tuple[int, int, tuple[np.ndarray, ...]]]
+        self,
+        shard: Shard,
+        group: str,
+        first: int,
+        views: Sequence[_View],
+        made: list[np.ndarray] | list[torch.Tensor],
     ) -> None:
-        """Run the trunk on some views and put what comes out into rows `first`, ... of a group."""
+        """Put what was made of some views into rows `first`, ... of a group."""
         rows = shard.rows[group]
-        columns = zip(*(parts for _, _, parts in views), strict=True)
-        stacked = [column[0][None] if len(column) == 1 else np.stack(column) for column in columns]
-        if self.trunk.names:
-            tensors = tuple(torch.from_numpy(array).to(self.device) for array in stacked)
-            stacked = [part.float().cpu().numpy() for part in self.trunk(tensors)]
         at = slice(first, first + len(views))
-        for number, (target, source) in enumerate(zip(rows.parts, stacked, strict=True)):
+        for number, (target, source) in enumerate(zip(rows.parts, made, strict=True)):
             if target.dtype == np.int8:
-                finite = np.isfinite(source)
+                source = source.float().cpu().numpy() if isinstance(source, torch.Tensor) else source
+                finite = np.isfinite(source).reshape(len(source), -1).all(axis=1)
                 if finite.all():
                     target[at], rows.scales[number][at] = quantise(source)
                     for k, value in enumerate(squared_error(source, target[at], rows.scales[number][at])):
                         shard.errors[number][k] += value
+            elif isinstance(source, torch.Tensor):
+                finite = _stored(source, target[at])
+                if finite.all() and target.dtype == np.float16:
+                    # Columns are channels; one row of those that went through together tells enough.
+                    its = source[:1].float().cpu().numpy()
+                    self._note_rounding(shard, number, np.moveaxis(its, 1, -1), np.moveaxis(target[at][:1], 1, -1))
             else:
                 with np.errstate(over="ignore"):
                     target[at] = source
-                finite = np.isfinite(target[at]) if target.dtype.kind == "f" else np.ones(len(views), bool)
-                if finite.all() and target.dtype == np.float16:
-                    self._note_rounding(shard, number, source, target[at])
+                finite = np.ones(len(source), bool)
+                if target.dtype.kind == "f":
+                    finite = np.isfinite(target[at]).reshape(len(source), -1).all(axis=1)
+                if finite.all() and target.dtype == np.float16 and self.writer.modality.raw:
+                    self._note_rounding(shard, number, source, target[at])  # spectrograms have nothing to lose
             if not finite.all():
-                bad = np.flatnonzero(~finite.reshape(len(views), -1).all(axis=1))
-                names = ", ".join(dict.fromkeys(self.clips.ids[views[row][0]] for row in bad))
+                names = ", ".join(dict.fromkeys(self.clips.ids[views[row][0]] for row in np.flatnonzero(~finite)))
                 raise CacheError(
                     f"Clip {names}: values do not fit {target.dtype}.", "Prepare with --set cache.dtype=float32."
                 )
@@ -172,10 +209,15 @@ class Filler:
         rows.views[at] = [view for _, view, _ in views]
 
     def _note_rounding(self, shard: Shard, number: int, source: np.ndarray, stored: np.ndarray) -> None:
-        """Collects what float16 takes from part `number`; spectrograms are standardised, and have nothing to lose."""
-        if self.trunk.names:  # the columns are channels; one row of those that went through together tells enough
-            source, stored = (np.moveaxis(rows[:1], 1, -1) for rows in (source, stored))
-        elif not self.writer.modality.raw:
-            return
+        """Collects what float16 takes from part `number`, [V, ..., C]."""
         shape = (len(source), -1, source.shape[-1])
         shard.roundings.setdefault(number, Rounding()).add(source.reshape(shape), stored.reshape(shape))
+
+
+def _stored(source: torch.Tensor, target: np.ndarray) -> np.ndarray:
+    """Copy rows [R, ...] from their device into a cache's type; which of them [R] that type can hold."""
+    stored = source.to(getattr(torch, target.dtype.name))
+    torch.from_numpy(target).copy_(stored)
+    if all(map(math.isfinite, map(float, stored.aminmax()))):  # nan where any is; a tenth of isfinite's time
+        return np.ones(len(target), bool)
+    return np.isfinite(target).reshape(len(target), -1).all(axis=1)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from fakes import MemoryDataset, Signalling, memory_settings
 
-from mbcd_cli.errors import CheckpointError, RunError
+from mbcd_cli.errors import CheckpointError, RunError, StoppedError
 from mbcd_cli.files import read_json, read_records
 from mbcd_cli.json_values import json_values
+from mbcd_cli.launch import warm
+from mbcd_cli.launch.unit import STOPPED_CODE, Order
+from mbcd_cli.launch.worker import Worker
 from mbcd_cli.runs import checkpoint, folder
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.training import train as command
@@ -151,18 +156,71 @@ def test_killed_at_random_instants_fifty_times(whole, tmp_path):
 
 # Batches 1-4 of an epoch train, 5 and 6 validate teacher and student, 7 and 8 report the target.
 @pytest.mark.parametrize(
-    ("number", "one"),
-    [(2, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGHUP), (8, signal.SIGUSR1), (15, signal.SIGTERM)],
+    ("number", "signals"),
+    [
+        (2, [signal.SIGTERM] * 2),  # a job's processes get it from Slurm, and each again from the one that began it
+        (3, [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP]),
+        (4, [signal.SIGINT]),
+        (5, [signal.SIGHUP]),
+        (8, [signal.SIGUSR1]),
+        (15, [signal.SIGTERM]),
+    ],
 )
-def test_signals_checkpoint_and_leave_cleanly(whole, tmp_path, number, one):
+def test_signals_checkpoint_and_leave_cleanly(whole, tmp_path, number, signals):
     run = tmp_path / "run"
-    before = signal.getsignal(one)
+    before = signal.getsignal(signals[0])
     with pytest.raises(RunError) as caught:
-        run_training(run, settings=SILENT, dataset=Signalling(number, one, training=False))
-    assert one.name in caught.value.message
+        run_training(run, settings=SILENT, dataset=Signalling(number, *signals, training=False))
+    assert signals[0].name in caught.value.message
     assert "--resume" in caught.value.remedy
-    assert signal.getsignal(one) is before
+    assert signal.getsignal(signals[0]) is before
     assert not (run / "done").exists()
+    run_training(run, settings=SILENT, resume=True)
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_after_a_signal_interrupts_at_once_and_the_run_goes_on(whole, tmp_path, first):
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run_training(run, settings=SILENT, dataset=Signalling(10, first, signal.SIGINT, training=False))
+    assert load_checkpoint(run / "checkpoints/last.pt").step == 4
+    run_training(run, settings=SILENT, resume=True)
+    assert_same(run, whole)
+
+
+def serve(arguments: list[str]) -> int:
+    """The process of a training whose second step takes longer than one without an owner has, and says by a file that
+    it begins: RUN, FILE."""
+    warm._LAST_SECONDS = 0.1
+    warm.end_with_owner()
+    step, steps = trainer.TrainStep.__call__, iter(range(99))
+
+    def slow(*batch):
+        if next(steps) == 1:
+            Path(arguments[1]).touch()
+            time.sleep(0.5)
+        return step(*batch)
+
+    trainer.TrainStep.__call__ = slow
+    try:
+        run_training(Path(arguments[0]), settings=SILENT)
+    except StoppedError:
+        return STOPPED_CODE
+    return 0
+
+
+def test_an_owner_that_asks_for_the_end_and_waits_has_asked_once(whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    run, worker = tmp_path / "run", Worker(threads=1)
+    begun, log = tmp_path / "begun", tmp_path / "log"
+    worker.begin(Order("test_resume:serve", (str(run), str(begun)), str(log)))
+    helpers.until(begun.exists, worker.process)
+    worker.terminate()
+    time.sleep(0.1)  # two signals at once may be told as one
+    worker.close()
+    assert (run / "checkpoints/last.pt").exists(), log.read_text()
+    assert load_checkpoint(run / "checkpoints/last.pt").step == 2
     run_training(run, settings=SILENT, resume=True)
     assert_same(run, whole)
 

@@ -112,7 +112,7 @@ def _become(path: str, held: int) -> None:
 def _wait(child: int, holds: int, orders: _Lines, woken: int, stopped: Sequence[bool]) -> int:
     """The child's exit code; a signal is handed on, or else the end of the owner.
 
-    An owner that stops this process leaves it, too, and waits: what its child has for the checkpoint is up to the owner.
+    An owner that stops this process leaves it, too, and waits: how long the child has for its checkpoint is up to it.
     """
     told = False
     while True:

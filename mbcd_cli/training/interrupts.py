@@ -28,7 +28,8 @@ class Interrupts:
         if self.signal is None:
             self.signal = signal.Signals(number)
         elif number == signal.SIGINT:
-            raise KeyboardInterrupt
+            before = self._before[signal.SIGINT]
+            (before if callable(before) else signal.default_int_handler)(number, frame)
 
     def __enter__(self) -> Interrupts:
         # Only the main thread may set handlers; elsewhere (a notebook's worker) signals keep their meaning.

@@ -38,19 +38,18 @@ class MemoryDataset(ArrayDataset):
 
 
 class Signalling(MemoryDataset):
-    """Sends this process signals before its n-th batch, of training views or of all."""
+    """Sends this process a signal before its n-th batch, of training views or of all."""
 
-    def __init__(self, at: int, *numbers: signal.Signals, training: bool = True) -> None:
+    def __init__(self, at: int, number: signal.Signals = signal.SIGTERM, *, training: bool = True) -> None:
         super().__init__()
-        self.left, self.numbers, self.only_training = at, numbers or (signal.SIGTERM,), training
+        self.left, self.number, self.only_training = at, number, training
 
     def batches(self, clips, **options):
         for batch in super().batches(clips, **options):
             if options["training"] or not self.only_training:
                 self.left -= 1
                 if self.left == 0:
-                    for number in self.numbers:
-                        signal.raise_signal(number)
+                    signal.raise_signal(self.number)
             yield batch
 
 

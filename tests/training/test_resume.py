@@ -196,9 +196,9 @@ def signalled(function, at: int, signals):
 def test_several_signals_ask_once(whole, tmp_path, monkeypatch, signals, more):
     """As when Slurm tells every process of a job, and each tells the one that it has begun."""
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(StoppedError, match=f"by {signals[0].name} after step 3"):
-        patch.setattr(trainer.TrainStep, "__call__", signalled(trainer.TrainStep.__call__, 3, signals))
-        patch.setattr(files._Remembering, "write", signalled(files._Remembering.write, 1, more))
+    monkeypatch.setattr(trainer.TrainStep, "__call__", signalled(trainer.TrainStep.__call__, 3, signals))
+    monkeypatch.setattr(files._Remembering, "write", signalled(files._Remembering.write, 1, more))
+    with pytest.raises(StoppedError, match=f"by {signals[0].name} after step 3"):
         run_training(run, settings=SILENT)
     run_training(run, settings=SILENT, resume=True)
     assert_same(run, whole)
@@ -207,8 +207,9 @@ def test_several_signals_ask_once(whole, tmp_path, monkeypatch, signals, more):
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_after_a_signal_interrupts_at_once_and_the_run_goes_on(whole, tmp_path, monkeypatch, first):
     run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(trainer.TrainStep, "__call__", signalled(trainer.TrainStep.__call__, 6, [first, signal.SIGINT]))
+    signals = [first, signal.SIGINT]
+    monkeypatch.setattr(trainer.TrainStep, "__call__", signalled(trainer.TrainStep.__call__, 6, signals))
+    with pytest.raises(KeyboardInterrupt):
         run_training(run, settings=SILENT)
     assert load_checkpoint(run / "checkpoints/last.pt").step == 4
     run_training(run, settings=SILENT, resume=True)

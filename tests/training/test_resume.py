@@ -204,6 +204,16 @@ def test_several_signals_ask_once(whole, tmp_path, monkeypatch, signals, more):
     assert_same(run, whole)
 
 
+def test_a_signal_after_the_last_step_stops_too(whole, tmp_path, monkeypatch):
+    """What comes after the training, of a cell its evaluation, does not begin."""
+    run, finish = tmp_path / "run", trainer.Trainer._finish_epoch
+    monkeypatch.setattr(trainer.Trainer, "_finish_epoch", signalled(finish, 3, [signal.SIGTERM]))
+    with pytest.raises(StoppedError, match="after step 12 of 12"):
+        run_training(run, settings=SILENT)
+    run_training(run, settings=SILENT, resume=True)
+    assert_same(run, whole)
+
+
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_after_a_signal_interrupts_at_once_and_the_run_goes_on(whole, tmp_path, monkeypatch, first):
     run = tmp_path / "run"

@@ -150,7 +150,7 @@ def test_a_job_that_is_cancelled_begins_no_further_unit(cells):
     codes = []
     job = threading.Thread(target=lambda: codes.append(task()))
     job.start()
-    helpers.until(lambda: state(cells[0].folder) == "running")
+    helpers.until(lambda: holder(cells[0].folder))
     for process in (holder(cells[0].folder).process, task.worker.process.pid):
         os.kill(process, signal.SIGTERM)
     job.join(60)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import helpers
+import numpy as np
 import pytest
 import torch
 from commands import run
+
+from mbcd_cli import files
 
 AV_DIGITS = Path(__file__).resolve().parents[2] / "shared" / "data" / "av-digits"
 SETS = [part for assignment in [*helpers.SMALL, "training.batch_size=4"] for part in ("--set", assignment)]
@@ -275,6 +279,31 @@ def test_faults_of_the_machine_are_no_surprise(monkeypatch, error, told):
     stderr = run("list", "presets", code=1).stderr
     assert told in stderr
     assert "Unexpected" not in stderr
+
+
+@pytest.mark.parametrize("writes", ["torch", "hdf5"])
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_is_no_error_of_the_library_that_it_comes_in(monkeypatch, tmp_path, writes, which):
+    def writing(*_, **__):
+        if writes == "torch":
+            with files.written_file(tmp_path / "file") as file:
+                torch.save(torch.zeros(9999), file)
+        else:
+            with files.written_hdf5(tmp_path / "file") as file:
+                file["x"] = np.arange(9)
+                monkeypatch.setattr(files._Remembering, "write", interrupted)
+
+    def interrupted(file, data):
+        monkeypatch.setattr(files._Remembering, "write", write)
+        signal.raise_signal(which)
+        return write(file, data)
+
+    write = files._Remembering.write
+    if writes == "torch":
+        monkeypatch.setattr(files._Remembering, "write", interrupted)
+    monkeypatch.setattr("mbcd_cli.cli.list.choices", writing)
+    assert run("list", "presets", code=130).stderr == "Interrupted.\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_of_another_checkpoint_lie_beside_it(home):

@@ -7,7 +7,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 
 import typer
 
@@ -25,15 +25,27 @@ def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
     A scheduler's SIGTERM, and a terminal that closes, are answered like Ctrl-C, so that helper processes and shared
     memory go too.
     """
-    for ending in (signal.SIGTERM, signal.SIGHUP):
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) is not signal.SIG_IGN:  # nohup
-            signal.signal(ending, signal.default_int_handler)
+            signal.signal(ending, interrupt)
     try:
         with warnings.catch_warnings():
             if not debug:  # one line each, as all that is said
                 warn = console.warn if _rank() == 0 else SILENT.warn
                 warnings.showwarning = lambda message, *_, **__: warn(str(message))
-            yield
+            try:
+                yield
+            except Exception as error:
+                if interrupted:  # in the midst of torch or HDF5, which make an error of their own of it
+                    raise KeyboardInterrupt from error
+                raise
     except MbcdError as error:
         if debug:
             raise

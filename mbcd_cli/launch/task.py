@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,7 +40,7 @@ class Task:
         for at, order in enumerate(self.orders):
             self.at = at
             codes[order.log] = self.worker.run(order)
-            if codes[order.log] == STOPPED_CODE:
+            if codes[order.log] in (STOPPED_CODE, -signal.SIGTERM):
                 break
         self.worker.close()
         return codes

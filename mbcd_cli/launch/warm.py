@@ -110,7 +110,10 @@ def _become(path: str, held: int) -> None:
 
 
 def _wait(child: int, holds: int, orders: _Lines, woken: int, stopped: Sequence[bool]) -> int:
-    """The child's exit code; a signal is handed on, and so is the end of the owner."""
+    """The child's exit code; a signal is handed on, or else the end of the owner.
+
+    An owner that stops this process leaves it, too, and waits: how long the child has for its checkpoint is up to it.
+    """
     told = False
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -121,7 +124,7 @@ def _wait(child: int, holds: int, orders: _Lines, woken: int, stopped: Sequence[
         if stopped and not told:
             told = True
             os.kill(child, signal.SIGTERM)
-        if orders.over and holds >= 0:
+        if orders.over and holds >= 0 and not told:
             os.close(holds)  # it ends by itself (`end_with_owner`)
             holds = -1
         ready, _, _ = select.select([woken] if orders.over else [woken, orders.number], [], [])

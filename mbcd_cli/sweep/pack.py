@@ -75,6 +75,7 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int | None, say: S
     if dataset is not None:
         try:
             train_together(wanted, dataset, width=width, ended=ended, say=say)
+            stopped = stopped or bool(held)  # some did not begin
         except Exception as error:
             for folder, locks in held.items():
                 with locks:

@@ -11,7 +11,10 @@ _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupts:
-    """Inside the block the first signal to stop is only noted; a second one interrupts at once.
+    """Inside the block the first signal to stop is only noted, and Ctrl-C after it interrupts at once.
+
+    The others ask once, however often they come: Slurm sends SIGTERM to every process of a job, and one that has begun
+    another hands it on.
 
     Attributes:
         signal: the signal that came, or None.
@@ -22,9 +25,11 @@ class Interrupts:
         self._before: dict[signal.Signals, object] = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+        elif number == signal.SIGINT:
+            before = self._before[signal.SIGINT]
+            (before if callable(before) else signal.default_int_handler)(number, frame)
 
     def __enter__(self) -> Interrupts:
         # Only the main thread may set handlers; elsewhere (a notebook's worker) signals keep their meaning.

@@ -20,7 +20,7 @@ import torch
 from mbcd_cli.data.loading import ResidentRows, resident_bytes
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import TEST_VIEW, Batch
-from mbcd_cli.errors import MbcdError, SettingsError
+from mbcd_cli.errors import MbcdError, SettingsError, StoppedError
 from mbcd_cli.files import size_text
 from mbcd_cli.json_values import json_values
 from mbcd_cli.runs.folder import SETTINGS, open_run
@@ -288,6 +288,8 @@ def _one_by_one(
             except Exception as error:
                 outcome = error
             end(one, outcome)
+            if isinstance(outcome, StoppedError):  # the signal was told to that training alone
+                return
 
 
 def _goes_on(

@@ -159,6 +159,8 @@ class Trainer:
         try:
             while self.progress.step < self.total_steps or self.progress.epoch_step > 0:
                 yield from self._epoch()
+            if came := self.group.largest(int(self._interrupts.signal or 0))[0]:  # after the last step
+                self._stop(signal.Signals(came))
         finally:
             if self._events is not None:
                 self._events.close()

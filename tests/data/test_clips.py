@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from helpers import write_array, write_manifest
 
-from mbcd_cli.data.cache import fingerprint
+from mbcd_cli.data.cache import fingerprint, recipe_of
 from mbcd_cli.data.clips import AT_ONCE, Clips, MediaColumn, Texts
 from mbcd_cli.data.dataset import open_dataset
+from mbcd_cli.data.modalities import KINDS
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.readers import Listing
 from mbcd_cli.data.records import Clip, Media
@@ -97,6 +98,27 @@ def test_digests_are_those_of_one_json_text(tmp_path):
     found = fingerprint({"a": 1}, Clips(clips), name="x", root=tmp_path.parent, seen=seen.append)
     assert found == hashlib.sha256(whole).hexdigest()[:12]
     assert seen == [AT_ONCE, 5]
+
+
+@pytest.mark.parametrize(
+    ("version", "kinds"),
+    [
+        ("cv2.__version__", {"video", "flow"}),
+        ("soundfile.__libsndfile_version__", {"audio"}),
+        ("mbcd_cli.data.media.timeline.DECODER", {"video", "flow", "audio"}),
+    ],
+)
+def test_a_cache_is_stale_where_what_decodes_its_files_is_another(tmp_path, monkeypatch, version, kinds):
+    def fingerprints() -> dict[str, str]:
+        recipes = {
+            kind: recipe_of(resolve(), kind, modality(), weights_sha256=None) for kind, modality in KINDS.items()
+        }
+        return {kind: fingerprint(recipe, clips, name="x", root=tmp_path) for kind, recipe in recipes.items()}
+
+    clips = Clips(clips_of(1, tmp_path))
+    before = fingerprints()
+    monkeypatch.setattr(version, "0.1")
+    assert {kind for kind, now in fingerprints().items() if now != before[kind]} == kinds
 
 
 def test_a_packed_array_is_looked_at_once(tmp_path, monkeypatch):

@@ -12,17 +12,22 @@ from pathlib import Path
 
 import helpers
 import pytest
+from fakes import MemoryDataset, memory_settings
 from sweep_cases import finish, plan_of, units_of
 
 from mbcd_cli import files
 from mbcd_cli.errors import RunError
+from mbcd_cli.files import write_text
 from mbcd_cli.launch.launch import KILLS, Ended, _settle, begin, launch
 from mbcd_cli.launch.local import Local, threads_per_job
-from mbcd_cli.launch.unit import beside, last_lines, write_failure
+from mbcd_cli.launch.unit import STOPPED_CODE, beside, last_lines, write_failure
 from mbcd_cli.launch.worker import Worker
 from mbcd_cli.locks import held, lock
+from mbcd_cli.settings.sources import to_toml
+from mbcd_cli.sweep import pack
 from mbcd_cli.sweep import run as running
 from mbcd_cli.sweep.state import state
+from mbcd_cli.training.train import ClipsOfTraining
 
 HERE = Path(__file__).parent
 
@@ -254,3 +259,19 @@ def test_cells_of_a_population_are_told_by_their_folders(cells):
     assert board.done == [cells[0]]
     assert board.failed[cells[1].key] == "no such clip"
     assert cells[2].key not in board.failed, "nothing says that it failed"
+
+
+def test_a_population_that_is_stopped_before_its_first_step_says_so(cells, monkeypatch):
+    """It has not failed: a job of a cluster would go on with the next unit."""
+
+    def stopped(*given):
+        signal.raise_signal(signal.SIGTERM)
+        return of(*given)
+
+    of = ClipsOfTraining.of
+    monkeypatch.setattr(ClipsOfTraining, "of", stopped)
+    monkeypatch.setattr(pack, "open_for_training", lambda settings, dataset=None: (settings, MemoryDataset()))
+    for cell in cells[:2]:
+        write_text(beside(cell.folder, "toml"), to_toml(memory_settings(), stamped=True))
+    assert pack.run_pack([cell.folder for cell in cells[:2]], threads=1, width=None) == STOPPED_CODE
+    assert [state(cell.folder) for cell in cells[:2]] == ["waiting"] * 2

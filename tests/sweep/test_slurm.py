@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from mbcd_cli.launch import nodes, slurm
 from mbcd_cli.launch.launch import begin, launch
 from mbcd_cli.launch.nodes import MARK, demand
 from mbcd_cli.launch.task import Task
-from mbcd_cli.launch.unit import beside
+from mbcd_cli.launch.unit import beside, holder
 from mbcd_cli.launch.worker import Worker
 from mbcd_cli.locks import lock
 from mbcd_cli.say import Say
@@ -140,6 +141,21 @@ def test_before_the_time_limit_the_process_is_stopped_and_the_job_goes_on_from_t
     assert following.orders == task.orders[1:], "the first is done"
     beside(cells[1].folder, "go").touch()
     assert list(following().values()) == [0]
+
+
+def test_a_job_that_is_cancelled_begins_no_further_unit(cells):
+    """Slurm tells all of its processes: here the warm one and its child, which has no checkpoint to write."""
+    beside(cells[0].folder, "say").write_text("slow")
+    task = Task(tuple(unit.order(1) for unit in units_of(cells)), 1, demand(cells[0].folder.parent, []))
+    codes = []
+    job = threading.Thread(target=lambda: codes.append(task()))
+    job.start()
+    helpers.until(lambda: holder(cells[0].folder))
+    for process in (holder(cells[0].folder).process, task.worker.process.pid):
+        os.kill(process, signal.SIGTERM)
+    job.join(60)
+    assert codes == [{task.orders[0].log: -signal.SIGTERM}]
+    assert not beside(cells[1].folder, "calls").exists()
 
 
 def test_units_are_grouped_into_as_many_jobs_as_asked(cells):

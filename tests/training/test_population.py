@@ -295,6 +295,16 @@ def test_a_step_that_fails_in_the_midst_goes_on_from_the_checkpoints(tmp_path, m
     assert [record["epoch"] for record in read_records(tmp_path / "0/metrics.jsonl")] == [1, 2]
 
 
+def test_a_signal_stops_those_that_go_on_one_after_another_too(tmp_path, monkeypatch):
+    def failing(self, batches):
+        raise RuntimeError("out of something")
+
+    monkeypatch.setattr(StackedStep, "__call__", failing)
+    stop = Say(lambda line: line.startswith("epoch") and os.kill(os.getpid(), signal.SIGTERM))
+    outcomes = together(tmp_path, [settings_of(seed, epochs=3) for seed in range(2)], told=stop)
+    assert [*map(type, outcomes.values())] == [StoppedError], "the second one did not begin again"
+
+
 @pytest.mark.parametrize("subject", [Subject.of("ema"), Subject.of("ogm", {"modulate": "update", "alpha": 2.0})])
 def test_what_a_member_rounds_to_depends_on_nothing_beside_it(subject):
     def weights_of_the_first(shrunk):

@@ -5,16 +5,22 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from fakes import MemoryDataset, Signalling, memory_settings
 
-from mbcd_cli.errors import CheckpointError, RunError
+from mbcd_cli import files
+from mbcd_cli.errors import CheckpointError, RunError, StoppedError
 from mbcd_cli.files import read_json, read_records
 from mbcd_cli.json_values import json_values
+from mbcd_cli.launch import warm
+from mbcd_cli.launch.unit import STOPPED_CODE, Order
+from mbcd_cli.launch.worker import Worker
 from mbcd_cli.runs import checkpoint, folder
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.training import train as command
@@ -163,6 +169,95 @@ def test_signals_checkpoint_and_leave_cleanly(whole, tmp_path, number, one):
     assert "--resume" in caught.value.remedy
     assert signal.getsignal(one) is before
     assert not (run / "done").exists()
+    run_training(run, settings=SILENT, resume=True)
+    assert_same(run, whole)
+
+
+def signalled(function, at: int, signals):
+    """The function, at whose at-th call this process gets the signals, one after another."""
+
+    def wrapper(*args):
+        for one in signals if next(calls) == at else ():
+            signal.raise_signal(one)
+        return function(*args)
+
+    calls = iter(range(1, 999))
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("signals", "more"),
+    [
+        ([signal.SIGTERM] * 2, []),
+        ([signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP], []),
+        ([signal.SIGTERM], [signal.SIGTERM]),  # while the checkpoint is written: torch makes an error of it
+    ],
+)
+def test_several_signals_ask_once(whole, tmp_path, monkeypatch, signals, more):
+    """As when Slurm tells every process of a job, and each tells the one that it has begun."""
+    run = tmp_path / "run"
+    monkeypatch.setattr(trainer.TrainStep, "__call__", signalled(trainer.TrainStep.__call__, 3, signals))
+    monkeypatch.setattr(files._Remembering, "write", signalled(files._Remembering.write, 1, more))
+    with pytest.raises(StoppedError, match=f"by {signals[0].name} after step 3"):
+        run_training(run, settings=SILENT)
+    run_training(run, settings=SILENT, resume=True)
+    assert_same(run, whole)
+
+
+def test_a_signal_after_the_last_step_stops_too(whole, tmp_path, monkeypatch):
+    """What comes after the training, of a cell its evaluation, does not begin."""
+    run, finish = tmp_path / "run", trainer.Trainer._finish_epoch
+    monkeypatch.setattr(trainer.Trainer, "_finish_epoch", signalled(finish, 3, [signal.SIGTERM]))
+    with pytest.raises(StoppedError, match="after step 12 of 12"):
+        run_training(run, settings=SILENT)
+    run_training(run, settings=SILENT, resume=True)
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_after_a_signal_interrupts_at_once_and_the_run_goes_on(whole, tmp_path, monkeypatch, first):
+    run = tmp_path / "run"
+    signals = [first, signal.SIGINT]
+    monkeypatch.setattr(trainer.TrainStep, "__call__", signalled(trainer.TrainStep.__call__, 6, signals))
+    with pytest.raises(KeyboardInterrupt):
+        run_training(run, settings=SILENT)
+    assert load_checkpoint(run / "checkpoints/last.pt").step == 4
+    run_training(run, settings=SILENT, resume=True)
+    assert_same(run, whole)
+
+
+def serve(arguments: list[str]) -> int:
+    """The process of a training whose second step takes longer than one without an owner has, and says by a file that
+    it begins: RUN, FILE."""
+    warm._LAST_SECONDS = 0.1
+    warm.end_with_owner()
+    step, steps = trainer.TrainStep.__call__, iter(range(99))
+
+    def slow(*batch):
+        if next(steps) == 1:
+            Path(arguments[1]).touch()
+            time.sleep(0.5)
+        return step(*batch)
+
+    trainer.TrainStep.__call__ = slow
+    try:
+        run_training(Path(arguments[0]), settings=SILENT)
+    except StoppedError:
+        return STOPPED_CODE
+    return 0
+
+
+def test_an_owner_that_asks_for_the_end_and_waits_has_asked_once(whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    run, worker = tmp_path / "run", Worker(threads=1)
+    begun, log = tmp_path / "begun", tmp_path / "log"
+    worker.begin(Order("test_resume:serve", (str(run), str(begun)), str(log)))
+    helpers.until(begun.exists, worker.process)
+    worker.terminate()
+    time.sleep(0.1)  # two signals at once may be told as one
+    worker.close()
+    assert (run / "checkpoints/last.pt").exists(), log.read_text()
+    assert load_checkpoint(run / "checkpoints/last.pt").step == 2
     run_training(run, settings=SILENT, resume=True)
     assert_same(run, whole)
 

@@ -89,17 +89,22 @@ def main() -> None:
         told: dict[str, object] = {"clips": options.clips, "torch": torch.__version__}
         told["prepare_s"] = mbcd("prepare", "manifest", "--root", root / "media", "--config", config)
         runs = {"float32": "float32", "again": "float32", "bfloat16": "bfloat16", "from disk": "bfloat16"}
-        for name, precision in runs.items():
+
+        def train(name: str) -> float:
             run = root / "runs" / name.replace(" ", "-")
             words = ["--config", config, "--target-domain", "b", "--run-dir", run, "--epochs", options.epochs]
-            words += ["--set", f"training.batch_size={options.batch}", "--set", f"runtime.precision={precision}"]
+            words += ["--set", f"training.batch_size={options.batch}", "--set", f"runtime.precision={runs[name]}"]
             words += ["--set", "runtime.cache_device=host"] if name == "from disk" else []
-            words += ["--set", "cache.views=1"]
-            seconds = mbcd("train", *words)
+            return mbcd("train", *words, "--set", "cache.views=1")
+
+        seconds = {name: train(name) for name in ("float32", "bfloat16", "from disk")}
+        seconds["again"] = train("again")
+        for name in runs:
+            run = root / "runs" / name.replace(" ", "-")
             done, timing = json.loads((run / "done").read_text()), lines(run / "timing.jsonl")
             metrics = lines(run / "metrics.jsonl")
             told[name] = {
-                "seconds": seconds,
+                "seconds": seconds[name],
                 "steps": done["steps"],
                 "steps_per_s": [round(timing[k]["steps_per_second"], 2) for k in (0, len(timing) // 2, -1)],
                 "wait": [timing[k]["data_wait_share"] for k in (0, len(timing) // 2, -1)],

@@ -88,7 +88,7 @@ def main() -> None:
         config.write_text(tomli_w.dumps(tree), encoding="utf-8")
         told: dict[str, object] = {"clips": options.clips, "torch": torch.__version__}
         told["prepare_s"] = mbcd("prepare", "manifest", "--root", root / "media", "--config", config)
-        runs = {"float32": "float32", "again": "float32", "bfloat16": "bfloat16", "from disk": "bfloat16"}
+        runs = {"float32": "float32", "bfloat16": "bfloat16", "from disk": "bfloat16", "again": "float32"}
 
         def train(name: str) -> float:
             run = root / "runs" / name.replace(" ", "-")
@@ -97,14 +97,13 @@ def main() -> None:
             words += ["--set", "runtime.cache_device=host"] if name == "from disk" else []
             return mbcd("train", *words, "--set", "cache.views=1")
 
-        seconds = {name: train(name) for name in ("float32", "bfloat16", "from disk")}
-        seconds["again"] = train("again")
         for name in runs:
             run = root / "runs" / name.replace(" ", "-")
+            seconds = train(name)
             done, timing = json.loads((run / "done").read_text()), lines(run / "timing.jsonl")
             metrics = lines(run / "metrics.jsonl")
             told[name] = {
-                "seconds": seconds[name],
+                "seconds": seconds,
                 "steps": done["steps"],
                 "steps_per_s": [round(timing[k]["steps_per_second"], 2) for k in (0, len(timing) // 2, -1)],
                 "wait": [timing[k]["data_wait_share"] for k in (0, len(timing) // 2, -1)],

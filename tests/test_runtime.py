@@ -75,3 +75,15 @@ def test_bfloat16_on_a_processor_without_it_is_told(monkeypatch, recwarn):
     monkeypatch.setattr(runtime, "_has_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match=r"no bfloat16 units.*runtime\.precision=float32"):
         runtime.configure(settings)
+
+
+def test_a_gpu_has_its_number(monkeypatch):
+    """torch.cuda.set_device takes no other."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("auto", "cuda"):
+        assert runtime.pick_device(RuntimeSettings(device=name)) == torch.device("cuda:0")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert runtime.pick_device(RuntimeSettings(device="cuda")) == torch.device("cuda:1")

@@ -191,8 +191,8 @@ class Trainer:
                     self._take(clips, (yield batch))
                     if progress.step >= self.total_steps:
                         break
+        self._flush()  # waits for the device
         seconds = time.monotonic() - started
-        self._flush()
         record, sealed = yield from self._evaluate()
         self.run.append(  # before the checkpoint, which counts it: a run that goes on from there keeps it
             "timing.jsonl",

@@ -353,7 +353,7 @@ def test_views_of_clips():
 def test_frozen_trunk_features_are_the_trunks(root, tmp_path):
     """With the cut inside the encoder the cache holds what the trunk gives, and the tail's weights lie beside it."""
     cut = ("modalities.video.cut=layer3", "cache.random_weights=true", "cache.dtype=float32", "model.modalities=video")
-    settings = settings_for(root, tmp_path, *cut)
+    settings = settings_for(root, tmp_path, *cut, "runtime.device=cpu")
     prepare(settings)
     dataset = open_dataset(settings, name="tiny", modalities=["video"])
     modality = dataset.modalities["video"]

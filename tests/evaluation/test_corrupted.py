@@ -33,6 +33,7 @@ from mbcd_cli.resolved import resolve
 SETS = [
     *(*helpers.SMALL, "modalities.video.cut=layer3", "cache.random_weights=true", "cache.dtype=float32"),
     "modalities.pose.kind=array",
+    "runtime.device=cpu",  # as the tests' own trunks
 ]
 """Video has a trunk, sound and pose are cached as they are decoded."""
 KINDS = ("fog", "gaussian-noise", BABBLE, "clipping", "noise")

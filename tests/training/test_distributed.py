@@ -54,7 +54,8 @@ def train(run: Path, world: int, *, resume=False, codes=None, dataset=MemoryData
 def one_process(run: Path, resume: bool, dataset, changes) -> int:
     stdout, stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     console.err.file, console.out.file = stderr, stdout
-    settings = memory_settings(**changes)
+    runtime = {"device": "cpu", **changes.get("runtime", {})}  # a forked process cannot begin with CUDA anew
+    settings = memory_settings(**{**changes, "runtime": runtime})
     try:
         summary = command.train(settings, dataset(), run=run, resume=resume, overwrite=False, say=console.terminal)
     except MbcdError as error:

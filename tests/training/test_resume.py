@@ -27,7 +27,8 @@ from mbcd_cli.training import train as command
 from mbcd_cli.training import trainer
 
 # Heads with dropout, DSU, masks and distillation: every source of randomness is in use. A checkpoint after every step.
-KEEPING = {"average": {"snapshots": True}}
+# On a CPU: children are forked, which no process survives that has begun with CUDA.
+KEEPING = {"average": {"snapshots": True}, "runtime": {"device": "cpu"}}
 SETTINGS = memory_settings(training={"epochs": 3, "checkpoint_minutes": 1e-9, "keep_checkpoints": True}, **KEEPING)
 SILENT = memory_settings(training={"epochs": 3, "keep_checkpoints": True}, **KEEPING)
 

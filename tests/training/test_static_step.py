@@ -172,6 +172,6 @@ def test_a_captured_bfloat16_step_draws_anew_each_time():
 @needs_cuda
 @pytest.mark.parametrize("runtime", [{}, {"precision": "bfloat16"}, {"cuda_graph": "on"}, {"prefetch": 0}])
 def test_training_on_a_gpu_learns(tmp_path, monkeypatch, runtime):
-    settings = memory_settings(training={"epochs": 8}, runtime={"device": "cuda", **runtime})
+    settings = memory_settings(training={"epochs": 12}, runtime={"device": "cuda", **runtime})
     summary = command.train(settings, MemoryDataset(), run=tmp_path / "run", resume=False, overwrite=False)
     assert summary.best.validation >= 0.9

@@ -97,6 +97,11 @@ def test_dry_run_writes_nothing(home):
     plan = train(home, "dry", "--dry-run", "--json").data
     assert plan["parameters"]["trained"] > 0
     assert plan["shapes"]["video"] == [[3, 4, 20, 20]]
+    assert list(plan["layout_seconds"]) == ["off", "on"]
+    assert plan["layout_seconds"]["off"] == plan["step_seconds"]
+    shown = train(home, "dry", "--dry-run").stdout
+    assert "runtime.channels_last: off, which auto takes" in shown
+    assert "channels_last" not in train(home, "dry", "--dry-run", "--set", "runtime.channels_last=on").stdout
     assert not (home / "dry").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -144,6 +145,16 @@ def show_dry_run(plan: TrainingPlan) -> None:
         f"trained {parameters.trained}, frozen {parameters.frozen} parameters; cache {cache}",
         f"{plan.steps} steps of {plan.batch_size} clips on {plan.device}, {plan.step_seconds:.3f} s each: "
         f"about {plan.estimated_training_seconds:.0f} s without validation",
+        *_layouts(plan),
         f"peak memory {plan.peak_memory_mb:.0f} MB",
     ):
         console.show(line)
+
+
+def _layouts(plan: TrainingPlan) -> Iterator[str]:
+    """The layouts of convolutions that were timed, and what to do where the other one is quicker."""
+    if plan.layout_seconds:
+        (taken, seconds), (other, others) = plan.layout_seconds.items()
+        yield f"runtime.channels_last: {taken}, which auto takes, {seconds:.3f} s a step; {other} {others:.3f} s"
+        if others < 0.95 * seconds:
+            yield f"Add --set runtime.channels_last={other} to all runs of a study; they keep it."

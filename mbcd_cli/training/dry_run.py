@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,12 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.runs.opening import open_for_training
-from mbcd_cli.runtime import configure, peak_memory_mb
+from mbcd_cli.runtime import configure, peak_memory_mb, use_channels_last
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import clip_sets
 from mbcd_cli.settings import Settings
-from mbcd_cli.training.assemble import assemble
+from mbcd_cli.training.assemble import Training, assemble
+from mbcd_cli.training.static_step import WARM_UP, StaticStep
 from mbcd_cli.training.step import TrainStep
 
 
@@ -40,6 +42,8 @@ class TrainingPlan:
         held_out_clips: how many, by clip set. shapes: at the cut, of one clip, of every path of a modality's encoder.
         cache_bytes: of the prepared dataset, None where it is not known.
         step_seconds: of one step. estimated_training_seconds: of all, without validation.
+        layout_seconds: of a step by `runtime.channels_last`, timed in turns, what auto takes first; empty where it is
+            set or nothing convolves.
         peak_memory_mb: of this process so far.
     """
 
@@ -55,6 +59,7 @@ class TrainingPlan:
     parameters: ParameterCounts
     cache_bytes: int | None
     step_seconds: float
+    layout_seconds: dict[str, float]
     steps: int
     estimated_training_seconds: float
     peak_memory_mb: float
@@ -67,11 +72,15 @@ def dry_run_of_prepared(settings: Settings, *, say: Say = SILENT) -> TrainingPla
         MbcdError: nothing prepared that matches; what `dry_run` raises.
     """
     settings, dataset = open_for_training(settings)
-    return dry_run(settings, dataset, say=say)
+    return dry_run(settings, dataset, layouts=True, say=say)
 
 
-def dry_run(settings: Settings, dataset: Dataset, *, say: Say = SILENT) -> TrainingPlan:
+def dry_run(settings: Settings, dataset: Dataset, *, layouts: bool = False, say: Say = SILENT) -> TrainingPlan:
     """What a training would be like: shapes, parameters, sizes and the time of a step; nothing is written.
+
+    Args:
+        layouts: time a step in both layouts of convolutions. Which is quicker depends on the machine; it is chosen by
+            whoever reads this, not in the first steps of each run, so that all runs of a study have the same.
 
     Raises:
         SettingsError, CacheError: as `train`.
@@ -79,7 +88,8 @@ def dry_run(settings: Settings, dataset: Dataset, *, say: Say = SILENT) -> Train
     training = settings.training
     clips = dataset.select(domains=training.source_domains, splits=("train",), limit=training.limit_clips)
     device = configure(settings.runtime)
-    step = assemble(settings, dataset, device=device, say=say).step
+    training_parts = assemble(settings, dataset, device=device, say=say)
+    step = training_parts.step
     size = min(training.batch_size, len(clips))
     batches = [
         batch.to(device)
@@ -97,7 +107,13 @@ def dry_run(settings: Settings, dataset: Dataset, *, say: Say = SILENT) -> Train
             strict=False,
         )
     ]
-    seconds = _step_seconds(step, batches, device)
+    compared = {use_channels_last(settings.runtime, device): training_parts}
+    if layouts and settings.runtime.channels_last == "auto" and any(map(_convolves, step.model.tails.modules())):
+        (other,) = {True, False} - compared.keys()
+        runtime = settings.runtime.model_copy(update={"channels_last": "on" if other else "off"})
+        compared[other] = assemble(settings.model_copy(update={"runtime": runtime}), dataset, device=device)
+    each = dict(zip(compared, _step_seconds(list(compared.values()), batches, device), strict=True))
+    seconds = next(iter(each.values()))
     steps = len(clips) // training.batch_size * training.epochs
     steps = min(steps, training.max_steps or steps)
     return TrainingPlan(
@@ -113,21 +129,32 @@ def dry_run(settings: Settings, dataset: Dataset, *, say: Say = SILENT) -> Train
         parameters=_parameters(step, settings),
         cache_bytes=dataset.nbytes,
         step_seconds=round(seconds, 4),
+        layout_seconds={("off", "on")[k]: round(own, 4) for k, own in each.items()} if len(each) > 1 else {},
         steps=steps,
         estimated_training_seconds=round(seconds * steps, 3),
         peak_memory_mb=peak_memory_mb(device),
     )
 
 
-def _step_seconds(step: TrainStep, batches: list[Batch], device: torch.device) -> float:
-    """Mean seconds of two steps, after one that warms up."""
-    step(batches[0])
-    _wait(device)
-    started = time.monotonic()
+def _convolves(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.modules.conv._ConvNd)
+
+
+def _step_seconds(trainings: Sequence[Training], batches: list[Batch], device: torch.device) -> list[float]:
+    """Mean seconds of two steps of each training, in turns, after what warms them up."""
+    runs = [training.run_step or training.step for training in trainings]
+    for run in runs:
+        for _ in range(WARM_UP + 1 if isinstance(run, StaticStep) else 1):
+            run(batches[0])
+    seconds = [0.0] * len(runs)
     for index in range(2):
-        step(batches[(index + 1) % len(batches)])
-    _wait(device)
-    return (time.monotonic() - started) / 2
+        for number, run in enumerate(runs):
+            _wait(device)
+            started = time.monotonic()
+            run(batches[(index + 1) % len(batches)])
+            _wait(device)
+            seconds[number] += (time.monotonic() - started) / 2
+    return seconds
 
 
 def _wait(device: torch.device) -> None:

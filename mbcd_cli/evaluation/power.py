@@ -35,6 +35,8 @@ COUNTS = (1, 3, 5, 10, 100)
 """Numbers of seeds that are told about."""
 NEAR = 1.1
 """Times the smallest difference of endless seeds: what more seeds would add to that is not worth them."""
+_NONE = 5e-4
+"""A difference that is written as 0.0 points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +227,12 @@ def _verdict(last: TargetPower, seeds: int) -> str:
     )
     if enough is not None and enough <= seeds:
         return f"{now}: more would hardly help, the test set is the limit ({100 * limit:.1f} points)."
+    until = f"until the test set is the limit ({100 * limit:.1f} points)"
+    if limit < _NONE:
+        until = "and the test set sets no limit: two methods agree on its clips as often as two seeds of one"
     more = {count: value for count, value in told.items() if seeds < count <= (enough or count)}
     helped = ", ".join(f"{100 * value:.1f} with {count}" for count, value in more.items())
-    return f"{now}, {helped}: more seeds help, until the test set is the limit ({100 * limit:.1f} points)."
+    return f"{now}, {helped}: more seeds help, {until}."
 
 
 def measured_assumptions(patterns: Sequence[str]) -> dict[str, float]:

@@ -37,6 +37,14 @@ def test_what_helps_and_what_does_not():
     assert smallest(sizes=[np.array([400])])["inf"] is None
 
 
+def test_where_two_methods_are_as_alike_as_two_seeds_nothing_is_the_limit():
+    told = p._of_targets("t", [np.ones(400, int)], p.Assumptions(0.9, 0.9, 0.02, 0.0), p.COUNTS, 1)
+    assert told.smallest["inf"] == pytest.approx(0, abs=1e-6)
+    assert "the test set sets no limit: two methods agree" in p._verdict(told, 3)
+    told = p._of_targets("t", [np.ones(400, int)], ASSUMED, p.COUNTS, 1)
+    assert "until the test set is the limit (4.4 points)" in p._verdict(told, 3)
+
+
 def test_a_study_of_that_difference_is_mostly_a_find():
     """Against the simulated studies: power as foretold when the assumptions are those that the studies are made by."""
     from power_simulation import Design, Effects, simulate

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import BufferedWriter, FileIO
 from itertools import chain
@@ -185,6 +185,13 @@ def remove(*paths: Path) -> None:
             raise unwritable(path, error) from error
 
 
+def clear(folder: Path, *, but: Collection[str] = ()) -> None:
+    """Delete what a folder holds, but for what has one of these names; of a link to a folder the link."""
+    for entry in folder.iterdir():
+        if entry.name not in but:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
 def free_bytes(folder: Path) -> int:
     """Free bytes of the disk that holds `folder`, or will hold it."""
     folder = folder.resolve()
@@ -359,14 +366,20 @@ class _Remembering(FileIO):
 
 
 def append_record(path: Path, record: Mapping[str, object], **where: str) -> None:
-    """Add `record` to a .jsonl file, as one line.
+    """Add `record` to a .jsonl file, as one line, in place of a last one that was cut off.
 
     Raises:
         FileError: it cannot be written.
     """
+    line = json.dumps(record, allow_nan=False).encode() + b"\n"
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        with path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line)
     except OSError as error:
         raise unwritable(path, error, **where) from error
 

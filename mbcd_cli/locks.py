@@ -20,7 +20,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mbcd_cli.files import unwritable
+from mbcd_cli.files import clear, unwritable
 
 if TYPE_CHECKING:
     from filelock import LeaseCompromise, SoftFileLease
@@ -115,8 +115,7 @@ def folder_aside(path: Path) -> Iterator[Path]:
             if not _same(handle, aside):
                 continue  # who held it before has given it its name: this lock would keep nobody out
             try:
-                for left in aside.iterdir():
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                clear(aside)
                 yield aside
             finally:
                 if _same(handle, aside):

@@ -64,6 +64,18 @@ def shim(folder: Path, source: str) -> Path:
     return library
 
 
+def in_child(action) -> int:
+    """Run `action` in a forked child; its exit status as `os.waitpid` gives it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
 def until(there: Callable[[], object], process: subprocess.Popen | None = None) -> None:
     """Look again and again, for a minute at most, until something is there; `process` has to live until then."""
     for _ in range(30_000):

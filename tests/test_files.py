@@ -217,6 +217,12 @@ def test_records(tmp_path):
     with log.open("a") as file:
         file.write('{"st')  # a kill
     assert [record["step"] for record in files.read_records(log)] == [1, 2]
+    files.append_record(log, {"step": 3})
+    assert log.read_text().count("\n") == 3
+    assert [record["step"] for record in files.read_records(log)] == [1, 2, 3]
+    log.write_text('{"st')
+    files.append_record(log, {"step": 4})
+    assert files.read_records(log) == [{"step": 4}]
     log.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(FileError, match="line 2"):
         files.read_records(log)

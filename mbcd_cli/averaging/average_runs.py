@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from mbcd_cli.averaging.soups import SoupRule, check_alike, chosen, common_name
 from mbcd_cli.averaging.weights import Bank, Statistics, of_snapshots, of_states
 from mbcd_cli.data.dataset import CachedDataset
 from mbcd_cli.errors import FOREIGN, CheckpointError, RunError
-from mbcd_cli.files import sync_all, write_json, write_text
+from mbcd_cli.files import clear, rename, sync_all, write_json, write_text
 from mbcd_cli.json_values import OPTIONAL, json_values
 from mbcd_cli.locks import folder_aside
 from mbcd_cli.resolved import load_settings, method_label
@@ -320,7 +319,7 @@ def _written(place: Path, mixed: Mixed) -> AverageMade:
     Raises:
         RunError: something else is there.
     """
-    if place.exists() and not (place / AVERAGED).is_file():
+    if place.exists() and not (place / AVERAGED).is_file() and (place.is_file() or any(place.iterdir())):
         raise RunError(f"{place} is in the way: it holds no average.", "Name another folder with --output.")
     checkpoint = mixed.checkpoint
     model, statistics = mixed.bank.model(checkpoint, mixed.state)
@@ -355,7 +354,8 @@ def _written(place: Path, mixed: Mixed) -> AverageMade:
         write_json(aside / AVERAGED, told)
         write_json(aside / DONE, {"averaged": made.label, "files": checksums.of_files(aside, but=(DONE,))})
         sync_all(aside)
-        if place.exists():
-            shutil.rmtree(place)
-        aside.rename(place)
+        if place.exists():  # what tells that it is an average goes last: where a kill leaves it, it is replaced again
+            clear(place, but=(AVERAGED,))
+            clear(place)
+        rename({aside: place})
     return made

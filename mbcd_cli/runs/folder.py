@@ -8,7 +8,6 @@ sealed.jsonl: the classes that are said of it, by epoch, model and head.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -18,6 +17,7 @@ from mbcd_cli import checksums
 from mbcd_cli.errors import BusyError, RunError, SettingsError
 from mbcd_cli.files import (
     append_record,
+    clear,
     is_partial,
     read_json,
     read_records,
@@ -177,9 +177,7 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
             remove_partial(path / SNAPSHOTS)
         else:
             # The old settings.toml stays until it is replaced: a half-deleted run can still be overwritten.
-            for entry in path.iterdir():
-                if entry.name not in (_LOCK, SETTINGS):
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            clear(path, but=(_LOCK, SETTINGS))
             write_text(path / SETTINGS, to_toml(settings, stamped=True), place="--run")
     except BaseException:
         held.close()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
+import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from commands import run as mbcd
 from fakes import MemoryDataset, memory_settings
+from helpers import in_child
 from small import KINDS_ALL, small_batch, small_model
 
 from mbcd_cli.averaging import average_runs, study
@@ -349,10 +354,38 @@ def test_what_is_refused(runs, tmp_path, dataset):
     refused("has kept no averages", tmp_path / "drawn", profile=0.1)
     average(runs / "erm-s0", window=(1, 2))
     refused("is an average itself", runs / "erm-s0-window-1-2", window=(1, 1))
-    (tmp_path / "full").mkdir()
+    (tmp_path / "full/of").mkdir(parents=True)
     refused("is in the way", runs / "erm-s0", window=(1, 2), output=tmp_path / "full")
     (runs / "erm-s1/done").unlink()
     refused("not trained to its end", runs / "erm-s1", window=(1, 2))
+
+
+@pytest.mark.parametrize("event", [1, 2, 4, 5, 6])
+def test_killed_while_it_takes_the_place_of_an_average(runs, event):
+    """At each kind of deletion and the renaming: the same command makes it whole again."""
+    run, made = runs / "erm-s0", runs / "erm-s0-window-1-2"
+    average(run, window=(1, 2))
+    expected, files = student_of(made), sorted(made.rglob("*"))
+    of_ours = itertools.count(1)
+
+    def killed():
+        def counted(function):
+            def wrapper(*words, **more):
+                ours = "dir_fd" in more or str(made) == str(words[-1]) or made in Path(words[0]).parents
+                if ours and next(of_ours) == event:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*words, **more)
+
+            return wrapper
+
+        for name in ("unlink", "rmdir", "replace"):
+            setattr(os, name, counted(getattr(os, name)))
+        average(run, window=(1, 2))
+
+    assert os.WIFSIGNALED(in_child(killed))
+    average(run, window=(1, 2))
+    assert sorted(made.rglob("*")) == files
+    assert all(torch.equal(value, expected[name]) for name, value in student_of(made).items())
 
 
 def test_a_sealed_target_stays_sealed(runs, tmp_path, dataset):

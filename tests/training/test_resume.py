@@ -72,18 +72,6 @@ def assert_same(run: Path, other: Path) -> None:
     assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
 
 
-def in_child(action) -> int:
-    """Run `action` in a forked child; its exit status as `os.waitpid` gives it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            action()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
-
-
 def killed_at(event: int, run: Path, *, resume: bool, settings=SETTINGS) -> bool:
     """Train in a child that gets SIGKILL at its event-th write, rename, sync or step; False if it ended before."""
 
@@ -107,7 +95,7 @@ def killed_at(event: int, run: Path, *, resume: bool, settings=SETTINGS) -> bool
         trainer.TrainStep.__call__ = counted(trainer.TrainStep.__call__)
         run_training(run, resume=resume, settings=settings)
 
-    status = in_child(action)
+    status = helpers.in_child(action)
     assert os.WIFSIGNALED(status) or status == 0
     return os.WIFSIGNALED(status)
 

@@ -11,6 +11,11 @@ _LONG = re.compile(r"(?<!\S)(\S{200})\S{5000,}(\S{60})")
 """A word that is longer than any path: a file's contents, and nothing to read."""
 
 
+def lines_of(error: BaseException) -> list[str]:
+    """What an error of another library says, by the line, none of them empty; its kind where it says nothing."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+
+
 class MbcdError(Exception):
     """A problem the user can mend; the command line prints it without a traceback and exits with 1.
 

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from mbcd_cli.errors import MbcdError, RunError, SettingsError
+from mbcd_cli.errors import MbcdError, RunError, SettingsError, lines_of
 from mbcd_cli.place import UNSET, Place, this_process
 
 T = TypeVar("T")
@@ -242,7 +242,7 @@ def joined(device: torch.device, *, say: Callable[[str], None], patience: float 
         control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
     except (RuntimeError, ValueError, OSError, dist.DistError) as error:
         raise RunError(
-            f"The {place.world} processes cannot meet ({backend}): {str(error).splitlines()[0]}",
+            f"The {place.world} processes cannot meet ({backend}): {lines_of(error)[0]}",
             "Start them with torchrun, with --rdzv-endpoint naming a node and port that all can reach.",
         ) from error
     try:

@@ -24,7 +24,7 @@ from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.quantise import restore, scale_shape
 from mbcd_cli.data.records import SPLITS, TEST_VIEW
-from mbcd_cli.errors import FOREIGN, CacheError
+from mbcd_cli.errors import FOREIGN, CacheError, lines_of
 from mbcd_cli.files import open_hdf5
 
 Verify = Literal["first", "always", "off"]
@@ -229,7 +229,7 @@ class ModalityCache:
                 raise checksums.DamagedError("it is another one than the cache was finished with")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged pickles raise whatever their bytes lead to
-            raise self._damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+            raise self._damaged(path, lines_of(error)[0]) from error
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import array_mlp, audio_resnet, efficientnet, resnet3d, small
 from mbcd_cli.encoders.formats import EncoderFormat
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder, Tail, Trunk
-from mbcd_cli.errors import FOREIGN, SettingsError
+from mbcd_cli.errors import FOREIGN, SettingsError, lines_of
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.plugins import entry_of
 from mbcd_cli.settings import Settings
@@ -169,7 +169,7 @@ def _check_reads(name: str, modality: Modality) -> None:
             view = torch.empty((1, *shape), dtype=getattr(torch, dtype.name))
             build_encoder(name, modality).eval()((view,))
     except (RuntimeError, *FOREIGN) as error:
-        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        text = lines_of(error)[0][:200]
         raise SettingsError(
             f"modalities.{name}: {modality.encoder} cannot read views of shape {list(shape)}: {text}",
             "Set the modality's frames, crop or samples as it wants them, or mend its files.",

@@ -21,7 +21,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.pretrained import checked_sha256, same_sha256
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.wants import Wants
-from mbcd_cli.errors import CheckpointError, SettingsError
+from mbcd_cli.errors import CheckpointError, SettingsError, lines_of
 
 
 class EncoderFormat(ABC):
@@ -84,7 +84,7 @@ def import_optional(package: str, group: str) -> ModuleType:
         return importlib.import_module(package)
     except Exception as error:  # a compiled half of the package may be of another torch
         raise SettingsError(
-            f"{package} cannot be imported: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            f"{package} cannot be imported: {type(error).__name__}: {lines_of(error)[0]}",
             f"`uv sync --group {group}` (or `pip install {package.partition('.')[0]}`) installs it.",
         ) from error
 

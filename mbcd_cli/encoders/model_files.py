@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mbcd_cli.encoders.formats import import_optional
-from mbcd_cli.errors import FOREIGN, CheckpointError
+from mbcd_cli.errors import FOREIGN, CheckpointError, lines_of
 
 Axes = tuple[int | None, ...]
 """Length of every axis of an input; None where any will do."""
@@ -59,7 +59,7 @@ class ModelFile(nn.Module):
             out = self.run(x)
         except (RuntimeError, *FOREIGN) as error:
             raise CheckpointError(
-                f"{self.file}: the model cannot take {shape_text(x.shape)}: {_last_line(error)}",
+                f"{self.file}: the model cannot take {shape_text(x.shape)}: {lines_of(error)[-1]}",
                 f"Say in {self.file.name}.toml what it takes.",
             ) from error
         while isinstance(out, Sequence) and len(out):
@@ -93,11 +93,6 @@ def shape_text(axes: Sequence[int | None]) -> str:
     return "[" + ", ".join("N" if axis is None else str(axis) for axis in axes) + "]"
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
 class OnnxModel(ModelFile):
     """An ONNX file, run by onnxruntime on the processor.
 
@@ -115,7 +110,7 @@ class OnnxModel(ModelFile):
             session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own kinds have no common class
             raise CheckpointError(
-                f"{file}: onnxruntime cannot read it: {_last_line(error)}", "Export the model to ONNX again."
+                f"{file}: onnxruntime cannot read it: {lines_of(error)[-1]}", "Export the model to ONNX again."
             ) from error
         inputs = session.get_inputs()
         types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}

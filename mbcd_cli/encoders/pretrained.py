@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mbcd_cli.encoders.staged import StagedEncoder
-from mbcd_cli.errors import CheckpointError
+from mbcd_cli.errors import CheckpointError, lines_of
 from mbcd_cli.settings import ModalitySettings
 
 
@@ -334,4 +334,4 @@ def load_pretrained(encoder: StagedEncoder, encoder_name: str, file: Path, *, sh
     try:
         encoder.stages.load_state_dict(ours, strict=False)
     except RuntimeError as error:  # of another layout or type
-        raise CheckpointError(f"{file}: {str(error).splitlines()[-1].strip()}", "Download it again.") from error
+        raise CheckpointError(f"{file}: {lines_of(error)[-1]}", "Download it again.") from error

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mbcd_cli.data.records import Parts
 from mbcd_cli.encoders.wants import Wants
-from mbcd_cli.errors import FOREIGN, CacheError, SettingsError
+from mbcd_cli.errors import FOREIGN, CacheError, SettingsError, lines_of
 
 Noise = Callable[[Parts], Parts]
 TOGETHER = 16
@@ -57,8 +57,7 @@ class Stages(nn.Module):
             self.load_state_dict(dict(weights))
         except (RuntimeError, *FOREIGN) as error:
             raise CacheError(
-                f"The weights stored with the cache of {name} do not fit its encoder: "
-                f"{str(error).splitlines()[-1].strip()}",
+                f"The weights stored with the cache of {name} do not fit its encoder: {lines_of(error)[-1]}",
                 "Delete that cache and run `mbcd prepare` again.",
             ) from error
 

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.transformers_families import FAMILIES, DescribedModel, TextSide, import_transformers, owner
 from mbcd_cli.encoders.transformers_models import model_folder, quiet, read_model
-from mbcd_cli.errors import FOREIGN, CheckpointError, SettingsError
+from mbcd_cli.errors import FOREIGN, CheckpointError, SettingsError, lines_of
 
 _TOGETHER = 128
 """Prompts that are embedded at once."""
@@ -91,7 +91,7 @@ def read_texts(
         with torch.no_grad():
             parts = [model.get_text_features(**{k: v.to(device) for k, v in part.items()}) for part in tokens]
     except (RuntimeError, *FOREIGN) as error:
-        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        text = lines_of(error)[0][:200]
         raise CheckpointError(
             f"{folder}: its text tower cannot read the prompts: {text}", "Put the files of one model there."
         ) from error
@@ -114,7 +114,7 @@ def _tokens(folder: Path, config: object, prompts: Sequence[str], *, padding: st
         with quiet(library):
             tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # its own kinds, for every kind of tokenizer
-        text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        text = lines_of(error)[0][:200]
         raise CheckpointError(f"{folder}: its tokenizer cannot be read ({text}).", remedy) from error
     most = min(tokenizer.model_max_length, config.max_position_embeddings)
     for prompt in prompts:

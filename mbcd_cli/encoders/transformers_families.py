@@ -24,7 +24,7 @@ from mbcd_cli.encoders.front_ends import FBANK_FFT, KaldiFbank, LogMel, Standard
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.tokens import Block, Pooling, TokenPool, channels_first, pixels, single_frames
 from mbcd_cli.encoders.wants import FULL_SCALE, Wants
-from mbcd_cli.errors import CheckpointError, SettingsError
+from mbcd_cli.errors import CheckpointError, SettingsError, lines_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ def owner(name: str) -> Any:
         return getattr(library, name)
     except (ImportError, AttributeError) as error:
         raise SettingsError(
-            f"transformers {library.__version__} has no usable {name}: {str(error).splitlines()[0]}",
+            f"transformers {library.__version__} has no usable {name}: {lines_of(error)[0]}",
             "`uv sync --group hf` installs a version that has one.",
         ) from error
 
@@ -273,8 +273,8 @@ class DescribedModel:
         try:
             config = config_class.from_dict(dict(self.config))
         except Exception as error:  # whatever the owner's checks raise
-            text = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"config.json: is no {self.family.config}: {text}", "Download it again.") from error
+            told = lines_of(error)[0]
+            raise CheckpointError(f"config.json: is no {self.family.config}: {told}", "Download it again.") from error
         for field, value in config.to_dict().items():
             if "drop" in field and isinstance(value, float):
                 setattr(config, field, 0.0)

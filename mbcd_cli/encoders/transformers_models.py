@@ -20,7 +20,7 @@ from mbcd_cli.encoders.pretrained import refuse_keys
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.transformers_families import FAMILIES, DescribedModel, import_transformers
 from mbcd_cli.encoders.wants import Wants
-from mbcd_cli.errors import FOREIGN, CheckpointError
+from mbcd_cli.errors import FOREIGN, CheckpointError, lines_of
 
 _CONFIG = "config.json"
 _PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
@@ -136,7 +136,7 @@ def read_model(
                 ignore_mismatched_sizes=True,
             )
     except Exception as error:  # safetensors, pickle and transformers have their own for damaged files
-        text = str(error).splitlines()[0][:200] if str(error) else ""
+        text = lines_of(error)[0][:200]
         raise CheckpointError(
             f"{folder}: its weights cannot be read ({type(error).__name__}: {text}).", "Download the folder again."
         ) from error

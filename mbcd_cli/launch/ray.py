@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import RunError, lines_of
 from mbcd_cli.launch import ray_node
 from mbcd_cli.launch.launch import Ended
 from mbcd_cli.launch.nodes import Demands
@@ -107,7 +107,7 @@ class Ray:
                 socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
             self._ray.init(**options)
         except (OSError, ValueError, RuntimeError) as error:
-            why = str(error).strip().splitlines()[0]
+            why = lines_of(error)[0]
             remedy = "Begin one with `ray start --head`, or name another with --ray-address host:port."
             raise RunError(f"--ray-address {address}: there is no Ray cluster ({why})", remedy) from error
 
@@ -128,7 +128,7 @@ class Ray:
                 try:
                     fault = self._ray.get(task)
                 except self._ray.exceptions.RayError as error:
-                    fault = f"cannot run mbcd: {str(error).strip().splitlines()[-1]}"
+                    fault = f"cannot run mbcd: {lines_of(error)[-1]}"
             self._bar(node["NodeID"], node["NodeManagerHostname"], fault)
         if len(self._barred) == len(asked):
             raise RunError(
@@ -183,7 +183,7 @@ class Ray:
             try:
                 told = self._ray.get(task)
             except self._ray.exceptions.RayError as error:
-                yield Ended(unit, -9, str(error).strip().splitlines()[-1])
+                yield Ended(unit, -9, lines_of(error)[-1])
                 continue
             if isinstance(told, int):
                 yield Ended(unit, told)

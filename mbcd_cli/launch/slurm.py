@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import RunError, lines_of
 from mbcd_cli.launch.launch import Ended
 from mbcd_cli.launch.nodes import Demands
 from mbcd_cli.launch.task import Task
@@ -174,9 +174,8 @@ class Slurm:
                     for piece in unit.pieces:  # a hint, which need not survive a power cut: the lock keeps order
                         beside(piece.folder, _JOB).write_text(f"{job.job_id}\n", encoding="utf-8")
         except FailedJobError as error:
-            why = str(error).strip().splitlines()[-1] if str(error).strip() else "sbatch failed"
             remedy = "Correct --slurm key=value, or ask for fewer jobs with --slurm-tasks."
-            raise RunError(f"Slurm refuses the jobs: {why}", remedy) from error
+            raise RunError(f"Slurm refuses the jobs: {lines_of(error)[-1]}", remedy) from error
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from mbcd_cli import checksums
 from mbcd_cli.data.modalities import AnyKind
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.errors import FOREIGN, CheckpointError, SettingsError
+from mbcd_cli.errors import FOREIGN, CheckpointError, SettingsError, lines_of
 from mbcd_cli.files import written_file
 from mbcd_cli.resolved import validate
 from mbcd_cli.settings import Settings
@@ -156,7 +156,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
     except FOREIGN as error:
         raise CheckpointError(
-            f"{path} is damaged: {str(error).splitlines()[0]}", "Use another checkpoint, or train again."
+            f"{path} is damaged: {lines_of(error)[0]}", "Use another checkpoint, or train again."
         ) from error
 
 
@@ -180,11 +180,10 @@ def read_tensors(path: Path, *, format: str, version: int, what: str, then: str)
     except MemoryError:
         raise
     except Exception as error:  # whatever a damaged or hostile file provokes in the reader
-        reason = str(error).strip().splitlines()
-        if "weights_only" in str(error):  # torch would advise to trust the file
-            reason = ["its pickle asks for code"]
+        code = "weights_only" in str(error)  # torch would advise to trust the file
+        reason = "its pickle asks for code" if code else lines_of(error)[0][:200]
         raise CheckpointError(
-            f"{path} is no readable {what} ({type(error).__name__}: {reason[0][:200] if reason else ''}).",
+            f"{path} is no readable {what} ({type(error).__name__}: {reason}).",
             f"It is truncated, or holds more than tensors and plain values (nothing in it was executed). {then}",
         ) from error
     if not isinstance(payload, Mapping) or payload.get("format") != format:

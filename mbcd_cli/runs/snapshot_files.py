@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mbcd_cli.errors import FOREIGN, CheckpointError, RunError
+from mbcd_cli.errors import FOREIGN, CheckpointError, RunError, lines_of
 from mbcd_cli.runs.checkpoint import Tensors, by_itself, read_tensors, save_tensors, state_of
 
 SNAPSHOTS = "snapshots"
@@ -65,7 +65,7 @@ def load_snapshot(run: Path, epoch: int) -> Snapshot:
         if snapshot.epoch != epoch:
             raise ValueError(f"it is of epoch {snapshot.epoch}")
     except FOREIGN as error:
-        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0]}", then) from error
+        raise CheckpointError(f"{path} is damaged: {lines_of(error)[0]}", then) from error
     return snapshot
 
 

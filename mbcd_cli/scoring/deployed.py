@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.errors import CheckpointError, SettingsError
+from mbcd_cli.errors import CheckpointError, SettingsError, lines_of
 from mbcd_cli.model import MultiModalModel, build_model
 from mbcd_cli.settings import Settings
 
@@ -69,7 +69,7 @@ def build_models(
             model.load_state_dict(dict(state))
         except RuntimeError as error:
             raise CheckpointError(
-                f"The {name} in the {source} checkpoint does not fit these settings: {_first(error)}",
+                f"The {name} in the {source} checkpoint does not fit these settings: {lines_of(error)[:2][-1]}",
                 "Evaluate with the settings of the run (`--run RUN` reads them from the run folder).",
             ) from error
         models[name] = model.to(device).requires_grad_(False).eval()
@@ -83,11 +83,6 @@ def states_of(weights: Weights) -> dict[str, StateDict]:
         return states
     averaged = {k: v for k, v in weights.teacher.items() if not k.startswith("heads.")}
     return {"teacher": {**weights.student, **averaged}, **states}
-
-
-def _first(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[1] if len(lines) > 1 else lines[0]
 
 
 def deployed_of(models: Container[str]) -> str:

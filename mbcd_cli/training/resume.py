@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from mbcd_cli.errors import FOREIGN, CheckpointError
+from mbcd_cli.errors import FOREIGN, CheckpointError, lines_of
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.runs.checkpoint import by_itself, load_checkpoint
 from mbcd_cli.runs.folder import RunFolder
@@ -117,7 +117,7 @@ def resume(
         randomness.load(state["randomness"])
         randomness.load_globals(state["global"])
     except (RuntimeError, *FOREIGN) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        why = lines_of(error)[0]
         raise CheckpointError(f"{run.last} does not fit this run: {why}", "Start anew with --overwrite.") from error
     return True
 

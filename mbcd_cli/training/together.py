@@ -20,7 +20,7 @@ import torch
 from mbcd_cli.data.loading import ResidentRows, resident_bytes
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import TEST_VIEW, Batch
-from mbcd_cli.errors import MbcdError, SettingsError, StoppedError
+from mbcd_cli.errors import MbcdError, SettingsError, StoppedError, lines_of
 from mbcd_cli.files import size_text
 from mbcd_cli.json_values import json_values
 from mbcd_cli.runs.folder import SETTINGS, open_run
@@ -134,8 +134,7 @@ def train_together(
             try:
                 vectors = stacked([place.member.asked if place.live else live[0].member.asked for place in places])
             except (RuntimeError, TypeError, StackingError) as error:
-                cause = next(iter(str(error).splitlines()), type(error).__name__)
-                say.warn(f"These trainings cannot be stacked, and go on one after another: {cause}")
+                say.warn(f"These trainings cannot be stacked, and go on one after another: {lines_of(error)[0]}")
                 stranded = [place.member.wanted for place in live]
                 for place in live:
                     place.member.held.close()

@@ -126,6 +126,15 @@ def test_bad_checkpoints_are_refused_with_a_remedy_and_nothing_runs(trained, tmp
     assert not proof.exists()
 
 
+def test_an_error_that_says_nothing_is_told_by_its_kind(trained, monkeypatch):
+    def refuse(payload):
+        raise ValueError
+
+    monkeypatch.setattr(module, "_parse", refuse)
+    with pytest.raises(CheckpointError, match="last.pt is damaged: ValueError"):
+        load_checkpoint(trained / "checkpoints/last.pt")
+
+
 def test_a_full_disk_keeps_the_previous_checkpoint(trained, tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     save_checkpoint(path, load_checkpoint(trained / "checkpoints/last.pt"))

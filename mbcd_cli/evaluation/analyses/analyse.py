@@ -14,7 +14,7 @@ import torch
 
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
-from mbcd_cli.errors import CheckpointError, MbcdError
+from mbcd_cli.errors import CheckpointError, MbcdError, lines_of
 from mbcd_cli.evaluation.analyses.corruptions import (
     Corrupted,
     corruption_means,
@@ -295,7 +295,7 @@ def _ood(a: Analysis, other: Dataset) -> None:
         foreign = a.predict(a.batches(clips, "out of distribution", other))
     except RuntimeError as error:
         raise CheckpointError(
-            f"The model cannot read the out-of-distribution dataset {name}: {str(error).splitlines()[0]}",
+            f"The model cannot read the out-of-distribution dataset {name}: {lines_of(error)[0]}",
             "Prepare it with the settings of the run (same geometry, spectrogram and cut).",
         ) from error
     against = {clip_set: out_of_distribution(predictions, foreign) for clip_set, predictions in a.sets.items()}

@@ -37,12 +37,8 @@ class Place:
         """Whether this is rank 0, which alone prints, and writes what all have made."""
         return self.rank == 0
 
-    def owns(self, number: int) -> bool:
-        """Whether piece `number` of the work is this process'; told from the number alone, so that all agree."""
-        return number % self.world == self.rank
-
     def share(self, pieces: Sequence[T]) -> Sequence[T]:
-        """Those of `pieces` (a list, or the rows of an array) whose positions this process owns."""
+        """Those of `pieces` (a list, or the rows of an array) that are this process', by their positions alone."""
         return pieces[self.rank :: self.world]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -46,11 +47,10 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[obj
         rows += [(f"{name}:{s.what}", ", ".join(s.kinds), s.summary) for name, s in SCHEMES.items()]
         return ("encoder", "reads", "what"), rows
     if what == "methods":
-        from mbcd_cli.methods import method_summaries
+        from mbcd_cli.methods import MethodSummary, method_summaries
 
-        return ("method", "paper", "year", "what", "published"), [
-            (row["method"], row["paper"], row["year"], row["what"], row["published"]) for row in method_summaries()
-        ]
+        columns = tuple(field.name for field in fields(MethodSummary))
+        return columns, [tuple(getattr(row, column) for column in columns) for row in method_summaries()]
     raise SettingsError(
         f"There is nothing called {what!r} to list.", f"{did_you_mean(what, LISTS)}Use one of {', '.join(LISTS)}."
     )

@@ -344,19 +344,25 @@ def published_chassis(name: str) -> Mapping[str, object]:
     return chassis
 
 
-def method_summaries() -> list[dict[str, object]]:
-    """Every method: its name, paper, year, what it adds, whether it has a published chassis; a plug-in that cannot be
-    imported says why."""
-    rows = [
-        {"method": name, "paper": e.paper, "year": e.year, "what": e.summary, "published": e.published is not None}
-        for name, e in METHODS.items()
-    ]
+@dataclass(frozen=True, slots=True)
+class MethodSummary:
+    """A method in one line: what it adds, of which paper, and whether it has a published chassis."""
+
+    method: str
+    paper: str
+    year: int | None
+    what: str
+    published: bool
+
+
+def method_summaries() -> list[MethodSummary]:
+    """Every method; a plug-in that cannot be imported says why."""
+    rows = [MethodSummary(name, e.paper, e.year, e.summary, e.published is not None) for name, e in METHODS.items()]
     for name in method_names()[len(rows) :]:
-        row = {"method": name, "paper": "", "year": None, "published": False}
         try:
             kind = method_class(name)
-            what, has = (kind.__doc__ or "").strip().partition("\n")[0], kind.published is not None
-            rows.append(row | {"what": what, "published": has})
+            what, published = (kind.__doc__ or "").strip().partition("\n")[0], kind.published is not None
         except MbcdError as error:
-            rows.append(row | {"what": f"error: {error.message}"})
+            what, published = f"error: {error.message}", False
+        rows.append(MethodSummary(name, "", None, what, published))
     return rows

@@ -4,19 +4,13 @@
 from mbcd_cli.settings.flags import FLAGS, flag_of
 from mbcd_cli.settings.ranges import AROUND, Range
 from mbcd_cli.settings.roles import (
-    ForCache,
-    ForMachine,
     ForWeights,
     Role,
     Slice,
-    field_role,
     fields_for,
 )
 from mbcd_cli.settings.tree import (
     AdaptSettings,
-    AnyMethodSettings,
-    AnyModality,
-    AnyReaderSettings,
     AverageSettings,
     CacheSettings,
     Count,
@@ -36,6 +30,5 @@ from mbcd_cli.settings.tree import (
     ReaderSettings,
     RuntimeSettings,
     Settings,
-    TrainingSettings,
     role_of,
 )

@@ -87,7 +87,7 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int | None, say: S
 
 def _failed(folder: Path, error: Exception, say: Say) -> None:
     if not isinstance(error, MbcdError):
-        traceback.print_exception(error)
+        say("".join(traceback.format_exception(error)).rstrip())
     say(f"error: {folder.name}: {error}")
     write_failure(folder, error)
 

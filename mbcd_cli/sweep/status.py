@@ -13,6 +13,8 @@ from mbcd_cli.launch.unit import beside, holder, last_lines, read_failure
 from mbcd_cli.sweep.plan import Cell
 from mbcd_cli.sweep.state import progress, state
 
+_LINES = 3
+"""Of a failed run's log."""
 WINDOW = 3600.0
 """Seconds back from now in which the rate is measured."""
 
@@ -59,12 +61,8 @@ class SweepStatus:
     seconds_left: float | None = field(default=None, metadata=OPTIONAL)
 
 
-def status_of(cells: Sequence[Cell], *, lines: int = 3) -> SweepStatus:
-    """Look at every run folder once; nothing is written.
-
-    Args:
-        lines: of a failed run's log.
-    """
+def status_of(cells: Sequence[Cell]) -> SweepStatus:
+    """Look at every run folder once; nothing is written."""
     now, ends, done = time.time(), [], 0
     running: list[RunningRun] = []
     failed: list[FailedRun] = []
@@ -88,7 +86,7 @@ def status_of(cells: Sequence[Cell], *, lines: int = 3) -> SweepStatus:
                 )
             )
         elif stands == "failed":
-            log = last_lines(cell.folder, lines)
+            log = last_lines(cell.folder, _LINES)
             failed.append(FailedRun(cell.name, str(cell.folder), read_failure(cell.folder) or "unknown", log))
         else:
             waiting += 1

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -51,7 +52,7 @@ def installed(tmp_path_factory) -> Path:
 
 def mbcd(folder: Path, *words: str, code: int = 0) -> dict | list:
     """`mbcd WORDS --json` in `folder`, with the package on the path; what it printed."""
-    environ = {**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
+    environ = {**os.environ, "PYTHONPATH": f"{folder / 'site'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mbcd_cli", *words, "--json"]
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr

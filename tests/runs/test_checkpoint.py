@@ -131,7 +131,7 @@ def test_an_error_that_says_nothing_is_told_by_its_kind(trained, monkeypatch):
         raise ValueError
 
     monkeypatch.setattr(module, "_parse", refuse)
-    with pytest.raises(CheckpointError, match="last.pt is damaged: ValueError"):
+    with pytest.raises(CheckpointError, match=r"last\.pt is damaged: ValueError"):
         load_checkpoint(trained / "checkpoints/last.pt")
 
 

@@ -13,7 +13,8 @@ from mbcd_cli.data.modalities import KINDS
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods import METHODS, method_class
 from mbcd_cli.resolved import changed, load_settings, resolve, validate
-from mbcd_cli.settings import CacheSettings, MethodSettings, Role, Settings, field_role, fields_for, role_of
+from mbcd_cli.settings import CacheSettings, MethodSettings, Role, Settings, fields_for, role_of
+from mbcd_cli.settings.roles import field_role
 from mbcd_cli.settings.sources import preset_folder, preset_names, to_toml
 
 

@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 @pytest.fixture
 def cells(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "CELL", "fake_worker:serve")
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{HERE.parents[1]}")
     found = plan_of("hac", runs=tmp_path / "runs", targets="human", methods="erm", seeds="4")
     found[0].folder.parent.mkdir(parents=True)
     return found

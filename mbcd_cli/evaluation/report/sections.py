@@ -9,14 +9,14 @@ from mbcd_cli.evaluation.report.results import Results
 from mbcd_cli.evaluation.report.tables import Table
 
 
-def percent(value: float | None, digits: int = 1) -> str:
+def percent(value: float | None) -> str:
     """A fraction in percent, "-" where there is none."""
-    return "-" if value is None else f"{100 * value:.{digits}f}"
+    return "-" if value is None else f"{100 * value:.1f}"
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None) -> str:
     """A plain figure, "-" where there is none."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.3f}"
 
 
 def accuracy_table(results: Results) -> Table:

@@ -1,9 +1,9 @@
 """Stands for what trains a cell: notes that it was called, then does what the file `<folder>.say` asks for, by word.
 
 ok: finish. fail: an error of the user's. kill: die as by the kernel. quit: end with
-exit code 1, without a word. slow: wait until `<folder>.go` is there. wait-S: S
-seconds of it. alone: as slow, and whatever becomes of its owner. Every call takes the next word; without a word left it
-finishes. It holds the cell's lock as the real one does, and ends with its owner.
+exit code 1, without a word. slow: wait until `<folder>.go` is there. alone: as slow, and whatever becomes of its owner.
+Every call takes the next word; without a word left it finishes. It holds the cell's lock as the real one does, and ends
+with its owner.
 """
 
 import fcntl
@@ -63,8 +63,6 @@ def work(folder: Path, threads: str) -> int:
             return FAILED_CODE
         while word in ("slow", "alone") and not Path(f"{folder}.go").exists():
             time.sleep(0.01)
-        if word.startswith("wait-"):
-            time.sleep(float(word.removeprefix("wait-")))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.toml").write_text("")
         (folder / "done").write_text("{}")

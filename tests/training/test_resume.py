@@ -216,16 +216,19 @@ def test_ctrl_c_after_a_signal_interrupts_at_once_and_the_run_goes_on(whole, tmp
 
 
 def serve(arguments: list[str]) -> int:
-    """The process of a training whose second step takes longer than one without an owner has, and says by a file that
-    it begins: RUN, FILE."""
+    """The process of a training whose second step takes longer than one without an owner has, and says by files that it
+    begins, and that it was asked for the end: RUN, FILE, FILE."""
     warm._LAST_SECONDS = 0.1
     warm.end_with_owner()
     step, steps = trainer.TrainStep.__call__, iter(range(99))
 
     def slow(*batch):
         if next(steps) == 1:
+            note, asked = signal.getsignal(signal.SIGTERM), Path(arguments[2])
+            signal.signal(signal.SIGTERM, lambda *one: (note(*one), asked.touch()))
             Path(arguments[1]).touch()
-            time.sleep(0.5)
+            helpers.until(asked.exists)
+            time.sleep(0.3)  # long enough to be ended in, if it were asked twice
         return step(*batch)
 
     trainer.TrainStep.__call__ = slow
@@ -239,11 +242,11 @@ def serve(arguments: list[str]) -> int:
 def test_an_owner_that_asks_for_the_end_and_waits_has_asked_once(whole, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     run, worker = tmp_path / "run", Worker(threads=1)
-    begun, log = tmp_path / "begun", tmp_path / "log"
-    worker.begin(Order("test_resume:serve", (str(run), str(begun)), str(log)))
+    begun, asked, log = tmp_path / "begun", tmp_path / "asked", tmp_path / "log"
+    worker.begin(Order("test_resume:serve", (str(run), str(begun), str(asked)), str(log)))
     helpers.until(begun.exists, worker.process)
     worker.terminate()
-    time.sleep(0.1)  # two signals at once may be told as one
+    helpers.until(asked.exists, worker.process)  # two signals at once may be told as one
     worker.close()
     assert (run / "checkpoints/last.pt").exists(), log.read_text()
     assert load_checkpoint(run / "checkpoints/last.pt").step == 2

@@ -1,5 +1,7 @@
 """What follows the gradients of a population, taken as one for members whose optimizers and averages stand alike.
 
+Of the 64 ms that a step of 32 members of ERM on vectors took it saved 7 (docs/performance.md).
+
 Letters: K members, n of them in a run.
 """
 

@@ -31,7 +31,6 @@ from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.interrupts import Interrupts
 from mbcd_cli.training.population import Member, StackedStep, StackingError
-from mbcd_cli.training.stacked_predictions import predict_stacked, stackable
 from mbcd_cli.training.train import ClipsOfTraining, TrainingSummary, summarise, summary_of, train, trainer_of
 from mbcd_cli.training.trainer import Asking, Said, Trainer
 from mbcd_cli.training.validation import Validation
@@ -127,7 +126,7 @@ def train_together(
             live = [place for place in places if place.live]
             if not live:
                 return
-            if _validated(live, feed, end):
+            if _validated(live, end):
                 continue
             if stacked is None:
                 stacked = StackedStep([place.row for place in places], inputs=feed.inputs)
@@ -309,33 +308,16 @@ def _goes_on(
     return False
 
 
-def _validated(live: Sequence[_Place], feed: Feed, end: Callable[[Wanted, Outcome], None]) -> bool:
-    """Answer the members that ask for a validation, as many at once as have as many clips; whether there were any."""
-    alike: dict[tuple[int, tuple[str, ...]], list[_Place]] = {}
-    for place in live:
-        if isinstance(asked := place.member.asked, Validation):
-            alike.setdefault((len(asked.clips), tuple(asked.models)), []).append(place)
-    for places in alike.values():
-        for place, said in zip(places, _said([place.member for place in places], feed), strict=True):
-            place.live = _goes_on(place.member, said, end)
-    return bool(alike)
+def _validated(live: Sequence[_Place], end: Callable[[Wanted, Outcome], None]) -> bool:
+    """Answer the members that ask for a validation, one after another (docs/performance.md); whether there were any."""
+    asking = [place for place in live if isinstance(place.member.asked, Validation)]
+    for place, said in [(place, _said(place.member)) for place in asking]:
+        place.live = _goes_on(place.member, said, end)
+    return bool(asking)
 
 
-def _said(members: Sequence[_Member], feed: Feed) -> list[Said | Exception]:
-    """What each one's models say, or what ends that member."""
-    asked = [member.asked for member in members]
-    if all(map(stackable, asked[0].models.values())):
-        clips, precision = [one.clips for one in asked], members[0].trainer.settings.runtime.precision
-        with suppress(RuntimeError, TypeError):  # vmap has no rule for something in an encoder: each by itself
-            said = {
-                name: predict_stacked([one.models[name] for one in asked], clips, feed, precision=precision)
-                for name in asked[0].models
-            }
-            return [{name: each[k] for name, each in said.items()} for k in range(len(members))]
-    return [_said_alone(member) for member in members]
-
-
-def _said_alone(member: _Member) -> Said | Exception:
+def _said(member: _Member) -> Said | Exception:
+    """What its models say, or what ends that member."""
     try:
         return member.trainer.predicted(member.asked)
     except Exception as error:  # a signal too: its checkpoint is written

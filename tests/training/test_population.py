@@ -15,12 +15,8 @@ from mbcd_cli.files import read_records
 from mbcd_cli.methods.base import Method, total
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.scoring.predictions import predict
-from mbcd_cli.training.assemble import assemble
 from mbcd_cli.training.contract import Subject, weights
-from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.population import Member, StackedStep, StackingError
-from mbcd_cli.training.stacked_predictions import predict_stacked
 from mbcd_cli.training.together import Wanted, train_together
 from mbcd_cli.training.train import train
 from mbcd_cli.training.trainer import Trainer
@@ -115,34 +111,6 @@ def test_optimizers_do_what_they_do_alone_and_keep_their_moments_where_members_a
             torch.testing.assert_close(value, other[name], rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("hidden", [64, 13])
-def test_what_models_say_together_is_what_each_says_and_to_the_bit_whatever_is_beside_it(hidden):
-    dataset = MemoryDataset()
-    feed = Feed(dataset, device=torch.device("cpu"))
-    models = []
-    for seed in range(5):
-        parts = assemble(settings_of(seed, hidden=hidden), dataset, device=feed.device)
-        for module in parts.step.model.modules():
-            if isinstance(module, torch.nn.BatchNorm1d):
-                torch.nn.init.normal_(module.running_mean)
-                torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
-        models.append(parts.step.model)
-    sets = [dataset.select(domains=[domain], splits=("test",)) for domain in "abcab"]
-    least = min(map(len, sets))
-    for clips in ([sets[0]] * 5, [one[:least] for one in sets]):
-        together = predict_stacked(models, clips, feed, precision="float32")
-        for model, own, said in zip(models, clips, together, strict=True):
-            expected = predict(model, feed.testing(own, batch_size=7), device=feed.device)
-            assert torch.equal(said.clips, expected.clips)
-            assert torch.equal(said.labels, expected.labels)
-            for name, logits in said.heads.items():
-                torch.testing.assert_close(logits, expected.heads[name], rtol=0, atol=1e-5)
-        for some in ([3], [0, 3], [1, 3, 4]):
-            fewer = predict_stacked([models[k] for k in some], [clips[k] for k in some], feed, precision="float32")
-            for k, said in zip(some, fewer, strict=True):
-                assert all(torch.equal(said.heads[name], logits) for name, logits in together[k].heads.items())
-
-
 def test_an_encoder_moves_its_factor_times_as_far():
     class Paced(Method):
         """The first modality's encoder moves three times as far."""
@@ -209,13 +177,7 @@ def test_stopped_and_gone_on_with_a_population_ends_in_the_same_bits(tmp_path, m
         assert all(torch.equal(value, other.teacher[name]) for name, value in (one.teacher or {}).items())
 
 
-@pytest.mark.parametrize("why", ["it convolves", "vmap has no rule"])
-def test_models_that_do_not_stack_are_validated_one_by_one_and_a_signal_then_stops_them_all(tmp_path, monkeypatch, why):
-    def no_rule(*args, **options):
-        raise RuntimeError(why)
-
-    name, instead = ("stackable", lambda model: False) if "convolves" in why else ("predict_stacked", no_rule)
-    monkeypatch.setattr(f"mbcd_cli.training.together.{name}", instead)
+def test_a_signal_while_they_are_validated_one_by_one_stops_them_all(tmp_path, monkeypatch):
     members = [settings_of(seed) for seed in range(2)]
     together(tmp_path / "whole", members)
     predicted, asked = Trainer.predicted, []

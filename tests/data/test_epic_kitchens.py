@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import shutil
-import tomllib
 from pathlib import Path
 
 import cv2
@@ -18,12 +17,11 @@ from mbcd_cli.data.modalities.audio import AudioModality
 from mbcd_cli.data.modalities.flow import FlowModality
 from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.modalities.video import VideoModality
-from mbcd_cli.data.readers import epic_kitchens, read_dataset
+from mbcd_cli.data.readers import read_dataset
 from mbcd_cli.data.readers.places import SplitSettings
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import ManifestError, MediaError, SettingsError
-from mbcd_cli.resolved import validate
 from mbcd_cli.settings import DatasetSettings
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "mm-sada-splits"
@@ -485,23 +483,3 @@ def test_pickled_tables_give_the_same_clips(tmp_path):
     assert [(c.id, c.label, c.split) for c in one.clips] == [(c.id, c.label, c.split) for c in other.clips]
     spans = [[(c.media["video"].start, c.media["video"].stop) for c in listing.clips] for listing in (one, other)]
     assert spans[0] == spans[1]
-
-
-def test_preset_holds_the_papers_values():
-    text = (Path(__file__).resolve().parents[2] / "presets" / "epic-kitchens.toml").read_text()
-    tree = validate(tomllib.loads(text))
-    assert tree.dataset.reader.name == "epic-kitchens"
-    assert (tree.dataset.classes, tree.dataset.target_split) == (8, "test")
-    cuts = {name: (m.encoder, m.cut) for name, m in tree.modalities.items()}
-    assert cuts == {
-        "video": ("slowfast-r101", "layer4"),
-        "audio": ("audio-resnet18", "layer4"),
-        "flow": ("slowonly-r50", "layer4"),
-    }
-    video, flow, audio = (tree.modalities[name] for name in ("video", "flow", "audio"))
-    assert (video.frames, video.interval, video.short_side, video.crop) == (32, 2, 256, 224)
-    assert (flow.frames, flow.interval, flow.mean, flow.std) == (8, 4, 128, 128)
-    assert (audio.samples, audio.nperseg, audio.noverlap, audio.mask_bins) == (160_000, 512, 353, 9)
-    assert (tree.optimizer.lr, tree.optimizer.weight_decay) == (1e-4, 1e-4)
-    assert (tree.training.batch_size, tree.training.epochs, tree.average.beta) == (16, 20, 0.999)
-    assert epic_kitchens.VERBS[tree.dataset.classes - 1] == "pour"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mbcd_cli.data.readers import epic_kitchens
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.methods import METHODS, over_defaults
 from mbcd_cli.model import MultiModalModel
@@ -40,6 +41,17 @@ def test_the_reference_values_are_written_in_the_preset(name):
         "slowonly-r50",
     ]
     assert {m["cut"] for m in written["modalities"].values()} == {"layer4"}
+
+
+def test_views_of_epic_kitchens_are_the_papers():
+    settings = resolve(preset="epic-kitchens", environ={}, flags={})
+    assert settings.dataset.reader.name == "epic-kitchens"
+    assert (settings.dataset.classes, settings.dataset.target_split) == (8, "test")
+    video, flow, audio = (settings.modalities[name] for name in ("video", "flow", "audio"))
+    assert (video.frames, video.interval, video.short_side, video.crop) == (32, 2, 256, 224)
+    assert (flow.frames, flow.interval, flow.mean, flow.std) == (8, 4, 128, 128)
+    assert (audio.samples, audio.nperseg, audio.noverlap, audio.mask_bins) == (160_000, 512, 353, 9)
+    assert epic_kitchens.VERBS[settings.dataset.classes - 1] == "pour"
 
 
 @pytest.mark.parametrize("method", METHODS)

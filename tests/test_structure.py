@@ -115,6 +115,11 @@ def test_only_the_command_line_prints():
     assert {room(path) for path in PACKAGE.rglob("*.py") if prints(path)} == {"cli", "console"}
 
 
+def test_files_of_tests_can_be_read_at_once():
+    lines = {path.name: path.read_text(encoding="utf-8").count("\n") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {name: count for name, count in lines.items() if count >= 500} == {}
+
+
 def test_help_is_quick():
     """Neither the version nor the help of any command imports what computes."""
     heavy = "sorted({'torch', 'numpy', 'h5py', 'matplotlib', 'scipy', 'sklearn', 'cv2'} & set(sys.modules))"

@@ -204,6 +204,7 @@ def test_a_node_that_joins_late_gets_units_and_one_that_lacks_something_gives_th
     }
 
     def watch(board):
+        assert not board.failed
         if len(board.running) == 2 and does:
             late.enter_context(nodes(cluster, **does))
             does.clear()

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbcd_cli.errors import RunError, lines_of
-from mbcd_cli.launch import ray_node
 from mbcd_cli.launch.launch import Ended
 from mbcd_cli.launch.nodes import Demands
 from mbcd_cli.launch.unit import Unit, holder
@@ -36,6 +36,29 @@ _ANSWER_SECONDS = 10
 """What a cluster has to take a connection in."""
 _LEAVE_SECONDS = 60
 """What units have for their last checkpoints when the command ends."""
+
+
+def _task() -> Callable[[bytes], tuple[str, str, int | str]]:
+    """What a node is given, as a function that travels whole, and so tells of a node without mbcd as well.
+
+    Its argument is, pickled, the demands and, but for a question, the arguments of `ray_node.run_unit`. It returns
+    (node, its name, exit code or what the node lacks).
+    """
+
+    def there(arguments: bytes) -> tuple[str, str, int | str]:
+        import ray
+
+        here = ray.get_runtime_context().get_node_id(), socket.gethostname()
+        try:
+            from mbcd_cli.launch import ray_node
+
+            demands, *unit = pickle.loads(arguments)
+            lacking = ray_node.fault(demands)
+        except Exception as error:
+            return *here, f"cannot run mbcd: {error}"
+        return *here, lacking or (ray_node.run_unit(demands, *unit) if unit else "")
+
+    return there
 
 
 class Ray:
@@ -88,6 +111,9 @@ class Ray:
         if gpus is None:
             gpus = 1.0 if gpu and ray.cluster_resources().get("GPU") else 0.0
         self._takes = {"num_cpus": asked.processors, "num_gpus": gpus, "memory": int(asked.memory_gb * 2**30) or None}
+        # Ray begins a task again itself whose node dies: as often as that happens. A process that saw a GPU is kept,
+        # too: what holds its memory is a child of the warm one, and has ended.
+        self._run = ray.remote(max_calls=0, max_retries=-1, **self._takes)(_task())
         self._tasks: dict[ObjectRef, Unit] = {}
         self._leave = Path(demands.mark).with_name(f".mbcd-leave-{secrets.token_hex(6)}")
         self._barred: dict[str, str] = {}
@@ -116,38 +142,43 @@ class Ray:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         asked = {}
-        remote = self._ray.remote(max_retries=0, num_cpus=0)(ray_node.fault)
+        remote = self._ray.remote(max_retries=0, num_cpus=0)(_task())
         for node in self._ray.nodes():
             if node["Alive"]:
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                asked[remote.options(scheduling_strategy=there).remote(self._demands)] = node
+                asked[remote.options(scheduling_strategy=there).remote(pickle.dumps((self._demands,)))] = node
         ready, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=_CHECK_SECONDS)
         for task, node in asked.items():
             fault = f"does not answer within {_CHECK_SECONDS} s"
             if task in ready:
                 try:
-                    fault = self._ray.get(task)
+                    _, _, fault = self._ray.get(task)
                 except self._ray.exceptions.RayError as error:
                     fault = f"cannot run mbcd: {lines_of(error)[-1]}"
-            self._bar(node["NodeID"], node["NodeManagerHostname"], fault)
-        if len(self._barred) == len(asked):
-            raise RunError(
-                "\n".join(["No node of the Ray cluster can run this:", *self._barred.values()]),
-                "Give the nodes what they lack.",
-            )
+            if fault:
+                self._bar(node["NodeID"], node["NodeManagerHostname"], fault)
 
     def _bar(self, node: str, name: str, fault: str) -> None:
-        if fault and node not in self._barred:
+        if node not in self._barred:
             self._barred[node] = f"node {name} ({node[:8]}) {fault}"
             self._say.warn(f"{self._barred[node]}; nothing is run there.")
 
     def _check_room(self) -> None:
         wanted = {"CPU": self._takes["num_cpus"], "GPU": self._takes["num_gpus"], "memory": self._takes["memory"] or 0}
-        nodes = [n["Resources"] for n in self._ray.nodes() if n["Alive"] and n["NodeID"] not in self._barred]
-        if not any(all(node.get(name, 0) >= number for name, number in wanted.items()) for node in nodes):
+        nodes = [
+            node["NodeID"]
+            for node in self._ray.nodes()
+            if node["Alive"] and all(node["Resources"].get(name, 0) >= number for name, number in wanted.items())
+        ]
+        if not nodes:
             told = f"{wanted['CPU']} processors, {wanted['GPU']:g} GPUs and {wanted['memory'] / 2**30:g} GB"
             raise RunError(
                 f"No node of the Ray cluster has {told}, which a run takes.", "Ask for less: --set ray.processors=1."
+            )
+        if all(node in self._barred for node in nodes):
+            raise RunError(
+                "\n".join(["No node of the Ray cluster can run this:", *(self._barred[node] for node in nodes)]),
+                "Give the nodes what they lack.",
             )
 
     @property
@@ -158,15 +189,11 @@ class Ray:
         return []
 
     def submit(self, units: Sequence[Unit]) -> None:
-        # Ray begins a task again itself whose node dies: as often as that happens.
-        options = {**self._takes, "max_retries": -1}
-        if self._barred:
-            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._barred)})"}
-        # A process that saw a GPU is kept, too: what holds its memory is a child of the warm one, and has ended.
-        remote = self._ray.remote(max_calls=0)(ray_node.run_unit).options(**options)
+        others = {"ray.io/node-id": f"!in({','.join(self._barred)})"} if self._barred else None
+        remote = self._run.options(label_selector=others)
         for unit in units:
-            order = unit.order(self._threads)
-            self._tasks[remote.remote(order, self._threads, self._demands, str(self._leave))] = unit
+            arguments = (self._demands, unit.order(self._threads), self._threads, str(self._leave))
+            self._tasks[remote.remote(pickle.dumps(arguments))] = unit
 
     def wait(self, seconds: float) -> None:
         if not self._tasks:
@@ -181,14 +208,15 @@ class Ray:
         for task in ready:
             unit = self._tasks.pop(task)
             try:
-                told = self._ray.get(task)
+                *node, told = self._ray.get(task)
             except self._ray.exceptions.RayError as error:
                 yield Ended(unit, -9, lines_of(error)[-1])
                 continue
             if isinstance(told, int):
                 yield Ended(unit, told)
-            else:  # a node that came later
-                self._bar(*told)
+            else:
+                self._bar(*node, told)
+                self._check_room()
                 yield Ended(unit, None)
 
     def running(self) -> Mapping[str, str]:

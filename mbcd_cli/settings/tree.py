@@ -506,6 +506,13 @@ class RaySettings(Slice):
     gpus: NonNegative | None = None
     """GPUs that a run takes, or a fraction of one; default: one, where the cluster has any and the device is no cpu."""
 
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_share(cls, value: float | None) -> float | None:
+        if value and (value < 0.0001 or (value > 1 and value != int(value))):
+            raise ValueError("neither a whole number of GPUs nor a fraction of one, 0.0001 at least")
+        return value
+
 
 AnyMethodSettings = TypeVar("AnyMethodSettings", bound=MethodSettings)
 AnyModality = TypeVar("AnyModality", bound=ModalitySettings)

@@ -1,14 +1,16 @@
-"""Many small units on a cluster whose nodes die, submitted by a command that is killed: what the shows share."""
+"""What the shows on real clusters share: many small units while nodes and the command die; what a unit costs."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from statistics import mean
 
 import helpers
 from sweep_cases import plan_of
@@ -17,7 +19,7 @@ from mbcd_cli.launch.unit import beside
 
 SWEEP = Path(__file__).resolve().parents[1] / "sweep"
 _COMMAND = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 from sweep_cases import plan_of, units_of
 from mbcd_cli.launch import slurm
@@ -28,10 +30,49 @@ from mbcd_cli.sweep import run
 run.CELL, slurm._LOOK = "fake_worker:serve", 1.0
 cells = plan_of("hac", runs=Path(sys.argv[1]), targets="human", methods="erm", seeds=sys.argv[2])
 board = begin(units_of(cells), retry_failed=False)
+began = time.monotonic()
 engine = Launching(**json.loads(sys.argv[3])).engine(cells[0].settings, cells[0].folder.parent, sees=[])
 launch(board, engine)
-print(json.dumps([len(board.done), list(board.failed.values())]))
+print(json.dumps([len(board.done), list(board.failed.values()), time.monotonic() - began]))
 """
+
+
+def lay_out(runs: Path, count: int, words: str) -> list:
+    """Cells whose fake workers are told these words."""
+    cells = plan_of("hac", runs=runs, targets="human", methods="erm", seeds=str(count))
+    cells[0].folder.parent.mkdir(parents=True)
+    for cell in cells:
+        beside(cell.folder, "say").write_text(words)
+    return cells
+
+
+def submit(runs: Path, count: int, how: Mapping[str, object]) -> subprocess.Popen:
+    """A command that runs those cells, and says how many are done, why others failed, and its seconds."""
+    path = f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}"
+    return helpers.run(_COMMAND, runs, count, json.dumps(how), PYTHONPATH=path)
+
+
+def seconds_of(command: subprocess.Popen, count: int) -> float:
+    """What it took, once it has ended with all of `count` done."""
+    said, errors = command.communicate()
+    assert command.returncode == 0, errors[-2000:]
+    *told, seconds = json.loads(said.splitlines()[-1])
+    assert told == [count, []]
+    return seconds
+
+
+def cost(folder: Path, how: Mapping[str, object]) -> str:
+    """Units that sleep, two at a time, on this machine and by the launcher `how`: a line each."""
+    lines = []
+    for seconds, count in ((10, 8), (1, 30)):
+        for each in ({"launcher": "local", "jobs": 2}, how):
+            runs = folder / f"{each['launcher']}-{seconds}"
+            cells = lay_out(runs, count, f"wait-{seconds}")
+            took = seconds_of(submit(runs, count, each), count)
+            ends = sorted((cell.folder / "results.json").stat().st_mtime for cell in cells)
+            between = mean(later - earlier for earlier, later in zip(ends, ends[2:], strict=False))
+            lines.append(f"{each['launcher']}: {count} of {seconds} s in {took:.1f} s, {between:.2f} s in between")
+    return "\n".join(lines)
 
 
 def show(
@@ -54,13 +95,9 @@ def show(
     """
     runs, count = folder / "runs", int(os.environ.get("UNITS", "2000"))
     rng, began, struck = random.Random(int(os.environ.get("SEED", "0"))), time.monotonic(), 0
-    cells = plan_of("hac", runs=runs, targets="human", methods="erm", seeds=str(count))
-    cells[0].folder.parent.mkdir(parents=True)
-    for cell in cells:
-        beside(cell.folder, "say").write_text("wait-0.2 " * 20)
-    words, variables = (runs, count, json.dumps(how)), {"PYTHONPATH": f"{SWEEP}{os.pathsep}{SWEEP.parents[1]}"}
+    cells = lay_out(runs, count, "wait-0.2 " * 20)
     kills, blow = [count // 3, 2 * count // 3], 0
-    command = helpers.run(_COMMAND, *words, **variables)
+    command = submit(runs, count, how)
     while command.poll() is None:
         done = sum(1 for _ in runs.glob("*/*/results.json"))
         if done >= blow:
@@ -75,20 +112,16 @@ def show(
             kills.pop(0)
             command.kill()
             command.communicate()
-            command = helpers.run(_COMMAND, *words, **variables)
+            command = submit(runs, count, how)
         time.sleep(2)
-    said, errors = command.communicate()
-    assert command.returncode == 0, errors[-2000:]
+    seconds_of(command, count)
     assert not kills, "it was over too soon"
-    assert json.loads(said.splitlines()[-1]) == [count, []]
     calls, ends = (
         [len(beside(cell.folder, suffix).read_text().splitlines()) for cell in cells] for suffix in ("calls", "ends")
     )
     assert ends == [1] * count
     took = time.monotonic() - began
-    words = (folder / "local", count, json.dumps({"jobs": 2}))
-    said, errors = helpers.run(_COMMAND, *words, **variables).communicate()
-    assert json.loads(said.splitlines()[-1]) == [count, []], errors[-2000:]
+    seconds_of(submit(folder / "local", count, {"jobs": 2}), count)
     for cell in cells:
         there = cell.folder / "results.json"
         assert there.read_bytes() == (folder / "local" / there.relative_to(runs)).read_bytes()

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import helpers
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
-from show import show
+from show import cost, show
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
 
@@ -73,6 +76,31 @@ def submit(cluster, cells, *, watch=lambda board: None, asked=None, **more):
     return launch(begin(units_of(cells), retry_failed=False), engine, watch=watch, poll=0.1)
 
 
+@contextmanager
+def nodes(cluster, **does: str) -> Iterator[None]:
+    """Inside the block there are nodes of these names, with mounts of their own, where these commands are run first."""
+    if os.geteuid() or shutil.which("unshare") is None:
+        pytest.skip("no mounts of its own for a node here (root, Linux)")
+    ray = f"{sys.executable} -m ray.scripts.scripts start --block --address={cluster.address} --num-cpus=1"
+    alone = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child=TERM", "--mount-proc", "sh", "-ec"]
+    begun = []
+    try:
+        for name, first in does.items():  # two that begin at once come into each other's way
+            script = f"echo {name} > /proc/sys/kernel/hostname\n{first}\nexec {ray} --object-store-memory=80000000"
+            process = subprocess.Popen([*alone, script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            begun.append(process)
+            said = []
+            while not said or "Ray runtime started" not in said[-1]:
+                said.append(process.stdout.readline())
+                assert said[-1], "".join(said)
+        yield
+    finally:
+        for process in begun:
+            process.kill()
+        for process in begun:
+            process.communicate()
+
+
 def calls(cell):
     return beside(cell.folder, "calls").read_text().splitlines()
 
@@ -124,6 +152,101 @@ def test_a_node_of_another_version_is_told_by_name_and_left_alone(cluster, cells
     assert re.search(r"node \S+ \(\w+\) has torch 0\.1, and here it is 2\.", line)
 
 
+def test_nodes_that_cannot_run_units_are_told_by_name_and_left_alone(cluster, cells, tmp_path):
+    """One does not see the runs, the disk of one is full, that of one is read-only of a sudden."""
+    for cell in cells[:3]:
+        beside(cell.folder, "say").write_text("slow slow")
+    said, runs, upper, now, then = (
+        [],
+        *(cells[0].folder.parent, *(tmp_path / name for name in ("upper", "now", "then"))),
+    )
+    upper.mkdir()
+    demands = demand(runs, [])
+    full = f"""mount -t tmpfs -o size=16k tmpfs {upper}
+        mkdir {upper}/u {upper}/w
+        head -c 1M /dev/zero > {upper}/full || true
+        mount -t overlay -o lowerdir={runs},upperdir={upper}/u,workdir={upper}/w overlay {runs}"""
+    ill = f"""(until [ -e {now} ]; do sleep 0.1; done
+        mount --bind {runs} {runs}; mount -o remount,bind,ro {runs}; touch {then}) &"""
+
+    def watch(board):
+        if "ill" in board.running.values() and len(board.running) == 3 and not now.exists():
+            now.touch()
+            helpers.until(then.exists)
+            for cell in cells[:3]:
+                beside(cell.folder, "go").touch()
+
+    with nodes(cluster, blind=f"mount -t tmpfs tmpfs {runs}", full=full, ill=ill):
+        board = submit(cluster, cells, demands=demands, watch=watch, say=Say(said.append))
+    assert not board.failed
+    assert len(board.done) == 6
+    for line, fault in zip(
+        sorted(said),
+        (
+            r"blind \(\w+\) does not see the folder .*hac",
+            r"full \(\w+\) cannot write into .*hac: No space left on device",
+            r"ill \(\w+\) cannot write into .*hac: Read-only file system",
+        ),
+        strict=True,
+    ):
+        assert re.fullmatch(f"warning: node {fault}; nothing is run there.", line)
+
+
+def test_a_node_that_joins_late_gets_units_and_one_that_lacks_something_gives_them_back(cluster, cells, tmp_path):
+    """What it lacks may be mbcd itself."""
+    for cell in cells[:3]:
+        beside(cell.folder, "say").write_text("slow")
+    said, late = [], ExitStack()
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mbcd_cli'] = None\n")
+    does = {
+        "bare": f"export PYTHONPATH={tmp_path}:$PYTHONPATH",
+        "blind": f"mount -t tmpfs tmpfs {cells[0].folder.parent}",
+    }
+
+    def watch(board):
+        assert not board.failed
+        if len(board.running) == 2 and does:
+            late.enter_context(nodes(cluster, **does))
+            does.clear()
+        elif len(said) == 2 and len(board.running) == 2 and not board.done:
+            late.enter_context(nodes(cluster, late=""))
+        elif "late" in board.running.values():
+            for cell in cells[:3]:
+                beside(cell.folder, "go").touch()
+
+    with late:
+        board = submit(cluster, cells, watch=watch, say=Say(said.append))
+    assert not board.failed
+    assert len(board.done) == 6
+    assert [len(calls(cell)) for cell in cells] == [1] * 6
+    bare, blind = sorted(said)
+    assert re.search(r"node bare \(\w+\) cannot run mbcd: .*mbcd_cli.*; nothing is run there", bare)
+    assert re.search(r"node blind \(\w+\) does not see the folder .*hac; nothing is run there", blind)
+
+
+def test_units_share_a_gpu_and_keep_to_the_memory_of_their_node(cluster, cells):
+    """A GPU that is there by word alone."""
+    node = cluster.add_node(num_cpus=6, num_gpus=1, memory=3.5 * 2**30)
+    for some, asked in (
+        (cells[:3], RaySettings(gpus=0.5)),
+        (cells[3:], RaySettings(gpus=0.1, memory_gb=1.5)),
+    ):
+        looks = []
+        for cell in some:
+            beside(cell.folder, "say").write_text("slow")
+
+        def watch(board, looks=looks, some=some):
+            looks.append(len(board.running))
+            if looks.count(2) == 10:
+                for cell in some:
+                    beside(cell.folder, "go").touch()
+
+        assert len(submit(cluster, some, watch=watch, gpu=True, asked=asked).done) == 3
+        assert max(looks) == 2
+        assert {line.split()[1] for cell in some for line in calls(cell)} == {"0"}
+    cluster.remove_node(node)
+
+
 def test_what_no_node_can_do_is_one_error(cluster, cells, tmp_path):
     with pytest.raises(RunError, match=r"does not see the folder .*nowhere"):
         submit(cluster, cells, demands=demand(cells[0].folder.parent, [tmp_path / "nowhere"]))
@@ -163,6 +286,11 @@ def test_a_cache_is_prepared(cluster, tmp_path):
     for name, entry in alone.modalities.items():
         assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
     assert len(boards[-1].done) == 2
+
+
+@pytest.mark.stress
+def test_what_a_unit_costs(cluster, tmp_path):
+    print(cost(tmp_path, {"launcher": "ray", "ray_address": cluster.address}))
 
 
 @pytest.mark.stress

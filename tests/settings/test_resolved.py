@@ -283,6 +283,8 @@ def test_files_and_assignments_as_people_write_them(tmp_path):
         ("model.hidden=100000000000000000000", "model.hidden"),
         ("optimizer.lr=1e308", "optimizer.lr"),
         ("dataset.max_bad=200%", "such as 5%"),
+        ("ray.gpus=1.5", "nor a fraction of one"),
+        ("ray.gpus=0.00001", "nor a fraction of one"),
         ("landscape.radii=[]", "landscape.radii"),
         ("modalities.video.kind=vidoe", "Did you mean video?"),
         ("cache.dtype=float", "Did you mean float"),

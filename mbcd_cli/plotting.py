@@ -111,7 +111,7 @@ def panels(count: int, most: int, size: Callable[[int, int], tuple[float, float]
     rows = -(-count // columns)
     fig, grid = figure(rows, columns, size=size(rows, columns), squeeze=False, **subplots)
     for axes in grid.flat[count:]:
-        axes.set_visible(False)
+        axes.remove()  # matplotlib cannot lay out hidden axes in perspective
     for axes in grid.flat[count - columns : count]:  # matplotlib leaves labels to the last row, shown or not
         axes.xaxis.set_tick_params(labelbottom=True)
     return fig, list(grid.flat[:count])

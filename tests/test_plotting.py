@@ -59,7 +59,10 @@ def test_a_panel_above_an_empty_place_has_tick_labels():
         labelled = [any(label.get_visible() for label in axes.get_xticklabels()) for axes in panels]
         columns = min(count, 3)
         assert labelled == [at + columns >= count for at in range(count)], count
-        assert not any(axes.get_visible() for axes in fig.axes[count:])
+        assert fig.axes == panels
+    fig, panels = plotting.panels(4, 3, lambda rows, columns: (9, 3 * rows), subplot_kw={"projection": "3d"})
+    fig.canvas.draw()
+    assert fig.axes == panels
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])

@@ -1,4 +1,4 @@
-"""Front ends of sound run where there is no float64; that they equal their owners' is in test_transformers_models.py."""
+"""Front ends of sound run where there is no float64; test_transformers_models.py has that they equal their owners'."""
 
 from __future__ import annotations
 

@@ -102,6 +102,8 @@ def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float] = (6.4,
 def panels(count: int, most: int, size: Callable[[int, int], tuple[float, float]], **subplots: object):
     """A figure and the axes of `count` panels, at most `most` a row; places that are left over show nothing.
 
+    Where panels share their x axis, the lowest one of every column has the labels.
+
     Args:
         size: (rows, columns) -> inches of the whole figure.
     """
@@ -109,7 +111,9 @@ def panels(count: int, most: int, size: Callable[[int, int], tuple[float, float]
     rows = -(-count // columns)
     fig, grid = figure(rows, columns, size=size(rows, columns), squeeze=False, **subplots)
     for axes in grid.flat[count:]:
-        axes.set_visible(False)
+        axes.remove()  # matplotlib cannot lay out hidden axes in perspective
+    for axes in grid.flat[count - columns : count]:  # matplotlib leaves labels to the last row, shown or not
+        axes.xaxis.set_tick_params(labelbottom=True)
     return fig, list(grid.flat[:count])
 
 

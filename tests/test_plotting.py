@@ -52,6 +52,19 @@ def test_powers_and_panels_are_formulas(tmp_path):
     assert not axes.title.get_parse_math()
 
 
+def test_a_panel_above_an_empty_place_has_tick_labels():
+    for count in (1, 2, 3, 4, 5, 6, 8):
+        fig, panels = plotting.panels(count, 3, lambda rows, columns: (9, 3 * rows), sharex=True, sharey=True)
+        fig.canvas.draw()
+        labelled = [any(label.get_visible() for label in axes.get_xticklabels()) for axes in panels]
+        columns = min(count, 3)
+        assert labelled == [at + columns >= count for at in range(count)], count
+        assert fig.axes == panels
+    fig, panels = plotting.panels(4, 3, lambda rows, columns: (9, 3 * rows), subplot_kw={"projection": "3d"})
+    fig.canvas.draw()
+    assert fig.axes == panels
+
+
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
 def test_a_notebooks_backend_and_settings_are_not_inherited(tmp_path, backend):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 40\n")

@@ -58,7 +58,7 @@ def show_passports(found: Mapping[str, Passport]) -> None:
             ("weights", held.file or "random"),
             ("SHA-256", held.sha256 or "-"),
             ("parameters", "-" if held.parameters is None else f"{held.parameters:,}"),
-            ("GFLOP", "-" if held.gflop is None else f"{held.gflop:g}"),
+            ("GFLOP", "not counted" if held.gflop is None else f"{held.gflop:g}"),
             ("output", f"{held.digest}, of length {math.hypot(*held.output):.4g}"),
         ]
         console.table(f"{name}: {held.encoder}", ("", "passport"), rows)

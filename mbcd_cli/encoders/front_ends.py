@@ -1,9 +1,14 @@
 """What becomes of samples before the first layer, as the owners' extractors compute it: in float64, on any device.
 
+A device without float64 (MPS) has the processor do it: in float32 a quiet mel band would drown in the rounding of a
+loud one.
+
 Letters: B clips, n samples, T frames of sound, F mel bands.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,7 +19,17 @@ _PREEMPHASIS = 0.97
 _FLOOR = 2.0**-23
 
 
-class KaldiFbank(nn.Module):
+class _InDouble(nn.Module):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> _InDouble:
+        """Moves the constants with the module, but to MPS."""
+        return self if fn(torch.empty(0)).device.type == "mps" else super()._apply(fn, recurse)
+
+
+def _in_double(x: torch.Tensor) -> torch.Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+class KaldiFbank(_InDouble):
     """Kaldi's logarithmic mel filter bank, padded or cut to T frames and normalised, as AST's extractor does it.
 
     Args:
@@ -30,16 +45,16 @@ class KaldiFbank(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, 1, n] -> [B, 1, T, F]."""
-        pieces = x.double().unfold(2, _WINDOW, _HOP)[:, :, : self.frames]
+        pieces = _in_double(x).unfold(2, _WINDOW, _HOP)[:, :, : self.frames]
         pieces = pieces - pieces.mean(-1, keepdim=True)
         before = torch.cat([pieces[..., :1], pieces[..., :-1]], -1)  # the first sample comes before itself
         power = torch.fft.rfft((pieces - _PREEMPHASIS * before) * self.window, FBANK_FFT).abs() ** 2
         log = (power @ self.filters).clamp_min(_FLOOR).log()
         log = nn.functional.pad(log, (0, 0, 0, self.frames - log.shape[2]))
-        return (log if self.mean is None else (log - self.mean) / (2 * self.std)).to(x.dtype)
+        return (log if self.mean is None else (log - self.mean) / (2 * self.std)).to(x)
 
 
-class LogMel(nn.Module):
+class LogMel(_InDouble):
     """Mel spectrogram in decibels, as CLAP's extractor computes it.
 
     Args:
@@ -56,9 +71,9 @@ class LogMel(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, 1, n] -> [B, 1, T, F], with T = n / hop + 1."""
         half = len(self.window) // 2
-        pieces = nn.functional.pad(x.double(), (half, half), mode="reflect").unfold(2, 2 * half, self.hop)
+        pieces = nn.functional.pad(_in_double(x), (half, half), mode="reflect").unfold(2, 2 * half, self.hop)
         power = torch.fft.rfft(pieces * self.window).abs() ** 2
-        return (10 * (power @ self.filters).clamp_min(1e-10).log10()).to(x.dtype)
+        return (10 * (power @ self.filters).clamp_min(1e-10).log10()).to(x)
 
 
 class Standardise(nn.Module):

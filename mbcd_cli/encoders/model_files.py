@@ -5,13 +5,17 @@ Letters: N rows (clips, frames or windows) that pass together.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -103,11 +107,8 @@ class OnnxModel(ModelFile):
 
     def __init__(self, file: Path) -> None:
         onnxruntime = import_optional("onnxruntime", "onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-        options.log_severity_level = 4  # what fails is told as an error
         try:
-            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+            session = _session(onnxruntime, file)
         except Exception as error:  # onnxruntime's own kinds have no common class
             raise CheckpointError(
                 f"{file}: onnxruntime cannot read it: {lines_of(error)[-1]}", "Export the model to ONNX again."
@@ -127,6 +128,53 @@ class OnnxModel(ModelFile):
         """[N, ...] -> [N, ...]."""
         out = self._session.run(None, {self._name: x.cpu().numpy().astype(self._type, copy=False)})[0]
         return torch.from_numpy(np.array(out, np.float32)).to(x.device)
+
+    @contextmanager
+    def counted(self) -> Iterator[list[int]]:
+        """Floating-point operations of every operator in `_PRODUCTS` that meanwhile runs; in the list at the end."""
+        plain, flops = self._session, []
+        with TemporaryDirectory() as folder:
+            onnxruntime = import_optional("onnxruntime", "onnx")
+            self._session = _session(onnxruntime, self.file, trace=Path(folder) / "trace")
+            try:
+                yield flops
+            finally:
+                trace, self._session = Path(self._session.end_profiling()), plain
+            for event in json.loads(trace.read_text(encoding="utf-8")):
+                told = event.get("args", {})
+                if count := _PRODUCTS.get(told.get("op_name")):
+                    inputs, outputs = (
+                        [tuple(axes) for held in told[f"{side}_type_shape"] for axes in held.values()]
+                        for side in ("input", "output")
+                    )
+                    flops.append(2 * count(inputs, outputs[0]))
+
+
+def _session(onnxruntime: ModuleType, file: Path, trace: Path | None = None):
+    """What runs an ONNX file; with a `trace`, as its graph is written, every operator's shapes told in a file."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.log_severity_level = 4  # what fails is told as an error
+    if trace is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(trace)
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")  # packed weights have no shape
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def _recurrent(inputs: list[tuple[int, ...]], _: tuple[int, ...]) -> int:
+    steps, rows = inputs[0][:2]
+    return steps * rows * (prod(inputs[1]) + prod(inputs[2]))
+
+
+_PRODUCTS: Mapping[str, Callable[[list[tuple[int, ...]], tuple[int, ...]], int]] = {
+    "Conv": lambda inputs, out: prod(out) * prod(inputs[1][1:]),
+    "ConvTranspose": lambda inputs, out: prod(inputs[0]) * prod(inputs[1][1:]),
+    "Gemm": lambda inputs, out: prod(inputs[0]) * out[1],
+    "MatMul": lambda inputs, out: prod(out) * inputs[0][-1],
+    **dict.fromkeys(("RNN", "GRU", "LSTM"), _recurrent),
+}
+"""Operator of ONNX -> (shapes of inputs, shape of the output) -> its products, each summed."""
 
 
 class TorchModel(ModelFile):

@@ -103,7 +103,7 @@ class GradientBlending(Method):
         """Mean losses of the clips of all batches, [M + 1] in float64."""
         total, count = torch.zeros(len(self.of_modality) + 1, dtype=torch.float64), 0
         for batch in batches:
-            total += len(batch) * torch.stack(self.losses_of(branches, batch)).double().cpu()
+            total += len(batch) * torch.stack(self.losses_of(branches, batch)).cpu().double()
             count += len(batch)
         return total / max(count, 1)
 

@@ -96,8 +96,8 @@ class Reliability(nn.Module):
                         nll = F.cross_entropy(full_precision(rows), batch.labels, reduction="none")[:, None]
                     else:
                         nll = self._nll(rows, batch.labels)
-                    sums[k] += (own * nll).sum(dim=0).double().cpu()
-                counts += own.sum(dim=0).double().cpu()
+                    sums[k] += (own * nll).sum(dim=0).cpu().double()
+                counts += own.sum(dim=0).cpu().double()
         here = counts > 0
         if bool(here.any()):
             self.nll.copy_((sums[:, here] / counts[here]).mean(dim=1))

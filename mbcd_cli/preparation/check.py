@@ -65,7 +65,7 @@ class CheckedModality:
         unusable: clips that were tried and cannot be used.
         weights: None where the encoder needs none.
         views: per group of rows ("train", "test"); bytes_per_view and trunk_gflop (1e9 floating-point operations of
-            the trunk on one view) likewise.
+            the trunk on one view, without those of a whole model, of which its file alone tells) likewise.
         bytes: of the whole cache, with corrupted views where they are asked for; bytes_to_write, weights_to_write: of
             what is not there yet.
         shards, shards_there: of the cache, and those that are written already.

@@ -7,6 +7,7 @@ output. Outputs are compared with a tolerance (`identity.same_output`): processo
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from mbcd_cli import checksums
 from mbcd_cli.data.modalities.audio import AudioModality, audio_view
 from mbcd_cli.data.modalities.modality import Modality, ViewParts
 from mbcd_cli.encoders import format_of
+from mbcd_cli.encoders.model_files import OnnxModel
 from mbcd_cli.encoders.pretrained import PUBLIC
 from mbcd_cli.encoders.staged import StagedEncoder, Tail
 from mbcd_cli.encoders.wants import FULL_SCALE, Wants
@@ -36,7 +38,8 @@ class Passport:
         wants: of a view, and what it gives.
         file: name of the weights' file or folder; None for random weights, as `sha256` then is.
         parameters: how many; None where the file does not tell (ONNX).
-        gflop: 1e9 floating-point operations on the probe; None where torch does not run it, or nobody asked.
+        gflop: 1e9 floating-point operations on the probe, products and their sums; None where none was seen, or
+            nobody asked.
         output: on the probe, [D], four digits each.
         digest: of `output`, to name it.
         doubts: what looks wrong, in words.
@@ -160,9 +163,13 @@ def counted(passport: Passport, modality: Modality, encoder: StagedEncoder) -> P
     """The passport with its `gflop`; apart, since counting makes torch import as much again as all of it."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        _without_adapter(encoder)(probe_tensors(modality))
-    return replace(passport, gflop=float(f"{counter.get_total_flops() / 1e9:.4g}") or None)
+    network = _without_adapter(encoder)
+    files = [model for model in network.modules() if isinstance(model, OnnxModel)]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, ExitStack() as unseen:
+        counts = [unseen.enter_context(file.counted()) for file in files]
+        network(probe_tensors(modality))
+    flops = counter.get_total_flops() + sum(map(sum, counts))
+    return replace(passport, gflop=float(f"{flops / 1e9:.4g}") or None)
 
 
 def probe_tensors(modality: Modality) -> tuple[torch.Tensor, ...]:

@@ -102,7 +102,10 @@ def _prepared_with(folder: Path, faults: Collection[str]) -> Layer:
 
 
 def _compute_anew(folder: Path, faults: set[str], settings: Settings, say: Say) -> Repaired:
-    corruption = Corruption.of_folder(folder.name) if (folder.parent / PREPARED_WITH).exists() else None
+    spoilt = (folder.parent / PREPARED_WITH).exists()
+    corruption = Corruption.of_folder(folder.name) if spoilt else None
+    if spoilt and corruption is None:
+        raise CacheError("its corruption is by formulas of another version.", "Delete that folder: nothing reads it.")
     clean = folder if corruption is None else folder.parent
     cache = settings.cache.model_copy(update={"dir": clean.parent.parent})
     settings = settings.model_copy(update={"cache": cache})

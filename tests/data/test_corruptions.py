@@ -9,7 +9,7 @@ import helpers
 import numpy as np
 import pytest
 
-from mbcd_cli.data.corruptions import SEVERITIES, Corruption
+from mbcd_cli.data.corruptions import FORMULAS, SEVERITIES, Corruption
 from mbcd_cli.data.corruptions.pixels import FLOW_PIXELS, PIXELS
 from mbcd_cli.data.corruptions.values import VALUES
 from mbcd_cli.data.corruptions.waveform import BABBLE, RATIO, WAVEFORM
@@ -69,6 +69,31 @@ def test_corruptions_keep_what_there_is_and_grow_with_severity(kind):
             assert all(b > a for a, b in pairwise(errors)), (name, values.shape, errors)
 
 
+STRENGTH = {
+    "video": "gaussian-noise 228.36, shot-noise 246.4, impulse-noise 232.16, defocus-blur 39.2, glass-blur 76.055, "
+    "motion-blur 102.33, zoom-blur 127.61, snow 403.55, frost 341.19, fog 360.27, brightness 246.41, contrast 226.35, "
+    "elastic-transform 52.461, pixelate 69.481, jpeg-compression 98.31",
+    "flow": "gaussian-noise 228.01, impulse-noise 233.86, defocus-blur 44.779, elastic-transform 58.414, "
+    "pixelate 76.631, jpeg-compression 41.917",
+    "audio": "white-noise 0.40141, babble 0.40141, reverberation 1.2694, clipping 0.58293, band-limit 0.64911, "
+    "dropouts 0.43332",
+    "array": "noise 6.468, value-drop 3.616",
+}
+"""Root mean square error of each kind, summed over severities, as it was when `FORMULAS` became what it is."""
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_whoever_changes_a_formula_raises_their_version(kind):
+    values, *more = VALUES_OF[kind][0]
+    told = dict(line.rsplit(" ", 1) for line in STRENGTH[kind].split(", "))
+    assert list(told) == list(default_modality("x", kind).corruptions)
+    for name, corrupt in default_modality("x", kind).corruptions.items():
+        spoilt = [corrupt(values, severity, np.random.default_rng(7), *more) for severity in SEVERITIES]
+        strength = sum(np.sqrt(np.mean((out.astype(np.float64) - values) ** 2)) for out in spoilt)
+        assert strength == pytest.approx(float(told[name]), rel=1e-3), f"{name}: raise FORMULAS, and write this here"
+    assert FORMULAS == 1
+
+
 def test_the_kinds_are_those_of_the_field():
     assert len(PIXELS) == 15
     assert len(WAVEFORM) == 6
@@ -79,7 +104,8 @@ def test_the_kinds_are_those_of_the_field():
         corruption = Corruption.of_folder(Corruption(name, 3).folder)
         assert (corruption.name, corruption.severity) == (name, 3)
     assert Corruption.of_folder("video-4c4d5e6f7a8b") is None
-    assert Corruption.of_folder("fog-0") is None
+    for name in ("fog-0-v1", "fog-3", "fog-3-v0", "-3-v1"):
+        assert Corruption.of_folder(name) is None
 
 
 def test_frames_are_changed_as_the_formulas_say():

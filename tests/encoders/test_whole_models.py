@@ -12,9 +12,12 @@ import pytest
 import tomli_w
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mbcd_cli.encoders import described_encoders
+from mbcd_cli.encoders.model_files import OnnxModel
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
+from mbcd_cli.preparation.identity import passports
 from mbcd_cli.preparation.trunk import build_trunk
 from mbcd_cli.resolved import validate
 
@@ -251,6 +254,40 @@ def test_pickles_inside_an_exported_program(tmp_path, monkeypatch):
         target.writestr("m/data/constants/opaque_obj_0", pickle.dumps(Hostile()))
     refused(tmp_path / "m.pt2", "holds a pickled object", scheme="export")
     assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "shape", "attributes"),
+    [
+        ("Conv", nn.Conv2d(4, 6, (3, 2), stride=2, groups=2), (2, 4, 13, 12), {"strides": [2, 2], "group": 2}),
+        ("ConvTranspose", nn.ConvTranspose1d(6, 8, 3, stride=2, groups=2), (2, 6, 9), {"strides": [2], "group": 2}),
+        ("Gemm", nn.Linear(7, 5), (3, 7), {"transB": 1}),
+        ("MatMul", nn.Linear(7, 5), (2, 9, 7), {}),
+        ("GRU", nn.GRU(7, 5, bidirectional=True), (9, 2, 7), {"hidden_size": 5, "direction": "bidirectional"}),
+        ("RNN", nn.RNN(7, 5), (9, 2, 7), {"hidden_size": 5}),
+    ],
+)
+def test_operations_are_as_many_as_torch_counts(tmp_path, kind, layer, shape, attributes):
+    if kind in ("GRU", "RNN"):
+        weights = [[w for name, w in layer.named_parameters() if f"weight_{of}" in name] for of in ("ih", "hh")]
+        constants = [torch.stack(both) for both in weights]
+    else:
+        constants = [layer.weight.T if kind == "MatMul" else layer.weight]
+    named = {f"w{at}": value.detach().numpy() for at, value in enumerate(constants)}
+    nodes = [(kind, ["x", *named], "m", attributes), ("Relu", ["m"], "y", {})]
+    model = OnnxModel(onnx_file(tmp_path / "m.onnx", {"x": [None] * len(shape)}, nodes, named))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        layer(torch.zeros(shape))
+    with model.counted() as flops:
+        model.run(torch.zeros(shape))
+    assert flops == [counter.get_total_flops()]
+
+
+def test_passports_tell_the_operations_of_all_frames(tmp_path):
+    told(means(tmp_path / "m.onnx"), FRAMES | {"frames": 3})
+    modality = {"kind": "video", "encoder": "onnx:m.onnx", "cut": "adapter"}
+    settings = validate({"modalities": {"m": modality}, "cache": {"weights_dir": tmp_path}})
+    assert passports(settings)["m"].gflop == pytest.approx(2 * 3 * 3 * 4 / 1e9)  # 3 frames of 3 means by 4 features
 
 
 def test_a_missing_package_names_itself(tmp_path, monkeypatch):

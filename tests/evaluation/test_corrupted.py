@@ -12,7 +12,9 @@ import torch
 from commands import run
 from evaluation_cases import make_checkpoint
 
+from mbcd_cli.data import corruptions as corruption_formulas
 from mbcd_cli.data.corruptions import SEVERITIES, Corruption
+from mbcd_cli.data.corruptions.values import VALUES
 from mbcd_cli.data.corruptions.waveform import BABBLE, POOL
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.data.modalities.modality import load_views
@@ -20,6 +22,7 @@ from mbcd_cli.data.modality_cache import ModalityCache
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.encoders import build_encoder
 from mbcd_cli.errors import CacheError, SettingsError
+from mbcd_cli.evaluation.analyses.corruptions import corruptions
 from mbcd_cli.evaluation.evaluate import evaluate
 from mbcd_cli.evaluation.evaluator import evaluate_models
 from mbcd_cli.evaluation.report.results import Results
@@ -68,7 +71,7 @@ def test_what_is_cached_is_what_the_trunk_makes_of_the_corrupted_views(prepared)
         trunk, _ = build_encoder(name, modality).cut(modality.cut)
         folders = sorted(path.parent.name for path in cache.folder.glob("*/index.h5"))
         assert folders == sorted(
-            f"{kind}-{level}" for kind in KINDS if kind in modality.corruptions for level in LEVELS
+            Corruption(kind, level).folder for kind in KINDS if kind in modality.corruptions for level in LEVELS
         )
         (clean,) = cache.read(clips, np.full(len(clips), TEST_VIEW))
         for folder in folders:
@@ -98,9 +101,9 @@ def test_what_there_is_is_not_made_again(root, prepared):
     assert again.modalities["video"].corrupted == 5
     assert again.modalities["audio"].corrupted == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert (folder / "fog-2" / "index.h5").exists()
+    assert (folder / Corruption("fog", 2).folder / "index.h5").exists()
     for made in (2, 3, 4):
-        shutil.rmtree(folder / f"fog-{made}")
+        shutil.rmtree(folder / Corruption("fog", made).folder)
     # Another seed of the views is another clean cache, so others of corrupted views.
     with pytest.raises(SettingsError, match="There is no corruption 'frog'"):
         prepare(settings, corruptions=("frog",))
@@ -111,7 +114,7 @@ def test_a_killed_preparation_goes_on(root, prepared, tmp_path):
     settings, result = prepared
     settings = settings.model_copy(update={"cache": settings.cache.model_copy(update={"dir": tmp_path})})
     shutil.copytree(prepared[0].cache.dir / "tiny", tmp_path / "tiny")
-    folder = tmp_path / "tiny" / Path(result.modalities["video"].folder).name / "fog-5"
+    folder = tmp_path / "tiny" / Path(result.modalities["video"].folder).name / Corruption("fog", 5).folder
     whole = {path.name: path.read_bytes() for path in folder.glob("shard-*.h5")}
     assert len(whole) > 1
     (folder / "index.h5").unlink()
@@ -130,7 +133,7 @@ def test_damage_is_found_and_repaired(prepared, tmp_path):
     copy = tmp_path / "tiny"
     shutil.copytree(settings.cache.dir / "tiny", copy)
     folder = copy / Path(result.modalities["audio"].folder).name
-    shard = folder / f"{BABBLE}-5" / "shard-00000.h5"
+    shard = folder / Corruption(BABBLE, 5).folder / "shard-00000.h5"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     assert list(examine(copy).damaged) == [shard]
@@ -139,9 +142,29 @@ def test_damage_is_found_and_repaired(prepared, tmp_path):
     assert shard.read_bytes() == whole
     assert not examine(copy).faults
     # A folder under another's name is not taken for what it is called.
-    (folder / "clipping-1").rename(folder / "clipping-2")
+    (folder / Corruption("clipping", 1).folder).rename(folder / Corruption("clipping", 2).folder)
     with pytest.raises(CacheError, match="not what its name says"):
         ModalityCache(folder).corrupted(Corruption("clipping", 2))
+
+
+def test_views_by_other_formulas_are_not_read(prepared, tmp_path, monkeypatch):
+    settings, result = prepared
+    copy = tmp_path / "tiny"
+    shutil.copytree(settings.cache.dir / "tiny", copy)
+    settings = settings.model_copy(update={"cache": settings.cache.model_copy(update={"dir": tmp_path})})
+    folder = copy / Path(result.modalities["pose"].folder).name
+    before = (folder / Corruption("noise", 5).folder / "shard-00000.h5").read_bytes()
+    monkeypatch.setattr(corruption_formulas, "FORMULAS", corruption_formulas.FORMULAS + 1)
+    monkeypatch.setitem(VALUES, "noise", lambda values, severity, rng: values + severity)
+    dataset = open_dataset(settings, name="tiny")
+    assert corruptions("pose", dataset, None) == []
+    assert prepare(settings, corruptions=("noise",), severities=(5,)).modalities["pose"].corrupted == 1
+    assert (folder / Corruption("noise", 5).folder / "shard-00000.h5").read_bytes() != before
+    assert [told.level for told in corruptions("pose", dataset, None)] == [5]
+    (folder / "noise-1-v1" / "shard-00000.h5").unlink()
+    with pytest.raises(CacheError, match=r"noise-1-v1 cannot be repaired: .* another version") as caught:
+        repair(copy)
+    assert "Delete" in caught.value.remedy
 
 
 def test_evaluate_measures_what_is_prepared_without_the_media(root, tmp_path):

@@ -1,7 +1,7 @@
 """Corruptions of decoded media, severities 1 to 5: `pixels.py` for frames, `waveform.py` sound, `values.py` arrays.
 
 A corruption keeps number, size, rate and length. What is random about it is the clip's own and the same at every
-severity, which scales it. Whoever changes a formula raises the format of caches (`cache.FORMAT`).
+severity, which scales it. Whoever changes a formula raises `FORMULAS`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import numpy as np
 
 from mbcd_cli.data.records import Media
 
+FORMULAS = 1
+"""Version of all formulas, in the name of every cache of corrupted views: those of others are no longer found."""
 SEVERITIES = (1, 2, 3, 4, 5)
 Corrupt = Callable[..., np.ndarray]
 """(decoded values, severity 1 to 5, random numbers, ...) -> values of the same shape and type."""
@@ -37,11 +39,13 @@ class Corruption:
 
     @property
     def folder(self) -> str:
-        """Name of the folder of its cache: fog-3."""
-        return f"{self.name}-{self.severity}"
+        """Name of the folder of its cache: fog-3-v1, of which 3 is the severity and 1 the version of the formulas."""
+        return f"{self.name}-{self.severity}-v{FORMULAS}"
 
     @classmethod
     def of_folder(cls, name: str) -> Self | None:
-        """The corruption whose cache lies in a folder of this name; None where it is no such name."""
-        kind, _, severity = name.rpartition("-")
-        return cls(kind, int(severity)) if kind and severity in map(str, SEVERITIES) else None
+        """The corruption whose cache lies in a folder of this name; None where it is none, or of other formulas."""
+        stem, _, formulas = name.rpartition("-v")
+        kind, _, severity = stem.rpartition("-")
+        own = kind and severity in map(str, SEVERITIES) and formulas == str(FORMULAS)
+        return cls(kind, int(severity)) if own else None

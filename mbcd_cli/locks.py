@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +31,7 @@ _ENOTSUPP = 524
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, _ENOTSUPP, errno.EBADF)
 HOLDER = ".holder"
 _LEASE = 30.0  # seconds; all processes must have the same
+_LOG = logging.getLogger(__name__)
 _LOOK = 0.05  # seconds between two looks at a lock that another process holds
 
 
@@ -168,9 +169,8 @@ def _take(file: FileIO | int, path: Path, kind: int = fcntl.LOCK_EX) -> SoftFile
 
 def _ended(path: Path, _: LeaseCompromise) -> None:
     """This process stood still for so long that another one may write there now: it must not."""
-    sys.stderr.write(
+    _LOG.critical(
         f"Error: this process stood still for {_LEASE:.0f} s (stopped, or the file system hung), and another one has "
-        f"taken its lock on {path}.\nThis one ends; what it had finished is kept.\n"
+        f"taken its lock on {path}.\nThis one ends; what it had finished is kept."
     )
-    sys.stderr.flush()
     os._exit(1)

@@ -107,7 +107,7 @@ def prints(path: Path) -> bool:
     modules |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
     shows = any(str(name).split(".")[0] in ("rich", "typer") or name == "mbcd_cli.console" for name in modules)
-    shows |= any(re.fullmatch(r"print|traceback\.print_\w+", name) for name in called)
+    shows |= any(re.fullmatch(r"print|traceback\.print_\w+|sys\.std(out|err)\.write\w*", name) for name in called)
     return shows or "console" in imports(path)
 
 

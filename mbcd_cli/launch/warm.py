@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from mbcd_cli.launch.unit import STOPPED_CODE
+from mbcd_cli.say import Say
 
 _LAST_SECONDS = 8.0
 """What a child whose owner is gone has for its last checkpoint."""
@@ -56,8 +57,8 @@ def serve() -> int:
             signal.set_wakeup_fd(-1)
             for one in (woken, wakes, holds):
                 os.close(one)
-            _become(order["log"], held)
-            return STOPPED_CODE if stopped else call(order["arguments"])  # it may have been told so already
+            say = _become(order["log"], held)
+            return STOPPED_CODE if stopped else call(order["arguments"], say)  # it may have been told so already
         os.close(held)
         code = _wait(child, holds, orders, woken, stopped)
         with suppress(BrokenPipeError):
@@ -94,21 +95,27 @@ def _drain(woken: int) -> None:
             pass
 
 
-def _load(name: str) -> Callable[[Sequence[str]], int]:
+def _load(name: str) -> Callable[[Sequence[str], Say], int]:
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(module), function)
 
 
-def _become(path: str, held: int) -> None:
-    """Make a forked process one of its own: its log, the pipe that its parent holds, signals as they come."""
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for number, to in ((held, 0), (log, 1), (log, 2)):
-        os.dup2(number, to)
-    for one in (held, log):
-        os.close(one)
+def _become(path: str, held: int) -> Say:
+    """Make a forked process one of its own: its log, the pipe that its parent holds, signals as they come.
+
+    Returns:
+        What writes to the log, where what libraries print goes, too.
+    """
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    log = os.fdopen(number, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
+    os.dup2(held, 0)
+    os.close(held)
+    for printed in (1, 2):
+        os.dup2(number, printed)
     for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    return Say(lambda line: log.write(f"{line}\n"))
 
 
 def _wait(child: int, holds: int, orders: _Lines, woken: int, stopped: Sequence[bool]) -> int:
@@ -133,12 +140,6 @@ def _wait(child: int, holds: int, orders: _Lines, woken: int, stopped: Sequence[
         _drain(woken)
         if orders.number in ready:
             orders.read()
-
-
-def log(line: str) -> None:
-    """Say it in the log, which stands for stderr."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
 
 
 def end_with_owner() -> None:

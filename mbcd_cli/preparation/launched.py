@@ -31,7 +31,7 @@ from mbcd_cli.launch.unit import (
     read_failure,
     write_failure,
 )
-from mbcd_cli.launch.warm import end_with_owner, log
+from mbcd_cli.launch.warm import end_with_owner
 from mbcd_cli.locks import held, lock
 from mbcd_cli.preparation.answer import Prepared, kept_answer
 from mbcd_cli.preparation.prepare import anywhere, prepare
@@ -159,8 +159,8 @@ def run_part(folder: Path, *, threads: int, spoilt: str, say: Say = SILENT) -> i
     return DONE_CODE
 
 
-def serve_part(arguments: Sequence[str]) -> int:
+def serve_part(arguments: Sequence[str], say: Say) -> int:
     """The process of a part: FOLDER, THREADS, JSON of the corruptions; the exit code."""
     end_with_owner()
     folder, threads, spoilt = arguments
-    return run_part(Path(folder), threads=int(threads), spoilt=spoilt, say=Say(log))
+    return run_part(Path(folder), threads=int(threads), spoilt=spoilt, say=say)

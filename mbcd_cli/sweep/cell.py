@@ -22,7 +22,7 @@ from mbcd_cli.launch.unit import (
     known,
     write_failure,
 )
-from mbcd_cli.launch.warm import end_with_owner, log
+from mbcd_cli.launch.warm import end_with_owner
 from mbcd_cli.locks import lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE, SETTINGS
@@ -91,7 +91,7 @@ def _evaluate(folder: Path, *, threads: int, say: Say) -> None:
     )
 
 
-def serve_cell(arguments: Sequence[str]) -> int:
+def serve_cell(arguments: Sequence[str], say: Say) -> int:
     """The process of a cell: RUN_FOLDER, THREADS; the exit code."""
     end_with_owner()
-    return run_cell(Path(arguments[0]), threads=int(arguments[1]), say=Say(log))
+    return run_cell(Path(arguments[0]), threads=int(arguments[1]), say=say)

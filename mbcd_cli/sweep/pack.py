@@ -11,7 +11,7 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.errors import MbcdError, StoppedError
 from mbcd_cli.evaluation.evaluate import evaluate, for_tables
 from mbcd_cli.launch.unit import DONE_CODE, FAILED_CODE, STOPPED_CODE, beside, forget_failure, known, write_failure
-from mbcd_cli.launch.warm import end_with_owner, log
+from mbcd_cli.launch.warm import end_with_owner
 from mbcd_cli.locks import lock
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.runs.folder import DONE
@@ -102,8 +102,8 @@ def _evaluate(one: Wanted, dataset: Dataset, say: Say) -> None:
     evaluate(settings, dataset, chosen, device=configure(settings.runtime), run=one.run, output=one.run, pictures=False)
 
 
-def serve_pack(arguments: Sequence[str]) -> int:
+def serve_pack(arguments: Sequence[str], say: Say) -> int:
     """The process of a population: THREADS, WIDTH (0: as many as are quick), RUN_FOLDER, ...; the exit code."""
     threads, width, *folders = arguments
     end_with_owner()
-    return run_pack([Path(folder) for folder in folders], threads=int(threads), width=int(width) or None, say=Say(log))
+    return run_pack([Path(folder) for folder in folders], threads=int(threads), width=int(width) or None, say=say)

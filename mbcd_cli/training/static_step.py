@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from mbcd_cli.data.records import Batch
-from mbcd_cli.errors import RunError
+from mbcd_cli.errors import RunError, lines_of
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.training.step import TrainStep
@@ -108,7 +108,7 @@ class StaticStep:
             torch.cuda.set_rng_state(states[0], self._device)
             self._randomness.load(states[1])
             self._given_up, self._static, self._vector = True, None, None
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = lines_of(error)[0]
             if self._required:
                 raise RunError(
                     f"The step cannot be captured in a CUDA graph: {reason}", "Set runtime.cuda_graph=off."

@@ -18,9 +18,10 @@ from mbcd_cli import checksums
 from mbcd_cli.files import write_json
 from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, known
 from mbcd_cli.launch.warm import end_with_owner
+from mbcd_cli.say import Say
 
 
-def serve(arguments: list[str]) -> int:
+def serve(arguments: list[str], _: Say) -> int:
     """RUN_FOLDER, THREADS; the exit code."""
     say = Path(f"{arguments[0]}.say")
     if not say.exists() or "alone" not in say.read_text():
@@ -28,7 +29,7 @@ def serve(arguments: list[str]) -> int:
     return work(Path(arguments[0]), arguments[1])
 
 
-def serve_pack(arguments: list[str]) -> int:
+def serve_pack(arguments: list[str], _: Say) -> int:
     """Stands for what trains a population: THREADS, WIDTH, RUN_FOLDER, ...; one after another."""
     threads, _, *folders = arguments
     return max(work(Path(folder), threads) for folder in folders)

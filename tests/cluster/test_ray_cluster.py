@@ -17,7 +17,7 @@ import helpers
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
-from show import cost, show
+from show import cost, show_prepare, show_sweep
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
 
@@ -295,7 +295,8 @@ def test_what_a_unit_costs(cluster, tmp_path):
 
 @pytest.mark.stress
 @pytest.mark.timeout(3000)
-def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
+@pytest.mark.parametrize("show", [show_sweep, show_prepare])
+def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path, show):
     """All nodes but the head, without which there is no cluster."""
     nodes = [*cluster.worker_nodes, cluster.add_node(num_cpus=1)]
 

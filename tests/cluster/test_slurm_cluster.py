@@ -20,7 +20,7 @@ import helpers
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
-from show import show
+from show import show_prepare, show_sweep
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
 from test_sweep_command import cache, cells_of  # noqa: F401
@@ -402,7 +402,9 @@ def test_a_real_run_writes_its_checkpoint_before_the_time_limit_and_goes_on_from
 
 
 @pytest.mark.stress
-def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path):
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("show", [show_sweep, show_prepare])
+def test_two_thousand_units_while_nodes_and_the_command_die(cluster, tmp_path, show):
     def trouble(rng):
         node = rng.choice(("n1", "n2"))
         control("update", f"nodename={node}", "state=down", "reason=test")

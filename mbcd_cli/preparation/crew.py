@@ -71,12 +71,16 @@ class Crew:
                 self._agree()
                 return False
             try:
-                if self._told()[:1] != [self.plan]:
+                told = self._told()
+                if told[:1] != [self.plan]:
                     self._refuse_others()
-                    file.truncate(0)
-                    file.write(f"{self.plan} {os.uname().nodename} {os.getpid()}\n".encode())
-                    os.fsync(file.fileno())  # NFS tells other hosts no sooner
-                    self._refuse_others()  # who took one meanwhile, before the plan was another
+                    _tell(file, "")  # from here on nobody agrees with anything
+                    try:
+                        self._refuse_others()  # who took one meanwhile, agreeing with what was told before
+                    except CacheError:
+                        _tell(file, " ".join(told))
+                        raise
+                    _tell(file, f"{self.plan} {os.uname().nodename} {os.getpid()}")
             except BaseException:
                 file.close()
                 raise
@@ -169,3 +173,10 @@ class Crew:
             f"Another mbcd process{who} is {work} {self.folder}{other}.",
             "Wait for it to end, then run the command again.",
         )
+
+
+def _tell(file: LockFile, text: str) -> None:
+    """Let this be what stands in the lock file of who leads."""
+    file.truncate(0)
+    file.write(text.encode())
+    os.fsync(file.fileno())  # NFS tells other hosts no sooner

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -142,6 +143,33 @@ def test_who_disagrees_is_refused(tmp_path, monkeypatch):
             late.lead()
         with pytest.raises(CacheError, match="is repairing"):  # it had read its own plan before
             next(other.free([5], lambda number: False))
+
+
+def test_one_that_agrees_before_who_leads_has_looked_round_is_no_other(tmp_path, monkeypatch):
+    """The disk takes its time with the plan: long enough for another process to read it and take a shard."""
+    synced = []
+    monkeypatch.setattr(crew.os, "fsync", lambda handle: synced.append(time.sleep(0.3)))
+    with Crew(tmp_path, "a") as first, Crew(tmp_path, "a") as second:
+        both = threading.Thread(target=lambda: taken.append((second.lead(), next(second.free([0], lambda _: False)))))
+        taken, later = [], threading.Timer(0.1, both.start)
+        later.start()
+        assert first.lead()
+        later.join()
+        both.join()
+        assert taken == [(False, 0)]
+    assert synced
+
+
+def test_who_would_cut_otherwise_leaves_the_plan_as_it_is(tmp_path):
+    """One of the plan before took a shard when the other had looked round."""
+    with Crew(tmp_path, "a") as gone:
+        assert gone.lead()
+    at_work, other = Crew(tmp_path, "a"), Crew(tmp_path, "b")
+    look = other._refuse_others
+    other._refuse_others = lambda: (look(), next(at_work.free([0], lambda _: False), None))
+    with at_work, other, pytest.raises(CacheError, match="cut into other shards"):
+        other.lead()
+    assert (tmp_path / ".lock").read_text().split()[0] == "a"
 
 
 def test_the_plan_of_who_led_before_is_nobody_s(tmp_path):

@@ -216,6 +216,8 @@ def _of_the_dead(partial: Path) -> bool:
         return True
     except PermissionError:
         return False
+    with suppress(OSError):  # Linux: one that its parent, gone or busy, has not yet asked about has ended, too
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
     return False
 
 

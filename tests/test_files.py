@@ -71,17 +71,18 @@ with files.written(Path(sys.argv[1])) as aside:
 
 
 def test_who_writes_clears_what_the_dead_left_in_the_folder_and_who_deletes_what_is_of_the_file(tmp_path, monkeypatch):
-    dead = run("")
+    dead, ended = run(""), run("")
     dead.wait()
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)  # nobody has asked about it
     here = files._HOST
-    left = [tmp_path / f".file.{here}.{pid}.partial" for pid in (dead.pid, os.getppid())]
+    left = [tmp_path / f".file.{here}.{pid}.partial" for pid in (dead.pid, ended.pid, os.getppid())]
     others = [tmp_path / f".another.{here}.{dead.pid}.partial", tmp_path / f".file.elsewhere.{dead.pid}.partial"]
     for path in (*left, *others):
         path.touch()
     files.delete(tmp_path / "file")
-    assert [path.exists() for path in (*left, *others)] == [False, True, True, True]
+    assert [path.exists() for path in (*left, *others)] == [False, False, True, True, True]
     files.write_text(tmp_path / "file", "x")
-    assert [path.exists() for path in (*left, *others)] == [False, True, False, True]
+    assert [path.exists() for path in (*left, *others)] == [False, False, True, False, True]
     monkeypatch.setattr(files, "remove_partial", None)  # a folder of many runs is looked through once
     files.write_text(tmp_path / "other", "x")
 

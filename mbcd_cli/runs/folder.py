@@ -172,9 +172,8 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
     try:
         if resume:
             _compare(path, settings)
-            remove_partial(path)
-            remove_partial(path / "checkpoints")
-            remove_partial(path / SNAPSHOTS)
+            for part in ("", "checkpoints", SNAPSHOTS, "plots"):
+                remove_partial(path / part)
         else:
             # The old settings.toml stays until it is replaced: a half-deleted run can still be overwritten.
             clear(path, but=(_LOCK, SETTINGS))

@@ -158,6 +158,16 @@ def test_an_existing_run_is_never_overwritten_unasked(trained):
     assert (trained / "metrics.jsonl").read_bytes() == before
 
 
+def test_who_goes_on_with_a_run_clears_what_was_left_half_written_of_it(tmp_path):
+    """Of other hosts too: who holds the run's lock is alone."""
+    open_run(tmp_path, settings=memory_settings(), resume=False, overwrite=False).close()
+    for part in (".", "checkpoints", "plots"):
+        (tmp_path / part).mkdir(exist_ok=True)
+        (tmp_path / part / ".last.pt.elsewhere.17.partial").touch()
+    open_run(tmp_path, settings=memory_settings(), resume=True, overwrite=False).close()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_a_run_that_ended_before_its_first_epoch_is_in_nobodys_way(tmp_path):
     """A setting that is refused, or a kill, at the start: the command with the mended setting needs no --overwrite."""
     open_run(tmp_path, settings=memory_settings(), resume=False, overwrite=False).close()

@@ -149,6 +149,18 @@ def rename(places: Mapping[Path, Path]) -> None:
         sync(folder)
 
 
+def give_place(aside: Path, place: Path, files: Sequence[Path | str], *, earlier: Iterable[Path] = ()) -> None:
+    """Move `files` (relative) from `aside` to `place`, the last of which tells of the others, for those of `earlier`.
+
+    The last one's earlier form goes first and it comes last, on the disk too: what is there always fits it, or there
+    is none.
+    """
+    *others, last = files
+    remove(place / last, *earlier)
+    rename({aside / file: place / file for file in others})
+    rename({aside / last: place / last})
+
+
 def size_text(count: int) -> str:
     """Bytes in words: 1.2 GB, 340 MB, 12 kB."""
     unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if count >= u), (1e3, "kB"))

@@ -24,7 +24,7 @@ from mbcd_cli.evaluation.report.evaluated import Run, distinct, run_of_results, 
 from mbcd_cli.evaluation.report.results import Results, SetFigures, results_of
 from mbcd_cli.evaluation.report.score_tables import adapted_tables
 from mbcd_cli.evaluation.report.tables import Score, Table, comma_separated, markdown
-from mbcd_cli.files import remove, rename, write_json, write_text
+from mbcd_cli.files import give_place, write_json, write_text
 from mbcd_cli.json_values import json_values
 from mbcd_cli.locks import folder_aside
 from mbcd_cli.model import MultiModalModel
@@ -327,14 +327,10 @@ def adapt(
 
 
 def _placed(aside: Path, place: Path, tables: Sequence[Table], told: Mapping[str, object]) -> dict[str, Path]:
-    """Write tables (CSV, Markdown) and adaptation.json with their checksums, in place of an earlier adaptation's.
-
-    The earlier results go first and the new ones come last, so that what is there fits, or there is none.
-    """
+    """Write tables (CSV, Markdown) and adaptation.json with their checksums, in place of an earlier adaptation's."""
     texts = {f"{table.name}.csv": comma_separated(table) for table in tables}
     texts["adaptation.md"] = "\n".join(map(markdown, tables))
     sums = {name: of_file(write_text(aside / name, text)) for name, text in texts.items()}
     write_json(aside / _RESULTS, {**told, "files": sums})
-    remove(place / _RESULTS, *place.glob("*.csv"))
-    rename({aside / name: place / name for name in (*texts, _RESULTS)})
+    give_place(aside, place, [*texts, _RESULTS], earlier=place.glob("*.csv"))
     return {name: place / name for name in (*texts, _RESULTS)}

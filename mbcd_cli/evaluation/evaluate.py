@@ -10,14 +10,14 @@ import torch
 
 from mbcd_cli.checksums import checksum, of_file
 from mbcd_cli.data.protocol import Dataset
-from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, earlier, give_place
+from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, earlier
 from mbcd_cli.evaluation.analyses.robustness import subset_variants
 from mbcd_cli.evaluation.evaluator import evaluate_models
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.export import write_outcomes
 from mbcd_cli.evaluation.report.html import write_report
 from mbcd_cli.evaluation.report.results import Results, results_of
-from mbcd_cli.files import write_json
+from mbcd_cli.files import give_place, write_json
 from mbcd_cli.json_values import json_values
 from mbcd_cli.locks import folder_aside
 from mbcd_cli.runs.checkpoint import Checkpoint
@@ -111,7 +111,7 @@ def evaluate(
         sums = {path.as_posix(): of_file(aside / path) for path in written.values()}
         sums |= {p.relative_to(output).as_posix(): of_file(p) for p in _beside(files, aside, output)}
         write_json(aside / "results.json", {**json_values(results), "files": sums})
-        give_place(aside, output, list(written.values()))
+        give_place(aside, output, [*written.values(), "results.json"], earlier=earlier(output))
     files |= {name: output / path for name, path in written.items()} | {"results": output / "results.json"}
     return Evaluation(results, files)
 

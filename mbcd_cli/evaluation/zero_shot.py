@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 from mbcd_cli import checksums
 from mbcd_cli.data.dataset import CachedDataset, open_dataset
-from mbcd_cli.data.readers import epic_kitchens
+from mbcd_cli.data.readers import narrations_of
 from mbcd_cli.encoders.formats import behind_scheme
 from mbcd_cli.encoders.text_towers import read_texts, text_side
 from mbcd_cli.errors import CheckpointError, MbcdError, SettingsError
@@ -33,7 +33,7 @@ from mbcd_cli.evaluation.report.comparison import Comparison
 from mbcd_cli.evaluation.report.evaluated import ZERO_SHOT
 from mbcd_cli.evaluation.report.results import Results, pretraining_words, results_of
 from mbcd_cli.evaluation.report.tables import Score, Table
-from mbcd_cli.files import append_record, read_records, remove, rename, write_json, write_text
+from mbcd_cli.files import append_record, give_place, read_records, write_json, write_text
 from mbcd_cli.json_values import json_values
 from mbcd_cli.ledger import revealed_by
 from mbcd_cli.locks import folder_aside
@@ -56,7 +56,7 @@ from mbcd_cli.settings.sources import Layer, read_toml, to_toml
 
 Over = Literal["max", "mean"]
 NARRATIONS = "narrations"
-"""In place of a file of prompts: EPIC-Kitchens' narrations of the sources' training clips."""
+"""In place of a file of prompts: what the reader's tables say of the sources' training clips."""
 _PRETRAINED = "pretrained"
 """What stands in results for the checkpoint."""
 _RESULTS = "results.json"
@@ -310,18 +310,13 @@ def _with_texts(dataset: CachedDataset) -> list[str]:
 
 
 def narrated(settings: Settings, *, over: Over) -> Prompts:
-    """EPIC-Kitchens' narrations as prompts: those of the sources' training clips; the target's are never opened.
+    """Narrations as prompts: those of the sources' training clips; the target's are never opened.
 
     Raises:
-        SettingsError: of another dataset. ManifestError: tables that are missing, or wrong.
+        SettingsError: the dataset's reader has none. ManifestError: tables that are missing, or wrong.
     """
-    sources = settings.training.source_domains
-    if not {*sources} <= {*epic_kitchens.PARTICIPANTS}:
-        raise SettingsError(
-            f"--prompts {NARRATIONS}: {settings.dataset.name} has no narrations of {', '.join(sources)}.",
-            "Only EPIC-Kitchens (domains D1, D2, D3) has; write a file of prompts.",
-        )
-    return Prompts(prompts=epic_kitchens.narrations(settings.dataset, sources), over=over, source=NARRATIONS)
+    texts = narrations_of(settings.dataset, settings.training.source_domains)
+    return Prompts(prompts=dict(texts), over=over, source=NARRATIONS)
 
 
 def _written(
@@ -347,8 +342,7 @@ def _written(
         files.append(write_json(aside / _RESULTS, {**json_values(classified.results), "files": {}}))
         sums = {file.name: checksums.of_file(file) for file in files if file.name != _RESULTS}
         files.append(write_json(aside / DONE, {"files": sums}))
-        remove(folder / DONE, folder / _RESULTS)
-        rename({file: folder / file.name for file in files})
+        give_place(aside, folder, [file.name for file in files], earlier=[folder / _RESULTS])
     return folder, classified
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -90,16 +90,24 @@ class ReaderEntry:
         summary: what it reads, in a line.
         settings: its settings' class, where it has some of its own (or what else makes their defaults).
         generates: it makes its media where they are not there yet.
+        narrations: (dataset settings, domains) -> class -> what was said of its training clips in these domains, where
+            its tables hold such texts; it opens no other domain's.
     """
 
     read: ReadListing
     summary: str
     settings: Callable[[], ReaderSettings] = ReaderSettings
     generates: bool = False
+    narrations: Callable[[DatasetSettings, Sequence[str]], Mapping[str, Sequence[str]]] | None = None
 
 
 def _ours(
-    module: str, summary: str, *, settings: str | type[ReaderSettings] = ReaderSettings, generates: bool = False
+    module: str,
+    summary: str,
+    *,
+    settings: str | type[ReaderSettings] = ReaderSettings,
+    generates: bool = False,
+    narrates: bool = False,
 ) -> ReaderEntry:
     # Readers import this module for Listing, so the registry imports them when they are called.
     def part(where: str) -> Callable[..., Listing | ReaderSettings]:
@@ -109,7 +117,11 @@ def _ours(
     def read(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:
         return part(f"{module}:read")(dataset, modalities)
 
-    return ReaderEntry(read, summary, (lambda: part(settings)()) if isinstance(settings, str) else settings, generates)
+    def narrations(dataset: DatasetSettings, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
+        return part(f"{module}:narrations")(dataset, domains)
+
+    own = (lambda: part(settings)()) if isinstance(settings, str) else settings
+    return ReaderEntry(read, summary, own, generates, narrations if narrates else None)
 
 
 _SPLITS = "places:SplitSettings"
@@ -118,7 +130,9 @@ READERS: dict[str, ReaderEntry] = {
     "demo": _ours(
         "demo", "the embedded demo, generated as media files on first use", settings="demo:DemoSettings", generates=True
     ),
-    "epic-kitchens": _ours("epic_kitchens", "EPIC-Kitchens, the three MM-SADA kitchens, eight verbs", settings=_SPLITS),
+    "epic-kitchens": _ours(
+        "epic_kitchens", "EPIC-Kitchens, the three MM-SADA kitchens, eight verbs", settings=_SPLITS, narrates=True
+    ),
     "hac": _ours("hac", "Human-Animal-Cartoon, seven actions", settings=_SPLITS),
     "synthetic": _ours(
         "synthetic",
@@ -138,6 +152,22 @@ def reader_settings(name: str) -> ReaderSettings:
     """
     entry = entry_of(name, GROUP, READERS, ReaderEntry)
     return (entry.settings if entry is not None else ReaderSettings)().model_copy(update={"name": name})
+
+
+def narrations_of(dataset: DatasetSettings, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    """Class -> what was said of its training clips in these domains, by the dataset's reader.
+
+    Raises:
+        SettingsError: its tables have no such texts. ManifestError: tables that are missing, or wrong.
+    """
+    entry = entry_of(dataset.reader.name, GROUP, READERS, ReaderEntry)
+    if entry is None or entry.narrations is None:
+        having = [name for name, one in READERS.items() if one.narrations]
+        raise SettingsError(
+            f"Reader {dataset.reader.name} of {dataset.name} has no narrations.",
+            f"Set dataset.reader to one that has ({', '.join(having)}), or write a file of prompts.",
+        )
+    return entry.narrations(dataset, domains)
 
 
 def read_dataset(dataset: DatasetSettings, modalities: Mapping[str, Modality]) -> Listing:

@@ -43,7 +43,7 @@ from mbcd_cli.evaluation.report.export import (
     write_hdf5,
 )
 from mbcd_cli.evaluation.report.results import Results
-from mbcd_cli.files import remove, rename, write_rows
+from mbcd_cli.files import write_rows
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET
@@ -126,18 +126,6 @@ class Analysis:
 def earlier(output: Path) -> list[Path]:
     """The plots and exports of an earlier evaluation in `output`."""
     return [path for pattern in _OWN for path in output.glob(pattern)]
-
-
-def give_place(aside: Path, output: Path, files: Sequence[Path]) -> None:
-    """Move `files` (relative) and results.json from `aside` to `output`, in place of an earlier evaluation's.
-
-    The earlier results go first and the new ones come last, on the disk too: what is there always fits results.json,
-    or there is none.
-    """
-    results = "results.json"
-    remove(output / results, *earlier(output))
-    rename({aside / file: output / file for file in files})
-    rename({aside / results: output / results})
 
 
 def analyse(analysis: Analysis, *, ood: Dataset | None = None) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mbcd_cli.evaluation.claims import Difference
-from mbcd_cli.evaluation.report.evaluated import order_methods
 from mbcd_cli.evaluation.report.tables import Score, Table
+from mbcd_cli.paper.rows import order_methods
 
 TRAINED = "as trained"
 """What a run deploys without any of this: the teacher of the best epoch, or the student where there is none."""

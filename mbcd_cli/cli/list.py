@@ -64,14 +64,11 @@ def _purpose(name: str) -> str:
 
 
 def _datasets(cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
-    from mbcd_cli.data.modality_cache import ModalityCache
-    from mbcd_cli.data.prepared import prepared_datasets
+    from mbcd_cli.data.dataset import prepared_summaries
     from mbcd_cli.data.readers import GROUP, READERS, ReaderEntry
 
     entries = summaries_of(GROUP, READERS, ReaderEntry)
     rows = [(name, "reader", e if isinstance(e, str) else e.summary) for name, e in entries]
-    for name in prepared_datasets(cache):
-        caches = [ModalityCache(path.parent) for path in sorted((cache / name).glob("*/index.h5"))]
-        kinds = ", ".join(dict.fromkeys(c.recipe["modality"] for c in caches))
-        rows.append((name, "prepared", f"{kinds}; domains {', '.join(caches[0].domains)}"))
+    for name, modalities, domains in prepared_summaries(cache):
+        rows.append((name, "prepared", f"{', '.join(modalities)}; domains {', '.join(domains)}"))
     return ("dataset", "kind", "what"), rows

@@ -274,8 +274,10 @@ def preset_for_reader(asked: Asked) -> str | None:
 
 
 def dataset_preset(asked: Asked) -> str | None:
-    """The preset asked for, else the one named like the dataset, else (with nothing named) epic-kitchens."""
-    unnamed = () if asked.config is not None else ("epic-kitchens",)
+    """The preset asked for, else the one named like the dataset, else (with nothing named) the paper's first."""
+    from mbcd_cli.paper.published import PAPER_DATASETS
+
+    unnamed = () if asked.config is not None else PAPER_DATASETS[:1]
     return preset_of(asked, *([asked.flags["dataset.name"]] if "dataset.name" in asked.flags else unnamed))
 
 

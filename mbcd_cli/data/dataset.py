@@ -16,7 +16,7 @@ from mbcd_cli.data.cache import recipe_of
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.modality_cache import ModalityCache, OtherVersionError
 from mbcd_cli.data.online import OnlineViews
-from mbcd_cli.data.prepared import check_dataset
+from mbcd_cli.data.prepared import check_dataset, prepared_datasets
 from mbcd_cli.data.protocol import Read
 from mbcd_cli.data.records import SPLITS, TEST_VIEW, Batch, Rejected, modality_order
 from mbcd_cli.errors import CacheError
@@ -261,6 +261,17 @@ def open_dataset(settings: Settings, *, name: str, modalities: Sequence[str] = (
         chosen[modality] = _matching(settings, modality, wanted, caches_of[modality])
         resolved[modality] = _resolved(wanted, chosen[modality].modality)
     return CachedDataset(name, chosen, resolved, root=settings.dataset.root, workers=settings.cache.workers)
+
+
+def prepared_summaries(cache: Path) -> Iterator[tuple[str, list[str], tuple[str, ...]]]:
+    """(name, modalities, domains) of every dataset that is prepared under `cache`.
+
+    Raises:
+        CacheError: one of its caches cannot be read.
+    """
+    for name in prepared_datasets(cache):
+        caches = [ModalityCache(path.parent) for path in sorted((cache / name).glob("*/index.h5"))]
+        yield name, list(dict.fromkeys(one.recipe["modality"] for one in caches)), caches[0].domains
 
 
 def _without_index(folder: Path, wanted: Sequence[str], found: Mapping[str, object]) -> Path | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import permutations
 
 from mbcd_cli.paper.published import paper, published_domains
+from mbcd_cli.resolved import PUBLISHED
 
 
 def published_rows(
@@ -58,3 +59,14 @@ def place_of_set(modalities: Sequence[str]) -> int:
     """Where the paper's table has this set of modalities; after its last one for others."""
     sets = [set(row.modalities) for row in paper()["multi_source"]]
     return sets.index(set(modalities)) if set(modalities) in sets else len(sets)
+
+
+def order_methods(methods: Iterable[str]) -> list[str]:
+    """As in the paper's tables: ERM first, then its average, the others by name, MBCD last, whatever their chassis."""
+    first, last = {"erm": 0, "ema": 1}, {"mbcd": 1}
+
+    def place(method: str) -> tuple[int, int, str]:
+        plain = method.removesuffix(PUBLISHED)
+        return last.get(plain, 0), first.get(plain, 2), method
+
+    return sorted(set(methods), key=place)

@@ -15,13 +15,14 @@ from mbcd_cli.data.records import modality_order
 from mbcd_cli.errors import RunError
 from mbcd_cli.evaluation.report import plots
 from mbcd_cli.evaluation.report.comparison import compare
-from mbcd_cli.evaluation.report.evaluated import Run, load_run, order_methods
+from mbcd_cli.evaluation.report.evaluated import Run, load_run
 from mbcd_cli.evaluation.report.score_tables import averages, marked
 from mbcd_cli.evaluation.report.tables import Score, Table
 from mbcd_cli.files import read_records
 from mbcd_cli.launch.unit import read_failure
 from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Panel
+from mbcd_cli.paper.rows import order_methods
 from mbcd_cli.resolved import method_label
 from mbcd_cli.runs.folder import epoch_records
 from mbcd_cli.scoring.deployed import deployed_of

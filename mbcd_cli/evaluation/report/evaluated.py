@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from mbcd_cli import checksums
 from mbcd_cli.errors import FOREIGN, RunError
 from mbcd_cli.evaluation.report.results import RESULTS_FORMAT, pretraining_words, read_results
-from mbcd_cli.resolved import PUBLISHED
+from mbcd_cli.paper.rows import order_methods
 from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.scoring.clip_sets import TARGET
 
@@ -241,17 +241,6 @@ def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
         else:
             seen[key] = run
     return list(seen.values()), warnings
-
-
-def order_methods(methods: Iterable[str]) -> list[str]:
-    """ERM first, then the weight average, then the others by name, MBCD last, whatever their chassis."""
-    first, last = {"erm": 0, "ema": 1}, {"mbcd": 1}
-
-    def place(method: str) -> tuple[int, int, str]:
-        plain = method.removesuffix(PUBLISHED)
-        return last.get(plain, 0), first.get(plain, 2), method
-
-    return sorted(set(methods), key=place)
 
 
 def by_method(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:

@@ -1,7 +1,8 @@
-"""The one fake of `mbcd_cli.data.protocol.Dataset`: a prepared dataset in memory."""
+"""Fakes of what training and evaluation read: a prepared dataset, a checkpoint's weights, an epoch's batches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +10,11 @@ import torch
 
 from mbcd_cli.data.records import SPLITS, Batch
 from mbcd_cli.errors import CacheError
+from mbcd_cli.model import MultiModalModel
 from mbcd_cli.runs.checkpoint import Checkpoint
+from mbcd_cli.settings import OptimizerSettings
+from mbcd_cli.training.optimizer import build_optimizer
+from mbcd_cli.training.step import TrainStep
 
 
 @dataclass
@@ -117,6 +122,42 @@ class MemoryWeights:
     teacher: dict[str, torch.Tensor] | None
     label_names: tuple[str, ...]
     epoch: int = 1
+
+
+@dataclass
+class MemoryEpoch:
+    """The one fake of `mbcd_cli.methods.base.EpochClips`: batches written down.
+
+    Attributes:
+        of_epoch: so many epochs later -> its batches. held_out: those of the sources' test split.
+        step, built: whose train mode and optimizer they are.
+        read: how many batches of the epoch were asked for.
+    """
+
+    of_epoch: Callable[[int], Sequence[Batch]] = lambda ahead: ()
+    held_out: Sequence[Batch] = ()
+    seed: int = 3
+    step: TrainStep | None = None
+    built: OptimizerSettings | None = None
+    read: int = 0
+
+    @property
+    def batches(self) -> int:
+        return len(self.of_epoch(0))
+
+    def training(self, ahead: int = 0) -> Iterator[Batch]:
+        for batch in self.of_epoch(ahead):
+            self.read += 1
+            yield batch
+
+    def validation(self) -> Iterator[Batch]:
+        yield from self.held_out
+
+    def optimizer(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return build_optimizer(parameters, self.built)
+
+    def train_mode(self, model: MultiModalModel) -> None:
+        self.step.train_mode(model)
 
 
 def checkpoint_of(settings, dataset: ArrayDataset, *, student: dict, teacher: dict | None, epoch: int) -> Checkpoint:

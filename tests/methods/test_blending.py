@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from memory import MemoryEpoch
 from plain import LABELS, compare, make, pinned_logits, small_batch
 from reference_blending import BlendingReference, weights_of
 
 from mbcd_cli.methods.blending import BranchLosses, blend
 from mbcd_cli.methods.parts import cross_entropy
-from mbcd_cli.training.optimizer import build_optimizer
 
 
-class Clips:
-    seed, batches = 3, 2
-
-    def __init__(self, step, settings, modalities):
-        self.step, self.settings, self.modalities = step, settings, modalities
-
-    def training(self, ahead=0):
-        for number in range(2):
-            yield small_batch(20 + 2 * ahead + number, self.modalities)
-
-    def validation(self):
-        yield small_batch(40, self.modalities, size=9)
-        yield small_batch(41, self.modalities, size=4)
-
-    def optimizer(self, parameters):
-        return build_optimizer(parameters, self.settings.optimizer)
-
-    def train_mode(self, model):
-        self.step.train_mode(model)
+def clips_of(step, settings, modalities):
+    return MemoryEpoch(
+        lambda ahead: [small_batch(20 + 2 * ahead + number, modalities) for number in range(2)],
+        [small_batch(40, modalities, size=9), small_batch(41, modalities, size=4)],
+        step=step,
+        built=settings.optimizer,
+    )
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])
@@ -49,7 +37,7 @@ def test_step(modalities, sources):
 def test_weights_are_those_of_branches_that_train_alone(modalities):
     training, settings = make("g-blending", {"epochs": 3}, modalities=modalities, norm="none")
     step = training.step
-    plain, clips = BlendingReference(training, settings), Clips(step, settings, modalities)
+    plain, clips = BlendingReference(training, settings), clips_of(step, settings, modalities)
     drawn, kept = torch.get_rng_state(), {n: v.clone() for n, v in step.model.state_dict().items()}
     step.method.before_epoch(clips)
     assert torch.equal(torch.get_rng_state(), drawn)

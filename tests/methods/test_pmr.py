@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from memory import MemoryEpoch
 from plain import LABELS, compare, make, pinned_features, pinned_logits, small_batch
 from reference_pmr import PMRReference, class_means
 
@@ -14,23 +13,13 @@ from mbcd_cli.methods.parts import cross_entropy
 from mbcd_cli.methods.pmr import is_slower, similarity
 
 
-@dataclass
-class Clips:
-    """Batches of seeds 10, 11, ..."""
-
-    modalities: int
-    batches: int = 4
-    seed: int = 0
-    read: int = 0
-
-    def training(self, ahead=0):
-        for number in range(self.batches):
-            self.read += 1
-            yield small_batch(10 + number, self.modalities)
+def clips_of(modalities):
+    """Four batches of seeds 10, 11, ..."""
+    return MemoryEpoch(lambda ahead: [small_batch(10 + number, modalities) for number in range(4)])
 
 
 def begun(modalities):
-    return lambda step: step.method.before_epoch(Clips(modalities))
+    return lambda step: step.method.before_epoch(clips_of(modalities))
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])
@@ -57,7 +46,7 @@ def features(step, batches):
 @pytest.mark.parametrize(("share", "read"), [(0.5, 2), (0.0, 1), (1.0, 4)])
 def test_prototypes_are_class_means_of_the_first_batches_mixed_with_those_before(share, read):
     training, _ = make("pmr", {"share": share, "memory": 0.3}, modalities=2)
-    step, clips = training.step, Clips(2)
+    step, clips = training.step, clips_of(2)
     method, kept = step.method, {}
     seen = []
     for batch in clips.training():
@@ -70,7 +59,7 @@ def test_prototypes_are_class_means_of_the_first_batches_mixed_with_those_before
         with torch.no_grad():
             for parameter in step.model.parameters():
                 parameter += 0.1 * epoch
-        method.before_epoch(Clips(2))
+        method.before_epoch(clips_of(2))
         h, labels = features(step, seen)
         for name, rows in h.items():
             expected = class_means(rows, labels, 3)
@@ -84,11 +73,7 @@ def test_a_class_that_has_no_clip_is_far_and_keeps_no_prototype():
     method, batch = training.step.method, small_batch(10)
     batch.labels.clamp_(max=1)
 
-    class One(Clips):
-        def training(self, ahead=0):
-            yield batch
-
-    method.before_epoch(One(2))
+    method.before_epoch(MemoryEpoch(lambda ahead: [batch]))
     assert method.seen.tolist() == [True, True, False]
     vector = training.step(batch)
     assert torch.isfinite(vector).all()

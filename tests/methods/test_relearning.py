@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from memory import MemoryEpoch
 from plain import LABELS, NAMES, Plain, compare, make, small_batch
 from reference_relearning import lloyd, pulled, scaled
 from reference_relearning import purity as counted
@@ -32,24 +33,17 @@ def clustered(seed, modalities, mislabelled=0):
     return replace(batch, inputs=inputs, labels=labels)
 
 
-class Clips:
-    seed, batches = 3, 2
-
-    def __init__(self, modalities):
-        self.modalities = modalities
-
-    def training(self, ahead=0):
-        yield clustered(1, self.modalities)
-        yield clustered(2, self.modalities, mislabelled=6)
-
-    def validation(self):
-        yield clustered(3, self.modalities, mislabelled=21)
+def clips_of(modalities):
+    return MemoryEpoch(
+        lambda ahead: [clustered(1, modalities), clustered(2, modalities, mislabelled=6)],
+        [clustered(3, modalities, mislabelled=21)],
+    )
 
 
 @pytest.mark.parametrize("modalities", [1, 3])
 def test_encoders_are_pulled_after_the_epochs_that_are_named_and_nothing_else_moves(modalities):
     training, _ = make("d-and-r", {"after": [2]}, modalities=modalities)
-    step, clips = training.step, Clips(modalities)
+    step, clips = training.step, clips_of(modalities)
     first = {name: value.clone() for name, value in step.model.state_dict().items()}
     for seed in range(2):
         step(small_batch(seed, modalities))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory import MemoryEpoch
 from plain import make
 from reference_reliable import ReliableReference, ratios
 
@@ -33,16 +34,6 @@ VARIANTS = {
 }
 
 
-class Clips:
-    """The test split of the sources: three batches, of domains 4 and 2 in turn."""
-
-    def __init__(self, modalities, sources):
-        self.batches = [batch_of(modalities, sources, seed=70 + seed) for seed in range(3)]
-
-    def validation(self):
-        yield from self.batches
-
-
 def batch_of(modalities, sources, *, seed, size=7):
     batch = small_batch(modalities, KINDS_ALL, size=size, seed=seed)
     return replace(batch, domains=torch.tensor([4, 2][:sources])[torch.arange(size) * (seed + 1) % sources])
@@ -60,11 +51,11 @@ def compare(told, *, modalities=2, sources=2, steps=4, order="first"):
     assert set(own) <= set(reference.values)
     for index in range(steps):
         if index in (0, 2):
-            clips = Clips(modalities, sources)
+            clips = MemoryEpoch(held_out=[batch_of(modalities, sources, seed=70 + seed) for seed in range(3)])
             step.method.before_epoch(clips)
             step.train_mode(model)
             if settings.reliability.by in ("left_out", "validation"):
-                reference.look([(b.inputs, b.labels, b.domains) for b in clips.batches])
+                reference.look([(b.inputs, b.labels, b.domains) for b in clips.held_out])
                 nll = torch.tensor(reference.nll, dtype=torch.float64)
                 torch.testing.assert_close(step.method.reliability.nll, nll, **CLOSE)
         batch = batch_of(modalities, sources, seed=index)

@@ -23,13 +23,10 @@ from mbcd_cli.cli.options import (
     preset_for_reader,
 )
 from mbcd_cli.errors import UsageError
-from mbcd_cli.launch.unit import beside
 
 if TYPE_CHECKING:
-    from mbcd_cli.launch.launch import Board
     from mbcd_cli.preparation.answer import Prepared
     from mbcd_cli.preparation.check import Checked
-    from mbcd_cli.settings import Settings
 
 _PREPARES = [
     "dataset.reader",
@@ -83,12 +80,13 @@ def prepare(
 
     Bad clips are reported and left out. What is prepared already is reused; a killed run resumes.
     """
-    root = asked.flags.get("dataset.root")
     preset = preset_for_reader(asked)
     if preset is not None and asked.preset is None:
         console.say(f"Using preset {preset} (--preset none for the bare defaults).")
     if not show_settings:
-        _look_up(asked.flags["dataset.reader"], root)
+        from mbcd_cli.data.readers.places import check_root
+
+        check_root(asked.flags["dataset.reader"], asked.flags.get("dataset.root"))
     spoilt = {
         "corruptions": tuple(name.strip() for name in (corruptions or "").split(",") if name.strip()),
         "severities": _severities(severities),
@@ -96,7 +94,9 @@ def prepare(
     settings = asked.resolve(preset)
     if show_settings:
         return emit_settings(settings, as_json=asked.as_json)
+    from mbcd_cli.launch.engines import Launching
     from mbcd_cli.preparation import check as checking
+    from mbcd_cli.preparation.launched import prepare_launched
     from mbcd_cli.preparation.prepare import prepare
 
     if check:
@@ -105,36 +105,14 @@ def prepare(
     if (jobs, launcher) == (1, "local"):
         result = prepare(settings, **spoilt, say=console.terminal)
     else:
-        result = _launched(settings, jobs, launcher, slurm or (), ray_address, spoilt)
+        how = Launching(jobs, launcher, slurm or (), None, ray_address)
+        result = prepare_launched(settings, how=how, **spoilt, say=console.terminal)
     if result is None:  # rank 0 of several processes tells
         return None
     repeat = _repeated(asked, layered=bool(preset))
     if "dataset.name" in asked.flags or result.dataset != (preset and Path(preset).stem):
         repeat = ["--dataset", result.dataset, *repeat]
     return result, partial(show_prepared, result, preset=preset, repeat=repeat)
-
-
-def _launched(
-    settings: Settings, jobs: int, launcher: str, slurm: Sequence[str], ray_address: str | None, spoilt: dict
-) -> Prepared | None:
-    from mbcd_cli.launch.engines import Launching
-    from mbcd_cli.preparation.launched import prepare_launched
-
-    told: dict[str, str] = {}
-
-    def watch(board: Board) -> None:
-        now = dict.fromkeys((key for unit in board.units for key in [unit.pieces[0].key]), "waits")
-        now |= {key: f"runs{f' on {where}' if where else ''}" for key, where in board.running.items()}
-        now |= {piece.key: "has ended" for piece in board.done}
-        now |= {key: f"failed: {why.splitlines()[0]}" for key, why in board.failed.items()}
-        for unit in board.units:
-            part = unit.pieces[0]
-            if now[part.key] != told.get(part.key, "waits"):
-                told[part.key] = now[part.key]
-                console.say(f"{part.name} of {len(board.units)} {now[part.key]}; log: {beside(part.folder, 'log')}")
-
-    how = Launching(jobs, launcher, slurm, None, ray_address)
-    return prepare_launched(settings, how=how, **spoilt, watch=watch, say=console.terminal)
 
 
 def _severities(text: str) -> tuple[int, ...]:
@@ -144,17 +122,6 @@ def _severities(text: str) -> tuple[int, ...]:
     if not set(told) <= set(map(str, SEVERITIES)):
         raise UsageError(f"--severities {text}: they are whole numbers from 1 to 5.", "For example --severities 1,3,5.")
     return tuple(sorted(set(map(int, told))))
-
-
-def _look_up(reader: str, root: Path | None) -> None:
-    """Refuse a root that is no folder before anything slow is imported; generated datasets make theirs."""
-    from mbcd_cli.data.readers import READERS
-    from mbcd_cli.data.readers.places import root_of
-    from mbcd_cli.settings import DatasetSettings
-
-    entry = READERS.get(reader)
-    if root is not None and entry is not None and not entry.generates:
-        root_of(DatasetSettings(root=root))
 
 
 _MEANT = ("cache.views", "dataset.missing_frames")

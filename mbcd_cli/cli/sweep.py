@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -153,12 +152,8 @@ def sweep(
 def show_plan(plan: SweepPlan) -> None:
     """Print what a dry run returned."""
     title, told = f"{len(plan.cells)} runs", "method, modalities, domains"
-    names = [cell.name.rpartition(", ") for cell in plan.cells]
-    trials = Counter(what for what, _, which in names if which.startswith("trial "))
-    if trials:
-        every = Counter(what for what, _, _ in names)
-        rows = [(what, trials[what], number - trials[what]) for what, number in every.items()]
-        console.table(title, (told, "trials", "then"), rows)
+    if plan.trials:
+        console.table(title, (told, "trials", "then"), plan.trials)
         console.table(
             "what is searched",
             ("setting", "range", "methods"),
@@ -212,7 +207,6 @@ def show_status(status: SweepStatus) -> None:
 
 def show_sweep(done: Comparison) -> None:
     """Print what `collect` returned; a table whose rows a joint one has already is in the files only."""
-    joint = [table for table in done.tables if table.columns[:2] == ["modalities", "method"] and "all-" in table.name]
-    told = tuple(f"-{table.name.rpartition('all-')[2]}" for table in joint)
-    tables = [table for table in done.tables if table in joint or not table.name.endswith(told)]
-    show_comparison(replace(done, tables=tables))
+    from mbcd_cli.evaluation.report.score_tables import unrepeated
+
+    show_comparison(replace(done, tables=unrepeated(done.tables)))

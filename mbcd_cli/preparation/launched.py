@@ -100,7 +100,6 @@ def prepare_launched(
     how: Launching,
     corruptions: Sequence[str],
     severities: Sequence[int],
-    watch: Callable[[Board], None] = lambda board: None,
     say: Say = SILENT,
 ) -> Prepared | None:
     """`prepare`, shared by as many processes as `how` says; the report is that of one.
@@ -124,7 +123,7 @@ def prepare_launched(
     board = begin([PartUnit((part,), settings, spoilt) for part in parts], retry_failed=True)
     root = settings.dataset.root
     engine = how.engine(settings, folder, sees=[root] if root else [], place=PLACE, say=say)
-    launch(board, engine, watch=watch)
+    launch(board, engine, watch=_telling(say))
     if len(board.failed) == len(parts):
         why = next(iter(board.failed.values()))
         raise CacheError(why, f"The logs in {folder} say more.")
@@ -133,6 +132,23 @@ def prepare_launched(
         if time.time() - other.stat().st_mtime > OLD and not any(map(held, other.glob("*.lock"))):
             shutil.rmtree(other, ignore_errors=True)
     return prepare(asked, corruptions=corruptions, severities=severities, say=say)
+
+
+def _telling(say: Say) -> Callable[[Board], None]:
+    told: dict[str, str] = {}
+
+    def look(board: Board) -> None:
+        now = {key: f"runs{f' on {where}' if where else ''}" for key, where in board.running.items()}
+        now |= {piece.key: "has ended" for piece in board.done}
+        now |= {key: f"failed: {why.splitlines()[0]}" for key, why in board.failed.items()}
+        for unit in board.units:
+            part = unit.pieces[0]
+            state = now.get(part.key, "waits")
+            if state != told.get(part.key, "waits"):
+                told[part.key] = state
+                say(f"{part.name} of {len(board.units)} {state}; log: {beside(part.folder, 'log')}")
+
+    return look
 
 
 def run_part(folder: Path, *, threads: int, spoilt: str, say: Say = SILENT) -> int:

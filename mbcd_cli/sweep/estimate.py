@@ -91,6 +91,14 @@ class SweepPlan:
     basis: str
     disk_bytes: int | None
 
+    @property
+    def trials(self) -> list[tuple[str, int, int]]:
+        """(method, modalities, domains; trials of the search; runs that report its choice); empty without a search."""
+        names = [cell.name.rpartition(", ") for cell in self.cells]
+        trials = Counter(what for what, _, which in names if which.startswith("trial "))
+        every = Counter(what for what, _, _ in names)
+        return [(what, trials[what], number - trials[what]) for what, number in every.items()] if trials else []
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:

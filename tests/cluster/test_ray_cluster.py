@@ -280,12 +280,13 @@ def test_without_ray_the_remedy_is_named(monkeypatch):
 def test_a_cache_is_prepared(cluster, tmp_path):
     root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
     alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
-    settings, boards = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), []
+    settings, said = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), []
     how = Launching(jobs=2, launcher="ray", ray_address=cluster.address)
-    shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), watch=boards.append)
+    shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), say=Say(said.append))
     for name, entry in alone.modalities.items():
         assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
-    assert (boards[-1].failed, len(boards[-1].done)) == ({}, 2)
+    assert sum("has ended" in line for line in said) == 2
+    assert not any("failed: " in line for line in said)
 
 
 @pytest.mark.stress

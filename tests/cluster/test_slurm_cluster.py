@@ -353,13 +353,13 @@ def test_a_version_that_one_node_alone_has_is_told_by_name(cluster, cells, tmp_p
 def test_a_cache_is_prepared(cluster, tmp_path):
     root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
     alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
-    settings, boards = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), []
+    settings, said = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), []
     one_at_a_time = ["timeout_min=5", "cpus_per_task=1", "slurm_array_parallelism=1"]
     how = Launching(jobs=2, launcher="slurm", slurm=one_at_a_time)
-    shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), watch=boards.append)
+    shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), say=Say(said.append))
     for name, entry in alone.modalities.items():
         assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
-    assert len(boards[-1].done) == 2
+    assert sum("has ended" in line for line in said) == 2
     second = max(slurm.queue() or {}, key=lambda job: [*map(int, job.split("_"))])
     assert slurm.queue()[second].state == "CANCELLED", "nothing was left for it"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mbcd_cli.data.modalities import default_modality
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.data.readers import Listing, NoMediaError
+from mbcd_cli.data.readers import READERS, Listing, NoMediaError
 from mbcd_cli.data.records import Clip, Media, modality_order
 from mbcd_cli.errors import ManifestError, SettingsError
 from mbcd_cli.naming import did_you_mean
@@ -281,6 +281,17 @@ def root_of(dataset: DatasetSettings) -> Path:
     if not os.access(root, os.R_OK | os.X_OK):
         raise ManifestError(f"{root}: the dataset's root may not be read.", "Give yourself the right to read it.")
     return root
+
+
+def check_root(reader: str, root: Path | None) -> None:
+    """Refuse a root that cannot be read before anything slow is imported; readers that generate media make theirs.
+
+    Raises:
+        ManifestError: it is no folder, or may not be read.
+    """
+    entry = READERS.get(reader)
+    if root is not None and entry is not None and not entry.generates:
+        root_of(DatasetSettings(root=root))
 
 
 def split_folder(dataset: DatasetSettings, root: Path, usual: Sequence[str], names: Sequence[str]) -> Path:

@@ -116,6 +116,13 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
     return tables
 
 
+def unrepeated(tables: Sequence[Table]) -> list[Table]:
+    """`tables` without those whose rows a joint one (`all-SETTING`) has already."""
+    joint = [table for table in tables if table.columns[:2] == ["modalities", "method"] and "all-" in table.name]
+    told = tuple(f"-{table.name.rpartition('all-')[2]}" for table in joint)
+    return [table for table in tables if table in joint or not table.name.endswith(told)]
+
+
 def _seeds(runs: Sequence[Run]) -> str:
     counts = Counter((run.dataset, run.modalities, run.method, run.column) for run in runs).values()
     low, high = min(counts), max(counts)

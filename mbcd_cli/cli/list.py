@@ -14,7 +14,6 @@ from mbcd_cli import console
 from mbcd_cli.cli.options import Asked, Reply, command
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.naming import did_you_mean
-from mbcd_cli.plugins import summaries_of
 
 LISTS = ("presets", "datasets", "encoders", "methods")
 
@@ -34,18 +33,15 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[obj
         SettingsError: no such kind.
     """
     if what == "presets":
-        from mbcd_cli.settings.sources import preset_names
+        from mbcd_cli.settings.sources import preset_purposes
 
-        return ("preset", "purpose"), [(name, _purpose(name)) for name in preset_names()]
+        return ("preset", "purpose"), [*preset_purposes().items()]
     if what == "datasets":
         return _datasets(cache)
     if what == "encoders":
-        from mbcd_cli.encoders import ENCODERS, GROUP, SCHEMES, EncoderEntry
+        from mbcd_cli.encoders import encoder_summaries
 
-        entries = summaries_of(GROUP, ENCODERS, EncoderEntry)
-        rows = [(name, "", e) if isinstance(e, str) else (name, e.kind, e.summary) for name, e in entries]
-        rows += [(f"{name}:{s.what}", ", ".join(s.kinds), s.summary) for name, s in SCHEMES.items()]
-        return ("encoder", "reads", "what"), rows
+        return ("encoder", "reads", "what"), encoder_summaries()
     if what == "methods":
         from mbcd_cli.methods import MethodSummary, method_summaries
 
@@ -56,19 +52,11 @@ def choices(what: str, cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[obj
     )
 
 
-def _purpose(name: str) -> str:
-    from mbcd_cli.settings.sources import preset_folder
-
-    first = (preset_folder() / f"{name}.toml").read_text(encoding="utf-8").splitlines()[0]
-    return first.lstrip("# ").strip()
-
-
 def _datasets(cache: Path) -> tuple[tuple[str, ...], Sequence[tuple[str, ...]]]:
     from mbcd_cli.data.dataset import prepared_summaries
-    from mbcd_cli.data.readers import GROUP, READERS, ReaderEntry
+    from mbcd_cli.data.readers import reader_summaries
 
-    entries = summaries_of(GROUP, READERS, ReaderEntry)
-    rows = [(name, "reader", e if isinstance(e, str) else e.summary) for name, e in entries]
+    rows = [(name, "reader", summary) for name, summary in reader_summaries()]
     for name, modalities, domains in prepared_summaries(cache):
         rows.append((name, "prepared", f"{', '.join(modalities)}; domains {', '.join(domains)}"))
     return ("dataset", "kind", "what"), rows

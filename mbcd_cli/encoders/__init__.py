@@ -17,7 +17,7 @@ from mbcd_cli.encoders.formats import EncoderFormat
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder, Tail, Trunk
 from mbcd_cli.errors import FOREIGN, SettingsError, lines_of
 from mbcd_cli.naming import did_you_mean
-from mbcd_cli.plugins import entry_of
+from mbcd_cli.plugins import entry_of, summaries_of
 from mbcd_cli.settings import Settings
 
 GROUP = "mbcd.encoders"
@@ -249,3 +249,10 @@ def cut_encoder(name: str, settings: Modality, *, live: bool = False, frozen: bo
         dim = form.wants(settings).dim
         return StagedEncoder({"adapter": Adapter(dim)}, dim=dim).cut("adapter", frozen=frozen)
     return build_encoder(name, settings).cut(settings.cut, live=live, frozen=frozen)
+
+
+def encoder_summaries() -> list[tuple[str, str, str]]:
+    """(name, kinds of modality that it reads, what it is or what is wrong with it) of all encoders and formats."""
+    entries = summaries_of(GROUP, ENCODERS, EncoderEntry)
+    rows = [(name, "", e) if isinstance(e, str) else (name, e.kind, e.summary) for name, e in entries]
+    return rows + [(f"{name}:{s.what}", ", ".join(s.kinds), s.summary) for name, s in SCHEMES.items()]

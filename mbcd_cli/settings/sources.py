@@ -49,6 +49,12 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in preset_folder().glob("*.toml"))
 
 
+def preset_purposes() -> dict[str, str]:
+    """Name of each shipped preset -> the first line of its file."""
+    texts = {name: (preset_folder() / f"{name}.toml").read_text(encoding="utf-8") for name in preset_names()}
+    return {name: text.splitlines()[0].lstrip("# ").strip() for name, text in texts.items()}
+
+
 def read_toml(path: Path, what: str) -> dict[str, object]:
     """The values of a TOML file.
 

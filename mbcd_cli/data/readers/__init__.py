@@ -12,7 +12,7 @@ from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.data.records import Rejected
 from mbcd_cli.errors import ManifestError, SettingsError
 from mbcd_cli.naming import did_you_mean
-from mbcd_cli.plugins import entry_of, plugins
+from mbcd_cli.plugins import entry_of, plugins, summaries_of
 from mbcd_cli.settings import DatasetSettings, ManifestSettings, ReaderSettings
 
 GROUP = "mbcd.readers"
@@ -154,6 +154,12 @@ def reader_settings(name: str) -> ReaderSettings:
     return (entry.settings if entry is not None else ReaderSettings)().model_copy(update={"name": name})
 
 
+def reader_summaries() -> list[tuple[str, str]]:
+    """(name, what it reads or what is wrong with it) of all readers."""
+    entries = summaries_of(GROUP, READERS, ReaderEntry)
+    return [(name, entry if isinstance(entry, str) else entry.summary) for name, entry in entries]
+
+
 def narrations_of(dataset: DatasetSettings, domains: Sequence[str]) -> Mapping[str, Sequence[str]]:
     """Class -> what was said of its training clips in these domains, by the dataset's reader.
 
@@ -162,7 +168,8 @@ def narrations_of(dataset: DatasetSettings, domains: Sequence[str]) -> Mapping[s
     """
     entry = entry_of(dataset.reader.name, GROUP, READERS, ReaderEntry)
     if entry is None or entry.narrations is None:
-        having = [name for name, one in READERS.items() if one.narrations]
+        every = summaries_of(GROUP, READERS, ReaderEntry)
+        having = [name for name, one in every if not isinstance(one, str) and one.narrations]
         raise SettingsError(
             f"Reader {dataset.reader.name} of {dataset.name} has no narrations.",
             f"Set dataset.reader to one that has ({', '.join(having)}), or write a file of prompts.",

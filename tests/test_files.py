@@ -59,6 +59,34 @@ def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_files_that_wait_for_the_disk_together_have_their_names_when_all_have(tmp_path, monkeypatch):
+    fsync, done = os.fsync, []
+    log, old, broken = tmp_path / "log", tmp_path / "old", tmp_path / "broken"
+    for path in (log, old, broken):
+        path.write_text("before")
+
+    def failing(handle):
+        done.append(Path(f"/proc/self/fd/{handle}").readlink())
+        if ".broken." in done[-1].name:
+            raise OSError(errno.EIO, "no answer")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with files.synced_at_once() as failed:
+        files.sync(log)
+        for text in ("first", "last"):
+            for path in (old, broken):
+                files.write_text(path, text, place="--run")
+        assert (old.read_text(), done) == ("before", [])
+    assert (old.read_text(), broken.read_text()) == ("last", "before")
+    assert sorted(tmp_path.iterdir()) == sorted([log, old, broken])
+    assert done[-1] == tmp_path
+    assert len(done) == 4
+    assert [(path, "--run" in error.remedy) for path, error in failed.items()] == [(broken, True)]
+    files.write_text(old, "alone")
+    assert done[-1] == tmp_path, "after the block each waits by itself"
+
+
 _KILLED = """
 import sys
 from pathlib import Path

@@ -58,6 +58,38 @@ for one, other in zip(ours['state'].values(), theirs['state'].values()):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_population_does_not_import_sympy_and_its_cross_entropy_is_torchs_to_the_bit():
+    code = """
+import sys, torch
+from torch.func import vmap
+from torch.nn import functional as F
+from mbcd_cli.methods.parts import cross_entropy
+from mbcd_cli.training.contract import Subject
+from mbcd_cli.training.population import Member, StackedStep
+for name in ("mbcd", "nel"):
+    subject = Subject.of(name, {})
+    members = [subject.training(seed=seed) for seed in range(2)]
+    for member in members:
+        member.randomness.own_globals()
+    step = StackedStep([Member(member.step, member.randomness) for member in members])
+    step([subject.batch(seed) for seed in range(2)])
+assert not {'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)
+labels = torch.randint(10, (5, 16))
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    logits = 4 * torch.randn(5, 16, 10, dtype=dtype)
+    found = []
+    wide = torch.promote_types(dtype, torch.float32)
+    for of in (cross_entropy, lambda rows, classes: F.cross_entropy(rows.to(wide), classes)):
+        rows = logits.clone().requires_grad_()
+        losses = vmap(of)(rows, labels)
+        losses.sum().backward()
+        found.append((losses, rows.grad))
+    assert all(torch.equal(*pair) for pair in zip(*found)), dtype
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_far_more_threads_than_processors_are_refused(monkeypatch):
     monkeypatch.setattr("mbcd_cli.runtime.os.cpu_count", lambda: 2)
     before = torch.get_num_threads()

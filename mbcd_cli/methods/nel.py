@@ -10,11 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 import torch
-from torch.nn import functional as F
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Method, Outputs, Term
-from mbcd_cli.methods.parts import full_precision, shared_projections, shared_rows, supervised_contrast, unit_rows
+from mbcd_cli.methods.parts import (
+    cross_entropy,
+    full_precision,
+    shared_projections,
+    shared_rows,
+    supervised_contrast,
+    unit_rows,
+)
 from mbcd_cli.settings import Count, Fraction, MethodSettings, NonNegative, Positive, Range
 
 LEAST = 1e-6
@@ -98,7 +104,7 @@ def view_agreement(shifted: Sequence[torch.Tensor], temperature: float) -> torch
     """L_UNC of M times mean-shifted rows [N, D], two views of each clip after one another, []."""
     q = unit_rows(torch.cat(list(shifted), dim=1))
     logits = q[0::2] @ q[1::2].T / temperature
-    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+    return cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
 def spectral_negative_entropy(rows: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,11 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over the batch: logits [B, C], labels [B] -> []."""
-    return F.cross_entropy(full_precision(logits), labels)
+    logits = full_precision(logits)
+    if not torch._C._functorch.is_batchedtensor(logits):
+        return F.cross_entropy(logits, labels)
+    # torch's rule for vmap, operation by operation: its own imports sympy first (2 s of a population's start).
+    return (-logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]).sum() / len(labels)
 
 
 def teacher_probabilities(logits: torch.Tensor) -> torch.Tensor:

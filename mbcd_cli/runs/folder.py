@@ -84,7 +84,7 @@ class RunFolder:
         for name in LOGS:
             path = self.path / name
             if path.exists():
-                sync(path)
+                sync(path, place="--run", then="go on with --resume")
                 sizes[name] = path.read_bytes().count(b"\n") if name == _TIMES else path.stat().st_size
         return sizes
 

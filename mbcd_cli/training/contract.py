@@ -471,21 +471,28 @@ def _check_captured(subject: Subject) -> None:
 def check_population(subject: Subject) -> None:
     """Each member of a population does what it does alone, beside one whose weights turn infinite too.
 
-    Once with the same settings, once with others wherever they are numbers; and once more where there is a GPU.
+    With the same settings, and with others wherever they are numbers, of one modality (unless it is refused) and of
+    four; once more where there is a GPU.
     """
     if subject.kind.stackable:
-        for factors in ((1.0, 1.0, 1.0), (1.0, 0.9, 0.8)):
-            _check_population(subject, factors, "cpu")
+        _check_population(subject, (1.0, 1.0, 1.0), "cpu")
+        differing = (1.0, 0.9, 0.8)
+        for modalities in (1, 4):
+            try:
+                subject.training(modalities=modalities)
+            except MbcdError:
+                continue
+            _check_population(subject, differing, "cpu", modalities=modalities)
         if torch.cuda.is_available():
-            _check_population(subject, factors, "cuda")
+            _check_population(subject, differing, "cuda")
 
 
-def _check_population(subject: Subject, factors: Sequence[float], device: str) -> None:
+def _check_population(subject: Subject, factors: Sequence[float], device: str, *, modalities: int = 2) -> None:
     seeds, broken = range(3), 1
-    made = partial(subject.training, device=device)
+    made = partial(subject.training, device=device, modalities=modalities)
 
     def batch(seed: int, number: int) -> Batch:
-        return subject.batch(10 * seed + number).to(torch.device(device))
+        return subject.batch(10 * seed + number, modalities=modalities).to(torch.device(device))
 
     alone: dict[int, tuple[list[torch.Tensor], dict[str, torch.Tensor]]] = {}
     for seed in seeds:

@@ -21,7 +21,7 @@ from mbcd_cli.data.loading import ResidentRows, resident_bytes
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import TEST_VIEW, Batch
 from mbcd_cli.errors import MbcdError, SettingsError, StoppedError, lines_of
-from mbcd_cli.files import size_text
+from mbcd_cli.files import size_text, synced_at_once
 from mbcd_cli.json_values import json_values
 from mbcd_cli.runs.folder import SETTINGS, open_run
 from mbcd_cli.runtime import configure, free_memory, peak_memory_mb
@@ -42,6 +42,9 @@ WIDTH = 64
 and 1.5 where they are 32, 2 where they are 16."""
 POPULATION_BYTES = 2**30
 """What the weights of the trainings under way, with gradients, moments and averages, take at most."""
+
+_SYNCED = 16
+"""Members whose checkpoints wait for the disk together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +143,7 @@ def train_together(
                 stranded += [one for place in places for one in place.waiting]
                 _one_by_one(stranded, dataset, interrupts, end)
                 return
-            for place, vector in zip(places, vectors, strict=True):
-                place.live = place.live and _goes_on(place.member, vector, end)
+            _all_go_on([(place, vector) for place, vector in zip(places, vectors, strict=True) if place.live], end)
 
 
 def member_bytes(settings: Settings, dataset: Dataset, *, device: torch.device) -> int:
@@ -268,7 +270,7 @@ def _begin(
         except Exception as error:
             end(one, error)
             return None
-        if not _goes_on(member, None, end):
+        if not _goes_on(member, _advanced(member, None), end):
             return None
         member.held = held.pop_all()
         return member
@@ -290,29 +292,48 @@ def _one_by_one(
                 return
 
 
-def _goes_on(
-    member: _Member, answer: torch.Tensor | Said | Exception | None, end: Callable[[Wanted, Outcome], None]
-) -> bool:
-    """Hand a member the figures of its step, what its models say or what came instead (None: it begins); whether it
-    asks for more."""
+def _advanced(member: _Member, answer: torch.Tensor | Said | Exception | None) -> Exception | None:
+    """Hand a member the figures of its step, what its models say or what came instead (None: it begins); what has ended
+    it, a `StopIteration` where it is complete, or None where it asks for more."""
     try:
         one = member.asking
         member.asked = one.throw(answer) if isinstance(answer, Exception) else one.send(answer)
-        return True
-    except StopIteration:
-        outcome: Outcome = _finished(member)
     except Exception as error:
-        outcome = error
+        return error
+    return None
+
+
+def _goes_on(member: _Member, why: Exception | None, end: Callable[[Wanted, Outcome], None]) -> bool:
+    """Whether it does, where `why` is what `_advanced` has said; one that does not is let go, and its end told."""
+    if why is None:
+        return True
+    outcome = _finished(member) if isinstance(why, StopIteration) else why
     member.held.close()
     end(member.wanted, outcome)
     return False
 
 
+def _all_go_on(
+    answered: Sequence[tuple[_Place, torch.Tensor | Said | Exception]], end: Callable[[Wanted, Outcome], None]
+) -> None:
+    """Hand every member its answer, one after another.
+
+    Checkpoints that follow wait for the disk together, some at a time: a disk that is all but full holds few twice.
+    """
+    for first in range(0, len(answered), _SYNCED):
+        some = answered[first : first + _SYNCED]
+        with synced_at_once() as failed:
+            whys = [_advanced(place.member, answer) for place, answer in some]
+        for (place, _), why in zip(some, whys, strict=True):
+            run = place.member.wanted.run
+            unwritten = next((error for path, error in failed.items() if path.is_relative_to(run)), None)
+            place.live = _goes_on(place.member, unwritten or why, end)
+
+
 def _validated(live: Sequence[_Place], end: Callable[[Wanted, Outcome], None]) -> bool:
     """Answer the members that ask for a validation, one after another (docs/performance.md); whether there were any."""
     asking = [place for place in live if isinstance(place.member.asked, Validation)]
-    for place, said in [(place, _said(place.member)) for place in asking]:
-        place.live = _goes_on(place.member, said, end)
+    _all_go_on([(place, _said(place.member)) for place in asking], end)
     return bool(asking)
 
 

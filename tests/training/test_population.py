@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from fakes import MemoryDataset, memory_settings
 
-from mbcd_cli.errors import RunError, StoppedError
+from mbcd_cli.errors import FileError, RunError, StoppedError
 from mbcd_cli.files import read_records
 from mbcd_cli.methods.base import Method, total
 from mbcd_cli.runs.checkpoint import load_checkpoint
@@ -175,6 +177,30 @@ def test_stopped_and_gone_on_with_a_population_ends_in_the_same_bits(tmp_path, m
         one, other = (load_checkpoint(run / "checkpoints/last.pt") for run in (whole, cut))
         assert all(torch.equal(value, other.student[name]) for name, value in one.student.items())
         assert all(torch.equal(value, other.teacher[name]) for name, value in (one.teacher or {}).items())
+
+
+def test_checkpoints_wait_for_the_disk_together_and_one_that_cannot_be_written_ends_its_member_alone(
+    tmp_path, monkeypatch
+):
+    fsync, names = os.fsync, []
+
+    def failing(handle):
+        name = str(Path(f"/proc/self/fd/{handle}").readlink())
+        names.append(name)
+        if "/1/checkpoints/.last.pt" in name:
+            raise OSError(errno.EIO, "no answer")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    outcomes = together(tmp_path, [settings_of(seed) for seed in range(3)])
+    assert isinstance(outcomes["1"], FileError)
+    assert outcomes["1"].message.startswith(f"{tmp_path}/1/checkpoints/last.pt cannot be written")
+    assert "--run" in outcomes["1"].remedy
+    assert not any((tmp_path / "1/checkpoints").glob("*last*"))
+    assert [(tmp_path / str(number) / "done").is_file() for number in range(3)] == [True, False, True]
+    first = [name for name in names if "/checkpoints" in name]
+    first = first[: first.index(next(name for name in first if name.endswith("/checkpoints")))]
+    assert {name.removeprefix(f"{tmp_path}/")[0] for name in first if "last.pt" in name} == set("012")
 
 
 def test_a_signal_while_they_are_validated_one_by_one_stops_them_all(tmp_path, monkeypatch):

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, logsumexp
 
 from mbcd_cli.scoring.metrics import finite, mean_cross_entropy, predicted, probabilities
@@ -152,6 +151,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
         return -log_softmax(values / np.exp(log_temperature), axis=1)[rows, labels].mean()
 
     low, high = np.log(TEMPERATURES)
+    from scipy.optimize import minimize_scalar  # a third of a second to import
+
     minimum = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(minimum.x))
 

@@ -93,6 +93,7 @@ def written(path: Path, *, lasting: bool = True, **where: str) -> Iterator[Path]
         yield aside
         stamp(aside, path.name)
         if waits:
+            _waiting.pop(aside, None)  # the order is that of the last words
             _waiting[aside] = path, where
             return
         if lasting:
@@ -111,14 +112,18 @@ def written(path: Path, *, lasting: bool = True, **where: str) -> Iterator[Path]
 
 
 @contextmanager
-def synced_at_once() -> Iterator[dict[Path, FileError]]:
+def synced_at_once(folders: Sequence[Path]) -> Iterator[dict[Path, FileError]]:
     """Within the block nothing of `written` and `sync` waits for the disk: all files do together, at its end.
 
     A disk that is given several files at a time takes half as long (docs/performance.md). Files have their names when
     the block has ended, in the order in which they were written; until then what had a name before has it.
 
+    Args:
+        folders: all that is written lies in them. Of one in which a file does not get to the disk, those that follow it
+            get no name either: they may speak of it.
+
     Yields:
-        Filled at the end: file, or folder of names, that did not get to the disk -> why.
+        Filled at the end: such folders -> why.
     """
     global _waiting
     failed: dict[Path, FileError] = {}
@@ -128,19 +133,22 @@ def synced_at_once() -> Iterator[dict[Path, FileError]]:
     finally:
         _waiting = None
         with ThreadPoolExecutor(_AT_ONCE) as pool:
+            named: dict[Path, tuple[Path, dict[str, str]]] = {}
             for (source, (path, where)), error in zip(waiting.items(), pool.map(_unsynced, waiting), strict=True):
+                owner = next(folder for folder in folders if path.is_relative_to(folder))
                 try:
                     if error is not None:
                         raise error
-                    source.replace(path)
+                    if source != path and owner not in failed:
+                        source.replace(path)
+                        named[path.parent] = owner, where
                 except OSError as error:
-                    failed[path] = unwritable(path, error, **where)
-                    if source != path:
-                        source.unlink(missing_ok=True)
-            folders = {path.parent: where for source, (path, where) in waiting.items() if source != path}
-            for (folder, where), error in zip(folders.items(), pool.map(_unsynced, folders), strict=True):
+                    failed.setdefault(owner, unwritable(path, error, **where))
+                if source != path:
+                    source.unlink(missing_ok=True)
+            for (folder, (owner, where)), error in zip(named.items(), pool.map(_unsynced, named), strict=True):
                 if error is not None:
-                    failed[folder] = unwritable(folder, error, **where)
+                    failed.setdefault(owner, unwritable(folder, error, **where))
 
 
 def _unsynced(path: Path) -> OSError | None:

@@ -60,31 +60,37 @@ def test_file_and_folder_are_synced_before_and_after_the_rename(tmp_path, monkey
 
 
 def test_files_that_wait_for_the_disk_together_have_their_names_when_all_have(tmp_path, monkeypatch):
+    """Of a folder in which one fails, those before it alone: what follows may speak of it."""
     fsync, done = os.fsync, []
-    log, old, broken = tmp_path / "log", tmp_path / "old", tmp_path / "broken"
-    for path in (log, old, broken):
-        path.write_text("before")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    names = ("log", "best", "last")
+    for folder in (whole, broken):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("before")
 
     def failing(handle):
         done.append(Path(f"/proc/self/fd/{handle}").readlink())
-        if ".broken." in done[-1].name:
+        if done[-1].parent == broken and ".best." in done[-1].name:
             raise OSError(errno.EIO, "no answer")
         fsync(handle)
 
+    def texts(folder):
+        return [(folder / name).read_text() for name in names]
+
     monkeypatch.setattr(os, "fsync", failing)
-    with files.synced_at_once() as failed:
-        files.sync(log)
-        for text in ("first", "last"):
-            for path in (old, broken):
-                files.write_text(path, text, place="--run")
-        assert (old.read_text(), done) == ("before", [])
-    assert (old.read_text(), broken.read_text()) == ("last", "before")
-    assert sorted(tmp_path.iterdir()) == sorted([log, old, broken])
-    assert done[-1] == tmp_path
-    assert len(done) == 4
-    assert [(path, "--run" in error.remedy) for path, error in failed.items()] == [(broken, True)]
-    files.write_text(old, "alone")
-    assert done[-1] == tmp_path, "after the block each waits by itself"
+    with files.synced_at_once([whole, broken]) as failed:
+        for folder in (whole, broken):
+            files.sync(folder / "log")
+            for name, text in (("best", "first"), ("best", "second"), ("last", "second")):
+                files.write_text(folder / name, text, place="--run")
+        assert (texts(whole), done) == (["before"] * 3, [])
+    assert (texts(whole), texts(broken)) == (["before", "second", "second"], ["before"] * 3)
+    assert sorted(tmp_path.rglob("*")) == sorted([whole, broken, *(f / n for f in (whole, broken) for n in names)])
+    assert (len(done), done[-1]) == (7, whole)
+    assert [(folder, "--run" in error.remedy) for folder, error in failed.items()] == [(broken, True)]
+    files.write_text(whole / "last", "alone")
+    assert done[-1] == whole, "after the block each waits by itself"
 
 
 _KILLED = """

@@ -322,12 +322,10 @@ def _all_go_on(
     """
     for first in range(0, len(answered), _SYNCED):
         some = answered[first : first + _SYNCED]
-        with synced_at_once() as failed:
+        with synced_at_once([place.member.wanted.run for place, _ in some]) as failed:
             whys = [_advanced(place.member, answer) for place, answer in some]
         for (place, _), why in zip(some, whys, strict=True):
-            run = place.member.wanted.run
-            unwritten = next((error for path, error in failed.items() if path.is_relative_to(run)), None)
-            place.live = _goes_on(place.member, unwritten or why, end)
+            place.live = _goes_on(place.member, failed.get(place.member.wanted.run, why), end)
 
 
 def _validated(live: Sequence[_Place], end: Callable[[Wanted, Outcome], None]) -> bool:

@@ -23,6 +23,7 @@ from mbcd_cli.launch.unit import STOPPED_CODE, Order
 from mbcd_cli.launch.worker import Worker
 from mbcd_cli.runs import checkpoint, folder
 from mbcd_cli.runs.checkpoint import load_checkpoint
+from mbcd_cli.say import Say
 from mbcd_cli.training import train as command
 from mbcd_cli.training import trainer
 
@@ -215,7 +216,7 @@ def test_ctrl_c_after_a_signal_interrupts_at_once_and_the_run_goes_on(whole, tmp
     assert_same(run, whole)
 
 
-def serve(arguments: list[str]) -> int:
+def serve(arguments: list[str], _: Say) -> int:
     """The process of a training whose second step takes longer than one without an owner has, and says by files that it
     begins, and that it was asked for the end: RUN, FILE, FILE."""
     warm._LAST_SECONDS = 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,7 +150,8 @@ def _as_wanted(name: str, modality: Modality, form: EncoderFormat) -> Modality:
     if wrong:
         raise SettingsError(
             "\n".join(f"modalities.{name}.{f} is {given[f]}, and {modality.encoder} wants {wanted[f]}." for f in wrong),
-            "Leave it out: what the encoder wants is taken.",
+            "Leave it out: what the encoder wants is taken. If a preset sets it, say "
+            + " ".join(f"--set modalities.{name}.{f}={json.dumps(wanted[f], separators=(',', ':'))}" for f in wrong),
         )
     filled = modality.model_copy(update={f: v for f, v in wanted.items() if given.get(f) is None})
     try:

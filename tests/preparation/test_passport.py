@@ -66,6 +66,17 @@ class Sound(nn.Module):
         return torch.relu(self.convolution(x.unsqueeze(1))).mean(2)
 
 
+class Steps(nn.Module):
+    """[N, S] -> [N, 4], by an LSTM of two layers and directions on steps of 8 samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 2, num_layers=2, bidirectional=True, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x.unflatten(1, [-1, 8]))[0][:, -1]
+
+
 def script(path: Path, model: nn.Module, wants: dict) -> Path:
     torch.jit.save(torch.jit.script(model.eval()), path)
     path.with_name(f"{path.name}.toml").write_text(tomli_w.dumps(wants))
@@ -119,6 +130,11 @@ def test_settings_against_what_it_wants(tmp_path):
     refused(tmp_path, "modalities.m.frames is 2", "wants 4", frames=2, error=SettingsError)
     refused(tmp_path, "modalities.m.crop is 10", "wants 12", crop=10, error=SettingsError)
     refused(tmp_path, "modalities.m.mean", mean=(0.5, 0.4, 0.3), error=SettingsError)
+    with pytest.raises(SettingsError) as caught:
+        passports(settings_of(tmp_path, frames=2, mean=(0.5, 0.4, 0.3)))
+    remedy = [word for word in caught.value.remedy.split() if word.startswith("modalities.")]
+    preset = [f"modalities.m.{told}" for told in ("kind=video", "encoder=torchscript:m.pt", "cut=adapter", "frames=2")]
+    assert passports(resolve(sets=[*preset, *remedy], flags={"cache.weights_dir": tmp_path}))
 
 
 class Mixed(nn.Module):
@@ -254,6 +270,13 @@ def test_published_weights_with_other_means(tmp_path, monkeypatch):
         passports(validate({"modalities": {"video": video}, "cache": cache}))
     assert "the weights want mean = (127.0, 127.0, 127.0)" in str(caught.value)
     assert "modalities.NAME.mean, modalities.NAME.std" in str(caught.value)
+
+
+def test_operations_of_an_lstm_are_counted(tmp_path):
+    script(tmp_path / "m.pt", Steps(), SOUND)
+    found = passports(settings_of(tmp_path, kind="audio"))["m"]
+    # 4 gates of 2 values, from 8 samples and 2 values of state, then from 4 (both directions) and 2; 50 steps
+    assert found.gflop == pytest.approx(2 * 50 * 2 * (8 * (8 + 2) + 8 * (4 + 2)) / 1e9)
 
 
 def test_command(tmp_path):

@@ -168,8 +168,15 @@ def _check_reads(name: str, modality: Modality) -> None:
     (shape, dtype), *_ = modality.part_shapes()
     try:
         with torch.device("meta"):
-            view = torch.empty((1, *shape), dtype=getattr(torch, dtype.name))
-            build_encoder(name, modality).eval()((view,))
+            encoder = build_encoder(name, modality).eval()
+    except (RuntimeError, ImportError, *FOREIGN) as error:
+        text = f"{type(error).__name__}: {lines_of(error)[0][:200]}"
+        raise SettingsError(
+            f"modalities.{name}: {modality.encoder} cannot be built as its files say ({text}).", "Download them again."
+        ) from error
+    try:
+        with torch.device("meta"):
+            encoder((torch.empty((1, *shape), dtype=getattr(torch, dtype.name)),))
     except (RuntimeError, *FOREIGN) as error:
         text = lines_of(error)[0][:200]
         raise SettingsError(

@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.pretrained import checked_sha256, same_sha256
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.wants import Wants
 from mbcd_cli.errors import CheckpointError, SettingsError, lines_of
+
+Told = TypeVar("Told")
 
 
 class EncoderFormat(ABC):
@@ -134,8 +137,21 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: is no readable JSON ({error}).", "Download it again.") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds no settings by name.", "Download it again.")
     return content
+
+
+def validated(kinds: TypeAdapter[Told], content: object, file: Path, remedy: str) -> Told:
+    """What a file says, as the types that it may be of.
+
+    Raises:
+        CheckpointError: naming every value that is of another.
+    """
+    try:
+        return kinds.validate_python(content)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
+        raise CheckpointError(f"{file}: {'; '.join(problems)}.", remedy) from error

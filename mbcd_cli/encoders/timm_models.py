@@ -11,12 +11,14 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, TypeAdapter
 from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme, import_optional, read_config
+from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme, import_optional, read_config, validated
 from mbcd_cli.encoders.pretrained import differing_keys, find_weights, read_weights, refuse_keys
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.tokens import Block, channels_first, over_time, pixels, single_frames, tokens_first
@@ -25,6 +27,31 @@ from mbcd_cli.errors import CheckpointError
 from mbcd_cli.naming import did_you_mean
 
 _OF_PREPROCESSING = ("mean", "std", "input_size", "crop_pct", "classifier", "license", "tag")
+
+
+_THREE = Field(min_length=3, max_length=3)
+
+
+class _Preprocessing(BaseModel, strict=True):
+    """What is read of `pretrained_cfg`; timm knows what is not told, or null."""
+
+    input_size: Annotated[list[PositiveInt], _THREE] | None = None
+    crop_pct: PositiveFloat | None = None
+    mean: Annotated[list[float], _THREE] | None = None
+    std: Annotated[list[PositiveFloat], _THREE] | None = None
+    classifier: str | list[str] | None = None
+    license: str | None = None
+    tag: str | None = None
+
+
+class _Config(BaseModel, strict=True):
+    """What is read of the config.json beside weights of timm's."""
+
+    architecture: str = ""
+    pretrained_cfg: _Preprocessing = _Preprocessing()
+
+
+_CONFIG = TypeAdapter(_Config)
 
 
 class TimmFormat(EncoderFormat):
@@ -40,10 +67,11 @@ class TimmFormat(EncoderFormat):
         beside = _beside(modality, weights_dir)
         if beside is not None:
             config = read_config(beside)
+            validated(_CONFIG, config, beside, "Download it again.")
             there = config.get("architecture", name)
             if there.partition(".")[0] != name.partition(".")[0]:
                 raise CheckpointError(f"{beside}: is of {there}, not of {name}.", f"Say encoder=timm:{there}.")
-            told |= config.get("pretrained_cfg", {})
+            told |= {key: value for key, value in config.get("pretrained_cfg", {}).items() if value is not None}
         side = told["input_size"][1]
         if side != told["input_size"][2]:
             raise CheckpointError(f"timm's {name} takes no square frames ({told['input_size']}).", "Take another.")

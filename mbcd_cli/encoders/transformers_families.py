@@ -274,7 +274,7 @@ class DescribedModel:
         try:
             config = config_class.from_dict(dict(self.config))
         except Exception as error:  # whatever the owner's checks raise
-            told = lines_of(error)[0]
+            told = " ".join(lines_of(error))
             raise CheckpointError(f"config.json: is no {self.family.config}: {told}", "Download it again.") from error
         for field, value in config.to_dict().items():
             if "drop" in field and isinstance(value, float):
@@ -310,7 +310,11 @@ class DescribedModel:
         Raises:
             CheckpointError: its configurations contradict each other, or one lacks something.
         """
-        family, config, processor = self.family, self.owner_config, self.processor
+        family, processor = self.family, self.processor
+        try:
+            config = self.owner_config
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder / error.message}", error.remedy) from error
 
         def told(key: str) -> Any:
             if processor.get(key) is None:

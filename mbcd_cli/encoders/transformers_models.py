@@ -6,16 +6,18 @@ Nothing is fetched, and no code of a folder's is run.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, TypeAdapter
 from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme, read_config
+from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme, read_config, validated
 from mbcd_cli.encoders.pretrained import refuse_keys
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.transformers_families import FAMILIES, DescribedModel, import_transformers
@@ -26,6 +28,38 @@ _CONFIG = "config.json"
 _PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
 _PARTS = ("video_processor", "image_processor", "feature_extractor")  # of a processor_config.json
 _OF_LABELS = ("id2label", "label2id", "text_config", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
+_OF_ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+"""How it is computed: a repository's name there has transformers fetch that and run its code."""
+
+_THREE = Field(min_length=3, max_length=3)
+
+
+class _Processor(BaseModel, strict=True):
+    """What is read of a processor's configuration; what is not told, or null, is asked for where it is needed."""
+
+    size: dict[str, int | None] | int | None = None
+    crop_size: dict[str, int | None] | int | None = None
+    do_center_crop: bool | None = None
+    do_normalize: bool | None = None
+    do_rescale: bool | None = None
+    rescale_factor: PositiveFloat | None = None
+    image_mean: Annotated[list[float], _THREE] | None = None
+    image_std: Annotated[list[PositiveFloat], _THREE] | None = None
+    sampling_rate: PositiveInt | None = None
+    max_length: PositiveInt | None = None
+    max_length_s: PositiveInt | None = None
+    num_mel_bins: PositiveInt | None = None
+    mean: float | None = None
+    std: PositiveFloat | None = None
+    feature_size: PositiveInt | None = None
+    fft_window_size: PositiveInt | None = None
+    hop_length: PositiveInt | None = None
+    frequency_min: float | None = None
+    frequency_max: PositiveFloat | None = None
+    truncation: str | None = None
+
+
+_PROCESSOR = TypeAdapter(_Processor)
 
 
 class TransformersFormat(EncoderFormat):
@@ -38,14 +72,14 @@ class TransformersFormat(EncoderFormat):
         model_type = config.get("model_type")
         code = sorted(path.name for path in folder.glob("*.py"))
         if "auto_map" in config or code:
-            raise CheckpointError(
-                f"{folder / _CONFIG}: asks for code of its own ({', '.join(code) or 'auto_map'}), which is never run.",
-                f"Take a model of {_families()}, or export this one: an onnx or torchscript file brings no code.",
-            )
-        if model_type not in FAMILIES:
+            raise _asks_for_code(folder / _CONFIG, code)
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
             raise CheckpointError(
                 f"{folder / _CONFIG}: its model_type is {model_type!r}.", f"Known are {_families()}; export others."
             )
+        if "quantization_config" in config or (folder / "adapter_config.json").exists():
+            held = "weights that are quantised" if "quantization_config" in config else "an adapter beside its weights"
+            raise CheckpointError(f"{folder}: has {held}.", "Put the plain, merged model there.")
         family = FAMILIES[model_type]
         inner = config.get(family.nested) if family.nested else config
         if not isinstance(inner, dict):
@@ -58,10 +92,14 @@ class TransformersFormat(EncoderFormat):
             )
         processor = read_config(file)
         processor = next((processor[part] for part in _PARTS if isinstance(processor.get(part), dict)), processor)
+        if "auto_map" in processor:
+            raise _asks_for_code(file, [])
+        validated(_PROCESSOR, processor, file, "Download it again.")
+        architectures = config.get("architectures")
         described = DescribedModel(
             model_type=model_type,
-            architecture=next(iter(config.get("architectures") or ()), None),
-            config={key: value for key, value in inner.items() if key not in _OF_LABELS},
+            architecture=architectures[0] if isinstance(architectures, list) and architectures else None,
+            config={key: value for key, value in _without_code(inner).items() if key not in _OF_LABELS},
             processor=processor,
             **_card(folder),
         )
@@ -96,6 +134,7 @@ class TransformersFormat(EncoderFormat):
         """`EncoderFormat.load`, as transformers reads files: older names of keys are known to it."""
         folder = model_folder(modality, weights_dir)
         described = DescribedModel.from_json(modality.encoder_config)
+        check_safetensors(self.files(modality, weights_dir))
         model, told = read_model(described.owner_class, folder, config=described.owner_config)
         filled = _stages(described, model, modality).stages
         ours = {id(value) for value in filled.state_dict(keep_vars=True).values()}
@@ -113,6 +152,27 @@ class TransformersFormat(EncoderFormat):
         encoder.stages.load_state_dict(filled.state_dict(), strict=False, assign=True)
 
 
+def check_safetensors(files: Sequence[Path]) -> None:
+    """Refuse safetensors that are damaged, by name: what transformers says of them names none.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    import_transformers()
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{file}: cannot be read ({lines_of(error)[0]}); it has {file.stat().st_size:,} bytes.",
+                    "Download it again; what Git LFS left in its place has a few hundred: `git lfs pull` fetches it.",
+                ) from error
+
+
 def read_model(
     owner_class: type[nn.Module], folder: Path, *, config: object = None
 ) -> tuple[nn.Module, dict[str, Collection]]:
@@ -124,11 +184,12 @@ def read_model(
     Raises:
         CheckpointError: they cannot be read.
     """
+    told = read_config(folder / _CONFIG) if config is None else {}
     try:
         with quiet(import_transformers()):
             return owner_class.from_pretrained(
                 folder,
-                **({} if config is None else {"config": config}),
+                config=owner_class.config_class.from_dict(_without_code(told)) if config is None else config,
                 local_files_only=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
@@ -164,6 +225,21 @@ def model_folder(modality: Modality, weights_dir: Path) -> Path:
             "Give the folder that holds a model's config.json and safetensors; --weights-dir is where it begins.",
         )
     return folder
+
+
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _OF_ATTENTION
+    }
+
+
+def _asks_for_code(file: Path, code: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: asks for code of its own ({', '.join(code) or 'auto_map'}), which is never run.",
+        f"Take a model of {_families()}, or export this one: an onnx or torchscript file brings no code.",
+    )
 
 
 def _families() -> str:

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme
+from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme, validated
 from mbcd_cli.encoders.model_files import ModelFile, OnnxModel, TorchModel, shape_text
 from mbcd_cli.encoders.staged import Normalise, StagedEncoder
 from mbcd_cli.encoders.wants import Wants
@@ -88,15 +88,11 @@ class WholeModelFormat(EncoderFormat):
             raise CheckpointError(
                 f"{beside}: there is no {unknown!r}.", f"{did_you_mean(unknown, names)}There are {known}."
             )
-        front = told.pop("front_end", None)
-        try:
-            if front is not None:
-                known = asdict(_FRONT_END.validate_python(front))
-                told |= {"front_end": known.pop("file"), "front_end_settings": tuple(known.items())}
-            wants = _WANTS.validate_python(told)
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors()]
-            raise CheckpointError(f"{beside}: {'; '.join(problems)}.", "docs/encoders.md shows such a file.") from error
+        front, remedy = told.pop("front_end", None), "docs/encoders.md shows such a file."
+        if front is not None:
+            known = asdict(validated(_FRONT_END, front, beside, remedy))
+            told |= {"front_end": known.pop("file"), "front_end_settings": tuple(known.items())}
+        wants = validated(_WANTS, told, beside, remedy)
         if wants.pooling not in POOLINGS:
             raise CheckpointError(
                 f"{beside}: there is no pooling {wants.pooling!r}.", f"Use one of {', '.join(POOLINGS)}."

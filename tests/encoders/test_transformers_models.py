@@ -21,6 +21,7 @@ from mbcd_cli.encoders import build_encoder, described_encoders, format_of
 from mbcd_cli.encoders.formats import import_optional
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.transformers_families import import_transformers
+from mbcd_cli.encoders.transformers_models import read_model
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.preparation.trunk import weights_file
 from mbcd_cli.settings import Settings
@@ -79,6 +80,12 @@ def rewrite(file: Path, **changes: object) -> None:
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
+def nested(folder: Path, **changes: object) -> None:
+    """The same of the configuration of CLIP's tower."""
+    file = folder / "config.json"
+    rewrite(file, vision_config=json.loads(file.read_text())["vision_config"] | changes)
+
+
 def weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """The folder's weights, changed."""
     state = load_file(folder / "model.safetensors")
@@ -99,6 +106,21 @@ SPOILT = {
         lambda f: (f / "modeling_x.py").write_text("raise SystemExit"),
         r"modeling_x.py\), which is never",
     ),
+    "code of the processor": (
+        lambda f: rewrite(f / "preprocessor_config.json", auto_map={"AutoImageProcessor": "x.P"}),
+        r"preprocessor_config.json: asks for code of its own \(auto_map\)",
+    ),
+    "a list for a type": (lambda f: rewrite(f / "config.json", model_type=["clip"]), r"model_type is \['clip'\]"),
+    "a config of braces": (lambda f: (f / "config.json").write_text("[" * 10**5), "config.json: is no readable JSON"),
+    "a layer of another type": (
+        lambda f: nested(f, hidden_size="24"),
+        "clip/config.json: is no CLIPVisionConfig: .*hidden_size.*int",
+    ),
+    "no such activation": (lambda f: nested(f, hidden_act="x"), r"cannot be built .*KeyError: 'x'"),
+    "a mean of text": (lambda f: rewrite(f / "preprocessor_config.json", image_mean="x"), "image_mean: .* valid list"),
+    "a scale of nothing": (lambda f: rewrite(f / "preprocessor_config.json", rescale_factor=0), "rescale_factor"),
+    "quantised": (lambda f: rewrite(f / "config.json", quantization_config={}), "weights that are quantised"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "has an adapter beside its weights"),
     "no processor": (lambda f: drop(f, "preprocessor_config.json"), "nothing says how its input is scaled"),
     "another size": (
         lambda f: rewrite(f / "preprocessor_config.json", crop_size={"height": 48, "width": 48}),
@@ -106,7 +128,10 @@ SPOILT = {
     ),
     "no mean": (lambda f: rewrite(f / "preprocessor_config.json", image_mean=None), "has no image_mean"),
     "no weights": (lambda f: drop(f, "model.safetensors"), r"has no \*.safetensors"),
-    "cut short": (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 99), "weights cannot be read"),
+    "cut short": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\0" * 99),
+        "model.safetensors: cannot be read .* 99 b",
+    ),
     "missing key": (
         lambda f: weights(f, lambda state: state.pop("vision_model.post_layernorm.bias")),
         "1 of its keys differ:\n  missing post_layernorm.bias",
@@ -135,10 +160,21 @@ def test_a_spoilt_folder_is_one_clear_message(folders, tmp_path, what):
     folder = tmp_path / "clip"
     shutil.copytree(folders["clip"][0], folder)
     spoil(folder)
-    with pytest.raises(CheckpointError, match=words) as caught:
+    with pytest.raises((CheckpointError, SettingsError), match=words) as caught:
         prepared(folder)
     assert str(folder) in str(caught.value)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_kernel_that_a_folder_names_is_not_fetched(folders, tmp_path, inner):
+    """transformers takes the name of an attention with a slash in it for a repository of compiled code."""
+    folder = tmp_path / "clip"
+    shutil.copytree(folders["clip"][0], folder)
+    told = {"_attn_implementation": "owner/kernel"}
+    nested(folder, **told) if inner else rewrite(folder / "config.json", **told)
+    prepared(folder)
+    read_model(import_transformers().CLIPModel, folder)
 
 
 def test_weights_of_another_family_are_refused(folders, tmp_path):

@@ -23,7 +23,7 @@ from mbcd_cli.encoders.pretrained import differing_keys, find_weights, read_weig
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.tokens import Block, channels_first, over_time, pixels, single_frames, tokens_first
 from mbcd_cli.encoders.wants import Wants
-from mbcd_cli.errors import CheckpointError
+from mbcd_cli.errors import CheckpointError, lines_of
 from mbcd_cli.naming import did_you_mean
 
 _OF_PREPROCESSING = ("mean", "std", "input_size", "crop_pct", "classifier", "license", "tag")
@@ -63,7 +63,10 @@ class TimmFormat(EncoderFormat):
         if not timm.is_model(name):
             near = did_you_mean(name, timm.list_models())
             raise CheckpointError(f"timm has no model {name!r}.", f"{near}timm.list_models() names them.")
-        told = timm.get_pretrained_cfg(name).to_dict()
+        try:
+            told = timm.get_pretrained_cfg(name).to_dict()
+        except RuntimeError as error:  # its tag is none of timm's
+            raise CheckpointError(f"timm: {lines_of(error)[0]}", f"Say timm:{name.partition('.')[0]}.") from error
         beside = _beside(modality, weights_dir)
         if beside is not None:
             config = read_config(beside)

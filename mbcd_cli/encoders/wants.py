@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field
+
+from mbcd_cli.settings import Count, Positive
 
 FULL_SCALE = 255
 """Largest value of a decoded pixel."""
+
+
+def _distinct(axes: str) -> str:
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"an axis stands twice in {axes}")
+    return axes
+
+
+def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
+    if not ends[0] < ends[1]:
+        raise ValueError("the smallest comes first, and is not the largest")
+    return ends
+
+
+Letters = Annotated[str, Field(pattern="^[A-Z]+$"), AfterValidator(_distinct)]
+"""A letter for every axis."""
+STRICTLY = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,23 +58,25 @@ class Wants:
         pretraining: the data that its weights were trained on, as the owner states it.
     """
 
+    __pydantic_config__ = STRICTLY
+
     kind: Literal["video", "flow", "audio", "array"]
-    axes: str
-    frames: int | None = None
+    axes: Letters
+    frames: Count | None = None
     per_frame: bool = False
-    size: tuple[int, int] | None = None
-    short_side: int | None = None
+    size: tuple[Count, Count] | None = None
+    short_side: Count | None = None
     colour: Literal["RGB", "BGR"] | None = None
-    values: tuple[float, float] | None = None
+    values: Annotated[tuple[float, float], AfterValidator(_ascending)] | None = None
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    sample_rate: int | None = None
-    samples: int | None = None
+    std: tuple[Positive, ...] | None = None
+    sample_rate: Count | None = None
+    samples: Count | None = None
     front_end: str | None = None
     front_end_settings: tuple[tuple[str, str | int | float | bool | None], ...] = ()
-    gives: str = "BD"
+    gives: Letters = "BD"
     pooling: str
-    dim: int
+    dim: Count
     licence: str | None = None
     pretraining: str | None = None
 

@@ -12,18 +12,20 @@ import json
 import tomllib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme, validated
 from mbcd_cli.encoders.model_files import ModelFile, OnnxModel, TorchModel, shape_text
 from mbcd_cli.encoders.staged import Normalise, StagedEncoder
-from mbcd_cli.encoders.wants import Wants
+from mbcd_cli.encoders.wants import STRICTLY, Letters, Wants
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.naming import did_you_mean
+from mbcd_cli.settings import Count
 
 _WANTS = TypeAdapter(Wants)
 _NEEDED = {
@@ -46,13 +48,15 @@ class FrontEnd:
         window, step: the model takes so many of its steps (T) at once, every so many; all, where there is none.
     """
 
-    file: str
-    axes: str = "BS"
-    gives: str = "BTC"
+    __pydantic_config__ = STRICTLY
+
+    file: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]
+    axes: Letters = "BS"
+    gives: Annotated[Letters, Field(pattern="T")] = "BTC"
     scale: float = 1.0
     offset: float = 0.0
-    window: int | None = None
-    step: int = 1
+    window: Count | None = None
+    step: Count = 1
 
 
 _FRONT_END = TypeAdapter(FrontEnd)
@@ -74,7 +78,7 @@ class WholeModelFormat(EncoderFormat):
                 f"{beside}: cannot be read: {error}.", "Mend it; docs/encoders.md shows one."
             ) from error
         kind = told.get("kind", modality.kind)
-        needed = ["kind", "axes", *_NEEDED.get(kind, ()), "pooling", "dim"]
+        needed = ["kind", "axes", *_NEEDED.get(str(kind), ()), "pooling", "dim"]
         if kind == "video" and not told.get("per_frame"):
             needed.append("frames")  # or per_frame = true
         if missing := [key for key in needed if key not in told]:
@@ -82,17 +86,17 @@ class WholeModelFormat(EncoderFormat):
                 f"{beside}: says nothing of {', '.join(missing)}, and {file.name} does not tell what its input means.",
                 f"Write {', '.join(f'{key} = ...' for key in missing)} there; docs/encoders.md shows such a file.",
             )
-        names = {field.name for field in fields(Wants)} - {"front_end_settings"}
-        if unknown := next((key for key in told if key not in names), None):
-            known = ", ".join(sorted(names))
-            raise CheckpointError(
-                f"{beside}: there is no {unknown!r}.", f"{did_you_mean(unknown, names)}There are {known}."
-            )
+        _refuse_unknown(told, Wants, beside)
         front, remedy = told.pop("front_end", None), "docs/encoders.md shows such a file."
         if front is not None:
+            _refuse_unknown(front, FrontEnd, beside)
             known = asdict(validated(_FRONT_END, front, beside, remedy))
             told |= {"front_end": known.pop("file"), "front_end_settings": tuple(known.items())}
         wants = validated(_WANTS, told, beside, remedy)
+        for key in ("mean", "std"):
+            value, channels = getattr(wants, key), 3 if wants.kind == "video" else 1
+            if value is not None and len(value) != channels:
+                raise CheckpointError(f"{beside}: {key} has {len(value)} values, and {wants.kind} {channels}.", remedy)
         if wants.pooling not in POOLINGS:
             raise CheckpointError(
                 f"{beside}: there is no pooling {wants.pooling!r}.", f"Use one of {', '.join(POOLINGS)}."
@@ -137,6 +141,16 @@ class WholeModelFormat(EncoderFormat):
                 f"{wanted.dim}.",
                 f"Set dim = {given} there, or another pooling.",
             )
+
+
+def _refuse_unknown(told: object, kinds: type, beside: Path) -> None:
+    names = {field.name for field in fields(kinds)} - {"front_end_settings"}
+    unknown = next((key for key in told if key not in names), None) if isinstance(told, dict) else None
+    if unknown is not None:
+        known = ", ".join(sorted(names))
+        raise CheckpointError(
+            f"{beside}: there is no {unknown!r}.", f"{did_you_mean(unknown, names)}There are {known}."
+        )
 
 
 def _model_file(modality: Modality, weights_dir: Path) -> Path:
@@ -198,17 +212,18 @@ class WholeModel(nn.Module):
             x = x.flip(1)
         if wanted.per_frame:
             x, axes = x.transpose(1, 2).flatten(0, 1), "BCHW"
+        file = self.model.file
         if self.front is not None:
             front = FrontEnd(file=wanted.front_end, **dict(wanted.front_end_settings))
-            x = self.front(_laid_out(x, axes, front.axes)) * front.scale + front.offset
+            x = self.front(_laid_out(x, axes, front.axes, file)) * front.scale + front.offset
             axes = front.gives
             if front.window is not None:
                 x, axes = _windows(x, axes, front), axes
-        out = self.model(_laid_out(x, axes, wanted.axes))
-        return _pooled(_laid_out(out, wanted.gives, _features_last(wanted.gives)), clips, wanted.pooling)
+        out = self.model(_laid_out(x, axes, wanted.axes, file))
+        return _pooled(_laid_out(out, wanted.gives, _features_last(wanted.gives), file), clips, wanted.pooling)
 
 
-def _laid_out(x: torch.Tensor, axes: str, wanted: str) -> torch.Tensor:
+def _laid_out(x: torch.Tensor, axes: str, wanted: str, file: Path) -> torch.Tensor:
     """A tensor of some axes -> of others; axes that only one of them has are of length 1.
 
     Raises:
@@ -217,9 +232,9 @@ def _laid_out(x: torch.Tensor, axes: str, wanted: str) -> torch.Tensor:
     gone = [at for at, letter in enumerate(axes) if letter not in wanted]
     if x.dim() != len(axes) or any(x.shape[at] != 1 for at in gone):
         raise CheckpointError(
-            f"A model's axes are said to be {axes}, of which {wanted} is to be made, and its shape is "
+            f"{file}.toml: axes are said to be {axes}, of which {wanted} is to be made, and the shape is "
             f"{shape_text(x.shape)}.",
-            "Mend axes or gives in the TOML file beside the model.",
+            "Mend axes or gives there.",
         )
     x, axes = x.squeeze(gone), "".join(letter for letter in axes if letter in wanted)
     x = x.permute([axes.index(letter) for letter in wanted if letter in axes])

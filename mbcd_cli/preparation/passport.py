@@ -7,6 +7,7 @@ output. Outputs are compared with a tolerance (`identity.same_output`): processo
 from __future__ import annotations
 
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +24,17 @@ from mbcd_cli.encoders.model_files import OnnxModel
 from mbcd_cli.encoders.pretrained import PUBLIC
 from mbcd_cli.encoders.staged import StagedEncoder, Tail
 from mbcd_cli.encoders.wants import FULL_SCALE, Wants
+from mbcd_cli.errors import CheckpointError
 from mbcd_cli.json_values import json_values
 
 PROBE_RATE = 16000
 """Samples per second of the probe where an encoder takes any."""
+_DRAWN_OF, _SAMPLED, _MATRICES = 4096, 2**16, 4
+"""Values of a matrix from which on its distribution is looked at, how many of them, and of how many such matrices."""
+_SPANS = (0.1, 300.0)
+"""Between black and white after mean and std: 2 to 5 mostly, 255 where nothing is divided."""
+_KURTOSES = (3.0, 1.8)
+"""Of a normal distribution, of a uniform one."""
 _AXES = {"video": "BCTHW", "flow": "BCTHW", "audio": "BCFT", "array": "BD"}
 
 
@@ -118,10 +126,36 @@ def _wants(modality: Modality, encoder: StagedEncoder) -> Wants:
     return Wants(**common, **pixels, **shape, colour=colour)
 
 
-def _untrained(encoder: nn.Module) -> bool:
-    """Whether every norm has the values that it begins with."""
-    norms = [m for m in encoder.modules() if "Norm" in type(m).__name__ and getattr(m, "bias", None) is not None]
-    return bool(norms) and all(bool((m.weight == 1).all() and (m.bias == 0).all()) for m in norms)
+def _doubts(network: nn.Module, wants: Wants, output: tuple[float, ...]) -> tuple[str, ...]:
+    """What looks wrong of an encoder whose weights came from a file."""
+    doubts = []
+    if wants.kind == "video" and wants.values and wants.std:
+        span = (wants.values[1] - wants.values[0]) / max(wants.std)
+        if not _SPANS[0] <= span <= _SPANS[1]:
+            doubts.append(f"pixels differ by up to {span:.3g} after mean and std: values and std are of two scales")
+    norms = [m for m in network.modules() if "Norm" in getattr(m, "original_name", type(m).__name__)]
+    affine = [m for m in norms if getattr(m, "bias", None) is not None]
+    if affine and all(bool((m.weight == 1).all() and (m.bias == 0).all()) for m in affine):
+        doubts.append("every norm has its first values: these weights look untrained")
+    else:
+        large = [p for p in network.parameters() if p.dim() > 1 and p.numel() >= _DRAWN_OF and p.std() > 0]
+        drawn = sum(map(_drawn, large))
+        if len(large) >= _MATRICES and drawn > 0.9 * len(large):
+            doubts.append(f"{drawn} of {len(large)} matrices look drawn at random: these weights look untrained")
+    if len(output) > 1 and len(set(output)) == 1:
+        doubts.append(f"all its outputs on the probe are {output[0]:g}")
+    return tuple(doubts)
+
+
+def _drawn(values: torch.Tensor) -> bool:
+    """Whether numbers have the kurtosis of a normal distribution or of a uniform one, as initial values have.
+
+    Training makes tails heavier. Sampled from a normal one its standard deviation is sqrt(24 / n).
+    """
+    sample = values.flatten()[:_SAMPLED].double()
+    centred = sample - sample.mean()
+    kurtosis = float((centred**4).mean() / (centred**2).mean() ** 2)
+    return any(abs(kurtosis - drawn) < 5 * math.sqrt(24 / len(sample)) for drawn in _KURTOSES)
 
 
 @torch.no_grad()
@@ -131,6 +165,9 @@ def passport_of(modality: Modality, encoder: StagedEncoder, *, file: Path | None
     Args:
         modality: its resolved settings.
         file, sha256: of its weights; None for random ones.
+
+    Raises:
+        CheckpointError: what it gives is not finite.
     """
     view = probe_tensors(modality)
     network = _without_adapter(encoder)
@@ -138,6 +175,12 @@ def passport_of(modality: Modality, encoder: StagedEncoder, *, file: Path | None
     if file is None or (public is not None and not public.is_file(file, str(sha256))):  # of other weights
         wants = replace(wants, pretraining=None)
     output = network(view)[0]
+    if not output.isfinite().all():
+        raise CheckpointError(
+            f"{file or modality.encoder}: its output on the probe is not finite: there are damaged values among its "
+            "weights, or in how its input is scaled.",
+            "Get the weights again, and see what says how they are fed.",
+        )
     kept = tuple(float(f"{value:.4g}") for value in output.tolist())
     values = sum(value.numel() for value in network.parameters())
     return Passport(
@@ -149,9 +192,7 @@ def passport_of(modality: Modality, encoder: StagedEncoder, *, file: Path | None
         gflop=None,
         output=kept,
         digest=checksums.of_text(repr(kept))[:16],
-        doubts=("every norm has its first values: these weights look untrained",)
-        if file is not None and _untrained(encoder)
-        else (),
+        doubts=() if file is None else _doubts(network, wants, kept),
     )
 
 

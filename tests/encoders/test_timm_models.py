@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import owners
@@ -12,6 +13,7 @@ import torch
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.encoders import build_encoder, described_encoders, format_of
 from mbcd_cli.encoders.formats import import_optional
+from mbcd_cli.errors import CheckpointError
 from mbcd_cli.settings import CacheSettings, Settings
 
 
@@ -64,3 +66,16 @@ def test_equals_its_owner_and_every_cut_is_the_whole(tmp_path, name, stages):
         for cut in encoder.names:
             trunk, tail = encoder.cut(cut)
             assert torch.equal(tail.eval()(trunk((view,))), ours), cut
+
+
+def test_what_timm_does_not_know(tmp_path):
+    with pytest.raises(CheckpointError, match=r"timm: Invalid pretrained tag \(nonsense\) for test_vit"):
+        described(tmp_path, "test_vit.nonsense")
+    for config, words in (
+        ({"architecture": 5}, r"config\.json: architecture: "),
+        ({"pretrained_cfg": []}, r"config\.json: pretrained_cfg: "),
+        ({"pretrained_cfg": {"mean": [0.5], "crop_pct": "x"}}, r"pretrained_cfg\.crop_pct: .*; pretrained_cfg\.mean: "),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=words):
+            described(tmp_path, "test_vit")

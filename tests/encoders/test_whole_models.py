@@ -192,6 +192,20 @@ def test_what_is_not_told_is_asked_for(tmp_path):
     refused(told(file, FRAMES | {"colours": "RGB"}), "there is no 'colours'", "colour")
     refused(told(file, FRAMES | {"colour": "GBR"}), "colour", "'RGB' or 'BGR'")
     refused(told(file, FRAMES | {"pooling": "median"}), "median", "mean+max")
+    for fault, word in (
+        ({"kind": ["video"]}, "kind"),
+        ({"gives": "BB"}, "an axis stands twice in BB"),
+        ({"values": [1.0, 0.0]}, "the smallest comes first"),
+        ({"mean": [0.5]}, "mean has 1 values, and video 3"),
+        ({"std": [0.2, 0.0, 0.4]}, "std.1"),
+        ({"size": [8, -8]}, "size.1"),
+        ({"front_end": {"file": "../front.onnx"}}, "file"),
+        ({"front_end": {"file": "f.onnx", "windows": 3}}, "there is no 'windows'"),
+        ({"front_end": {"file": "f.onnx", "step": 0}}, "step"),
+        ({"front_end": {"file": "f.onnx", "gives": "BC"}}, "gives"),
+        ({"front_end": {"file": "f.onnx", "scale": float("nan")}}, "scale"),
+    ):
+        refused(told(file, FRAMES | fault), "m.onnx.toml: ", word)
     file.with_name("m.onnx.toml").write_text("kind = ")
     refused(file, "m.onnx.toml: cannot be read")
     refused(tmp_path / "gone.onnx", "gone.onnx", "not there")
@@ -202,12 +216,15 @@ def test_other_inputs_than_promised(tmp_path):
     refused(told(file, FRAMES | {"size": [16, 16]}), "takes [N, 3, 8, 8], and gets [N, 3, 16, 16]", "m.onnx.toml")
     refused(told(file, FRAMES | {"axes": "BHWC"}), "takes [N, 3, 8, 8], and gets [N, 8, 8, 3]")
     refused(told(file, FRAMES | {"axes": "BCTHW"}), "gets [N, 3, 1, 8, 8]")
-    refused(told(file, FRAMES | {"axes": "BHW"}), "axes are said to be BCHW, of which BHW")
+    refused(told(file, FRAMES | {"axes": "BHW"}), "m.onnx.toml: axes are said to be BCHW, of which BHW")
     refused(told(file, FRAMES | {"dim": 7}), "makes 4 features a clip", "promises 7", "dim = 4")
     refused(told(file, FRAMES | {"gives": "BDHW"}), "said to be BDHW", "[")
     both = [("Add", ["a", "b"], "y", {})]
     onnx_file(tmp_path / "two.onnx", {"a": ["N", 3], "b": ["N", 3]}, both, {})
     refused(told(tmp_path / "two.onnx", FRAMES), "two.onnx: the model takes a tensor(float)", "b tensor(float)")
+    halves = [("Reshape", ["x", "shape"], "y", {})]
+    onnx_file(tmp_path / "odd.onnx", {"x": ["N", "S"]}, halves, {"shape": np.array([-1, 1000], np.int64)})
+    refused(told(tmp_path / "odd.onnx", SOUND | {"dim": 4}), "odd.onnx: the model cannot take [1, 96]", kind="audio")
     (tmp_path / "text.onnx").write_text("no model")
     refused(told(tmp_path / "text.onnx", FRAMES), "text.onnx: onnxruntime cannot read it")
     refused(told(file, FRAMES), "nothing of a whole model trains", cut="input", error=SettingsError)

@@ -242,6 +242,51 @@ def test_keys_and_untrained_weights(tmp_path):
     assert not passports(ours(root, tmp_path))["video"].doubts
 
 
+class Deep(nn.Module):
+    """[N, S] -> [N, 4], through four matrices of 64 x 64, without norms or with one."""
+
+    def __init__(self, norm: bool = False):
+        super().__init__()
+        torch.manual_seed(2)
+        layers = [nn.Linear(64, 64) for _ in range(4)]
+        self.layers = nn.Sequential(*layers, nn.LayerNorm(64) if norm else nn.Identity(), nn.Linear(64, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x[:, :64])
+
+
+def test_doubts_of_weights_that_say_nothing(tmp_path):
+    def doubts(model: nn.Module) -> tuple[str, ...]:
+        script(tmp_path / "m.pt", model, SOUND)
+        return passports(settings_of(tmp_path, kind="audio"))["m"].doubts
+
+    assert doubts(Deep()) == ("4 of 4 matrices look drawn at random: these weights look untrained",)
+    normal, heavy, zero = Deep(), Deep(), Deep()
+    for at in range(4):
+        nn.init.normal_(normal.layers[at].weight)
+        heavy.layers[at].weight.data = heavy.layers[at].weight.data ** 3  # as training does, a few are much larger
+    assert "4 of 4 matrices" in doubts(normal)[0]
+    assert doubts(heavy) == ()
+    assert "every norm has its first values" in doubts(Deep(norm=True))[0]
+    for value in zero.parameters():
+        value.data *= 0
+    assert doubts(zero) == ("all its outputs on the probe are 0",)
+    zero.layers[5].bias.data[2] = float("nan")
+    with pytest.raises(CheckpointError, match=r"m\.pt: its output on the probe is not finite"):
+        doubts(zero)
+
+
+@pytest.mark.parametrize(
+    ("values", "std", "span"), [([0.0, 255.0], 0.25, "1.02e+03"), ([0.0, 1.0], 57.0, "0.0175"), ([0.0, 255.0], 1.0, "")]
+)
+def test_a_range_of_another_scale_than_the_std_is_a_doubt(tmp_path, values, std, span):
+    script(tmp_path / "m.pt", Frames(), FRAMES | {"values": values, "std": [std] * 3})
+    doubts = passports(settings_of(tmp_path))["m"].doubts
+    assert doubts == (
+        (f"pixels differ by up to {span} after mean and std: values and std are of two scales",) if span else ()
+    )
+
+
 def test_published_weights_with_other_means(tmp_path, monkeypatch):
     from mbcd_cli.encoders import pretrained
 

@@ -165,22 +165,28 @@ def test_sound_is_changed_by_the_ratio_that_is_said():
 
 
 def test_severity_0_is_the_clean_view_and_a_clip_has_its_own(tmp_path):
+    frames = helpers.write_video(tmp_path / "a.mp4", helpers.moving_texture(16))
     media = {
-        "video": Media(helpers.write_video(tmp_path / "a.mp4", helpers.moving_texture(16))),
+        "video": Media(frames),
+        "flow": Media(
+            helpers.write_array(tmp_path / "flow.npy", np.stack([scene(72, 96, 2)] * 3).reshape(-1, 72, 96, 2))
+        ),
+        "computed flow": Media(frames, computed=1),
         "audio": Media(helpers.write_wav(tmp_path / "a.wav", speech())),
         "array": Media(helpers.write_array(tmp_path / "a.npy", np.arange(6, dtype=np.float32))),
     }
     others = tuple(Media(helpers.write_wav(tmp_path / f"{k}.wav", voice)) for k, voice in enumerate(voices()))
     others = (media["audio"], Media(tmp_path / "gone.wav"), *others)
-    for kind, item in media.items():
+    for told, item in media.items():
+        kind = told.split()[-1]
         modality = default_modality(kind, kind)
         if kind == "array":
             modality = modality.resolve([item])
 
         def view(identity: str, corruption: Corruption | None, kind=kind, item=item, modality=modality) -> np.ndarray:
             clip = Clip(identity, "d", "test", 0, "x", {kind: item})
-            told = {"views": [TEST_VIEW], "seed": 0, "dataset": DATASET, "corruption": corruption}
-            ((part,),) = load_views(clip, kind, modality, **told)
+            asked = {"views": [TEST_VIEW], "seed": 0, "dataset": DATASET, "corruption": corruption}
+            ((part,),) = load_views(clip, kind, modality, **asked)
             return part
 
         clean = view("a", None)

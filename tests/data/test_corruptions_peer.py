@@ -10,7 +10,7 @@ import pytest
 from test_corruptions import scene
 
 from mbcd_cli.data.corruptions import SEVERITIES
-from mbcd_cli.data.corruptions.pixels import PIXELS
+from mbcd_cli.data.corruptions.pixels import FLOW_PIXELS, PIXELS
 
 if importlib.util.find_spec("imagecorruptions") is None:
     pytest.skip("the dependency group `peer` is not installed", allow_module_level=True)
@@ -19,6 +19,8 @@ SAME = {"brightness": 2, "contrast": 2, "defocus-blur": 12, "zoom-blur": 24, "pi
 """Without random numbers: how far single values may be apart, by rounding and at edges; their mean is within 2."""
 OURS = ("frost", "fog", "glass-blur")
 """Deliberately others, as `corruptions.pixels` says; what is drawn anew is alike in strength."""
+CHANNEL_BY_CHANNEL = ("gaussian-noise", "impulse-noise", "defocus-blur", "elastic-transform", "pixelate")
+"""Of those that flow has: the peer, which takes three channels, can be given flow with one of them twice."""
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +50,15 @@ def test_a_kind_is_as_the_peer_has_it(kind, corrupt):
             assert np.quantile(apart, 0.99) <= SAME[kind], severity
         else:
             assert psnr(ours, frames) == pytest.approx(psnr(theirs, frames), abs=1.5), severity
+
+
+@pytest.mark.parametrize("kind", CHANNEL_BY_CHANNEL)
+def test_flow_is_corrupted_as_the_peer_corrupts_channels(kind, corrupt):
+    flow = scene(224, 224, 2)
+    for severity in SEVERITIES:
+        theirs = np.stack([corrupt(frame[..., [0, 1, 0]], kind, severity)[..., :2] for frame in flow])
+        ours = np.concatenate([FLOW_PIXELS[kind](f[None], severity, np.random.default_rng(severity)) for f in flow])
+        if kind in SAME:
+            assert np.abs(ours.astype(int) - theirs)[:, 16:-16, 16:-16].mean() < 2, severity
+        else:
+            assert psnr(ours, flow) == pytest.approx(psnr(theirs, flow), abs=1.5), severity

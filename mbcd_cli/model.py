@@ -14,6 +14,7 @@ from torch.func import functional_call
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import cut_encoder
 from mbcd_cli.encoders.staged import Noise, Parts, Tail, Trunk
+from mbcd_cli.layers import rounding_alike
 from mbcd_cli.settings import ModelSettings
 
 TailWeights = Mapping[str, Mapping[str, torch.Tensor]]
@@ -179,4 +180,8 @@ def build_model(
             if trunk_weights and name in trunk_weights:
                 trunk.load_prepared(trunk_weights[name], name)
             trunks[name] = trunk
-    return MultiModalModel(tails, settings=settings, classes=classes, trunks=trunks)
+    model = MultiModalModel(tails, settings=settings, classes=classes, trunks=trunks)
+    for part in model.children():
+        if part is not model.trunks:  # they are what `prepare` runs
+            rounding_alike(part)
+    return model

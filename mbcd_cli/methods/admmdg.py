@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mbcd_cli.data.records import Batch
+from mbcd_cli.layers import product
 from mbcd_cli.methods import gradient_consistency as gcc
 from mbcd_cli.methods.base import Context, Figures, Outputs, Term, total
 from mbcd_cli.methods.dropping import DroppingMethod, DroppingSettings
@@ -180,13 +181,13 @@ def weighted_contrast(
     z: torch.Tensor, positive: torch.Tensor, logits: torch.Tensor, *, temperature: float
 ) -> torch.Tensor:
     """wsup, [], of unit rows [n, D], positives [n, n] and logits of the pairs [n, n]; 0 where no anchor has any."""
-    similarity = z @ z.mT / temperature
+    similarity = product(z, z.mT) / temperature
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     # A large negative number rather than -inf: a row may have no positive, or no contrast.
     log_probability = similarity - similarity.masked_fill(itself, -1e9).logsumexp(dim=1, keepdim=True)
     weights = logits.masked_fill(~positive, -1e9).softmax(dim=1) * positive
     anchors = positive.any(dim=1).sum().clamp(min=1)
-    return -(temperature / BASE_TEMPERATURE) * (weights * log_probability).sum() / anchors
+    return -((weights * log_probability).sum() * temperature) / BASE_TEMPERATURE / anchors
 
 
 def gram_matrix(gradients: Sequence[Sequence[torch.Tensor]], *, shared: int) -> torch.Tensor:
@@ -199,7 +200,7 @@ def gram_matrix(gradients: Sequence[Sequence[torch.Tensor]], *, shared: int) -> 
     gram = torch.diag_embed(torch.stack(alone))
     for each in zip(*(of_one[:shared] for of_one in gradients), strict=True):
         rows = torch.stack([gradient.flatten() for gradient in each])
-        gram = gram + rows @ rows.mT
+        gram = gram + product(rows, rows.mT)
     return gram
 
 
@@ -217,7 +218,7 @@ def projected(gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     shares = (numbers[:, None] == numbers[None, :]).to(gram.dtype)
     for turn in order.unbind(dim=1):
         along = (turn[:, None] == numbers[None, :]).to(gram.dtype)
-        dot = (shares @ gram * along).sum(dim=1)
+        dot = (product(shares, gram) * along).sum(dim=1)
         length = (gram.diagonal() * along).sum(dim=1)
         shares = shares - (torch.where(dot < 0, dot, 0.0) / length.clamp(min=FLOOR))[:, None] * along
     return shares

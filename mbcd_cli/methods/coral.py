@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mbcd_cli.layers import product
 from mbcd_cli.methods.alignment import Alignment, mean_over_pairs
 
 
@@ -31,10 +32,10 @@ def moments_apart(h: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
     S matrices [D, D]. A domain needs one clip for its mean and two for its covariance.
     """
     n, m = member.sum(dim=0), member.to(h.dtype)
-    means = m.T @ h / n.clamp(min=1)[:, None]
-    centred = h - m @ means
+    means = product(m.T, h) / n.clamp(min=1)[:, None]
+    centred = h - product(m, means)
     share = m / (n - 1).clamp(min=1)
-    inner = share.T @ (centred @ centred.T).square() @ share
+    inner = product(product(share.T, product(centred, centred.T).square()), share)
     own = inner.diagonal()
     covariances = (own[:, None] + own[None, :] - 2 * inner) / h.shape[1] ** 2
     first = (means[:, None] - means[None, :]).square().mean(dim=2)

@@ -12,6 +12,7 @@ from pydantic import model_validator
 from torch import nn
 
 from mbcd_cli.data.records import Batch
+from mbcd_cli.layers import product
 from mbcd_cli.methods.base import Context, Method, Outputs, Term
 from mbcd_cli.methods.parts import full_precision, projection, supervised_contrast, unit_rows
 from mbcd_cli.settings import AROUND, Count, MethodSettings, NonNegative, Positive
@@ -95,7 +96,8 @@ def marginal(z: torch.Tensor) -> torch.Tensor:
     """mean_c max(0, 1 - sqrt(var_c + 1e-4)), []: z [B, D]; 0 for a single clip."""
     if len(z) < 2:
         return z.sum() * 0
-    return (1 - (z.var(dim=0) + FLOOR).sqrt()).clamp(min=0).mean()
+    variance = (z - z.mean(dim=0)).square().sum(dim=0) / (len(z) - 1)
+    return (1 - (variance + FLOOR).sqrt()).clamp(min=0).mean()
 
 
 def spectral(z: torch.Tensor) -> torch.Tensor:
@@ -111,7 +113,7 @@ def spectral(z: torch.Tensor) -> torch.Tensor:
     variance = centred.square().mean(dim=0)
     deviation = torch.where(variance > 0, torch.where(variance > 0, variance, 1.0).sqrt(), 0.0)
     w = centred / (deviation + FLOOR)
-    gram = (w @ w.T if clips < width else w.T @ w) / (clips - 1)
+    gram = (product(w, w.T) if clips < width else product(w.T, w)) / (clips - 1)
     factor, _ = torch.linalg.cholesky_ex(gram + FLOOR * torch.eye(len(gram), dtype=z.dtype, device=z.device))
     log_det = 2 * factor.diagonal().log().sum() + (width - len(gram)) * torch.log(torch.full_like(z[0, 0], FLOOR))
     return -log_det / width

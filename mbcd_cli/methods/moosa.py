@@ -107,9 +107,11 @@ class MOOSA(SimMMDG):
     def jigsaw(self, out: Outputs) -> torch.Tensor:
         """Cross-entropy of the orders over P B rows, []."""
         with self.context.autocast():
-            logits = self.puzzle(torch.cat(list(out.features.values()), dim=1)[:, self.columns])
+            features = torch.cat(list(out.features.values()), dim=1)
+            pieces = features.index_select(1, self.columns.flatten()).unflatten(1, self.columns.shape)
+            logits = self.puzzle(pieces.flatten(0, 1))  # [B P, ...]
         orders = torch.arange(len(self.columns), device=logits.device)
-        return cross_entropy(logits.flatten(0, 1), orders.repeat(len(logits)))
+        return cross_entropy(logits, orders.repeat(len(features)))
 
 
 def weighted_cross_entropy(

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar
 import torch
 
 from mbcd_cli.data.records import Batch
+from mbcd_cli.layers import product
 from mbcd_cli.methods.base import Context, Method, Outputs, Term
 from mbcd_cli.methods.parts import (
     cross_entropy,
@@ -95,15 +96,15 @@ def mean_shift(rows: torch.Tensor, neighbours: int) -> torch.Tensor:
     """
     count = min(neighbours, len(rows) - 1)
     itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-    likeness = (rows.detach() @ rows.detach().T).masked_fill(itself, -2.0)  # under any cosine
+    likeness = product(rows.detach(), rows.detach().T).masked_fill(itself, -2.0)  # under any cosine
     nearest = torch.zeros_like(likeness).scatter(1, likeness.topk(count, dim=1).indices, 1 / count)
-    return unit_rows(0.5 * rows + 0.5 * (nearest @ rows))
+    return unit_rows(0.5 * rows + 0.5 * product(nearest, rows))
 
 
 def view_agreement(shifted: Sequence[torch.Tensor], temperature: float) -> torch.Tensor:
     """L_UNC of M times mean-shifted rows [N, D], two views of each clip after one another, []."""
     q = unit_rows(torch.cat(list(shifted), dim=1))
-    logits = q[0::2] @ q[1::2].T / temperature
+    logits = product(q[0::2], q[1::2].T) / temperature
     return cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
@@ -113,7 +114,7 @@ def spectral_negative_entropy(rows: torch.Tensor) -> torch.Tensor:
     They are those of the N x N matrix E E^T / N, which is the smaller one.
     """
     # What is not finite shows in the other terms; the solver would raise.
-    gram = torch.nan_to_num(rows @ rows.T / len(rows), nan=0.0, posinf=0.0, neginf=0.0)
+    gram = torch.nan_to_num(product(rows, rows.T) / len(rows), nan=0.0, posinf=0.0, neginf=0.0)
     spectrum = torch.linalg.eigvalsh(gram)
     kept = torch.where(spectrum > LEAST, spectrum, 0.0)
     shares = kept / kept.sum().clamp(min=LEAST)

@@ -79,7 +79,7 @@ class OGMGE(Method):
         weights = self._weights() if settings.noise else []
         gradients = [context.gradient(parameter) for parameter in weights]
         context.group.average_(gradients)
-        deviations = [active * (gradient.std() + 1e-8) for gradient in gradients]
+        deviations = [active * (_deviation(gradient) + 1e-8) for gradient in gradients]
         context.modulate(kappa, of=settings.modulate, only=self._modulated)
         for parameter, deviation in zip(weights, deviations, strict=True):
             noise = context.randomness.normal(*parameter.shape, dtype=parameter.dtype)
@@ -89,6 +89,11 @@ class OGMGE(Method):
     def _weights(self) -> list[torch.Tensor]:
         theta = self.context.model.theta()
         return [theta[modality][name] for modality, names in self._modulated.items() for name in names]
+
+
+def _deviation(gradient: torch.Tensor) -> torch.Tensor:
+    """Unbiased standard deviation of all values, []; torch's own rounds otherwise below vmap."""
+    return ((gradient - gradient.mean()).square().sum() / (gradient.numel() - 1)).sqrt()
 
 
 def modulated(tail: nn.Module) -> list[str]:

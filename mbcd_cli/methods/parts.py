@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.layers import product
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import Group
 from mbcd_cli.settings import MethodSettings
@@ -40,9 +41,7 @@ def full_precision(x: torch.Tensor) -> torch.Tensor:
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over the batch: logits [B, C], labels [B] -> []."""
     logits = full_precision(logits)
-    if not torch._C._functorch.is_batchedtensor(logits):
-        return F.cross_entropy(logits, labels)
-    # torch's rule for vmap, operation by operation: its own imports sympy first (2 s of a population's start).
+    # Not torch's own: it rounds otherwise below vmap, and imports sympy there (2 s of a population's start).
     return (-logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0]).sum() / len(labels)
 
 
@@ -60,7 +59,7 @@ def distillation(teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """
     # F.kl_div's own formula: that one has no rule for vmap.
     log_probabilities = full_precision(logits).log_softmax(dim=1)
-    return (torch.xlogy(teacher, teacher) - teacher * log_probabilities).sum() / len(teacher)
+    return (torch.xlogy(teacher, teacher) - teacher * log_probabilities).sum(dim=1).sum() / len(teacher)
 
 
 def mean_entropies(logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -165,12 +164,12 @@ def supervised_contrast(
     z = torch.cat([group.gather(view) for view in rows])
     y = group.gather(labels).repeat(len(rows))
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    similarity = z @ z.T / temperature
+    similarity = product(z, z.T) / temperature
     # A large negative number rather than -inf: a lone row has no contrast at all.
     log_probability = similarity - similarity.masked_fill(itself, -1e9).logsumexp(dim=1, keepdim=True)
     positive = ((y[:, None] == y[None, :]) & ~itself).to(z.dtype)
     mean = (positive * log_probability).sum(dim=1) / positive.sum(dim=1).clamp(min=1)
-    return -(temperature / BASE_TEMPERATURE) * mean.mean()
+    return -(mean.mean() * temperature) / BASE_TEMPERATURE
 
 
 class Translators(nn.Module):
@@ -216,7 +215,7 @@ def halves(features: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, tor
 
 def halves_apart(features: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """- mean_k MSE(shared half, specific half), []: unbounded below, unless a norm bounds the features."""
-    return -torch.stack([F.mse_loss(*map(full_precision, half)) for half in halves(features)]).mean()
+    return -torch.stack([(full_precision(a) - full_precision(b)).square().mean() for a, b in halves(features)]).mean()
 
 
 class _Reversed(torch.autograd.Function):

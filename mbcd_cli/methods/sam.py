@@ -52,7 +52,7 @@ class SAM(Method):
             moved = [*weights, *model.buffers()]
             kept = [value.clone() for value in moved]
             for weight, slope in zip(weights, slopes, strict=True):
-                weight.add_(slope * (self.settings.rho / (norm + 1e-12)))
+                weight.add_(slope * ((norm + 1e-12).reciprocal() * self.settings.rho))
         up = total(self.losses(batch, self(batch)))
         self.context.backward(up)
         with torch.no_grad():

@@ -11,6 +11,7 @@ import torch
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.encoders.layout import weights_channels_last
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.layers import rounding_alike, share_dropout
 from mbcd_cli.methods import method_class
 from mbcd_cli.methods.base import Context, Method
 from mbcd_cli.model import MultiModalModel, build_model
@@ -22,7 +23,6 @@ from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import AverageSettings, Settings
 from mbcd_cli.training.average import Average
 from mbcd_cli.training.optimizer import build_optimizer
-from mbcd_cli.training.shared_dropout import share_dropout
 from mbcd_cli.training.snapshots import Snapshots
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
@@ -170,6 +170,7 @@ def build_method(kind: type[Method], settings: Settings, context: Context) -> Me
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(settings.training.seed + 1)
         method = kind(settings.method, context).to(device=device, dtype=like.dtype)
+    rounding_alike(method)
     _agree(method, context.group)
     return method
 

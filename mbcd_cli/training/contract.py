@@ -468,28 +468,44 @@ def _check_captured(subject: Subject) -> None:
     _close(weights(captured.step), weights(plain.step), "captured")
 
 
-def check_population(subject: Subject) -> None:
+def check_population(
+    subject: Subject, *, apart: float = 1e-9, double: bool = True, differing: Sequence[float] = (1.0, 0.9, 0.8)
+) -> None:
     """Each member of a population does what it does alone, beside one whose weights turn infinite too.
 
     With the same settings, and with others wherever they are numbers, of one modality (unless it is refused) and of
     four; once more where there is a GPU.
+
+    Args:
+        apart: how far figures and weights may be from those alone; 0 on a processor with our methods.
+        double: in float64, or in float32.
+        differing: what the members' numbers are multiplied with, where they differ.
     """
-    if subject.kind.stackable:
-        _check_population(subject, (1.0, 1.0, 1.0), "cpu")
-        differing = (1.0, 0.9, 0.8)
-        for modalities in (1, 4):
-            try:
-                subject.training(modalities=modalities)
-            except MbcdError:
-                continue
-            _check_population(subject, differing, "cpu", modalities=modalities)
-        if torch.cuda.is_available():
-            _check_population(subject, differing, "cuda")
+    if not subject.kind.stackable:
+        return
+    told = {"apart": apart, "double": double}
+    _check_population(subject, (1.0, 1.0, 1.0), **told)
+    for modalities in (1, 4):
+        try:
+            subject.training(modalities=modalities)
+        except MbcdError:
+            continue
+        _check_population(subject, differing, modalities=modalities, **told)
+    if torch.cuda.is_available() and double:
+        _check_population(subject, differing, device="cuda")
 
 
-def _check_population(subject: Subject, factors: Sequence[float], device: str, *, modalities: int = 2) -> None:
+def _check_population(
+    subject: Subject,
+    factors: Sequence[float],
+    *,
+    device: str = "cpu",
+    modalities: int = 2,
+    apart: float = 1e-9,
+    double: bool = True,
+) -> None:
     seeds, broken = range(3), 1
-    made = partial(subject.training, device=device, modalities=modalities)
+    made = partial(subject.training, device=device, modalities=modalities, double=double)
 
     def batch(seed: int, number: int) -> Batch:
         return subject.batch(10 * seed + number, modalities=modalities).to(torch.device(device))
@@ -510,15 +526,17 @@ def _check_population(subject: Subject, factors: Sequence[float], device: str, *
         vectors = stacked([batch(seed, number) for seed in seeds])
         for seed in set(seeds) - {broken}:
             differ = f"figures of step {number + 1} differ from those of a training alone"
-            torch.testing.assert_close(vectors[seed], alone[seed][0][number], rtol=0, atol=1e-9, msg=differ)
+            torch.testing.assert_close(vectors[seed], alone[seed][0][number], rtol=0, atol=apart, msg=differ)
     for seed in set(seeds) - {broken}:
-        _close(weights(members[seed].step), alone[seed][1], "in a population")
+        _close(weights(members[seed].step), alone[seed][1], "in a population", apart=apart)
 
 
-def _close(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str) -> None:
+def _close(
+    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str, *, apart: float = 1e-9
+) -> None:
     for name, value in tensors.items():
         differ = f"{name} differs {where} from that of a plain training"
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-9, msg=differ)
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=apart, msg=differ)
 
 
 def check_processes(subject: Subject) -> None:

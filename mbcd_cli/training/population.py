@@ -22,7 +22,7 @@ from mbcd_cli.data.records import Batch, Parts
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.training.alike import Alike, Whole, by_name
-from mbcd_cli.training.stacked import Numbers, StackedContext, replace_modules
+from mbcd_cli.training.stacked import Numbers, StackedContext, replace_dropouts
 from mbcd_cli.training.step import TrainStep
 
 Inputs = Callable[[str, Parts], Parts]
@@ -239,5 +239,5 @@ def _template(step: TrainStep, draws: Randomness, context: StackedContext, every
         (context.model, [one.model for one in everyone]),
         (method, [one.method for one in everyone]),
     ):
-        replace_modules(module, like, context.randomness)
+        replace_dropouts(module, like, context.randomness)
     return step.like(method, average)

@@ -67,50 +67,13 @@ class StackedDropout(nn.Dropout):
         return x * self._randomness.kept(*x.shape, rates=self._rates, dtype=x.dtype)
 
 
-class _StackedLinear(nn.Linear):
-    """nn.Linear as (W x^T)^T: its gradients come out in the layout of the weights.
-
-    F.linear leaves those of stacked weights transposed, and autograd copies them: a seventh of a population's step.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D_in] -> [..., D_out]."""
-        product = torch.mm(self.weight, x.reshape(-1, x.shape[-1]).mT).mT.reshape(*x.shape[:-1], self.out_features)
-        return product if self.bias is None else product + self.bias
-
-
-class _StackedBatchNorm(nn.BatchNorm1d):
-    """nn.BatchNorm1d of rows as a layer norm of their transpose: torch's own walks columns (6 of 52 ms of a step)."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, D] -> [B, D]."""
-        if not self.training and x.dim() == 2:
-            # Rounded alike whatever members are beside it: torch would walk the columns of all of them in vectors.
-            scale = self.weight * (self.running_var + self.eps).rsqrt()
-            return x * scale + (self.bias - self.running_mean * scale)
-        if x.dim() != 2 or len(x) == 1:
-            return super().forward(x)
-        columns = x.mT
-        with torch.no_grad():
-            mean = columns.mean(dim=1)
-            variance = (columns - mean[:, None]).square().sum(dim=1) / (len(x) - 1)
-            self.running_mean.mul_(1 - self.momentum).add_(self.momentum * mean)
-            self.running_var.mul_(1 - self.momentum).add_(self.momentum * variance)
-            self.num_batches_tracked.add_(1)
-        return nn.functional.layer_norm(columns, (len(x),), eps=self.eps).mT * self.weight + self.bias
-
-
-def replace_modules(module: nn.Module, like: Sequence[nn.Module], randomness: StackedRandomness) -> None:
-    """Put what draws or multiplies in a form for vmap; `like` are the members' own modules."""
+def replace_dropouts(module: nn.Module, like: Sequence[nn.Module], randomness: StackedRandomness) -> None:
+    """Have each member's masks drawn from its own generators; `like` are the members' own modules."""
     for parent, *each in zip(list(module.modules()), *(list(one.modules()) for one in like), strict=True):
         for name, child in parent.named_children():
-            if type(child) is nn.Dropout:
+            if isinstance(child, nn.Dropout):
                 rates = [getattr(one, name).p for one in each]
                 setattr(parent, name, StackedDropout(rates, randomness).train(child.training))
-            elif type(child) is nn.Linear:
-                child.__class__ = _StackedLinear
-            elif type(child) is nn.BatchNorm1d and child.affine and child.momentum and child.track_running_stats:
-                child.__class__ = _StackedBatchNorm
 
 
 # ---- gradients: autograd sees the stacked tensors below vmap, where members are rows of one sum

@@ -1,8 +1,9 @@
 """A population of trainings against as many trainings in processes of their own, and its step against its products.
 
 Vectors in the shapes of av-digits-vectors (1280 and 192 values, 1500 clips, three domains), that preset's widths, one
-target. Both are whole sweeps (`--pack auto` and `off`), start-up, validation, checkpoints and evaluation included;
-alone, fewer are trained and counted by their steps, since that only repeats itself. `of_floor` is the time of a
+target. Together is a whole sweep (`--pack auto`), start-up, validation, checkpoints, the evaluation of each and the
+tables included; alone are processes of `mbcd train`, as many at a time. Of those fewer are trained and counted by their
+steps, since that only repeats itself. Both write bytecode, as an installed Python does. `of_floor` is the time of a
 population's step (one process, one thread) over that of its matrix products alone: per pass forward one batched product
 a layer for all members, backward two (one where the layer reads the input). ERM takes one pass each way, MBCD three:
 forward of the student twice and of the teacher, backward of uni-modal losses, their distillation and the fused loss.
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +58,23 @@ def write_features(root: Path) -> None:
 
 def run(command: Sequence[str], folder: Path) -> None:
     """A command, whose words are shown where it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
+    environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=environ)
     if done.returncode:
         sys.exit(done.stdout[-2000:] + done.stderr[-3000:])
+
+
+def settings_of(folder: Path) -> list[str]:
+    """Of every training, as words of a command."""
+    told = (
+        f"cache.dir={folder / 'cache'}",
+        "evaluation.batch_size=512",
+        "training.epochs=12",
+        f"training.batch_size={BATCH}",
+        f"model.hidden={HIDDEN}",
+        "runtime.threads=1",
+    )
+    return [word for one in told for word in ("--set", one)]
 
 
 def sweep(folder: Path, method: str, seeds: int, *, pack: str, jobs: int) -> tuple[float, int]:
@@ -66,21 +82,27 @@ def sweep(folder: Path, method: str, seeds: int, *, pack: str, jobs: int) -> tup
     runs = folder / f"{method}-{pack}"
     command = [*MBCD, "sweep", "--dataset", "vectors", "--targets", "c", "--methods", method, "--seeds", str(seeds)]
     command += ["--jobs", str(jobs), "--pack", pack, "--runs-dir", str(runs), "--output", str(runs / "tables")]
-    for one in (
-        f"cache.dir={folder / 'cache'}",
-        "evaluation.analyses=[]",
-        "evaluation.report=false",
-        "evaluation.batch_size=512",
-    ):
-        command += ["--set", one]
-    for one in ("training.epochs=12", f"training.batch_size={BATCH}", f"model.hidden={HIDDEN}", "runtime.threads=1"):
-        command += ["--set", one]
+    command += [*settings_of(folder), "--set", "evaluation.analyses=[]", "--set", "evaluation.report=false"]
     started = time.perf_counter()
     run(command, folder)
-    seconds = time.perf_counter() - started
+    return time.perf_counter() - started, _steps(runs, seeds)
+
+
+def alone(folder: Path, method: str, seeds: int, *, jobs: int) -> tuple[float, int]:
+    """Seconds of a process of `mbcd train` for each seed, and the steps that they took."""
+    runs = folder / f"{method}-alone"
+    command = [*MBCD, "train", "--dataset", "vectors", "--target-domain", "c", "--method", method, *settings_of(folder)]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(jobs) as at_a_time:
+        each = [[*command, "--seed", str(seed), "--runs-dir", str(runs)] for seed in range(seeds)]
+        list(at_a_time.map(lambda one: run(one, folder), each))
+    return time.perf_counter() - started, _steps(runs, seeds)
+
+
+def _steps(runs: Path, seeds: int) -> int:
     done = [json.loads(path.read_text(encoding="utf-8")) for path in runs.glob("*/*/done")]
     assert len(done) == seeds, "not all trainings have ended"
-    return seconds, sum(one["steps"] for one in done)
+    return sum(one["steps"] for one in done)
 
 
 def _wait() -> None:
@@ -154,8 +176,8 @@ def step_seconds(folder: Path, method: str, members: int) -> tuple[float, float]
         together.train_together(wanted, opened, width=members, ended=lambda one, outcome: None)
     finally:
         together.StackedStep = plain
-    alone = resolve(base=Layer("wanted", wanted[0].settings.model_dump(mode="json")), flags={"training.epochs": 2})
-    train(alone, opened, run=folder / "steps" / method / "alone", resume=False, overwrite=False)
+    solo = resolve(base=Layer("wanted", wanted[0].settings.model_dump(mode="json")), flags={"training.epochs": 2})
+    train(solo, opened, run=folder / "steps" / method / "alone", resume=False, overwrite=False)
     timing = (folder / "steps" / method / "alone" / "timing.jsonl").read_text(encoding="utf-8").splitlines()
     return sorted(seconds[1:])[len(seconds) // 2], 1 / json.loads(timing[-1])["steps_per_second"]
 
@@ -188,9 +210,11 @@ def main() -> None:
         run((*prepare, "--views", "1"), folder)
         for method in told.methods.split(","):
             rates: dict[str, float] = {}
-            for pack, seeds in ((told.pack, told.members), ("off", told.alone)) if told.alone else ():
-                seconds, steps = sweep(folder, method, seeds, pack=pack, jobs=told.jobs)
-                rates[pack] = steps / seconds
+            if told.alone:
+                seconds, steps = sweep(folder, method, told.members, pack=told.pack, jobs=told.jobs)
+                rates["together"] = steps / seconds
+                seconds, steps = alone(folder, method, told.alone, jobs=told.jobs)
+                rates["alone"] = steps / seconds
             members = min(told.members, together.WIDTH if told.pack == "auto" else int(told.pack))
             step, one = step_seconds(folder, method, members)
             least = floor(members, 3 if method == "mbcd" else 1)
@@ -203,9 +227,9 @@ def main() -> None:
             }
             if rates:
                 result[method] |= {
-                    "member_steps_per_s": round(rates[told.pack], 1),
-                    "alone_steps_per_s": round(rates["off"], 1),
-                    "ratio": round(rates[told.pack] / rates["off"], 2),
+                    "member_steps_per_s": round(rates["together"], 1),
+                    "alone_steps_per_s": round(rates["alone"], 1),
+                    "ratio": round(rates["together"] / rates["alone"], 2),
                 }
     print(json.dumps(result, indent=1))
 

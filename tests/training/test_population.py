@@ -78,12 +78,11 @@ def test_members_leave_what_they_would_have_left_alone(tmp_path, method, optimiz
         assert outcomes[str(number)].best.epoch == summary.best.epoch
         mine, theirs = tmp_path / "population" / str(number), tmp_path / str(number)
         for log in ("metrics.jsonl", "steps.jsonl"):
-            for one, other in zip(read_records(mine / log), read_records(theirs / log), strict=True):
-                close(one, other)
+            assert (mine / log).read_bytes() == (theirs / log).read_bytes()
         one, other = (load_checkpoint(run / "checkpoints/last.pt") for run in (mine, theirs))
         assert one.settings == other.settings
         for name, value in one.student.items():
-            torch.testing.assert_close(value, other.student[name], rtol=0, atol=5e-3)  # Adam makes much of little
+            torch.testing.assert_close(value, other.student[name], rtol=0, atol=0)
         sizes = [(run / "checkpoints/last.pt").stat().st_size for run in (mine, theirs)]
         assert sizes[0] == pytest.approx(sizes[1], rel=0.01), "no tensor drags the others' memory along"
 

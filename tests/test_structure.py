@@ -22,7 +22,7 @@ FLOORS = (
     "__init__ errors say allocator randomness checksums naming json_values",
     "files place settings plugins",
     "locks processes promises",
-    "ledger",
+    "ledger layers",
     "runtime plotting data integrity launch",
     "encoders",
     "model",

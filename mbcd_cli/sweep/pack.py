@@ -30,7 +30,7 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int | None, say: S
     What became of each is told by its folder and the files beside it (`state`); the log lies beside the first.
     """
     held: dict[Path, ExitStack] = {}
-    wanted: list[Wanted | None] = []
+    wanted: list[Wanted] = []
     stopped = False
     dataset: Dataset | None = None
 
@@ -51,7 +51,6 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int | None, say: S
 
     for folder in folders:
         with ExitStack() as opened:
-            wanted.append(None)  # its place among the others is kept
             mine = lock(beside(folder, "lock"), place="--runs-dir")
             if mine is None:
                 continue
@@ -70,7 +69,7 @@ def run_pack(folders: Sequence[Path], *, threads: int, width: int | None, say: S
                 _failed(folder, error, say)
                 continue
             opened.enter_context(known(mine))
-            wanted[-1] = Wanted(settings, folder)
+            wanted.append(Wanted(settings, folder))
             held[folder] = opened.pop_all()
     if dataset is not None:
         try:

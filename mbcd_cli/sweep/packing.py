@@ -36,8 +36,7 @@ def units(
     """Cell's key -> the cells that one process trains, this one among them.
 
     Cells are alike when their settings differ in the seed, the target, the sources (as many) and numbers only (of the
-    method, the optimizer, the average; dropout rates; zero apart); `jobs` processes share them. It depends on the plan
-    alone, not on what is done: a cell's place among the others stays (and with it, what it rounds to).
+    method, the optimizer, the average; dropout rates; zero apart); `jobs` processes share them.
 
     Args:
         width: of a population; 0: there are none; None: where models are small.

@@ -73,11 +73,11 @@ class Alike:
             self._average = steps[0].average.over(lambda tensor: [piece.rows for piece in self._pieces_of(tensor)])
 
     @classmethod
-    def runs(cls, steps: Sequence[TrainStep], rows: Sequence[int], stacked: Mapping[str, torch.Tensor]) -> list[Alike]:
-        """Those among `rows` of the stacked tensors, as few as possible."""
+    def runs(cls, steps: Sequence[TrainStep], stacked: Mapping[str, torch.Tensor]) -> list[Alike]:
+        """As few as possible, of all members."""
         runs: list[list[int]] = []
-        for row in rows:
-            if runs and runs[-1][-1] == row - 1 and _standing(steps[row]) == _standing(steps[row - 1]):
+        for row in range(len(steps)):
+            if runs and _standing(steps[row]) == _standing(steps[row - 1]):
                 runs[-1].append(row)
             else:
                 runs.append([row])

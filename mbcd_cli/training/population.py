@@ -43,27 +43,23 @@ class StackedStep:
         members: of one method, with models of the same shapes, on one device, each with its draws to itself
             (`Randomness.own_globals`). Their settings may differ in numbers of the method, the optimizer and the
             average and in dropout rates, but for whether they are zero. Their tensors become views of stacked ones; a
-            later `StackedStep` of some of them takes them over. None is a row that is computed for nobody.
+            later `StackedStep` of some of them takes them over.
         inputs: (modality, parts of all batches [K, ...]) -> its inputs [K, B, ...], where batches hold something that
             stands for them (rows of what lies in memory).
     """
 
-    def __init__(self, members: Sequence[Member | None], *, inputs: Inputs | None = None) -> None:
-        first = next(member for member in members if member is not None)
+    def __init__(self, members: Sequence[Member], *, inputs: Inputs | None = None) -> None:
         self._inputs = inputs or (lambda name, parts: parts)
-        everyone = [member or _nobody(first) for member in members]
-        steps, draws = [member.step for member in everyone], [member.randomness for member in everyone]
-        self._everyone = steps
-        self._rows = [k for k, member in enumerate(members) if member is not None]
+        steps, draws = [member.step for member in members], [member.randomness for member in members]
+        self._steps = steps
         self._context = StackedContext.of_members(steps, draws)
-        self._step = _template(first.step, first.randomness, self._context, steps)
+        self._step = _template(steps[0], draws[0], self._context, steps)
         self._numbers = Numbers(self._step, steps)
         self._whole = Whole(self._step)
         self._stacked = _stack([Whole(step) for step in steps])
         self._members = torch.arange(len(steps), device=self._context.sources.device)
         # What a member finds alone at its first step: of one, or, where numbers differ, of all.
-        self._unlike = [(k, member) for k, member in enumerate(members) if member is not None]
-        self._unlike = self._unlike if self._numbers.values else self._unlike[:1]
+        self._unlike = list(members if self._numbers.values else members[:1])
         self._sources = torch.stack([step.context.sources for step in steps])
         self._rates: list[float] = []
         self._alike: list[Alike] = []
@@ -78,18 +74,18 @@ class StackedStep:
         for name in batches[0].inputs:
             parts = zip(*(batch.inputs[name] for batch in batches), strict=True)
             inputs[name] = self._inputs(name, tuple(map(torch.stack, parts)))
-        alone = {}
-        for k, member in self._unlike:
+        alone = []
+        for k, member in enumerate(self._unlike):
             its = {name: tuple(part[k] for part in parts) for name, parts in inputs.items()}
-            alone[k] = _alone(member.step, member.randomness, replace(batches[k], inputs=its))
-        steps = [self._everyone[k] for k in self._rows]
+            alone.append(_alone(member.step, member.randomness, replace(batches[k], inputs=its)))
+        steps = self._steps
         for step in steps:
             step.context.step += 1
         trained = [leaf for leaf in self._stacked.values() if leaf.requires_grad]
         for leaf in trained:
             leaf.grad = None
         labels, domains, clips = (torch.stack([getattr(batch, of) for batch in batches]) for of in _OF_CLIPS)
-        counters = [torch.stack([getattr(step.context, of) for step in self._everyone]) for of in ("step", "epoch")]
+        counters = [torch.stack([getattr(step.context, of) for step in steps]) for of in ("step", "epoch")]
         with torch.enable_grad():
             vectors = vmap(self._one)(
                 self._stacked,
@@ -102,13 +98,13 @@ class StackedStep:
                 domains,
                 clips,
             )
-        for k, found in alone.items():
+        for k, found in enumerate(alone):
             _compare(found, vectors[k], [None if leaf.grad is None else leaf.grad[k] for leaf in trained])
         self._unlike = []
         rates = [group["lr"] for step in steps for group in step.optimizer.param_groups]
         if rates != self._rates:
             self.release()
-            self._rates, self._alike = rates, Alike.runs(self._everyone, self._rows, self._stacked)
+            self._rates, self._alike = rates, Alike.runs(steps, self._stacked)
         for run in self._alike:
             run.update(self._context.factors)
         for step in steps:
@@ -141,16 +137,6 @@ class StackedStep:
         self._numbers.set(numbers)
         batch = Batch(inputs=inputs, labels=labels, domains=domains, clips=clips)
         return functional_call(self._whole, weights, (batch,))
-
-
-def _nobody(like: Member) -> Member:
-    """A copy of a member whose results nobody reads."""
-    memo: dict[int, object] = {id(like.step.context.group): like.step.context.group}
-    randomness = Randomness(seed=0, device=like.randomness.device)
-    randomness.own_globals()
-    memo[id(like.randomness)] = randomness
-    method = copy.deepcopy(like.step.method, memo)
-    return Member(like.step.like(method, copy.deepcopy(like.step.average, memo)), randomness)
 
 
 class StackingError(MbcdError):

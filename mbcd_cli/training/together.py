@@ -61,7 +61,7 @@ Outcome = TrainingSummary | Exception
 
 @dataclass(slots=True)
 class _Member:
-    """A training under way: its trainer, its asking, and what it asks for."""
+    """A training under way: its trainer, its asking, and what it asks for; `live` until it has ended."""
 
     wanted: Wanted
     trainer: Trainer
@@ -70,10 +70,16 @@ class _Member:
     held: ExitStack
     started: float
     first: int
+    live: bool = True
+
+    @property
+    def row(self) -> Member:
+        """What is stacked of it."""
+        return Member(self.trainer.step, self.trainer.randomness)
 
 
 def train_together(
-    wanted: Sequence[Wanted | None],
+    wanted: Sequence[Wanted],
     dataset: Dataset,
     *,
     width: int | None,
@@ -82,68 +88,64 @@ def train_together(
 ) -> None:
     """Train all of them, each into its own run folder; a folder that holds a run already is gone on with.
 
-    There are as many places as trainings under way. Each training has its place by its number in `wanted`, and a place
-    that has nothing left to do is computed all the same: so what a member rounds to depends on nothing but its place,
-    and a population that was stopped, and is given the same list again, ends in the same bits. Where a step fails for
-    all (vmap cannot take a branch on data, say) they go on one after another, from their last checkpoints.
+    What a member rounds to depends on nothing beside it (`layers`): each ends in the bits of its training alone,
+    whoever joins and leaves. Where a step fails for all (vmap cannot take a branch on data, say) they go on one after
+    another, from their last checkpoints.
 
     Args:
-        wanted: of one kind: settings that differ in the seed, the target and the sources (as many) only. None keeps
-            the place of one that is done already.
+        wanted: of one kind: settings that differ in the seed, the target, the sources (as many) and numbers only.
         dataset: prepared, of all of them.
         width: trainings under way at a time, at most; None: `WIDTH`, or what `POPULATION_BYTES` allow.
         ended: told of each as soon as it ends: what `done` holds, or the error that ended it (a stop by a signal too).
         say: told how it goes.
     """
-    left = [one for one in wanted if one is not None]
-    if not left:
+    if not wanted:
         return
-    device = configure(left[0].settings.runtime)
-    with Interrupts() as interrupts, say.progress("trainings", len(left)) as ticker:
+    device = configure(wanted[0].settings.runtime)
+    with Interrupts() as interrupts, say.progress("trainings", len(wanted)) as ticker:
 
         def end(one: Wanted, outcome: Outcome) -> None:
             ended(one, outcome)
             ticker.advance()
 
-        clips = _clips(left, dataset, end)
+        clips = _clips(wanted, dataset, end)
         resident = _resident(dataset, list(clips.values()), device=device)
         lying = {} if resident is None else {"read": partial(_read, resident), "inputs": partial(_inputs, resident)}
         feed = Feed(dataset, device=device, **lying)
-        width = min(width or fitting_width(left[0].settings, dataset, device=device), len(wanted))
+        width = min(width or fitting_width(wanted[0].settings, dataset, device=device), len(wanted))
         with suppress(MbcdError):  # each is going to be told
-            memory = size_text(width * member_bytes(left[0].settings, dataset, device=device))
-            say(f"{len(left)} trainings, {width} at a time: weights, gradients, moments and averages take {memory}.")
-        places = [
-            _Place(deque(one for one in wanted[k::width] if one is not None and one.run in clips)) for k in range(width)
-        ]
+            memory = size_text(width * member_bytes(wanted[0].settings, dataset, device=device))
+            say(f"{len(wanted)} trainings, {width} at a time: weights, gradients, moments and averages take {memory}.")
+        waiting = deque(one for one in wanted if one.run in clips)
+        live: list[_Member] = []
+        together: list[_Member] = []
         stacked: StackedStep | None = None
         while True:
-            for place in places:
-                while not place.live and place.waiting and interrupts.signal is None:
-                    one = place.waiting.popleft()
-                    place.member = _begin(one, dataset, clips[one.run], feed, interrupts, end)
-                    place.live = place.member is not None
-                    if place.live and stacked is not None:
-                        stacked.release()
-                        stacked = None
-            live = [place for place in places if place.live]
+            live = [member for member in live if member.live]
+            while waiting and len(live) < width and interrupts.signal is None:
+                one = waiting.popleft()
+                begun = _begin(one, dataset, clips[one.run], feed, interrupts, end)
+                live += [] if begun is None else [begun]
             if not live:
                 return
-            if _validated(live, end):
+            asking = [member for member in live if isinstance(member.asked, Validation)]
+            if asking:  # one after another (docs/performance.md)
+                _all_go_on([(member, _said(member)) for member in asking], end)
                 continue
-            if stacked is None:
-                stacked = StackedStep([place.row for place in places], inputs=feed.inputs)
+            if stacked is None or together != live:
+                if stacked is not None:
+                    stacked.release()
+                together = live
+                stacked = StackedStep([member.row for member in live], inputs=feed.inputs)
             try:
-                vectors = stacked([place.member.asked if place.live else live[0].member.asked for place in places])
+                vectors = stacked([member.asked for member in live])
             except (RuntimeError, TypeError, StackingError) as error:
                 say.warn(f"These trainings cannot be stacked, and go on one after another: {lines_of(error)[0]}")
-                stranded = [place.member.wanted for place in live]
-                for place in live:
-                    place.member.held.close()
-                stranded += [one for place in places for one in place.waiting]
-                _one_by_one(stranded, dataset, interrupts, end)
+                for member in live:
+                    member.held.close()
+                _one_by_one([*(member.wanted for member in live), *waiting], dataset, interrupts, end)
                 return
-            _all_go_on([(place, vector) for place, vector in zip(places, vectors, strict=True) if place.live], end)
+            _all_go_on(list(zip(live, vectors, strict=True)), end)
 
 
 def member_bytes(settings: Settings, dataset: Dataset, *, device: torch.device) -> int:
@@ -216,20 +218,6 @@ def fitting_width(settings: Settings, dataset: Dataset, *, device: torch.device)
     except MbcdError:  # each is going to be told
         return WIDTH
     return max(min(WIDTH, POPULATION_BYTES // max(each, 1)), 1)
-
-
-@dataclass(slots=True)
-class _Place:
-    """A row of the stacked tensors: the training that has it, and those that will; `live` until it has ended."""
-
-    waiting: deque[Wanted]
-    member: _Member | None = None
-    live: bool = False
-
-    @property
-    def row(self) -> Member | None:
-        """What is stacked for it."""
-        return Member(self.member.trainer.step, self.member.trainer.randomness) if self.live else None
 
 
 def _clips(
@@ -314,7 +302,7 @@ def _goes_on(member: _Member, why: Exception | None, end: Callable[[Wanted, Outc
 
 
 def _all_go_on(
-    answered: Sequence[tuple[_Place, torch.Tensor | Said | Exception]], end: Callable[[Wanted, Outcome], None]
+    answered: Sequence[tuple[_Member, torch.Tensor | Said | Exception]], end: Callable[[Wanted, Outcome], None]
 ) -> None:
     """Hand every member its answer, one after another.
 
@@ -322,17 +310,10 @@ def _all_go_on(
     """
     for first in range(0, len(answered), _SYNCED):
         some = answered[first : first + _SYNCED]
-        with synced_at_once([place.member.wanted.run for place, _ in some]) as failed:
-            whys = [_advanced(place.member, answer) for place, answer in some]
-        for (place, _), why in zip(some, whys, strict=True):
-            place.live = _goes_on(place.member, failed.get(place.member.wanted.run, why), end)
-
-
-def _validated(live: Sequence[_Place], end: Callable[[Wanted, Outcome], None]) -> bool:
-    """Answer the members that ask for a validation, one after another (docs/performance.md); whether there were any."""
-    asking = [place for place in live if isinstance(place.member.asked, Validation)]
-    _all_go_on([(place, _said(place.member)) for place in asking], end)
-    return bool(asking)
+        with synced_at_once([member.wanted.run for member, _ in some]) as failed:
+            whys = [_advanced(member, answer) for member, answer in some]
+        for (member, _), why in zip(some, whys, strict=True):
+            member.live = _goes_on(member, failed.get(member.wanted.run, why), end)
 
 
 def _said(member: _Member) -> Said | Exception:

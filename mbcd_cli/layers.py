@@ -19,7 +19,7 @@ from mbcd_cli.processes import ALONE, Group
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b, as one of a batch: [N, D] and [D, M] -> [N, M]."""
-    return torch.bmm(a[None], b[None])[0]
+    return torch.bmm(a.unsqueeze(0), b.unsqueeze(0)).squeeze(0)
 
 
 class Linear(nn.Linear):

@@ -51,18 +51,6 @@ def alone(run, settings, dataset=None):
     return train(settings, dataset or MemoryDataset(), run=run, resume=False, overwrite=False)
 
 
-def close(one, other):
-    """Records alike but for rounding."""
-    if isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            close(one[key], other[key])
-    elif isinstance(one, float):
-        assert one == pytest.approx(other, abs=2e-3, rel=2e-3)
-    else:
-        assert one == other
-
-
 @pytest.mark.parametrize(
     ("method", "optimizer"), [("erm", "adam"), ("mbcd", "adam"), ("swad", "adam"), ("jat", "adam"), ("erm", "sgd")]
 )
@@ -77,14 +65,8 @@ def test_members_leave_what_they_would_have_left_alone(tmp_path, method, optimiz
         assert outcomes[str(number)].steps == summary.steps
         assert outcomes[str(number)].best.epoch == summary.best.epoch
         mine, theirs = tmp_path / "population" / str(number), tmp_path / str(number)
-        for log in ("metrics.jsonl", "steps.jsonl"):
-            assert (mine / log).read_bytes() == (theirs / log).read_bytes()
-        one, other = (load_checkpoint(run / "checkpoints/last.pt") for run in (mine, theirs))
-        assert one.settings == other.settings
-        for name, value in one.student.items():
-            torch.testing.assert_close(value, other.student[name], rtol=0, atol=0)
-        sizes = [(run / "checkpoints/last.pt").stat().st_size for run in (mine, theirs)]
-        assert sizes[0] == pytest.approx(sizes[1], rel=0.01), "no tensor drags the others' memory along"
+        for file in ("metrics.jsonl", "steps.jsonl", "checkpoints/last.pt", "checkpoints/best.pt"):
+            assert (mine / file).read_bytes() == (theirs / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])

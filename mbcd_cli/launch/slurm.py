@@ -7,8 +7,9 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -116,6 +117,7 @@ class Slurm:
             ) from error
         self._folder = Path(asked.pop("folder", None) or folder).absolute()
         cluster = asked.pop("cluster", None)
+        self._asked = " --slurm ".join(f"{key}={value}" for key, value in asked.items())
         try:
             executor = submitit.AutoExecutor(folder=self._folder, cluster=cluster, slurm_max_num_timeout=_TIMEOUTS)
             if executor.cluster == "local" and cluster != "local":
@@ -161,7 +163,7 @@ class Slurm:
             self._say(f"The cluster takes {limit} jobs of one array: {len(units)} units go into {limit}.")
         shares = [units[at::count] for at in range(count)]
         try:
-            with self._executor.batch():
+            with redirect_stderr(StringIO()), self._executor.batch():  # sbatch's own words are in the error
                 begun = [
                     self._executor.submit(
                         Task(tuple(unit.order(self._threads) for unit in share), self._threads, self._demands)
@@ -174,8 +176,9 @@ class Slurm:
                     for piece in unit.pieces:  # a hint, which need not survive a power cut: the lock keeps order
                         beside(piece.folder, _JOB).write_text(f"{job.job_id}\n", encoding="utf-8")
         except FailedJobError as error:
-            remedy = "Correct --slurm key=value, or ask for fewer jobs with --slurm-tasks."
-            raise RunError(f"Slurm refuses the jobs: {lines_of(error)[-1]}", remedy) from error
+            why = re.sub("^sbatch: error: (Batch job submission failed: )?", "", lines_of(error)[-1])
+            remedy = f"Ask for what there is (--slurm {self._asked}), or for fewer jobs with --slurm-tasks."
+            raise RunError(f"Slurm refuses the jobs: {why}", remedy) from error
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds)

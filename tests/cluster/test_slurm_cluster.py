@@ -25,6 +25,7 @@ from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
 from test_sweep_command import cache, cells_of  # noqa: F401
 
+from mbcd_cli.errors import RunError
 from mbcd_cli.files import read_records
 from mbcd_cli.launch import slurm
 from mbcd_cli.launch.engines import Launching
@@ -63,7 +64,8 @@ MpiDefault=none
 ReturnToService=0
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000 State=UNKNOWN
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000 Gres=gpu:1 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000 State=UNKNOWN
 PreemptMode=REQUEUE
 PreemptType=preempt/partition_prio
@@ -100,6 +102,7 @@ def cluster(tmp_path_factory) -> Iterator[dict[str, int]]:
     host = socket.gethostname().partition(".")[0]
     text = CONFIGURATION.format(host=host, folder=folder, array=ARRAY, ports=free_ports(3))
     (folder / "slurm.conf").write_text(text)
+    (folder / "gres.conf").write_text("NodeName=n1 Name=gpu File=/dev/null\n")  # a GPU by word alone
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
     if subprocess.run(["pgrep", "-x", "munged"], capture_output=True, check=False).returncode:
@@ -279,6 +282,34 @@ def test_a_job_that_never_begins_is_told_in_one_line(cells):
     assert re.search(r"\(Partition(TimeLimit|Config)\)", said[0])
 
 
+def test_jobs_that_ask_for_a_gpu_have_one_each_on_the_node_that_has_it(cells):
+    """One has two processors and a GPU by word alone, the other has none: the jobs wait for each other."""
+    some, looks, told = cells[:3], [], {}
+    for cell in some:
+        beside(cell.folder, "say").write_text("slow")
+
+    def watch(board):
+        jobs = slurm.queue() or {}
+        told.update({job: control("show", "job", "-d", job) for job in jobs if jobs[job].state == "RUNNING"})
+        looks.append(sorted(job.reason for job in jobs.values() if job.state == "PENDING"))
+        assert len(board.running) < 2
+        if looks.count(["Resources"] * 2) == 5:
+            for cell in some:
+                beside(cell.folder, "go").touch()
+
+    assert len(submit(some, "gpus_per_node=1", watch=watch).done) == 3
+    assert [beside(cell.folder, "calls").read_text().split()[1] for cell in some] == ["0"] * 3, "CUDA_VISIBLE_DEVICES"
+    assert len(told) == 3
+    assert all("Nodes=n1 CPU_IDs=0 Mem=0 GRES=gpu:1(IDX:0)" in job for job in told.values())
+
+
+def test_a_gpu_that_no_node_has_is_one_error(cells, capfd):
+    with pytest.raises(RunError, match=r"^Slurm refuses the jobs: Requested node config") as caught:
+        submit(cells, "gpus_per_node=2")
+    assert "(--slurm timeout_min=5 --slurm cpus_per_task=1 --slurm gpus_per_node=2)" in caught.value.remedy
+    assert capfd.readouterr().err == ""
+
+
 def test_a_job_that_is_preempted_is_waited_for(cells):
     beside(cells[0].folder, "say").write_text("slow ok")
     others = []
@@ -354,7 +385,7 @@ def test_a_cache_is_prepared(cluster, tmp_path):
     root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
     alone = prepare(settings_for(root, tmp_path / "one", "cache.shard_clips=1"))
     settings, said = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), []
-    one_at_a_time = ["timeout_min=5", "cpus_per_task=1", "slurm_array_parallelism=1"]
+    one_at_a_time = ["timeout_min=5", "cpus_per_task=1", "slurm_array_parallelism=1", "gpus_per_node=1"]
     how = Launching(jobs=2, launcher="slurm", slurm=one_at_a_time)
     shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), say=Say(said.append))
     for name, entry in alone.modalities.items():
@@ -362,6 +393,7 @@ def test_a_cache_is_prepared(cluster, tmp_path):
     assert sum("has ended" in line for line in said) == 2
     second = max(slurm.queue() or {}, key=lambda job: [*map(int, job.split("_"))])
     assert slurm.queue()[second].state == "CANCELLED", "nothing was left for it"
+    assert slurm.queue()[f"{second.partition('_')[0]}_0"].node == "n1", "which has a GPU"
 
 
 @pytest.mark.stress  # two processes that import torch, one after the other

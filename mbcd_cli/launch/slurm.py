@@ -40,6 +40,8 @@ _NEVER = "TimeLimit|NodeLimit|BadConstraints|Invalid|PartitionDown|PartitionInac
 """Reasons of squeue for which a job does not begin before somebody changes something."""
 _LOOK = 20
 """Seconds between two looks at the queue, at most."""
+_LAST_SECONDS = 10.0
+"""What jobs whose units are all done have for their own end, when the command leaves."""
 _TIMEOUTS = 1000
 """Times that a job which reaches its time limit is begun anew: a job of many units does so as a matter of course."""
 DEFAULTS: dict[str, object] = {"timeout_min": 720, "cpus_per_task": 4}
@@ -177,7 +179,7 @@ class Slurm:
                         beside(piece.folder, _JOB).write_text(f"{job.job_id}\n", encoding="utf-8")
         except FailedJobError as error:
             why = re.sub("^sbatch: error: (Batch job submission failed: )?", "", lines_of(error)[-1])
-            remedy = f"Ask for what there is (--slurm {self._asked}), or for fewer jobs with --slurm-tasks."
+            remedy = f"Ask for what there is (--slurm {self._asked}), or for fewer jobs."
             raise RunError(f"Slurm refuses the jobs: {why}", remedy) from error
 
     def wait(self, seconds: float) -> None:
@@ -270,12 +272,19 @@ class Slurm:
             )
 
     def stop(self) -> None:
-        """Leave the jobs where they are, but for those that have not begun and that nothing is left for."""
+        """Leave the jobs where they are, but for those that have not begun and that nothing is left for.
+
+        One that is just ending writes its result first: the folder may be deleted next, and Slurm would call it failed.
+        """
         idle = [one.job for one in self._jobs if not one.left] if self._clustered else []
         states = queue() or {} if idle else {}
+        latest = time.monotonic() + _LAST_SECONDS
         for job in idle:
-            if job.job_id in states and states[job.job_id].state == "PENDING":
+            now = states[job.job_id].state if job.job_id in states else _GONE
+            if now == "PENDING":
                 job.cancel(check=False)
+            while now == "RUNNING" and not job.paths.result_pickle.exists() and time.monotonic() < latest:
+                time.sleep(0.1)
 
 
 def look_at_the_queue(executor: AutoExecutor) -> None:

@@ -393,7 +393,9 @@ def test_a_cache_is_prepared(cluster, tmp_path):
     assert sum("has ended" in line for line in said) == 2
     second = max(slurm.queue() or {}, key=lambda job: [*map(int, job.split("_"))])
     assert slurm.queue()[second].state == "CANCELLED", "nothing was left for it"
-    assert slurm.queue()[f"{second.partition('_')[0]}_0"].node == "n1", "which has a GPU"
+    first = f"{second.partition('_')[0]}_0"
+    helpers.until(lambda: slurm.queue()[first].state not in ("RUNNING", "COMPLETING"))
+    assert (slurm.queue()[first].state, slurm.queue()[first].node) == ("COMPLETED", "n1"), "which has a GPU"
 
 
 @pytest.mark.stress  # two processes that import torch, one after the other

@@ -37,7 +37,7 @@ from mbcd_cli.preparation.answer import Prepared, kept_answer
 from mbcd_cli.preparation.prepare import anywhere, prepare
 from mbcd_cli.resolved import load_settings
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.settings import Settings
+from mbcd_cli.settings import RuntimeSettings, Settings
 from mbcd_cli.settings.sources import to_toml
 
 PART = "mbcd_cli.preparation.launched:serve_part"
@@ -111,15 +111,17 @@ def prepare_launched(
         CacheError: all of them failed, and why the first did; and whatever `prepare` raises.
     """
     how.check()
+    # What is left for this process computes nothing: a login node may have no GPU.
+    asked = settings.model_copy(update={"runtime": RuntimeSettings(device="cpu")})
     if not corruptions and kept_answer(settings) is not None:
-        return prepare(settings, say=say)
-    asked, settings = settings, anywhere(settings)
+        return prepare(asked, say=say)
+    settings = anywhere(settings)
     spoilt = json.dumps([list(corruptions), list(severities)])
     key = checksums.of_text(to_toml(settings) + spoilt)[:12]
     folder = settings.cache.dir / f".crew-{key}"
     parts = [Part(f"{key}-{at}", f"part {at + 1}", folder / f"part-{at + 1:03d}") for at in range(how.jobs)]
-    for part in parts:  # of an interrupted command: there may be other clips now
-        beside(part.folder, "done").unlink(missing_ok=True)
+    for mark in folder.glob("*.done"):  # of an interrupted command: there may be other clips now
+        mark.unlink(missing_ok=True)
     board = begin([PartUnit((part,), settings, spoilt) for part in parts], retry_failed=True)
     root = settings.dataset.root
     engine = how.engine(settings, folder, sees=[root] if root else [], place=PLACE, say=say)
@@ -153,8 +155,8 @@ def _telling(say: Say) -> Callable[[Board], None]:
 
 def run_part(folder: Path, *, threads: int, spoilt: str, say: Say = SILENT) -> int:
     """Take part until nothing is left to do; the exit code."""
-    if not beside(folder, "toml").is_file():
-        return DONE_CODE  # a job that began late: the command that asked for it has ended
+    if not beside(folder, "toml").is_file() or any(folder.parent.glob("*.done")):
+        return DONE_CODE  # a job that began late: the command that asked for it has ended, or another was through
     mine = lock(beside(folder, "lock"), place=PLACE)
     if mine is None:
         return BUSY_CODE

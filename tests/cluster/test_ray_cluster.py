@@ -224,27 +224,36 @@ def test_a_node_that_joins_late_gets_units_and_one_that_lacks_something_gives_th
     assert re.search(r"node blind \(\w+\) does not see the folder .*hac; nothing is run there", blind)
 
 
-def test_units_share_a_gpu_and_keep_to_the_memory_of_their_node(cluster, cells):
-    """A GPU that is there by word alone."""
-    node = cluster.add_node(num_cpus=6, num_gpus=1, memory=3.5 * 2**30)
-    for some, asked in (
-        (cells[:3], RaySettings(gpus=0.5)),
-        (cells[3:], RaySettings(gpus=0.1, memory_gb=1.5)),
+def test_units_share_a_gpu_or_have_it_alone_and_keep_to_the_memory_of_their_node(cluster, cells, tmp_path, request):
+    """GPUs that are there by word alone; which ones those units saw that ran at the same time."""
+    import ray
+
+    node = cluster.add_node(num_cpus=6, num_gpus=2, memory=3.5 * 2**30)
+    ray.init(cluster.address, log_to_driver=False)  # one connection, whose processes serve all units
+    request.addfinalizer(lambda: (ray.shutdown(), cluster.remove_node(node)))
+    for at, (asked, count, gpus) in enumerate(
+        (
+            (RaySettings(gpus=0.5), 5, ["0", "0", "1", "1"]),
+            (RaySettings(gpus=1), 3, ["0", "1"]),
+            (RaySettings(gpus=0.1, memory_gb=1.5), 3, ["0", "0"]),
+        )
     ):
-        looks = []
+        some = plan_of("hac", runs=tmp_path / str(at), targets="human", methods="erm", seeds=str(count))
+        some[0].folder.parent.mkdir(parents=True)
         for cell in some:
             beside(cell.folder, "say").write_text("slow")
+        looks = []
 
-        def watch(board, looks=looks, some=some):
-            looks.append(len(board.running))
-            if looks.count(2) == 10:
+        def watch(board, looks=looks, some=some, gpus=gpus):
+            if looks.count(gpus) < 10:  # until one ends, and another begins
+                begun = [cell for cell in some if cell.key in board.running and beside(cell.folder, "calls").exists()]
+                looks.append(sorted(line.split()[1] for cell in begun for line in calls(cell)))
+                assert len(looks[-1]) <= len(gpus)
+            else:
                 for cell in some:
                     beside(cell.folder, "go").touch()
 
-        assert len(submit(cluster, some, watch=watch, gpu=True, asked=asked).done) == 3
-        assert max(looks) == 2
-        assert {line.split()[1] for cell in some for line in calls(cell)} == {"0"}
-    cluster.remove_node(node)
+        assert len(submit(cluster, some, watch=watch, gpu=True, asked=asked).done) == count
 
 
 def test_what_no_node_can_do_is_one_error(cluster, cells, tmp_path):

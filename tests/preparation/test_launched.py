@@ -69,7 +69,25 @@ def test_a_part_is_told_by_the_files_beside_its_folder(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert run_part(folder, threads=1, spoilt=unit.spoilt) == DONE_CODE
     assert unit.state(part) == "done"
-    assert unit.state(launched.Part("key", "part 2", folder.with_name("part-002"))) == "done", "before it began"
+    late = launched.Part("key", "part 2", folder.with_name("part-002"))
+    assert unit.state(late) == "done", "before it began"
+    unit.write(late)
+    monkeypatch.setattr(launched, "prepare", None)
+    assert run_part(late.folder, threads=1, spoilt=unit.spoilt) == DONE_CODE, "and loads no weights"
+
+
+def test_the_command_itself_needs_no_gpu(tmp_path, monkeypatch):
+    """That of a login node: the processes that take part have one."""
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",))
+    for file in (root, *root.rglob("*")):
+        os.utime(file, (1, 1))  # the first time the kept answer is given
+    prepare(settings_for(root, tmp_path / "cache", "model.modalities=audio"))
+    settings = settings_for(root, tmp_path / "cache", "model.modalities=audio", "runtime.device=cuda:99")
+    for _ in range(2):
+        prepared = prepare_launched(settings, how=Launching(), **NOTHING)
+        assert prepared.modalities["audio"].clips == 6
+        monkeypatch.setattr(launched, "kept_answer", lambda _: None)
+        monkeypatch.setattr(launched, "launch", lambda board, *_, **__: board)
 
 
 def test_what_an_interrupted_command_was_through_with_is_looked_at_again(tmp_path, monkeypatch):
@@ -87,7 +105,8 @@ def test_what_an_interrupted_command_was_through_with_is_looked_at_again(tmp_pat
         with pytest.raises(KeyboardInterrupt):
             prepare_launched(settings, how=Launching(), **NOTHING)
         folders[0].parent.mkdir(parents=True, exist_ok=True)
-        beside(folders[0], "done").touch()
+        for marked in (folders[0], folders[0].with_name("part-002")):  # it may have been of more
+            beside(marked, "done").touch()
     assert folders == [folders[0]] * 2
     shutil.rmtree(folders[0].parent)
     assert run_part(folders[0], threads=1, spoilt="[[], [1]]") == DONE_CODE

@@ -16,10 +16,11 @@ from pathlib import Path
 import helpers
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "sweep"))
+sys.path += [str(Path(__file__).resolve().parents[1] / room) for room in ("preparation", "sweep")]
 from show import cost, show_prepare, show_sweep
 from sweep_cases import plan_of, units_of
 from test_cache import contents, same, settings_for
+from test_passport import ours, weights
 
 from mbcd_cli.errors import RunError
 from mbcd_cli.launch.engines import Launching
@@ -296,6 +297,26 @@ def test_a_cache_is_prepared(cluster, tmp_path):
         assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
     assert sum("has ended" in line for line in said) == 2
     assert not any("failed: " in line for line in said)
+
+
+def test_a_part_of_a_preparation_holds_its_gpu_to_its_end_and_loads_its_weights_once(cluster, tmp_path, request):
+    """The other one begins when nothing is left, and loads none."""
+    node = cluster.add_node(num_cpus=2, num_gpus=1)
+    request.addfinalizer(lambda: cluster.remove_node(node))
+    root = helpers.write_dataset(tmp_path / "tiny", domains=("alpha",), train=8)
+    weights(root / "w.pth")
+    loads = {}
+
+    def note(line):
+        if "has ended" in line:
+            log = Path(line.rpartition("log: ")[2])
+            loads[log.name] = log.read_text().count("with the weights of") if log.exists() else 0
+
+    settings = ours(root, tmp_path / "cache", "cache.shard_clips=1", "ray.gpus=1")
+    how = Launching(jobs=2, launcher="ray", ray_address=cluster.address)
+    shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), say=Say(note))
+    assert shared.modalities["video"].shards == 18
+    assert sorted(loads.values()) == [0, 1]
 
 
 @pytest.mark.stress

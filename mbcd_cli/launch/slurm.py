@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from mbcd_cli.errors import RunError, lines_of
 from mbcd_cli.launch.launch import Ended
 from mbcd_cli.launch.nodes import Demands
-from mbcd_cli.launch.task import Task
+from mbcd_cli.launch.task import STOPPED_CODES, Task
 from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, Unit, beside
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings.sources import parse_value
@@ -228,7 +228,7 @@ class Slurm:
             if cancelled and code not in _OWN_CODES:
                 why = f"job {job.job_id} was cancelled; the same command submits it again"
                 yield Ended(unit, code, why, again=False)
-            elif taken and code not in _OWN_CODES:
+            elif code in STOPPED_CODES or (taken and code not in _OWN_CODES):
                 yield Ended(unit, None)
             elif error is not None or not told:  # the job itself could not begin, or was killed
                 yield Ended(unit, -9, self._why(job, error))

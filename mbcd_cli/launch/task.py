@@ -15,6 +15,9 @@ from mbcd_cli.launch.worker import PATIENCE, Worker
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
+STOPPED_CODES = (STOPPED_CODE, -signal.SIGTERM)
+"""Exit codes of a unit that Slurm had stop (`scancel`, a preemption's grace time, a node that is shut down)."""
+
 
 @dataclass(slots=True)
 class Task:
@@ -40,7 +43,7 @@ class Task:
         for at, order in enumerate(self.orders):
             self.at = at
             codes[order.log] = self.worker.run(order)
-            if codes[order.log] in (STOPPED_CODE, -signal.SIGTERM):
+            if codes[order.log] in STOPPED_CODES:
                 break
         self.worker.close()
         return codes

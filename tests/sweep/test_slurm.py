@@ -23,7 +23,7 @@ from mbcd_cli.launch import nodes, slurm
 from mbcd_cli.launch.launch import begin, launch
 from mbcd_cli.launch.nodes import MARK, demand
 from mbcd_cli.launch.task import Task
-from mbcd_cli.launch.unit import beside, holder
+from mbcd_cli.launch.unit import STOPPED_CODE, beside, holder
 from mbcd_cli.launch.worker import Worker
 from mbcd_cli.locks import lock
 from mbcd_cli.say import Say
@@ -84,6 +84,22 @@ def test_a_node_that_is_taken_from_a_job_is_no_failure_of_its_units(cells, becam
     assert became in slurm._ENDED
     ends = list(engine._ends_of(slurm._Job(job, units_of(cells))))
     assert [(end.code, end.again) for end in ends] == [(None, True)] * len(cells)
+
+
+@pytest.mark.parametrize("code", [STOPPED_CODE, -signal.SIGTERM])
+def test_a_unit_that_slurm_had_stopped_is_no_killed_one(cells, code):
+    """A partition's grace time begins with SIGTERM: the unit writes its checkpoint, and the job ends by itself."""
+    folder, units = cells[0].folder.parent, units_of(cells)
+    engine = slurm.Slurm(folder / "submitit", options=["cluster=local"], demands=demand(folder, []))
+    told = {units[0].order(engine._threads).log: code}
+    job = SimpleNamespace(
+        job_id="7",
+        state="COMPLETED",
+        paths=SimpleNamespace(result_pickle=folder),
+        exception=lambda: None,
+        result=lambda: told,
+    )
+    assert [(end.code, end.again) for end in engine._ends_of(slurm._Job(job, units))] == [(None, True)] * 2
 
 
 def test_what_a_job_under_way_has_failed_at_is_submitted_anew(cells, monkeypatch):

@@ -333,6 +333,7 @@ def job_limit(cluster: str) -> int:
             told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
             limits = dict(re.findall(r"^(MaxArraySize|MaxJobCount)\s*=\s*(\d+)", told, flags=re.MULTILINE))
             if "MaxArraySize" in limits:
-                free = int(limits.get("MaxJobCount", 10**9)) - len(queue() or {})
+                # An array that would fill it is not refused: sbatch waits, without a word.
+                free = int(limits.get("MaxJobCount", 10**9)) - 1 - len(queue() or {})
                 return max(min(int(limits["MaxArraySize"]), free), 1)
     return _ARRAY_JOBS

@@ -208,6 +208,14 @@ def test_a_population_is_a_job_and_its_cells_are_told_by_their_folders(cells, mo
     assert len(submit(cells, width=2, retry_failed=True).done) == 2
 
 
+def test_an_array_takes_one_job_less_than_the_cluster_has_room_for(monkeypatch):
+    """Measured on Slurm 22.05: where an array would fill it, sbatch waits."""
+    told = "MaxArraySize            = 1001\nMaxJobCount             = 5\n"
+    monkeypatch.setattr(slurm.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=told))
+    monkeypatch.setattr(slurm, "queue", lambda: {"7": slurm.Queued("COMPLETED", "n1", "")})
+    assert slurm.job_limit("slurm") == 3
+
+
 def test_wrong_parameters_and_no_slurm_are_plain_errors(cells, monkeypatch):
     with pytest.raises(RunError, match="not an assignment"):
         submit(cells, "timeout_min")

@@ -172,6 +172,11 @@ class Slurm:
                     )
                     for share in shares
                 ]
+            if self._clustered and "jobs" not in self._told:
+                self._told.add("jobs")
+                first, last = begun[0].job_id, begun[-1].job_id
+                numbers = first if first == last else f"{first} to {last}"
+                self._say(f"Slurm has the jobs {numbers}, whose states squeue tells; Ctrl-C leaves them there.")
             for share, job in zip(shares, begun, strict=True):
                 self._jobs.append(_Job(job, list(share)))
                 for unit in share:

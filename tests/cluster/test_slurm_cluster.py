@@ -173,11 +173,18 @@ def begin_now(job: str) -> None:
     subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], check=False, timeout=30)
 
 
+def hears(said):
+    """Into a list, but for the numbers of the jobs."""
+    return Say(lambda line: None if line.startswith("Slurm has the jobs") else said.append(line))
+
+
 def test_more_cells_than_an_array_may_have(cells):
     assert slurm.job_limit("slurm") == ARRAY
     said = []
     board = submit(cells, say=Say(said.append))
-    assert said == [f"The cluster takes {ARRAY} jobs of one array: {len(cells)} units go into {ARRAY}."]
+    assert said[0] == f"The cluster takes {ARRAY} jobs of one array: {len(cells)} units go into {ARRAY}."
+    (line,) = said[1:]
+    assert re.fullmatch(rf"Slurm has the jobs (\d+)_0 to \1_{ARRAY - 1}, whose states squeue tells; .*", line)
     assert {cell.key for cell in board.done} == {cell.key for cell in cells}
     assert not board.failed
     assert not list(cells[0].folder.parent.glob("*.job"))
@@ -261,7 +268,7 @@ def test_a_job_that_slurm_holds_is_told_in_one_line(cells):
         elif said:
             hurry(cells[0], "release")
 
-    board = submit(cells[:1], watch=watch, say=Say(said.append))
+    board = submit(cells[:1], watch=watch, say=hears(said))
     assert len(board.done) == 1
     assert len(said) == 1
     assert "Slurm holds job" in said[0]
@@ -275,7 +282,7 @@ def test_a_job_that_never_begins_is_told_in_one_line(cells):
         if said and board.handed:
             subprocess.run(["scancel", job_of(cells[0])], check=True, timeout=30)
 
-    board = submit(cells[:1], "timeout_min=90", watch=watch, say=Say(said.append))
+    board = submit(cells[:1], "timeout_min=90", watch=watch, say=hears(said))
     assert "was cancelled" in board.failed[cells[0].key]
     assert len(said) == 1
     assert "keeps job" in said[0]
@@ -328,7 +335,7 @@ def test_a_job_that_is_preempted_is_waited_for(cells):
 
 def test_a_node_without_the_folder_or_of_another_version_is_told_in_one_line(cells):
     said, folder = [], cells[0].folder.parent
-    board = submit(cells[:1], demands=demand(folder, [folder / "elsewhere"]), say=Say(said.append))
+    board = submit(cells[:1], demands=demand(folder, [folder / "elsewhere"]), say=hears(said))
     assert list(board.failed) == [cells[0].key]
     assert len(said) == 1
     assert re.search(r"node n[12] does not see the folder .*elsewhere", said[0])
@@ -338,7 +345,7 @@ def test_a_node_that_alone_does_not_see_the_runs_is_told_by_name(cluster, cells,
     said, folder = [], cells[0].folder.parent
     logs = f"folder={tmp_path / 'logs'}"
     with mounted(cluster, "n2", "-t", "tmpfs", "tmpfs", folder):
-        alone = submit(cells[:1], "slurm_exclude=n1", logs, say=Say(said.append))
+        alone = submit(cells[:1], "slurm_exclude=n1", logs, say=hears(said))
     assert re.search(r"^warning: node n2 does not see the folder .*hac; --slurm slurm_exclude=NODE", *said)
     assert list(alone.failed) == [cells[0].key]
     assert len(submit(cells[:1], "slurm_exclude=n1", logs, retry_failed=True).done) == 1
@@ -362,7 +369,7 @@ def test_a_full_disk_of_one_node_is_told_by_name(cluster, cells, tmp_path):
         subprocess.run(["nsenter", "-m", "-t", str(cluster["n2"]), "sh", "-c", fill], check=False, timeout=30)
         layers = f"lowerdir={folder},upperdir={upper}/u,workdir={upper}/w"
         with mounted(cluster, "n2", "-t", "overlay", "-o", layers, "overlay", folder):
-            board = submit(cells[:1], "slurm_exclude=n1", logs, demands=demands, say=Say(said.append))
+            board = submit(cells[:1], "slurm_exclude=n1", logs, demands=demands, say=hears(said))
     assert list(board.failed) == [cells[0].key]
     assert re.search(r"node n2 cannot write into .*hac: No space left on device", *said)
 
@@ -377,7 +384,7 @@ def test_a_version_that_one_node_alone_has_is_told_by_name(cluster, cells, tmp_p
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'here'}{os.pathsep}{os.environ['PYTHONPATH']}")
     said = []
     with mounted(cluster, "n2", "--bind", tmp_path / "there", tmp_path / "here"):
-        submit(cells[:1], "slurm_exclude=n1", say=Say(said.append))
+        submit(cells[:1], "slurm_exclude=n1", say=hears(said))
     assert re.search(r"node n2 has torch 0\.1, and here it is 2\.", *said)
 
 
@@ -387,7 +394,7 @@ def test_a_cache_is_prepared(cluster, tmp_path):
     settings, said = settings_for(root, tmp_path / "two", "cache.shard_clips=1"), []
     one_at_a_time = ["timeout_min=5", "cpus_per_task=1", "slurm_array_parallelism=1", "gpus_per_node=1"]
     how = Launching(jobs=2, launcher="slurm", slurm=one_at_a_time)
-    shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), say=Say(said.append))
+    shared = prepare_launched(settings, how=how, corruptions=(), severities=(1,), say=hears(said))
     for name, entry in alone.modalities.items():
         assert same(contents(Path(entry.folder)), contents(Path(shared.modalities[name].folder)))
     assert sum("has ended" in line for line in said) == 2

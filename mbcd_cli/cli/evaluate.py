@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, CheckpointPath, Output, Reply, RunPath, RunPatterns, command, listed
+from mbcd_cli.cli.options import (
+    Asked,
+    CheckpointPath,
+    MoreRuns,
+    Output,
+    Reply,
+    RunPath,
+    RunPatterns,
+    command,
+    listed,
+    with_more,
+)
 from mbcd_cli.errors import UsageError
 from mbcd_cli.json_values import json_values
 
@@ -40,6 +51,7 @@ def evaluate(
     run: RunPath = None,
     checkpoint: CheckpointPath = None,
     runs: RunPatterns = None,
+    more: MoreRuns = None,
     ood: Annotated[
         Path | None,
         typer.Option("--ood", help="Cache folder of another dataset, for out-of-distribution detection."),
@@ -57,6 +69,7 @@ def evaluate(
 
     Without --output it is written to RUN, CHECKPOINT-evaluation, comparison or predict-NAME.
     """
+    runs = with_more(runs, more)
     flags: dict[str, object] = {
         path: listed(path, text) if path.startswith("evaluation.") else text for path, text in asked.flags.items()
     }

@@ -20,6 +20,7 @@ from typer.models import CommandInfo
 from mbcd_cli import console
 from mbcd_cli.cli.help import command_with
 from mbcd_cli.cli.outcome import finish, outcome
+from mbcd_cli.errors import UsageError
 from mbcd_cli.files import make_folder
 from mbcd_cli.naming import name_faults
 from mbcd_cli.settings import FLAGS, CacheSettings, ManifestSettings, MethodSettings, Settings
@@ -58,6 +59,7 @@ ShowSettings = Annotated[
 ]
 RunPath = Annotated[Path | None, typer.Option("--run", "--run-dir", help="Run folder.")]
 RunPatterns = Annotated[list[str] | None, typer.Option("--runs", help="Evaluated run folders (a pattern; repeatable).")]
+MoreRuns = Annotated[list[str] | None, typer.Argument(metavar="RUN", hidden=True)]
 RunsOrFolders = Annotated[
     list[Path], typer.Argument(metavar="PATH", help="Runs, folders of runs, or a sweep's folder of tables.")
 ]
@@ -144,6 +146,17 @@ _HANDED = ("asked", "show_settings")
 """Parameters of a command that are no options of its own."""
 Reply = tuple[object, Callable[[], None]]
 """A command's result (what `json_values` takes), and what shows it to a person; its `exit_code` is the command's."""
+
+
+def with_more(runs: list[str] | None, more: list[str] | None) -> list[str] | None:
+    """What `--runs` names, and what a shell makes of a pattern that is not quoted: words after the first.
+
+    Raises:
+        UsageError: such words without `--runs`.
+    """
+    if more and runs is None:
+        raise UsageError(f"{more[0]}: there is no option before it.", "Name runs with --runs.")
+    return None if runs is None else [*runs, *(more or ())]
 
 
 def command(

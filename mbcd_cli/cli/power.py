@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mbcd_cli import console
-from mbcd_cli.cli.options import Asked, MethodNames, Reply, RunPatterns, Seeds, Targets, command, dataset_preset
+from mbcd_cli.cli.options import (
+    Asked,
+    MethodNames,
+    MoreRuns,
+    Reply,
+    RunPatterns,
+    Seeds,
+    Targets,
+    command,
+    dataset_preset,
+    with_more,
+)
 from mbcd_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +43,7 @@ def power(
     methods: MethodNames = "erm,mbcd",
     seeds: Seeds = "3",
     runs: RunPatterns = None,
+    more: MoreRuns = None,
     accuracy: Annotated[
         float, typer.Option("--accuracy", help="Accuracy, by which agreements are assumed.", rich_help_panel=_ASSUMED)
     ] = 0.6,
@@ -87,7 +99,7 @@ def power(
         targets=() if targets == "all" else _parts(targets),
         seeds=count,
         methods=compared,
-        runs=runs or (),
+        runs=with_more(runs, more) or (),
         assumed={"agreement": agreement, "seed_agreement": seed_agreement, "seed_spread": seed_spread, "icc": icc},
         accuracy=accuracy,
     )

@@ -91,6 +91,8 @@ def test_of_tables_of_a_cache_and_of_runs(table, tmp_path):
     three_methods(tmp_path / "runs", recordings=np.arange(SIZE) // 10)
     measured = run(*none, "--dataset", "d", "--runs", "runs/*", "--icc", "0.1").data
     assert measured["assumptions"]["icc"] == 0.1
+    folders = sorted(map(str, (tmp_path / "runs").iterdir()))  # what a shell makes of a pattern that is not quoted
+    assert run(*none, "--dataset", "d", "--runs", *folders, "--icc", "0.1").data == measured
     assert "measured on runs: agreement, seed agreement, seed spread, icc" in measured["basis"]
     assert 0 < measured["assumptions"]["agreement"] <= measured["assumptions"]["seed_agreement"] < 1
     assert "each of 6 at 5 % / 6 (Holm)" in run(*none[:-1], "--dataset", "d", "--methods", "4").stdout
@@ -106,6 +108,7 @@ def test_of_tables_of_a_cache_and_of_runs(table, tmp_path):
         (("--methods", "1"), 1, "nothing to compare"),
         (("--targets", "moon"), 1, "moon"),
         (("--runs", "nowhere/*"), 1, "There is no run at nowhere/*"),
+        (("runs/a",), 2, "runs/a: there is no option before it"),
     ],
 )
 def test_wrong_questions(table, args, code, says):

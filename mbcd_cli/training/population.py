@@ -3,7 +3,7 @@
 A member is an ordinary training whose weights are views of stacked tensors. Where its loop asks for a step, all
 members' batches go through `torch.func.vmap` of the method's `gradients` together (`stacked`), and optimizers and
 averages that stand alike take one step (`alike`); validation, logs and checkpoints are each member's own. Trainings of
-small models on vectors go on 5 times as quickly as in processes of their own (docs/performance.md).
+small models on vectors go on 3 to 5 times as quickly as in processes of their own (docs/performance.md).
 
 Letters: K members, B clips.
 """

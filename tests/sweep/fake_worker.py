@@ -2,6 +2,7 @@
 
 ok: finish. fail: an error of the user's. kill: die as by the kernel. quit: end with
 exit code 1, without a word. slow: wait until `<folder>.go` is there. alone: as slow, and whatever becomes of its owner.
+wait-2.5: take so many seconds.
 Every call takes the next word; without a word left it finishes. It holds the cell's lock as the real one does, and ends
 with its owner.
 """
@@ -64,6 +65,8 @@ def work(folder: Path, threads: str) -> int:
             return FAILED_CODE
         while word in ("slow", "alone") and not Path(f"{folder}.go").exists():
             time.sleep(0.01)
+        if word.startswith("wait-"):
+            time.sleep(float(word.removeprefix("wait-")))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "settings.toml").write_text("")
         (folder / "done").write_text("{}")

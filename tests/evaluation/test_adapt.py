@@ -185,7 +185,8 @@ def test_the_runner_is_a_plain_loop(settings, dataset, rule, reset, steps):
         for index, when in enumerate((found.before, found.after)):
             logits = torch.cat([part[index] for part in parts])
             expected = nn.functional.cross_entropy(logits.double(), labels).item()
-            assert when[clip_set]["fused"].loss == pytest.approx(expected, rel=1e-6)
+            # A bias before a batch norm has no gradient but rounding, and Adam moves it by its whole step.
+            assert when[clip_set]["fused"].loss == pytest.approx(expected, rel=1e-5)
             assert when[clip_set]["fused"].top1 == (logits.argmax(1) == labels).double().mean().item()
 
 

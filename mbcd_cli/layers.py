@@ -81,11 +81,10 @@ class Dropout(nn.Dropout):
 _OURS = {nn.Linear: Linear, nn.BatchNorm1d: BatchNorm, nn.Dropout: Dropout}
 
 
-def rounding_alike(module: nn.Module) -> nn.Module:
-    """The same module, in which torch's layers are ours; names and weights stay as they are."""
+def rounding_alike(module: nn.Module) -> None:
+    """Have ours in the place of torch's layers; names and weights stay as they are."""
     for one in module.modules():
         one.__class__ = _OURS.get(type(one), type(one))
-    return module
 
 
 def share_dropout(module: nn.Module, group: Group) -> None:

@@ -59,7 +59,9 @@ ShowSettings = Annotated[
 ]
 RunPath = Annotated[Path | None, typer.Option("--run", "--run-dir", help="Run folder.")]
 RunPatterns = Annotated[list[str] | None, typer.Option("--runs", help="Evaluated run folders (a pattern; repeatable).")]
-MoreRuns = Annotated[list[str] | None, typer.Argument(metavar="RUN", hidden=True)]
+MoreRuns = Annotated[
+    list[str] | None, typer.Argument(metavar="RUN", help="More for --runs: what a shell makes of a bare pattern.")
+]
 RunsOrFolders = Annotated[
     list[Path], typer.Argument(metavar="PATH", help="Runs, folders of runs, or a sweep's folder of tables.")
 ]
@@ -155,7 +157,7 @@ def with_more(runs: list[str] | None, more: list[str] | None) -> list[str] | Non
         UsageError: such words without `--runs`.
     """
     if more and runs is None:
-        raise UsageError(f"{more[0]}: there is no option before it.", "Name runs with --runs.")
+        raise UsageError(f"{more[0]}: there is no option before it.", "Write --runs before the runs to compare.")
     return None if runs is None else [*runs, *(more or ())]
 
 

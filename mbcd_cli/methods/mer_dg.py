@@ -96,8 +96,7 @@ def marginal(z: torch.Tensor) -> torch.Tensor:
     """mean_c max(0, 1 - sqrt(var_c + 1e-4)), []: z [B, D]; 0 for a single clip."""
     if len(z) < 2:
         return z.sum() * 0
-    variance = (z - z.mean(dim=0)).square().sum(dim=0) / (len(z) - 1)
-    return (1 - (variance + FLOOR).sqrt()).clamp(min=0).mean()
+    return (1 - (z.var(dim=0) + FLOOR).sqrt()).clamp(min=0).mean()
 
 
 def spectral(z: torch.Tensor) -> torch.Tensor:

@@ -39,12 +39,11 @@ class MMD(Alignment):
 def embeddings_apart(h: torch.Tensor, member: torch.Tensor, gammas: Sequence[float]) -> torch.Tensor:
     """MMD's d, []: h [B, D], member [B, S] of 0 and 1."""
     n = member.sum(dim=0)
-    centred = h - h.mean(dim=0).detach()  # distances stay, rounding is less
+    centred = h - h.mean(dim=0).detach()  # distances and gradients stay, rounding is less
     squares = centred.square().sum(dim=1)
     itself = torch.eye(len(h), dtype=torch.bool, device=h.device)
-    apart = (
-        (squares[:, None] + squares[None, :] - 2 * product(centred, centred.T)).clamp(min=0).masked_fill(itself, 0.0)
-    )
+    apart = squares[:, None] + squares[None, :] - 2 * product(centred, centred.T)
+    apart = apart.clamp(min=0).masked_fill(itself, 0.0)
     kernel = torch.stack([torch.exp(-gamma * apart) for gamma in gammas]).sum(dim=0)
     share = member.to(h.dtype) / n.clamp(min=1)
     inner = product(product(share.T, kernel), share)

@@ -108,6 +108,7 @@ class MOOSA(SimMMDG):
         """Cross-entropy of the orders over P B rows, []."""
         with self.context.autocast():
             features = torch.cat(list(out.features.values()), dim=1)
+            # Not features[:, columns], whose gradient is summed in another order below vmap.
             pieces = features.index_select(1, self.columns.flatten()).unflatten(1, self.columns.shape)
             logits = self.puzzle(pieces.flatten(0, 1))  # [B P, ...]
         orders = torch.arange(len(self.columns), device=logits.device)

@@ -59,7 +59,7 @@ def distillation(teacher: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """
     # F.kl_div's own formula: that one has no rule for vmap.
     log_probabilities = full_precision(logits).log_softmax(dim=1)
-    return (torch.xlogy(teacher, teacher) - teacher * log_probabilities).sum(dim=1).sum() / len(teacher)
+    return (torch.xlogy(teacher, teacher) - teacher * log_probabilities).sum() / len(teacher)
 
 
 def mean_entropies(logits: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -52,6 +52,7 @@ class SAM(Method):
             moved = [*weights, *model.buffers()]
             kept = [value.clone() for value in moved]
             for weight, slope in zip(weights, slopes, strict=True):
+                # As torch divides a number by a tensor; a member's rho is a tensor.
                 weight.add_(slope * ((norm + 1e-12).reciprocal() * self.settings.rho))
         up = total(self.losses(batch, self(batch)))
         self.context.backward(up)

@@ -59,7 +59,7 @@ class Wanted:
 Outcome = TrainingSummary | Exception
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Member:
     """A training under way: its trainer, its asking, and what it asks for; `live` until it has ended."""
 
@@ -135,6 +135,7 @@ def train_together(
             if stacked is None or together != live:
                 if stacked is not None:
                     stacked.release()
+                    stacked = None  # its gradients and moments first
                 together = live
                 stacked = StackedStep([member.row for member in live], inputs=feed.inputs)
             try:

@@ -10,6 +10,7 @@ with its owner.
 import fcntl
 import json
 import os
+import re
 import signal
 import time
 from contextlib import ExitStack
@@ -56,6 +57,7 @@ def work(folder: Path, threads: str) -> int:
         say = Path(f"{folder}.say")
         words = say.read_text().split() if say.exists() else []
         word = words[number] if number < len(words) else "ok"
+        assert re.fullmatch(r"ok|kill|quit|fail|slow|alone|wait-[\d.]+", word), f"nobody knows {word}"
         if word == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if word == "quit":

@@ -64,7 +64,7 @@ import sys, torch
 from torch.func import vmap
 from torch.nn import functional as F
 from mbcd_cli.methods.parts import cross_entropy
-from mbcd_cli.training.contract import Subject
+from mbcd_cli.training.subject import Subject
 from mbcd_cli.training.population import Member, StackedStep
 for name in ("mbcd", "nel"):
     subject = Subject.of(name, {})

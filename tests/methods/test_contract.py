@@ -13,7 +13,8 @@ from mbcd_cli.methods import METHODS, checked, method_class
 from mbcd_cli.methods.base import Method, ParameterGroup, Term, total
 from mbcd_cli.methods.parts import cross_entropy, full_precision
 from mbcd_cli.settings import MethodSettings
-from mbcd_cli.training.contract import CHECKS, Subject, check_method, check_population
+from mbcd_cli.training.contract import CHECKS, check_method, check_population
+from mbcd_cli.training.subject import Subject
 
 TOLD = {
     "dann": {"hidden": 16, "ramp": 2},

@@ -10,7 +10,8 @@ from reference_moosa import MOOSAReference
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.moosa import branch_entropy, drawn_orders, jigsaw_columns, weighted_cross_entropy
 from mbcd_cli.processes import ALONE
-from mbcd_cli.training.contract import CHECKS, Subject
+from mbcd_cli.training.contract import CHECKS
+from mbcd_cli.training.subject import Subject
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])

@@ -19,7 +19,7 @@ from mbcd_cli.say import Say
 from mbcd_cli.settings import ModelSettings
 from mbcd_cli.settings.sources import to_toml
 from mbcd_cli.training.assemble import assemble
-from mbcd_cli.training.contract import Subject
+from mbcd_cli.training.subject import Subject
 
 PROBE = ModelSettings(tails="frozen", unimodal_head="linear", fused_head="linear")
 

@@ -20,7 +20,7 @@ from mbcd_cli.methods.base import Context
 from mbcd_cli.methods.mbcd import MBCD
 from mbcd_cli.methods.modality_dropout import only_where_others_agree
 from mbcd_cli.methods.reliability import Reliability, ReliabilitySettings, of_the_others
-from mbcd_cli.training.contract import Subject, weights
+from mbcd_cli.training.subject import Subject, weights
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
 OWN = {"distillation": {"weight": 0.7}, "consistency": {"order": "first", "alpha": 0.3}}

@@ -17,8 +17,8 @@ from mbcd_cli.files import read_records
 from mbcd_cli.methods.base import Method, total
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.training.contract import Subject, weights
 from mbcd_cli.training.population import Member, StackedStep, StackingError
+from mbcd_cli.training.subject import Subject, weights
 from mbcd_cli.training.together import Wanted, train_together
 from mbcd_cli.training.train import train
 from mbcd_cli.training.trainer import Trainer

@@ -36,8 +36,13 @@ class Randomness:
         """Standard normal, [*shape] of floating type `dtype`."""
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """All that are this object's own."""
+        return [self.generator, *([self.dropout] if self._globals else [])]
+
     def own_globals(self) -> None:
-        """From now on the global generators' draws are this object's own (`keep_`), going on from where they are."""
+        """From now on the global generators' draws are this object's own (`kept`), going on from where they are."""
         self._globals = global_states()
         self.dropout = self._global.clone_state()
 
@@ -56,6 +61,14 @@ class Randomness:
     def as_globals(self) -> Iterator[None]:
         """Within, nn.Dropout draws this object's own."""
         generator = self._global
+        if self.device.type == "cuda":  # the state itself: a CUDA graph may be captured within
+            outside = generator.graphsafe_get_state()
+            generator.graphsafe_set_state(self.dropout)
+            try:
+                yield
+            finally:
+                generator.graphsafe_set_state(outside)
+            return
         outside = generator.get_state()
         generator.set_state(self.dropout.get_state())
         try:
@@ -64,14 +77,12 @@ class Randomness:
             self.dropout.set_state(generator.get_state())
             generator.set_state(outside)
 
-    def keep_(self, factors: torch.Tensor, *, rate: float) -> None:
-        """Dropout's into `factors`, [*] where `dropout` draws, as nn.Dropout's: 0 (probability `rate`), else
-        1 / (1 - rate)."""
+    def kept(self, ones: torch.Tensor, *, rate: float) -> torch.Tensor:
+        """What nn.Dropout makes of `ones`, [*] where `dropout` draws: 0 (probability `rate`), else 1 / (1 - rate)."""
         if self.device.type != "cuda":
-            factors.bernoulli_(1 - rate, generator=self.dropout).div_(1 - rate)
-            return
+            return torch.empty_like(ones).bernoulli_(1 - rate, generator=self.dropout).div_(1 - rate)
         with self.as_globals():  # its kernel spreads the numbers otherwise than bernoulli_'s
-            factors.copy_(F.dropout(torch.ones_like(factors), rate))
+            return F.dropout(ones, rate)
 
     def globals(self) -> dict:
         """States of the global generators, or of what stands for them here (see `global_states`)."""

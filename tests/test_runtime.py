@@ -65,13 +65,13 @@ from torch.func import vmap
 from torch.nn import functional as F
 from mbcd_cli.methods.parts import cross_entropy
 from mbcd_cli.training.subject import Subject
-from mbcd_cli.training.population import Member, StackedStep
+from mbcd_cli.training.population import StackedStep
 for name in ("mbcd", "nel"):
     subject = Subject.of(name, {})
     members = [subject.training(seed=seed) for seed in range(2)]
     for member in members:
         member.randomness.own_globals()
-    step = StackedStep([Member(member.step, member.randomness) for member in members])
+    step = StackedStep(members)
     step([subject.batch(seed) for seed in range(2)])
 assert not {'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)
 labels = torch.randint(10, (5, 16))

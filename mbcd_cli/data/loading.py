@@ -126,11 +126,12 @@ class ResidentRows:
 
     def rows(self, name: str, clips: np.ndarray, views: np.ndarray) -> torch.Tensor:
         """Where those lie, [B], for `at`."""
-        rows = torch.from_numpy(self._where[name][clips, views + 1])
-        return rows.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else rows
+        return torch.from_numpy(self._where[name][clips, views + 1])
 
     def at(self, name: str, rows: torch.Tensor, *, test: bool = False) -> tuple[torch.Tensor, ...]:
         """The parts [..., ...] of `rows` [...], of the test view or of training views."""
+        if self._device.type == "cuda" and rows.device.type == "cpu":
+            rows = rows.pin_memory().to(self._device, non_blocking=True)
         return tuple(part.index_select(0, rows.flatten()).unflatten(0, rows.shape) for part in self._parts[name, test])
 
 

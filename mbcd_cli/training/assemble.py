@@ -137,7 +137,7 @@ def train_with(
     )
     run_step = None
     if graph:
-        run_step = StaticStep(step, randomness=randomness, device=device, required=runtime.cuda_graph == "on", say=say)
+        run_step = StaticStep(step, draws=[randomness], device=device, required=runtime.cuda_graph == "on", say=say)
     return Training(step=step, randomness=randomness, run_step=run_step)
 
 

@@ -69,7 +69,7 @@ class TrainingClips:
                 self._look()
                 if self.feed.inputs is not None:
                     inputs = {name: self.feed.inputs(name, parts) for name, parts in batch.inputs.items()}
-                    batch = replace(batch, inputs=inputs)
+                    batch = replace(batch, inputs=inputs).to(self.feed.device)
                 yield self.step.prepared(batch)
 
     def validation(self) -> Iterator[Batch]:

@@ -24,7 +24,8 @@ class Feed:
 
     Attributes:
         device: where batches go.
-        inputs: (modality, parts of a training batch) -> its inputs, where parts stand for them; None: parts are inputs.
+        inputs: (modality, parts of a training batch) -> its inputs, where parts stand for them and training batches
+            stay where they are; None: parts are inputs.
         waited: seconds the loop has waited for batches since `reset`.
 
     Args:
@@ -62,7 +63,7 @@ class Feed:
     def training(
         self, clips: np.ndarray, *, batch_size: int, seed: int, epoch: int, start: int, views: int = 1
     ) -> Iterator[tuple[torch.Tensor, Batch]]:
-        """(clip indices [B] on the CPU, batch on the device), in the order that (seed, epoch) fixes.
+        """(clip indices [B] on the CPU, batch on the device but for `inputs`), in the order that (seed, epoch) fixes.
 
         Args:
             clips: to train on, [N] indices into the clip table.
@@ -81,7 +82,7 @@ class Feed:
                 batch = next(ready, None)
                 if batch is None:
                     return
-                on_device = batch.to(self.device, non_blocking=True)
+                on_device = batch if self.inputs is not None else batch.to(self.device, non_blocking=True)
                 self.waited += time.monotonic() - asked
                 yield batch.clips, on_device
 

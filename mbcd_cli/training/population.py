@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,23 +22,20 @@ from torch.func import functional_call, vmap
 from mbcd_cli.data.records import Batch, Parts
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.randomness import Randomness
+from mbcd_cli.say import SILENT, Say
 from mbcd_cli.training.alike import Alike, Whole, by_name
+from mbcd_cli.training.assemble import Training
 from mbcd_cli.training.stacked import Numbers, StackedContext, replace_dropouts
+from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.step import TrainStep
 
 Inputs = Callable[[str, Parts], Parts]
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A training's step, and its draws."""
-
-    step: TrainStep
-    randomness: Randomness
-
-
 class StackedStep:
     """`step(batches)`: one step of every member, equal to what each would do alone but for rounding.
+
+    Captured in a CUDA graph where the members' own steps are, their draws included: kernel by kernel ... times as long.
 
     Args:
         members: of one method, with models of the same shapes, on one device, each with its draws to itself
@@ -46,9 +44,10 @@ class StackedStep:
             later `StackedStep` of some of them takes them over.
         inputs: (modality, parts of all batches [K, ...]) -> its inputs [K, B, ...], where batches hold something that
             stands for them (rows of what lies in memory).
+        say: told where a capture failed and is not required; the step goes on kernel by kernel.
     """
 
-    def __init__(self, members: Sequence[Member], *, inputs: Inputs | None = None) -> None:
+    def __init__(self, members: Sequence[Training], *, inputs: Inputs | None = None, say: Say = SILENT) -> None:
         self._inputs = inputs or (lambda name, parts: parts)
         steps, draws = [member.step for member in members], [member.randomness for member in members]
         self._steps = steps
@@ -57,34 +56,58 @@ class StackedStep:
         self._numbers = Numbers(self._step, steps)
         self._whole = Whole(self._step)
         self._stacked = _stack([Whole(step) for step in steps])
-        self._members = torch.arange(len(steps), device=self._context.sources.device)
+        self._device = self._context.sources.device
+        self._members = torch.arange(len(steps), device=self._device)
         # What a member finds alone at its first step: of one, or, where numbers differ, of all.
         self._unlike = list(members if self._numbers.values else members[:1])
         self._sources = torch.stack([step.context.sources for step in steps])
         self._rates: list[float] = []
         self._alike: list[Alike] = []
+        self._run: Callable[[Batch], torch.Tensor] = self._taken
+        self._static: Callable[[], StaticStep] | None = None
+        if alone := members[0].run_step:
+            how = {"draws": draws, "device": self._device, "required": alone.required, "say": say}
+            self._static = partial(StaticStep, self._taken, **how)
 
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
-        """One step of every member on its batch; its figures as one vector each.
+        """One step of every member on its batch, wherever that lies; its figures as one vector each.
 
         Raises:
             StackingError: at the first step, a member's gradients are not those that it finds alone.
+            RunError: the capture failed and is required.
         """
+        # Numbers, but for those on the device that a captured step reads anew: they change between epochs.
+        rates = [group["lr"] for step in self._steps for group in step.optimizer.param_groups]
+        if rates != self._rates:
+            self.release()
+            self._rates, self._alike = rates, Alike.runs(self._steps, self._stacked)
+            self._run = self._taken if self._static is None else self._static()
         inputs = {}
         for name in batches[0].inputs:
             parts = zip(*(batch.inputs[name] for batch in batches), strict=True)
-            inputs[name] = self._inputs(name, tuple(map(torch.stack, parts)))
+            inputs[name] = tuple(map(torch.stack, parts))
+        labels, domains, clips = (torch.stack([getattr(batch, of) for batch in batches]) for of in _OF_CLIPS)
+        every = Batch(inputs=inputs, labels=labels, domains=domains, clips=clips)
+        vectors = self._run(every.to(self._device, non_blocking=True))
+        for step in self._steps:
+            step.layout = self._step.layout
+        return list(vectors.unbind())
+
+    def _taken(self, every: Batch) -> torch.Tensor:
+        """One step of every member on its row of a batch of batches, [K, B, ...]; their figures, [K, F]."""
+        inputs = {name: self._inputs(name, parts) for name, parts in every.inputs.items()}
+        labels, domains, clips = every.labels, every.domains, every.clips
         alone = []
         for k, member in enumerate(self._unlike):
             its = {name: tuple(part[k] for part in parts) for name, parts in inputs.items()}
-            alone.append(_alone(member.step, member.randomness, replace(batches[k], inputs=its)))
+            batch = Batch(inputs=its, labels=labels[k], domains=domains[k], clips=clips[k])
+            alone.append(_alone(member.step, member.randomness, batch))
         steps = self._steps
         for step in steps:
             step.context.step += 1
         trained = [leaf for leaf in self._stacked.values() if leaf.requires_grad]
         for leaf in trained:
             leaf.grad = None
-        labels, domains, clips = (torch.stack([getattr(batch, of) for batch in batches]) for of in _OF_CLIPS)
         counters = [torch.stack([getattr(step.context, of) for step in steps]) for of in ("step", "epoch")]
         with torch.enable_grad():
             vectors = vmap(self._one)(
@@ -101,15 +124,9 @@ class StackedStep:
         for k, found in enumerate(alone):
             _compare(found, vectors[k], [None if leaf.grad is None else leaf.grad[k] for leaf in trained])
         self._unlike = []
-        rates = [group["lr"] for step in steps for group in step.optimizer.param_groups]
-        if rates != self._rates:
-            self.release()
-            self._rates, self._alike = rates, Alike.runs(steps, self._stacked)
         for run in self._alike:
             run.update(self._context.factors)
-        for step in steps:
-            step.layout = self._step.layout
-        return list(vectors.unbind())
+        return vectors
 
     def release(self) -> None:
         """Leave to every member's optimizer what it would have alone."""

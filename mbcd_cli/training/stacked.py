@@ -42,10 +42,9 @@ class StackedRandomness:
         """Dropout's factors: 0 with probability `rate`, else 1 / (1 - rate), of each member's rate."""
 
         def draw() -> torch.Tensor:
-            factors = torch.empty((len(self._draws), *shape), dtype=dtype, device=self._draws[0].dropout.device)
-            for mine, draws, rate in zip(factors, self._draws, rates, strict=True):
-                draws.keep_(mine, rate=rate)
-            return factors.to(self.device)
+            ones = torch.ones(shape, dtype=dtype, device=self._draws[0].dropout.device)
+            each = zip(self._draws, rates, strict=True)
+            return torch.stack([draws.kept(ones, rate=rate) for draws, rate in each]).to(self.device)
 
         return _Stacked.apply(draw, self.member)
 

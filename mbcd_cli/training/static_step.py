@@ -5,13 +5,14 @@ Letters: B clips.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError, lines_of
 from mbcd_cli.randomness import Randomness
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.training.step import TrainStep
 
 WARM_UP = 3
 """Steps run kernel by kernel first: optimizer states and workspaces must exist before a capture."""
@@ -26,20 +27,27 @@ class StaticStep:
     shapes takes 1.5 times as long in float32 and 2.1 times in bfloat16 (NVIDIA H200, batch 16; docs/performance.md).
 
     Args:
-        step: its optimizer must be capturable on CUDA.
-        randomness: the step's; its generator is registered with the graph.
+        step: of a training, or of many at once; optimizers must be capturable on CUDA.
+        draws: those of the step; generators that it has drawn from are registered with the graph.
         device: where the step runs.
         required: raise when a capture fails, rather than warn and go on without.
         say: told where a capture failed.
     """
 
     def __init__(
-        self, step: TrainStep, *, randomness: Randomness, device: torch.device, required: bool, say: Say = SILENT
+        self,
+        step: Callable[[Batch], torch.Tensor],
+        *,
+        draws: Sequence[Randomness],
+        device: torch.device,
+        required: bool,
+        say: Say = SILENT,
     ) -> None:
         self.step = step
-        self._randomness = randomness
+        self._generators = [generator for one in draws for generator in one.generators]
+        self._drawn: set[torch.Generator] = set()
         self._device = device
-        self._required = required
+        self.required = required
         self._say = say
         self._static: Batch | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -86,30 +94,36 @@ class StaticStep:
         """An ordinary step where captures happen, so that its workspaces are the ones the graph finds."""
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
+        before = [generator.get_state() for generator in self._generators]
         with torch.cuda.stream(stream):
             vector = self.step(batch)
+        for generator, state in zip(self._generators, before, strict=True):
+            if not torch.equal(state, generator.get_state()):
+                self._drawn.add(generator)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         vector.record_stream(torch.cuda.current_stream(self._device))
         return vector
 
     def _capture(self, static: Batch) -> bool:
         """Record the step; nothing is computed. A failure leaves the training as it was."""
-        states = torch.cuda.get_rng_state(self._device), self._randomness.state()
+        outside = torch.cuda.get_rng_state(self._device)
+        states = [generator.get_state() for generator in self._generators]
         graph = torch.cuda.CUDAGraph()
         try:
-            graph.register_generator_state(self._randomness.generator)
+            for generator in self._drawn:  # no others: each takes two launches in every replay
+                graph.register_generator_state(generator)
             torch.cuda.synchronize(self._device)
             # Other threads may read ahead meanwhile: page-locked copies, and the trunks of views that are not stored.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._vector = self.step(static)
         except (RuntimeError, NotImplementedError) as error:
             torch.cuda.synchronize(self._device)
-            self.step.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.set_rng_state(states[0], self._device)
-            self._randomness.load(states[1])
+            torch.cuda.set_rng_state(outside, self._device)
+            for generator, state in zip(self._generators, states, strict=True):
+                generator.set_state(state)
             self._given_up, self._static, self._vector = True, None, None
             reason = lines_of(error)[0]
-            if self._required:
+            if self.required:
                 raise RunError(
                     f"The step cannot be captured in a CUDA graph: {reason}", "Set runtime.cuda_graph=off."
                 ) from error

@@ -20,17 +20,18 @@ import torch
 from mbcd_cli.data.loading import ResidentRows, resident_bytes
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import TEST_VIEW, Batch
-from mbcd_cli.errors import MbcdError, SettingsError, StoppedError, lines_of
+from mbcd_cli.errors import MbcdError, RunError, SettingsError, StoppedError, lines_of
 from mbcd_cli.files import size_text, synced_at_once
 from mbcd_cli.json_values import json_values
 from mbcd_cli.runs.folder import SETTINGS, open_run
 from mbcd_cli.runtime import configure, free_memory, peak_memory_mb
 from mbcd_cli.say import SILENT, Say, Ticker
 from mbcd_cli.settings import Settings
-from mbcd_cli.training.assemble import assemble
+from mbcd_cli.training.assemble import Training, assemble
 from mbcd_cli.training.feed import Feed
 from mbcd_cli.training.interrupts import Interrupts
-from mbcd_cli.training.population import Member, StackedStep, StackingError
+from mbcd_cli.training.population import StackedStep, StackingError
+from mbcd_cli.training.static_step import WARM_UP
 from mbcd_cli.training.train import ClipsOfTraining, TrainingSummary, summarise, summary_of, train, trainer_of
 from mbcd_cli.training.trainer import Asking, Said, Trainer
 from mbcd_cli.training.validation import Validation
@@ -61,9 +62,10 @@ Outcome = TrainingSummary | Exception
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    """A training under way: its trainer, its asking, and what it asks for; `live` until it has ended."""
+    """A training under way: its parts, trainer and asking, and what it asks for; `live` until it has ended."""
 
     wanted: Wanted
+    parts: Training
     trainer: Trainer
     asking: Asking
     asked: Batch | Validation | None
@@ -71,11 +73,6 @@ class _Member:
     started: float
     first: int
     live: bool = True
-
-    @property
-    def row(self) -> Member:
-        """What is stacked of it."""
-        return Member(self.trainer.step, self.trainer.randomness)
 
 
 def train_together(
@@ -137,10 +134,10 @@ def train_together(
                     stacked.release()
                     stacked = None  # its gradients and moments first
                 together = live
-                stacked = StackedStep([member.row for member in live], inputs=feed.inputs)
+                stacked = StackedStep([member.parts for member in live], inputs=feed.inputs, say=say)
             try:
                 vectors = stacked([member.asked for member in live])
-            except (RuntimeError, TypeError, StackingError) as error:
+            except (RuntimeError, TypeError, StackingError, RunError) as error:
                 say.warn(f"These trainings cannot be stacked, and go on one after another: {lines_of(error)[0]}")
                 for member in live:
                     member.held.close()
@@ -163,7 +160,7 @@ def member_bytes(settings: Settings, dataset: Dataset, *, device: torch.device) 
 
 
 def step_seconds(settings: Sequence[Settings], dataset: Dataset) -> float:
-    """Of a step of these trainings together, the best of three after one that warms up; nothing is written.
+    """Of a step of these trainings together, the best of four after one that warms up; nothing is written.
 
     Raises:
         MbcdError: as `training.train.train`. RuntimeError, TypeError: they cannot be stacked.
@@ -175,12 +172,12 @@ def step_seconds(settings: Sequence[Settings], dataset: Dataset) -> float:
     for one, its in zip(settings, clips, strict=True):
         parts = assemble(one, dataset, device=device)
         parts.randomness.own_globals()
-        members.append(Member(parts.step, parts.randomness))
+        members.append(parts)
         told = {"batch_size": size, "seed": one.training.seed, "epoch": 0, "start": 0}
         first = Feed(dataset, device=device).training(its, **told, views=parts.step.method.views)
         batches.append(next(batch for _, batch in first))
     step, seconds = StackedStep(members), []
-    for _ in range(4):
+    for _ in range(WARM_UP + 2):  # the last one is of a captured graph, on a GPU
         started = time.monotonic()
         step(batches)
         if device.type == "cuda":
@@ -255,7 +252,7 @@ def _begin(
             trainer = trainer_of(parts, one.settings, dataset, clips, folder=folder, feed=feed, say=one.say)
             asking = trainer.training(interrupts, Ticker())
             held.callback(asking.close)
-            member = _Member(one, trainer, asking, None, held, time.monotonic(), trainer.progress.step)
+            member = _Member(one, parts, trainer, asking, None, held, time.monotonic(), trainer.progress.step)
         except Exception as error:
             end(one, error)
             return None

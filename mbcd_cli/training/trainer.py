@@ -251,8 +251,8 @@ class Trainer:
         progress = self.progress
         if not progress.pending:
             return
-        progress.pending = [(clips, vector.to("cpu")) for clips, vector in progress.pending]
-        vectors = torch.stack([vector for _, vector in progress.pending])
+        vectors = torch.stack([vector.to(self.device) for _, vector in progress.pending]).to("cpu")
+        progress.pending = [(clips, vector) for (clips, _), vector in zip(progress.pending, vectors, strict=True)]
         finite = torch.isfinite(vectors).all(dim=1)
         if not finite.all():
             bad = int((~finite).nonzero()[0])

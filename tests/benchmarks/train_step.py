@@ -193,7 +193,7 @@ def ours(
         average=average,
         channels_last=last,
     )
-    return StaticStep(step, randomness=randomness, device=device, required=True) if graph else step
+    return StaticStep(step, draws=[randomness], device=device, required=True) if graph else step
 
 
 def floor(tree: Settings, device: torch.device, batch: Batch, *, precision: str, last: bool):

@@ -17,7 +17,8 @@ from mbcd_cli.files import read_records
 from mbcd_cli.methods.base import Method, total
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.say import SILENT, Say
-from mbcd_cli.training.population import Member, StackedStep, StackingError
+from mbcd_cli.training.population import StackedStep, StackingError
+from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.subject import Subject, weights
 from mbcd_cli.training.together import Wanted, train_together
 from mbcd_cli.training.train import train
@@ -83,7 +84,7 @@ def test_optimizers_do_what_they_do_alone_and_keep_their_moments_where_members_a
                     members[-1].step(subject.batch(10 * seed + number))
         if together:
             for begin in (0, 3):
-                stacked = StackedStep([Member(member.step, member.randomness) for member in members])
+                stacked = StackedStep(members)
                 for number in range(begin, begin + 3):
                     stacked([subject.batch(10 * seed + number) for seed in range(3)])
                 stacked.release()
@@ -92,6 +93,27 @@ def test_optimizers_do_what_they_do_alone_and_keep_their_moments_where_members_a
     for one, other in zip(trained(True), trained(False), strict=True):
         for name, value in one.items():
             torch.testing.assert_close(value, other[name], rtol=0, atol=1e-8)
+
+
+def test_on_static_buffers_a_population_does_the_same():
+    """As on a GPU, where its step is captured in a graph: there `mbcd check method` compares the two."""
+    subject = Subject.of("mbcd")
+
+    def trained(static):
+        members = []
+        for seed in range(3):
+            member = subject.training(seed=seed)
+            member.randomness.own_globals()
+            run_step = StaticStep(member.step, draws=[member.randomness], device=torch.device("cpu"), required=True)
+            members.append(replace(member, run_step=run_step if static else None))
+        stacked = StackedStep(members)
+        vectors = [stacked([subject.batch(10 * seed + number) for seed in range(3)]) for number in range(5)]
+        return [vector for each in vectors for vector in each], [weights(member.step) for member in members]
+
+    (figures, one), (others, other) = trained(True), trained(False)
+    assert all(map(torch.equal, figures, others))  # at the end: nothing returned lies in a buffer
+    for mine, theirs in zip(one, other, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_an_encoder_moves_its_factor_times_as_far():
@@ -217,7 +239,7 @@ def test_gradients_that_are_others_in_a_population_are_told():
     members = [subject.training(seed=seed) for seed in range(2)]
     for member in members:
         member.randomness.own_globals()
-    stacked = StackedStep([Member(member.step, member.randomness) for member in members])
+    stacked = StackedStep(members)
     with pytest.raises(StackingError, match="not those of a training alone"):
         stacked([subject.batch(seed) for seed in range(2)])
 
@@ -283,7 +305,7 @@ def test_what_a_member_rounds_to_depends_on_nothing_beside_it(subject):
             member.step.model.float()
             if member.step.average is not None:
                 member.step.average.model.float()
-        stacked = StackedStep([Member(member.step, member.randomness) for member in members])
+        stacked = StackedStep(members)
         for number in range(6):
             batches = [subject.batch(10 * seed + number) for seed in range(3)]
             single = [{name: tuple(p.float() for p in parts) for name, parts in b.inputs.items()} for b in batches]

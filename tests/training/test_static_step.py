@@ -40,7 +40,7 @@ def assert_same_state(one: TrainStep, two: TrainStep, **close) -> None:
 @pytest.mark.parametrize("order", ["off", "first", "second"])
 def test_static_buffers_change_nothing(order):
     plain, inner = (make_step(small_model(3, KINDS_ALL, dropout=0.5), settings=of(order)) for _ in range(2))
-    static = StaticStep(inner, randomness=inner.context.randomness, device=torch.device("cpu"), required=True)
+    static = StaticStep(inner, draws=[inner.context.randomness], device=torch.device("cpu"), required=True)
     vectors = []
     for seed in range(6):
         # One batch of another size in between, as a short last batch would be.
@@ -147,7 +147,7 @@ def test_a_captured_step_equals_an_ordinary_one(order):
     plain, inner = (
         make_step(small_model(3, KINDS_ALL).to(device), settings=of(order), capturable=True) for _ in range(2)
     )
-    static = StaticStep(inner, randomness=inner.context.randomness, device=device, required=True)
+    static = StaticStep(inner, draws=[inner.context.randomness], device=device, required=True)
     for seed in range(8):
         batch = small_batch(3, KINDS_ALL, seed=seed).to(device)
         torch.testing.assert_close(static(batch), plain(batch), rtol=0, atol=1e-9)
@@ -162,7 +162,7 @@ def test_a_captured_bfloat16_step_draws_anew_each_time():
     weights_channels_last(model)
     # The weights stand still, so that only noise, masks and head dropout can change the figures.
     step = make_step(model, capturable=True, lr=1e-30, precision="bfloat16", channels_last=True)
-    static = StaticStep(step, randomness=step.context.randomness, device=device, required=True)
+    static = StaticStep(step, draws=[step.context.randomness], device=device, required=True)
     vectors = [static(frames_batch(0).to(device)) for _ in range(8)]
     assert static._graph is not None
     assert all(not torch.equal(a, b) for a, b in pairwise(vectors[4:]))

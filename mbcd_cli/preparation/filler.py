@@ -6,7 +6,6 @@ Letters: R rows (clip x view), N clips.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +33,53 @@ preparing 8,000 clips of two vectors took 1.8 times as long (median of three in 
 
 _View = tuple[int, int, tuple[np.ndarray, ...]]
 """Of a clip by its index, a view by its number: its parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """A part of what a trunk made of R views, in main memory.
+
+    Attributes:
+        values: in the cache's type, [R, ...]; in float32 where that is int8.
+        extremes: the least and the largest of them, nan where any is: a tenth of isfinite's time.
+        first: of the first view, in float32.
+    """
+
+    values: torch.Tensor
+    extremes: torch.Tensor
+    first: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """All parts, which a GPU may be at work on still.
+
+    They are converted and copied behind the trunk's own kernels: whoever asks for them waits for these, and not for
+    what the GPU was given since.
+    """
+
+    parts: list[_Output]
+    made: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, parts: Sequence[torch.Tensor], dtypes: Sequence[np.dtype]) -> _Outputs:
+        """Parts [R, ...] on their device, and the cache's types."""
+        brought = []
+        for part, dtype in zip(parts, dtypes, strict=True):
+            values = part.to(torch.float32 if dtype == np.int8 else getattr(torch, dtype.name))
+            three = values, torch.stack(values.aminmax()), part[:1].float()
+            brought.append(_Output(*(one.to("cpu", non_blocking=True) for one in three)))
+        if parts[0].device.type != "cuda":
+            return cls(brought, None)
+        made = torch.cuda.Event(blocking=True)
+        made.record()
+        return cls(brought, made)
+
+    def waited_for(self) -> list[_Output]:
+        """They are there."""
+        if self.made is not None:
+            self.made.synchronize()
+        return self.parts
 
 
 @dataclass(slots=True)
@@ -115,7 +161,7 @@ class Filler:
 
         def flush(group: str) -> None:
             if waiting[group]:
-                made = self._through(waiting[group])
+                made = self._through(waiting[group], group)
                 land()  # what came before, while a GPU is at work on these
                 at_work.append(partial(self._store, shard, group, filled[group], waiting[group], made))
                 filled[group] += len(waiting[group])
@@ -153,12 +199,8 @@ class Filler:
             return TOGETHER if self.device.type == "cuda" else 1
         return _SMALL_TOGETHER if row_bytes(self.shapes[group]) <= _SMALL else 1
 
-    def _through(self, views: Sequence[_View]) -> list[np.ndarray] | list[torch.Tensor]:
-        """What the trunk makes of some views, on its device (a GPU may be at work on it); without one, the views.
-
-        What came before is stored meanwhile. Of this and conversion on the device no gain on a GPU has been measured;
-        one core's work per clip of SlowFast went from 28 to 12 ms (docs/performance.md).
-        """
+    def _through(self, views: Sequence[_View], group: str) -> list[np.ndarray] | _Outputs:
+        """What the trunk makes of some views; without one, the views."""
         columns = list(zip(*(parts for _, _, parts in views), strict=True))
         if not self.trunk.names:
             return [column[0][None] if len(column) == 1 else np.stack(column) for column in columns]
@@ -169,7 +211,7 @@ class Filler:
             staged = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
             np.stack(column, out=staged.numpy())
             inputs.append(staged.to(self.device, non_blocking=True))
-        return list(self.trunk(tuple(inputs)))
+        return _Outputs.of(self.trunk(tuple(inputs)), [dtype for _, dtype in self.shapes[group]])
 
     def _store(
         self,
@@ -177,24 +219,28 @@ class Filler:
         group: str,
         first: int,
         views: Sequence[_View],
-        made: list[np.ndarray] | list[torch.Tensor],
+        made: list[np.ndarray] | _Outputs,
     ) -> None:
         """Put what was made of some views into rows `first`, ... of a group."""
         rows = shard.rows[group]
         at = slice(first, first + len(views))
-        for number, (target, source) in enumerate(zip(rows.parts, made, strict=True)):
+        outputs = made.waited_for() if isinstance(made, _Outputs) else None
+        for number, (target, source) in enumerate(zip(rows.parts, outputs or made, strict=True)):
             if target.dtype == np.int8:
-                source = source.float().cpu().numpy() if isinstance(source, torch.Tensor) else source
+                source = source.values.numpy() if outputs else source
                 finite = np.isfinite(source).reshape(len(source), -1).all(axis=1)
                 if finite.all():
                     target[at], rows.scales[number][at] = quantise(source)
                     for k, value in enumerate(squared_error(source, target[at], rows.scales[number][at])):
                         shard.errors[number][k] += value
-            elif isinstance(source, torch.Tensor):
-                finite = _stored(source, target[at])
-                if finite.all() and target.dtype == np.float16:
+            elif outputs:
+                target[at] = source.values.numpy()
+                finite = np.ones(len(views), bool)
+                if not source.extremes.isfinite().all():
+                    finite = np.isfinite(target[at]).reshape(len(views), -1).all(axis=1)
+                elif target.dtype == np.float16:
                     # Columns are channels; one row of those that went through together tells enough.
-                    its = source[:1].float().cpu().numpy()
+                    its = source.first.numpy()
                     self._note_rounding(shard, number, np.moveaxis(its, 1, -1), np.moveaxis(target[at][:1], 1, -1))
             else:
                 with np.errstate(over="ignore"):
@@ -216,12 +262,3 @@ class Filler:
         """Collects what float16 takes from part `number`, [V, ..., C]."""
         shape = (len(source), -1, source.shape[-1])
         shard.roundings.setdefault(number, Rounding()).add(source.reshape(shape), stored.reshape(shape))
-
-
-def _stored(source: torch.Tensor, target: np.ndarray) -> np.ndarray:
-    """Copy rows [R, ...] from their device into a cache's type; which of them [R] that type can hold."""
-    stored = source.to(getattr(torch, target.dtype.name))
-    torch.from_numpy(target).copy_(stored)
-    if all(map(math.isfinite, map(float, stored.aminmax()))):  # nan where any is; a tenth of isfinite's time
-        return np.ones(len(target), bool)
-    return np.isfinite(target).reshape(len(target), -1).all(axis=1)

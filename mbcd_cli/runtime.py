@@ -6,6 +6,8 @@ import os
 import resource
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -89,6 +91,18 @@ def configure(settings: RuntimeSettings) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
     return device
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Within, convolutions of float32 on a GPU take float32's products, not TF32's, torch's own choice: with those the
+    largest eigenvalue of a Hessian is off by 1.3e-3 (docs/performance.md)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _has_bfloat16() -> bool:

@@ -286,6 +286,8 @@ class ModalityCache:
     def read(self, clips: np.ndarray, views: np.ndarray) -> tuple[torch.Tensor, ...]:
         """The parts of `clips` [B] in `views` [B] (-1 = test view), each a new tensor [B, ...]; int8 comes as float32.
 
+        They lie in page-locked memory where this process uses a GPU, which copies them from there by itself.
+
         Raises:
             CacheError: a view is not stored, or what is stored is damaged.
         """
@@ -297,10 +299,12 @@ class ModalityCache:
                 "Prepare with --set dataset.target_split=all to test all clips of the target domain.",
             )
         group = group_of(int(views[0]))  # a batch holds training views or test views, never both
+        made: list[torch.Tensor] = []
         out: list[np.ndarray] = []
         for position, row in enumerate(rows):
             source = self._shard_parts(int(self._shard[row]), group)
-            out = out or [np.empty((len(rows), *part.shape), part.dtype) for part in source]
+            made = made or [_empty((len(rows), *part.shape), part.dtype) for part in source]
+            out = out or [tensor.numpy() for tensor in made]
             at = int(self._row[row])
             if any(at >= len(part.sums) for part in source):
                 path = shard_path(self.folder, int(self._shard[row]))
@@ -323,4 +327,9 @@ class ModalityCache:
                     why = f"the stored view of clip {self.clips.ids[clip]} is not what was written"
                     raise self._damaged(path, why)
             self._seen[row] = True
-        return tuple(torch.from_numpy(array) for array in out)
+        return tuple(made)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
+    of = torch.from_numpy(np.empty(0, dtype)).dtype
+    return torch.empty(shape, dtype=of, pin_memory=torch.cuda.is_initialized())

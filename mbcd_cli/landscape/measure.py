@@ -23,7 +23,7 @@ from mbcd_cli.processes import joined
 from mbcd_cli.runs import opening
 from mbcd_cli.runs.checkpoint import Checkpoint
 from mbcd_cli.runs.names import REPEATED, label_checkpoints, run_of
-from mbcd_cli.runtime import configure, pick_device
+from mbcd_cli.runtime import configure, float32_products, pick_device
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.settings import Settings
 
@@ -82,6 +82,7 @@ class Surveyed:
     files: dict[str, Path]
 
 
+@float32_products()
 def landscape(
     settings: Settings,
     dataset: Dataset,

@@ -26,7 +26,6 @@ class Feed:
         device: where batches go.
         inputs: (modality, parts of a training batch) -> its inputs, where parts stand for them and training batches
             stay where they are; None: parts are inputs.
-        waited: seconds the loop has waited for batches since `reset`.
 
     Args:
         dataset: what `open_dataset` returns (its `batches` is used).
@@ -54,11 +53,20 @@ class Feed:
         self._pin = device.type == "cuda" and read is None
         self._options: dict[str, Any] = {} if read is None else {"read": read}
         self._group = group
-        self.waited = 0.0
+        self.reset()
 
     def reset(self) -> None:
         """Begin to count the waiting anew."""
-        self.waited = 0.0
+        self._waited = 0.0
+        self._idle: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @property
+    def waited(self) -> float:
+        """Seconds of waiting for batches since `reset`: the loop's or, on CUDA, those in which the GPU had nothing to
+        do (asking waits for it)."""
+        if self._idle:
+            self._idle[-1][1].synchronize()
+        return self._waited + sum(begin.elapsed_time(end) for begin, end in self._idle) / 1000
 
     def training(
         self, clips: np.ndarray, *, batch_size: int, seed: int, epoch: int, start: int, views: int = 1
@@ -77,15 +85,26 @@ class Feed:
         options |= {"batch_size": batch_size, "training": True, "seed": seed, "epoch": epoch, "start": start}
         batches = self._dataset.batches(clips, drop_last=True, views=views, **options)
         with closing(read_ahead(batches, depth=self._ahead, pin=self._pin)) as ready:
+            asynchronous = self.device.type == "cuda" and self.inputs is None
             while True:
-                asked = time.monotonic()
+                asked, done = time.monotonic(), _event() if asynchronous else None
                 batch = next(ready, None)
                 if batch is None:
                     return
+                if done is not None:
+                    self._idle.append((done, _event()))
                 on_device = batch if self.inputs is not None else batch.to(self.device, non_blocking=True)
-                self.waited += time.monotonic() - asked
+                if done is None:
+                    self._waited += time.monotonic() - asked
                 yield batch.clips, on_device
 
     def testing(self, clips: np.ndarray, *, batch_size: int) -> Iterator[Batch]:
         """The test view of `clips` [N], in table order."""
         yield from self._dataset.batches(clips, batch_size=batch_size, training=False, **self._options)
+
+
+def _event() -> torch.cuda.Event:
+    """When a GPU is done with what it was given."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

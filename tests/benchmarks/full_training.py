@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", default="", help="of the four: float32, bfloat16, from disk, again")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
@@ -108,7 +109,7 @@ def main() -> None:
                 words += ["--set", "runtime.cache_device=host"]
             return mbcd("train", *words, "--set", "cache.views=1")
 
-        for name in runs:
+        for name in filter(options.only.split(",").__contains__, runs) if options.only else runs:
             run = root / "runs" / name.replace(" ", "-")
             seconds = train(name)
             done, timing = json.loads((run / "done").read_text()), lines(run / "timing.jsonl")
@@ -125,6 +126,8 @@ def main() -> None:
                 "target": [round(done[k]["target"], 3) for k in ("best", "last")],
             }
             print(name, json.dumps(told[name]), flush=True)
+        if options.only:
+            return
         first, second = (
             torch.load(root / "runs" / name / "checkpoints" / "last.pt", map_location="cpu", weights_only=True)
             for name in ("float32", "again")

@@ -37,6 +37,7 @@ from mbcd_cli.landscape.objective import ModelObjective
 from mbcd_cli.landscape.store import GridStore, axis
 from mbcd_cli.landscape.surface import fill_grid
 from mbcd_cli.model import MultiModalModel, build_model
+from mbcd_cli.runtime import float32_products
 from mbcd_cli.settings import ModelSettings
 
 
@@ -117,6 +118,7 @@ def surface_theirs(model: MultiModalModel, batches: list[Batch], *, head: bool, 
         loss_landscapes.random_plane(wrapped, metric, distance=1, steps=points, normalization="filter")
 
 
+@float32_products()
 def surface_ours(model: MultiModalModel, batches: list[Batch], *, head: bool, points: int) -> None:
     """Everything counts: copying the model, preparing the clips, directions, the file."""
     names = moving_names(model, group="fused_head" if head else "all")
@@ -139,6 +141,7 @@ def eigenvalue_theirs(model: MultiModalModel, batches: list[Batch]) -> float:
     return found.eigenvalues()[0][0]
 
 
+@float32_products()
 def eigenvalue_ours(
     model: MultiModalModel, batches: list[Batch], *, dtype: torch.dtype = torch.float32, tolerance: float = 1e-3
 ) -> float:

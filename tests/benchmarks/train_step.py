@@ -275,7 +275,7 @@ def measured(name: str, cut: dict[str, tuple[torch.Tensor, ...]], options) -> di
 
     def batch(inputs, repeats: int) -> Batch:
         rows = clips.repeat_interleave(repeats)
-        inputs = {n: tuple(part[rows].to(device) for part in parts) for n, parts in inputs.items()}
+        inputs = {n: tuple(part.to(device)[rows] for part in parts) for n, parts in inputs.items()}
         return Batch(inputs=inputs, labels=rows % CLASSES, domains=rows % 2, clips=rows)
 
     def timed(call) -> float:

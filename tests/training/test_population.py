@@ -25,13 +25,13 @@ from mbcd_cli.training.train import train
 from mbcd_cli.training.trainer import Trainer
 
 
-def settings_of(seed, *, target="c", method="mbcd", optimizer="adam", hidden=None, **training):
+def settings_of(seed, *, target="c", method="mbcd", optimizer="adam", hidden=None, device="cpu", **training):
     sources = tuple(domain for domain in "abc" if domain != target)
     chosen = {"seed": seed, "target_domain": target, "source_domains": sources, **training}
     model = {"dropout": 0.3, **({} if hidden is None else {"hidden": hidden})}
     groups = {"optimizer": {"name": optimizer}, "model": model}
     told = method if isinstance(method, dict) else {"name": method}
-    return memory_settings(training=chosen, method=told, **groups)
+    return memory_settings(training=chosen, method=told, runtime={"device": device}, **groups)
 
 
 def together(folder, settings, *, dataset=None, width=8, say=SILENT, told=SILENT):
@@ -68,6 +68,21 @@ def test_members_leave_what_they_would_have_left_alone(tmp_path, method, optimiz
         mine, theirs = tmp_path / "population" / str(number), tmp_path / str(number)
         for file in ("metrics.jsonl", "steps.jsonl", "checkpoints/last.pt", "checkpoints/best.pt"):
             assert (mine / file).read_bytes() == (theirs / file).read_bytes(), file
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_members_on_a_gpu_do_what_they_do_alone(tmp_path):
+    """Both captured; the bits of products differ there."""
+    members = [settings_of(seed, device="cuda", epochs=3) for seed in range(3)]
+    lines = []
+    together(tmp_path / "population", members, say=Say(lines.append))
+    assert not [line for line in lines if "graph" in line or "stacked" in line]
+    for number, settings in enumerate(members):
+        alone(tmp_path / str(number), settings)
+        files = [folder / str(number) / "checkpoints" / "last.pt" for folder in (tmp_path / "population", tmp_path)]
+        one, other = (load_checkpoint(file).student for file in files)
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])

@@ -98,11 +98,14 @@ class Randomness:
         if not self._globals:
             load_global_states(states)
             return
-        self._globals = states
         if self.device.type != "cuda":
+            self._globals = states
             self.dropout.set_state(states["torch"].cpu())
         elif len(states["cuda"]) == torch.cuda.device_count():
+            self._globals = states
             self.dropout.set_state(states["cuda"][self._index].cpu())
+        else:  # of another machine: as in a training alone, dropout begins anew
+            self._globals = states | {"cuda": self._globals["cuda"]}
 
     def state(self) -> torch.Tensor:
         """State to go on from, a CPU uint8 tensor [n]."""

@@ -47,6 +47,7 @@ from mbcd_cli.resolved import method_label
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.runs.folder import DONE
 from mbcd_cli.runs.names import run_checkpoints
+from mbcd_cli.runtime import float32_products
 from mbcd_cli.say import SILENT, Say
 from mbcd_cli.scoring.clip_sets import TARGET, ClipSet, clip_sets
 from mbcd_cli.scoring.deployed import build_models, deployed_of
@@ -227,6 +228,7 @@ def _measured(one: _Candidate, output: Path, say: Say) -> Worth:
     )
 
 
+@float32_products()
 def loss_increases(bench: Bench, model: MultiModalModel) -> tuple[float, float]:
     """(mean over random directions at the largest of `landscape.radii`, at worst at the smallest but 0), in nats."""
     study = bench.study("average", model)

@@ -130,8 +130,9 @@ class ResidentRows:
 
     def at(self, name: str, rows: torch.Tensor, *, test: bool = False) -> tuple[torch.Tensor, ...]:
         """The parts [..., ...] of `rows` [...], of the test view or of training views."""
-        if self._device.type == "cuda" and rows.device.type == "cpu":
+        if rows.device.type == "cpu" and self._device.type == "cuda":
             rows = rows.pin_memory().to(self._device, non_blocking=True)
+        rows = rows.to(self._device)
         return tuple(part.index_select(0, rows.flatten()).unflatten(0, rows.shape) for part in self._parts[name, test])
 
 

@@ -6,7 +6,7 @@ What comes out uses target inputs at test time: it is a table of its own, never 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -178,7 +178,7 @@ def adapted_predictions(
                 _seed(settings.seed, list(dataset.domains).index(name), number)
                 for when, heads in copy.step(batch.to(device)).items():
                     logits[when].append(heads)
-                kept.append(batch)
+                kept.append(replace(batch, inputs={}))
     finally:
         load_global_states(states)
     labels, domains, clips = (torch.cat([getattr(b, what) for b in kept]) for what in ("labels", "domains", "clips"))

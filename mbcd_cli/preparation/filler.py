@@ -64,12 +64,12 @@ class _Outputs:
     @classmethod
     def of(cls, parts: Sequence[torch.Tensor], dtypes: Sequence[np.dtype]) -> _Outputs:
         """Parts [R, ...] on their device, and the cache's types."""
-        brought = []
+        brought, waited = [], parts[0].device.type == "cuda"  # others say nothing of when a copy has ended
         for part, dtype in zip(parts, dtypes, strict=True):
             values = part.to(torch.float32 if dtype == np.int8 else getattr(torch, dtype.name))
             three = values, torch.stack(values.aminmax()), part[:1].float()
-            brought.append(_Output(*(one.to("cpu", non_blocking=True) for one in three)))
-        if parts[0].device.type != "cuda":
+            brought.append(_Output(*(one.to("cpu", non_blocking=waited) for one in three)))
+        if not waited:
             return cls(brought, None)
         made = torch.cuda.Event(blocking=True)
         made.record()
@@ -210,7 +210,7 @@ class Filler:
             shape = (len(column), *column[0].shape)
             staged = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
             np.stack(column, out=staged.numpy())
-            inputs.append(staged.to(self.device, non_blocking=True))
+            inputs.append(staged.to(self.device, non_blocking=self.device.type == "cuda"))
         return _Outputs.of(self.trunk(tuple(inputs)), [dtype for _, dtype in self.shapes[group]])
 
     def _store(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mbcd_cli.data.dataset import open_dataset
-from mbcd_cli.errors import CacheError, MbcdError
+from mbcd_cli.errors import CacheError, MbcdError, RunError
 from mbcd_cli.files import read_json
 from mbcd_cli.launch.engines import Launching
 from mbcd_cli.launch.local import threads_per_job
@@ -239,7 +239,9 @@ def measure(cells: Sequence[Cell], *, jobs: int = 1) -> float | None:
     settings = settings.model_copy(update={"runtime": runtime})
     tried = [trial(settings, data)]
     if len(cells) > 1:
-        with suppress(RuntimeError, TypeError, StackingError):  # as the sweep would find out: they go on alone
+        with suppress(
+            RuntimeError, TypeError, StackingError, RunError
+        ):  # as the sweep would find out: they go on alone
             members = [settings, *(open_for_training(cell.settings, data)[0] for cell in cells[1:])]
             return tried[0].steps * step_seconds(members, data) / len(members)
     # Whatever else the machine does shows in short steps many times over: the best of three tells.

@@ -104,6 +104,11 @@ class Alike:
                 parts.append((piece.rows, its.reshape(-1, *([1] * (piece.rows.dim() - 1)))))
         return parts
 
+    def shares(self, rates: Sequence[list[float]]) -> bool:
+        """Whether its members have one learning rate still, of those of all members."""
+        mine = rates[self._first : self._first + len(self._steps)]
+        return all(one == mine[0] for one in mine)
+
     def release(self) -> None:
         """Leave it to the members' own optimizers."""
         for hook in self._hooks:

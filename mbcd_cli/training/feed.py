@@ -63,7 +63,7 @@ class Feed:
     @property
     def waited(self) -> float:
         """Seconds of waiting for batches since `reset`: the loop's or, on CUDA, those in which the GPU had nothing to
-        do (asking waits for it)."""
+        do but make one (asking waits for it)."""
         if self._idle:
             self._idle[-1][1].synchronize()
         return self._waited + sum(begin.elapsed_time(end) for begin, end in self._idle) / 1000
@@ -93,7 +93,9 @@ class Feed:
                     return
                 if done is not None:
                     self._idle.append((done, _event()))
-                on_device = batch if self.inputs is not None else batch.to(self.device, non_blocking=True)
+                on_device = (
+                    batch if self.inputs is not None else batch.to(self.device, non_blocking=self.device.type == "cuda")
+                )
                 if done is None:
                     self._waited += time.monotonic() - asked
                 yield batch.clips, on_device

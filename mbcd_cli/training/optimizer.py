@@ -38,7 +38,7 @@ def build_optimizer(
         own = {"lr": group.lr, "weight_decay": group.weight_decay}
         sets.append({"params": list(group.parameters), **{k: v for k, v in own.items() if v is not None}})
     for group in sets:
-        group["first_lr"] = group.get("lr", settings.lr)
+        group["first_lr"] = group["rate"] = group.get("lr", settings.lr)
         if capturable and settings.schedule != "constant":
             group["lr"] = torch.tensor(group["first_lr"], device=trained[0].device)
     if settings.name == "sgd":
@@ -111,9 +111,12 @@ def rate_factor(settings: OptimizerSettings, *, epoch: int, epochs: int) -> floa
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Learning rates of the first epoch times `factor`, in place where they are tensors: a captured step reads them."""
+    """Learning rates of the first epoch times `factor`, in place where they are tensors: a captured step reads them.
+
+    What they are stands beside them (`rate`), for those who would have to wait for a tensor.
+    """
     for group in optimizer.param_groups:
-        rate = group["first_lr"] * factor
+        rate = group["rate"] = group["first_lr"] * factor
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
         else:

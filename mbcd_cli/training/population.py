@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -62,13 +61,11 @@ class StackedStep:
         # What a member finds alone at its first step: of one, or, where numbers differ, of all.
         self._unlike = list(members if self._numbers.values else members[:1])
         self._sources = torch.stack([step.context.sources for step in steps])
-        self._rates: list[float] = []
+        self._rates: list[list[float]] = []
         self._alike: list[Alike] = []
-        self._run: Callable[[Batch], torch.Tensor] = self._taken
-        self._static: Callable[[], StaticStep] | None = None
-        if alone := members[0].run_step:
-            how = {"draws": draws, "device": self._device, "required": alone.required, "say": say}
-            self._static = partial(StaticStep, self._taken, **how)
+        self._run: Callable[[Batch], torch.Tensor] | None = None
+        alone = members[0].run_step
+        self._static = alone and {"draws": draws, "device": self._device, "required": alone.required, "say": say}
 
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """One step of every member on its batch, wherever that lies; its figures as one vector each.
@@ -77,19 +74,22 @@ class StackedStep:
             StackingError: at the first step, a member's gradients are not those that it finds alone.
             RunError: the capture failed and is required.
         """
-        # Numbers, but for those on the device that a captured step reads anew: they change between epochs.
-        rates = [group["lr"] for step in self._steps for group in step.optimizer.param_groups]
+        rates = [[group["rate"] for group in step.optimizer.param_groups] for step in self._steps]
         if rates != self._rates:
-            self.release()
-            self._rates, self._alike = rates, Alike.runs(self._steps, self._stacked)
-            self._run = self._taken if self._static is None else self._static()
+            # A captured step reads those of each run's first member, from the device.
+            kept = self._run is not None and self._static is not None
+            if not (kept and all(run.shares(rates) for run in self._alike)):
+                self.release()
+                self._alike = Alike.runs(self._steps, self._stacked)
+                self._run = self._taken if self._static is None else StaticStep(self._taken, **self._static)
+            self._rates = rates
         inputs = {}
         for name in batches[0].inputs:
             parts = zip(*(batch.inputs[name] for batch in batches), strict=True)
             inputs[name] = tuple(map(torch.stack, parts))
         labels, domains, clips = (torch.stack([getattr(batch, of) for batch in batches]) for of in _OF_CLIPS)
         every = Batch(inputs=inputs, labels=labels, domains=domains, clips=clips)
-        vectors = self._run(every.to(self._device, non_blocking=True))
+        vectors = self._run(every.to(self._device, non_blocking=self._device.type == "cuda"))
         for step in self._steps:
             step.layout = self._step.layout
         return list(vectors.unbind())
@@ -129,10 +129,10 @@ class StackedStep:
         return vectors
 
     def release(self) -> None:
-        """Leave to every member's optimizer what it would have alone."""
+        """Leave to every member's optimizer what it would have alone; a graph that was captured goes."""
         for run in self._alike:
             run.release()
-        self._rates, self._alike = [], []
+        self._rates, self._alike, self._run = [], [], None
 
     def _one(
         self,

@@ -5,6 +5,7 @@ Letters: B clips.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 
 import torch
@@ -106,20 +107,21 @@ class StaticStep:
 
     def _capture(self, static: Batch) -> bool:
         """Record the step; nothing is computed. A failure leaves the training as it was."""
-        outside = torch.cuda.get_rng_state(self._device)
-        states = [generator.get_state() for generator in self._generators]
+        generators = [torch.cuda.default_generators[torch.cuda.current_device()], *self._generators]
+        states = [generator.get_state() for generator in generators]
         graph = torch.cuda.CUDAGraph()
         try:
             for generator in self._drawn:  # no others: each takes two launches in every replay
                 graph.register_generator_state(generator)
+            gc.collect()  # a graph of before that went amid a capture would end it
             torch.cuda.synchronize(self._device)
             # Other threads may read ahead meanwhile: page-locked copies, and the trunks of views that are not stored.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._vector = self.step(static)
         except (RuntimeError, NotImplementedError) as error:
             torch.cuda.synchronize(self._device)
-            torch.cuda.set_rng_state(outside, self._device)
-            for generator, state in zip(self._generators, states, strict=True):
+            for generator, state in zip(generators, states, strict=True):
+                generator.graphsafe_set_state(generator.clone_state())  # some versions leave them as if in a capture
                 generator.set_state(state)
             self._given_up, self._static, self._vector = True, None, None
             reason = lines_of(error)[0]

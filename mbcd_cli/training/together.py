@@ -117,7 +117,8 @@ def train_together(
         live: list[_Member] = []
         together: list[_Member] = []
         stacked: StackedStep | None = None
-        while True:
+        alone = ""
+        while not alone:
             live = [member for member in live if member.live]
             while waiting and len(live) < width and interrupts.signal is None:
                 one = waiting.popleft()
@@ -138,12 +139,16 @@ def train_together(
             try:
                 vectors = stacked([member.asked for member in live])
             except (RuntimeError, TypeError, StackingError, RunError) as error:
-                say.warn(f"These trainings cannot be stacked, and go on one after another: {lines_of(error)[0]}")
-                for member in live:
-                    member.held.close()
-                _one_by_one([*(member.wanted for member in live), *waiting], dataset, interrupts, end)
-                return
+                alone = lines_of(error)[0]
+                continue
             _all_go_on(list(zip(live, vectors, strict=True)), end)
+        say.warn(f"These trainings cannot be stacked, and go on one after another: {alone}")
+        for member in live:
+            member.held.close()
+        left = [*(member.wanted for member in live), *waiting]
+        stacked.release()
+        stacked, live, together = None, [], []  # what they hold first
+        _one_by_one(left, dataset, interrupts, end)
 
 
 def member_bytes(settings: Settings, dataset: Dataset, *, device: torch.device) -> int:
@@ -183,6 +188,7 @@ def step_seconds(settings: Sequence[Settings], dataset: Dataset) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.monotonic() - started)
+    step.release()
     return min(seconds[1:])
 
 

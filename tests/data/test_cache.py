@@ -25,6 +25,7 @@ from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.prepared import prepared_datasets
 from mbcd_cli.data.records import TEST_VIEW, Clip
 from mbcd_cli.encoders import build_encoder
+from mbcd_cli.encoders.staged import Trunk
 from mbcd_cli.errors import CacheError, CheckpointError, FileError
 from mbcd_cli.integrity import examine
 from mbcd_cli.preparation.cache_plan import read_listing
@@ -367,6 +368,14 @@ def test_frozen_trunk_features_are_the_trunks(root, tmp_path):
     expected = trunk((torch.from_numpy(np.stack([parts[0] for parts in views])),))[0]
     (read,) = dataset.caches["video"].read(np.array([index, index]), np.array([0, 1]))
     assert torch.equal(read, expected)
+
+
+def test_what_a_trunk_makes_is_refused_where_its_type_cannot_hold_it(root, tmp_path, monkeypatch):
+    whole = Trunk.forward
+    monkeypatch.setattr(Trunk, "forward", lambda self, parts: tuple(1e7 * part for part in whole(self, parts)))
+    cut = ("modalities.video.cut=layer3", "cache.random_weights=true", "model.modalities=video")
+    with pytest.raises(CacheError, match="values do not fit float16"):
+        prepare(settings_for(root, tmp_path, *cut))
 
 
 def test_random_trunk_must_be_asked_for(root, tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from mbcd_cli.files import read_records
 from mbcd_cli.methods.base import Method, total
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.say import SILENT, Say
+from mbcd_cli.training.optimizer import set_rates
 from mbcd_cli.training.population import StackedStep, StackingError
 from mbcd_cli.training.static_step import StaticStep
 from mbcd_cli.training.subject import Subject, weights
@@ -123,12 +126,77 @@ def test_on_static_buffers_a_population_does_the_same():
             members.append(replace(member, run_step=run_step if static else None))
         stacked = StackedStep(members)
         vectors = [stacked([subject.batch(10 * seed + number) for seed in range(3)]) for number in range(5)]
+        assert isinstance(stacked._run, StaticStep) == static
         return [vector for each in vectors for vector in each], [weights(member.step) for member in members]
 
     (figures, one), (others, other) = trained(True), trained(False)
     assert all(map(torch.equal, figures, others))  # at the end: nothing returned lies in a buffer
     for mine, theirs in zip(one, other, strict=True):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_captured_population_gives_every_member_its_own_learning_rate():
+    """Rates that change lie on the device, where nobody looks at them: of one run only the first member's are read."""
+    subject = Subject.of("erm")
+    members = []
+    for seed in range(2):
+        member = subject.training(seed=seed)
+        member.randomness.own_globals()
+        for group in member.step.optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+        how = {"draws": [member.randomness], "device": torch.device("cpu"), "required": True}
+        members.append(replace(member, run_step=StaticStep(member.step, **how)))
+    stacked = StackedStep(members)
+
+    def moved(numbers):
+        before = [weights(member.step) for member in members]
+        for number in numbers:
+            stacked([subject.batch(10 * seed + number) for seed in range(2)])
+        after = [weights(member.step) for member in members]
+        key = "student.fused_head.weight" if "student.fused_head.weight" in before[0] else next(iter(before[0]))
+        return [not torch.equal(one[key], other[key]) for one, other in zip(before, after, strict=True)]
+
+    assert moved(range(2)) == [True, True]
+    captured = stacked._run
+    for member in members:
+        set_rates(member.step.optimizer, 0.5)
+    assert moved(range(2, 4)) == [True, True]
+    assert stacked._run is captured, "the same rate for both is read by the same graph"
+    set_rates(members[1].step.optimizer, 0.0)
+    assert moved(range(4, 6)) == [True, False]
+
+
+def test_a_population_that_is_let_go_leaves_nothing():
+    """Weights, gradients and graphs of the one before would lie beside those of the next."""
+    subject = Subject.of("erm")
+    member = subject.training(seed=0)
+    member.randomness.own_globals()
+    how = {"draws": [member.randomness], "device": torch.device("cpu"), "required": True}
+    for run_step in (None, StaticStep(member.step, **how)):
+        stacked = StackedStep([replace(member, run_step=run_step)])
+        stacked([subject.batch(0)])
+        stacked.release()
+        gone = weakref.ref(stacked)
+        gc.collect()
+        gc.disable()
+        try:
+            del stacked
+            assert gone() is None
+        finally:
+            gc.enable()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_member_that_goes_on_beside_others_leaves_the_same_bytes(tmp_path, monkeypatch, optimizer):
+    """The population is stacked anew when one ends and another begins; moments and averages go with their members."""
+    monkeypatch.setattr("mbcd_cli.training.curves.plot_run", lambda *args: [])
+    members = [settings_of(seed, method="ema", optimizer=optimizer, epochs=n) for seed, n in enumerate((1, 3, 2))]
+    together(tmp_path / "population", members, width=2)
+    for number, settings in enumerate(members):
+        alone(tmp_path / str(number), settings)
+        mine, theirs = tmp_path / "population" / str(number), tmp_path / str(number)
+        for file in ("metrics.jsonl", "checkpoints/last.pt", "checkpoints/best.pt"):
+            assert (mine / file).read_bytes() == (theirs / file).read_bytes(), file
 
 
 def test_an_encoder_moves_its_factor_times_as_far():

@@ -239,9 +239,8 @@ def measure(cells: Sequence[Cell], *, jobs: int = 1) -> float | None:
     settings = settings.model_copy(update={"runtime": runtime})
     tried = [trial(settings, data)]
     if len(cells) > 1:
-        with suppress(
-            RuntimeError, TypeError, StackingError, RunError
-        ):  # as the sweep would find out: they go on alone
+        # As the sweep would find out: then they go on alone.
+        with suppress(RuntimeError, TypeError, StackingError, RunError):
             members = [settings, *(open_for_training(cell.settings, data)[0] for cell in cells[1:])]
             return tried[0].steps * step_seconds(members, data) / len(members)
     # Whatever else the machine does shows in short steps many times over: the best of three tells.

@@ -85,17 +85,15 @@ class Feed:
         options |= {"batch_size": batch_size, "training": True, "seed": seed, "epoch": epoch, "start": start}
         batches = self._dataset.batches(clips, drop_last=True, views=views, **options)
         with closing(read_ahead(batches, depth=self._ahead, pin=self._pin)) as ready:
-            asynchronous = self.device.type == "cuda" and self.inputs is None
+            cuda = self.device.type == "cuda"
             while True:
-                asked, done = time.monotonic(), _event() if asynchronous else None
+                asked, done = time.monotonic(), _event() if cuda and self.inputs is None else None
                 batch = next(ready, None)
                 if batch is None:
                     return
                 if done is not None:
                     self._idle.append((done, _event()))
-                on_device = (
-                    batch if self.inputs is not None else batch.to(self.device, non_blocking=self.device.type == "cuda")
-                )
+                on_device = batch if self.inputs is not None else batch.to(self.device, non_blocking=cuda)
                 if done is None:
                     self._waited += time.monotonic() - asked
                 yield batch.clips, on_device

@@ -188,11 +188,15 @@ def test_a_population_that_is_let_go_leaves_nothing():
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_a_member_that_goes_on_beside_others_leaves_the_same_bytes(tmp_path, monkeypatch, optimizer):
-    """The population is stacked anew when one ends and another begins; moments and averages go with their members."""
+    """The population is stacked anew when one ends (or diverges, amid an epoch) and another begins; what its optimizer
+    and average hold goes with a member."""
     monkeypatch.setattr("mbcd_cli.training.curves.plot_run", lambda *args: [])
-    members = [settings_of(seed, method="ema", optimizer=optimizer, epochs=n) for seed, n in enumerate((1, 3, 2))]
-    together(tmp_path / "population", members, width=2)
-    for number, settings in enumerate(members):
+    members = [settings_of(seed, method="ema", optimizer=optimizer, epochs=n) for seed, n in enumerate((1, 3, 2, 2))]
+    steep = members[3].optimizer.model_copy(update={"lr": 1e30})
+    members[3] = members[3].model_copy(update={"optimizer": steep})
+    outcomes = together(tmp_path / "population", [members[3], *members[:3]], width=3)
+    assert "is not finite" in outcomes["0"].message
+    for number, settings in enumerate(members[:3], start=1):
         alone(tmp_path / str(number), settings)
         mine, theirs = tmp_path / "population" / str(number), tmp_path / str(number)
         for file in ("metrics.jsonl", "checkpoints/last.pt", "checkpoints/best.pt"):

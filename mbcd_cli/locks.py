@@ -33,6 +33,7 @@ HOLDER = ".holder"
 _LEASE = 30.0  # seconds; all processes must have the same
 _LOG = logging.getLogger(__name__)
 _LOOK = 0.05  # seconds between two looks at a lock that another process holds
+_MOMENT = 0.001  # and at one that others only look at
 
 
 class LockFile(FileIO):
@@ -69,8 +70,11 @@ def lock(path: Path, **where: str) -> LockFile | None:
             try:
                 file.lease = _take(file, path)
             except BlockingIOError:
-                file.close()
-                return None
+                with file:
+                    if not _looked_at(file):
+                        return None
+                time.sleep(_MOMENT)
+                continue
             if _same(file.fileno(), path):
                 return file
             file.close()  # who held it before has removed it: this lock would keep nobody out
@@ -122,6 +126,15 @@ def folder_aside(path: Path) -> Iterator[Path]:
                 if _same(handle, aside):
                     shutil.rmtree(aside)
             return
+
+
+def _looked_at(file: FileIO) -> bool:
+    """Whether those who have it only look (`held`), each for a moment."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _wait(handle: int, path: Path) -> SoftFileLease | None:

@@ -75,6 +75,26 @@ def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_on_the_new_one(tmp
         assert held(path)
 
 
+def test_who_looks_whether_a_lock_is_held_keeps_nobody_from_it(tmp_path, monkeypatch):
+    path, flock = tmp_path / ".lock", fcntl.flock
+    path.touch()
+    looks = path.open("rb")
+    flock(looks, fcntl.LOCK_SH)
+
+    def looked(handle, kind):
+        try:
+            flock(handle, kind)
+        except BlockingIOError:
+            looks.close()
+            raise
+
+    monkeypatch.setattr(fcntl, "flock", looked)
+    with lock(path) as mine:
+        assert mine is not None
+        assert held(path)
+        assert lock(path) is None
+
+
 def test_other_answers_to_flock_are_errors(tmp_path, monkeypatch):
     def broken(handle, kind):
         raise OSError(errno.EIO, "Input/output error")

@@ -7,7 +7,6 @@ Every call takes the next word; without a word left it finishes. It holds the ce
 with its owner.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from mbcd_cli import checksums
 from mbcd_cli.files import write_json
 from mbcd_cli.launch.unit import BUSY_CODE, DONE_CODE, FAILED_CODE, known
 from mbcd_cli.launch.warm import end_with_owner
+from mbcd_cli.locks import lock
 from mbcd_cli.say import Say
 
 
@@ -41,14 +41,13 @@ def work(folder: Path, threads: str) -> int:
     """Do what is asked for."""
     calls = Path(f"{folder}.calls")
     with ExitStack() as held:
-        lock = held.enter_context(Path(f"{folder}.lock").open("a+b", buffering=0))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        mine = lock(Path(f"{folder}.lock"))
+        if mine is None:
             return BUSY_CODE
+        held.enter_context(mine)
         if (folder / "results.json").exists():
             return DONE_CODE
-        held.enter_context(known(lock))
+        held.enter_context(known(mine))
         number = len(calls.read_text().splitlines()) if calls.exists() else 0
         with calls.open("a") as file:
             file.write(

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 
-import torch
+import numpy as np
+from numpy.typing import ArrayLike
 
+from mbcd_cli.scoring.metrics import predicted, probabilities
 from mbcd_cli.scoring.predictions import Predictions
 
 
@@ -33,22 +35,22 @@ def unlabelled_record(source: Predictions, target: Predictions) -> UnlabelledRec
 
 
 def agreement(predictions: Predictions) -> float:
-    """Share of clips and pairs of heads, the fused one included, that say the same class."""
-    said = [logits.argmax(dim=1) for logits in predictions.heads.values()]
-    return torch.stack([(one == other).double().mean() for one, other in combinations(said, 2)]).mean().item()
+    """Share of clips and pairs of heads, the fused one included, that say the same class; no class agrees with none."""
+    said = [predicted(logits) for logits in predictions.heads.values()]
+    return float(np.mean([(one == other) & (one >= 0) for one, other in combinations(said, 2)]))
 
 
-def thresholded_confidence(source: torch.Tensor, labels: torch.Tensor, target: torch.Tensor) -> float:
+def thresholded_confidence(source: ArrayLike, labels: ArrayLike, target: ArrayLike) -> float:
     """Share of the rows of `target` [N, C] whose largest probability is above a limit: the one that as many rows of
     `source` [S, C] are below as are wrong by `labels` [S]."""
-    wrong = int((source.argmax(dim=1) != labels).sum())
-    sure = source.double().softmax(dim=1).amax(dim=1).sort().values
+    wrong = int((predicted(source) != np.asarray(labels)).sum())
+    sure = np.sort(probabilities(source).max(axis=1))
     if wrong == len(sure):
         return 0.0
-    return (target.double().softmax(dim=1).amax(dim=1) >= sure[wrong]).double().mean().item()
+    return float((probabilities(target).max(axis=1) >= sure[wrong]).mean())
 
 
 def said_classes(predictions: Predictions) -> dict[str, object]:
-    """{"fused": [N] classes, "unimodal": {modality: [N]}}: what is kept of a sealed target."""
-    fused, *unimodal = (logits.argmax(dim=1).tolist() for logits in predictions.heads.values())
+    """{"fused": [N] classes, "unimodal": {modality: [N]}}, -1 for none: what is kept of a sealed target."""
+    fused, *unimodal = (predicted(logits).tolist() for logits in predictions.heads.values())
     return {"fused": fused, "unimodal": dict(zip(predictions.unimodal, unimodal, strict=True))}

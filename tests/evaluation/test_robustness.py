@@ -123,6 +123,12 @@ def test_disturbed_accuracy_equals_predicting_disturbed_inputs(model, dataset):
         assert (record.modality, record.level, record.clips) == (one.modality, one.level, len(clips))
     with pytest.raises(MbcdError, match="no clips"):
         r.disturbed_accuracy(model, [], ones, device="cpu")
+    # Without a prediction a clip is wrong, not of the first class.
+    torch.nn.init.constant_(next(model.heads["video"].parameters()), float("nan"))
+    (diverged,) = r.disturbed_accuracy(
+        model, dataset.batches(clips, batch_size=9, training=False), ones[:1], device="cpu"
+    )
+    assert (diverged.fused, diverged.unimodal) == (records[0].fused, 0.0)
 
 
 def test_means_over_corruptions_are_of_the_severities_that_every_kind_has():

@@ -12,7 +12,7 @@ import torch
 from mbcd_cli.evaluation.report.evaluated import Run
 from mbcd_cli.evaluation.report.selection import selected, selection_tables, write_selection
 from mbcd_cli.scoring.predictions import Predictions
-from mbcd_cli.scoring.unlabelled import agreement, thresholded_confidence
+from mbcd_cli.scoring.unlabelled import agreement, said_classes, thresholded_confidence
 
 
 def run_of(folder: Path, accuracies: list[float], *, best: int, told: list[tuple[float, float]], **more) -> Run:
@@ -90,3 +90,14 @@ def test_estimates_without_labels_are_those_of_plain_loops():
     assert thresholded_confidence(source, labels, target) == pytest.approx(expected, abs=1e-12)
     assert thresholded_confidence(source, source.argmin(dim=1), target) == 0.0
     assert thresholded_confidence(source, source.argmax(dim=1), source) == 1.0
+
+
+def test_a_clip_without_a_prediction_agrees_with_nothing_and_is_no_class():
+    """As everywhere; a diverged model would be the one whose heads agree best."""
+    none = torch.zeros(2, dtype=torch.int64)
+    logits = torch.tensor([[2.0, 1.0], [float("nan"), 1.0]])
+    said = Predictions(labels=none, domains=none, clips=none, fused=logits, unimodal={"a": logits.clone()})
+    assert agreement(said) == 0.5
+    assert said_classes(said) == {"fused": [0, -1], "unimodal": {"a": [0, -1]}}
+    # Right, but not sure: below the one that is.
+    assert thresholded_confidence(logits, none, torch.tensor([[1.5, 1.0], [3.0, 1.0]])) == 0.5

@@ -17,7 +17,7 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders.staged import Parts
 from mbcd_cli.errors import MbcdError
 from mbcd_cli.model import MultiModalModel
-from mbcd_cli.scoring.metrics import top1
+from mbcd_cli.scoring.metrics import predicted, top1
 from mbcd_cli.scoring.predictions import Predictions, Variant, autocast, evaluating
 
 MAX_MODALITIES = 8
@@ -170,7 +170,7 @@ def disturbed_accuracy(
     clips = 0
     with evaluating(model), autocast(device, precision):
         for batch in batches:
-            batch = batch.to(device)
+            labels, batch = batch.labels.cpu().numpy(), batch.to(device)
             clips += len(batch)
             inputs = model.at_cut(batch.inputs)
             clean = model.features(inputs)
@@ -180,7 +180,7 @@ def disturbed_accuracy(
                 fused = model.fuse({**clean, modality: hidden})
                 unimodal = model.heads[modality](hidden)
                 for head, logits in enumerate((fused, unimodal)):
-                    right[index, head] += int((logits.argmax(1) == batch.labels).sum())
+                    right[index, head] += int((predicted(logits.float().cpu()) == labels).sum())
     if not clips:
         raise MbcdError("There are no clips to evaluate.", "Check the domains and splits that were asked for.")
     shares = [(int(fused) / clips, int(unimodal) / clips) for fused, unimodal in right]

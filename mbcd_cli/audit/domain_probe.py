@@ -21,7 +21,8 @@ _TOGETHER = 64
 def probe_domains(dataset: Dataset, name: str) -> DomainProbe | None:
     """Accuracy of logistic regression for the domain, over five folds, on one stored view of at most 2,000 clips.
 
-    Of training clips where their views are stored, else of test clips; None where no two domains have five of them.
+    Domains count alike, in the fit and in the accuracy, however many clips each has. Of training clips where their
+    views are stored, else of test clips; None where no two domains have five of them.
     Maps are averaged over 4 cells along each axis.
     """
     from sklearn.linear_model import LogisticRegression
@@ -48,8 +49,8 @@ def probe_domains(dataset: Dataset, name: str) -> DomainProbe | None:
     )
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=SEED)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000))
-    accuracy = float(cross_val_score(model, features, domains, cv=folds).mean())
-    return DomainProbe(name, accuracy, float(np.bincount(domains).max() / len(domains)), len(clips))
+    accuracy = float(cross_val_score(model, features, domains, cv=folds, scoring="balanced_accuracy").mean())
+    return DomainProbe(name, accuracy, float(1 / many.sum()), len(clips))
 
 
 def pooled(parts: tuple[torch.Tensor, ...]) -> np.ndarray:

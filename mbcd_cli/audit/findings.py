@@ -115,7 +115,7 @@ class DomainProbe:
     """How well a linear classifier tells the domain from one modality's cached features.
 
     Attributes:
-        accuracy: on clips that it was not fitted to. chance: always naming the largest domain.
+        accuracy: on clips that it was not fitted to, the mean over domains. chance: of guessing, 1 / domains.
         clips: that it was fitted and tried on, in turns.
     """
 

@@ -293,11 +293,19 @@ def adapt(
             raise RunError(f"{run} is not trained to its end.", "Go on with `mbcd train ... --resume` first.")
     warnings: list[str] = []
     done: dict[Path, Adapted] = {}
+    first_settings: AdaptSettings | None = None
     files: dict[str, Path] = {}
     for run in runs:
         files_of_run = run_checkpoints(run)
         settings, dataset, checkpoints = opening.open_checkpoints(files_of_run, config=config, sets=sets, flags=flags)
         checkpoints = evaluated_checkpoints(settings.evaluation.checkpoints, checkpoints)
+        first_settings = first_settings or settings.adapt
+        if settings.adapt != first_settings:
+            differ = [f"adapt.{name}" for name, value in settings.adapt if value != getattr(first_settings, name)]
+            raise RunError(
+                f"{run} and {runs[0]} say other things of their adaptation ({', '.join(differ)}): one table is of one.",
+                "Give them here, with --rule or --set adapt.NAME=VALUE.",
+            )
         place = (output if output and len(runs) == 1 else run / "adaptation") / settings.adapt.rule
         with folder_aside(place) as aside:  # before the work: it tells whether there is a place
             device = configure(settings.runtime)

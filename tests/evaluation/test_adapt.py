@@ -333,13 +333,17 @@ def test_damage_is_told_and_tables_of_runs_do_not_see_it(home, kept, tmp_path):
 def test_several_runs_are_a_table_over_seeds(home, kept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sets = [part for one in (*helpers.SMALL, *CUTS, "training.batch_size=4") for part in ("--set", one)]
-    for seed in (1, 2):
+    for seed, own in ((1, ()), (2, ("--set", "adapt.steps=2"))):
         words = ("--target-domain", "gamma", "--cache-dir", home / "cache", "--epochs", 1, "--seed", seed)
-        run("train", "--dataset", "tiny", *words, "--run", tmp_path / f"runs/s{seed}", *sets)
+        run("train", "--dataset", "tiny", *words, "--run", tmp_path / f"runs/s{seed}", *sets, *own)
+    assert "(adapt.steps): one table" in " ".join(run("adapt", tmp_path / "runs", *QUICK, code=1).stderr.split())
+    asked = (*QUICK, "--set", "adapt.steps=1")
     with monkeypatch.context() as patched:
         patched.setattr(adapting, "adapt_run", lambda *_, **__: (_ for _ in ()).throw(RunError("no norm", "use read")))
-        assert f"{tmp_path}/runs/s1: no norm" in run("adapt", tmp_path / "runs", code=1).stderr.replace("\n", "")
-    run("adapt", tmp_path / "runs", "--rule", "read", *QUICK)
+        assert f"{tmp_path}/runs/s1: no norm" in run("adapt", tmp_path / "runs", *asked, code=1).stderr.replace(
+            "\n", ""
+        )
+    run("adapt", tmp_path / "runs", "--rule", "read", *asked)
     place = tmp_path / "adaptation/read"
     found = [read_json(tmp_path / f"runs/s{seed}/adaptation/read/adaptation.json") for seed in (1, 2)]
     told = read_json(place / "adaptation.json")

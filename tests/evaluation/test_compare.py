@@ -252,6 +252,11 @@ def test_a_missing_target_leaves_the_average_empty_and_repeats_are_left_out(tmp_
     runs, warnings = evaluated.distinct([evaluated.load_run(f) for f in done])
     assert len(runs) == 3
     assert "repeats" in warnings[0]
+    # A sealed run is another run: it does not take an open one out of the tables.
+    sealed = write_run(tmp_path / "0", **base, target="a", sources=["b", "c"], seed=0, top1=40)
+    told = json.loads((sealed / "results.json").read_text())["headline"] | {"clips": "source"}
+    change(sealed, headline=told)
+    assert len(evaluated.distinct([evaluated.load_run(sealed), *runs])[0]) == 4
     rows = rows_of(score_tables.main_tables(runs)[0])
     assert rows["mbcd"][1].value is None
     assert rows["mbcd"][2].value is None

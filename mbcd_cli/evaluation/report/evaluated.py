@@ -235,7 +235,7 @@ def distinct(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     seen: dict[tuple, Run] = {}
     warnings = []
     for run in runs:
-        key = (run.dataset, run.modalities, run.method, run.target, tuple(sorted(run.sources)), run.seed)
+        key = (run.dataset, run.modalities, run.method, run.target, tuple(sorted(run.sources)), run.seed, run.sealed)
         if key in seen:
             warnings.append(f"{run.path} repeats {seen[key].path} (same method, domains and seed): left out.")
         else:

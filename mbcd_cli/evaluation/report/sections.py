@@ -169,7 +169,7 @@ def trust_table(results: Results) -> Table | None:
     if perfect and trust.temperature_fitted:
         note += f" Of {', '.join(perfect)} every held-out clip is right: its temperature only makes it surer."
     columns = ["head", "ECE", "ECE scaled", "Brier", "AURC", "AUROC", "FPR95"]
-    return Table("trust", "Trust: calibration and detection of own errors (%)", columns, rows, note)
+    return Table("trust", "Trust: calibration and detection of own errors (%; Brier from 0 to 2)", columns, rows, note)
 
 
 def ood_table(results: Results) -> Table | None:

@@ -295,7 +295,7 @@ def soup(runs: Sequence[Path], opened: Opened, wanted: WantedAverage) -> Mixed:
         checkpoint=checkpoints[kept[0]],
         state=of_states([states[k] for k in kept]),
         bank=bank,
-        label=f"{wanted.soup} soup of {len(kept)} of {len(runs)} runs",
+        label=f"{wanted.soup} soup of {len(runs)} runs",  # not how many it keeps: soups of all targets are one row
         of=[OfRun(str(run), weight, one) for run, weight, one in zip(runs, weights, alone, strict=True)],
         trained=alone[kept[0]],
         tried=tried or None,

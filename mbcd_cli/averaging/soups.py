@@ -48,13 +48,14 @@ def check_alike(runs: Mapping[Path, Checkpoint]) -> None:
             )
 
 
-_COMMON = ("dataset", "classes", "modalities", "heads", "caches", "sources", "target")
+_COMMON = ("dataset", "classes", "modalities", "heads", "caches", "sources", "target or seal")
 
 
 def _common(one: Checkpoint) -> tuple:
     training = one.settings.training
     layers = one.modalities, one.settings.model, one.fingerprints
-    return one.dataset, one.label_names, *layers, set(training.source_domains), training.target_domain
+    target = training.target_domain, one.settings.dataset.seal_target
+    return one.dataset, one.label_names, *layers, set(training.source_domains), target
 
 
 def _began(settings: Settings) -> tuple[int | None, int | None]:

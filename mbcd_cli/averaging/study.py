@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from mbcd_cli.averaging.weights import Bank
 from mbcd_cli.averaging.worth import TRAINED, Worth, study_table, summarised
 from mbcd_cli.errors import MbcdError, RunError
 from mbcd_cli.evaluation.report.comparison import Comparison
+from mbcd_cli.evaluation.report.evaluated import Run, distinct, grouped, told_apart
+from mbcd_cli.evaluation.report.results import weights_settings
 from mbcd_cli.evaluation.report.tables import comma_separated, markdown
 from mbcd_cli.files import append_record, make_folder, read_records, write_json, write_text
 from mbcd_cli.json_values import json_values
@@ -43,9 +45,9 @@ from mbcd_cli.landscape.directions import move
 from mbcd_cli.landscape.sharpness import worst_case
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import ALONE
-from mbcd_cli.resolved import method_label
+from mbcd_cli.resolved import load_settings, method_label
 from mbcd_cli.runs.checkpoint import load_checkpoint
-from mbcd_cli.runs.folder import DONE
+from mbcd_cli.runs.folder import DONE, SETTINGS
 from mbcd_cli.runs.names import run_checkpoints
 from mbcd_cli.runtime import float32_products
 from mbcd_cli.say import SILENT, Say
@@ -97,8 +99,8 @@ def study_averages(
     output = output or Path("averages")
     make_folder(output)
     opened = Opened(config=config, sets=sets, flags=flags, say=say)
-    runs = trained_runs(paths)
-    warnings: list[str] = []
+    names, warnings = kinds_of(trained_runs(paths))
+    runs = [*names]
     told: Counter[str] = Counter()
     candidates = [one for run in runs for one in _of_run(run, opened, statistics, told)]
     warnings += [f"{text} ({count} of {len(runs)} runs)" for text, count in told.items()]
@@ -110,7 +112,7 @@ def study_averages(
         if key not in known:
             known[key] = _measured(one, output, say)
             append_record(output / _LOG, {"key": key, "worth": json_values(known[key])})
-        found.append(known[key])
+        found.append(replace(known[key], method=names[one.runs[0]]))
     rows = summarised(found)
     table = study_table(rows)
     files = {
@@ -122,6 +124,47 @@ def study_averages(
     results = {"runs": [str(run) for run in runs], "worth": json_values(found), "warnings": warnings, "files": sums}
     files["results"] = write_json(output / _RESULTS, results)
     return Comparison(runs, warnings, [table], files)
+
+
+def kinds_of(runs: Sequence[Path]) -> tuple[dict[Path, str], list[str]]:
+    """Run -> what its method is called, without runs that repeat another; and warnings.
+
+    Runs of several datasets, sets of modalities or settings have these in their names; those of other hyper-parameters,
+    which a soup may be of, are averaged, and told of.
+    """
+    plain = [_as_run(run) for run in runs]
+    labels = {run.path: run.method for run in plain}
+    kept, warnings = distinct(told_apart(plain)[0])
+    groups = grouped(kept, lambda run: (run.dataset, "+".join(run.modalities), run.setting))
+    names: dict[Path, str] = {}
+    kinds: dict[str, set[str]] = {}
+    for about, group in groups:
+        for run in group:
+            label = labels[run.path]
+            names[run.path] = f"{label} ({', '.join(about)})" if len(groups) > 1 else label
+            kinds.setdefault(names[run.path], set()).add(run.method)
+    for name, several in kinds.items():
+        if len(several) > 1:
+            warnings.append(f"{name}: means are over runs of {len(several)} kinds ({'; '.join(sorted(several))}).")
+    return names, warnings
+
+
+def _as_run(path: Path) -> Run:
+    """A run, by its settings alone."""
+    settings = load_settings(path / SETTINGS)
+    training = settings.training
+    return Run(
+        path=path,
+        dataset=str(settings.dataset.name),
+        modalities=settings.model.modalities,
+        method=method_label(settings),
+        target=training.target_domain,
+        sources=training.source_domains,
+        seed=training.seed,
+        heads={"fused": 0.0},
+        in_domain=None,
+        settings=weights_settings(settings),
+    )
 
 
 def _known(record: Mapping[str, Any]) -> tuple[str, Worth] | None:

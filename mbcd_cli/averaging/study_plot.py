@@ -31,6 +31,7 @@ def plot_study(rows: Sequence[Summary], path: Path) -> Path:
     gains.invert_yaxis()
     gains.set(xlabel="points on the target over what was trained", title="Target accuracy")
     flat.set(xlabel="mean loss increase (nats)", title="Flatness")
-    flat.set_xlim(left=0)  # a spread that reaches below is no loss that falls
+    if all(row.increase.value >= 0 for row in rows):
+        flat.set_xlim(left=0)  # a spread that reaches below is no loss that falls
     fig.legend(loc="outside right upper")
     return plotting.save(fig, path)

@@ -116,12 +116,17 @@ def show_averages(made: AveragesMade) -> None:
     rows: list[list[str | Score]] = []
     for one in made.averages:
         fit = None if one.recipe is None else one.recipe.fit
-        epochs = "-" if one.recipe is None or one.recipe.epochs is None else "{}..{}".format(*one.recipe.epochs)
+        kept = "-" if one.recipe else f"{sum(of.weight > 0 for of in one.of)} runs"
+        if one.recipe is not None and one.recipe.epochs is not None:
+            kept = "{}..{}".format(*one.recipe.epochs)
         distance = "-" if fit is None else f"{fit.distance:.3f}"
         scores = [Score(100 * one.trained.accuracy), Score(100 * one.validation.accuracy)]
-        rows.append([one.method, str(one.seed), one.label, epochs, distance, one.statistics.source, *scores])
-    columns = ["method", "seed", "average", "epochs", "L1", "statistics", "as trained (%)", "averaged (%)"]
-    note = "Accuracy on the sources' held-out clips. L1: distance of the profile from the one that was asked for."
+        rows.append([one.method, str(one.seed), one.label, kept, distance, one.statistics.source, *scores])
+    columns = ["method", "seed", "average", "kept", "L1", "statistics", "as trained (%)", "averaged (%)"]
+    note = (
+        "Kept: epochs, or a soup's runs. Accuracy on the sources' held-out clips. L1: distance of the profile from the "
+        "one that was asked for."
+    )
     warnings = [f"{one.run}: {text}" for one in made.averages for text in one.warnings]
     print_tables([Table("averages", "Averages after the fact", columns, rows, note)], warnings)
     for one in made.averages:

@@ -150,7 +150,7 @@ def load_checkpoints(
 ) -> tuple[Settings, dict[str, Checkpoint]]:
     """Checkpoints, and the settings they were trained with, but evaluation, landscape, adapt and runtime as asked now.
 
-    The target of a run that was revealed is not sealed any more.
+    The target is sealed where one of them is of a sealed run that was not revealed.
 
     Args:
         flags: further settings from the command line, dotted name -> value.
@@ -182,9 +182,12 @@ def load_checkpoints(
         flags=flags,
     )
     check_unchanged(saved, settings)
-    if all((run := run_of(path)) is not None and revealed_by(run) for path in files.values()):
-        settings = settings.model_copy(update={"dataset": settings.dataset.model_copy(update={"seal_target": False})})
-    return settings, checkpoints
+    sealed = any(
+        checkpoints[label].settings.dataset.seal_target and not ((run := run_of(path)) and revealed_by(run))
+        for label, path in files.items()
+    )
+    dataset = settings.dataset.model_copy(update={"seal_target": sealed})
+    return settings.model_copy(update={"dataset": dataset}), checkpoints
 
 
 def open_checkpoints(

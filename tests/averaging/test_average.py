@@ -209,7 +209,8 @@ def test_a_soup_is_the_mean_of_what_its_runs_deploy(runs):
         assert_weights(runs / f"{method}-left+right-c-soup-uniform", expected)
         assert [of.weight for of in one.of] == [0.5, 0.5]
     # Averages that lie among the runs are none of them.
-    assert len(average(runs, soup="greedy")) == 2
+    # Of all targets one row, however many runs each keeps.
+    assert [one.label for one in average(runs, soup="greedy")] == ["greedy soup of 2 runs"] * 2
 
 
 def test_statistics_recomputed_are_the_means_over_the_batches():
@@ -396,6 +397,13 @@ def test_a_sealed_target_stays_sealed(runs, tmp_path, dataset):
     plain = ("--set", "evaluation.report=false", "--json")
     results = mbcd("evaluate", "--run", tmp_path / "sealed-window-1-5", *plain).data
     assert results["headline"]["clips"] == "source"
+    # Not opened by an open run that is named first, or that is in a soup with it.
+    both = {
+        name: folder / "checkpoints/best.pt" for name, folder in (("a", runs / "erm-s0"), ("b", tmp_path / "sealed"))
+    }
+    assert opening.load_checkpoints(both, config=None, sets=(), flags={})[0].dataset.seal_target
+    with pytest.raises(RunError, match="have other target or seal"):
+        average(runs / "erm-s0", tmp_path / "sealed", soup="uniform")
     with pytest.raises(MbcdError, match="is sealed"):
         study_averages([tmp_path / "sealed"], output=tmp_path / "study", flags={"runtime.device": "cpu"})
 

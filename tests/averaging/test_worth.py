@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from mbcd_cli.averaging.worth import TRAINED, Worth, gain
+import pytest
+from fakes import memory_settings
+
+from mbcd_cli import plotting
+from mbcd_cli.averaging.study import kinds_of
+from mbcd_cli.averaging.study_plot import plot_study
+from mbcd_cli.averaging.worth import TRAINED, Worth, gain, summarised
+from mbcd_cli.settings.sources import to_toml
 
 
 def worth(average, domain, seed, target):
@@ -30,3 +37,35 @@ def test_a_soup_is_compared_with_the_mean_of_its_runs():
     soups = [worth("soup", "a", None, 55), worth("soup", "b", None, 72)]
     found = gain([*TRAININGS, *soups], "soup")
     assert (found.value, found.freedom) == (pytest.approx(2.0), 0)
+
+
+@pytest.mark.parametrize("increase", [0.1, -0.1])
+def test_a_loss_that_falls_is_in_the_figure(increase, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(plotting, "save", lambda figure, path: shown.append(figure.axes[1].get_xlim()) or path)
+    plot_study(summarised([replace(one, increase=increase) for one in TRAININGS]), tmp_path / "study.png")
+    ((left, right),) = shown
+    assert left == 0 if increase > 0 else left < increase < right
+
+
+def test_runs_of_several_datasets_and_modalities_are_not_averaged_and_repeats_count_once(tmp_path):
+    def run(name, dataset="one", **changes):
+        settings = memory_settings(dataset={"name": dataset}, **changes)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.toml").write_text(to_toml(settings, stamped=True))
+        return tmp_path / name
+
+    first, copied = run("first"), run("second")
+    warm = run("warm", optimizer={"lr": 0.5})
+    names, (repeats, kinds) = kinds_of([first, copied, warm])
+    assert names == {first: "mbcd", warm: "mbcd"}
+    assert "second repeats" in repeats
+    assert kinds == "mbcd: means are over runs of 2 kinds (mbcd (lr 0.01); mbcd (lr 0.5))."
+    others = run("other", "two"), run("alone", names=("left",))
+    names, warnings = kinds_of([first, *others])
+    assert [*names.values()] == [
+        "mbcd (one, left, multi-source)",
+        "mbcd (one, left+right, multi-source)",
+        "mbcd (two, left+right, multi-source)",
+    ]
+    assert warnings == []

@@ -10,10 +10,11 @@ those of the study. Seeds and recordings are random and crossed; clips are rando
 Clips of one recording, and one seed's runs on several targets, may be correlated in any way; recordings, and different
 seeds, are independent. B estimates the variance that comes of drawing recordings (of the mean over seeds), W that of
 drawing seeds (the variance over seeds of the mean over targets and clips, over S), I the part that is in both: seeds x
-recordings and seeds x clips. The variance of the estimate of d is V = max(0, B - I) + W. B is the cluster-robust
-variance of a mean over recordings of unequal size, made unbiased under the correlation within recordings that the data
-show, with the degrees of freedom of Bell and McCaffrey (2002) under that correlation (Imbens and Kolesar 2016);
-Satterthwaite's rule adds those of the targets up.
+recordings and seeds x clips. The variance of the estimate of d is V = max(0, B - I) + W. Of few seeds and errors all
+means may be the same number of clips: W, which would be 0 and find anything, is then I, its least. B is the
+cluster-robust variance of a mean over recordings of unequal size, made unbiased under the correlation within recordings
+that the data show, with the degrees of freedom of Bell and McCaffrey (2002) under that correlation (Imbens and Kolesar
+2016); Satterthwaite's rule adds those of the targets up.
 
 The interval is one of Student's t. Its degrees of freedom f are those of both parts, n of each, by their shares of V:
 1 / f is the sum of share^k / n with k = 2 - 2 / n, 1 at the least. Satterthwaite has k = 2, which is right of large n;
@@ -38,6 +39,8 @@ SEEDS, RECORDINGS, DOMAINS = 3, 2, 3
 ALPHA, POWER = 0.05, 0.8
 MOST = 1e6
 """Degrees of freedom from which Student's t is the normal distribution."""
+_EQUAL = 1e-12
+"""Means of seeds that differ by no more are the same, but for rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +180,7 @@ def method_difference(targets: Sequence[TargetOutcomes]) -> Difference:
     measured = [_measured(target) for target in targets]
     means, scale = np.mean([one.means for one in measured], axis=0), len(targets) ** -2
     between, mixed = [scale * one.between for one in measured], scale * sum(one.mixed for one in measured)
-    of_seeds = float(means.var(ddof=1)) / len(means)
+    of_seeds = float(means.var(ddof=1)) / len(means) if np.ptp(means) > _EQUAL else mixed
     freedoms = [one.freedom for one in measured]
     return Difference(float(means.mean()), *variance_of(between, freedoms, mixed, of_seeds, len(means) - 1))
 

@@ -121,6 +121,15 @@ def test_nothing_differs():
     assert (found.value, found.p, found.probability, found.interval()) == (0, 1, 0.5, (0, 0))
 
 
+def test_seeds_that_come_out_alike_by_chance_prove_nothing():
+    """Each seed gets one more clip right, another one: their mean has no variance, and V was 0, p 0."""
+    rest = np.eye(3, 50) - np.eye(3, 50).mean(axis=0)  # of the two-way analysis, rows being alike
+    found = c.method_difference([c.TargetOutcomes(np.eye(3, 50), np.arange(50))])
+    assert found.value == pytest.approx(1 / 50)
+    assert found.variance == pytest.approx((rest**2).sum() / 2 / 49 / 150)
+    assert found.p > 0.05
+
+
 @pytest.mark.parametrize(("freedom", "alpha"), [(2.0, 0.05), (7.5, 0.05 / 3), (1e6, 0.05)])
 def test_smallest_difference_is_found_four_times_in_five(freedom, alpha):
     rng = np.random.default_rng(4)
@@ -228,6 +237,14 @@ def test_claims_of_runs(tmp_path):
     assert float(grouped["mbcd - erm"]["least seen"]) > float(rows["mbcd - erm"]["least seen"])
     assert "4 recordings" in note
     assert "by itself" not in note
+
+
+def test_the_same_outcomes_are_no_proof_of_no_difference(tmp_path):
+    for seed in range(3):
+        for method in ("erm", "ema"):
+            write_tested(tmp_path, method, "street", seed, right=60)
+    (row,) = claims_of(tmp_path)[0].values()
+    assert (row["points"], row["95 %"], row["least seen"], row["verdict"]) == ("+0.00", "-", "-", "not told apart")
 
 
 @pytest.mark.parametrize(

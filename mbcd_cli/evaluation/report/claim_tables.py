@@ -93,7 +93,8 @@ def claim_tables(runs: Sequence[Run]) -> list[Table]:
                 new = _interval(in_new_domains([*targets.values()])) if len(targets) >= DOMAINS else "-"
                 better = f"{pair[claim.value > 0]} is better" if p < ALPHA else "not told apart"
                 row += [f"{100 * claim.value:+.2f}", _interval(claim), f"{100 * claim.probability:.1f} %"]
-                row += [_p_text(claim.p), _p_text(p), f"{100 * claim.smallest(ALPHA / len(told)):.1f}", new, better]
+                least = f"{100 * claim.smallest(ALPHA / len(told)):.1f}" if claim.variance else "-"
+                row += [_p_text(claim.p), _p_text(p), least, new, better]
             rows.append(row)
         if not rows:
             return [], (), ""
@@ -107,6 +108,8 @@ def claim_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def _interval(claim: Difference) -> str:
+    if not claim.variance:  # both get the same clips right: that is no proof that they always do
+        return "-"
     return " to ".join(f"{100 * end:+.1f}" for end in claim.interval())
 
 

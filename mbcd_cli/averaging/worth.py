@@ -83,8 +83,8 @@ def summarised(found: Sequence[Worth]) -> list[Summary]:
 def gain(of_method: Sequence[Worth], average: str) -> Difference | None:
     """Points of an average over `TRAINED` on the target: of every seed the mean over targets, then over seeds.
 
-    None of `TRAINED` itself. A soup is compared with the mean of its runs; of one value a target, as of one seed, there
-    is no interval (freedom 0).
+    None of `TRAINED` itself. A soup is compared with the mean of its runs; of one value a target, as of one seed,
+    or of seeds that gain the same, there is no interval (freedom 0).
     """
     trained = [one for one in of_method if one.average == TRAINED]
     by_seed: dict[int | None, list[float]] = {}
@@ -95,7 +95,7 @@ def gain(of_method: Sequence[Worth], average: str) -> Difference | None:
     means = [float(np.mean(values)) for values in by_seed.values()]
     if average == TRAINED or not means:
         return None
-    if len(means) < 2:
+    if len(means) < 2 or np.ptp(means) < 1e-9:
         return Difference(means[0], 0.0, 0)
     return Difference(float(np.mean(means)), float(np.var(means, ddof=1)) / len(means), len(means) - 1)
 

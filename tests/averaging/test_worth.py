@@ -30,6 +30,8 @@ def test_a_gain_is_over_the_same_target_and_seed_as_trained():
     assert found.variance == pytest.approx(4.5 / 2)
     assert found.freedom == 1
     assert gain([*TRAININGS, *better], TRAINED) is None
+    same = [replace(one, average="same") for one in TRAININGS]  # by chance, or nearly the same weights
+    assert (gain([*TRAININGS, *same], "same").value, gain([*TRAININGS, *same], "same").freedom) == (0, 0)
 
 
 def test_a_soup_is_compared_with_the_mean_of_its_runs():

@@ -237,8 +237,11 @@ def test_more_than_two_datasets_are_not_put_side_by_side(tmp_path):
         grid(tmp_path / dataset, dataset=dataset, seeds=(0,))
     grid(tmp_path / "again", dataset="z", modalities=("video",), seeds=(0,))
     done, _ = evaluated.find_runs([str(tmp_path / "**")])
-    (table,) = score_tables.joint_tables([evaluated.load_run(f) for f in done])
+    runs = [evaluated.load_run(f) for f in done]
+    (table,) = score_tables.joint_tables(runs)
     assert table.name == "z-all-multi-source"
+    shown = score_tables.unrepeated([table, *score_tables.main_tables(runs)])
+    assert [one.name for one in shown] == [table.name, "x-audio-flow-multi-source", "y-audio-flow-multi-source"]
     assert list(table.columns) == ["modalities", "method", "D1", "D2", "D3", "average"]
 
 

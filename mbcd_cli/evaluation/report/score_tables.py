@@ -117,10 +117,16 @@ def joint_tables(runs: Sequence[Run]) -> list[Table]:
 
 
 def unrepeated(tables: Sequence[Table]) -> list[Table]:
-    """`tables` without those whose rows a joint one (`all-SETTING`) has already."""
+    """`tables` without those whose rows a joint one (`all-SETTING`, or `DATASET-all-SETTING`) has already."""
     joint = [table for table in tables if table.columns[:2] == ["modalities", "method"] and "all-" in table.name]
-    told = tuple(f"-{table.name.rpartition('all-')[2]}" for table in joint)
-    return [table for table in tables if table in joint or not table.name.endswith(told)]
+    told = [
+        (name[:-1] and f"{name[:-1]}, ", setting) for name, _, setting in (t.name.rpartition("all-") for t in joint)
+    ]
+    return [
+        table
+        for table in tables
+        if table in joint or not any(table.title.startswith(a) and table.name.endswith(f"-{b}") for a, b in told)
+    ]
 
 
 def _seeds(runs: Sequence[Run]) -> str:

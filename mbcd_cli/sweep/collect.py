@@ -119,11 +119,13 @@ def axis_tables(pairs: Sequence[Pair]) -> list[Table]:
             by_label: dict[str, dict[str | None, list[Run]]] = {}
             for cell, run in group:
                 by_label.setdefault(cell.label([axis]), {}).setdefault(dict(cell.values).get(axis), []).append(run)
+            # The average of a row that lacks a target which others have is none.
+            columns = {
+                value: sorted({r.column for held in by_label.values() for r in held.get(value, [])}) for value in values
+            }
             for label in order_methods(by_label):
-                of_value = [by_label[label].get(value, []) for value in values]
-                figures = [
-                    averages(runs, sorted({r.column for r in runs})) if runs else Score(None) for runs in of_value
-                ]
+                of_value = {value: by_label[label].get(value, []) for value in values}
+                figures = [averages(runs, columns[value]) if runs else Score(None) for value, runs in of_value.items()]
                 rows.append([label, *figures])
             where = ", ".join(names)
             written.append(

@@ -62,6 +62,9 @@ def test_an_axis_of_the_grid_becomes_columns(grid):
             assert cell.value == pytest.approx(np.mean(by_seed))
             assert cell.std == pytest.approx(np.std(by_seed, ddof=1))
     assert [cell.best for cell in rows["mbcd"]] == [True] * 3
+    lacking = [(c, r) for c, r in pairs if (r.method, r.target) != ("ema, beta=0.9", "human")]
+    ema = axis_tables(lacking)[0].rows[0]
+    assert [cell.value is None for cell in ema[1:]] == [True, False, False], "an average over other targets than mbcd's"
 
 
 def test_collect_writes_every_form_and_the_papers_figures(grid, tmp_path):

@@ -338,12 +338,14 @@ def _written(place: Path, mixed: Mixed) -> AverageMade:
         warnings=[] if mixed.recipe is None else list(mixed.recipe.warnings),
     )
     told = json_values(made)
+    epoch = checkpoint.epoch if mixed.recipe is None else max(part.epoch for part in mixed.recipe.parts)
     averaged = replace(
         checkpoint,
+        epoch=epoch,
         student={name: value.cpu() for name, value in model.state_dict().items()},
         teacher=None,
         history=[],
-        best={"epoch": checkpoint.epoch, **json_values(made.validation)},
+        best={"epoch": epoch, **json_values(made.validation)},
         warnings=made.warnings,
         training=None,
         averaged=told,

@@ -18,7 +18,6 @@ from mbcd_cli.data.modalities.flow import FlowModality
 from mbcd_cli.data.modalities.modality import load_views
 from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.data.readers import read_dataset
-from mbcd_cli.data.readers.places import SplitSettings
 from mbcd_cli.data.readers.presence import check_media
 from mbcd_cli.data.records import TEST_VIEW
 from mbcd_cli.errors import ManifestError, MediaError, SettingsError
@@ -456,20 +455,6 @@ def test_missing_tables_media_domains_and_roots_are_named(tmp_path):
     listing = read_dataset(settings(tmp_path, domains=("D2", "D1")), {"video": VIDEO})
     assert listing.domains == ("D2", "D1")
     assert {clip.domain for clip in listing.clips} == {"D1", "D2"}
-
-
-@needs_tables
-def test_the_real_tables_in_full(tmp_path):
-    """10,094 clips as one file each (empty ones): nothing is missing, and no count differs from the published ones."""
-    touch_all_clips(tmp_path)
-    listing = read_dataset(settings(tmp_path, reader=SplitSettings(name="epic-kitchens", splits=REAL)), {})
-    assert listing.warnings == []
-    splits = [clip.split for clip in listing.clips]
-    assert (splits.count("train"), splits.count("test")) == (7935, 2159)
-    found = check_media(listing)
-    assert {name: (p.complete, p.absent, p.files_missing) for name, p in found.items()} == dict.fromkeys(
-        ("video", "audio", "flow"), (10094, 0, 0)
-    )
 
 
 @needs_tables

@@ -90,10 +90,11 @@ def written(path: Path, *, lasting: bool = True, **where: str) -> Iterator[Path]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tidy(path.parent)
+        if waits:
+            _waiting.pop(aside, None)  # it is written over; the order is that of the last words
         yield aside
         stamp(aside, path.name)
         if waits:
-            _waiting.pop(aside, None)  # the order is that of the last words
             _waiting[aside] = path, where
             return
         if lasting:

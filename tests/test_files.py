@@ -93,6 +93,21 @@ def test_files_that_wait_for_the_disk_together_have_their_names_when_all_have(tm
     assert done[-1] == whole, "after the block each waits by itself"
 
 
+def test_a_file_that_is_written_over_while_it_waits_never_has_its_name_half_written(tmp_path):
+    """A checkpoint at the end of an epoch, and one more since a signal came, which the full disk does not take."""
+    path = files.write_text(tmp_path / "last", "before")
+
+    def fails(aside):
+        aside.write_text("hal")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with files.synced_at_once([tmp_path]):
+        files.write_text(path, "whole")
+        with pytest.raises(FileError, match="The disk is full"), files.written(path) as aside:
+            fails(aside)
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("before", [path])
+
+
 _KILLED = """
 import sys
 from pathlib import Path

@@ -32,6 +32,8 @@ _FORBIDDEN = {
     errno.EPERM: "this user may not",
 }
 _HOST = re.sub(r"[^\w-]", "-", os.uname().nodename)
+with suppress(OSError):  # containers may share their host's name, and each numbers its processes anew
+    _HOST += f"-{Path('/proc/self/ns/pid').stat().st_ino:x}"
 _AT_ONCE = 8
 """Files that wait for the disk at a time."""
 _waiting: dict[Path, tuple[Path, dict[str, str]]] | None = None

@@ -182,8 +182,8 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
                 remove_partial(path / part)
         else:
             # The old settings.toml stays until it is replaced: a half-deleted run can still be overwritten. Gone first is
-            # what it would be gone on with by, or taken for complete.
-            remove(path / "checkpoints" / "last.pt", path / DONE)
+            # what would tell of files that are not there any more, and what it would be gone on with by.
+            remove(*(path / name for name in (*checksums.TELLERS, "checkpoints/last.pt")))
             clear(path, but=(*_LOCKS, SETTINGS))
             write_text(path / SETTINGS, to_toml(settings, stamped=True), place="--run")
     except BaseException:

@@ -181,7 +181,7 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
             for part in ("", "checkpoints", SNAPSHOTS, "plots"):
                 remove_partial(path / part)
         else:
-            # The old settings.toml stays until it is replaced: a half-deleted run can still be overwritten. Gone first is
+            # The old settings.toml stays until it is replaced: a half-deleted run can still be overwritten. First goes
             # what would tell of files that are not there any more, and what it would be gone on with by.
             remove(*(path / name for name in (*checksums.TELLERS, "checkpoints/last.pt")))
             clear(path, but=(*_LOCKS, SETTINGS))

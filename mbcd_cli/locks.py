@@ -46,10 +46,13 @@ class LockFile(FileIO):
         super().__init__(path, "a+")
 
     def write(self, data: bytes) -> int:
-        """Write all of it, or raise: a disk that gets full amid it takes a part and says nothing."""
+        """Write all of it, or raise, naming the file: a disk that gets full amid it takes a part and says nothing."""
         left = memoryview(data)
-        while left:
-            left = left[super().write(left) :]
+        try:
+            while left:
+                left = left[super().write(left) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.name)) from error
         return len(data)
 
     def close(self) -> None:

@@ -112,13 +112,16 @@ def of_file(path: Path) -> str:
     return _computed(path, 0, "").decode()
 
 
-def of_files(folder: Path, *, but: Collection[str] = ()) -> dict[str, str]:
+def of_files(folder: Path, *parts: str, but: Collection[str] = ()) -> dict[str, str]:
     """`of_file` of every file under a folder, by its path in it.
 
     Args:
+        parts: files and folders in it that alone are meant, of which some may be missing; by default everything.
         but: names that are left out.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in but)
+    roots = [folder / part for part in parts] or [folder]
+    below = (path for root in roots for path in (root, *root.rglob("*")))
+    files = sorted(path for path in below if path.is_file() and path.name not in but)
     return {path.relative_to(folder).as_posix(): of_file(path) for path in files}
 
 

@@ -32,6 +32,8 @@ _FORBIDDEN = {
     errno.EPERM: "this user may not",
 }
 _HOST = re.sub(r"[^\w-]", "-", os.uname().nodename)
+with suppress(OSError):  # containers may share their host's name, and each numbers its processes anew
+    _HOST += f"-{Path('/proc/self/ns/pid').stat().st_ino:x}"
 _AT_ONCE = 8
 """Files that wait for the disk at a time."""
 _waiting: dict[Path, tuple[Path, dict[str, str]]] | None = None
@@ -90,10 +92,11 @@ def written(path: Path, *, lasting: bool = True, **where: str) -> Iterator[Path]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tidy(path.parent)
+        if waits:
+            _waiting.pop(aside, None)  # it is written over; the order is that of the last words
         yield aside
         stamp(aside, path.name)
         if waits:
-            _waiting.pop(aside, None)  # the order is that of the last words
             _waiting[aside] = path, where
             return
         if lasting:

@@ -6,11 +6,12 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mbcd_cli import checksums
 from mbcd_cli.errors import FileError
-from mbcd_cli.files import is_partial, open_hdf5, read_json
+from mbcd_cli.files import open_hdf5, read_json
 from mbcd_cli.ledger import LEDGER, looks
 from mbcd_cli.locks import HOLDER
 
@@ -60,9 +61,12 @@ def examine(path: Path, *, seen: Callable[[int], None] = lambda count: None) -> 
         with suppress(OSError, ValueError, KeyError, TypeError):  # its own checksum tells below that it is damaged
             told |= {teller.parent / name: value for name, value in _told(teller, condition).items()}
     for file in files:
-        size = file.stat().st_size
+        size = 0
         try:
+            size = file.stat().st_size
             why = _fault(file, told.get(file))
+        except FileNotFoundError:  # of a command at work, which has just removed it
+            continue
         except OSError as error:
             why = str(error)
         if why is None:
@@ -88,9 +92,11 @@ def examine(path: Path, *, seen: Callable[[int], None] = lambda count: None) -> 
 
 
 def _files(path: Path) -> Iterator[Path]:
+    """Those that are there to stay: none of a lock, and none that is, or lies in a folder that is, half written."""
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         ours = file.name.startswith(_OUR_LOCKS) or file.suffix == HOLDER
-        if file.is_file() and not is_partial(file) and not ours:
+        aside = any(fnmatch(part, ".*.partial") for part in file.relative_to(path).parts)
+        if file.is_file() and not aside and not ours:
             yield file
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mbcd_cli.errors import FOREIGN, BusyError, FileError
-from mbcd_cli.files import read_json, unwritable
+from mbcd_cli.files import read_json, sync, unwritable
 from mbcd_cli.locks import lock
 
 LEDGER, REVEALED = "ledger.jsonl", "revealed.json"
@@ -141,6 +141,7 @@ def write_look(folder: Path, what: str, runs: Sequence[LookedAt], *, trained: in
             os.ftruncate(file.fileno(), content.rfind(b"\n") + 1)  # what a kill has left of a line
             file.write(json.dumps(asdict(look)).encode() + b"\n")
             os.fsync(file.fileno())
+            sync(folder)  # it may be the first
         except OSError as error:
             raise unwritable(path, error, place="--runs-dir") from error
     return look

@@ -2,7 +2,8 @@
 
 It is the file system's own (`flock`). Where there is none (Lustre as it is usually mounted, some NFS), a file beside
 the locked one, `.NAME.holder`, names the host and the process that hold it, and is touched every ten seconds. Dead is
-who is gone from this host, or was seen to touch nothing for half a minute (filelock's `SoftFileLease`).
+who is gone from this host, or was seen to touch nothing for half a minute (filelock's `SoftFileLease`), which whoever
+asks waits for where it was last touched longer ago than that.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _LEASE = 30.0  # seconds; all processes must have the same
 _LOG = logging.getLogger(__name__)
 _LOOK = 0.05  # seconds between two looks at a lock that another process holds
 _MOMENT = 0.001  # and at one that others only look at
+_GLANCE = 0.01  # how long a look takes at most where it has to take the lease for it
 
 
 class LockFile(FileIO):
@@ -42,6 +44,16 @@ class LockFile(FileIO):
     def __init__(self, path: Path) -> None:
         self.lease: SoftFileLease | None = None
         super().__init__(path, "a+")
+
+    def write(self, data: bytes) -> int:
+        """Write all of it, or raise, naming the file: a disk that gets full amid it takes a part and says nothing."""
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[super().write(left) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.name)) from error
+        return len(data)
 
     def close(self) -> None:
         """Let others have it."""
@@ -173,11 +185,31 @@ def _take(file: FileIO | int, path: Path, kind: int = fcntl.LOCK_EX) -> SoftFile
     beside = path.with_name(f".{path.name.removeprefix('.')}{HOLDER}")
     ended = partial(_ended, path)
     lease = SoftFileLease(beside, timeout=0, lease_duration=_LEASE, thread_local=False, on_compromise=ended)
+    before, until = None, time.monotonic() + 2 * _LEASE
+    while True:
+        try:
+            lease.acquire()
+        except Timeout as error:
+            now, empty = _touched(beside)
+            alive, over = time.time() - now < _LEASE, time.monotonic() > until
+            if over and empty and not alive:  # it was killed before it had written who it is
+                beside.unlink(missing_ok=True)
+            elif over or (alive and now == before):
+                raise BlockingIOError(errno.EWOULDBLOCK, "another process holds it") from error
+            else:  # it may be one that only looks (`held`); or dead, which this very lease has to see
+                time.sleep(_LOOK if now == before else _GLANCE)
+                before = now
+        else:
+            return lease
+
+
+def _touched(holder: Path) -> tuple[float, bool]:
+    """When, in seconds since 1970 (0: it is gone), and whether nothing is in it."""
     try:
-        lease.acquire()
-    except Timeout as error:
-        raise BlockingIOError(errno.EWOULDBLOCK, "another process holds it") from error
-    return lease
+        told = holder.stat()
+    except FileNotFoundError:
+        return 0.0, True
+    return told.st_mtime, not told.st_size
 
 
 def _ended(path: Path, _: LeaseCompromise) -> None:

@@ -6,7 +6,10 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -93,6 +96,21 @@ def test_files_that_wait_for_the_disk_together_have_their_names_when_all_have(tm
     assert done[-1] == whole, "after the block each waits by itself"
 
 
+def test_a_file_that_is_written_over_while_it_waits_never_has_its_name_half_written(tmp_path):
+    """A checkpoint at the end of an epoch, and one more since a signal came, which the full disk does not take."""
+    path = files.write_text(tmp_path / "last", "before")
+
+    def fails(aside):
+        aside.write_text("hal")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with files.synced_at_once([tmp_path]):
+        files.write_text(path, "whole")
+        with pytest.raises(FileError, match="The disk is full"), files.written(path) as aside:
+            fails(aside)
+    assert (path.read_text(), list(tmp_path.iterdir())) == ("before", [path])
+
+
 _KILLED = """
 import sys
 from pathlib import Path
@@ -119,6 +137,20 @@ def test_who_writes_clears_what_the_dead_left_in_the_folder_and_who_deletes_what
     assert [path.exists() for path in (*left, *others)] == [False, False, True, False, True]
     monkeypatch.setattr(files, "remove_partial", None)  # a folder of many runs is looked through once
     files.write_text(tmp_path / "other", "x")
+
+
+_CONTAINER = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
+_ISOLATES = shutil.which("unshare") and not subprocess.run([*_CONTAINER, "true"], capture_output=True).returncode
+
+
+@pytest.mark.skipif(not _ISOLATES, reason="no process namespaces here")
+def test_a_container_of_the_same_host_name_is_another_host(tmp_path):
+    """The number of a process of ours is nobody's there."""
+    with files.written(tmp_path / "ours") as aside:
+        aside.write_text("x")
+        command = "import sys; from pathlib import Path; from mbcd_cli import files; files.tidy(Path(sys.argv[1]))"
+        subprocess.run([*_CONTAINER, sys.executable, "-c", command, tmp_path], check=True)
+    assert (tmp_path / "ours").exists()
 
 
 def test_a_file_that_need_not_last_does_not_wait_for_the_disk(tmp_path, monkeypatch):

@@ -94,6 +94,15 @@ def test_what_commands_leave_is_whole(home):
     assert table.data["paths"][str(home / "cache")]["bytes"] > 0
 
 
+def test_commands_at_work_are_no_damage(tmp_path):
+    """What they write aside, and what is gone before its turn comes."""
+    first, later = (write_json(tmp_path / name, {}) for name in ("first", "later"))
+    (tmp_path / ".evaluation.partial").mkdir()
+    write_json(tmp_path / ".evaluation.partial" / "results.json", {"files": {"report.html": "0" * 32}})
+    found = examine(tmp_path, seen=lambda size: later.unlink())
+    assert (found.whole, found.faults) == ([first], [])
+
+
 def test_the_root_is_of_the_bytes_not_of_the_time(home, tmp_path):
     prepare(settings_for(home / "tiny", tmp_path))
     assert sorted(examine(tmp_path).roots.values()) == sorted(examine(home / "cache").roots.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -27,17 +28,22 @@ sys.stdin.read()
 """
 
 
+def _no_locks(number=errno.ENOLCK):
+    """In place of `flock`."""
+
+    def none(handle, kind):
+        raise OSError(number, "no locks here")
+
+    return none
+
+
 @pytest.mark.parametrize("number", [None, errno.ENOLCK, errno.EOPNOTSUPP, 524])
 def test_a_lock_goes_with_its_process(tmp_path, monkeypatch, number):
     path = tmp_path / "folder" / ".lock"
     environ = {}
     if number is not None:
         environ = without_flock(tmp_path, number)
-
-        def none(handle, kind):
-            raise OSError(number, "no locks here")
-
-        monkeypatch.setattr(fcntl, "flock", none)
+        monkeypatch.setattr(fcntl, "flock", _no_locks(number))
     assert not held(path)
     process = run(_HOLDS, path, **environ)
     assert process.stdout.readline() == "held\n"
@@ -108,6 +114,54 @@ def test_other_answers_to_flock_are_errors(tmp_path, monkeypatch):
     assert len(list(Path("/proc/self/fd").iterdir())) == opened
 
 
+def test_what_is_written_to_a_lock_file_is_there_whole_or_the_full_disk_is_told(tmp_path):
+    """A limit on the size of files stands for the full disk: what fits of a write is taken without a word."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with lock(tmp_path / "ledger.jsonl") as file:
+        file.write(b"line\n")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"File too large: .*ledger\.jsonl"):
+                file.write(bytes(200))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def _elsewhere(holder: Path) -> None:
+    """The process that holds it is one of another host."""
+    holder.write_text(holder.read_text().replace(f"host={filelock.SoftFileLease(holder).owner.hostname}", "host=other"))
+
+
+def test_without_locks_what_died_on_another_host_is_free_by_and_by(tmp_path, monkeypatch):
+    """Asked about once: each question by itself has to see that it stands still."""
+    path, environ = tmp_path / ".lock", without_flock(tmp_path, errno.ENOLCK)
+    process = run(_STANDS_STILL, path, "0.3", **environ)
+    assert process.stdout.readline() == "held\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    holder = tmp_path / ".lock.holder"
+    _elsewhere(holder)
+    monkeypatch.setattr(locks, "_LEASE", 0.3)
+    monkeypatch.setattr(fcntl, "flock", _no_locks())
+    os.utime(holder, (0, 0))
+    with lock(path) as mine:
+        assert mine is not None
+        _elsewhere(holder)
+        assert lock(path) is None, "it is touched"
+
+
+def test_without_locks_who_looks_keeps_nobody_from_it(tmp_path, monkeypatch):
+    """A look has to take it, for a moment."""
+    path = tmp_path / ".lock"
+    path.touch()
+    monkeypatch.setattr(fcntl, "flock", _no_locks())
+    looks = filelock.SoftFileLease(tmp_path / ".lock.holder", timeout=0, lease_duration=locks._LEASE)
+    looks.acquire()
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: looks.release())
+    with lock(path) as mine:
+        assert mine is not None
+
+
 _STANDS_STILL = """
 import sys, time
 from pathlib import Path
@@ -125,7 +179,7 @@ def test_without_locks_who_stands_still_loses_it_and_ends(tmp_path, monkeypatch)
     process = run(_STANDS_STILL, path, "0.6", **environ)
     assert process.stdout.readline() == "held\n"
     holder = tmp_path / ".lock.holder"
-    holder.write_text(holder.read_text().replace(f"host={os.uname().nodename}", "host=another"))
+    _elsewhere(holder)
     (lease,) = [filelock.SoftFileLease(holder, timeout=0, lease_duration=0.6)]
     with pytest.raises(filelock.Timeout):
         lease.acquire()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from mbcd_cli.checksums import checksum, of_file
+from mbcd_cli.checksums import of_file
 from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.evaluation.analyses.analyse import Analysis, analyse, earlier
 from mbcd_cli.evaluation.analyses.robustness import subset_variants
@@ -121,10 +121,12 @@ def _beside(files: Mapping[str, Path], aside: Path, output: Path) -> list[Path]:
     return [p for p in files.values() if p.is_relative_to(output) and not p.is_relative_to(aside)]
 
 
-def checkpoint_checksums(run: Path | None, names: Iterable[str]) -> dict[str, str]:
-    """The checksum of every checkpoint's file, so that readers of the results can tell whether it is still there."""
-    files = {} if run is None else {name: run / "checkpoints" / f"{name}.pt" for name in names}
-    return {name: checksum(path) for name, path in files.items() if path.is_file()}
+def checkpoint_checksums(run: Path | None, checkpoints: Mapping[str, Checkpoint]) -> dict[str, str]:
+    """The checksum of every checkpoint's file, so that readers of the results can tell whether it is still there.
+
+    As it was when it was read: a training that goes on writes others.
+    """
+    return {} if run is None else {name: checkpoint.checksum for name, checkpoint in checkpoints.items()}
 
 
 def _accuracy_plots(analysis: Analysis) -> None:

@@ -62,12 +62,14 @@ class Crew:
             Whether this process leads.
 
         Raises:
-            CacheError: others are at work, by another plan.
+            CacheError: others are at work, by another plan, or (`REPAIR`) at all.
             FileError: the folder cannot be written to.
         """
         if self._leading is None:
             file = lock(self.folder / ".lock", place="--cache-dir")
             if file is None:
+                if self.plan == REPAIR:
+                    raise self._busy(self._told())
                 self._agree()
                 return False
             try:

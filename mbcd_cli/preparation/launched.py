@@ -11,6 +11,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,8 +132,9 @@ def prepare_launched(
         raise CacheError(why, f"The logs in {folder} say more.")
     shutil.rmtree(folder, ignore_errors=True)  # the same command from another terminal may have been quicker
     for other in settings.cache.dir.glob(".crew-*"):
-        if time.time() - other.stat().st_mtime > OLD and not any(map(held, other.glob("*.lock"))):
-            shutil.rmtree(other, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its command has just ended
+            if time.time() - other.stat().st_mtime > OLD and not any(map(held, other.glob("*.lock"))):
+                shutil.rmtree(other, ignore_errors=True)
     return prepare(asked, corruptions=corruptions, severities=severities, say=say)
 
 

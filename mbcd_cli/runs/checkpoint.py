@@ -54,6 +54,7 @@ class Checkpoint:
         training: the method's own modules, optimizer, random states and log positions, or None in a checkpoint that
             only holds weights (`best.pt`, `epoch-NNN.pt`).
         averaged: what `mbcd average` has made it of (its average.json), or None; `student` is that average then.
+        checksum: of the file that it was read from, which may be another by now; empty where it was not read.
     """
 
     settings: Settings
@@ -72,6 +73,7 @@ class Checkpoint:
     warnings: list[str]
     training: dict[str, Any] | None = None
     averaged: dict[str, Any] | None = None
+    checksum: str = ""
 
     @property
     def classes(self) -> int:
@@ -161,7 +163,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_tensors(path: Path, *, format: str, version: int, what: str, then: str) -> Mapping[str, Any]:
-    """What `save_tensors` wrote, on the CPU.
+    """What `save_tensors` wrote, on the CPU; and `checksum`, the file's.
 
     Args:
         format, version: that it has to have. what: a word for such a file.
@@ -175,7 +177,7 @@ def read_tensors(path: Path, *, format: str, version: int, what: str, then: str)
     try:
         with python_warnings.catch_warnings():  # about a strange file's pickle protocol: the error says enough
             python_warnings.simplefilter("ignore")
-            checksums.verified(path)
+            told = checksums.verified(path)
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
@@ -196,7 +198,7 @@ def read_tensors(path: Path, *, format: str, version: int, what: str, then: str)
             f"{path} has format version {str(found)[:20]}, this mbcd reads {version}.",
             "Use the mbcd that wrote it, or train again.",
         )
-    return payload
+    return {**payload, "checksum": told}
 
 
 def _parse(payload: Mapping[str, Any]) -> Checkpoint:
@@ -223,6 +225,7 @@ def _parse(payload: Mapping[str, Any]) -> Checkpoint:
         teacher=None if payload["teacher"] is None else state_of(payload["teacher"], "teacher"),
         history=history,
         averaged=averaged,
+        checksum=payload["checksum"],
         **{key: payload[key] for key in _PLAIN},
     )
 

@@ -21,13 +21,14 @@ from mbcd_cli.files import (
     is_partial,
     read_json,
     read_records,
+    remove,
     remove_partial,
     sync,
     write_json,
     write_text,
 )
 from mbcd_cli.ledger import revealed
-from mbcd_cli.locks import lock
+from mbcd_cli.locks import HOLDER, lock
 from mbcd_cli.resolved import changed, load_settings
 from mbcd_cli.runs.snapshot_files import SNAPSHOTS
 from mbcd_cli.settings import Settings
@@ -41,6 +42,7 @@ _TIMES = "timing.jsonl"
 SEALED = "sealed.jsonl"
 LOGS = ("metrics.jsonl", "steps.jsonl", _TIMES, SEALED)
 _LOCK = ".lock"
+_LOCKS = (_LOCK, _LOCK + HOLDER)
 
 
 class RunFolder:
@@ -100,9 +102,13 @@ class RunFolder:
                     size = sum(map(len, path.read_bytes().splitlines(keepends=True)[:size]))
                 os.truncate(path, min(size, path.stat().st_size))
 
-    def finish(self, summary: Mapping[str, object]) -> None:
-        """Write `done`, the mark of a complete run: `summary`, and the checksums of all that the run has written."""
-        whole = {**summary, "files": checksums.of_files(self.path, but=(DONE, _LOCK))}
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `done`, the mark of a complete run: `summary`, and the checksums of all that the run has written.
+
+        Others may write here, too: who evaluates an epoch, or looks at its landscape, need not wait for the last one.
+        """
+        own = (SETTINGS, *LOGS, "warnings.jsonl", "events", "checkpoints", SNAPSHOTS, *summary.get("plots", ()))
+        whole = {**summary, "files": checksums.of_files(self.path, *own)}
         write_json(self.path / DONE, whole, place="--run", then="go on with --resume")
 
     @property
@@ -154,7 +160,7 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
         FileError: it cannot be written to.
     """
     path = Path(path)
-    exists = path.is_dir() and not all(entry.name == _LOCK or is_partial(entry) for entry in path.iterdir())
+    exists = path.is_dir() and not all(entry.name in _LOCKS or is_partial(entry) for entry in path.iterdir())
     is_run = (path / SETTINGS).is_file()
     if path.exists() and not path.is_dir():
         raise RunError(f"{path} is a file.", "Name another run folder with --run.")
@@ -175,8 +181,10 @@ def open_run(path: Path, *, settings: Settings, resume: bool, overwrite: bool) -
             for part in ("", "checkpoints", SNAPSHOTS, "plots"):
                 remove_partial(path / part)
         else:
-            # The old settings.toml stays until it is replaced: a half-deleted run can still be overwritten.
-            clear(path, but=(_LOCK, SETTINGS))
+            # The old settings.toml stays until it is replaced: a half-deleted run can still be overwritten. First goes
+            # what would tell of files that are not there any more, and what it would be gone on with by.
+            remove(*(path / name for name in (*checksums.TELLERS, "checkpoints/last.pt")))
+            clear(path, but=(*_LOCKS, SETTINGS))
             write_text(path / SETTINGS, to_toml(settings, stamped=True), place="--run")
     except BaseException:
         held.close()

@@ -11,7 +11,7 @@ import torch
 from evaluation_cases import make_checkpoint, make_dataset, make_settings
 from memory import MemoryWeights
 
-from mbcd_cli import console
+from mbcd_cli import checksums, console
 from mbcd_cli.cli.evaluate import show_evaluation
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.audio import AudioModality
@@ -23,6 +23,7 @@ from mbcd_cli.evaluation.report.results import pretraining_words, provenance
 from mbcd_cli.files import read_json, read_records
 from mbcd_cli.json_values import json_values
 from mbcd_cli.model import build_model
+from mbcd_cli.runs.checkpoint import load_checkpoint, save_checkpoint
 from mbcd_cli.scoring.clip_sets import clip_sets
 from mbcd_cli.scoring.deployed import build_models
 from mbcd_cli.scoring.history import Oracle, accuracy_history
@@ -43,6 +44,16 @@ def by_hand(settings, dataset, state, clips):
         for name, logits in {"fused": fused, **unimodal}.items():
             right[name] += int(logits[0].argmax()) == dataset.labels[clip]
     return {name: count / len(clips) for name, count in right.items()}
+
+
+def test_results_are_of_the_file_that_was_read_whatever_a_training_writes_meanwhile(settings, dataset, tmp_path):
+    path = tmp_path / "checkpoints" / "best.pt"
+    save_checkpoint(path, make_checkpoint(settings, dataset))
+    read, told = load_checkpoint(path), checksums.checksum(path)
+    save_checkpoint(path, make_checkpoint(settings, dataset, seed=1))
+    how = {"device": CPU, "run": tmp_path, "output": tmp_path, "pictures": False}
+    assert evaluate(settings, dataset, {"best": read}, **how).results.checkpoints == {"best": told}
+    assert checksums.checksum(path) != told
 
 
 @pytest.mark.parametrize("target_split", ["test", "all"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,14 @@ def ledger(folder: Path, count: int) -> Path:
         (folder / f"run-{number}").mkdir()
         revealing.write_json(folder / f"run-{number}/revealed.json", {"look": look.digest, "epochs": []})
     return folder / "ledger.jsonl"
+
+
+def test_a_power_cut_leaves_a_look_and_its_ledger(tmp_path, monkeypatch):
+    """What a run keeps of it would be of a look that is not there."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(Path(f"/proc/self/fd/{handle}").readlink()))
+    write_look(tmp_path, "first", [], trained=1)
+    assert synced == [tmp_path / "ledger.jsonl", tmp_path]
 
 
 def test_a_ledger_that_was_tampered_with_is_told(tmp_path):

@@ -139,6 +139,8 @@ def test_who_disagrees_is_refused(tmp_path, monkeypatch):
                 one.lead()
         first.give(5)
         assert repair.lead()
+        with Crew(tmp_path, REPAIR) as another, pytest.raises(CacheError, match="is repairing"):
+            another.lead()
         with Crew(tmp_path, "a") as late, pytest.raises(CacheError, match="is repairing"):
             late.lead()
         with pytest.raises(CacheError, match="is repairing"):  # it had read its own plan before

@@ -83,6 +83,7 @@ def test_the_command_itself_needs_no_gpu(tmp_path, monkeypatch):
         os.utime(file, (1, 1))  # the first time the kept answer is given
     prepare(settings_for(root, tmp_path / "cache", "model.modalities=audio"))
     settings = settings_for(root, tmp_path / "cache", "model.modalities=audio", "runtime.device=cuda:99")
+    (tmp_path / "cache" / ".crew-gone").symlink_to("nowhere")  # of another command, which has just ended
     for _ in range(2):
         prepared = prepare_launched(settings, how=Launching(), **NOTHING)
         assert prepared.modalities["audio"].clips == 6

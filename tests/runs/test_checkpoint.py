@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from fakes import MemoryDataset, memory_settings
 
+from mbcd_cli import locks
 from mbcd_cli.errors import CheckpointError, FileError, RunError
+from mbcd_cli.integrity import examine
 from mbcd_cli.runs import checkpoint as module
+from mbcd_cli.runs import folder as folder_module
 from mbcd_cli.runs.checkpoint import load_checkpoint, save_checkpoint
 from mbcd_cli.runs.folder import open_run
 from mbcd_cli.scoring.deployed import build_models
@@ -192,6 +198,49 @@ def test_overwrite_deletes_runs_only(tmp_path):
     (run / "metrics.jsonl").write_text("{}\n")
     open_run(run, settings=memory_settings(), resume=False, overwrite=True).close()
     assert not (run / "metrics.jsonl").exists()
+
+
+def test_an_overwrite_that_is_killed_leaves_no_run_to_be_gone_on_with_or_believed(trained, tmp_path, monkeypatch):
+    """Whatever else is gone by then: the order of a folder's entries is nobody's."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / "results.json").touch()
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder_module, "clear", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_run(run, settings=memory_settings(), resume=False, overwrite=True)
+    assert not any((run / name).exists() for name in ("done", "results.json"))
+    command.train(memory_settings(), MemoryDataset(), run=run, resume=True, overwrite=False)
+    assert (run / "metrics.jsonl").read_bytes() == (trained / "metrics.jsonl").read_bytes()
+
+
+def test_without_locks_a_new_run_keeps_its_lease_and_a_finished_one_does_not_tell_of_it(tmp_path, monkeypatch):
+    def none(handle, kind):
+        raise OSError(errno.ENOLCK, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    (tmp_path / ".lock.holder").touch()  # a kill before settings.toml was written
+    os.utime(tmp_path / ".lock.holder", (0, 0))
+    monkeypatch.setattr(locks, "_LEASE", 0.3)
+    with open_run(tmp_path, settings=memory_settings(), resume=False, overwrite=False) as folder:
+        assert (tmp_path / ".lock.holder").exists()
+        folder.finish({})
+    assert not examine(tmp_path).faults
+
+
+def test_a_finished_run_tells_of_its_own_files_alone(tmp_path):
+    """Others may evaluate an epoch of a training, or look at its landscape, and do so again after its end."""
+    with open_run(tmp_path, settings=memory_settings(), resume=False, overwrite=False) as folder:
+        folder.append("metrics.jsonl", {"epoch": 1})
+        for name in ("plots/losses.png", "plots/confusion-target.png", "report.html", "landscape/surface.h5.journal-0"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("now")
+        folder.finish({"plots": ["plots/losses.png"]})
+    told = json.loads((tmp_path / "done").read_text())["files"]
+    assert told.keys() == {"settings.toml", "metrics.jsonl", "plots/losses.png"}
 
 
 def test_resume_names_the_settings_that_changed(trained):

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from mbcd_cli.errors import SettingsError
 
 AnyEntry = TypeVar("AnyEntry")
+GROUPS = ("mbcd.methods", "mbcd.encoders", "mbcd.readers")
+FILE_MODULE = "mbcd_method_"
+"""What the name of the module begins with that a method's own file is imported as."""
+
+
+def line_of_theirs(error: BaseException) -> str:
+    """FILE:LINE, the innermost of a plug-in's or a method's own file that an error came through; empty where none."""
+    packages = {entry.module.partition(".")[0] for group in GROUPS for entry in entry_points(group=group)}
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith(FILE_MODULE) or module.partition(".")[0] in packages:
+            return f"{frame.f_code.co_filename}:{line}"
+    return ""
+
+
+def _why_not_imported(error: BaseException) -> tuple[str, str]:
+    """What came of importing somebody's code, and the remedy."""
+    if isinstance(error, SystemExit):
+        return "it ends the program", "Put what it does as a script below `if __name__ == '__main__':`."
+    line = "" if isinstance(error, SyntaxError) else line_of_theirs(error)  # which says its own
+    return f"{type(error).__name__}: {error}{f' ({line})' if line else ''}", "Install what it needs, or mend it."
+
+
+def importing(what: str, load: Callable[[], AnyEntry]) -> AnyEntry:
+    """What `load` gives, which imports somebody's code.
+
+    Raises:
+        SettingsError: importing fails; the message is that of the failure (a package that is missing names itself).
+    """
+    try:
+        return load()
+    except (Exception, SystemExit) as error:  # whatever somebody's module raises while it is imported
+        why, remedy = _why_not_imported(error)
+        raise SettingsError(f"{what} cannot be imported: {why}", remedy) from error
 
 
 def plugins(group: str) -> dict[str, EntryPoint]:
@@ -20,16 +55,10 @@ def load_plugin(entry: EntryPoint) -> object:
     """What the entry point names.
 
     Raises:
-        SettingsError: importing it fails; the message is that of the failure (a package that is missing names itself).
+        SettingsError: importing it fails.
     """
-    try:
-        return entry.load()
-    except Exception as error:  # whatever somebody's module raises while it is imported
-        source = f" of package {entry.dist.name}" if entry.dist is not None else ""
-        raise SettingsError(
-            f"{entry.group} {entry.name!r}{source} cannot be imported ({entry.value}): {type(error).__name__}: {error}",
-            "Install what it needs, or mend it.",
-        ) from error
+    source = f" of package {entry.dist.name}" if entry.dist is not None else ""
+    return importing(f"{entry.group} {entry.name!r}{source} ({entry.value})", entry.load)
 
 
 def entry_of(name: str, group: str, ours: Mapping[str, AnyEntry], kind: type[AnyEntry]) -> AnyEntry | None:

@@ -48,8 +48,11 @@ def tried(checks: Mapping[str, Callable[[], None]], *, of: object, told: Mapping
 
 
 def _where(error: Exception, of: object) -> str:
-    """The innermost line of the file that `of` stands in, of those that the error came through; else its first."""
-    functions = [of, *vars(of).values()] if isinstance(of, type) else [of]
+    """The innermost line of the file that `of` stands in, of those that the error came through; else the first of what
+    it computes."""
+    functions = [of]
+    if isinstance(of, type):
+        functions = [*(vars(of).get(name) for name in ("losses", "gradients")), *vars(of).values()]
     code = next((code for one in functions if (code := getattr(one, "__code__", None)) is not None), None)
     if code is None:
         return f"{of!r}"

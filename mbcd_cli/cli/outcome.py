@@ -72,10 +72,18 @@ def outcome(*, as_json: bool, debug: bool) -> Iterator[None]:
         if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":  # torch's
             _refuse(*_of_the_machine(MemoryError()), as_json=as_json)
             raise typer.Exit(1) from error
-        message = f"Unexpected {type(error).__name__}: {error}"
-        remedy = "Run the command again with --debug and report what it shows."
-        _refuse(message, remedy, as_json=as_json)
+        _refuse(*_of_the_code(error), as_json=as_json)
         raise typer.Exit(1) from error
+
+
+def _of_the_code(error: Exception) -> tuple[str, str]:
+    """What is wrong with a plug-in, or a file with a method; or with us; and what to do."""
+    from mbcd_cli.plugins import line_of_theirs
+
+    what = f"{type(error).__name__}: {error}"
+    if line := line_of_theirs(error):
+        return f"{line}: {what}", "Mend it: --debug shows how it came there, and `mbcd check` tries it on tiny inputs."
+    return f"Unexpected {what}", "Run the command again with --debug and report what it shows."
 
 
 def _of_the_machine(error: OSError | MemoryError) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from mbcd_cli.files import delete, read_json, write_json
+from mbcd_cli.plugins import line_of_theirs
 
 State = Literal["waiting", "running", "interrupted", "trained", "done", "failed"]
 
@@ -102,8 +103,9 @@ def known(lock: FileIO) -> Iterator[None]:
 
 def write_failure(folder: Path, error: Exception, *, place: str = "--runs-dir") -> None:
     """Record why a piece failed, as `{"error": ..., "remedy": ...}`."""
+    line = line_of_theirs(error)
     failure = {
-        "error": getattr(error, "message", f"{type(error).__name__}: {error}"),
+        "error": getattr(error, "message", f"{line}: " * bool(line) + f"{type(error).__name__}: {error}"),
         "remedy": getattr(error, "remedy", "The log beside it says more."),
     }
     write_json(beside(folder, "failed"), failure, place=place)

@@ -5,17 +5,18 @@ A variant is a method with settings laid over its class's defaults: an ablation 
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbcd_cli.errors import MbcdError, SettingsError
-from mbcd_cli.plugins import load_plugin, plugins
+from mbcd_cli.naming import did_you_mean
+from mbcd_cli.plugins import FILE_MODULE, importing, load_plugin, plugins
 from mbcd_cli.settings import MethodSettings
 
 if TYPE_CHECKING:
@@ -258,11 +259,10 @@ def method_class(name: str) -> type[Method]:
         return checked(load_plugin(installed[name]), name)
     if ".py:" in name:
         return checked(_from_file(name), name)
-    close = difflib.get_close_matches(name, method_names(), n=1)
     raise SettingsError(
         f"There is no method {name!r}.",
-        (f"Did you mean {close[0]}? " if close else "")
-        + "`mbcd list methods` shows them; a class of your own is named my_method.py:MyMethod.",
+        f"{did_you_mean(name, method_names())}`mbcd list methods` shows them; a class of your own is named "
+        "my_method.py:MyMethod.",
     )
 
 
@@ -276,15 +276,16 @@ def _from_file(name: str) -> object:
     path, _, attribute = name.rpartition(":")
     if not Path(path).is_file():
         raise SettingsError(f"There is no file {path} with a method.", "Write path/to/file.py:ClassName.")
-    spec = importlib.util.spec_from_file_location(f"mbcd_method_{Path(path).stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{FILE_MODULE}{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever somebody's file raises
-        raise SettingsError(f"{path} cannot be imported: {type(error).__name__}: {error}", "Mend the file.") from error
+    importing(path, partial(spec.loader.exec_module, module))
     named = getattr(module, attribute, None)
     if named is None:
-        raise SettingsError(f"{path} has no class {attribute!r}.", "Write path/to/file.py:ClassName.")
+        classes = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == spec.name]
+        raise SettingsError(
+            f"{path} has no class {attribute!r}.",
+            f"{did_you_mean(attribute, classes)}Write path/to/file.py:ClassName.",
+        )
     return named
 
 
@@ -305,6 +306,10 @@ def checked(kind: object, name: str) -> type[Method]:
         problem = f"its average is {kind.average!r}, not none, ema, sma or swad"
     elif kind.views not in (1, 2):
         problem = f"its views are {kind.views!r}, not 1 or 2"
+    elif not _takes(kind.__init__, "self", "settings", "context"):
+        problem = "its __init__ does not take (self, settings, context)"
+    elif not _takes(kind.losses, "self", "batch", "out"):
+        problem = "its losses do not take (self, batch, out)"
     else:
         bare = [f for f, info in kind.Settings.model_fields.items() if info.is_required()]
         if bare:
@@ -312,6 +317,14 @@ def checked(kind: object, name: str) -> type[Method]:
     if problem is not None:
         raise SettingsError(f"Method {name!r} is not whole: {problem}.", "docs/extending.md shows what a method has.")
     return kind
+
+
+def _takes(function: Callable, *arguments: str) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def over_defaults(name: str) -> dict[str, dict[str, object]]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.encoders.staged import Noise
+from mbcd_cli.errors import SettingsError
 from mbcd_cli.methods.parts import cross_entropy, full_precision
 from mbcd_cli.model import MultiModalModel, TailWeights
 from mbcd_cli.processes import ALONE, Group
@@ -53,7 +54,12 @@ class Term:
 
 
 def total(terms: Mapping[str, Term]) -> torch.Tensor:
-    """The sum of all terms (of all their modalities) times their weights, []."""
+    """The sum of all terms (of all their modalities) times their weights, [].
+
+    Raises:
+        SettingsError: they are no terms, or none.
+    """
+    _check_terms(terms)
     loss: torch.Tensor | None = None
     for term in terms.values():
         value, weight = term.value, term.weight
@@ -63,8 +69,24 @@ def total(terms: Mapping[str, Term]) -> torch.Tensor:
         if isinstance(weight, torch.Tensor) or weight != 1:
             value = weight * value
         loss = value if loss is None else loss + value
-    assert loss is not None, "a method has at least one term"
     return loss
+
+
+def _check_terms(terms: object) -> None:
+    what = ""
+    if not isinstance(terms, Mapping) or not terms:
+        what = "an empty one" if isinstance(terms, Mapping) else type(terms).__name__
+    else:
+        for name, term in terms.items():
+            if not isinstance(term, Term):
+                what = f"{name!r}, which is {type(term).__name__}"
+            elif not isinstance(term.value, torch.Tensor):
+                what = f"{name!r}, whose value is {type(term.value).__name__}"
+    if what:
+        raise SettingsError(
+            f"The losses of a method are a dict of names and Terms of tensors; there is {what}.",
+            "Let `losses` return such as super().losses(batch, out) | {'mine': Term(value, weight)}.",
+        )
 
 
 class WeightAverage(Protocol):

@@ -44,6 +44,20 @@ def _equal(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Ten
     assert not differing, f"{what}: {', '.join(differing[:4])} differ"
 
 
+def _by(gap: float) -> str:
+    """How far two float64 results are apart, and what so little comes from."""
+    single = "; so little is float32's rounding: parts.full_precision(x) leaves float64 as it is, x.float() does not"
+    return f", by {gap:.0e}{single if gap < 1e-5 else ''}"
+
+
+def _near(value: torch.Tensor, expected: torch.Tensor, what: str, *, apart: float) -> None:
+    def message(_: str) -> str:
+        gap = (value - expected).abs().max().item()
+        return what + (_by(gap) if expected.dtype == torch.float64 else "")
+
+    torch.testing.assert_close(value, expected, rtol=0, atol=apart, msg=message)
+
+
 def check_figures(subject: Subject) -> None:
     """Any number of modalities and of source domains gives finite figures, or is refused with an `MbcdError`."""
     for modalities in (1, 2, 3, 4):
@@ -198,14 +212,16 @@ def check_order(subject: Subject) -> None:
         batch = subject.batch(seed, modalities=count)
         expected, figures = (dict(_flat(each, each(batch))) for each in (step, reordered))
         assert expected.keys() == figures.keys()
-        differing = [name for name, value in expected.items() if abs(figures[name] - value) > 1e-8]
-        assert not differing, f"another order of modalities: {', '.join(differing)} differ in step {seed + 1}"
+        gaps = {name: abs(figures[name] - value) for name, value in expected.items()}
+        differing = [name for name, gap in gaps.items() if gap > 1e-8]
+        by = _by(max(gaps.values()))
+        assert not differing, f"another order of modalities: {', '.join(differing)} differ in step {seed + 1}{by}"
     for name, value in _held(step).items():
         if name.startswith("method.") and name.endswith(("running_mean", "running_var")):
             continue  # those of one batch norm for all modalities remember the last one best; training reads none
         expected = _reordered(name, value, dims, order)
         differ = f"another order of modalities: {name} differs"
-        torch.testing.assert_close(theirs[name], expected, rtol=0, atol=1e-8, msg=differ)
+        _near(theirs[name], expected, differ, apart=1e-8)
 
 
 def _quieten(training: Training) -> None:
@@ -308,7 +324,7 @@ def _check_captured(subject: Subject) -> None:
         expected = plain.step(batch)
         torch.manual_seed(seed)
         differ = f"figures of step {seed + 1} differ where it is captured in a CUDA graph"
-        torch.testing.assert_close(captured.run_step(batch), expected, rtol=0, atol=1e-9, msg=differ)
+        _near(captured.run_step(batch), expected, differ, apart=1e-9)
     _close(weights(captured.step), weights(plain.step), "captured")
 
 
@@ -371,7 +387,7 @@ def _check_population(
         vectors = stacked([batch(seed, number) for seed in seeds])
         for seed in set(seeds) - {broken}:
             differ = f"figures of step {number + 1} differ from those of a training alone"
-            torch.testing.assert_close(vectors[seed], alone[seed][0][number], rtol=0, atol=apart, msg=differ)
+            _near(vectors[seed], alone[seed][0][number], differ, apart=apart)
     for seed in set(seeds) - {broken}:
         _close(weights(members[seed].step), alone[seed][1], "in a population", apart=apart)
 
@@ -381,7 +397,7 @@ def _close(
 ) -> None:
     for name, value in tensors.items():
         differ = f"{name} differs {where} from that of a plain training"
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=apart, msg=differ)
+        _near(value, expected[name], differ, apart=apart)
 
 
 def check_processes(subject: Subject) -> None:
@@ -400,7 +416,7 @@ def check_processes(subject: Subject) -> None:
     alone = _share(subject, ALONE)
     assert alone.keys() == shared.keys()
     for name, value in alone.items():
-        torch.testing.assert_close(shared[name], value, rtol=0, atol=1e-8, msg=f"{name}: two processes against one")
+        _near(shared[name], value, f"{name}: two processes against one", apart=1e-8)
 
 
 def _share(subject: Subject, group: Group) -> dict[str, torch.Tensor]:

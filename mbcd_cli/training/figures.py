@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mbcd_cli.errors import SettingsError
+
 Record = dict[str, float | dict[str, dict[str, float]]]
 """Scalars by name, and under `modalities` a dict of figures per modality."""
 
@@ -33,12 +35,16 @@ class Layout:
         """The layout of a step's figures.
 
         Raises:
-            ValueError: a figure is neither [] nor [M].
+            SettingsError: a figure is neither [] nor [M].
         """
         count = len(modalities)
         for name, value in figures.items():
             if value.shape not in ((), (count,)):
-                raise ValueError(f"figure {name} has the shape {list(value.shape)}, neither [] nor [{count}]")
+                raise SettingsError(
+                    f"The method's figure (or term of the loss) {name!r} has the shape {list(value.shape)}, neither [] "
+                    f"nor [{count}], a value for each modality.",
+                    "Take its mean over the rest.",
+                )
         scalars = tuple(name for name, value in figures.items() if value.dim() == 0)
         return cls(scalars, tuple(name for name in figures if name not in scalars), tuple(modalities))
 

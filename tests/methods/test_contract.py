@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import typer
 from torch import nn
 
+from mbcd_cli.cli.outcome import outcome
 from mbcd_cli.errors import SettingsError
+from mbcd_cli.launch.unit import read_failure, write_failure
 from mbcd_cli.methods import METHODS, checked, method_class
 from mbcd_cli.methods.base import Method, ParameterGroup, Term, total
 from mbcd_cli.methods.parts import cross_entropy, full_precision
@@ -211,12 +214,21 @@ class Ordered(Method):
         return super().losses(batch, out) | {"norms": Term(first / second)}
 
 
+class Single(Method):
+    """Computes in float32 whatever the weights are."""
+
+    def losses(self, batch, out):
+        norms = sum(h.float().norm(dim=1).mean() for h in out.pooled.values())
+        return super().losses(batch, out) | {"norms": Term(norms / 7)}
+
+
 @pytest.mark.parametrize(
     ("kind", "check", "words"),
     [
         (Careless, "processes", "two processes against one"),
         (Noisy, "resume", "resumed against whole"),
-        (Ordered, "order", "another order of modalities: total, norms differ in step 1"),
+        (Ordered, "order", "another order of modalities: total, norms differ in step 1, by 4e-01$"),
+        (Single, "order", r"norms differ in step 1, by \de-0[78]; so little is float32's rounding: parts.full_prec"),
     ],
 )
 def test_the_checks_find_what_is_wrong(kind, check, words):
@@ -236,11 +248,21 @@ def test_a_class_that_lacks_a_part_is_refused_by_name():
     class Averaged(Method):
         average = "mean"
 
+    class Alone(Method):
+        def __init__(self, settings):
+            super().__init__(settings, None)
+
+    class Blind(Method):
+        def losses(self, out):
+            return {}
+
     for found, words in (
         (nn.Linear, "no subclass"),
         (NoSettings, "Settings"),
         (NoDefault, "setting weight has no default"),
         (Averaged, "average is 'mean'"),
+        (Alone, "__init__ does not take"),
+        (Blind, "losses do not take"),
     ):
         with pytest.raises(SettingsError, match=words):
             checked(found, "mine")
@@ -252,9 +274,54 @@ def test_a_class_in_a_file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("from mbcd_cli.methods.base import Method\nclass Mine(Method):\n    '''Mine.'''\n")
     assert issubclass(method_class(f"{path}:Mine"), Method)
-    for name, words in ((f"{path}:Yours", "no class 'Yours'"), (f"{tmp_path}/none.py:Mine", "no file")):
-        with pytest.raises(SettingsError, match=words):
+    for name, words in (
+        (f"{path}:Yours", "no class 'Yours'"),
+        (f"{path}:mine", "Did you mean Mine"),
+        (f"{tmp_path}/none.py:Mine", "no file"),
+    ):
+        with pytest.raises(SettingsError) as caught:
             method_class(name)
-    path.write_text("import nowhere_to_be_found")
-    with pytest.raises(SettingsError, match="No module named 'nowhere_to_be_found'"):
-        method_class(f"{path}:Others")
+        assert words in str(caught.value)
+    for source, words in (
+        ("import nowhere_to_be_found", f"No module named 'nowhere_to_be_found' ({path}:1)"),
+        ("import sys\nsys.exit(0)", "it ends the program"),
+        ("class Others(Method", "mine.py, line 1"),
+    ):
+        path.write_text(source)
+        with pytest.raises(SettingsError) as caught:
+            method_class(f"{path}:Others")
+        assert words in str(caught.value)
+
+
+def test_what_fails_in_somebody_s_file_is_told_with_its_line(tmp_path, capsys):
+    path = tmp_path / "failing.py"
+    path.write_text(
+        "from mbcd_cli.methods.base import Method\n\n\nclass Mine(Method):\n"
+        "    def losses(self, batch, out):\n        raise KeyError('own')\n"
+    )
+    step = Subject.of(f"{path}:Mine").training().step
+    with pytest.raises(typer.Exit) as ended, outcome(as_json=False, debug=False):
+        step(Subject(Method).batch(0))
+    assert ended.value.exit_code == 1
+    assert f"error: {path}:6: KeyError: 'own'" in "".join(capsys.readouterr().err.split("\n"))
+    write_failure(tmp_path / "cell", ended.value.__cause__)
+    assert read_failure(tmp_path / "cell") == f"{path}:6: KeyError: 'own'"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (None, "there is NoneType"),
+        ({}, "there is an empty one"),
+        ({"own": torch.zeros(())}, "'own', which is Tensor"),
+        ({"own": Term(0.5)}, "'own', whose value is float"),
+        ({"own": Term(torch.zeros(12, requires_grad=True))}, r"'own' has the shape \[12\], neither \[\] nor \[2\]"),
+    ],
+)
+def test_losses_that_are_no_terms_are_refused_by_name(given, words):
+    class Mine(Method):
+        def losses(self, batch, out):
+            return given
+
+    with pytest.raises(SettingsError, match=words):
+        Subject.of(Mine).training().step(Subject(Method).batch(0))

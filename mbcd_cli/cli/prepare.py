@@ -172,7 +172,8 @@ def show_prepared(result: Prepared, *, preset: str | None, repeat: Sequence[str]
         )
         return
     named = ["--preset", preset] if preset else []
-    console.say(f"Next: mbcd train {shlex.join([*named, *repeat, '--target-domain', result.target])}")
+    held_out = ["--target-domain", result.target] if len(result.domains) > 1 else []
+    console.say(f"Next: mbcd train {shlex.join([*named, *repeat, *held_out])}")
 
 
 _SHOWN = 5

@@ -110,7 +110,7 @@ def test_asked_modalities_choose_columns_and_set_kinds(tmp_path):
     assert list(got.modalities) == ["audio", "gaze"]
     assert got.modalities["audio"].samples == 4000
     assert set(got.clips[0].media) == {"audio", "gaze"}
-    assert got.notes == ["columns not asked for: video"]
+    assert got.notes == ["columns not asked for: video (--modalities gaze,audio,video takes them too)"]
 
 
 def test_label_names_domains_and_their_order(tmp_path):
@@ -280,7 +280,7 @@ def test_headers(tmp_path):
     assert "has no name" in problems(tmp_path, text=b"id,domain,split,label,video,\nc0,a,train,0,v,\n")
     assert "no column of a modality" in problems(tmp_path, text=b"id,domain,split,label\nc0,a,train,0\n")
     assert "not UTF-8" in problems(tmp_path, text="id,domain,split,label,video\n".encode("utf-16"))
-    for empty in (b"", b"\n\n", b"id,domain,split,label,video\n"):
+    for empty in (b"", b"\n\n", b"id,domain,split,label,video\n", b"id,domain,split,label,look\n"):
         assert "the manifest is empty" in problems(tmp_path, text=empty)
     missing = problems(tmp_path, FOUR, modalities={"flow": default_modality("flow"), "audio": AudioModality()})
     assert "no column for modality 'flow'" in missing

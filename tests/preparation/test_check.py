@@ -17,6 +17,8 @@ import test_hac as hac
 from typer.testing import CliRunner
 
 from mbcd_cli.cli import app
+from mbcd_cli.cli.prepare import show_prepared
+from mbcd_cli.preparation.answer import Prepared
 from mbcd_cli.preparation.check import check
 from mbcd_cli.preparation.prepare import prepare
 from mbcd_cli.resolved import resolve
@@ -102,6 +104,11 @@ def test_what_to_run_next_names_a_dataset_that_its_preset_does_not(tmp_path, mon
     shown = " ".join(run("prepare", "manifest", "--root", "mine", "--preset", "recipe.toml").stderr.split())
     (line,) = re.findall(r"Next: mbcd (train .*)", shown)
     assert run(*shlex.split(line), "--max-steps", 1, "--batch-size", 2, "--json").data["steps"] == 1
+
+
+def test_what_to_run_next_holds_no_domain_out_where_there_is_one(capsys):
+    show_prepared(Prepared("one", "cache", 2, ["here"], "here", 2, {}, [], [], 0), preset=None, repeat=["--dataset", "one"])
+    assert capsys.readouterr().err.split("Next: ")[1] == "mbcd train --dataset one\n"
 
 
 def test_the_target_to_begin_with_and_what_check_cannot_know(tmp_path):

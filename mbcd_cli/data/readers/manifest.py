@@ -99,8 +99,6 @@ def parse(
     problems = sorted(table.problems + reader.problems + reader.repeated(table))
     if problems:
         raise lines_error(path, problems)
-    if not len(clips):
-        raise ManifestError(f"{path}: the manifest is empty.", "Add one row per clip below the header.")
     ordered = {name: columns.modalities[name] for name in modality_order(list(columns.modalities))}
     return Parsed(clips, reader.names, ordered, columns.notes)
 
@@ -176,6 +174,8 @@ def _columns(
         raise ManifestError(f"{path}: the manifest is empty.", f"It begins with a header: {','.join(REQUIRED)},...")
     problems: list[str] = []
     missing = [name for name in REQUIRED if name not in header]
+    if not missing and not table.problems and next(iter(table.rows), None) is None:
+        raise ManifestError(f"{path}: the manifest is empty.", "Add one row per clip below the header.")
     if missing:
         hint = " (cells are separated by commas)" if len(header) == 1 and re.search(r"[;\t]", header[0]) else ""
         problems.append(f"the header lacks {', '.join(missing)}{hint}")
@@ -231,7 +231,8 @@ def _columns(
         raise ManifestError(f"{path}: the header is wrong.\n{lines}", "Correct the header; nothing was written.")
     ignored = [name for name in kinds if name not in modalities]
     if ignored:
-        notes.append(f"columns not asked for: {', '.join(ignored)}")
+        both = ",".join([*modalities, *ignored])
+        notes.append(f"columns not asked for: {', '.join(ignored)} (--modalities {both} takes them too)")
     return _Columns(
         at=at,
         width=len(header),

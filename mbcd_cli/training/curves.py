@@ -73,10 +73,14 @@ def _losses(steps: Records, terms: Collection[str], path: Path) -> Path:
     steps = _evened(steps)
     x = [record["step"] for record in steps]
     axes.plot(x, [r["total"] for r in steps], label="total", color="black", linewidth=1)
-    heads = ["fused", *steps[0]["modalities"]]
+    heads = ["fused", *steps[0]["modalities"], ""]  # "": of no head
     colours = dict(zip(heads, cycle(plotting.PALETTE), strict=False))
     styles: dict[str, str] = {}
-    lines = {(name, "fused"): [record[name] for record in steps] for name in terms if name in steps[0]}
+    lines = {
+        (name, "fused" if name.endswith("_fused") else ""): [record[name] for record in steps]
+        for name in terms
+        if name in steps[0]
+    }
     for modality, row in steps[0]["modalities"].items():
         lines |= {(name, modality): _modality(steps, modality, name) for name in terms if name in row}
     for (name, head), values in lines.items():
@@ -84,7 +88,7 @@ def _losses(steps: Records, terms: Collection[str], path: Path) -> Path:
         if not any(values):
             continue
         style = styles.setdefault(kind, ("-", ":", "--", "-.")[len(styles) % 4])
-        axes.plot(x, values, style, label=f"{kind} {head}", color=colours[head])
+        axes.plot(x, values, style, label=f"{kind} {head}".rstrip(), color=colours[head])
     axes.set(xlabel="step", ylabel="loss (nats)", title="Loss terms")
     if min(min(values) for values in (*lines.values(), [r["total"] for r in steps])) >= 0:
         axes.set_ylim(bottom=0)

@@ -107,7 +107,9 @@ def test_what_to_run_next_names_a_dataset_that_its_preset_does_not(tmp_path, mon
 
 
 def test_what_to_run_next_holds_no_domain_out_where_there_is_one(capsys):
-    show_prepared(Prepared("one", "cache", 2, ["here"], "here", 2, {}, [], [], 0), preset=None, repeat=["--dataset", "one"])
+    show_prepared(
+        Prepared("one", "cache", 2, ["here"], "here", 2, {}, [], [], 0), preset=None, repeat=["--dataset", "one"]
+    )
     assert capsys.readouterr().err.split("Next: ")[1] == "mbcd train --dataset one\n"
 
 

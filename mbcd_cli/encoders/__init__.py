@@ -12,13 +12,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders import array_mlp, audio_resnet, efficientnet, resnet3d, small
 from mbcd_cli.encoders.formats import EncoderFormat
 from mbcd_cli.encoders.staged import Adapter, StagedEncoder, Tail, Trunk
 from mbcd_cli.errors import FOREIGN, SettingsError, lines_of
 from mbcd_cli.naming import did_you_mean
-from mbcd_cli.plugins import entry_of, summaries_of
+from mbcd_cli.plugins import entry_of, plugins, summaries_of
 from mbcd_cli.settings import Settings
 
 GROUP = "mbcd.encoders"
@@ -206,14 +207,24 @@ def _registered(name: str, settings: Modality) -> StagedEncoder:
     if entry is None:
         raise SettingsError(
             f"modalities.{name}.encoder: there is no encoder {settings.encoder!r}.",
-            f"{did_you_mean(settings.encoder, ENCODERS)}`mbcd list encoders` shows the choices.",
+            f"{did_you_mean(settings.encoder, encoder_names())}`mbcd list encoders` shows the choices.",
         )
     if entry.kind != settings.kind:
         raise SettingsError(
             f"modalities.{name}.encoder: {settings.encoder} reads {entry.kind}, and {name} is {settings.kind}.",
             "`mbcd list encoders` shows the choices.",
         )
+    if isinstance(settings, ArrayModality) and settings.dimension is None:
+        raise SettingsError(
+            "The dimension of an array modality is not known.",
+            "Set it with --set modalities.NAME.dimension=D; `mbcd prepare` reads it from the first file.",
+        )
     return entry.build(settings)
+
+
+def encoder_names() -> list[str]:
+    """Names of all encoders: ours, then those of installed packages."""
+    return list(dict.fromkeys([*ENCODERS, *plugins(GROUP)]))
 
 
 def build_encoder(name: str, settings: Modality) -> StagedEncoder:

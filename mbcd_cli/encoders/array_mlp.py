@@ -20,18 +20,9 @@ class _StepsFirst(nn.Module):
         return x.transpose(1, 2)
 
 
-def _dimension(settings: ArrayModality) -> int:
-    if settings.dimension is None:
-        raise SettingsError(
-            "The dimension of an array modality is not known.",
-            "Set it with --set modalities.NAME.dimension=D; `mbcd prepare` reads it from the first file.",
-        )
-    return settings.dimension
-
-
 def array_mlp(settings: ArrayModality) -> StagedEncoder:
     """Vectors [B, D], or sequences [B, T, D] flattened -> [B, 8 width]."""
-    inside = _dimension(settings) * (settings.length or 1)
+    inside = settings.dimension * (settings.length or 1)
     hidden = 8 * settings.width
     return StagedEncoder(
         {
@@ -62,11 +53,11 @@ def array_conv(settings: ArrayModality) -> StagedEncoder:
     return StagedEncoder(
         {
             "input": _StepsFirst(),
-            "layer1": block(_dimension(settings), 2 * w, 5),
+            "layer1": block(settings.dimension, 2 * w, 5),
             "layer2": block(2 * w, 4 * w, 3),
             "layer3": block(4 * w, 8 * w, 3),
             "pool": GlobalPool(),
         },
         dim=8 * w,
-        raw=_dimension(settings),
+        raw=settings.dimension,
     )

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from mbcd_cli import checksums
 from mbcd_cli.data.modalities import KINDS
 from mbcd_cli.data.modalities.modality import Modality
-from mbcd_cli.encoders import ENCODERS, GROUP, SCHEMES, EncoderEntry, described_encoders, format_of
+from mbcd_cli.encoders import ENCODERS, GROUP, SCHEMES, EncoderEntry, described_encoders, encoder_names, format_of
 from mbcd_cli.encoders.pretrained import PUBLIC
 from mbcd_cli.encoders.staged import StagedEncoder
 from mbcd_cli.encoders.wants import FULL_SCALE
@@ -220,7 +220,7 @@ def with_encoder(settings: Settings, encoder: str) -> dict[str, Modality]:
     if scheme is None and entry is None:
         raise SettingsError(
             f"There is no encoder {encoder!r}.",
-            f"{did_you_mean(encoder, ENCODERS)}`mbcd list encoders` shows the choices.",
+            f"{did_you_mean(encoder, encoder_names())}`mbcd list encoders` shows the choices.",
         )
     kinds = (entry.kind,) if scheme is None else scheme.kinds
     kind = next((kind for kind in kinds if kind in settings.modalities), kinds[0])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from mbcd_cli import encoders
 from mbcd_cli.data.modalities.array import ArrayModality
 from mbcd_cli.data.modalities.audio import AudioModality
 from mbcd_cli.data.modalities.flow import FlowModality
@@ -13,6 +14,7 @@ from mbcd_cli.data.modalities.video import VideoModality
 from mbcd_cli.encoders import ENCODERS, EncoderEntry
 from mbcd_cli.encoders.encoder_checks import encoder_checks
 from mbcd_cli.encoders.staged import GlobalPool, StagedEncoder
+from mbcd_cli.errors import SettingsError
 
 SMALL = {"frames": 4, "short_side": 24, "crop": 20}
 SOUND = {"samples": 4000, "nperseg": 128, "noverlap": 64}
@@ -117,3 +119,14 @@ def test_what_is_wrong_is_found(fault, monkeypatch):
     monkeypatch.setitem(ENCODERS, "faulty", EncoderEntry("array", lambda settings: make(), "wrong"))
     with pytest.raises((AssertionError, RuntimeError)):
         encoder_checks(ArrayModality(encoder="faulty", dimension=7))[check]()
+
+
+def test_an_encoder_of_a_package_is_named_where_it_is_misspelt_and_told_which_setting_it_lacks(monkeypatch):
+    theirs = EncoderEntry("array", lambda settings: nn.Linear(settings.dimension, 8), "theirs")
+    monkeypatch.setattr(encoders, "plugins", lambda group: {"gated": None})
+    with pytest.raises(SettingsError) as caught:
+        encoders.build_encoder("look", ArrayModality(encoder="gatd", dimension=7))
+    assert "Did you mean gated?" in caught.value.remedy
+    monkeypatch.setattr(encoders, "entry_of", lambda *_: theirs)
+    with pytest.raises(SettingsError, match="dimension of an array modality is not known"):
+        encoders.build_encoder("look", ArrayModality(encoder="gated"))

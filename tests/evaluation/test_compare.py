@@ -272,6 +272,7 @@ def test_what_cannot_be_read_is_one_clear_error(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "settings.toml").write_text("")
     assert evaluated.find_runs([str(tmp_path / "*")]) == ([], [tmp_path / "a"])
+    assert evaluated.find_runs([str(tmp_path)]) == ([], [tmp_path / "a"]), "a folder of runs"
     results = tmp_path / "a" / "results.json"
     for content in ("{", "[]", {"format": 1}, {"format": 99}):
         results.write_text(content) if isinstance(content, str) else write_json(results, content)

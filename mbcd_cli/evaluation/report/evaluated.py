@@ -14,7 +14,7 @@ from mbcd_cli import checksums
 from mbcd_cli.errors import FOREIGN, RunError
 from mbcd_cli.evaluation.report.results import RESULTS_FORMAT, pretraining_words, read_results
 from mbcd_cli.paper.rows import order_methods
-from mbcd_cli.runs.names import run_checkpoints
+from mbcd_cli.runs.names import run_checkpoints, runs_at
 from mbcd_cli.scoring.clip_sets import TARGET
 
 _VARIED = ("training.seed", "training.target_domain", "training.source_domains", "dataset.seal_target")
@@ -81,13 +81,16 @@ class Run:
 
 
 def find_runs(patterns: Iterable[str]) -> tuple[list[Path], list[Path]]:
-    """Run folders under the patterns (`runs/**` and the like): those with results.json, and those without.
+    """Run folders under the patterns (`runs/**` and the like; or folders, as `runs_at` takes them): those with
+    results.json, and those without.
 
     Raises:
         RunError: no run at all.
     """
     patterns = list(patterns)
-    folders = sorted({Path(name) for pattern in patterns for name in glob(pattern, recursive=True)})  # noqa: PTH207
+    folders = {Path(name) for pattern in patterns for name in glob(pattern, recursive=True)}  # noqa: PTH207
+    named = [folder for folder in folders & set(map(Path, patterns)) if folder.is_dir()]
+    folders |= {run for one in named if not (one / "results.json").is_file() for run in runs_at(one)}
     folders = [f.parent if f.name in ("results.json", "settings.toml") else f for f in folders]
     # What was made of another checkpoint lies inside a run, and is none.
     folders = sorted(f for f in set(folders) if not any((above / "settings.toml").is_file() for above in f.parents))
@@ -95,7 +98,7 @@ def find_runs(patterns: Iterable[str]) -> tuple[list[Path], list[Path]]:
     waiting = [f for f in folders if f not in done and (f / "settings.toml").is_file()]
     if not done and not waiting:
         raise RunError(
-            f"There is no run at {', '.join(patterns)}.", "Name run folders, or quote a pattern: --runs 'runs/**'."
+            f"There is no run at {', '.join(patterns)}.", "Name a folder of runs, or quote a pattern: --runs 'runs/**'."
         )
     return done, waiting
 

@@ -5,6 +5,7 @@ A plan is made without looking at data: domains and modalities are given. The pa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations, product
@@ -205,6 +206,8 @@ def plan(
         SettingsError: from `build`.
     """
     cells: dict[str, Cell] = {}
+    times = Counter(map(short_name, methods))  # classes of two files may have one name, and are not one row
+    called = {method: short_name(method) if times[short_name(method)] == 1 else method for method in methods}
     axes = list(grid)
     chosen: Sequence[Sequence[str] | None] = [None] if "model.modalities" in grid else list(modality_sets)
     for modalities, values in product(chosen, product(*(grid[axis] for axis in axes))):
@@ -222,7 +225,5 @@ def plan(
                 settings = settings.model_copy(update={"training": in_domain})
             key = settings_key(settings)
             folder = runs / str(settings.dataset.name) / f"{name(settings)}-{key}"
-            cells.setdefault(
-                key, Cell(settings, key, folder, short_name(method), tuple(zip(axes, values, strict=True)))
-            )
+            cells.setdefault(key, Cell(settings, key, folder, called[method], tuple(zip(axes, values, strict=True))))
     return list(cells.values())

@@ -57,6 +57,16 @@ def test_table_2_is_every_ordered_pair_with_all_modalities():
     assert {c.settings.model.modalities for c in cells} == {(V, A, F)}
 
 
+def test_classes_of_one_name_in_two_files_are_no_seeds_of_one_row(tmp_path):
+    files = [tmp_path / "one.py", tmp_path / "other.py"]
+    for path in files:
+        path.write_text("from mbcd_cli.methods.base import Method\nclass Mine(Method):\n    pass\n")
+    mine, others = (f"{path}:Mine" for path in files)
+    cells = plan_of("hac", methods=f"erm,{mine},{others}", targets="human", seeds="1")
+    assert [cell.label() for cell in cells] == ["erm", mine, others]
+    assert [cell.label() for cell in plan_of("hac", methods=mine, targets="human", seeds="1")] == ["Mine"]
+
+
 def test_table_3_trains_and_tests_in_each_domain():
     cells = plan_of("epic-kitchens", table=3)
     assert len(cells) == 3 * 5 * 3

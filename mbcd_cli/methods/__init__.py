@@ -5,6 +5,8 @@ A variant is a method with settings laid over its class's defaults: an ablation 
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
@@ -264,6 +266,18 @@ def method_class(name: str) -> type[Method]:
         f"{did_you_mean(name, method_names())}`mbcd list methods` shows them; a class of your own is named "
         "my_method.py:MyMethod.",
     )
+
+
+def code_digest(name: str) -> str:
+    """SHA-256 of the code of a method's own file but for comments and layout; empty where it comes from none."""
+    if name in METHODS or name in plugins(GROUP) or ".py:" not in name:
+        return ""
+    return _code_digest(Path(name.rpartition(":")[0]).read_bytes())
+
+
+@cache
+def _code_digest(source: bytes) -> str:
+    return hashlib.sha256(ast.unparse(ast.parse(source)).encode()).hexdigest()
 
 
 def same_class(name: str, other: str) -> bool:

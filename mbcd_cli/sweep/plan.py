@@ -5,6 +5,7 @@ A plan is made without looking at data: domains and modalities are given. The pa
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 
 from mbcd_cli.data.records import MODALITY_ORDER, modality_order
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.methods import short_name
+from mbcd_cli.methods import code_digest, short_name
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.resolved import PUBLISHED
 from mbcd_cli.runs.names import run_name, settings_key
@@ -79,9 +80,15 @@ class Cell:
         return ", ".join([*grouped, self.label(), modalities, where, which])
 
 
+def cell_key(settings: Settings) -> str:
+    """`settings_key`, and what the method's own file says where it comes from one: an edited method trains anew."""
+    key, code = settings_key(settings), code_digest(settings.method.name)
+    return hashlib.sha256(f"{key} {code}".encode()).hexdigest()[:12] if code else key
+
+
 def with_settings(cell: Cell, settings: Settings) -> Cell:
     """The cell of other settings of the same dataset, with a folder beside it."""
-    key = settings_key(settings)
+    key = cell_key(settings)
     return replace(cell, settings=settings, key=key, folder=cell.folder.with_name(f"{run_name(settings)}-{key}"))
 
 
@@ -223,7 +230,7 @@ def plan(
             if target is None and settings.training.target_domain is not None:
                 in_domain = settings.training.model_copy(update={"target_domain": None})
                 settings = settings.model_copy(update={"training": in_domain})
-            key = settings_key(settings)
+            key = cell_key(settings)
             folder = runs / str(settings.dataset.name) / f"{name(settings)}-{key}"
             cells.setdefault(key, Cell(settings, key, folder, called[method], tuple(zip(axes, values, strict=True))))
     return list(cells.values())

@@ -67,6 +67,19 @@ def test_classes_of_one_name_in_two_files_are_no_seeds_of_one_row(tmp_path):
     assert [cell.label() for cell in plan_of("hac", methods=mine, targets="human", seeds="1")] == ["Mine"]
 
 
+def test_an_edited_method_is_trained_anew(tmp_path):
+    path = tmp_path / "one.py"
+
+    def key(code):
+        path.write_text(f"from mbcd_cli.methods.base import Method\nclass Mine(Method):\n    {code}\n")
+        (cell,) = plan_of("hac", methods=f"{path}:Mine", targets="human", seeds="1")
+        assert cell.folder.name.endswith(cell.key)
+        return cell.key
+
+    assert key("views = 1") == key("views  = 1  # of a clip")
+    assert key("views = 1") != key("views = 2")
+
+
 def test_table_3_trains_and_tests_in_each_domain():
     cells = plan_of("epic-kitchens", table=3)
     assert len(cells) == 3 * 5 * 3

@@ -246,9 +246,11 @@ def sync(path: Path, **where: str) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """`sync`, of everything in a folder."""
-    for path in (*folder.rglob("*"), folder):
-        sync(path)
+    """`sync`, of everything in a folder, `_AT_ONCE` files at a time."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for error in pool.map(_unsynced, (*folder.rglob("*"), folder)):
+            if error is not None:
+                raise error
 
 
 def remove(*paths: Path) -> None:

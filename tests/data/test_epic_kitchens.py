@@ -135,6 +135,8 @@ def touch_all_clips(folder: Path) -> None:
                 rows = list(csv.DictReader(stream))
             for kind in ("video", "flow", "audio"):
                 (folder / kind / split / domain).mkdir(parents=True)
+            for recording in {row["video_id"] for row in rows}:
+                (folder / "audio" / split / domain / f"{recording}.wav").write_bytes(b"x")
             for row in rows:
                 start, stop, label = int(row["start_frame"]), int(row["stop_frame"]), row["verb_class"]
                 name = f"{domain}_{row['video_id']}"
@@ -143,7 +145,6 @@ def touch_all_clips(folder: Path) -> None:
                 for direction in "uv":
                     stem = f"{name}_{half}_{half + (stop - start) // 2}_{label}_{direction}"
                     (folder / "flow" / split / domain / f"{stem}.mp4").write_bytes(b"x")
-                (folder / "audio" / split / domain / f"{row['video_id']}.wav").write_bytes(b"x")
 
 
 def settings(root: Path, **changes) -> DatasetSettings:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
@@ -28,6 +29,8 @@ from mbcd_cli.files import write_table
 from mbcd_cli.say import Say, Ticker, are_figures
 
 _PLAIN_WIDTH = 140
+_BLANKS = re.compile(r"(?<!±)\s+(?!±)")
+"""Where a line of a table may end: a figure and its spread are one."""
 
 
 def _console(*, stderr: bool) -> Console:
@@ -142,16 +145,30 @@ def table(
         write_table(tables_folder / f"{_file_name(title)}.csv", columns, cells, place="--csv")
     hidden = 0 if most is None else max(len(cells) - most, 0)
     cells = cells[: len(cells) - hidden]
-    grid = Table(title=_as_it_is(title), title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
+    to = err if to_stderr else out
+    padding, widths = _layout([columns, *cells], to.width)
+    grid = Table(title=_as_it_is(title), title_justify="left", title_style="bold", padding=(0, padding))
+    for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
         justify = "right" if are_figures([row[index] for row in cells]) else "left"
-        grid.add_column(_as_it_is(column), justify=justify, overflow="fold")
+        grid.add_column(_as_it_is(column), justify=justify, overflow="fold", width=width)
     for row in cells:
         grid.add_row(*map(_as_it_is, row))
-    to = err if to_stderr else out
     to.print(grid)
     if hidden:
         to.print(f"... and {hidden} more rows (--json has all of them, and so have the files of --csv)", markup=False)
+
+
+def _layout(rows: Sequence[Sequence[str]], width: int) -> tuple[int, list[int]]:
+    """Spaces beside a cell, and the width of each column, for a screen of `width`: words are broken only where they
+    have to be, and the longest first. (rich narrows the widest columns, whatever stands in them.)"""
+    columns = [[str(_as_it_is(cell)) for cell in column] for column in zip(*rows, strict=True)]
+    least = [max(cell_len(word) for cell in column for word in _BLANKS.split(cell)) for column in columns]
+    widths = [max(cell_len(line) for cell in column for line in cell.splitlines() or [""]) for column in columns]
+    room = [width - 1 - len(columns) * (1 + 2 * padding) for padding in (0, 1)]
+    padding = int(sum(least) <= room[1])
+    while sum(widths) > max(room[padding], len(columns)):
+        widths[max(range(len(columns)), key=lambda k: (widths[k] > least[k], widths[k]))] -= 1
+    return padding, widths
 
 
 def _file_name(title: str) -> str:

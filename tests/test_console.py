@@ -34,6 +34,21 @@ def test_a_pipe_hears_rate_and_end_once_a_minute(monkeypatch):
     assert re.fullmatch(r"work: 60/300 \(1\.0/s, 240 s left, until \d\d:\d\d\)", lines[0])
 
 
+def test_words_of_a_table_are_broken_only_where_they_have_to_be(monkeypatch):
+    screen = Console(file=StringIO(), width=52)
+    monkeypatch.setattr(console, "out", screen)
+    columns = ["checkpoint", "statistics", "unadapted", "what it is of"]
+    row = ["best", "recomputed", "93.8 ± 1.2", "a name of many words, which has room to wrap"]
+    console.table("t", columns, [row])
+    console.table("t", columns, [[*row[:3], "/a/path/of/one/word/only"]])
+    lines = screen.file.getvalue().splitlines()
+    assert all(len(line) <= 52 for line in lines)
+    words = [word for line in lines for word in re.split(r"[ │┃]+", line)]
+    assert all(words.count(word) == 2 for word in (*columns[:3], *row[:2], "±"))
+    assert any("93.8 ± 1.2" in line for line in lines)
+    assert "/a/path/of/one/wo rd/only" in " ".join(filter(None, words))
+
+
 def test_names_are_shown_as_they_are(capsys, monkeypatch):
     console.table("[bold]:cat:", ("[red]a", "b"), [(":dog:", "[x]")], to_stderr=True)
     shown = capsys.readouterr().err

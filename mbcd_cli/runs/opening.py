@@ -42,7 +42,10 @@ def open_for_training(settings: Settings, opened: CachedDataset | None = None) -
     sources = list(settings.training.source_domains) or [domain for domain in domains if domain != target]
     check_domains(name, dataset.domains, (*sources, target))
     if not sources:
-        raise SettingsError("No source domain is left to train on.", "Name them with --source-domains.")
+        raise SettingsError(
+            f"No source domain is left to train on: {target} is the only one.",
+            "Leave --target-domain out to train and test on it, or prepare other domains too.",
+        )
     for domain in sources:
         # A source needs clips to train on and held-out ones to select the model on.
         for split in SPLITS:

@@ -115,10 +115,12 @@ class ArrayModality(Modality):
             array = array[:, None]
         dims = 1 if self.length is None else 2
         if array.ndim != dims or (self.dimension is not None and array.shape[-1] != self.dimension):
+            alike = "Store all files of a modality alike, or set modalities.NAME.dimension and .length."
+            packed = "Of an array of many clips the manifest names rows: FILE.npy#0."
             raise MediaError(
                 media.source,
                 f"shape {list(array.shape)} where {wanted} is expected",
-                "Store all files of a modality alike, or set modalities.NAME.dimension and .length.",
+                packed if array.ndim == dims + 1 else alike,
             )
         return array
 

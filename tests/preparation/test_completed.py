@@ -354,7 +354,7 @@ def test_the_table_of_rejected_clips_counts_those_of_a_kind(tmp_path, capsys):
     assert len(result.rejected) == 16
     shown = capsys.readouterr().err
     assert sum(path.stem in shown for path in bad) == 10
-    assert "... and 5 more" in shown
+    assert "... and 5" in shown
     assert "beta_1_9" in shown
     # 32 training clips have two views each, 8 test clips one.
     kept = sum(2 if int(name.rpartition("_")[2]) < 8 else 1 for name in {p.stem for p in (root / "video").iterdir()})

@@ -34,8 +34,7 @@ HOLDER = ".holder"
 _LEASE = 30.0  # seconds; all processes must have the same
 _LOG = logging.getLogger(__name__)
 _LOOK = 0.05  # seconds between two looks at a lock that another process holds
-_MOMENT = 0.001  # and at one that others only look at
-_GLANCE = 0.01  # how long a look takes at most where it has to take the lease for it
+_GLANCE = 0.01  # and at one that others only look at (`held`): a look takes no longer
 
 
 class LockFile(FileIO):
@@ -85,7 +84,7 @@ def lock(path: Path, **where: str) -> LockFile | None:
                 with file:
                     if not _looked_at(file):
                         return None
-                time.sleep(_MOMENT)
+                time.sleep(_GLANCE)
                 continue
             if _same(file.fileno(), path):
                 return file

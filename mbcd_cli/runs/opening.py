@@ -43,8 +43,8 @@ def open_for_training(settings: Settings, opened: CachedDataset | None = None) -
     check_domains(name, dataset.domains, (*sources, target))
     if not sources:
         raise SettingsError(
-            f"No source domain is left to train on: {target} is the only one.",
-            "Leave --target-domain out to train and test on it, or prepare other domains too.",
+            f"No source domain is left to train on beside {target}.",
+            "Name some with --source-domains; without --target-domain the model is trained and tested on all.",
         )
     for domain in sources:
         # A source needs clips to train on and held-out ones to select the model on.

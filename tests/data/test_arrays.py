@@ -365,3 +365,10 @@ def test_a_packed_array_that_is_replaced_is_read_anew(tmp_path):
     assert read_array(one).tolist() == [1, 1]
     path.unlink()
     assert cause(lambda: read_array(one)) == "no such file"
+
+
+def test_a_packed_array_named_without_a_row_is_told_how_rows_are_named(tmp_path):
+    path = write_array(tmp_path / "all.npy", np.zeros((12, 5)))
+    with pytest.raises(MediaError, match=r"shape \[12, 5\] where \[5\] is expected") as caught:
+        load(path, ArrayModality(dimension=5))
+    assert "FILE.npy#0" in caught.value.remedy

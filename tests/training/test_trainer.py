@@ -18,6 +18,7 @@ from mbcd_cli.methods.mbcd import MBCD
 from mbcd_cli.randomness import Randomness, seed_everything, step_seed
 from mbcd_cli.runs.checkpoint import load_checkpoint
 from mbcd_cli.runs.events import Events
+from mbcd_cli.runs.opening import open_for_training
 from mbcd_cli.scoring.deployed import build_models
 from mbcd_cli.training import train as command
 from mbcd_cli.training import watch
@@ -130,6 +131,13 @@ def test_no_target_trains_in_domain(tmp_path):
     summary = run_training(tmp_path / "run", settings)
     assert summary.oracle is None
     assert summary.best.target is None
+
+
+def test_a_target_that_leaves_no_source_is_refused():
+    settings = memory_settings(training={"target_domain": "a", "source_domains": ()}, dataset={"name": "memory", "domains": ("a",)})
+    with pytest.raises(SettingsError, match="No source domain is left to train on beside a") as caught:
+        open_for_training(settings, MemoryDataset())
+    assert "--target-domain" in caught.value.remedy
 
 
 class Poisoned(MemoryDataset):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from mbcd_cli.data.readers import demo, digits, read_dataset, synthetic
+from mbcd_cli.data.readers import demo, digits, generated, read_dataset, synthetic
 from mbcd_cli.errors import ManifestError
 from mbcd_cli.resolved import resolve
 from mbcd_cli.settings import DatasetSettings
@@ -95,6 +99,31 @@ def test_another_dataset_in_the_folder_is_never_overwritten(tmp_path):
         read_dataset(settings.model_copy(update={"root": tmp_path / "mine"}), {})
     with pytest.raises(ManifestError, match="no m9"):
         read_dataset(settings, {"m9": resolve(preset="synthetic-4").modalities["m1"]})
+
+
+def test_a_generated_dataset_has_its_name_once_every_file_is_on_the_disk(tmp_path, monkeypatch):
+    root, synced, bad = tmp_path / "media", [], []
+
+    def fsync(handle):
+        synced.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        assert not root.exists() or synced[-1] == tmp_path.name
+        if synced[-1] in bad:
+            raise OSError(errno.EIO, "Input/output error")
+
+    def fill(folder):
+        for number in range(20):
+            (folder / f"{number}.npy").write_bytes(b"x")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    bad.append("7.npy")
+    with pytest.raises(ManifestError, match="Input/output error"):
+        generated.generate(root, {"of": 1}, fill)
+    assert not list(tmp_path.iterdir())
+    bad.clear()
+    synced.clear()
+    generated.generate(root, {"of": 1}, fill)
+    assert {path.name for path in root.iterdir()} <= set(synced)
+    assert generated.marker_of(root) == {"of": 1}
 
 
 def test_the_demos_shortcut_is_a_setting(tmp_path, monkeypatch):

@@ -134,7 +134,9 @@ def test_no_target_trains_in_domain(tmp_path):
 
 
 def test_a_target_that_leaves_no_source_is_refused():
-    settings = memory_settings(training={"target_domain": "a", "source_domains": ()}, dataset={"name": "memory", "domains": ("a",)})
+    settings = memory_settings(
+        training={"target_domain": "a", "source_domains": ()}, dataset={"name": "memory", "domains": ("a",)}
+    )
     with pytest.raises(SettingsError, match="No source domain is left to train on beside a") as caught:
         open_for_training(settings, MemoryDataset())
     assert "--target-domain" in caught.value.remedy

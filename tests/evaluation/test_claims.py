@@ -303,3 +303,18 @@ def test_bars_join_ranks_that_hardly_differ():
     assert plots._alike([1.0, 1.5, 2.4, 4.0], 1.0) == [(0, 1), (1, 2)]
     assert plots._alike([1.0, 3.0], 1.0) == []
     assert plots._alike([1.0, 1.2, 1.4], 1.0) == [(0, 2)]
+
+
+def test_seeds_that_nearly_agree_by_chance_do_not_outlive_a_correction_for_many_pairs():
+    """Of 500 clips 10 are right with every seed, 20 others with each, one more with one: all is of clips, it seems."""
+    differences = np.zeros((3, 500))
+    differences[:, :10] = 1
+    for seed in range(3):
+        differences[seed, 10 + 20 * seed : 30 + 20 * seed] = 1
+    differences[2, 499] = 1
+    found = c.method_difference([c.TargetOutcomes(differences, np.arange(500))])
+    assert found.freedom > 100
+    assert found.p < 1e-6
+    assert found.p_among(1) == found.p
+    assert 0.05 / 250 < found.p_among(250) < 0.05
+    assert found.smallest(c.ALPHA / 250) > 2 * c.smallest_difference(found.variance, found.freedom, c.ALPHA / 250)

@@ -81,7 +81,7 @@ def claim_tables(runs: Sequence[Run]) -> list[Table]:
             if trained[first] & trained[second]
         }
         told = {pair: method_difference([*targets.values()]) for pair, (targets, why) in pairs.items() if not why}
-        corrected = dict(zip(told, holm([claim.p for claim in told.values()]), strict=True))
+        corrected = dict(zip(told, holm([claim.p_among(len(told)) for claim in told.values()]), strict=True))
         rows: TableRows = []
         for pair, (targets, why) in pairs.items():
             row = [f"{pair[1]} - {pair[0]}"]

@@ -67,7 +67,7 @@ RunsOrFolders = Annotated[
 ]
 Targets = Annotated[str | None, typer.Option("--targets", help="Unseen domains: all, or names.")]
 MethodNames = Annotated[str | None, typer.Option("--methods", help="Methods, e.g. erm,ema,mbcd (mbcd list methods).")]
-Seeds = Annotated[str, typer.Option("--seeds", help="How many seeds, or the seeds: 3 or 0,4,7.")]
+Seeds = Annotated[str, typer.Option("--seeds", help="How many seeds, or the seeds: 3 or 0,4,7 (7, for one).")]
 RunsDir = Annotated[Path, typer.Option("--runs-dir", help="Folder of all runs.")]
 _CHECKPOINT = typer.Option("--checkpoint", help="Checkpoint file; `mbcd landscape` compares several.")
 CheckpointPath = Annotated[Path | None, _CHECKPOINT]

@@ -150,9 +150,9 @@ class MBCD(Method):
         else:
             kl = torch.stack([distillation(target, logits) for logits in unimodal.values()])
         told = kl if balance.heeds is None else balance.heeds * kl
-        own = {} if self.reliability is None else self.reliability.loss(features, batch)
+        own = {}
         if self._conflicts:
-            own |= {"conflict": conflict(self.context, features, unimodal, self.settings.conflict.weight)}
+            own["conflict"] = conflict(self.context, features, unimodal, self.settings.conflict.weight)
         theta = self._inner_step(ce, None if target is None else weight * told.sum())
         with self.context.autocast():
             if not one_pass:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.arl import TEMPERATURE, pushes, reliance
-from mbcd_cli.methods.base import Context, EpochClips, Term
+from mbcd_cli.methods.base import Context, EpochClips
 from mbcd_cli.methods.parts import full_precision, logits_of_some, mean_entropies
 from mbcd_cli.settings import NonNegative, Range, Slice
 
@@ -33,34 +33,14 @@ class ReliabilitySettings(Slice):
 
 
 class Reliability(nn.Module):
-    """q_k, [M]; what is kept of it between epochs, and the probes that leave a source out.
-
-    A probe is a linear head on detached features that trains on the clips of all sources but one: S of them for every
-    modality, as one layer.
-    """
+    """q_k, [M], and what is kept of it between epochs."""
 
     def __init__(self, settings: ReliabilitySettings, context: Context) -> None:
         super().__init__()
         self._context, self._by = context, settings.by
         self.power = settings.power
-        self.domains = len(context.sources)
-        self.probes = None
         if settings.by in ("validation", "left_out"):
             self.register_buffer("nll", torch.ones(len(context.model.modalities)))
-        if settings.by == "left_out" and self.domains > 1:
-            # Zeros, for a convex problem, are no draw of the training's.
-            outside = self.domains * context.model.classes
-            self.probes = nn.ModuleDict({n: _zeros(d, outside) for n, d in context.model.dims.items()})
-
-    def loss(self, features: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, Term]:
-        """The probes' term `left_out` [M], of features [B, D_k]; nothing where there are none."""
-        if self.probes is None:
-            return {}
-        with self._context.autocast():
-            logits = {n: probe(features[n].detach()) for n, probe in self.probes.items()}
-        seen = 1 - self._own_source(batch)
-        of_modality = [(seen * self._nll(rows, batch.labels)).sum() / len(batch) for rows in logits.values()]
-        return {"left_out": Term(torch.stack(of_modality), 1 / (self.domains - 1))}
 
     @torch.no_grad()
     def q(self, features: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
@@ -79,44 +59,57 @@ class Reliability(nn.Module):
         """Losses on the sources' test split, in eval mode: means over the clips of a source, then over sources."""
         if self._by == "arl":
             return
-        model = self._context.model.eval()
-        sums = torch.zeros(len(self.nll), self.domains, dtype=torch.float64)
-        counts = torch.zeros(self.domains, dtype=torch.float64)
+        model, probed = self._context.model.eval(), self._by == "left_out" and len(self._context.sources) > 1
+        read, labels, domains = [], [], []
         with closing(clips.validation()) as batches:
             for batch in batches:
                 with self._context.autocast():
-                    features = model.features(model.at_cut(batch.inputs))
-                    if self.probes is None:
-                        logits = model.unimodal(features)
-                    else:
-                        logits = {n: probe(features[n]) for n, probe in self.probes.items()}
-                own = self._own_source(batch)
-                for k, rows in enumerate(logits.values()):
-                    if self.probes is None:
-                        nll = F.cross_entropy(full_precision(rows), batch.labels, reduction="none")[:, None]
-                    else:
-                        nll = self._nll(rows, batch.labels)
-                    sums[k] += (own * nll).sum(dim=0).cpu().double()
-                counts += own.sum(dim=0).cpu().double()
-        here = counts > 0
-        if bool(here.any()):
-            self.nll.copy_((sums[:, here] / counts[here]).mean(dim=1))
-
-    def _own_source(self, batch: Batch) -> torch.Tensor:
-        """Whether a clip is of source s, [B, S] of 0 and 1."""
-        return (batch.domains[:, None] == self._context.sources[None, :]).to(next(self._context.model.parameters()))
-
-    def _nll(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of every clip by the probe that leaves out source s: [B, S C] -> [B, S]."""
-        logs = full_precision(logits).unflatten(1, (self.domains, -1)).log_softmax(dim=2)
-        return -logs.gather(2, labels[:, None, None].expand(-1, self.domains, 1))[:, :, 0]
+                    rows = model.features(model.at_cut(batch.inputs))
+                    rows = rows if probed else model.unimodal(rows)
+                read.append([value.cpu().double() for value in rows.values()])
+                labels.append(batch.labels.cpu())
+                domains.append(batch.domains.cpu())
+        if not read:
+            return
+        y, domain = torch.cat(labels), torch.cat(domains)
+        losses = []
+        for rows in (torch.cat(parts) for parts in zip(*read, strict=True)):
+            of_source = []
+            for own in (domain == source for source in domain.unique()):
+                logits = rows[own]
+                if probed and not bool(own.all()):
+                    logits = probe(rows[~own], y[~own], logits, classes=self._context.model.classes)
+                of_source.append(F.cross_entropy(logits, y[own]))
+            losses.append(torch.stack(of_source).mean())
+        self.nll.copy_(torch.stack(losses))
 
 
-def _zeros(inside: int, outside: int) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, inside, outside)
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
+def probe(rows: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, *, classes: int) -> torch.Tensor:
+    """Logits [N', C] of other rows [N', D] by the linear head that fits these rows [N, D] with labels [N], in float64.
+
+    The head is at the least of sum_i CE_i + |W|^2 / 2, W [C, D + 1] its weights and biases and rows divided by their
+    spread: a strictly convex problem, so that neither first weights nor steps matter, and a class without a clip
+    gets a finite logit.
+    """
+    mean, spread = rows.mean(dim=0), rows.std(dim=0, correction=0)
+    scale = torch.where(spread > 0, spread, torch.ones_like(spread))
+
+    def scaled(values: torch.Tensor) -> torch.Tensor:
+        return F.pad((values - mean) / scale, (0, 1), value=1.0)
+
+    fitted, weights = scaled(rows), rows.new_zeros(classes, rows.shape[1] + 1).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=500, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        with torch.enable_grad():
+            loss = F.cross_entropy(fitted @ weights.T, labels, reduction="sum") + weights.square().sum() / 2
+        (weights.grad,) = torch.autograd.grad(loss, [weights])
+        return loss.detach()
+
+    optimizer.step(closure)
+    return scaled(others) @ weights.detach().T
 
 
 def of_the_others(q: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ class Request:
         targets: all, or names.
         methods, modality_sets: names, separated by commas.
         protocol: multi-source, single-source or in-domain.
-        seeds: how many (3 means 0, 1, 2), or the seeds themselves (0,4,7).
+        seeds: how many (3 means 0, 1, 2), or the seeds themselves (0,4,7; one alone: 7,).
         grid: axes, `key=v1,v2`.
         search: random configurations that are tried beside the default one; None: no search.
         search_protocol: one of `search.FORMS`.
@@ -147,17 +147,18 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """`--seeds`: 3 -> 0, 1, 2; `0,4,7` -> these.
+    """`--seeds`: 3 -> 0, 1, 2; `0,4,7` -> these; `7,` -> this one.
 
     Raises:
         SettingsError: neither.
     """
     try:
-        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+        numbers = tuple(dict.fromkeys(int(part) for part in text.removesuffix(",").split(",")))
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 0 or ("," not in text and numbers[0] < 1):
-        raise SettingsError(f"--seeds {text}: no seeds.", "Write how many (3), or the seeds themselves (0,4,7).")
+        remedy = "Write how many (3), or the seeds themselves (0,4,7; one alone: 7,)."
+        raise SettingsError(f"--seeds {text}: no seeds.", remedy)
     return numbers if "," in text else tuple(range(numbers[0]))
 
 

@@ -6,8 +6,10 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from reference_arl import pushed
+from scipy.optimize import minimize
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 from reference import ReferenceStep, log_softmax, softmax
@@ -20,6 +22,26 @@ def ratios(q):
     return [max(q[:k] + q[k + 1 :]) / q[k] for k in range(len(q))]
 
 
+def probe(rows, labels, others, classes):
+    """Logits of other rows by the regularised logistic regression of these, by scipy."""
+    mean, spread = rows.mean(axis=0), rows.std(axis=0)
+
+    def scaled(values):
+        return np.hstack([(values - mean) / np.where(spread > 0, spread, 1), np.ones((len(values), 1))])
+
+    x, told = scaled(rows), np.eye(classes)[labels]
+
+    def loss(flat):
+        weights = flat.reshape(classes, -1)
+        logits = x @ weights.T
+        logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        gradient = (np.exp(logs) - told).T @ x + weights
+        return -(told * logs).sum() + (flat**2).sum() / 2, gradient.ravel()
+
+    found = minimize(loss, np.zeros(classes * x.shape[1]), jac=True, method="BFGS", options={"gtol": 1e-9})
+    return scaled(others) @ found.x.reshape(classes, -1).T
+
+
 class ReliableReference(ReferenceStep):
     """`domains` are those of the batch, `sources` the training's; `nll` what the last look at the test split found."""
 
@@ -28,34 +50,24 @@ class ReliableReference(ReferenceStep):
     def begin(self, classes, sources):
         self.classes, self.sources = classes, sources
         self.probed = self.settings.reliability.by == "left_out" and len(sources) > 1
-        if self.probed:
-            for n in self.names:
-                inside = self.values[f"heads.{n}.0.weight"].shape[1]
-                for key, shape in (("weight", (len(sources) * classes, inside)), ("bias", (len(sources) * classes,))):
-                    name = f"method.{n}.{key}"
-                    self.values[name] = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-                    self.teacher[name] = self.values[name].detach().clone()
-                    self.m[name], self.v[name] = torch.zeros(shape).double(), torch.zeros(shape).double()
-
-    def of_probe(self, k, s, h):
-        """Logits of modality k's probe that leaves out source s."""
-        weight, bias = (self.values[f"method.{self.names[k]}.{key}"] for key in ("weight", "bias"))
-        rows = slice(s * self.classes, (s + 1) * self.classes)
-        return h @ weight[rows].T + bias[rows]
 
     def look(self, clips):
         """nll from (inputs, labels, domains) of the test split."""
         found = []
         for k, n in enumerate(self.names):
+            rows, labels, domains = [], [], []
+            for inputs, y, of in clips:
+                h = self.feature(k, inputs[n], self.values, self.buffers, training=False)
+                rows.append((h if self.probed else self.head(h, f"heads.{n}", self.values, False)).detach())
+                labels += y.tolist()
+                domains += of.tolist()
+            rows, labels, domains = torch.cat(rows).numpy(), np.array(labels), np.array(domains)
             by_source = []
-            for s, source in enumerate(self.sources):
-                losses = []
-                for inputs, labels, domains in clips:
-                    h = self.feature(k, inputs[n], self.values, self.buffers, training=False)
-                    logits = self.of_probe(k, s, h) if self.probed else self.head(h, f"heads.{n}", self.values, False)
-                    rows = log_softmax(logits.detach())
-                    losses += [-float(rows[i, int(y)]) for i, y in enumerate(labels) if int(domains[i]) == source]
-                by_source.append(sum(losses) / len(losses))
+            for source in self.sources:
+                own = domains == source
+                logits = probe(rows[~own], labels[~own], rows[own], self.classes) if self.probed else rows[own]
+                told = log_softmax(torch.from_numpy(logits))
+                by_source.append(-sum(float(told[i, y]) for i, y in enumerate(labels[own])) / int(own.sum()))
             found.append(sum(by_source) / len(by_source))
         self.nll = found
 
@@ -88,15 +100,6 @@ class ReliableReference(ReferenceStep):
 
     def own(self, first, uni, labels, draws):
         terms, size = {}, len(labels)
-        if self.settings.reliability.by == "left_out" and self.probed:
-            values = []
-            for k in range(len(self.names)):
-                value = 0
-                for s, source in enumerate(self.sources):
-                    rows = log_softmax(self.of_probe(k, s, first[k].detach()))
-                    value -= sum(rows[i, int(y)] for i, y in enumerate(labels) if int(self.domains[i]) != source)
-                values.append(value / size)
-            terms["left_out"] = (torch.stack(values), 1 / (len(self.sources) - 1))
         if self.settings.conflict.weight:
             orders = [list(range(size))]
             for _ in self.names[1:]:

@@ -16,13 +16,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 from small import CLASSES, KINDS_ALL, Recorder, make_step, named, small_batch, small_model
 
 from mbcd_cli.methods import METHODS, method_class
-from mbcd_cli.methods.base import Context
 from mbcd_cli.methods.mbcd import MBCD
 from mbcd_cli.methods.modality_dropout import only_where_others_agree
-from mbcd_cli.methods.reliability import Reliability, ReliabilitySettings, of_the_others
+from mbcd_cli.methods.reliability import Reliability, ReliabilitySettings, of_the_others, probe
 from mbcd_cli.training.subject import Subject, weights
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
+FITTED = 1e-6
+"""How far two optimizers may end from each other in the loss of a regression that both fit."""
 OWN = {"distillation": {"weight": 0.7}, "consistency": {"order": "first", "alpha": 0.3}}
 VARIANTS = {
     "left_out": {"reliability": {"by": "left_out", "power": 0.8}},
@@ -47,8 +48,6 @@ def compare(told, *, modalities=2, sources=2, steps=4, order="first"):
     step = make_step(model, MBCD, told, weight_decay=1e-2, randomness=recorder, sources=[4, 2][:sources])
     step.method.double()
     reference.begin(CLASSES, [4, 2][:sources])
-    own = {f"method.{n.removeprefix('reliability.probes.')}": v for n, v in step.method.named_parameters()}
-    assert set(own) <= set(reference.values)
     for index in range(steps):
         if index in (0, 2):
             clips = MemoryEpoch(held_out=[batch_of(modalities, sources, seed=70 + seed) for seed in range(3)])
@@ -57,7 +56,8 @@ def compare(told, *, modalities=2, sources=2, steps=4, order="first"):
             if settings.reliability.by in ("left_out", "validation"):
                 reference.look([(b.inputs, b.labels, b.domains) for b in clips.held_out])
                 nll = torch.tensor(reference.nll, dtype=torch.float64)
-                torch.testing.assert_close(step.method.reliability.nll, nll, **CLOSE)
+                torch.testing.assert_close(step.method.reliability.nll, nll, rtol=0, atol=FITTED)
+                reference.nll = step.method.reliability.nll.tolist()
         batch = batch_of(modalities, sources, seed=index)
         figures = named(step, step(batch))
         reference.domains = batch.domains
@@ -69,7 +69,7 @@ def compare(told, *, modalities=2, sources=2, steps=4, order="first"):
         assert set(figures) == set(expected)
         for name, have in figures.items():
             torch.testing.assert_close(have.double(), expected[name].detach().double(), **CLOSE, msg=name)
-        for name, parameter in {**dict(model.named_parameters()), **own}.items():
+        for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, reference.grads[name], **CLOSE, msg=f"gradient of {name}")
             torch.testing.assert_close(parameter.data, reference.values[name].data, **CLOSE, msg=name)
         for name, value in step.average.model_for_evaluation().state_dict().items():
@@ -91,7 +91,7 @@ def test_other_orders_of_consistency(order):
 
 @pytest.mark.parametrize("power", [0.0, 1.0])
 def test_without_power_or_weight_it_is_mbcd_bit_for_bit(power):
-    """A factor of 1 changes no bit, and probes draw nothing; with power 1 the same training is another."""
+    """A factor of 1 changes no bit; with power 1 the same training is another."""
     ends = []
     for told in ({}, {"reliability": {"by": "left_out", "power": power}}):
         training = Subject.of("mbcd", told).training()
@@ -122,33 +122,29 @@ def test_a_modality_of_high_loss_is_not_forced():
 
 def test_loss_of_a_left_out_source_is_that_of_probes_that_have_not_seen_it():
     """Classes that lie alike in both sources, apart, and exchanged: no head that has seen both loses anything."""
-    training, _ = make("mbcd-reliable", modalities=1, sources=2)
-    step = training.step
     g = torch.Generator().manual_seed(0)
-    labels = torch.arange(60) % 3
-    domains = torch.tensor([4, 2])[torch.arange(60) // 30]
+    labels = torch.arange(30) % 3
     centre = 3 * torch.eye(6, dtype=torch.float64)
-    other = (domains == 2).long()
-    at = (labels, labels + 3 * other, (labels + other) % 3)
-    alike, apart, exchanged = (centre[c] + 0.1 * torch.randn(60, 6, generator=g, dtype=torch.float64) for c in at)
-    context = Context.of(step.model, randomness=step.context.randomness, sources=[4, 2])
+
+    def rows(at):
+        return centre[at] + 0.1 * torch.randn(30, 6, generator=g, dtype=torch.float64)
+
     found = []
-    for h in (alike, apart, exchanged):
-        reliability = Reliability(ReliabilitySettings(by="left_out"), context)
-        batch = replace(batch_of(1, 2, seed=0), labels=labels, domains=domains)
-        optimizer = torch.optim.Adam(reliability.double().parameters(), lr=0.1)
-        for _ in range(100):
-            optimizer.zero_grad()
-            term = reliability.loss({"video": h}, batch)["left_out"]
-            (term.value * term.weight).sum().backward()
-            optimizer.step()
-        with torch.no_grad():
-            rows = reliability._nll(reliability.probes["video"](h), labels)
-            found.append(float((rows * reliability._own_source(batch)).sum() / 60))
+    for elsewhere in (labels, labels + 3, (labels + 1) % 3):
+        logits = probe(rows(labels), labels, rows(elsewhere), classes=3)
+        found.append(float(torch.nn.functional.cross_entropy(logits, labels)))
     of_alike, of_apart, of_exchanged = found
     assert of_alike < 0.1
     assert of_apart > 0.9
     assert of_exchanged > 3
+
+
+def test_a_class_that_the_other_sources_lack_has_a_finite_loss():
+    rows = torch.eye(4, dtype=torch.float64)[[0, 1, 0, 1]]
+    logits = probe(rows, torch.tensor([0, 1, 0, 1]), torch.eye(4, dtype=torch.float64), classes=5)
+    assert logits.shape == (4, 5)
+    assert bool(logits.isfinite().all())
+    assert bool((logits[:, 2:] <= logits[:, :2].amax(dim=1, keepdim=True)).all())
 
 
 def test_dropped_clips_are_those_that_the_rest_tells():

@@ -15,7 +15,7 @@ from mbcd_cli.runs.names import settings_key
 from mbcd_cli.sweep.estimate import checkpoint_bytes, estimate
 from mbcd_cli.sweep.packing import kind, units, width_of
 from mbcd_cli.sweep.plan import parse_grid, parse_modality_set, splits
-from mbcd_cli.sweep.request import Request, output_of, title_of
+from mbcd_cli.sweep.request import Request, output_of, parse_seeds, title_of
 
 DOMAINS = {"epic-kitchens": ("D1", "D2", "D3"), "hac": ("human", "animal", "cartoon")}
 V, A, F = "video", "audio", "flow"
@@ -175,6 +175,10 @@ def test_a_grid_over_modalities_replaces_their_sets():
         grid=('model.modalities=["northwest,southeast", "northwest,northeast,southwest,southeast"]',),
     )
     assert [len(c.settings.model.modalities) for c in cells] == [2, 4]
+
+
+def test_seeds_are_a_number_of_them_or_themselves():
+    assert [parse_seeds(text) for text in ("3", "0,4,7", "7,", "7,7")] == [(0, 1, 2), (0, 4, 7), (7,), (7,)]
 
 
 @pytest.mark.parametrize(

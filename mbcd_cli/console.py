@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mbcd_cli.files import write_table
-from mbcd_cli.say import Say, Ticker, are_figures
+from mbcd_cli.say import Say, Ticker, are_figures, pace
 
 _PLAIN_WIDTH = 140
 _BLANKS = re.compile(r"(?<!±)\s+(?!±)")
@@ -54,7 +54,7 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 class _Rate(ProgressColumn):
     def render(self, task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f}/s" if speed else "")
+        return Text(pace(speed) if speed else "")
 
 
 class _Progress(Progress):

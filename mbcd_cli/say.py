@@ -22,6 +22,11 @@ def are_figures(cells: Sequence[str]) -> bool:
     return bool(cells) and all(_FIGURE.fullmatch(cell) for cell in cells)
 
 
+def pace(rate: float) -> str:
+    """`rate` units a second, in words that tell slow ones apart, too."""
+    return f"{rate:.1f}/s" if rate >= 0.2 else f"{1 / rate:.0f} s each"
+
+
 class Ticker:
     """Handle on one piece of long work: `advance` it, `describe` it.
 
@@ -40,17 +45,17 @@ class Ticker:
         """`steps` more units are done."""
         self._done += steps
         now = time.monotonic()
-        if self._write is None or now - self._last < PLAIN_SECONDS:
+        if self._write is None or not self._done or now - self._last < PLAIN_SECONDS:
             return
         self._last = now
         rate = self._done / max(now - self._started, 1e-9)
         total = f"/{self._total}" if self._total else ""
         left = ""
-        if self._total and rate > 0:
+        if self._total:
             seconds = max(self._total - self._done, 0) / rate
             day = "%a %H:%M" if seconds > 43200 else "%H:%M"
             left = f", {seconds:.0f} s left, until {time.strftime(day, time.localtime(time.time() + seconds))}"
-        self._write(f"{self._label}: {self._done}{total} ({rate:.1f}/s{left}) {self._note}".rstrip())
+        self._write(f"{self._label}: {self._done}{total} ({pace(rate)}{left}) {self._note}".rstrip())
 
     def describe(self, note: str) -> None:
         """Show `note` (losses, rates) behind the progress."""

@@ -34,6 +34,10 @@ def test_a_pipe_hears_rate_and_end_once_a_minute(monkeypatch):
     assert re.fullmatch(r"work: 60/300 \(1\.0/s, 240 s left, until \d\d:\d\d\)", lines[0])
 
 
+def test_slow_work_is_told_in_seconds_each():
+    assert [say.pace(rate) for rate in (12.34, 0.5, 1 / 353)] == ["12.3/s", "0.5/s", "353 s each"]
+
+
 def test_words_of_a_table_are_broken_only_where_they_have_to_be(monkeypatch):
     screen = Console(file=StringIO(), width=52)
     monkeypatch.setattr(console, "out", screen)

@@ -78,13 +78,15 @@ class Reliability(nn.Module):
             for own in (domain == source for source in domain.unique()):
                 logits = rows[own]
                 if probed and not bool(own.all()):
-                    logits = probe(rows[~own], y[~own], logits, classes=self._context.model.classes)
+                    logits = logits_by_regression(rows[~own], y[~own], logits, classes=self._context.model.classes)
                 of_source.append(F.cross_entropy(logits, y[own]))
             losses.append(torch.stack(of_source).mean())
         self.nll.copy_(torch.stack(losses))
 
 
-def probe(rows: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, *, classes: int) -> torch.Tensor:
+def logits_by_regression(
+    rows: torch.Tensor, labels: torch.Tensor, others: torch.Tensor, *, classes: int
+) -> torch.Tensor:
     """Logits [N', C] of other rows [N', D] by the linear head that fits these rows [N, D] with labels [N], in float64.
 
     The head is at the least of sum_i CE_i + |W|^2 / 2, W [C, D + 1] its weights and biases and rows divided by their

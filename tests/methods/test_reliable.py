@@ -18,7 +18,7 @@ from small import CLASSES, KINDS_ALL, Recorder, make_step, named, small_batch, s
 from mbcd_cli.methods import METHODS, method_class
 from mbcd_cli.methods.mbcd import MBCD
 from mbcd_cli.methods.modality_dropout import only_where_others_agree
-from mbcd_cli.methods.reliability import Reliability, ReliabilitySettings, of_the_others, probe
+from mbcd_cli.methods.reliability import Reliability, ReliabilitySettings, logits_by_regression, of_the_others
 from mbcd_cli.training.subject import Subject, weights
 
 CLOSE = {"rtol": 0, "atol": 1e-10}
@@ -131,7 +131,7 @@ def test_loss_of_a_left_out_source_is_that_of_probes_that_have_not_seen_it():
 
     found = []
     for elsewhere in (labels, labels + 3, (labels + 1) % 3):
-        logits = probe(rows(labels), labels, rows(elsewhere), classes=3)
+        logits = logits_by_regression(rows(labels), labels, rows(elsewhere), classes=3)
         found.append(float(torch.nn.functional.cross_entropy(logits, labels)))
     of_alike, of_apart, of_exchanged = found
     assert of_alike < 0.1
@@ -141,7 +141,7 @@ def test_loss_of_a_left_out_source_is_that_of_probes_that_have_not_seen_it():
 
 def test_a_class_that_the_other_sources_lack_has_a_finite_loss():
     rows = torch.eye(4, dtype=torch.float64)[[0, 1, 0, 1]]
-    logits = probe(rows, torch.tensor([0, 1, 0, 1]), torch.eye(4, dtype=torch.float64), classes=5)
+    logits = logits_by_regression(rows, torch.tensor([0, 1, 0, 1]), torch.eye(4, dtype=torch.float64), classes=5)
     assert logits.shape == (4, 5)
     assert bool(logits.isfinite().all())
     assert bool((logits[:, 2:] <= logits[:, :2].amax(dim=1, keepdim=True)).all())

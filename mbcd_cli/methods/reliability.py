@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -93,25 +94,28 @@ def logits_by_regression(
     spread: a strictly convex problem, so that neither first weights nor steps matter, and a class without a clip
     gets a finite logit.
     """
-    mean, spread = rows.mean(dim=0), rows.std(dim=0, correction=0)
-    scale = torch.where(spread > 0, spread, torch.ones_like(spread))
+    # A third of a second to import; torch's own loads its compiler at its first step.
+    from scipy.optimize import minimize
+    from scipy.special import log_softmax
 
-    def scaled(values: torch.Tensor) -> torch.Tensor:
-        return F.pad((values - mean) / scale, (0, 1), value=1.0)
+    x, y = rows.numpy(), labels.numpy()
+    mean, spread = x.mean(axis=0), x.std(axis=0)
 
-    fitted, weights = scaled(rows), rows.new_zeros(classes, rows.shape[1] + 1).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=500, tolerance_grad=1e-8, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
+    def scaled(values: np.ndarray) -> np.ndarray:
+        return np.pad((values - mean) / np.where(spread > 0, spread, 1), ((0, 0), (0, 1)), constant_values=1)
 
-    def closure() -> torch.Tensor:
-        with torch.enable_grad():
-            loss = F.cross_entropy(fitted @ weights.T, labels, reduction="sum") + weights.square().sum() / 2
-        (weights.grad,) = torch.autograd.grad(loss, [weights])
-        return loss.detach()
+    x, each = scaled(x), np.arange(len(y))
 
-    optimizer.step(closure)
-    return scaled(others) @ weights.detach().T
+    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = flat.reshape(classes, -1)
+        logs = log_softmax(x @ weights.T, axis=1)
+        wrong = np.exp(logs)
+        wrong[each, y] -= 1
+        return flat @ flat / 2 - logs[each, y].sum(), (wrong.T @ x + weights).ravel()
+
+    options = {"maxiter": 500, "ftol": 1e-15, "gtol": 1e-8}
+    found = minimize(loss, np.zeros(classes * x.shape[1]), jac=True, method="L-BFGS-B", options=options)
+    return torch.from_numpy(scaled(others.numpy()) @ found.x.reshape(classes, -1).T)
 
 
 def of_the_others(q: torch.Tensor) -> torch.Tensor:

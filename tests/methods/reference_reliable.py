@@ -6,10 +6,8 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from reference_arl import pushed
-from scipy.optimize import minimize
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
 from reference import ReferenceStep, log_softmax, softmax
@@ -23,23 +21,23 @@ def ratios(q):
 
 
 def probe(rows, labels, others, classes):
-    """Logits of other rows by the regularised logistic regression of these, by scipy."""
-    mean, spread = rows.mean(axis=0), rows.std(axis=0)
+    """Logits of other rows by the regularised logistic regression of these, by torch."""
+    mean, spread = rows.mean(dim=0), rows.std(dim=0, correction=0)
 
     def scaled(values):
-        return np.hstack([(values - mean) / np.where(spread > 0, spread, 1), np.ones((len(values), 1))])
+        return torch.cat([(values - mean) / torch.where(spread > 0, spread, 1.0), values.new_ones(len(values), 1)], 1)
 
-    x, told = scaled(rows), np.eye(classes)[labels]
+    x, weights = scaled(rows), torch.zeros(classes, rows.shape[1] + 1).double().requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=500, tolerance_grad=1e-9, tolerance_change=0, history_size=30)
 
-    def loss(flat):
-        weights = flat.reshape(classes, -1)
-        logits = x @ weights.T
-        logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        gradient = (np.exp(logs) - told).T @ x + weights
-        return -(told * logs).sum() + (flat**2).sum() / 2, gradient.ravel()
+    def closure():
+        optimizer.zero_grad()
+        loss = (weights**2).sum() / 2 - sum(log_softmax(x @ weights.T)[i, y] for i, y in enumerate(labels))
+        loss.backward()
+        return loss
 
-    found = minimize(loss, np.zeros(classes * x.shape[1]), jac=True, method="BFGS", options={"gtol": 1e-9})
-    return scaled(others) @ found.x.reshape(classes, -1).T
+    optimizer.step(closure)
+    return scaled(others) @ weights.detach().T
 
 
 class ReliableReference(ReferenceStep):
@@ -61,12 +59,12 @@ class ReliableReference(ReferenceStep):
                 rows.append((h if self.probed else self.head(h, f"heads.{n}", self.values, False)).detach())
                 labels += y.tolist()
                 domains += of.tolist()
-            rows, labels, domains = torch.cat(rows).numpy(), np.array(labels), np.array(domains)
+            rows, labels, domains = torch.cat(rows), torch.tensor(labels), torch.tensor(domains)
             by_source = []
             for source in self.sources:
                 own = domains == source
                 logits = probe(rows[~own], labels[~own], rows[own], self.classes) if self.probed else rows[own]
-                told = log_softmax(torch.from_numpy(logits))
+                told = log_softmax(logits)
                 by_source.append(-sum(float(told[i, y]) for i, y in enumerate(labels[own])) / int(own.sum()))
             found.append(sum(by_source) / len(by_source))
         self.nll = found

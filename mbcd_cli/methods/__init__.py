@@ -78,7 +78,7 @@ _ADAM = {
     "evaluation.checkpoints": ("best", "last"),
 }
 _SGD = _ADAM | {"optimizer.name": "sgd", "optimizer.lr": 1e-3, "training.batch_size": 64}
-_HEADS = {"model.hidden": 512, "model.dropout": 0.5}
+_HEADS = {"model.fused_head": "mlp", "model.hidden": 512, "model.dropout": 0.5}
 _BARE = _HEADS | {  # features as the video and flow encoders' own heads leave them
     "model.norm": "none",
     "model.feature_dropout": 0.5,
@@ -86,7 +86,12 @@ _BARE = _HEADS | {  # features as the video and flow encoders' own heads leave t
     "model.unimodal_head": "linear",
 }
 _NORMED = _HEADS | {"model.norm": "layer", "model.feature_dropout": 0.0, "model.unimodal_head": "mlp"}
-_PLAIN = _HEADS | {"model.norm": "none", "model.feature_dropout": 0.0, "model.unimodal_head": "linear"}
+_PLAIN = {
+    "model.fused_head": "linear",
+    "model.norm": "none",
+    "model.feature_dropout": 0.0,
+    "model.unimodal_head": "linear",
+}
 _LAST = {"optimizer.weight_decay": 0.0, "training.epochs": 15, "evaluation.checkpoints": ("last",)}
 _BENCHMARK = _BARE | _ADAM
 _MBCD = _NORMED | _ADAM | {"average.kind": "ema", "average.beta": 0.999, "average.start": 0}

@@ -21,7 +21,7 @@ def begin(step):
                 pairs.copy_(torch.randn(pairs.shape, generator=torch.Generator().manual_seed(1), dtype=pairs.dtype))
 
 
-@pytest.mark.parametrize("modalities", [1, 2, 3])
+@pytest.mark.parametrize("modalities", [1, 2, 3, 4])
 @pytest.mark.parametrize("sources", [1, 2])
 def test_step(modalities, sources):
     more = {"modalities": modalities, "sources": sources, "average": {"beta": 0.8}}

@@ -24,7 +24,7 @@ def test_step(modalities, sources):
 @pytest.mark.parametrize("modulate", ["gradient", "update"])
 def test_before_and_after_its_start_on_another_chassis(epoch, modulate):
     told = TOLD | {"modulate": modulate, "unimodal": "joint"}
-    _, plain = compare(ARLReference, "arl", told, modalities=3, epoch=epoch, norm="none")
+    _, plain = compare(ARLReference, "arl", told, modalities=3, epoch=epoch, norm="none", fused_head="linear")
     assert (max(plain.pace) > 1) == (epoch == 2)
 
 

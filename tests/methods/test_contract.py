@@ -59,6 +59,22 @@ def test_methods_of_the_registry(method, check):
         check_population(subject, apart=0.0, double=False, differing=(1.0, 1.0, 1.0))
 
 
+COMPARES_SOURCES = ("mixup-domains", "coral", "mmd", "dann")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_none_is_passed_over_by_a_check_but_where_that_is_told_here(method):
+    """What the checks leave out: refused numbers of modalities and sources, and what a class says that it is not."""
+    subject = Subject.of(method, TOLD.get(method))
+    for modalities in (1, 2, 3, 4):
+        subject.training(modalities=modalities)
+        if method not in COMPARES_SOURCES:
+            subject.training(modalities=modalities, sources=1)
+    assert subject.kind.symmetric == (method not in ("rna-net", "moosa"))
+    assert subject.kind.capturable == (method != "nel")
+    assert subject.kind.stackable
+
+
 MODULATED = [name for name in METHODS if "modulate" in method_class(name).Settings.model_fields]
 
 

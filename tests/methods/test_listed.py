@@ -36,11 +36,25 @@ def test_every_method_stands_in_the_table():
     assert not missing
 
 
-def test_every_section_says_what_its_chassis_sets():
-    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+def sections():
+    """(method, its section) of every command on the page."""
+    texts = re.findall(r"^## .+?\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
     for command in COMMANDS:
         method = shlex.split(command)[shlex.split(command).index("--method") + 1]
-        section = next(text for text in sections.values() if command in text)
+        yield method, next(text for text in texts if command in text)
+
+
+def test_every_class_has_a_section_with_its_equations_cost_and_command():
+    told = dict(sections())
+    missing = [name for name in METHODS if not any(same_class(name, other) for other in told)]
+    assert not missing
+    assert not [name for name, text in told.items() if "Cost: " not in text and name != "probe"]
+    equations = re.compile(r"^    (?!mbcd train)", re.MULTILINE)
+    assert [name for name, text in told.items() if not equations.search(text)] == ["mbcd"], "its own are in method.md"
+
+
+def test_every_section_says_what_its_chassis_sets():
+    for method, section in sections():
         assert ("`--chassis published`:" in section) == (
             METHODS[method].published is not None or "refused; its" in section
         )

@@ -19,9 +19,10 @@ def test_step(at, modalities, sources):
     compare(MixupReference, "mixup", told, modalities=modalities, sources=sources, average={"kind": "sma"})
 
 
+@pytest.mark.parametrize("modalities", [1, 2, 3, 4])
 @pytest.mark.parametrize("at", ["cut", "features"])
-def test_partners_of_another_domain(at):
-    compare(MixupReference, "mixup-domains", {"at": at, "unimodal": "joint"}, modalities=3, norm="none")
+def test_partners_of_another_domain(at, modalities):
+    compare(MixupReference, "mixup-domains", {"at": at, "unimodal": "joint"}, modalities=modalities, norm="none")
 
 
 def test_a_batch_of_one_domain_is_not_mixed():

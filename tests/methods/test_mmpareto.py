@@ -17,8 +17,8 @@ def test_step(modalities, sources):
 
 
 def test_conflicts_on_another_chassis():
-    told = {"gamma": 0.7}
-    _, plain = compare(MMParetoReference, "mmpareto", told, modalities=4, norm="none", unimodal_head="linear", steps=8)
+    chassis = {"norm": "none", "fused_head": "linear", "unimodal_head": "linear"}
+    _, plain = compare(MMParetoReference, "mmpareto", {"gamma": 0.7}, modalities=4, steps=8, **chassis)
     assert plain.conflicts
 
 

@@ -20,7 +20,8 @@ def test_step(method, modalities, sources):
 
 @pytest.mark.parametrize("epoch", [1, 2, 3, 4])
 def test_it_is_modulated_in_a_window_of_epochs(epoch):
-    compare(OGMReference, "ogm-ge", {"start": 2, "stop": 4, "alpha": 0.3}, epoch=epoch, steps=2, norm="none")
+    chassis = {"norm": "none", "fused_head": "linear", "unimodal_head": "linear"}
+    compare(OGMReference, "ogm-ge", {"start": 2, "stop": 4, "alpha": 0.3}, epoch=epoch, steps=2, **chassis)
 
 
 @pytest.mark.parametrize("method", ["ogm-ge", "ogm"])

@@ -20,7 +20,8 @@ def test_step(modalities, sources, probability):
 
 @pytest.mark.parametrize("epoch", [5, 6])
 def test_it_begins_after_some_epochs(epoch):
-    compare(OPMReference, "opm", {"probability": 1.0}, epoch=epoch, norm="none")
+    chassis = {"norm": "none", "fused_head": "linear", "unimodal_head": "linear"}
+    compare(OPMReference, "opm", {"probability": 1.0}, epoch=epoch, **chassis)
 
 
 def test_no_clip_loses_every_modality():

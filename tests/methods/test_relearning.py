@@ -16,8 +16,9 @@ from mbcd_cli.methods.relearning import clusters, purity
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])
-def test_a_step_is_erms(modalities):
-    compare(Plain, "d-and-r", modalities=modalities, average={"kind": "ema", "beta": 0.8})
+@pytest.mark.parametrize("sources", [1, 2])
+def test_a_step_is_erms(modalities, sources):
+    compare(Plain, "d-and-r", modalities=modalities, sources=sources, average={"kind": "ema", "beta": 0.8})
 
 
 def clustered(seed, modalities, mislabelled=0):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import pytest
 
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.methods import METHODS
+from mbcd_cli.methods import METHODS, same_class
 from mbcd_cli.resolved import load_settings, method_label, resolve
 from mbcd_cli.settings.sources import to_toml
 
@@ -30,6 +32,58 @@ def test_every_one_is_valid_settings_and_is_taken(method):
         assert node == (list(value) if isinstance(value, tuple | list) else value), path
     assert published(method, preset="digits-4").model.feature_dropout == 0.0, "it has neither video nor flow"
     assert resolve(preset="hac", method=method).training.chassis == "shared"
+
+
+SHARED = {
+    "optimizer.name": "adam",
+    "optimizer.lr": 1e-4,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.schedule": "constant",
+}
+SHARED |= {"training.batch_size": 16, "training.epochs": 20, "evaluation.checkpoints": ("best", "last")}
+BENCHMARK = SHARED | {"model.norm": "none", "model.feature_dropout": 0.5, "model.feature_dropout_on": ("video", "flow")}
+BENCHMARK |= {"model.fused_head": "mlp", "model.unimodal_head": "linear", "model.hidden": 512, "model.dropout": 0.5}
+MBCD = SHARED | {"model.norm": "layer", "model.feature_dropout": 0.0, "model.fused_head": "mlp"}
+MBCD |= {"model.unimodal_head": "mlp", "average.kind": "ema", "average.beta": 0.999}
+BALANCE = SHARED | {"model.norm": "none", "model.fused_head": "linear", "model.unimodal_head": "linear"}
+BALANCE |= {"optimizer.name": "sgd", "optimizer.lr": 1e-3, "optimizer.momentum": 0.9, "training.batch_size": 64}
+OGM = BALANCE | {"training.epochs": 100, "optimizer.schedule": "step", "optimizer.drops": (70,)}
+RECIPES = {
+    **dict.fromkeys(("erm", "rna-net", "simmmdg", "moosa"), BENCHMARK),
+    "cmrf": BENCHMARK | {"training.epochs": 15, "average.kind": "sma", "average.start": 400},
+    "nel": BENCHMARK | {"training.epochs": 15, "optimizer.schedule": "cosine", "optimizer.least_lr": 1e-6},
+    "gmp": BENCHMARK | {"optimizer.weight_decay": 0.0, "model.hidden": 256, "method.hidden": 256},
+    "jat-benchmark": BENCHMARK
+    | {"training.epochs": 15, "optimizer.weight_decay": 0.0, "evaluation.checkpoints": ("last",)}
+    | {"average.kind": "none", "method.unimodal_weight": 3.0, "method.fused_hidden": 512, "method.dropout": 0.0},
+    "jat": MBCD | {"method.unimodal_weight": 1.0, "method.fused_hidden": 2048, "method.dropout": 0.5},
+    **dict.fromkeys(("mbcd", "ema", "admmdg"), MBCD),
+    "ogm-ge": OGM | {"method.noise": True, "method.start": 0, "method.stop": 51},
+    "ogm": OGM | {"method.noise": False},
+    "arl": OGM | {"method.gamma": 4.0, "method.temperature": 4.0, "method.start": 6},
+    "opm": BALANCE
+    | {"optimizer.name": "adamw", "optimizer.lr": 5e-5, "optimizer.weight_decay": 0.01, "training.batch_size": 32}
+    | {
+        "training.epochs": 100,
+        "method.rate": 0.5,
+        "method.strength": 0.5,
+        "method.probability": 0.7,
+        "method.start": 6,
+    },
+    "mmpareto": BALANCE
+    | {"optimizer.lr": 2e-3, "training.epochs": 50, "optimizer.schedule": "step", "optimizer.drops": (30,)},
+    "d-and-r": BALANCE | {"optimizer.lr": 2e-3, "training.epochs": 90, "method.after": (20, 40, 60)},
+    "mer-dg": BENCHMARK | {"training.epochs": 25, "training.batch_size": 48, "method.on": "feature"},
+}
+"""The recipes of papers (or of their code) as far as they are settings: written down apart from the registry."""
+
+
+@pytest.mark.parametrize("method", WITH)
+def test_every_one_is_its_papers_recipe(method):
+    recipe = RECIPES.get(method) or RECIPES["mbcd"]
+    assert method in RECIPES or same_class(method, "mbcd")
+    settings = published(method)
+    assert {path: reduce(getattr, path.split("."), settings) for path in recipe} == recipe
 
 
 def test_it_lies_above_the_preset_and_below_what_the_user_sets():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from mbcd_cli.data.modalities import asked_modalities
 from mbcd_cli.data.readers.places import root_of
 from mbcd_cli.data.readers.reader_checks import READER_CHECKS, reader_checks
 from mbcd_cli.encoders.encoder_checks import ENCODER_CHECKS, encoder_checks
-from mbcd_cli.errors import SettingsError
+from mbcd_cli.errors import MbcdError, SettingsError
 from mbcd_cli.json_values import OPTIONAL
 from mbcd_cli.methods import method_class
 from mbcd_cli.naming import did_you_mean
@@ -82,7 +83,8 @@ def check_part(
             result.promises.append(promise)
             ticker.advance()
     if of.cost is not None and result.promises[0].holds:
-        result.cost = of.cost()
+        with suppress(MbcdError):  # one that refuses two modalities: told of by other checks
+            result.cost = of.cost()
     result.exit_code = int(not all(promise.holds for promise in result.promises))
     return result
 

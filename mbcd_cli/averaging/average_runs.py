@@ -46,6 +46,16 @@ class Valley:
         asked = {name: getattr(self, name) for name in ("converge", "leave", "tolerance")}
         return {name: getattr(own, name) if value is None else value for name, value in asked.items()}
 
+    @property
+    def called(self) -> tuple[str, str]:
+        """As `WantedAverage.called`: with the constants, where they are not each run's."""
+        name, label = ("swad-published", "SWAD as published") if self.published else ("swad", "SWAD")
+        own = (self.converge, self.leave, self.tolerance)
+        if own == (None, None, None):
+            return name, label
+        told = ["run" if value is None else f"{value:g}" for value in own]
+        return "-".join([name, *told]), f"{label}, valley {','.join(told)}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WantedAverage:
@@ -63,9 +73,22 @@ class WantedAverage:
     statistics: StatisticsSource = "averaged"
 
     @property
-    def suffix(self) -> str:
-        """What the name of a folder ends with."""
-        return "-recomputed" if self.statistics == "recomputed" else ""
+    def called(self) -> tuple[str, str]:
+        """In the name of a folder, and in tables: never a beta, since no average made afterwards has taught anyone."""
+        if self.window is not None:
+            first, last = self.window
+            return f"window-{first}-{last}", f"epochs {first} to {last}"
+        if self.valley is not None:
+            return self.valley.called
+        if self.soup is not None:
+            return f"soup-{self.soup}", f"{self.soup} soup"
+        return f"profile-{self.profile:g}", f"deployed profile {self.profile:g}"
+
+    def place(self, runs: Sequence[Path]) -> Path:
+        """The folder beside the (first) run that its average gets unless another is named."""
+        common = common_name(load_settings(runs[0] / SETTINGS)) if self.soup else runs[0].name
+        ending = "-recomputed" if self.statistics == "recomputed" else ""
+        return runs[0].parent / f"{common}-{self.called[0]}{ending}"
 
     def recipe(self, kept: Sequence[KeptEpoch], settings: Settings) -> Recipe:
         """That of one run.
@@ -95,7 +118,7 @@ class AverageMade:
     """What average.json holds.
 
     Attributes:
-        run: its folder. label: what is deployed, in words; never a beta: no average made afterwards has taught anyone.
+        run: its folder. label: what is deployed, in words.
         method: of its runs. seed: of the first of them.
         of: the runs. recipe: of one run's epochs: weights, and how well a profile is met.
         tried: of a soup: source-validation accuracy of the mean with each further run, from the best on.
@@ -129,13 +152,11 @@ class Mixed:
     """Averaged weights, and all that is known of them before they are measured.
 
     Attributes:
-        place: the run folder that they get unless another is named.
         checkpoint: of the run whose settings, uncounted steps and frozen weights are taken.
         state: the averaged state dict, with averaged statistics.
         bank: of that run. label, of, trained, recipe, tried: as in `AverageMade`.
     """
 
-    place: Path
     checkpoint: Checkpoint
     state: Tensors
     bank: Bank
@@ -196,7 +217,7 @@ def average(
 
     Raises:
         RunError: a run that is not trained to its end or has no snapshots; a soup of one run, or of foreign ones; a
-            folder that is in the way.
+            folder that is in the way, or that several averages would have.
         SettingsError: no such window or profile.
     """
     runs = trained_runs(paths)
@@ -204,14 +225,37 @@ def average(
     groups = soups_of(runs) if wanted.soup else [[run] for run in runs]
     for group in groups if wanted.soup else ():
         check_several(group)
-    made = []
-    for group in say.over(groups, "averaging, runs"):
-        mixed = soup(group, opened, wanted) if wanted.soup else of_epochs(group[0], opened, wanted)
-        place = mixed.place
+    places: dict[Path, list[Path]] = {}
+    for group in groups:
+        place = wanted.place(group)
         if output is not None:
             place = output if len(groups) == 1 else output / place.name
-        made.append(_written(place, mixed))
+        _check_free(place, group, places)
+        places[place] = group
+    made = []
+    for place in say.over([*places], "averaging, runs"):
+        group = places[place]
+        made.append(
+            _written(place, soup(group, opened, wanted) if wanted.soup else of_epochs(group[0], opened, wanted))
+        )
     return AveragesMade(made)
+
+
+def _check_free(place: Path, group: Sequence[Path], taken: Mapping[Path, Sequence[Path]]) -> None:
+    """Refuse a place of what is no average, of what the average is of, or of another average of this command.
+
+    Raises:
+        RunError: it is such.
+    """
+    if place in taken:
+        raise RunError(
+            f"The averages of {taken[place][0]} and {group[0]} would both be {place}.",
+            "Average them one after the other, each with its own --output.",
+        )
+    if place.resolve() in {run.resolve() for run in group}:
+        raise RunError(f"{place} is in the way: the average is of it.", "Name another folder with --output.")
+    if place.exists() and not (place / AVERAGED).is_file() and (place.is_file() or any(place.iterdir())):
+        raise RunError(f"{place} is in the way: it holds no average.", "Name another folder with --output.")
 
 
 def trained_runs(paths: Sequence[Path]) -> list[Path]:
@@ -260,11 +304,10 @@ def of_epochs(run: Path, opened: Opened, wanted: WantedAverage) -> Mixed:
     checkpoint, bank = opened.run(run, statistics=wanted.statistics)
     recipe, alone = wanted.recipe(kept, checkpoint.settings), trained_record(checkpoint)
     return Mixed(
-        place=run.parent / f"{run.name}-{recipe.name}{wanted.suffix}",
         checkpoint=checkpoint,
         state=of_snapshots(run, recipe.parts, checkpoint.student),
         bank=bank,
-        label=recipe.label,
+        label=wanted.called[1],
         of=[OfRun(str(run), 1.0, alone)],
         trained=alone,
         recipe=recipe,
@@ -291,11 +334,10 @@ def soup(runs: Sequence[Path], opened: Opened, wanted: WantedAverage) -> Mixed:
     kept, tried = chosen(alone, wanted.soup, accuracy)
     weights = [1 / len(kept) if k in kept else 0.0 for k in range(len(runs))]
     return Mixed(
-        place=runs[0].parent / f"{common_name(checkpoints[0].settings)}-soup-{wanted.soup}{wanted.suffix}",
         checkpoint=checkpoints[kept[0]],
         state=of_states([states[k] for k in kept]),
         bank=bank,
-        label=f"{wanted.soup} soup of {len(runs)} runs",  # not how many it keeps: soups of all targets are one row
+        label=f"{wanted.called[1]} of {len(runs)} runs",  # not how many it keeps: soups of all targets are one row
         of=[OfRun(str(run), weight, one) for run, weight, one in zip(runs, weights, alone, strict=True)],
         trained=alone[kept[0]],
         tried=tried or None,
@@ -314,13 +356,7 @@ def trained_record(checkpoint: Checkpoint) -> HeadRecord:
 
 
 def _written(place: Path, mixed: Mixed) -> AverageMade:
-    """The run folder of an average, whole or not at all, in place of an average that is there; what it holds.
-
-    Raises:
-        RunError: something else is there.
-    """
-    if place.exists() and not (place / AVERAGED).is_file() and (place.is_file() or any(place.iterdir())):
-        raise RunError(f"{place} is in the way: it holds no average.", "Name another folder with --output.")
+    """The run folder of an average, whole or not at all, in place of an average that is there; what it holds."""
     checkpoint = mixed.checkpoint
     model, statistics = mixed.bank.model(checkpoint, mixed.state)
     recomputed = statistics.source == "recomputed"

@@ -48,15 +48,12 @@ class Recipe:
     """What an average of a run's epochs is made of.
 
     Attributes:
-        name: for folders. label: for tables.
         parts: what counts and how much, 1 in all.
         fit: of a profile: how well it is met.
         epochs: first and last of a window or valley.
         warnings: what a reader should know.
     """
 
-    name: str
-    label: str
     parts: list[WeighedPart]
     fit: Fit | None = field(default=None, metadata=OPTIONAL)
     epochs: tuple[int, int] | None = field(default=None, metadata=OPTIONAL)
@@ -112,8 +109,7 @@ def profile(kept: Sequence[KeptEpoch], sigma: float) -> Recipe:
         for (width, gamma, epoch), weight in zip(snapshots, weights, strict=True)
         if abs(weight) > _NOTHING
     ]
-    label = f"deployed profile {sigma:g}"
-    return Recipe(name=f"profile-{sigma:g}", label=label, parts=parts, fit=fit, warnings=warnings)
+    return Recipe(parts=parts, fit=fit, warnings=warnings)
 
 
 def window(kept: Sequence[KeptEpoch], first: int, last: int) -> Recipe:
@@ -127,8 +123,7 @@ def window(kept: Sequence[KeptEpoch], first: int, last: int) -> Recipe:
             f"--window {first}..{last}: the run has epochs 1 to {len(kept)}.",
             "Choose among those, the first first.",
         )
-    name, label = f"window-{first}-{last}", f"epochs {first} to {last}"
-    return Recipe(name=name, label=label, parts=_means(kept[first - 1 : last]), epochs=(first, last))
+    return Recipe(parts=_means(kept[first - 1 : last]), epochs=(first, last))
 
 
 def swad(kept: Sequence[KeptEpoch], *, converge: int, leave: int, tolerance: float, published: bool = False) -> Recipe:
@@ -150,9 +145,7 @@ def swad(kept: Sequence[KeptEpoch], *, converge: int, leave: int, tolerance: flo
         parts = [WeighedPart(kept[t].epoch, MEAN, count / sum(counts.values())) for t, count in counts.items()]
     else:
         parts = _means(kept[slice(*span)])
-    epochs = (parts[0].epoch, parts[-1].epoch)
-    name, label = ("swad-published", "SWAD as published") if published else ("swad", "SWAD")
-    return Recipe(name=name, label=label, parts=parts, epochs=epochs, warnings=warnings)
+    return Recipe(parts=parts, epochs=(parts[0].epoch, parts[-1].epoch), warnings=warnings)
 
 
 def _means(epochs: Sequence[KeptEpoch]) -> list[WeighedPart]:

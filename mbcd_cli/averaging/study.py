@@ -178,7 +178,8 @@ def _known(record: Mapping[str, Any]) -> tuple[str, Worth] | None:
 def _key(one: _Candidate, statistics: StatisticsSource) -> str:
     """What a measurement depends on: the runs' files, the average, and how it is measured."""
     settings = one.bank.settings
-    parts = [one.average, statistics, settings.landscape.model_dump_json(), settings.dataset.target_split]
+    how = [settings.landscape.model_dump_json(), settings.dataset.target_split, settings.runtime.precision]
+    parts = [one.average, statistics, *how, *map(":".join, sorted(one.bank.dataset.fingerprints.items()))]
     return checksums.of_text("\n".join([*parts, *(checksums.of_file(run / DONE) for run in one.runs)]))
 
 
@@ -203,8 +204,8 @@ def _of_run(run: Path, opened: Opened, statistics: StatisticsSource, told: Count
     for one in wanted:
         recipe = one.recipe(kept, checkpoint.settings)
         if recipe.fit is None:  # how well profiles are met is a column
-            told.update(f"{recipe.label}: {text}" for text in recipe.warnings)
-        yield _Candidate(recipe.label, [run], bank, partial(_model, partial(of_epochs, run, opened, one)), seed)
+            told.update(f"{one.called[1]}: {text}" for text in recipe.warnings)
+        yield _Candidate(one.called[1], [run], bank, partial(_model, partial(of_epochs, run, opened, one)), seed)
 
 
 def _soups(
@@ -222,7 +223,7 @@ def _soups(
         bank = pairs[group[0]][1]
         for rule in _SOUPS:
             wanted = WantedAverage(soup=rule, statistics=statistics)
-            yield _Candidate(f"{rule} soup", group, bank, partial(_model, partial(soup, group, opened, wanted)))
+            yield _Candidate(wanted.called[1], group, bank, partial(_model, partial(soup, group, opened, wanted)))
 
 
 def _model(mix: Callable[[], Mixed]) -> tuple[MultiModalModel, float | None]:

@@ -123,7 +123,7 @@ class Bank:
         """
         weighed = replace(checkpoint, student=state, teacher=None)
         model = build_models(self.settings, self.dataset, weighed, device=self.device, source="averaged")["student"]
-        norms = following(model)
+        norms = following(model) if self.settings.training.batch_norm != "frozen" else []
         if not norms:
             return model, Statistics("none", 0)
         if self._recomputed:
@@ -144,7 +144,7 @@ class Bank:
 
     def _batches(self) -> Iterable[Batch]:
         training = self.settings.training
-        how = {"batch_size": training.batch_size, "training": True, "seed": training.seed}
+        how = {"batch_size": max(training.batch_size, 2), "training": True, "seed": training.seed}
         return (batch.to(self.device) for batch in self.dataset.batches(self._training, **how))
 
 

@@ -66,7 +66,10 @@ def average(
         raise UsageError("Say what to average.", f"Use one of {', '.join(rules)}.")
     if (published or valley) and not swad:
         raise UsageError("--published and --valley are of SWAD.", "Use them with --swad.")
-    for flag, value, choices in (("--soup", soup or _SOUPS[0], _SOUPS), ("--statistics", statistics, _STATISTICS)):
+    for flag, value, choices in (
+        ("--soup", _SOUPS[0] if soup is None else soup, _SOUPS),
+        ("--statistics", statistics, _STATISTICS),
+    ):
         if value not in choices:
             raise UsageError(f"{flag} {value}: there is no such rule.", f"Choose one of: {', '.join(choices)}.")
     from mbcd_cli.averaging.average_runs import Valley, WantedAverage, average

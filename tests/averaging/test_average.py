@@ -78,7 +78,7 @@ def average(*paths, output=None, **wanted):
 
 
 def student_of(run):
-    return load_checkpoint(run / "checkpoints/best.pt").student
+    return load_checkpoint(Path(run) / "checkpoints/best.pt").student
 
 
 def explicit(run, weights_of):
@@ -333,6 +333,10 @@ def test_a_measurement_is_of_the_runs_as_they_are(runs, dataset):
     candidate = study._Candidate("SWAD", [run], bank, lambda: None)
     before = study._key(candidate, "averaged")
     assert study._key(candidate, "averaged") == before != study._key(candidate, "recomputed")
+    bank.settings = bank.settings.model_copy(
+        update={"runtime": bank.settings.runtime.model_copy(update={"precision": "bfloat16"})}
+    )
+    assert study._key(candidate, "averaged") != before
     shutil.copy(runs / "erm-s1/done", run / "done")
     assert study._key(candidate, "averaged") != before
 
@@ -360,6 +364,46 @@ def test_what_is_refused(runs, tmp_path, dataset):
     refused("is in the way", runs / "erm-s0", window=(1, 2), output=tmp_path / "full")
     (runs / "erm-s1/done").unlink()
     refused("not trained to its end", runs / "erm-s1", window=(1, 2))
+
+
+def test_no_average_of_a_command_takes_the_place_of_another_or_of_what_it_is_of(runs, tmp_path, trained):
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match="would both be"):
+        average(runs / "erm-s0", other / "erm-s0", window=(1, 2), output=out)
+    assert not out.exists()
+    average(runs, window=(1, 2))
+    own = [runs / f"erm-s{seed}-window-1-2" for seed in (0, 1)]
+    with pytest.raises(RunError, match="the average is of it"):
+        average(*own, soup="uniform", output=own[0])
+    assert len(average(*own, soup="uniform")[0].of) == 2
+
+
+def test_swad_with_other_constants_is_another_average(runs):
+    run, called = runs / "erm-s0", []
+    for valley in (Valley(), Valley(2, 3, 1.2), Valley(2, 2, 1.2, published=True)):
+        called.append(average(run, valley=valley)[0])
+    assert [one.label for one in called] == ["SWAD", "SWAD, valley 2,3,1.2", "SWAD as published, valley 2,2,1.2"]
+    assert [Path(one.run).name for one in called] == [
+        "erm-s0-swad",
+        "erm-s0-swad-2-3-1.2",
+        "erm-s0-swad-published-2-2-1.2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("told", "source", "clips"),
+    [({"batch_size": 1}, "recomputed", 1), ({"batch_norm": "frozen"}, "none", 0)],
+)
+def test_statistics_of_runs_with_batches_of_one_clip_and_with_frozen_batch_norms(runs, dataset, told, source, clips):
+    best = load_checkpoint(runs / "erm-s0/checkpoints/best.pt")
+    training = best.settings.training.model_copy(update=told)
+    settings = best.settings.model_copy(update={"training": training})
+    bank = Bank(settings, dataset, statistics="recomputed", device=CPU)
+    _, statistics = bank.model(best, best.student)
+    assert statistics.source == source
+    assert statistics.clips >= clips * (len(dataset.select(domains=("a", "b"), splits=("train",))) - 1)
 
 
 @pytest.mark.parametrize("event", [1, 2, 4, 5, 6])
@@ -412,7 +456,7 @@ def test_a_sealed_target_stays_sealed(runs, tmp_path, dataset):
 def test_the_command(runs):
     cpu = ("--device", "cpu")
     told = mbcd("average", runs / "erm-s0", "--swad", "--valley", "2,2,1.1", "--published", *cpu, "--json").data
-    assert told["averages"][0]["label"] == "SWAD as published"
+    assert told["averages"][0]["label"] == "SWAD as published, valley 2,2,1.1"
     shown = mbcd("average", runs / "erm-s0", "--window", "2..4", *cpu).stdout
     assert f"mbcd evaluate --run {runs}/erm-s0-window-2-4" in shown.replace("\n", "")
     for words in (
@@ -421,6 +465,7 @@ def test_the_command(runs):
         ["--window", "1..2", "--published"],
         ["--window", "1..2", "--statistics", "x"],
         ["--soup", "thick"],
+        ["--soup", ""],
         ["--swad", "--valley", "3"],
         ["--swad", "--valley", "0,1,1"],
         ["--window", "1-2"],

@@ -9,6 +9,7 @@ import torch
 import typer
 from torch import nn
 
+from mbcd_cli import examination
 from mbcd_cli.cli.outcome import outcome
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.launch.unit import read_failure, write_failure
@@ -307,6 +308,22 @@ def test_a_class_in_a_file(tmp_path):
         with pytest.raises(SettingsError) as caught:
             method_class(f"{path}:Others")
         assert words in str(caught.value)
+
+
+def test_a_method_that_refuses_two_modalities_has_a_report_without_its_cost(tmp_path, monkeypatch):
+    path = tmp_path / "three.py"
+    path.write_text(
+        "from mbcd_cli.errors import SettingsError\nfrom mbcd_cli.methods.base import Method\n\n\n"
+        "class Mine(Method):\n    def __init__(self, settings, context):\n"
+        "        super().__init__(settings, context)\n        if len(context.model.modalities) < 3:\n"
+        "            raise SettingsError('It takes three.', 'Give them.')\n"
+    )
+    kept = {name: CHECKS[name] for name in ("figures", "deployed")}
+    monkeypatch.setattr("mbcd_cli.training.contract.CHECKS", kept)
+    done = examination.check_part("method", f"{path}:Mine", flags={})
+    assert [(one.name, one.holds) for one in done.promises] == [("figures", True), ("deployed", False)]
+    assert done.promises[1].why.startswith("It takes three.")
+    assert (done.cost, done.exit_code) == (None, 1)
 
 
 def test_what_fails_in_somebody_s_file_is_told_with_its_line(tmp_path, capsys):

@@ -6,8 +6,10 @@ Letters: N rows (clips, frames or windows) that pass together.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,6 +150,24 @@ class OnnxModel(ModelFile):
                         for side in ("input", "output")
                     )
                     flops.append(2 * count(inputs, outputs[0]))
+
+
+def external_files(file: Path) -> list[Path]:
+    """The files beside an ONNX model that hold tensors of it, as the model names them under `location`.
+
+    A protobuf message tells key and value as fields 1 and 2 (tags 10 and 18), each behind its length.
+    """
+    with file.open("rb") as stream:
+        if not file.stat().st_size:
+            return []
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as held:
+            # A name has at most 255 bytes; a length of 128 and more takes two, the first with its highest bit set.
+            told = [
+                (found.end(), (found[1][0] & 127) + ((len(found[1]) - 1) << 7))
+                for found in re.finditer(rb"\n\x08location\x12([\x80-\xff]\x01|[\x01-\x7f])", held)
+            ]
+            names = {os.fsdecode(held[at : at + length]) for at, length in told}
+    return sorted(data for data in (file.parent / name for name in names if "\0" not in name) if data.is_file())
 
 
 def _session(onnxruntime: ModuleType, file: Path, trace: Path | None = None):

@@ -49,6 +49,7 @@ class _Config(BaseModel, strict=True):
 
     architecture: str = ""
     pretrained_cfg: _Preprocessing = _Preprocessing()
+    model_args: dict[str, object] | None = None
 
 
 _CONFIG = TypeAdapter(_Config)
@@ -71,6 +72,11 @@ class TimmFormat(EncoderFormat):
         if beside is not None:
             config = read_config(beside)
             validated(_CONFIG, config, beside, "Download it again.")
+            if other := config.get("model_args"):
+                raise CheckpointError(
+                    f"{beside}: is of a model with other settings than timm's {name} ({', '.join(other)}).",
+                    "Export it: an onnx or export file has them.",
+                )
             there = config.get("architecture", name)
             if there.partition(".")[0] != name.partition(".")[0]:
                 raise CheckpointError(f"{beside}: is of {there}, not of {name}.", f"Say encoder=timm:{there}.")

@@ -421,12 +421,12 @@ def _sides(processor: Mapping[str, Any], folder: Path) -> tuple[int, int]:
     """Pixels of the square crop and, before it, of a frame's short side, as an image processor is configured."""
 
     def square(value: object) -> int | None:
-        sides = set(value.values()) if isinstance(value, dict) else {value}
+        sides = {*value.values()} - {None} if isinstance(value, dict) else {value}
         return sides.pop() if len(sides) == 1 and all(isinstance(side, int) for side in sides) else None
 
-    short = square(processor.get("size"))
+    short = square(size := processor.get("size"))
     side = square(processor.get("crop_size")) if processor.get("do_center_crop", "crop_size" in processor) else short
-    if side is None:
+    if side is None or (short is None and size is not None):
         raise CheckpointError(
             f"{folder}: its processor's configuration has no square size of frames.", "Only square frames can be had."
         )

@@ -24,7 +24,7 @@ from mbcd_cli.encoders.transformers_families import FAMILIES, DescribedModel, im
 from mbcd_cli.encoders.wants import Wants
 from mbcd_cli.errors import FOREIGN, CheckpointError, lines_of
 
-_CONFIG = "config.json"
+_CONFIG, _WHOLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PROCESSORS = ("video_preprocessor_config.json", "preprocessor_config.json", "processor_config.json")
 _PARTS = ("video_processor", "image_processor", "feature_extractor")  # of a processor_config.json
 _OF_LABELS = ("id2label", "label2id", "text_config", "_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -117,12 +117,12 @@ class TransformersFormat(EncoderFormat):
     def files(self, modality: Modality, weights_dir: Path) -> list[Path]:
         """Weights, and the configurations that they are read with."""
         folder = model_folder(modality, weights_dir)
-        weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model.bin"))
+        weights = _weights(folder)
         if not weights:
             raise CheckpointError(
-                f"{folder}: has no *.safetensors.", "Put the weights there; --random-weights does without."
+                f"{folder}: has no {_WHOLE}.", "Put the weights there; --random-weights does without."
             )
-        described = [folder / name for name in (_CONFIG, *_PROCESSORS, "model.safetensors.index.json")]
+        described = [folder / name for name in (_CONFIG, *_PROCESSORS, _INDEX)]
         return [*weights, *(file for file in described if file.is_file())]
 
     def build(self, modality: Modality) -> StagedEncoder:
@@ -150,6 +150,15 @@ class TransformersFormat(EncoderFormat):
         remedy = "Put the weights and the config.json of one model there."
         refuse_keys(problems, folder, described.model_type, remedy)
         encoder.stages.load_state_dict(filled.state_dict(), strict=False, assign=True)
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files of weights that transformers reads: one, the shards of an index, or the older pickle."""
+    if (whole := folder / _WHOLE).is_file():
+        return [whole]
+    if (folder / _INDEX).is_file():
+        return sorted(folder.glob("*.safetensors"))
+    return sorted(folder.glob("pytorch_model.bin"))
 
 
 def check_safetensors(files: Sequence[Path]) -> None:

@@ -19,6 +19,12 @@ def _distinct(axes: str) -> str:
     return axes
 
 
+def _rows_first(axes: str) -> str:
+    if axes[0] != "B":  # rows are split, joined and pooled along the first axis
+        raise ValueError(f"B comes first in {axes}: clips, frames or windows are its rows")
+    return axes
+
+
 def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
     if not ends[0] < ends[1]:
         raise ValueError("the smallest comes first, and is not the largest")
@@ -27,6 +33,8 @@ def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
 
 Letters = Annotated[str, Field(pattern="^[A-Z]+$"), AfterValidator(_distinct)]
 """A letter for every axis."""
+RowLetters = Annotated[Letters, AfterValidator(_rows_first)]
+"""The same, of a batch."""
 STRICTLY = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -61,7 +69,7 @@ class Wants:
     __pydantic_config__ = STRICTLY
 
     kind: Literal["video", "flow", "audio", "array"]
-    axes: Letters
+    axes: RowLetters
     frames: Count | None = None
     per_frame: bool = False
     size: tuple[Count, Count] | None = None
@@ -74,7 +82,7 @@ class Wants:
     samples: Count | None = None
     front_end: str | None = None
     front_end_settings: tuple[tuple[str, str | int | float | bool | None], ...] = ()
-    gives: Letters = "BD"
+    gives: RowLetters = "BD"
     pooling: str
     dim: Count
     licence: str | None = None

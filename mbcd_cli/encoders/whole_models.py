@@ -20,9 +20,9 @@ from torch import nn
 
 from mbcd_cli.data.modalities.modality import Modality
 from mbcd_cli.encoders.formats import EncoderFormat, behind_scheme, validated
-from mbcd_cli.encoders.model_files import ModelFile, OnnxModel, TorchModel, shape_text
+from mbcd_cli.encoders.model_files import ModelFile, OnnxModel, TorchModel, external_files, shape_text
 from mbcd_cli.encoders.staged import Normalise, StagedEncoder
-from mbcd_cli.encoders.wants import STRICTLY, Letters, Wants
+from mbcd_cli.encoders.wants import FULL_SCALE, STRICTLY, RowLetters, Wants
 from mbcd_cli.errors import CheckpointError, SettingsError
 from mbcd_cli.naming import did_you_mean
 from mbcd_cli.settings import Count
@@ -35,6 +35,8 @@ _NEEDED = {
 }
 _HERE = {"video": "BCTHW", "audio": "BS", "array": "BTD"}
 """Axes of a batch of decoded views; a vector has no T."""
+_SAME, _ALIKE = 1e-4, 1e-2
+"""Of a clip's features' length, by which rounding may change them the next time, and beside another clip in float16."""
 POOLINGS = ("mean", "max", "mean+max", "first")
 
 
@@ -51,8 +53,8 @@ class FrontEnd:
     __pydantic_config__ = STRICTLY
 
     file: Annotated[str, Field(pattern=r"^[^/\\]*[^/\\.][^/\\]*$")]
-    axes: Letters = "BS"
-    gives: Annotated[Letters, Field(pattern="T")] = "BTC"
+    axes: RowLetters = "BS"
+    gives: Annotated[RowLetters, Field(pattern="T")] = "BTC"
     scale: float = 1.0
     offset: float = 0.0
     window: Count | None = None
@@ -111,7 +113,8 @@ class WholeModelFormat(EncoderFormat):
         """`EncoderFormat.files`: the model, its front end, and data that ONNX keeps beside either."""
         file, front = _model_file(modality, weights_dir), self.wants(modality).front_end
         named = [file] if front is None else [file, _there(file.with_name(front), modality)]
-        return named + [data for one in named for data in sorted(one.parent.glob(f"{one.name}[._]data"))]
+        onnx = modality.encoder.partition(":")[0] == "onnx"
+        return named + (sorted({data for one in named for data in external_files(one)}) if onnx else [])
 
     def build(self, modality: Modality) -> StagedEncoder:
         """`EncoderFormat.build`."""
@@ -121,26 +124,45 @@ class WholeModelFormat(EncoderFormat):
                 f"{modality.encoder}: nothing of a whole model trains, and the cut is {modality.cut}.",
                 "Set modalities.NAME.cut = adapter.",
             )
+        if getattr(modality, "frame_pooling", "mean") != "mean":
+            raise SettingsError(
+                f"{modality.encoder} does not read modalities.NAME.frame_pooling, which is {modality.frame_pooling}.",
+                f"Leave it out, and set pooling in {Path(behind_scheme(modality)).name}.toml.",
+            )
         normalise = Normalise(modality.mean, modality.std, dims=5) if wanted.kind == "video" else Scaled(wanted)
         stages = {"input": normalise, "model": WholeModel(wanted), "pool": nn.Identity()}
         return StagedEncoder(stages, dim=wanted.dim, wants=wanted)
 
     def load(self, encoder: StagedEncoder, modality: Modality, weights_dir: Path) -> None:
-        """`EncoderFormat.load`; the model is tried with one input of zeros."""
+        """`EncoderFormat.load`; the model is tried with a view alone, and twice with two."""
         stage: WholeModel = encoder.stages["model"]
         file, wanted = _model_file(modality, weights_dir), stage.wants
         stage.model = _opened(modality, file)
         if wanted.front_end is not None:
             stage.front = _opened(modality, file.with_name(wanted.front_end))
         shape, _ = modality.part_shapes(test=True)[0]
+        views = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+        views[0] *= 0.2  # statistics of a batch are then those of neither
+        views = encoder.stages["input"](views * FULL_SCALE if wanted.kind == "video" else views)
         with torch.no_grad():
-            given = stage.eval()(torch.zeros(1, *shape)).shape[1]
+            alone, both, again = stage.eval()(views[:1]), stage(views), stage(views)
+        given = alone.shape[1]
+        if _apart(again, both) > _SAME or _apart(both[:1], alone) > _ALIKE:
+            raise CheckpointError(
+                f"{file}: makes other features of a clip beside another, or each time: it was exported in train mode, "
+                "or is quantised by what a batch holds.",
+                "Export it after model.eval(), for quantised numbers with a first axis of 1.",
+            )
         if given != wanted.dim:
             raise CheckpointError(
                 f"{file}: makes {given} features a clip, pooled by {wanted.pooling}, and {file.name}.toml promises "
                 f"{wanted.dim}.",
                 f"Set dim = {given} there, or another pooling.",
             )
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm().clamp_min(1e-12))
 
 
 def _refuse_unknown(told: object, kinds: type, beside: Path) -> None:

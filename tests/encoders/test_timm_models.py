@@ -73,6 +73,7 @@ def test_what_timm_does_not_know(tmp_path):
         described(tmp_path, "test_vit.nonsense")
     for config, words in (
         ({"architecture": 5}, r"config\.json: architecture: "),
+        ({"model_args": {"act_layer": "relu"}}, r"config\.json: .* other settings than timm's test_vit \(act_layer\)"),
         ({"pretrained_cfg": []}, r"config\.json: pretrained_cfg: "),
         ({"pretrained_cfg": {"mean": [0.5], "crop_pct": "x"}}, r"pretrained_cfg\.crop_pct: .*; pretrained_cfg\.mean: "),
     ):

@@ -126,8 +126,12 @@ SPOILT = {
         lambda f: rewrite(f / "preprocessor_config.json", crop_size={"height": 48, "width": 48}),
         "frames of 48 pixels, and its config.json wants 32",
     ),
+    "a size that is no square": (
+        lambda f: rewrite(f / "preprocessor_config.json", size={"height": 40, "width": 60}),
+        "no square size of frames",
+    ),
     "no mean": (lambda f: rewrite(f / "preprocessor_config.json", image_mean=None), "has no image_mean"),
-    "no weights": (lambda f: drop(f, "model.safetensors"), r"has no \*.safetensors"),
+    "no weights": (lambda f: drop(f, "model.safetensors"), "has no model.safetensors"),
     "cut short": (
         lambda f: (f / "model.safetensors").write_bytes(b"\0" * 99),
         "model.safetensors: cannot be read .* 99 b",
@@ -164,6 +168,31 @@ def test_a_spoilt_folder_is_one_clear_message(folders, tmp_path, what):
         prepared(folder)
     assert str(folder) in str(caught.value)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 40, "longest_edge": None}, {"shortest_edge": 40}, 40])
+def test_the_short_side_is_the_processors(folders, tmp_path, size):
+    folder = tmp_path / "clip"
+    shutil.copytree(folders["clip"][0], folder)
+    rewrite(folder / "preprocessor_config.json", size=size)
+    assert (described(folder, "video").short_side, described(folder, "video").crop) == (40, 32)
+
+
+def test_the_digest_is_that_of_the_weights_that_are_read(folders, tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(folders["clip"][0], folder)
+    state = load_file(folder / "model.safetensors")
+    save_file({"a": torch.zeros(2)}, folder / "other.safetensors")  # nothing reads it
+    modality, whole = described(folder, "video"), weights_file(Settings(), described(folder, "video"))
+    drop(folder, "other.safetensors")
+    assert weights_file(Settings(), modality) == whole
+    drop(folder, "model.safetensors")
+    save_file({"a": torch.zeros(2)}, folder / "other.safetensors")
+    digests = set()
+    for shift in (0, 1):
+        torch.save({key: value + shift for key, value in state.items()}, folder / "pytorch_model.bin")
+        digests.add(weights_file(Settings(), modality).sha256)
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize("inner", [False, True])

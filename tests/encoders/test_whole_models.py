@@ -195,6 +195,8 @@ def test_what_is_not_told_is_asked_for(tmp_path):
     for fault, word in (
         ({"kind": ["video"]}, "kind"),
         ({"gives": "BB"}, "an axis stands twice in BB"),
+        ({"axes": "CBHW"}, "B comes first in CBHW"),
+        ({"gives": "LBD"}, "B comes first in LBD"),
         ({"values": [1.0, 0.0]}, "the smallest comes first"),
         ({"mean": [0.5]}, "mean has 1 values, and video 3"),
         ({"std": [0.2, 0.0, 0.4]}, "std.1"),
@@ -209,6 +211,45 @@ def test_what_is_not_told_is_asked_for(tmp_path):
     file.with_name("m.onnx.toml").write_text("kind = ")
     refused(file, "m.onnx.toml: cannot be read")
     refused(tmp_path / "gone.onnx", "gone.onnx", "not there")
+
+
+class Forgetful(nn.Module):
+    """What depends on train mode: half of the features is dropped, or the batch's statistics are taken."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.linear = part, nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.part(x).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("part", [nn.Dropout(), nn.BatchNorm2d(3)], ids=["dropout", "batch norm"])
+def test_what_was_exported_in_train_mode_is_refused(tmp_path, part):
+    file = told(tmp_path / "m.pt", FRAMES)
+    for train in (False, True):
+        made = torch.jit.trace(Forgetful(part).train(train), torch.randn(2, 3, 8, 8), check_trace=False)
+        torch.jit.save(made, str(file))
+        if train:
+            refused(file, "m.pt: ", "train mode", "model.eval()", scheme="torchscript", frames=3)
+        else:
+            frozen(file, "torchscript", frames=3)
+
+
+def test_data_beside_an_onnx_file_are_its_weights_whatever_they_are_called(tmp_path):
+    file = told(means(tmp_path / "m.onnx"), FRAMES)
+    whole = onnx.load(file)
+    onnx.save(whole, file, save_as_external_data=True, location="tensors.bin", size_threshold=10)
+    before, _ = frozen(file, frames=3)
+    (tmp_path / "tensors.bin").write_bytes((WEIGHTS + 1).tobytes())
+    after, _ = frozen(file, frames=3)
+    assert not torch.equal(before.trunk((pixels(),))[0], after.trunk((pixels(),))[0])
+    assert before.source.sha256 != after.source.sha256
+
+
+def test_pooling_over_frames_is_said_in_the_file_beside_it(tmp_path):
+    file = told(means(tmp_path / "m.onnx"), FRAMES)
+    refused(file, "frame_pooling", "m.onnx.toml", "pooling", frame_pooling="max", error=SettingsError)
 
 
 def test_other_inputs_than_promised(tmp_path):

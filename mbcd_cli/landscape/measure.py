@@ -35,7 +35,7 @@ ANALYSES: dict[str, Callable[[Study, tuple[float, float]], Measured]] = {
     "curvature": run_curvature,
 }
 SUMMARY = "landscape.json"
-"""File of the figures, and of the checksums of everything measured and drawn."""
+"""File of the figures, and of the checksums of what the command measured and drew."""
 CONNECTIONS = ("path", "plane", "trajectory")
 
 
@@ -124,7 +124,7 @@ def landscape(
         figures, measured = _measure(bench, checkpoints, towards, epochs)
         files = _draw(measured, output) if group.main else {}
         if group.main:
-            sums = checksums.of_files(output, but=(SUMMARY,))
+            sums = {path.name: checksums.of_file(path) for path in files.values()}  # others may be at work here
             files["summary"] = write_json(output / SUMMARY, {**json_values(figures), "files": sums})
     return Surveyed(figures, files)
 

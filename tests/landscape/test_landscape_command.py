@@ -53,6 +53,17 @@ def test_measures_and_draws(tmp_path, capsys):
     assert "best" in capsys.readouterr().out
 
 
+def test_the_summary_tells_of_what_its_command_wrote(tmp_path):
+    """Another landscape may be at work in the folder: its files change, and go, after this one has ended."""
+    others = ("surface-other.h5", "surface-other.h5.journal-0", ".surface-other.h5.partial")
+    (tmp_path / "land").mkdir()
+    for name in others:
+        (tmp_path / "land" / name).write_bytes(b"half of it")
+    for analyses, wrote in ((), set()), (("curve",), {"curve-best.h5", "curve.png"}):
+        run(tmp_path, analyses=analyses)
+        assert set(read_json(tmp_path / "land" / "landscape.json")["files"]) == wrote
+
+
 def test_same_seed_same_values_and_other_seed_others(tmp_path):
     one = run(tmp_path / "a", analyses=("surface",))
     two = run(tmp_path / "b", analyses=("surface",))

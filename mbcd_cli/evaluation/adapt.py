@@ -293,19 +293,13 @@ def adapt(
             raise RunError(f"{run} is not trained to its end.", "Go on with `mbcd train ... --resume` first.")
     warnings: list[str] = []
     done: dict[Path, Adapted] = {}
-    first_settings: AdaptSettings | None = None
     files: dict[str, Path] = {}
+    asked = {"config": config, "sets": sets, "flags": flags}
+    if len(runs) > 1:
+        _check_alike({run: opening.load_checkpoints(run_checkpoints(run), **asked)[0].adapt for run in runs})
     for run in runs:
-        files_of_run = run_checkpoints(run)
-        settings, dataset, checkpoints = opening.open_checkpoints(files_of_run, config=config, sets=sets, flags=flags)
+        settings, dataset, checkpoints = opening.open_checkpoints(run_checkpoints(run), **asked)
         checkpoints = evaluated_checkpoints(settings.evaluation.checkpoints, checkpoints)
-        first_settings = first_settings or settings.adapt
-        if settings.adapt != first_settings:
-            differ = [f"adapt.{name}" for name, value in settings.adapt if value != getattr(first_settings, name)]
-            raise RunError(
-                f"{run} and {runs[0]} say other things of their adaptation ({', '.join(differ)}): one table is of one.",
-                "Give them here, with --rule or --set adapt.NAME=VALUE.",
-            )
         place = (output if output and len(runs) == 1 else run / "adaptation") / settings.adapt.rule
         with folder_aside(place) as aside:  # before the work: it tells whether there is a place
             device = configure(settings.runtime)
@@ -332,6 +326,17 @@ def adapt(
         told = {**json_values(whole), "rule": first.rule, "uses": _USES, "settings": first.settings}
         whole.files.update(_placed(aside, place, tables, told))
     return whole
+
+
+def _check_alike(adapt: Mapping[Path, AdaptSettings]) -> None:
+    """Refuse runs whose settings of adaptation differ, before hours go into the first of them."""
+    (first, wanted), *others = adapt.items()
+    for run, settings in others:
+        if differ := [f"adapt.{name}" for name, value in settings if value != getattr(wanted, name)]:
+            raise RunError(
+                f"{run} and {first} say other things of their adaptation ({', '.join(differ)}): one table is of one.",
+                "Give them here, with --rule or --set adapt.NAME=VALUE.",
+            )
 
 
 def _placed(aside: Path, place: Path, tables: Sequence[Table], told: Mapping[str, object]) -> dict[str, Path]:

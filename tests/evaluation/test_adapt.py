@@ -337,6 +337,7 @@ def test_several_runs_are_a_table_over_seeds(home, kept, tmp_path, monkeypatch):
         words = ("--target-domain", "gamma", "--cache-dir", home / "cache", "--epochs", 1, "--seed", seed)
         run("train", "--dataset", "tiny", *words, "--run", tmp_path / f"runs/s{seed}", *sets, *own)
     assert "(adapt.steps): one table" in " ".join(run("adapt", tmp_path / "runs", *QUICK, code=1).stderr.split())
+    assert not [*tmp_path.rglob("adaptation.json")], "none is adapted where all are refused"
     asked = (*QUICK, "--set", "adapt.steps=1")
     with monkeypatch.context() as patched:
         patched.setattr(adapting, "adapt_run", lambda *_, **__: (_ for _ in ()).throw(RunError("no norm", "use read")))

@@ -27,7 +27,9 @@ class Condition:
         damaged: path -> why. missing: files that a cache, run or results name.
         unchecked: files that carry no checksum and that nothing tells one of (logs of a run that is not finished,
             pictures of a landscape, strangers).
-        unfinished: run folders whose training has not come to its end. roots: cache folder -> its root checksum.
+        unfinished: run folders whose training has not come to its end. unprepared: cache folders without an index, which
+            `prepare` writes last; it is missing, too, since nothing tells a deleted one from none yet.
+        roots: cache folder -> its root checksum.
     """
 
     whole: list[Path] = field(default_factory=list)
@@ -36,6 +38,7 @@ class Condition:
     missing: list[Path] = field(default_factory=list)
     unchecked: list[Path] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
+    unprepared: list[Path] = field(default_factory=list)
     roots: dict[Path, str] = field(default_factory=dict)
 
     @property
@@ -86,6 +89,7 @@ def examine(path: Path, *, seen: Callable[[int], None] = lambda count: None) -> 
         for name in ("index.h5", checksums.PREPARED_WITH)
     ]
     condition.missing += [file for file in whole_caches if file not in there and not path.is_file()]
+    condition.unprepared = [file.parent for file in condition.missing if file.name == "index.h5"]
     runs = [file.parent for file in files if file.name == "last.pt" and file.parent.name == "checkpoints"]
     condition.unfinished = sorted(folder.parent for folder in runs if not (folder.parent / "done").exists())
     return condition

@@ -18,7 +18,7 @@ import torch
 from commands import run, settings_for
 
 from mbcd_cli import checksums
-from mbcd_cli.data.cache import shard_path
+from mbcd_cli.data.cache import CacheWriter, shard_path
 from mbcd_cli.data.dataset import open_dataset
 from mbcd_cli.errors import CacheError, MbcdError
 from mbcd_cli.files import read_json, write_json, written, written_hdf5
@@ -101,6 +101,28 @@ def test_commands_at_work_are_no_damage(tmp_path):
     write_json(tmp_path / ".evaluation.partial" / "results.json", {"files": {"report.html": "0" * 32}})
     found = examine(tmp_path, seen=lambda size: later.unlink())
     assert (found.whole, found.faults) == ([first], [])
+
+
+def test_a_preparation_that_was_killed_is_not_finished_and_no_damage(home, tmp_path, monkeypatch):
+    """Between the settings and the index, which come last."""
+    settings = settings_for(home / "tiny", tmp_path / "cache")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(CacheWriter, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(settings)
+    (cache,) = (tmp_path / "cache" / "tiny").iterdir()
+    assert (cache / "prepare.toml").is_file()
+    said = run("verify", tmp_path / "cache", code=1)
+    told = " ".join((said.stdout + said.stderr).split())
+    assert f"not finished: {cache}" in told
+    assert "error: A cache without index.h5 is not prepared to its end: run the same `mbcd prepare` again" in told
+    assert "missing:" not in told
+    assert "not everything is whole" not in told
+    assert run("verify", tmp_path, "--json", code=1).data["paths"][str(tmp_path)]["unprepared"] == [str(cache)]
+    (cache / "shard-00000.h5").write_bytes(b"torn")
+    both = run("verify", tmp_path / "cache", code=1)
+    assert "error: not everything is whole" in both.stdout + both.stderr
+    prepare(settings)
+    run("verify", tmp_path / "cache")
 
 
 def test_the_root_is_of_the_bytes_not_of_the_time(home, tmp_path):

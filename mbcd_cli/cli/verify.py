@@ -29,19 +29,24 @@ class FolderVerified:
     missing: list[str]
     unchecked: list[str]
     unfinished: list[str]
+    unprepared: list[str]
     roots: dict[str, str]
+
+    @property
+    def faults(self) -> list[str]:
+        """What is damaged or missing, a line each; nothing of what is only not prepared to its end."""
+        lines = [f"damaged: {file}: {why}" for file, why in self.damaged.items()]
+        return lines + [f"missing: {file}" for file in self.missing if str(Path(file).parent) not in self.unprepared]
 
     @property
     def lines(self) -> list[str]:
         """What is wrong, a line each."""
-        lines = [f"damaged: {file}: {why}" for file, why in self.damaged.items()]
-        lines += [f"missing: {file}" for file in self.missing]
-        return lines + [f"not finished: {folder}" for folder in self.unfinished]
+        return [*self.faults, *(f"not finished: {folder}" for folder in (*self.unprepared, *self.unfinished))]
 
 
 @dataclass(slots=True)
 class Verified:
-    """Folder -> what was found; 1 where something is damaged or missing."""
+    """Folder -> what was found; 1 where something is damaged, missing or not prepared to its end."""
 
     paths: dict[str, FolderVerified] = field(default_factory=dict)
     exit_code: int = 0
@@ -51,7 +56,7 @@ class Verified:
 def verify(asked: Asked, paths: _Folders) -> Reply:
     """Compare every byte of caches, runs, sweeps and landscapes with its checksum.
 
-    Exit code 1 where something is damaged or missing.
+    Exit code 1 where something is damaged or missing, or a cache is not prepared to its end.
     """
     from mbcd_cli.integrity import examine
 
@@ -76,6 +81,7 @@ def verify(asked: Asked, paths: _Folders) -> Reply:
             missing=[str(file) for file in state.missing],
             unchecked=[str(file) for file in state.unchecked],
             unfinished=[str(folder) for folder in state.unfinished],
+            unprepared=[str(folder) for folder in state.unprepared],
             roots={str(folder): root for folder, root in sorted(state.roots.items())},
         )
         result.exit_code |= int(bool(state.faults))
@@ -107,9 +113,17 @@ def show_verified(result: Verified) -> None:
             console.say(line)
         if len(folder.lines) > _LINES:
             console.say(f"... and {len(folder.lines) - _LINES} more (--json lists all of them)")
-    if result.exit_code:
-        console.say(
-            "error: not everything is whole. `mbcd repair` computes the damaged parts of a cache anew; a run goes on "
+    told = []
+    if any(folder.faults for folder in result.paths.values()):
+        told.append(
+            "not everything is whole. `mbcd repair` computes the damaged parts of a cache anew; a run goes on "
             "from its last whole checkpoint with --resume, its results come from `mbcd evaluate`, a landscape's from "
             "`mbcd landscape`, once the damaged file is removed."
         )
+    if any(folder.unprepared for folder in result.paths.values()):
+        told.append(
+            "A cache without index.h5 is not prepared to its end: run the same `mbcd prepare` again, it uses what is "
+            "there."
+        )
+    if told:
+        console.say(f"error: {' '.join(told)}")

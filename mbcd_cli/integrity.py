@@ -27,8 +27,9 @@ class Condition:
         damaged: path -> why. missing: files that a cache, run or results name.
         unchecked: files that carry no checksum and that nothing tells one of (logs of a run that is not finished,
             pictures of a landscape, strangers).
-        unfinished: run folders whose training has not come to its end. unprepared: cache folders without an index, which
-            `prepare` writes last; it is missing, too, since nothing tells a deleted one from none yet.
+        unfinished: run folders whose training has not come to its end.
+        unprepared: cache folders without an index, which `prepare` writes last; it is missing, too, since nothing tells
+            a deleted one from none yet.
         roots: cache folder -> its root checksum.
     """
 

@@ -106,9 +106,10 @@ def test_commands_at_work_are_no_damage(tmp_path):
 def test_a_preparation_that_was_killed_is_not_finished_and_no_damage(home, tmp_path, monkeypatch):
     """Between the settings and the index, which come last."""
     settings = settings_for(home / "tiny", tmp_path / "cache")
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(CacheWriter, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        prepare(settings)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(settings)
     (cache,) = (tmp_path / "cache" / "tiny").iterdir()
     assert (cache / "prepare.toml").is_file()
     said = run("verify", tmp_path / "cache", code=1)

@@ -120,13 +120,19 @@ def revealed(run: Path) -> dict[str, Any] | None:
 
 
 def write_look(folder: Path, what: str, runs: Sequence[LookedAt], *, trained: int) -> LedgerEntry:
-    """Append a look at `runs` of `folder`, and bring it to the disk.
+    """Append a look at `runs` of `folder`, which nobody has looked at, and bring it to the disk.
 
     Raises:
-        FileError: the ledger was changed, or cannot be written. BusyError: another process writes it.
+        FileError: the ledger was changed, or cannot be written.
+        BusyError: another process writes it, or has revealed one of the runs.
     """
     path = folder / LEDGER
     before = looks(folder)
+    if again := {at.run for look in before for at in look.runs} & {at.run for at in runs}:
+        raise BusyError(
+            f"Another process has revealed {len(again)} of these {len(runs)} runs meanwhile: {path} has the look.",
+            "Wait for it; then `mbcd evaluate --run RUN` tells of each.",
+        )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     look = LedgerEntry(len(before) + 1, now, what, trained, list(runs), before[-1].digest if before else _BEGINNING, "")
     look = replace(look, digest=_digest(look))

@@ -153,6 +153,21 @@ def test_an_interrupted_reveal_is_gone_on_with_and_is_one_look(packed, tmp_path,
     assert "All 4 that were are open" in run("reveal", folder, code=1).stderr
 
 
+def test_of_two_reveals_at_once_one_is_a_look(packed, monkeypatch):
+    """The other one has read the ledger when the first has not yet written there."""
+    folder, looked_at = packed[0].folder.parent, revealing._looked_at
+
+    def late(*what):
+        monkeypatch.setattr(revealing, "_looked_at", looked_at)
+        run("reveal", folder)
+        return looked_at(*what)
+
+    monkeypatch.setattr(revealing, "_looked_at", late)
+    refused = run("reveal", folder, code=1).stderr
+    assert "Another process has revealed 4 of these 4 runs meanwhile" in refused
+    assert len(looks(folder)) == 1
+
+
 def test_what_a_sealed_run_refuses(cache, packed, tmp_path):
     sealed = packed[0].folder
     refused = run("evaluate", "--run", sealed, "--set", "dataset.seal_target=false", code=1)

@@ -44,9 +44,13 @@ class Progress:
     warnings: dict[str, str] = field(default_factory=dict)
 
 
-def training_state(progress: Progress, step: TrainStep, randomness: Randomness, run: RunFolder) -> dict[str, Any]:
-    """What a checkpoint holds beside the models: own modules, average, optimizer, random states, figures, logs."""
+def training_state(
+    progress: Progress, step: TrainStep, randomness: Randomness, run: RunFolder, *, code: str
+) -> dict[str, Any]:
+    """What a checkpoint holds beside the models: own modules, average, optimizer, random states, figures, logs; `code`,
+    the digest of a method's own file."""
     return {
+        "code": code,
         "optimizer": optimizer_state(step.optimizer),
         "method": {name: by_itself(value) for name, value in step.method.state_dict().items()},
         "average": {} if step.average is None else step.average.state(),
@@ -69,12 +73,13 @@ def resume(
     run: RunFolder,
     fingerprints: Mapping[str, str],
     *,
+    code: str,
     steps_per_epoch: int,
 ) -> bool:
     """Bring everything to where `last.pt` left it; False when the run was killed before its first checkpoint.
 
     Raises:
-        CheckpointError: it holds weights only, belongs to another cache, or does not fit the model.
+        CheckpointError: it holds weights only, belongs to another cache or other code, or does not fit the model.
     """
     if not run.last.exists():
         run.cut({})
@@ -89,6 +94,12 @@ def resume(
             "Prepare with the settings of the run again, or start another run.",
         )
     state = saved.training
+    if state.get("code", "") != code:
+        raise CheckpointError(
+            f"{saved.settings.method.name.rpartition(':')[0]} was edited since this run began: {run.last} is of other "
+            "code.",
+            "Set the file back, or train anew with another --run.",
+        )
     if step.snapshots is not None and not state.get("snapshots"):
         raise CheckpointError(
             f"{run.last} was trained without average.snapshots, which begin with the first step.",

@@ -19,6 +19,7 @@ from mbcd_cli.data.protocol import Dataset
 from mbcd_cli.data.records import Batch
 from mbcd_cli.errors import RunError, SettingsError, StoppedError
 from mbcd_cli.json_values import json_values
+from mbcd_cli.methods import code_digest
 from mbcd_cli.model import MultiModalModel
 from mbcd_cli.processes import ALONE, Group
 from mbcd_cli.randomness import Randomness
@@ -122,9 +123,10 @@ class Trainer:
         self.total_steps = min(planned, training.max_steps or planned)
         self.epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self._fingerprints = {name: dataset.fingerprints[name] for name in settings.modalities}
+        self._code = code_digest(settings.method.name)  # now: the file may be edited meanwhile
         self.progress = Progress()
         place = self.progress, step, randomness, run, self._fingerprints
-        if run.resumed and resume(*place, steps_per_epoch=self.steps_per_epoch):
+        if run.resumed and resume(*place, code=self._code, steps_per_epoch=self.steps_per_epoch):
             self._say(f"resumed {run.path} at step {self.progress.step} of {self.total_steps}")
         step.context.step.fill_(self.progress.step)
         self._events = Events(run.path / "events", purge_after=self.progress.step) if group.main else None
@@ -417,7 +419,8 @@ class Trainer:
 
     def _checkpoint(self, *, whole: bool) -> Checkpoint:
         progress, average, best = self.progress, self.step.average, self.progress.best
-        training = training_state(progress, self.step, self.randomness, self.run) if whole else None
+        state = progress, self.step, self.randomness, self.run
+        training = training_state(*state, code=self._code) if whole else None
         return Checkpoint(
             settings=self.settings,
             modalities=dict(self.settings.modalities),

@@ -271,3 +271,17 @@ def test_resume_refuses_another_cache(tmp_path):
     dataset.fingerprints["left"] = "changed"
     with pytest.raises(CheckpointError, match="left changed"):
         run_training(run, resume=True, dataset=dataset)
+
+
+def test_resume_refuses_an_edited_method(tmp_path):
+    run, file = tmp_path / "run", tmp_path / "mine.py"
+    code = "from mbcd_cli.methods.base import Method\nclass Mine(Method):\n    pass\n"
+    file.write_text(code)
+    settings = memory_settings(**KEEPING, method={"name": f"{file}:Mine"})
+    with pytest.raises(StoppedError):
+        run_training(run, settings=settings, dataset=Signalling(3, training=False))
+    file.write_text(f"{code}    views = 2\n")
+    with pytest.raises(CheckpointError, match=rf"{file} was edited since .*\n.*Set the file back, or train anew"):
+        run_training(run, settings=settings, resume=True)
+    file.write_text(f"# A comment is no other code.\n{code}")
+    assert run_training(run, settings=settings, resume=True).epochs == 2

@@ -60,27 +60,28 @@ class Reliability(nn.Module):
         """Losses on the sources' test split, in eval mode: means over the clips of a source, then over sources."""
         if self._by == "arl":
             return
-        model, probed = self._context.model.eval(), self._by == "left_out" and len(self._context.sources) > 1
-        read, labels, domains = [], [], []
+        model, read, labels, domains = self._context.model.eval(), [], [], []
         with closing(clips.validation()) as batches:
             for batch in batches:
                 with self._context.autocast():
-                    rows = model.features(model.at_cut(batch.inputs))
-                    rows = rows if probed else model.unimodal(rows)
-                read.append([value.cpu().double() for value in rows.values()])
+                    features = model.features(model.at_cut(batch.inputs))
+                    heads = model.unimodal(features)
+                read.append([(features[n].cpu().double(), heads[n].cpu().double()) for n in features])
                 labels.append(batch.labels.cpu())
                 domains.append(batch.domains.cpu())
         if not read:
             return
         y, domain = torch.cat(labels), torch.cat(domains)
-        losses = []
-        for rows in (torch.cat(parts) for parts in zip(*read, strict=True)):
+        sources, losses = domain.unique(), []
+        for batches_of_one in zip(*read, strict=True):
+            rows, logits = (torch.cat(parts) for parts in zip(*batches_of_one, strict=True))
             of_source = []
-            for own in (domain == source for source in domain.unique()):
-                logits = rows[own]
-                if probed and not bool(own.all()):
-                    logits = logits_by_regression(rows[~own], y[~own], logits, classes=self._context.model.classes)
-                of_source.append(F.cross_entropy(logits, y[own]))
+            for own in (domain == source for source in sources):
+                told = logits[own]
+                if self._by == "left_out" and len(sources) > 1:
+                    classes = self._context.model.classes
+                    told = logits_by_regression(rows[~own], y[~own], rows[own], classes=classes)
+                of_source.append(F.cross_entropy(told, y[own]))
             losses.append(torch.stack(of_source).mean())
         self.nll.copy_(torch.stack(losses))
 

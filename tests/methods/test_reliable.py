@@ -139,6 +139,16 @@ def test_loss_of_a_left_out_source_is_that_of_probes_that_have_not_seen_it():
     assert of_exchanged > 3
 
 
+def test_where_one_source_alone_has_held_out_clips_it_is_the_heads_own_loss():
+    model, found = small_model(2, KINDS_ALL[:2]), []
+    for by in ("left_out", "validation"):
+        step = make_step(model, MBCD, {**OWN, "reliability": {"by": by}}, randomness=Recorder(), sources=[4, 2])
+        step.method.before_epoch(MemoryEpoch(held_out=[batch_of(2, 1, seed=70)]))
+        found.append(step.method.reliability.nll)
+    assert torch.equal(*found)
+    assert bool((found[0] != 1).all())
+
+
 def test_a_class_that_the_other_sources_lack_has_a_finite_loss():
     rows = torch.eye(4, dtype=torch.float64)[[0, 1, 0, 1]]
     logits = logits_by_regression(rows, torch.tensor([0, 1, 0, 1]), torch.eye(4, dtype=torch.float64), classes=5)

@@ -195,6 +195,25 @@ def test_the_digest_is_that_of_the_weights_that_are_read(folders, tmp_path):
     assert len(digests) == 2
 
 
+def test_weights_in_shards_are_those_of_one_file_and_all_of_the_digest(folders, tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(folders["clip"][0], folder)
+    state, places = load_file(folder / "model.safetensors"), {}
+    drop(folder, "model.safetensors")
+    for number in (1, 2):
+        name = f"model-0000{number}-of-00002.safetensors"
+        part = {key: state[key] for key in sorted(state)[number - 1 :: 2]}
+        save_file(part, folder / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    modality = described(folder, "video")
+    ours, whole = loaded(modality).state_dict(), loaded(described(folders["clip"][0], "video")).state_dict()
+    assert all(torch.equal(value, whole[key]) for key, value in ours.items())
+    before = weights_file(Settings(), modality).sha256
+    save_file({key: value + 1 for key, value in part.items()}, folder / name, metadata={"format": "pt"})
+    assert weights_file(Settings(), modality).sha256 != before
+
+
 @pytest.mark.parametrize("inner", [False, True])
 def test_a_kernel_that_a_folder_names_is_not_fetched(folders, tmp_path, inner):
     """transformers takes the name of an attention with a slash in it for a repository of compiled code."""

@@ -211,12 +211,28 @@ METHODS: dict[str, MethodEntry] = {
         published=_BENCHMARK
         | {"training.epochs": 15, "average.kind": "sma", "average.start": {"epic-kitchens": 400, "default": 100}},
     ),
+    "cmrf-benchmark": MethodEntry(
+        "cmrf:CMRF",
+        "CMRF as the public benchmark trains it",
+        "NeurIPS",
+        2024,
+        settings={"simmmdg": 1.0, "random_projections": ("video", "flow")},
+        published=_BENCHMARK | {"training.epochs": 20, "average.kind": "sma", "average.start": 400},
+    ),
     "gmp": MethodEntry(
         "gmp:GMP",
         "class and domain gradients projected",
         "AAAI",
         2026,
         published=_BENCHMARK | {"model.hidden": 256, "method.hidden": 256, "optimizer.weight_decay": 0.0},
+    ),
+    "gmp-benchmark": MethodEntry(
+        "gmp:GMP",
+        "GMP of uni-modal losses (public benchmark)",
+        "AAAI",
+        2026,
+        settings={"of": "unimodal", "unimodal": "joint", "unimodal_weight": 3.0},
+        published=_BENCHMARK | _LAST,
     ),
     "jat": MethodEntry("jat:JAT", "three adversaries, weights by confusion", "ACM MM", 2025, published=_MBCD),
     "jat-benchmark": MethodEntry(

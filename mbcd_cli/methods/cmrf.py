@@ -17,6 +17,7 @@ from torch import nn
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
 from mbcd_cli.methods.parts import projection, row_distance, supervised_contrast, unit_rows
+from mbcd_cli.methods.simmmdg import SimMMDG, SimMMDGSettings
 from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive, Range
 
 QUANTILES = 4096
@@ -39,9 +40,13 @@ class CMRFSettings(MethodSettings):
     beta: Positive = 0.1
     """Both parameters of the Beta distribution of the interpolation."""
     hidden: Count = 2048
-    """Width of the projections."""
+    """Width of the projections (and translators)."""
     temperature: Positive = 0.1
     """Temperature of the contrast."""
+    simmmdg: NonNegative = 0.0
+    """Weight of SimMMDG's three terms, with own modules, on top (1: the public benchmark's second version)."""
+    random_projections: tuple[str, ...] = ()
+    """Modalities whose P_k stays as it was drawn (the public benchmark's second version: all but audio)."""
 
     @property
     def needs_average(self) -> bool:
@@ -55,6 +60,7 @@ class CMRF(Method):
     dist_k = sum_{j != k} E ||hat(l bar z_k + (1 - l) bar z_j) - z_k||_2.
     z_k = hat(P_k(h_k)), bar z_k that of the teacher, the simple mean of the weights from step t0 on; the last term, a
     sum over ordered pairs and no mean, counts only after t0. l = max(b, 1 - b), b ~ Beta(0.1, 0.1), per clip and pair.
+    `simmmdg` adds the terms of that method.
     """
 
     Settings = CMRFSettings
@@ -62,17 +68,28 @@ class CMRF(Method):
     average = "sma"
     average_start = 100
     ticker = ("ce_fused", "contrast", "distillation")
-    neutral: ClassVar[Mapping[str, object]] = {"unimodal_weight": 1.0, "contrast": 0.0, "distillation": 0.0}
+    neutral: ClassVar[Mapping[str, object]] = {
+        "unimodal_weight": 1.0,
+        "contrast": 0.0,
+        "distillation": 0.0,
+        "simmmdg": 0.0,
+    }
 
     def __init__(self, settings: CMRFSettings, context: Context) -> None:
         super().__init__(settings, context)
         assert context.average is not None, "settings without an average are refused"
         dims = context.model.dims
         self.projections = nn.ModuleDict({n: projection(d, hidden=settings.hidden) for n, d in dims.items()})
+        for name in dims.keys() & set(settings.random_projections):
+            self.projections[name].requires_grad_(False)
         self.teacher_projections = context.average.follow(self.projections)
         weights = torch.tensor([settings.modality_weights.get(name, 1.0) for name in dims], dtype=torch.float64)
         self.register_buffer("modality_weights", weights, persistent=False)
         self.register_buffer("mixing", mixing_quantiles(settings.beta), persistent=False)
+        self.simmmdg = None
+        if settings.simmmdg:
+            own = SimMMDGSettings(name=settings.name, hidden=settings.hidden, temperature=settings.temperature)
+            self.simmmdg = SimMMDG(own, context)
 
     def gradients(self, batch: Batch) -> Figures:
         """The gradient of all terms; the teacher, with its own live trunks, reads the batch as the dataset gives it."""
@@ -95,10 +112,13 @@ class CMRF(Method):
         return self.figures(batch, out, loss, terms)
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
-        """ERM's terms, the uni-modal ones weighted."""
+        """ERM's terms, the uni-modal ones weighted, and SimMMDG's where they are asked for."""
         terms = super().losses(batch, out)
-        weighted = Term(terms["ce"].value, self.settings.unimodal_weight * self.modality_weights)
-        return terms | {"ce": weighted}
+        if self.simmmdg is not None:
+            theirs = self.simmmdg.losses(batch, out)
+            own = {name: theirs[name] for name in ("translation", "distance")} | {"contrast_halves": theirs["contrast"]}
+            terms |= {name: Term(term.value, self.settings.simmmdg * term.weight) for name, term in own.items()}
+        return terms | {"ce": Term(terms["ce"].value, self.settings.unimodal_weight * self.modality_weights)}
 
     @torch.no_grad()
     def teacher_rows(self, batch: Batch) -> dict[str, torch.Tensor]:

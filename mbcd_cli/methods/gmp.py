@@ -14,22 +14,24 @@ from mbcd_cli.data.records import Batch
 from mbcd_cli.methods import gradient_consistency as gcc
 from mbcd_cli.methods import modality_dropout as amd
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
-from mbcd_cli.methods.parts import DomainAdversary, cross_entropy, modulation
+from mbcd_cli.methods.parts import DomainAdversary, FusedDomainAdversary, cross_entropy, modulation
 from mbcd_cli.settings import Count, MethodSettings, NonNegative, Range
 
 FLOOR = 1e-6
 """Added to what probabilities are divided by."""
+_UNIMODAL = ("of", "unimodal")
 
 
 class GMPSettings(MethodSettings):
     """GMP."""
 
-    unimodal: Literal["joint", "probe"] = "joint"
-    """Uni-modal heads train with their encoders, or only probe detached features, to be reported."""
-    unimodal_weight: Annotated[NonNegative, Range(0, 5, benchmark=1)] = 3.0
+    of: Literal["fused", "unimodal"] = "fused"
+    """Losses whose gradients are modulated: the fused ones (the paper), or uni-modal ones (the public benchmark), which
+    the encoders take on top of the fused gradient."""
+    unimodal_weight: Annotated[NonNegative, Range(0, 5, benchmark=1, only=_UNIMODAL)] = 1.0
     """Weight of the uni-modal cross-entropies."""
     domain_weight: NonNegative = 0.5
-    """Weight of the domain losses in the encoders' gradients."""
+    """Weight of the domain loss in the encoders' gradients (the paper's lambda, times `reversal`)."""
     reversal: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.3
     """b, what the domain gradient is multiplied with (and reversed) on its way into the encoders."""
     alpha_class: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.5
@@ -45,13 +47,16 @@ class GMPSettings(MethodSettings):
 
 
 class GMP(Method):
-    """grad CE(fused), and per modality g_c + g_d: each modulated, the one that dominates less projected at a conflict.
+    """g_c + g_d per modality: each modulated, the one that dominates less projected off the other at a conflict.
 
-    g_c is the gradient of the uni-modal cross-entropy, g_d that of the reversed domain loss. q_k and c_k are the mean
-    probabilities of the true class and domain, rho_k = q_k / mean_{j != k} q_j, sigma_k = mean_{j != k} c_j / c_k; g_c
-    is multiplied with 1 - tanh(alpha rho_k) where rho_k > 1, g_d likewise (Eq. 8-10). Where g_c . g_d < 0, g_c loses
-    its part along g_d if rho_k >= sigma_k, else g_d its part along g_c (Eq. 12-15). The adversary trains on the mean of
-    its domain losses. S = 1: there is no adversary; M = 1: both ratios are 1.
+    g_c is the gradient of CE(fused), g_d that of the reversed loss of a discriminator of source domains on the fused
+    features. q_k and c_k are the mean probabilities of the true class and domain that modality k's own features tell
+    (the uni-modal heads, which probe, and a discriminator that probes); rho_k = q_k / mean_{j != k} q_j, sigma_k =
+    mean_{j != k} c_j / c_k; g_c is multiplied with 1 - tanh(alpha rho_k) where rho_k > 1, g_d likewise (Eq. 8-10).
+    Where g_c . g_d < 0, g_c loses its part along g_d if rho_k >= sigma_k, else g_d its part along g_c (Eq. 12-15).
+
+    of = "unimodal": g_c is the gradient of weight * CE_k, g_d that of the reversed domain loss of modality k alone, and
+    the encoder takes grad CE(fused) + g_c + g_d. S = 1: there is no adversary; M = 1: both ratios are 1.
     """
 
     Settings = GMPSettings
@@ -66,42 +71,38 @@ class GMP(Method):
 
     def __init__(self, settings: GMPSettings, context: Context) -> None:
         super().__init__(settings, context)
-        model, domains = context.model, len(context.sources)
-        self.adversary = None
-        if domains > 1:
-            self.adversary = DomainAdversary(
-                model.dims, domains=domains, hidden=settings.hidden, strength=settings.reversal
-            ).requires_grad_(settings.adversary == "trained")
+        dims, domains = context.model.dims, len(context.sources)
+        same = {"domains": domains, "hidden": settings.hidden, "strength": settings.reversal}
+        self.adversary = DomainAdversary(dims, **same) if domains > 1 else None
+        self.fused_adversary = FusedDomainAdversary(dims, **same) if domains > 1 and settings.of == "fused" else None
+        self.requires_grad_(settings.adversary == "trained")
 
     def gradients(self, batch: Batch) -> Figures:
-        """Three backward passes: the classification and the domain losses of all modalities, and the fused loss."""
+        """Backward passes for the domain losses, for the uni-modal ones that are modulated, and for all the others."""
         settings, context, model = self.settings, self.context, self.context.model
         batch = self.at_cut(batch)
         out = self(batch)
         terms = self.losses(batch, out)
-        weights, heads = model.theta(), {name: list(model.heads[name].parameters()) for name in model.modalities}
-        theta, classifiers = gcc.in_order(weights), [p for of_head in heads.values() for p in of_head]
-        alone = settings.unimodal_weight * terms["ce"].value.sum()
-        g_c = context.gradients(alone, [*theta, *classifiers], retain_graph=True)
+        weights, theta = model.theta(), gcc.in_order(model.theta())
+        heads = {name: list(model.heads[name].parameters()) for name in model.modalities}
         rho = dominance(self.true_probabilities(list(out.unimodal.values()), batch.labels))
-        g_d, sigma = [torch.zeros_like(p) for p in theta], torch.ones_like(rho)
-        own = list(self.parameters()) if settings.adversary == "trained" else []
-        g_own: list[torch.Tensor] = []
+        g_d, sigma = [torch.zeros_like(parameter) for parameter in theta], torch.ones_like(rho)
         if self.adversary is not None:
-            domains = self.context.source_domains(batch)
-            with self.context.autocast():
-                judged = self.adversary(out.features)
-            loss = torch.stack([cross_entropy(logits, domains) for logits in judged])
-            terms["domain"] = Term(loss, settings.domain_weight)
-            gradients = context.gradients(loss.sum(), [*theta, *own], retain_graph=True)
-            g_d, g_own = [settings.domain_weight * g for g in gradients[: len(theta)]], gradients[len(theta) :]
-            sigma = confusion(self.true_probabilities(judged, domains))
-        context.backward(terms["ce_fused"].value)
+            g_d, sigma = self.domain_gradients(batch, out, terms, theta)
+        if settings.of == "fused":
+            heads = {name: [] for name in heads}
+            context.backward(terms["ce_fused"].value + settings.unimodal_weight * terms["ce"].value.sum())
+            g_c = [context.gradient(parameter) for parameter in theta]
+            fused = [torch.zeros_like(gradient) for gradient in g_c]
+        else:
+            alone = settings.unimodal_weight * terms["ce"].value.sum()
+            g_c = context.gradients(alone, [*theta, *(p for each in heads.values() for p in each)], retain_graph=True)
+            context.backward(terms["ce_fused"].value)
+            fused = [context.gradient(parameter) for parameter in theta]
         context.group.average_([*g_c, *g_d])
         kappa, p = modulation(rho, settings.alpha_class), modulation(sigma, settings.alpha_domain)
-        for parameter, gradient in zip(own, g_own, strict=True):
-            context.set_gradient(parameter, gradient / len(rho))
         class_tail, class_head, domain = iter(g_c[: len(theta)]), iter(g_c[len(theta) :]), iter(g_d)
+        rest = iter(fused)
         for k, name in enumerate(model.modalities):
             tail = list(weights[name].values())
             c = [kappa[k] * next(class_tail) for _ in tail]
@@ -109,10 +110,33 @@ class GMP(Method):
             d = [p[k] * next(domain) for _ in tail]
             more = head if settings.norm_with_head else []
             for parameter, change in zip(tail, combined(c, d, more, rho[k] >= sigma[k]), strict=True):
-                context.set_gradient(parameter, context.gradient(parameter) + change)
+                context.set_gradient(parameter, next(rest) + change)
             for parameter, gradient in zip(heads[name], head, strict=True):
                 context.set_gradient(parameter, gradient)
         return self.figures(batch, out, total(terms), terms, rho=rho, sigma=sigma, kappa=kappa, p=p)
+
+    def domain_gradients(
+        self, batch: Batch, out: Outputs, terms: dict[str, Term], theta: Sequence[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """g_d of the encoders' parameters, and sigma [M]; adds to `terms`, and leaves the adversary its gradient."""
+        settings, context = self.settings, self.context
+        domains, fused = context.source_domains(batch), None
+        own = list(self.parameters()) if settings.adversary == "trained" else []
+        with context.autocast():
+            if self.fused_adversary is not None:
+                fused = cross_entropy(self.fused_adversary(out.features), domains)
+            seen = out.features if fused is None else {name: h.detach() for name, h in out.features.items()}
+            judged = self.adversary(seen)
+        each = torch.stack([cross_entropy(logits, domains) for logits in judged])
+        if fused is not None:
+            terms["domain_fused"] = Term(fused, settings.domain_weight)
+        terms["domain"] = Term(each, settings.domain_weight if fused is None else 1.0)
+        loss = each.sum() if fused is None else fused + each.sum()
+        gradients = context.gradients(loss, [*theta, *own], retain_graph=True)
+        for parameter, gradient in zip(own, gradients[len(theta) :], strict=True):
+            context.set_gradient(parameter, gradient / (len(each) if fused is None else 1))
+        g_d = [settings.domain_weight * gradient for gradient in gradients[: len(theta)]]
+        return g_d, confusion(self.true_probabilities(judged, domains))
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
         """ERM's terms, the uni-modal ones weighted."""

@@ -105,9 +105,10 @@ def test_a_generated_dataset_has_its_name_once_every_file_is_on_the_disk(tmp_pat
     root, synced, bad = tmp_path / "media", [], []
 
     def fsync(handle):
-        synced.append(Path(f"/proc/self/fd/{handle}").readlink().name)
-        assert not root.exists() or synced[-1] == tmp_path.name
-        if synced[-1] in bad:
+        name = Path(f"/proc/self/fd/{handle}").readlink().name
+        synced.append(name)  # several threads do
+        assert not root.exists() or name == tmp_path.name
+        if name in bad:
             raise OSError(errno.EIO, "Input/output error")
 
     def fill(folder):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from copy import copy
+from types import SimpleNamespace
+
 import torch
 from plain import Plain
-from reference_simmmdg import supcon, unit
+from reference_simmmdg import SimMMDGReference, supcon, unit
 from scipy.stats import beta as beta_distribution
 
 
@@ -19,14 +22,22 @@ class CMRFReference(Plain):
         for held in (self.buffers, self.teacher_buffers):
             for name in [n for n in held if "teacher_projections" in n or n.endswith(("modality_weights", "mixing"))]:
                 del held[name]
+        own = training.step.method.named_parameters()
+        self.frozen = {f"method.{n}": v.detach().clone() for n, v in own if not v.requires_grad}
+        if settings.method.simmmdg:
+            self.halves = copy(self)
+            self.halves.__class__, self.halves.own = SimMMDGReference, "method.simmmdg"
+            weights = {"translation": 0.1, "contrast": 3.0, "distance": 0.7}
+            weights = {name: settings.method.simmmdg * weight for name, weight in weights.items()}
+            self.halves.settings = SimpleNamespace(**weights, temperature=settings.method.temperature)
 
     def project(self, x, name, values=None, buffers=None):
-        prefix = f"method.projections.{name}"
+        prefix, training = f"method.projections.{name}", values is None
+        held = {**self.frozen, **(values or self.values)}
         for first in (0, 3):
-            x = self.affine(x, f"{prefix}.{first}", values)
-            training = values is None
-            x = torch.relu(self.batch_norm(x, f"{prefix}.{first + 1}", training, values, buffers))
-        return unit(self.affine(x, f"{prefix}.6", values))
+            x = self.affine(x, f"{prefix}.{first}", held)
+            x = torch.relu(self.batch_norm(x, f"{prefix}.{first + 1}", training, held, buffers))
+        return unit(self.affine(x, f"{prefix}.6", held))
 
     def loss(self, s):
         o, names = self.settings, self.names
@@ -49,7 +60,10 @@ class CMRFReference(Plain):
         terms = self.erm(s)
         weights = torch.tensor(importance, dtype=torch.float64)
         gate = 1.0 if self.time > self.average.start else 0.0
-        return {
+        halves = self.halves.loss(s) if o.simmmdg else {}
+        if halves:
+            halves = {n: halves[n] for n in ("translation", "distance")} | {"contrast_halves": halves["contrast"]}
+        return halves | {
             "ce_fused": terms["ce_fused"],
             "ce": (terms["ce"][0], o.unimodal_weight * weights),
             "contrast": (supcon(z, s.labels, o.temperature), o.contrast),

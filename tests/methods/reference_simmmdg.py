@@ -32,15 +32,17 @@ def dist(features):
 
 
 class SimMMDGReference(Plain):
+    own = "method"
+
     def project(self, x, name):
-        prefix = f"method.projections.{name}"
+        prefix = f"{self.own}.projections.{name}"
         for first in (0, 3):
             x = self.affine(x, f"{prefix}.{first}")
             x = torch.relu(self.batch_norm(x, f"{prefix}.{first + 1}"))
         return unit(self.affine(x, f"{prefix}.6"))
 
     def translate(self, x, j, k):
-        prefix = f"method.translators.layers.{self.names[j]}:{self.names[k]}"
+        prefix = f"{self.own}.translators.layers.{self.names[j]}:{self.names[k]}"
         x = torch.relu(self.affine(torch.relu(self.affine(x, f"{prefix}.0")), f"{prefix}.2"))
         return self.affine(F.dropout(x, 0.5), f"{prefix}.5")
 

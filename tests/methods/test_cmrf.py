@@ -31,6 +31,16 @@ def test_step(modalities, sources):
         torch.testing.assert_close(value, expected[f"method.projections.{name}"], **CLOSE, msg=f"average of {name}")
 
 
+@pytest.mark.parametrize("modalities", [1, 2, 3])
+def test_the_public_benchmark_s_sum_with_projections_that_no_optimizer_holds(modalities):
+    told = {"hidden": 7, "simmmdg": 0.5}
+    step, plain = compare(CMRFReference, "cmrf-benchmark", told, modalities=modalities, average={"start": 2})
+    drawn = {name: v for name, v in step.method.projections.named_parameters() if not v.requires_grad}
+    assert {name.split(".")[0] for name in drawn} == {"video", "flow"} & set(step.model.modalities)
+    for name, value in drawn.items():
+        assert torch.equal(value, plain.frozen[f"method.projections.{name}"])
+
+
 def test_an_exponential_teacher_from_the_first_step_on():
     told = {"hidden": 7, "unimodal": "probe", "beta": 1.0, "distillation": 0.5}
     compare(CMRFReference, "cmrf", told, average={"kind": "ema", "beta": 0.8, "start": 0}, norm="none")

@@ -12,25 +12,35 @@ from mbcd_cli.methods.modality_dropout import scores
 from mbcd_cli.methods.parts import modulation
 
 
+@pytest.mark.parametrize("method", ["gmp", "gmp-benchmark"])
 @pytest.mark.parametrize("modalities", [1, 2, 3, 4])
 @pytest.mark.parametrize("sources", [1, 2])
-def test_step(modalities, sources):
+def test_step(method, modalities, sources):
     _, plain = compare(
-        GMPReference, "gmp", {"hidden": 6}, modalities=modalities, sources=sources, average={"kind": "sma"}
+        GMPReference, method, {"hidden": 6}, modalities=modalities, sources=sources, average={"kind": "sma"}
     )
     assert sources == 1 or plain.conflicts
 
 
+def test_heads_that_train_on_the_fused_losses_and_a_strong_adversary():
+    told = {"hidden": 6, "unimodal": "joint", "unimodal_weight": 2.0, "domain_weight": 4.0, "alpha_domain": 0.1}
+    _, plain = compare(GMPReference, "gmp", told, modalities=3, unimodal_head="linear", fused_head="linear")
+    assert plain.conflicts
+
+
 def test_the_public_norm_and_another_chassis():
     told = {"hidden": 6, "norm_with_head": True, "domain_weight": 4.0, "reversal": 0.9, "alpha_domain": 0.1}
-    _, plain = compare(GMPReference, "gmp", told, modalities=3, norm="none", unimodal_head="linear")
+    _, plain = compare(GMPReference, "gmp-benchmark", told, modalities=3, norm="none", unimodal_head="linear")
     assert plain.conflicts
 
 
-def test_an_adversary_that_never_trains():
-    step, plain = compare(GMPReference, "gmp", {"hidden": 6, "adversary": "frozen", "domain_weight": 4.0}, modalities=3)
+@pytest.mark.parametrize(("method", "frozen"), [("gmp", 3 * 2 + 6 + 4), ("gmp-benchmark", 3 * 2 + 6)])
+def test_an_adversary_that_never_trains(method, frozen):
+    step, plain = compare(
+        GMPReference, method, {"hidden": 6, "adversary": "frozen", "domain_weight": 4.0}, modalities=3
+    )
     assert plain.conflicts
-    assert len(plain.frozen) == 3 * 2 + 6
+    assert len(plain.frozen) == frozen
     for name, value in step.method.named_parameters():
         assert torch.equal(value, plain.frozen[f"method.{name}"])
 

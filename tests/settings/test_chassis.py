@@ -51,8 +51,12 @@ OGM = BALANCE | {"training.epochs": 100, "optimizer.schedule": "step", "optimize
 RECIPES = {
     **dict.fromkeys(("erm", "rna-net", "simmmdg", "moosa"), BENCHMARK),
     "cmrf": BENCHMARK | {"training.epochs": 15, "average.kind": "sma", "average.start": 400},
+    "cmrf-benchmark": BENCHMARK | {"training.epochs": 20, "average.kind": "sma", "average.start": 400},
     "nel": BENCHMARK | {"training.epochs": 15, "optimizer.schedule": "cosine", "optimizer.least_lr": 1e-6},
     "gmp": BENCHMARK | {"optimizer.weight_decay": 0.0, "model.hidden": 256, "method.hidden": 256},
+    "gmp-benchmark": BENCHMARK
+    | {"training.epochs": 15, "optimizer.weight_decay": 0.0, "evaluation.checkpoints": ("last",)}
+    | {"method.of": "unimodal", "method.unimodal_weight": 3.0},
     "jat-benchmark": BENCHMARK
     | {"training.epochs": 15, "optimizer.weight_decay": 0.0, "evaluation.checkpoints": ("last",)}
     | {"average.kind": "none", "method.unimodal_weight": 3.0, "method.fused_hidden": 512, "method.dropout": 0.0},

@@ -217,7 +217,7 @@ def test_failed_and_unfinished_trials(tmp_path):
 
 
 def test_the_benchmarks_spaces_are_the_published_ones():
-    asked = {"methods": "erm,rna-net,simmmdg,moosa,cmrf,nel,jat-benchmark,gmp,mbcd", "search": 10}
+    asked = {"methods": "erm,rna-net,simmmdg,moosa,cmrf,nel,jat-benchmark,gmp-benchmark,mbcd", "search": 10}
     search = search_for(search_protocol="mmdg-bench", **asked)
     spaces = {}
     for row in search.settings():
@@ -242,7 +242,7 @@ def test_the_benchmarks_spaces_are_the_published_ones():
             "modality_reversal": (0, 1),
             "domain_reversal": (0, 1),
         },
-        "gmp": {"unimodal_weight": (0, 5), "reversal": (0, 1), "alpha_class": (0, 1), "alpha_domain": (0, 1)},
+        "gmp-benchmark": {"unimodal_weight": (0, 5), "reversal": (0, 1), "alpha_class": (0, 1), "alpha_domain": (0, 1)},
         "mbcd": {"weight": (0, 2), "beta": (0.9, 0.9999)},
     }
     trials = search.trials()

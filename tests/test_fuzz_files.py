@@ -178,7 +178,7 @@ def without_surprise(read: Callable[[], object], what: object) -> MbcdError | No
     return told
 
 
-FEW = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=max(DRAWS // len(CASES), 10), deadline=None, suppress_health_check=list(HealthCheck))
 stress = [pytest.mark.stress, pytest.mark.timeout(0)]
 

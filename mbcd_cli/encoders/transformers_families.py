@@ -424,6 +424,9 @@ def _sides(processor: Mapping[str, Any], folder: Path) -> tuple[int, int]:
         sides = {*value.values()} - {None} if isinstance(value, dict) else {value}
         return sides.pop() if len(sides) == 1 and all(isinstance(side, int) for side in sides) else None
 
+    if processor.get("do_resize") is False:
+        text = "its processor resizes no frames (do_resize is false), so that nothing says how large they are to be"
+        raise CheckpointError(f"{folder}: {text}.", "Write true there, or export the model.")
     short = square(size := processor.get("size"))
     side = square(processor.get("crop_size")) if processor.get("do_center_crop", "crop_size" in processor) else short
     if side is None or (short is None and size is not None):

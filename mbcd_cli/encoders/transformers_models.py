@@ -39,6 +39,7 @@ class _Processor(BaseModel, strict=True):
 
     size: dict[str, int | None] | int | None = None
     crop_size: dict[str, int | None] | int | None = None
+    do_resize: bool | None = None
     do_center_crop: bool | None = None
     do_normalize: bool | None = None
     do_rescale: bool | None = None

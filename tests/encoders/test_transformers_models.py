@@ -130,6 +130,10 @@ SPOILT = {
         lambda f: rewrite(f / "preprocessor_config.json", size={"height": 40, "width": 60}),
         "no square size of frames",
     ),
+    "frames as they are": (
+        lambda f: rewrite(f / "preprocessor_config.json", do_resize=False),
+        "resizes no frames",
+    ),
     "no mean": (lambda f: rewrite(f / "preprocessor_config.json", image_mean=None), "has no image_mean"),
     "no weights": (lambda f: drop(f, "model.safetensors"), "has no model.safetensors"),
     "cut short": (

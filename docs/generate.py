@@ -40,7 +40,9 @@ def _rows(model: type[BaseModel], prefix: str) -> list[str]:
     for one in described(model, prefix):
         default = DEFAULT if one.path == "method.name" else one.default
         shown = f"`{default}`" if default else ""
-        rows.append(f"| `{one.path}` | {one.type.replace('|', chr(92) + '|')} | {shown} | {one.meaning} |")
+        rows.append(
+            f"| `{one.path}` | {one.type.replace('|', chr(92) + '|')} | {shown} | {' '.join(one.meaning.split())} |"
+        )
     return rows
 
 

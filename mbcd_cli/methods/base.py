@@ -437,6 +437,24 @@ class Method(nn.Module):
         return {name: value.detach() for name, value in features.items()}
 
     @torch.no_grad()
+    def told_alone(
+        self, features: Mapping[str, torch.Tensor], unimodal: Mapping[str, torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Logits of what each modality's features tell by themselves, M times [B, C], without a graph.
+
+        Of a linear fused head its own part, W_k h_k + b / M; an MLP has none, and the uni-modal heads stand for it.
+        """
+        head = self.context.model.fused_head
+        if not isinstance(head, nn.Linear):
+            return list(unimodal.values())
+        parts = head.weight.split([h.shape[1] for h in features.values()], dim=1)
+        with self.context.autocast():
+            return [
+                nn.functional.linear(h, weight, head.bias / len(parts))
+                for h, weight in zip(features.values(), parts, strict=True)
+            ]
+
+    @torch.no_grad()
     def figures(
         self, batch: Batch, out: Outputs, loss: torch.Tensor, terms: Mapping[str, Term], **more: torch.Tensor
     ) -> Figures:

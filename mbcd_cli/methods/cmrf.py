@@ -11,17 +11,17 @@ from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from scipy.special import betaincinv
 from torch import nn
 
 from mbcd_cli.data.records import Batch
 from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
-from mbcd_cli.methods.parts import projection, row_distance, supervised_contrast, unit_rows
+from mbcd_cli.methods.mixup import QUANTILES, beta_quantiles
+from mbcd_cli.methods.parts import known_modalities, projection, row_distance, supervised_contrast, unit_rows
 from mbcd_cli.methods.simmmdg import SimMMDG, SimMMDGSettings
 from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive, Range
 
-QUANTILES = 4096
-"""How finely the Beta distribution is tabulated."""
+PAPER = ("video", "audio", "flow")
+"""Modalities that settings may name whether or not they are trained."""
 
 
 class CMRFSettings(MethodSettings):
@@ -46,7 +46,7 @@ class CMRFSettings(MethodSettings):
     simmmdg: NonNegative = 0.0
     """Weight of SimMMDG's three terms, with own modules, on top (1: the public benchmark's second version)."""
     random_projections: tuple[str, ...] = ()
-    """Modalities whose P_k stays as it was drawn (the public benchmark's second version: all but audio)."""
+    """Modalities whose P_k stays as it was drawn (the public benchmark's second version: video and flow)."""
 
     @property
     def needs_average(self) -> bool:
@@ -80,12 +80,14 @@ class CMRF(Method):
         assert context.average is not None, "settings without an average are refused"
         dims = context.model.dims
         self.projections = nn.ModuleDict({n: projection(d, hidden=settings.hidden) for n, d in dims.items()})
+        for field in ("modality_weights", "random_projections"):
+            known_modalities(f"method.{field}", getattr(settings, field), [*dims, *PAPER])
         for name in dims.keys() & set(settings.random_projections):
             self.projections[name].requires_grad_(False)
         self.teacher_projections = context.average.follow(self.projections)
         weights = torch.tensor([settings.modality_weights.get(name, 1.0) for name in dims], dtype=torch.float64)
         self.register_buffer("modality_weights", weights, persistent=False)
-        self.register_buffer("mixing", mixing_quantiles(settings.beta), persistent=False)
+        self.register_buffer("mixing", beta_quantiles(settings.beta, above=0.5), persistent=False)
         self.simmmdg = None
         if settings.simmmdg:
             own = SimMMDGSettings(name=settings.name, hidden=settings.hidden, temperature=settings.temperature)
@@ -146,12 +148,3 @@ def interpolation_distance(
     """E ||hat(l own + (1 - l) other) - rows||_2 with l = kept [B] and unit rows [B, D], []."""
     kept = kept[:, None].to(own.dtype)
     return row_distance(unit_rows(kept * own + (1 - kept) * other), rows)
-
-
-def mixing_quantiles(beta: float) -> torch.Tensor:
-    """Quantiles of max(b, 1 - b), b ~ Beta(beta, beta), at the middles of equal shares, [QUANTILES].
-
-    A uniform draw picks one of them: sampling by rejection would wait for the device.
-    """
-    share = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
-    return torch.from_numpy(betaincinv(beta, beta, (0.5 + share / 2).numpy()))

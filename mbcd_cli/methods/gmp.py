@@ -19,18 +19,17 @@ from mbcd_cli.settings import Count, MethodSettings, NonNegative, Range
 
 FLOOR = 1e-6
 """Added to what probabilities are divided by."""
-_UNIMODAL = ("of", "unimodal")
+_FUSED, _UNIMODAL = ("of", "fused"), ("of", "unimodal")
 
 
 class GMPSettings(MethodSettings):
     """GMP."""
 
     of: Literal["fused", "unimodal"] = "fused"
-    """Losses whose gradients are modulated: the fused ones (the paper), or uni-modal ones (the public benchmark), which
-    the encoders take on top of the fused gradient."""
+    """Losses whose gradients are modulated: the fused ones, or uni-modal ones that come on top (public benchmark)."""
     unimodal_weight: Annotated[NonNegative, Range(0, 5, benchmark=1, only=_UNIMODAL)] = 1.0
     """Weight of the uni-modal cross-entropies."""
-    domain_weight: NonNegative = 0.5
+    domain_weight: Annotated[NonNegative, Range(0, 1, only=_FUSED)] = 0.5
     """Weight of the domain loss in the encoders' gradients (the paper's lambda, times `reversal`)."""
     reversal: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.3
     """b, what the domain gradient is multiplied with (and reversed) on its way into the encoders."""
@@ -41,7 +40,7 @@ class GMPSettings(MethodSettings):
     norm_with_head: bool = False
     """The norm of a classification gradient includes its head's part, as in the public benchmark; not in the paper."""
     adversary: Literal["trained", "frozen"] = "trained"
-    """The adversary trains on the mean of its domain losses, or stays as it was drawn (the public benchmark)."""
+    """The adversary trains on its own domain losses, or stays as it was drawn (the public benchmark)."""
     hidden: Count = 512
     """Width of the adversary."""
 
@@ -49,14 +48,16 @@ class GMPSettings(MethodSettings):
 class GMP(Method):
     """g_c + g_d per modality: each modulated, the one that dominates less projected off the other at a conflict.
 
-    g_c is the gradient of CE(fused), g_d that of the reversed loss of a discriminator of source domains on the fused
-    features. q_k and c_k are the mean probabilities of the true class and domain that modality k's own features tell
-    (the uni-modal heads, which probe, and a discriminator that probes); rho_k = q_k / mean_{j != k} q_j, sigma_k =
-    mean_{j != k} c_j / c_k; g_c is multiplied with 1 - tanh(alpha rho_k) where rho_k > 1, g_d likewise (Eq. 8-10).
-    Where g_c . g_d < 0, g_c loses its part along g_d if rho_k >= sigma_k, else g_d its part along g_c (Eq. 12-15).
+    g_c is the gradient of CE(fused) (and of the uni-modal losses, unless those heads probe), g_d that of the
+    reversed loss of a discriminator of source domains on the fused features. q_k and c_k are the mean probabilities
+    of the true class and domain that modality k's own features tell (`told_alone`, and a discriminator that
+    probes); rho_k = q_k / mean_{j != k} q_j, sigma_k = mean_{j != k} c_j / c_k; g_c is multiplied with 1 -
+    tanh(alpha rho_k) where rho_k > 1, g_d likewise (Eq. 8-10). Where g_c . g_d < 0, g_c loses its part along g_d if
+    rho_k > sigma_k, else g_d its part along g_c (Eq. 12-15).
 
-    of = "unimodal": g_c is the gradient of weight * CE_k, g_d that of the reversed domain loss of modality k alone, and
-    the encoder takes grad CE(fused) + g_c + g_d. S = 1: there is no adversary; M = 1: both ratios are 1.
+    of = "unimodal": g_c is the gradient of weight * CE_k, g_d that of the reversed domain loss of modality k alone,
+    and the encoder takes grad CE(fused) + g_c + g_d; g_c gives way where rho_k = sigma_k, too. S = 1: there is no
+    adversary; M = 1: both ratios are 1.
     """
 
     Settings = GMPSettings
@@ -85,31 +86,33 @@ class GMP(Method):
         terms = self.losses(batch, out)
         weights, theta = model.theta(), gcc.in_order(model.theta())
         heads = {name: list(model.heads[name].parameters()) for name in model.modalities}
-        rho = dominance(self.true_probabilities(list(out.unimodal.values()), batch.labels))
+        together = settings.of == "fused"
+        alone = self.told_alone(out.features, out.unimodal) if together else list(out.unimodal.values())
+        rho = dominance(self.true_probabilities(alone, batch.labels))
         g_d, sigma = [torch.zeros_like(parameter) for parameter in theta], torch.ones_like(rho)
         if self.adversary is not None:
             g_d, sigma = self.domain_gradients(batch, out, terms, theta)
-        if settings.of == "fused":
+        if together:
             heads = {name: [] for name in heads}
             context.backward(terms["ce_fused"].value + settings.unimodal_weight * terms["ce"].value.sum())
             g_c = [context.gradient(parameter) for parameter in theta]
             fused = [torch.zeros_like(gradient) for gradient in g_c]
         else:
-            alone = settings.unimodal_weight * terms["ce"].value.sum()
-            g_c = context.gradients(alone, [*theta, *(p for each in heads.values() for p in each)], retain_graph=True)
+            loss = settings.unimodal_weight * terms["ce"].value.sum()
+            g_c = context.gradients(loss, [*theta, *(p for each in heads.values() for p in each)], retain_graph=True)
             context.backward(terms["ce_fused"].value)
             fused = [context.gradient(parameter) for parameter in theta]
         context.group.average_([*g_c, *g_d])
         kappa, p = modulation(rho, settings.alpha_class), modulation(sigma, settings.alpha_domain)
         class_tail, class_head, domain = iter(g_c[: len(theta)]), iter(g_c[len(theta) :]), iter(g_d)
-        rest = iter(fused)
+        rest, class_gives_way = iter(fused), rho > sigma if together else rho >= sigma
         for k, name in enumerate(model.modalities):
             tail = list(weights[name].values())
             c = [kappa[k] * next(class_tail) for _ in tail]
             head = [kappa[k] * next(class_head) for _ in heads[name]]
             d = [p[k] * next(domain) for _ in tail]
             more = head if settings.norm_with_head else []
-            for parameter, change in zip(tail, combined(c, d, more, rho[k] >= sigma[k]), strict=True):
+            for parameter, change in zip(tail, combined(c, d, more, class_gives_way[k]), strict=True):
                 context.set_gradient(parameter, next(rest) + change)
             for parameter, gradient in zip(heads[name], head, strict=True):
                 context.set_gradient(parameter, gradient)

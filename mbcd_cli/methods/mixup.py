@@ -94,10 +94,12 @@ def mixed(x: torch.Tensor, *, kept: torch.Tensor, partner: torch.Tensor, group: 
     return kept * x + (1 - kept) * group.gather(x)[partner]
 
 
-def beta_quantiles(alpha: float) -> torch.Tensor:
+def beta_quantiles(alpha: float, *, above: float = 0.0) -> torch.Tensor:
     """Quantiles of Beta(alpha, alpha) at the middles of equal shares, [QUANTILES]; ones for alpha = 0.
 
-    A uniform draw picks one of them: sampling by rejection would wait for the device.
+    With `above` = 0.5 those of max(b, 1 - b), b ~ Beta(alpha, alpha): the upper half. A uniform draw picks one of
+    them: sampling by rejection would wait for the device.
     """
     share = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
+    share = above + (1 - above) * share
     return torch.from_numpy(betaincinv(alpha, alpha, share.numpy())) if alpha else torch.ones_like(share)

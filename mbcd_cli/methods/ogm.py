@@ -40,9 +40,9 @@ class OGMGE(Method):
     modulate = "update": the gradients are g + N(0, std(g) + 1e-8), and what the optimizer makes of them times kappa_k.
 
     rho_k = mean_{j != k} s_k / s_j with s_k the summed probability of the true class; kappa_k = 1 - tanh(alpha rho_k)
-    where rho_k > 1, else 1. Two modalities with one linear fused layer give the authors' s_k from W_k h_k + b / 2; here
-    the fused head is no sum over modalities, and s_k comes from the uni-modal heads, which probe. Changed are the
-    weights of convolutions over space, as in the authors' code; in an encoder without any, all its matrices.
+    where rho_k > 1, else 1. A linear fused head gives the authors' s_k, from W_k h_k + b / M; an MLP is no sum over
+    modalities, and s_k comes from the uni-modal heads, which probe. Changed are the weights of convolutions over space,
+    as in the authors' code; in an encoder without any, all its matrices.
     """
 
     Settings = OGMGESettings
@@ -67,7 +67,7 @@ class OGMGE(Method):
 
     def ratios(self, batch: Batch, out: Outputs) -> torch.Tensor:
         """rho_k of the global batch, [M]."""
-        scores = amd.scores(list(out.unimodal.values()), batch.labels, score="true_class")
+        scores = amd.scores(self.told_alone(out.features, out.unimodal), batch.labels, score="true_class")
         return amd.ratios(self.context.group.sum_(scores))
 
     @torch.no_grad()

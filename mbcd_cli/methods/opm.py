@@ -36,8 +36,8 @@ class OPM(Method):
     With rho_k = mean_{j != k} s_k / s_j and s_k the summed probability of the true class, h_k is zeroed per clip with
     probability q_k = clip(q_0 (1 + lambda tanh(rho_k - 1)), 0, 1) where rho_k > 1, else 0; what survives is divided by
     1 - theta, theta = sum_k D_k q_k / sum_k D_k. The authors' code takes clips that lost all modalities out of the
-    batch; there are none, since the modality of the smallest s_k has rho_k <= 1. s_k comes from the uni-modal heads,
-    which probe: an MLP on all features has no part of its own for each modality.
+    batch; there are none, since the modality of the smallest s_k has rho_k <= 1. s_k comes from W_k h_k + b / M
+    where the fused head is linear, as the authors'; an MLP has no part for each modality, and the heads probe.
     """
 
     Settings = OPMSettings
@@ -52,7 +52,7 @@ class OPM(Method):
             pooled = model.pooled(batch.inputs)
             features = model.normalised(pooled)
             unimodal = model.unimodal(self.seen_by_heads(features))
-            rho, q, keep = self.drop(list(unimodal.values()), batch.labels)
+            rho, q, keep = self.drop(self.told_alone(features, unimodal), batch.labels)
             theta = theta_of(q, list(model.dims.values()))
             out = Outputs(pooled, features, unimodal, model.fuse(features, keep / (1 - theta)))
         terms = self.losses(batch, out)
@@ -62,11 +62,11 @@ class OPM(Method):
 
     @torch.no_grad()
     def drop(
-        self, unimodal: Sequence[torch.Tensor], labels: torch.Tensor
+        self, alone: Sequence[torch.Tensor], labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """rho [M] and q [M] of the global batch (0 where it is not modulated), and the mask [B, M] of 0 and 1."""
         group, randomness, settings = self.context.group, self.context.randomness, self.settings
-        rho = amd.ratios(group.sum_(amd.scores(unimodal, labels, score="true_class")))
+        rho = amd.ratios(group.sum_(amd.scores(alone, labels, score="true_class")))
         active = (randomness.uniform(1) < settings.probability) & (self.context.epoch >= settings.start)
         q = active * drop_rates(rho, rate=settings.rate, strength=settings.strength)
         return rho, q, group.own(amd.keep_mask(q, len(labels) * group.world, randomness))

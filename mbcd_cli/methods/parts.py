@@ -6,7 +6,7 @@ S source domains.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import permutations
 from typing import Literal
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from mbcd_cli.errors import SettingsError
 from mbcd_cli.layers import product
 from mbcd_cli.model import MultiModalModel
+from mbcd_cli.naming import did_you_mean
 from mbcd_cli.processes import Group
 from mbcd_cli.settings import MethodSettings
 
@@ -90,6 +91,20 @@ def keep_at_least_one(uniform: torch.Tensor, rate: float) -> torch.Tensor:
     keep = uniform >= rate
     # The largest of M alike draws is any of them with equal probability, whatever the rate.
     return (keep | (~keep.any(dim=1, keepdim=True) & (uniform == uniform.amax(dim=1, keepdim=True)))).to(uniform.dtype)
+
+
+def known_modalities(setting: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse a setting that names a modality which there is not.
+
+    Raises:
+        SettingsError: one is none of `known`.
+    """
+    for name in names:
+        if name not in known:
+            raise SettingsError(
+                f"{setting} names {name}, which is no modality here.",
+                f"{did_you_mean(name, known)}There are {', '.join(dict.fromkeys(known))}.",
+            )
 
 
 def need_domains(method: str, sources: int) -> None:

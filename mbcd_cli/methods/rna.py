@@ -12,8 +12,8 @@ from typing import Annotated
 import torch
 
 from mbcd_cli.data.records import Batch
-from mbcd_cli.methods.base import Method, Outputs, Term
-from mbcd_cli.methods.parts import full_precision
+from mbcd_cli.methods.base import Context, Method, Outputs, Term
+from mbcd_cli.methods.parts import full_precision, known_modalities
 from mbcd_cli.settings import MethodSettings, Names, NonNegative, Range
 
 
@@ -37,6 +37,11 @@ class RNANet(Method):
     settings: RNANetSettings
     ticker = ("ce_fused", "alignment")
     symmetric = False  # (n_k / n_j - 1)^2 is not: the priority says which one is on top
+
+    def __init__(self, settings: RNANetSettings, context: Context) -> None:
+        super().__init__(settings, context)
+        paper = type(settings).model_fields["priority"].default
+        known_modalities("method.priority", settings.priority, [*context.model.dims, *paper])
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
         """ERM's terms and `alignment`."""

@@ -141,6 +141,16 @@ class Plain:
     def loss(self, s):
         return self.erm(s)
 
+    def alone(self, s):
+        """Logits of each modality's own features: its share of a linear fused head, else its head's."""
+        if not self.linear_fused:
+            return s.unimodal
+        weight, bias, at, each = self.values["student.fused_head.weight"], self.values["student.fused_head.bias"], 0, []
+        for h in s.h:
+            each.append(h @ weight[:, at : at + h.shape[1]].T + bias / len(s.h))
+            at += h.shape[1]
+        return each
+
     def fused(self, h):
         return self.head(torch.cat(h, dim=1), "student.fused_head")
 

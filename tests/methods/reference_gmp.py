@@ -70,7 +70,7 @@ class GMPReference(Plain):
         if together:
             classes = self.terms["ce_fused"][0] + o.unimodal_weight * self.terms["ce"][0].sum()
             result = of(classes, [k for k in values if k.startswith("student.")])
-        rho = self.ratio(s.unimodal, s.labels, True)
+        rho = self.ratio(self.alone(s) if together else s.unimodal, s.labels, True)
         sigma = [1.0] * len(names) if self.judged is None else self.ratio(self.judged, self.domains, False)
         for k, name in enumerate(names):
             tail = [n for n in values if n.startswith(f"student.tails.{name}.")]
@@ -89,7 +89,7 @@ class GMPReference(Plain):
             dot = sum(float((g_c[n] * g_d[n]).sum()) for n in tail)
             if dot < 0:
                 self.conflicts += 1
-                if rho[k] >= sigma[k]:
+                if rho[k] > sigma[k] or (rho[k] == sigma[k] and not together):
                     norm = sum(float((g_d[n] ** 2).sum()) for n in tail)
                     g_c = {n: g_c[n] - dot / (norm + 1e-12) * g_d[n] for n in tail}
                 else:

@@ -13,7 +13,7 @@ class OGMReference(Plain):
         o, count = self.settings, len(self.names)
         score = [
             sum(float(self.probabilities(logits)[i, int(y)].detach()) for i, y in enumerate(s.labels))
-            for logits in s.unimodal
+            for logits in self.alone(s)
         ]
         rho = [sum(score[k] / score[j] for j in range(count) if j != k) / max(count - 1, 1) for k in range(count)]
         active = o.start <= self.epoch < o.stop

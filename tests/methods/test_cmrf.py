@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from plain import CLOSE, compare, pinned_rows
+from plain import CLOSE, compare, make, pinned_rows
 from reference_cmrf import CMRFReference
 
 from mbcd_cli.errors import SettingsError
-from mbcd_cli.methods.cmrf import interpolation_distance, mixing_quantiles
+from mbcd_cli.methods.cmrf import interpolation_distance
+from mbcd_cli.methods.mixup import beta_quantiles
 from mbcd_cli.methods.parts import unit_rows
 from mbcd_cli.resolved import resolve
 
@@ -54,10 +55,23 @@ def test_pinned_numbers():
 
 
 def test_distribution_of_the_interpolation():
-    kept = mixing_quantiles(0.1)
+    kept = beta_quantiles(0.1, above=0.5)
     found = [kept.mean().item(), (kept > 0.9).double().mean().item(), (kept > 0.99).double().mean().item()]
     assert found == pytest.approx([0.9416, 0.813, 0.641], abs=6e-4)
     assert 0.5 < kept.min() <= kept.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("cmrf", {"modality_weights": {"vidoe": 0.25}}),
+        ("cmrf-benchmark", {"random_projections": ("vidoe",)}),
+        ("rna-net", {"priority": ("vidoe",)}),
+    ],
+)
+def test_a_modality_that_there_is_not_is_refused(method, told):
+    with pytest.raises(SettingsError, match=rf"method\.{next(iter(told))} names vidoe.*\n.*Did you mean video\?"):
+        make(method, told)
 
 
 def test_it_needs_a_teacher():

@@ -29,7 +29,7 @@ TOLD = {
     "simmmdg": {"hidden": 16},
     "moosa": {"hidden": 16, "permutations": 12},
     "cmrf": {"hidden": 16, "beta": 1.0},
-    "cmrf-benchmark": {"hidden": 16, "beta": 1.0},
+    "cmrf-benchmark": {"hidden": 16, "beta": 1.0, "random_projections": ("m0",)},
     "gmp": {"hidden": 16},
     "gmp-benchmark": {"hidden": 16},
     "jat": {"hidden": 16, "fused_hidden": 12},

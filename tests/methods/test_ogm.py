@@ -24,6 +24,11 @@ def test_it_is_modulated_in_a_window_of_epochs(epoch):
     compare(OGMReference, "ogm-ge", {"start": 2, "stop": 4, "alpha": 0.3}, epoch=epoch, steps=2, **chassis)
 
 
+def test_a_linear_fused_head_tells_what_each_modality_says():
+    _, plain = compare(OGMReference, "ogm", {"modulate": "update"}, modalities=3, fused_head="linear")
+    assert min(plain.factors.values()) < 1
+
+
 @pytest.mark.parametrize("method", ["ogm-ge", "ogm"])
 def test_on_the_update(method):
     _, plain = compare(OGMReference, method, {"modulate": "update"}, modalities=3)

@@ -24,6 +24,11 @@ def test_it_begins_after_some_epochs(epoch):
     compare(OPMReference, "opm", {"probability": 1.0}, epoch=epoch, **chassis)
 
 
+def test_a_linear_fused_head_tells_what_each_modality_says():
+    chassis = {"norm": "none", "fused_head": "linear", "unimodal_head": "linear"}
+    compare(OPMReference, "opm", {"start": 0, "probability": 1.0}, modalities=3, **chassis)
+
+
 def test_no_clip_loses_every_modality():
     removed = []
 

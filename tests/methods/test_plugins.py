@@ -69,10 +69,12 @@ def test_the_page_ends_in_three_hello_worlds_of_ten_lines():
 
 
 def test_a_sweep_over_a_method_of_ones_own_and_ours(installed):
-    found = mbcd(installed, "sweep", *SHORT, "--methods", "erm,hello", "--targets", "c", "--seeds", "1", "--jobs", "2")
-    assert found["done"] == 2
+    (installed / "mine.py").write_text(code("class Hello(Method)").replace("class Hello(Method)", "class Mine(Method)"))
+    methods = ("--methods", "erm,hello,mine.py:Mine", "--targets", "c", "--seeds", "1", "--jobs", "2")
+    found = mbcd(installed, "sweep", *SHORT, *methods)
+    assert found["done"] == 3
     rows = {row[0] for table in found["tables"] for row in table["rows"]}
-    assert {"erm", "hello"} <= rows
+    assert {"erm", "hello", "Mine"} <= rows
     (run,) = (installed / "runs/hello").glob("hello-*/")
     steps = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
     assert all(0 < record["entropy"] < 1 for record in steps)

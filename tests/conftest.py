@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path += [str(Path(__file__).parent / room) for room in ("data", "encoders", "methods", "training")]
-# Several processes of tests share the cores: three on two, since some wait (for Slurm, Ray, processes that begin).
+# Two processes of tests share the cores; a third has made it no quicker.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's background jobs ignore Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -30,6 +30,7 @@ def test_a_step_of_the_optimizer_is_torchs_and_does_not_import_the_compiler():
 import sys, torch
 from mbcd_cli.settings import OptimizerSettings
 from mbcd_cli.training.optimizer import build_optimizer
+torch.manual_seed(0)
 gradients = [[torch.randn(33, 7) if (n + step) % 3 else None for n in range(3)] for step in range(5)]
 def train(values, optimizer):
     for given in gradients:

@@ -18,10 +18,7 @@ from mbcd_cli.methods.base import Context, Figures, Method, Outputs, Term, total
 from mbcd_cli.methods.mixup import QUANTILES, beta_quantiles
 from mbcd_cli.methods.parts import known_modalities, projection, row_distance, supervised_contrast, unit_rows
 from mbcd_cli.methods.simmmdg import SimMMDG, SimMMDGSettings
-from mbcd_cli.settings import Count, MethodSettings, NonNegative, Positive, Range
-
-PAPER = ("video", "audio", "flow")
-"""Modalities that settings may name whether or not they are trained."""
+from mbcd_cli.settings import Count, MethodSettings, Names, NonNegative, Positive, Range
 
 
 class CMRFSettings(MethodSettings):
@@ -45,7 +42,7 @@ class CMRFSettings(MethodSettings):
     """Temperature of the contrast."""
     simmmdg: NonNegative = 0.0
     """Weight of SimMMDG's three terms, with own modules, on top (1: the public benchmark's second version)."""
-    random_projections: tuple[str, ...] = ()
+    random_projections: Names = ()
     """Modalities whose P_k stays as it was drawn (the public benchmark's second version: video and flow)."""
 
     @property
@@ -81,7 +78,7 @@ class CMRF(Method):
         dims = context.model.dims
         self.projections = nn.ModuleDict({n: projection(d, hidden=settings.hidden) for n, d in dims.items()})
         for field in ("modality_weights", "random_projections"):
-            known_modalities(f"method.{field}", getattr(settings, field), [*dims, *PAPER])
+            known_modalities(f"method.{field}", getattr(settings, field), dims)
         for name in dims.keys() & set(settings.random_projections):
             self.projections[name].requires_grad_(False)
         self.teacher_projections = context.average.follow(self.projections)

@@ -38,7 +38,7 @@ class GMPSettings(MethodSettings):
     alpha_domain: Annotated[NonNegative, Range(0, 1, benchmark=1)] = 0.5
     """Strength of the modulation of the domain gradients."""
     norm_with_head: bool = False
-    """The norm of a classification gradient includes its head's part, as in the public benchmark; not in the paper."""
+    """Of uni-modal losses: the norm of a gradient includes its head's part (public benchmark; not in the paper)."""
     adversary: Literal["trained", "frozen"] = "trained"
     """The adversary trains on its own domain losses, or stays as it was drawn (the public benchmark)."""
     hidden: Count = 512

@@ -40,8 +40,7 @@ class RNANet(Method):
 
     def __init__(self, settings: RNANetSettings, context: Context) -> None:
         super().__init__(settings, context)
-        paper = type(settings).model_fields["priority"].default
-        known_modalities("method.priority", settings.priority, [*context.model.dims, *paper])
+        known_modalities("method.priority", settings.priority, context.model.dims)
 
     def losses(self, batch: Batch, out: Outputs) -> dict[str, Term]:
         """ERM's terms and `alignment`."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path += [str(Path(__file__).parent / room) for room in ("data", "encoders", "methods", "training")]
-# Three processes of tests share two cores, since some wait: a minute of nineteen less than with two.
+# Two processes of tests share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's background jobs ignore Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
